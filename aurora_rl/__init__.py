@@ -1,0 +1,1 @@
+"""Speculative decoding that learns while it serves."""

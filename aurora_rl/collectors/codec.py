@@ -1,0 +1,330 @@
+"""The wire format of trajectories and weights: a JSON header and one raw frame per tensor.
+
+Frame 0 is JSON, so that accepting it from a network executes nothing::
+
+    {"schema": 1, "kind": "trajectory", "meta": {...}, "leaves": [[["spine", "tokens"], "int64", [17]], ...]}
+
+Frame ``i + 1`` holds the bytes of leaf ``i``: C order, little-endian, no padding. `decode` compares every declaration
+with the frames that really arrived before it allocates: the memory it takes never exceeds what the peer paid to send.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
+from torch import Tensor
+
+__all__ = ["SCHEMA", "CodecError", "Limits", "Message", "checksum", "decode", "encode"]
+
+SCHEMA = 1
+
+Key = tuple[str, ...]
+Buffer = bytes | memoryview
+
+_MAX_KEY_PARTS = 8
+_MAX_NAME = 256  # characters in a key part or a kind
+_MAX_META_DEPTH = 8
+_DTYPES: dict[str, torch.dtype] = {
+    name: dtype
+    for name in (
+        *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
+    if isinstance(dtype := getattr(torch, name, None), torch.dtype)  # older torch lacks some fp8 types
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class CodecError(ValueError):
+    """A message that cannot be sent, or that arrived malformed. The text is one sentence that names what was wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What `decode` accepts from a peer.
+
+    Args:
+        max_bytes: total bytes of all frames, header included.
+        max_leaves: tensors in a message.
+        max_dims: dimensions of a tensor.
+        max_header_bytes: bytes of the JSON header.
+    """
+
+    max_bytes: int = 1 << 30
+    max_leaves: int = 4096
+    max_dims: int = 8
+    max_header_bytes: int = 1 << 20
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A decoded message: kind, small JSON ``meta`` (contents unchecked), and tensors nested by key (batch size [])."""
+
+    kind: str
+    meta: dict[str, Any]
+    tensors: TensorDict
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    key: Key
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def encode(
+    kind: str,
+    meta: Mapping[str, Any] | None = None,
+    tensors: TensorDictBase | Mapping[str | Key, Tensor] | None = None,
+) -> list[Buffer]:
+    """Write a message as frames for a multipart send.
+
+    Contiguous CPU tensors are not copied: the frames alias their memory, so the caller must not write to them until the
+    message has left. Tensors on other devices, and views with gaps, are copied once.
+
+    Args:
+        kind: what the message is, for example ``"trajectory"``.
+        meta: small JSON values (finite numbers only).
+        tensors: a TensorDict, or a flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer,
+            fp8, fp16, bf16, fp32 or fp64.
+
+    Returns:
+        The header, then one frame per tensor.
+
+    Raises:
+        CodecError: for a leaf that is not a dense tensor of these types, an unusable key, or ``meta`` that is not JSON.
+
+    >>> frames = encode("weights", {"version": 3}, {("head", "weight"): torch.ones(2, 2, dtype=torch.bfloat16)})
+    >>> [len(frame) for frame in frames[1:]]
+    [8]
+    >>> message = decode(frames)
+    >>> message.kind, message.meta["version"], message.tensors["head", "weight"].dtype
+    ('weights', 3, torch.bfloat16)
+    """
+    named = leaves(tensors) if tensors is not None else []
+    header = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "meta": dict(meta or {}),
+        "leaves": [[list(key), _NAMES[tensor.dtype], list(tensor.shape)] for key, tensor in named],
+    }
+    try:
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CodecError(f"the meta of a {kind!r} message is not plain JSON: {error}") from error
+    return [text.encode(), *(_raw(tensor) for _, tensor in named)]
+
+
+def decode(frames: Sequence[Any], *, limits: Limits = DEFAULT_LIMITS) -> Message:
+    """Read a message that came from a peer nobody has reason to trust.
+
+    The tensors own their memory, at the price of one copy: a received ZeroMQ frame is read-only, and writing to a torch
+    tensor over a read-only buffer is undefined behaviour. It also gives every tensor torch's own alignment.
+
+    Args:
+        frames: bytes-like objects (``bytes``, ``memoryview``, ``zmq.Frame``), as `encode` made them.
+        limits: what to accept.
+
+    Returns:
+        The message. The meaning of ``meta``, and which tensors must be there, is for the caller to check.
+
+    Raises:
+        CodecError: for anything that does not fit, before memory for the tensors is allocated; nothing else is raised.
+    """
+    if not 1 <= len(frames) <= limits.max_leaves + 1:
+        raise CodecError(f"a message has 1 to {limits.max_leaves + 1} frames, this one has {len(frames)}")
+    views = [_view(frame) for frame in frames]
+    total = sum(view.nbytes for view in views)
+    if total > limits.max_bytes:
+        raise CodecError(f"a message has at most {limits.max_bytes} bytes, this one has {total}")
+    if views[0].nbytes > limits.max_header_bytes:
+        raise CodecError(f"a header has at most {limits.max_header_bytes} bytes, this one has {views[0].nbytes}")
+
+    kind, meta, declared = _read_header(views[0])
+    if len(declared) != len(views) - 1:
+        raise CodecError(f"the header declares {len(declared)} tensors but {len(views) - 1} frames follow it")
+    plan = [_read_leaf(entry, view, limits) for entry, view in zip(declared, views[1:], strict=True)]
+    _check_keys([leaf.key for leaf in plan])
+
+    nested: dict[str, Any] = {}
+    try:
+        for leaf, view in zip(plan, views[1:], strict=True):
+            node = nested
+            for part in leaf.key[:-1]:
+                node = node.setdefault(part, {})
+            node[leaf.key[-1]] = _owned(leaf, view)
+        return Message(kind, meta, TensorDict(nested, batch_size=[]))
+    except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as a RuntimeError
+        raise CodecError(f"the tensors of a {kind!r} message of {total} bytes cannot be built: {error}") from error
+
+
+def checksum(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
+    """Hash keys, dtypes, shapes and bytes; equal on every machine, whatever the order, strides or device.
+
+    Args:
+        tensors: as for `encode`.
+
+    Returns:
+        32 hexadecimal digits (BLAKE2b, 16 bytes).
+
+    Raises:
+        CodecError: as `encode`.
+
+    >>> a, b = torch.arange(3), torch.zeros(())
+    >>> checksum({"a": a, "b": b}) == checksum({("b",): b, ("a",): a})
+    True
+    >>> checksum({"a": a}) == checksum({"a": a.int()})
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in sorted(leaves(tensors), key=lambda leaf: leaf[0]):
+        # The line fixes how many bytes follow its end, so no two different sets of tensors hash the same text.
+        digest.update(json.dumps([key, _NAMES[tensor.dtype], list(tensor.shape)]).encode() + b"\n")
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def leaves(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> list[tuple[Key, Tensor]]:
+    """The tensors by full key, all of them fit for the wire.
+
+    Raises:
+        CodecError: as `encode`.
+    """
+    items: Iterable[tuple[Any, Any]] = tensors.items()
+    if isinstance(tensors, TensorDictBase):
+        # By default a TensorDict passes over its non-tensor data without a word.
+        items = tensors.items(True, True, is_leaf=is_leaf_nontensor)
+    named = [((key,) if isinstance(key, str) else tuple(key), value) for key, value in items]
+    _check_keys([key for key, _ in named])
+    for key, value in named:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested or value.is_meta:
+            raise CodecError(f"the leaf {key} is not a dense tensor but a {type(value).__name__}")
+        if value.dtype not in _NAMES:
+            raise CodecError(f"the dtype {value.dtype} of leaf {key} cannot be sent; use one of {', '.join(_DTYPES)}")
+    return named
+
+
+def _raw(tensor: Tensor) -> Buffer:
+    # numpy has no bf16 or fp8, hence the detour through uint8; it needs at least one dimension and one element.
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def _view(frame: Any) -> memoryview:
+    try:
+        return memoryview(frame).cast("B")
+    except TypeError as error:
+        raise CodecError(f"a frame is not a contiguous buffer of bytes but a {type(frame).__name__}") from error
+
+
+def _read_header(view: memoryview) -> tuple[str, dict[str, Any], list[Any]]:
+    try:
+        # Decoded here because json.loads guesses UTF-16 and UTF-32 when it is given bytes.
+        header = json.loads(bytes(view).decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CodecError(f"the header is not JSON: {_short(error)}") from error
+    if not isinstance(header, dict) or set(header) != {"schema", "kind", "meta", "leaves"}:
+        raise CodecError("the header is not an object with exactly the fields schema, kind, meta and leaves")
+    schema, kind, meta, declared = header["schema"], header["kind"], header["meta"], header["leaves"]
+    if type(schema) is not int or schema != SCHEMA:
+        raise CodecError(f"the message has schema {_short(schema)}, this side reads {SCHEMA}; use one release on both")
+    if not _is_name(kind):
+        raise CodecError(f"the kind is not a printable string of 1 to {_MAX_NAME} characters but {_short(kind)}")
+    if not isinstance(meta, dict) or not _is_shallow(meta):
+        raise CodecError(f"the meta is not a JSON object of at most {_MAX_META_DEPTH} levels")
+    if not isinstance(declared, list):
+        raise CodecError(f"the leaves are not a list but {_short(declared)}")
+    return kind, meta, declared
+
+
+def _read_leaf(entry: Any, view: memoryview, limits: Limits) -> _Leaf:
+    if (
+        not isinstance(entry, list)
+        or len(entry) != 3
+        or not isinstance(entry[0], list)
+        or not isinstance(entry[2], list)
+    ):
+        raise CodecError(f"a leaf is not [key, dtype, shape] but {_short(entry)}")
+    key, name, shape = entry
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise CodecError(f"the leaf {_short(key)} has the unknown dtype {_short(name)}")
+    # A bool is an int to isinstance.
+    if len(shape) > limits.max_dims or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise CodecError(
+            f"the shape of leaf {_short(key)} is not at most {limits.max_dims} integers of 0 to 2**63 - 1"
+            f" but {_short(shape)}"
+        )
+    itemsize = _DTYPES[name].itemsize
+    # An empty tensor may declare huge other dimensions; torch still multiplies them into strides.
+    if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
+        raise CodecError(f"the shape {_short(shape)} of leaf {_short(key)} overflows 64 bits")
+    if math.prod(shape) * itemsize != view.nbytes:
+        raise CodecError(
+            f"the leaf {_short(key)} of shape {_short(shape)} and dtype {name} has a frame of {view.nbytes} bytes"
+            f" instead of {math.prod(shape) * itemsize}"
+        )
+    if name == "bool" and view.nbytes and np.frombuffer(view, np.uint8).max() > 1:
+        raise CodecError(f"the bool leaf {_short(key)} holds bytes other than 0 and 1")
+    return _Leaf(tuple(key), _DTYPES[name], tuple(shape))
+
+
+def _owned(leaf: _Leaf, view: memoryview) -> Tensor:
+    tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
+    if view.nbytes:
+        tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(view, np.uint8)
+    return tensor
+
+
+def _check_keys(keys: Sequence[tuple[Any, ...]]) -> None:
+    seen: set[Key] = set()
+    for key in keys:
+        if not 1 <= len(key) <= _MAX_KEY_PARTS or not all(_is_name(part) for part in key):
+            raise CodecError(
+                f"a key is not 1 to {_MAX_KEY_PARTS} printable strings of 1 to {_MAX_NAME} characters but {_short(key)}"
+            )
+        if key in seen:
+            raise CodecError(f"the key {_short(key)} occurs twice")
+        seen.add(key)
+    for key in seen:
+        for length in range(1, len(key)):
+            if key[:length] in seen:
+                raise CodecError(f"the key {_short(key[:length])} names a tensor and also holds {_short(key)}")
+
+
+def _is_name(value: Any) -> bool:
+    # Printable also excludes the lone surrogates that JSON lets through and that no encoder can write again.
+    return isinstance(value, str) and 1 <= len(value) <= _MAX_NAME and value.isprintable()
+
+
+def _is_shallow(meta: dict[str, Any]) -> bool:
+    level: list[Any] = [meta]
+    for _ in range(_MAX_META_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return not level
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _short(value: object) -> str:
+    """A peer's value for an error message: escaped, and too short to flood a log."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

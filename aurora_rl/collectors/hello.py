@@ -1,0 +1,82 @@
+"""What engine and learner must agree on before anything is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from aurora_rl.collectors.codec import CodecError
+
+__all__ = ["Hello"]
+
+_MAX_TEXT = 256
+_MAX_LAYERS = 256
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The identity of a deployment, sent by the engine with its trajectories and its weight requests.
+
+    Args:
+        schema: version of the wire format and of the trajectory layout.
+        target: digest of the target model's config.
+        head_checksum: `codec.checksum` of the target's output head, with which the learner makes logits of ``hidden``.
+        feature_layers: layers whose residual stream is recorded, in order of concatenation.
+        draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty where the drafter uses all of it.
+        drafter: registered name of the drafter's architecture.
+
+    >>> learner = Hello(1, "llama-3.1-8b", "ab12", (2, 16, 29), "", "eagle3")
+    >>> engine = Hello.from_meta({**learner.to_meta(), "feature_layers": [2, 16, 30]})
+    >>> learner.mismatch(engine)
+    'hello mismatch: feature_layers is (2, 16, 29) at the learner and (2, 16, 30) at the engine'
+    """
+
+    schema: int
+    target: str
+    head_checksum: str
+    feature_layers: tuple[int, ...]
+    draft_map_checksum: str
+    drafter: str
+
+    def to_meta(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**self.__dict__, "feature_layers": list(self.feature_layers)}
+
+    @classmethod
+    def from_meta(cls, meta: object) -> Hello:
+        """Read what a peer sent.
+
+        Args:
+            meta: the value of `to_meta` after JSON; not trusted.
+
+        Raises:
+            CodecError: naming the field that is missing, unknown or of the wrong type.
+        """
+        if not isinstance(meta, dict):
+            raise CodecError(f"a hello is not a JSON object but a {type(meta).__name__}")
+        names = [field.name for field in fields(cls)]
+        if set(meta) != set(names):
+            raise CodecError(f"a hello does not have exactly the fields {', '.join(names)}")
+        layers = meta["feature_layers"]
+        if type(meta["schema"]) is not int:
+            raise CodecError("schema in a hello is not an integer")
+        if not isinstance(layers, list) or len(layers) > _MAX_LAYERS or not all(type(layer) is int for layer in layers):
+            raise CodecError(f"feature_layers in a hello is not a list of at most {_MAX_LAYERS} integers")
+        for name in ("target", "head_checksum", "draft_map_checksum", "drafter"):
+            if not isinstance(meta[name], str) or len(meta[name]) > _MAX_TEXT:
+                raise CodecError(f"{name} in a hello is not a string of at most {_MAX_TEXT} characters")
+        return cls(**{**meta, "feature_layers": tuple(layers)})
+
+    def mismatch(self, other: Hello) -> str | None:
+        """Compare the learner's hello (``self``) with an engine's (``other``).
+
+        The learner makes the comparison and sends the sentence back, so both sides show the same one.
+
+        Returns:
+            One sentence that names the first field that differs and both values, or None where all agree.
+        """
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                return f"hello mismatch: {field.name} is {ours!r} at the learner and {theirs!r} at the engine"
+        return None

@@ -1,0 +1,149 @@
+"""The engine's end of the trajectory stream: never blocks serving, never fails it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from types import TracebackType
+
+import zmq
+from tensordict import TensorDictBase
+
+from aurora_rl.collectors.codec import encode
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.sockets import SocketThread, connect, open_socket
+
+__all__ = ["TRAJECTORY", "TrajectorySink"]
+
+logger = logging.getLogger(__name__)
+
+TRAJECTORY = "trajectory"
+# Messages that ZeroMQ may hold for a connected learner; they are lost with the connection, so there are few.
+_SEND_HIGH_WATER = 4
+_TURN_MS = 50
+
+
+class TrajectorySink:
+    """Sends packed trajectories to a learner that may be late, slow, dead or restarted.
+
+    Serving calls `extend`, which only appends to a queue of ``capacity`` trajectories; when it is full the oldest is
+    dropped, because a learner wants the newest data. A thread owns the socket, encodes, and takes a trajectory from the
+    queue only when a connected learner has room for it, so nothing piles up anywhere else. `extend` is also all that
+    TorchRL's collectors ask of a ``replay_buffer=``.
+
+    Args:
+        address: of the learner's collector, for example ``tcp://127.0.0.1:5555``. The learner binds, the sink connects.
+        hello: goes along with every trajectory, since a learner may be replaced at any time.
+        capacity: trajectories held while no learner takes them.
+        context: to share; needed for ``inproc://`` only. It must outlive the sink.
+
+    Raises:
+        ValueError: if ``capacity`` is not positive.
+        OSError: if ``address`` is malformed. An absent learner is no error.
+    """
+
+    def __init__(self, address: str, *, hello: Hello, capacity: int = 256, context: zmq.Context | None = None) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 trajectory, got {capacity}")
+        self._meta = {"hello": hello.to_meta()}
+        self._capacity = capacity
+        self._queue: deque[TensorDictBase] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._sent = 0
+        self._dropped = 0
+        self._logged_refusal = False
+        self._socket, owned = open_socket(zmq.PUSH, context)
+        self._socket.sndhwm = _SEND_HIGH_WATER
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for a learner that has completed its handshake
+        connect(self._socket, address, owned)
+        self._thread = SocketThread(self._socket, self._step, name="trajectory-sink", owned_context=owned)
+
+    @property
+    def sent(self) -> int:
+        """Trajectories handed to a connected learner; those on their way when it dies are lost unnoticed."""
+        return self._sent
+
+    @property
+    def dropped(self) -> int:
+        """Trajectories given up: displaced by newer ones, left over at `close`, or not encodable."""
+        return self._dropped
+
+    @property
+    def queued(self) -> int:
+        """Trajectories waiting now."""
+        return len(self._queue)
+
+    def extend(self, trajectory: TensorDictBase) -> None:
+        """Queue one packed trajectory.
+
+        Args:
+            trajectory: the sink's from now on. Its tensors are encoded later, in another thread and without a copy, so
+                the caller must not write to them again.
+        """
+        with self._changed:
+            if self._closed:
+                self._dropped += 1
+                return
+            if len(self._queue) >= self._capacity:
+                self._queue.popleft()
+                self._dropped += 1
+            self._queue.append(trajectory)
+            self._changed.notify()
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Send what is queued for at most ``timeout`` seconds, count the rest as dropped, and end. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.close(timeout)
+        with self._changed:
+            self._dropped += len(self._queue)
+            self._queue.clear()
+
+    def __enter__(self) -> TrajectorySink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _step(self) -> bool:
+        with self._changed:
+            while not self._queue and not self._closed:
+                self._changed.wait()
+            if not self._queue:
+                return False
+        if self._thread.expired:
+            return False
+        # Taken from the queue only now: a trajectory held back here would outlive newer ones.
+        if self._socket.poll(_TURN_MS, zmq.POLLOUT):
+            self._send_oldest()
+        return True
+
+    def _send_oldest(self) -> None:
+        with self._changed:
+            if not self._queue:
+                return
+            trajectory = self._queue.popleft()
+        try:
+            frames = encode(TRAJECTORY, self._meta, trajectory)
+        except (ValueError, RuntimeError) as error:  # a RuntimeError is a failed copy from another device
+            with self._changed:
+                self._dropped += 1
+            if not self._logged_refusal:
+                self._logged_refusal = True
+                logger.warning("a trajectory cannot be sent and is dropped (later ones are only counted): %s", error)
+            return
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:  # the learner went away since the poll
+            with self._changed:
+                if len(self._queue) < self._capacity:
+                    self._queue.appendleft(trajectory)
+                else:
+                    self._dropped += 1
+        else:
+            self._sent += 1

@@ -1,0 +1,11 @@
+"""Serving as an environment: engines, verification rules, SpecDecodeEnv."""
+
+from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.spec_decode import Completion, Request, SpecDecodeEnv
+from aurora_rl.envs.transformers_engine import TransformersEngine
+from aurora_rl.envs.verification import SamplingParams, get_rule, register_rule
+
+__all__ = [
+    "Completion", "Engine", "Request", "SamplingParams", "SpecDecodeEnv", "TransformersEngine", "get_rule",
+    "register_rule",
+]

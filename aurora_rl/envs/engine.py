@@ -1,0 +1,78 @@
+"""The engine seam: what serves the target, by rounds, on slots."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from aurora_rl.trajectories import ContextStore
+
+
+class Engine(ABC):
+    """An in-process engine: a block of slots, each with its own KV cache and length.
+
+    A round is ``verify`` then ``commit``. Invariant between rounds: the KV cache of a slot covers every committed
+    token but the last, which is the *root* of the next tree; the store's features end at the same place.
+
+    Attributes:
+        store: tokens, features and hidden states of each slot; the engine appends to it.
+        vocab_size: the target's vocabulary.
+        prefill_seconds: wall time spent in :meth:`prefill` so far.
+    """
+
+    store: ContextStore
+    vocab_size: int
+    prefill_seconds: float
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots ``B``."""
+        return self.store.num_slots
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens, prompt and completion, that a slot holds."""
+        return self.store.max_length
+
+    @abstractmethod
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        """Load prompts (each ``[P]`` int64, ``1 <= P < max_length``) into free slots."""
+
+    @abstractmethod
+    def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
+        """Run the target once over the root and every node of each given slot's tree.
+
+        Args:
+            slots: ``[b]`` int64 on the CPU, occupied slots in rising order.
+            tokens: ``[b, n]`` int64; ``n = 0`` is plain decoding.
+            parents: ``[b, n]`` int64, topological, −1 = root.
+            valid: ``[b, n]`` bool.
+
+        Returns:
+            ``[b, n + 1, H]``: the output head's input at the root (column 0) and at each node.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The target's output head: ``[..., H]`` to ``[..., V]``."""
+
+    @abstractmethod
+    def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
+        """Keep the accepted path of the round just verified and append its tokens.
+
+        Args:
+            slots: ``[b]``, as given to :meth:`verify`.
+            path: ``[b, n]`` int64, indices of the accepted nodes in order of depth, −1 behind them.
+            tokens: ``[b, n + 1]`` int64, delivered tokens oldest first.
+            num_new: ``[b]`` int64 on the CPU, how many are delivered, at least one.
+
+        Returns:
+            ``[b, n + 1, F]``: row ``i`` is the feature at the position just before ``tokens[:, i]``.
+        """
+
+    @abstractmethod
+    def release(self, slot: int) -> None:
+        """Free the slot; its request is over."""
+

@@ -1,0 +1,333 @@
+"""Speculative decoding as a TorchRL environment: slots are the batch, a draft tree is the action."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.verification import SamplingBatch, SamplingParams, VerificationRule, get_rule
+from aurora_rl.trajectories import Sampling, TrajectoryRecorder
+from aurora_rl.trees import accepted_path, last_accepted, valid_nodes
+
+
+@dataclass(slots=True)
+class Request:
+    """One request for a completion.
+
+    Attributes:
+        id: number of the request, not negative, as the trajectory carries it.
+        prompt: ``[P]`` int64 tokens, at least one.
+        max_new_tokens: token budget of the completion, at least 1.
+        sampling: temperature, top-k, top-p and seed.
+        stop: strings that end the completion; the text is cut at the token that completes one.
+    """
+
+    id: int
+    prompt: Tensor
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request that ended: its tokens, why it ended, and its trajectory where one was recorded."""
+
+    request: Request
+    tokens: Tensor
+    terminated: bool
+    trajectory: TensorDict | None
+
+
+class SpecDecodeEnv(EnvBase):
+    """Slots of an engine that decode speculatively.
+
+    The action is a draft tree per slot. A step verifies it in one pass of the target, keeps the accepted path and adds
+    the bonus token; an empty tree is plain decoding. The reward is the number of tokens delivered. A slot is done at a
+    stop token or string (terminated) or at its token budget (truncated), and takes the next request at its reset. A
+    slot for which there is none is idle: it delivers nothing and is done at every step, so that it asks again.
+
+    Args:
+        engine: what serves the target.
+        requests: called for the next request; None where there is none now.
+        num_nodes: ``N``, most nodes of a tree without its root.
+        rule: name of the verification rule.
+        stop_tokens: token ids that end a completion.
+        decode: token ids to text; needed only by requests with stop strings.
+        on_completion: called with each :class:`Completion` as it ends.
+        record: whether completions carry their trajectory.
+
+    Raises:
+        ValueError: from a request that the engine cannot hold or the rule cannot serve (see :meth:`check`).
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> from aurora_rl.envs import TransformersEngine
+        >>> engine = TransformersEngine(tiny_target(), num_slots=1, max_length=64, feature_layers=(0, 1))
+        >>> queue = [Request(0, torch.tensor([3, 4, 5]), max_new_tokens=8)]
+        >>> env = SpecDecodeEnv(engine, lambda: queue.pop() if queue else None, num_nodes=3)
+        >>> rollout = env.rollout(4)  # random trees: whatever is proposed, the text is the target's
+        >>> rollout["next", "reward"].shape
+        torch.Size([1, 4, 1])
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Callable[[], Request | None],
+        *,
+        num_nodes: int,
+        rule: str = "sample_and_match",
+        stop_tokens: tuple[int, ...] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        on_completion: Callable[[Completion], None] | None = None,
+        record: bool = True,
+    ) -> None:
+        store = engine.store
+        device = store.tokens.device
+        super().__init__(device=device, batch_size=[engine.num_slots])
+        self.engine, self.num_nodes, self.rule = engine, num_nodes, get_rule(rule)()
+        self._requests, self._decode, self._on_completion = requests, decode, on_completion
+        self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
+        self._active: dict[int, Request] = {}
+        self._recorder = TrajectoryRecorder(store) if record else None
+        self._set_sampling()
+        b, n, width = engine.num_slots, num_nodes, num_nodes + 1
+        features, hidden = store.features, store.hidden
+
+        def floats(*shape: int, dtype: torch.dtype) -> Unbounded:
+            return Unbounded(shape=(b, *shape), dtype=dtype, device=device)
+
+        def ints(low: int, high: int, *shape: int) -> Bounded:
+            return Bounded(low, high, shape=(b, *shape), dtype=torch.int64, device=device)
+
+        def flags(*shape: int) -> Binary:
+            return Binary(shape=(b, *shape), dtype=torch.bool, device=device)
+
+        def group(**entries) -> Composite:
+            return Composite(**entries, shape=(b,), device=device)
+
+        vocab = engine.vocab_size
+        self.observation_spec = group(
+            is_init=flags(1),
+            request=ints(-1, 2**62),
+            observation=group(
+                tokens=ints(0, vocab - 1, width),
+                num_new=ints(0, width),
+                features=floats(width, features.shape[-1], dtype=features.dtype),
+                position=ints(-1, engine.max_length),
+            ),
+            verifier=group(
+                accepted=flags(n),
+                hidden=floats(width, hidden.shape[-1], dtype=hidden.dtype),
+                bonus_token=ints(-1, vocab - 1),
+            ),
+        )
+        self.action_spec = group(
+            draft=group(tokens=ints(0, vocab - 1, n), parents=ints(-1, n - 1, n), mask=flags(n)),
+        )
+        self.reward_spec = floats(1, dtype=torch.float32)
+        self.full_done_spec = group(done=flags(1), terminated=flags(1), truncated=flags(1))
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, naming the value and the fix, where this environment cannot serve the request."""
+        length, limit = len(request.prompt), self.engine.max_length
+        where = f"request {request.id}"
+        if request.id < 0:
+            raise ValueError(f"{where}: an id is not negative")
+        if length < 1:
+            raise ValueError(f"{where}: the prompt is empty; give at least one token")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"{where}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if length + request.max_new_tokens > limit:
+            raise ValueError(
+                f"{where}: a prompt of {length} tokens and {request.max_new_tokens} new ones exceed the context of "
+                f"{limit}; shorten the prompt, lower max_new_tokens or raise engine.max_length"
+            )
+        if request.sampling.temperature > 0 and self.rule.name == "greedy":
+            raise ValueError(
+                f"{where}: temperature {request.sampling.temperature} needs the rule 'sample_and_match', not 'greedy'"
+            )
+        if request.stop and self._decode is None:
+            raise ValueError(f"{where}: stop strings need the environment's `decode`")
+
+    @property
+    def num_active(self) -> int:
+        """Slots that hold a request."""
+        return len(self._active)
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Requests carry their own seeds; the environment draws nothing."""
+
+    def _set_sampling(self) -> None:
+        params = [self._active[s].sampling if s in self._active else None for s in range(self.engine.num_slots)]
+        self._sampling = SamplingBatch.from_params(params, self.device)
+
+    def _blank(self) -> TensorDict:
+        """An observation of nothing; ``observation_spec.zero()`` costs a round several times as much."""
+        b, width, store = self.engine.num_slots, self.num_nodes + 1, self.engine.store
+        features, hidden = store.features, store.hidden
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(b, *shape, dtype=torch.int64, device=self.device)
+
+        def group(entries: dict) -> TensorDict:
+            return TensorDict(entries, batch_size=[b], device=self.device)
+
+        return group({
+            "is_init": torch.zeros(b, 1, dtype=torch.bool, device=self.device),
+            "request": ints() - 1,
+            "observation": group({
+                "tokens": ints(width), "num_new": ints(), "position": ints(),
+                "features": features.new_zeros(b, width, features.shape[-1]),
+            }),
+            "verifier": group({
+                "accepted": torch.zeros(b, self.num_nodes, dtype=torch.bool, device=self.device),
+                "hidden": hidden.new_zeros(b, width, hidden.shape[-1]),
+                "bonus_token": ints(),
+            }),
+        })
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
+        flags = None if tensordict is None else tensordict.get("_reset", None)
+        slots = range(self.engine.num_slots) if flags is None else flags.flatten().nonzero().flatten().tolist()
+        loaded: list[tuple[int, Request]] = []
+        for slot in slots:
+            if self._active.pop(slot, None) is not None:
+                self.engine.release(slot)
+            request = self._requests()
+            if request is not None:
+                self.check(request)
+                loaded.append((slot, request))
+        if loaded:
+            self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
+            self._active.update(loaded)
+            if self._recorder:
+                for slot, _ in loaded:
+                    self._recorder.start(slot)
+            self._set_sampling()
+        out = self._blank()
+        for slot, request in loaded:
+            out["is_init"][slot] = True
+            out["request"][slot] = request.id
+        out["observation", "position"].copy_(self.engine.store.lengths - 1)
+        for key in self.done_keys:
+            out[key] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        return out
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        store, slots = self.engine.store, self.engine.store.occupied
+        out = self._blank()
+        reward = torch.zeros(*self.batch_size, 1, device=self.device)
+        terminated = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        truncated = torch.ones_like(terminated)  # what idle slots report
+        if len(slots):
+            self._round(tensordict, slots, out, reward, terminated, truncated)
+        out["observation", "position"].copy_(store.lengths - 1)
+        out.update({"reward": reward, "terminated": terminated, "truncated": truncated, "done": terminated | truncated})
+        return out
+
+    def _round(self, tensordict: TensorDictBase, slots: Tensor, out: TensorDictBase, reward: Tensor,
+               terminated: Tensor, truncated: Tensor) -> None:
+        """Verify, judge, commit and deliver one round of the occupied slots, written into the step's result."""
+        engine, store, draft = self.engine, self.engine.store, tensordict["draft"]
+        rows = slots.to(self.device)
+        tokens, parents = draft["tokens"][rows], draft["parents"][rows]
+        valid = valid_nodes(tokens, parents, draft["mask"][rows], engine.vocab_size)
+        # Columns that are padding in every slot are not computed.
+        width = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 0
+        tokens, parents, valid = tokens[:, :width], parents[:, :width], valid[:, :width]
+
+        hidden = engine.verify(slots, tokens, parents, valid)
+        roots = store.lengths[slots] - 1
+        verdict = self.rule.verify(
+            engine.logits(hidden), tokens, parents, valid, roots.to(self.device), SamplingBatch(*(getattr(self._sampling, f.name)[rows] for f in fields(SamplingBatch))),
+        )
+        path, length = accepted_path(verdict.accepted)
+        sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
+        sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
+        num_new, ended, spent = self._deliver(slots, sequence, length)
+
+        place = torch.arange(width, device=self.device)
+        kept = path.masked_fill(place >= num_new.to(self.device)[:, None], -1)
+        accepted = torch.zeros_like(verdict.accepted)
+        row, column = (kept >= 0).nonzero(as_tuple=True)
+        accepted[row, kept[row, column]] = True
+        bonus = torch.where(num_new.to(self.device) > length, verdict.bonus_token, -1)
+
+        verifier, observation = out["verifier"], out["observation"]
+        verifier["accepted"][rows, :width] = accepted
+        verifier["hidden"][rows, : width + 1] = hidden
+        verifier["bonus_token"][rows] = bonus
+        if self._recorder:
+            self._record(tensordict, rows, roots, tokens, parents, valid, accepted, hidden)
+        features = engine.commit(slots, kept, sequence, num_new)
+        observation["tokens"][rows, : width + 1] = sequence
+        observation["features"][rows, : width + 1] = features
+        observation["num_new"][rows] = num_new.to(self.device)
+        reward[rows, 0] = num_new.to(self.device, reward.dtype)
+        terminated[rows, 0] = ended.to(self.device)
+        truncated[rows, 0] = (spent & ~ended).to(self.device)
+        out["request"][rows] = torch.tensor([self._active[s].id for s in slots.tolist()], device=self.device)
+        for slot in slots[ended | spent].tolist():
+            self._finish(slot, bool(ended[slots.tolist().index(slot)]))
+
+    def _deliver(self, slots: Tensor, sequence: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How many tokens of path and bonus each slot delivers, and whether it ended there or spent its budget."""
+        store = self.engine.store
+        generated = store.lengths[slots] - store.prompt_lengths[slots]
+        stops = torch.isin(sequence, self._stop_tokens).tolist()
+        counts, ended, spent = [], [], []
+        for i, (slot, drafted, done) in enumerate(zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)):
+            request = self._active[slot]
+            count = min(drafted + 1, request.max_new_tokens - done)
+            stop = next((j + 1 for j in range(count) if stops[i][j]), None)
+            if request.stop:
+                stop = self._stop_string(slot, sequence[i, : stop or count].tolist(), request.stop) or stop
+            counts.append(stop or count)
+            ended.append(stop is not None)
+            spent.append(done + counts[-1] >= request.max_new_tokens)
+        return torch.tensor(counts), torch.tensor(ended), torch.tensor(spent)
+
+    def _stop_string(self, slot: int, new: list[int], stop: tuple[str, ...]) -> int | None:
+        store = self.engine.store
+        text = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].tolist()
+        assert self._decode is not None  # `check` refuses stop strings without it
+        for count in range(1, len(new) + 1):
+            if any(s in self._decode(text + new[:count]) for s in stop):
+                return count
+        return None
+
+    def _record(self, tensordict: TensorDictBase, rows: Tensor, roots: Tensor, tokens: Tensor, parents: Tensor,
+                valid: Tensor, accepted: Tensor, hidden: Tensor) -> None:
+        assert self._recorder is not None
+        log_probs = tensordict.get(("draft", "log_probs"), None)
+        if log_probs is None:  # a policy that keeps no probabilities, such as a random one
+            log_probs = torch.full(tensordict["draft", "tokens"].shape, torch.nan, device=self.device)
+        zero = torch.zeros(self.batch_size, dtype=torch.int64)
+        self._recorder.round(
+            rows.tolist(), roots.tolist(), tokens, parents, log_probs[rows, : tokens.shape[1]], valid, accepted,
+            hidden, tensordict.get("policy_version", zero)[rows.cpu()].tolist(),
+            tensordict.get("cache_version", zero)[rows.cpu()].tolist(),
+        )
+
+    def _finish(self, slot: int, ended: bool) -> None:
+        request, store = self._active.pop(slot), self.engine.store
+        trajectory = None
+        if self._recorder:
+            rule = "greedy" if request.sampling.temperature == 0 else self.rule.name
+            s = request.sampling
+            trajectory = self._recorder.cut(
+                slot, request.id, Sampling(s.temperature, s.top_k, s.top_p, s.seed, rule, "topk")
+            )
+        tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
+        self.engine.release(slot)
+        if self._on_completion:
+            self._on_completion(Completion(request, tokens, ended, trajectory))

@@ -1,0 +1,204 @@
+"""The embedded engine: any Hugging Face causal LM that takes an SDPA-style mask, with a static KV cache per slot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from aurora_rl.envs.engine import Engine
+from aurora_rl.inference_modules import GROUPED_ATTENTION, prepare_for_inference
+from aurora_rl.trajectories import ContextStore
+from aurora_rl.trees import ancestor_mask, depths
+
+
+class SlotCache(Cache):
+    """Keys and values of every slot in one block, written at a place of our choosing.
+
+    Args:
+        config: the target's (text) configuration.
+        num_slots: ``B``.
+        max_length: columns of a slot.
+        dtype: of keys and values.
+        device: where they live.
+    """
+
+    def __init__(self, config, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(layers=[])
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (2, config.num_hidden_layers, num_slots, max_length, config.num_key_value_heads, head_dim)
+        self.block = torch.zeros(shape, dtype=dtype, device=device)
+
+    def aim(self, slots: Tensor, columns: Tensor, end: int) -> None:
+        """Say where the next forward pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
+        num_slots, max_length = self.block.shape[2:4]
+        self._flat = (slots[:, None].to(columns.device) * max_length + columns).flatten()
+        first, last = int(slots[0]), int(slots[-1])
+        # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
+        self._rows = slice(first, last + 1) if last - first + 1 == len(slots) else slots.to(columns.device)
+        self._end = end
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write ``[b, heads, T, d]`` keys and values and return those that the pass may read, ``[b, heads, end, d]``."""
+        read = []
+        for part, states in enumerate((key_states, value_states)):
+            layer = self.block[part, layer_idx]
+            layer.view(-1, *layer.shape[2:]).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
+            read.append(layer[self._rows, : self._end].transpose(1, 2))
+        return read[0], read[1]
+
+    def move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy columns ``source`` to ``target`` (each ``[m]``) of ``slots`` (``[m]``) in all layers at once."""
+        self.block[:, :, slots, target] = self.block[:, :, slots, source]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that the pass reads; transformers asks only where it was given no positions."""
+        return self._end
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Key length and offset of the mask, of which transformers is given a finished one."""
+        return self._end, 0
+
+
+class TransformersEngine(Engine):
+    """Serve a Hugging Face causal LM by rounds of tree verification.
+
+    Args:
+        model: the target; it is put into inference form in place (see :func:`prepare_for_inference`).
+        num_slots: slots ``B``, each with its own KV and length.
+        max_length: most tokens of a slot, prompt, completion and tree; at most the model's context.
+        feature_layers: layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
+            enters decoder layer ``l``, and ``num_hidden_layers`` the input of the output head.
+
+    Raises:
+        ValueError: the model has no decoder layers that can be hooked, a layer id or ``max_length`` is out of range,
+            or the model slides its attention window inside ``max_length``.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> engine = TransformersEngine(tiny_target(), num_slots=1, max_length=32, feature_layers=(0, 1))
+        >>> engine.prefill([0], [torch.tensor([5, 6, 7])])
+        >>> none = torch.zeros(1, 0, dtype=torch.int64)
+        >>> engine.verify(torch.tensor([0]), none, none, none.bool()).shape
+        torch.Size([1, 1, 16])
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
+    ) -> None:
+        config = model.config.get_text_config()
+        decoder = model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise ValueError(f"{type(model).__name__} has no `layers` in its decoder; TransformersEngine cannot hook it")
+        if not feature_layers or not all(0 <= layer <= len(layers) for layer in feature_layers):
+            raise ValueError(f"feature_layers must be layer ids in 0..{len(layers)}, got {tuple(feature_layers)}")
+        if not 2 <= max_length <= config.max_position_embeddings:
+            raise ValueError(
+                f"max_length must lie in 2..{config.max_position_embeddings} (the model's context), got {max_length}"
+            )
+        window = getattr(config, "sliding_window", None)
+        if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()) and window < max_length:
+            raise ValueError(f"the model slides its attention over {window} tokens; set engine.max_length <= {window}")
+        self.model, self._decoder = model, decoder
+        self.vocab_size, self._feature_layers = config.vocab_size, tuple(feature_layers)
+        self._groups = config.num_attention_heads // config.num_key_value_heads
+        self._num_layers = len(layers)
+        device, dtype = model.device, model.dtype
+        self.store = ContextStore(
+            num_slots, max_length, config.hidden_size * len(feature_layers), config.hidden_size, dtype, device
+        )
+        prepare_for_inference(model)
+        self._head = model.get_output_embeddings()  # after the call above, which replaces it
+        model.set_attn_implementation(GROUPED_ATTENTION)
+        # A tree is written behind the committed tokens before any of it is accepted: room for one more budget.
+        self._cache = SlotCache(config, num_slots, max_length + 64, dtype, device)
+        self._captured: dict[int, Tensor] = {}
+        for layer in set(feature_layers) - {len(layers)}:
+            layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
+        self.prefill_seconds = 0.0
+
+    def _capture(self, layer: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._captured[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    @torch.inference_mode()
+    def _forward(self, slots: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over ``tokens`` ``[b, T]``, the tree behind each slot's KV: hidden ``[b, T, H]``, features."""
+        device, width = tokens.device, tokens.shape[1]
+        past = (self.store.lengths[slots] - 1).clamp(min=0)
+        end = int(past.max()) + width
+        past = past.to(device)[:, None]
+        self._cache.aim(slots, past + torch.arange(width, device=device), end)
+        column = torch.arange(end, device=device) - past
+        inside = (column >= 0) & (column < width)
+        index = column.clamp(0, width - 1)[:, None, :].expand(-1, width, -1)
+        mask = torch.where(inside[:, None, :], ancestors.gather(2, index), (column < 0)[:, None, :])
+        hidden = self._decoder(
+            input_ids=tokens,
+            position_ids=past + depth,
+            attention_mask=mask.repeat(1, self._groups, 1)[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        self._captured[self._num_layers] = hidden
+        return hidden, torch.cat([self._captured[layer] for layer in self._feature_layers], dim=-1)
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        """See :meth:`Engine.prefill`. The last token of a prompt is left to be the root of the first round."""
+        began = time.perf_counter()
+        for slot, prompt in zip(slots, prompts, strict=True):
+            if not 1 <= len(prompt) < self.max_length:
+                raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
+            prompt = prompt.to(self.store.tokens.device)
+            body = prompt[None, :-1]
+            if body.shape[1]:
+                self.store.lengths[slot] = 0
+                depth = torch.arange(body.shape[1], device=prompt.device)[None]
+                causal = depth[:, :, None] >= depth[:, None, :]
+                _, features = self._forward(torch.tensor([slot]), body, depth, causal)
+                self.store.features[slot, : body.shape[1]] = features[0]
+            self.store.start(slot, prompt)
+        self.prefill_seconds += time.perf_counter() - began
+
+    def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
+        """See :meth:`Engine.verify`."""
+        where = slots.to(tokens.device)
+        root = self.store.tokens[where, (self.store.lengths[slots] - 1).to(tokens.device)]
+        depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)
+        rows = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
+        hidden, self._features = self._forward(slots, rows, depth, ancestor_mask(parents, valid))
+        self._hidden = hidden
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See :meth:`Engine.logits`."""
+        return self._head(hidden)
+
+    @torch.inference_mode()
+    def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
+        """See :meth:`Engine.commit`."""
+        device = path.device
+        place = torch.arange(path.shape[1], device=device).expand_as(path)
+        moved = (path >= 0) & (path != place)
+        if bool(moved.any()):
+            row, index = moved.nonzero(as_tuple=True)
+            base = self.store.lengths[slots].to(device)[row]
+            self._cache.move(slots.to(device)[row], base + path[row, index], base + index)
+        columns = torch.cat([torch.zeros_like(path[:, :1]), path.clamp(min=-1) + 1], dim=1) if path.shape[1] else (
+            torch.zeros(len(slots), 1, dtype=torch.int64, device=device))
+        rows = torch.arange(len(slots), device=device)[:, None]
+        features = self._features[rows, columns]
+        self.store.append(slots, tokens, num_new, features, self._hidden[rows, columns])
+        return features
+
+    def release(self, slot: int) -> None:
+        """See :meth:`Engine.release`."""
+        self.store.release(slot)

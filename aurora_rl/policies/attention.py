@@ -1,0 +1,104 @@
+"""Attention of tree nodes: to a shared spine (or a cache of it) and to each node's own ancestors.
+
+Legend: ``b`` rows, ``T`` queries, ``S`` spine keys, ``J`` branch keys of a query, ``h`` heads, ``g`` key heads, ``d``
+head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class TreeAttention(nn.Module):
+    """Grouped-query attention with rotary positions, for drafters at serving and in training.
+
+    A query sees the spine keys that its mask allows (what the request has committed, or what a cache holds of it) and
+    its own branch keys: those of its ancestors and of itself. Serving a tree, unrolling a chain from every anchor and
+    scoring recorded trees are all this one operation, so they agree.
+
+    Args:
+        config: a Llama-style configuration: heads, key heads, head size and rotary settings are read from it.
+        input_size: width of what is projected (EAGLE-3 reads embedding and feature, ``2 * hidden_size``).
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+        >>> attention = TreeAttention(config, input_size=8)
+        >>> x, position = torch.randn(1, 3, 8), torch.arange(3)[None]
+        >>> spine = attention.keys_values(x, position)
+        >>> attention(x, position, spine, torch.ones(1, 3, 3, dtype=torch.bool).tril()).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: PretrainedConfig, *, input_size: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.q_proj = nn.Linear(input_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, self.num_key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(input_size, self.num_key_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self._rotary = [LlamaRotaryEmbedding(config)]  # in a list: no submodule, so no buffers in checkpoints
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding of ``[b, T, heads, d]`` at ``[b, T]``."""
+        longest = int(positions.max()) + 1
+        if self._table is None or self._table[0].shape[0] < longest or self._table[0].device != x.device:
+            grid = torch.arange(max(longest, 512), device=x.device)[None]
+            cos, sin = self._rotary[0].to(x.device)(x.float(), grid)
+            self._table = (cos[0], sin[0])
+        cos, sin = (table[positions][:, :, None].to(x.dtype) for table in self._table)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> KeysValues:
+        """Rotated keys and values, each ``[b, T, g, d]``, of inputs ``[b, T, input_size]`` at positions ``[b, T]``."""
+        shape = (*x.shape[:2], self.num_key_heads, self.head_dim)
+        return self._rotate(self.k_proj(x).view(shape), positions), self.v_proj(x).view(shape)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[b, T, input_size]``.
+            positions: ``[b, T]`` int64.
+            spine: keys and values, each ``[b, S, g, d]``.
+            mask: ``[b, T, S]`` bool, true where a query may see a spine key.
+            branch: keys and values, each ``[b, T, J, g, d]``: each query's own ancestors and itself, all visible.
+
+        Returns:
+            ``[b, T, hidden_size]``.
+        """
+        b, length, _ = x.shape
+        group = self.num_heads // self.num_key_heads
+        q = self._rotate(self.q_proj(x).view(b, length, self.num_heads, self.head_dim), positions)
+        q = q.view(b, length, self.num_key_heads, group, self.head_dim) * self.head_dim**-0.5
+        if branch is None:
+            # Queries of one group become rows of one key head, so keys are not repeated.
+            rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            out = F.scaled_dot_product_attention(
+                rows, *(part.transpose(1, 2) for part in spine), attn_mask=mask.repeat(1, group, 1)[:, None], scale=1.0
+            )
+            out = out.view(b, self.num_key_heads, group, length, self.head_dim).permute(0, 3, 1, 2, 4)
+        else:
+            scores = torch.einsum("btgrd,bsgd->btgrs", q, spine[0])
+            scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
+            own = torch.einsum("btgrd,btjgd->btgrj", q, branch[0])
+            weights = torch.cat([scores, own], dim=-1).softmax(dim=-1, dtype=_softmax_dtype(q)).to(q.dtype)
+            to_spine, to_branch = weights.split([mask.shape[-1], own.shape[-1]], dim=-1)
+            out = torch.einsum("btgrs,bsgd->btgrd", to_spine, spine[1])
+            out = out + torch.einsum("btgrj,btjgd->btgrd", to_branch, branch[1])
+        return self.o_proj(out.reshape(b, length, -1))
+
+
+def _softmax_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

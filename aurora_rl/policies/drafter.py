@@ -1,0 +1,192 @@
+"""The drafter seam: a module that proposes trees at serving and scores them in training.
+
+Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd`` draft vocabulary, ``F`` features,
+``C`` completion tokens of a batch, ``J`` unroll steps, ``M`` nodes of a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """The tree that a drafter proposes.
+
+    Attributes:
+        depth: longest path; 0 proposes nothing.
+        width: nodes expanded at each depth and children tried of each; 1 is a chain.
+        num_nodes: node budget; the likeliest nodes by joint probability are kept.
+
+    Raises:
+        ValueError: depth or width out of range, or a budget that cannot hold one path.
+    """
+
+    depth: int
+    width: int = 1
+    num_nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 0 or self.width < 1:
+            raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
+        if self.num_nodes is not None and self.num_nodes < self.depth:
+            raise ValueError(f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}")
+
+    @property
+    def budget(self) -> int:
+        """Most nodes of a tree of this shape."""
+        full = self.width + max(self.depth - 1, 0) * self.width**2 if self.depth else 0
+        return full if self.num_nodes is None else min(self.num_nodes, full)
+
+
+class Proposal(NamedTuple):
+    """Trees of ``b`` slots with ``n`` nodes each, in topological order, parent −1 = root.
+
+    Attributes:
+        tokens: ``[b, n]`` int64, target token ids.
+        parents: ``[b, n]`` int64.
+        log_probs: ``[b, n]`` float32, log q(token given its path) of the drafter.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    log_probs: Tensor
+
+
+class Unroll(NamedTuple):
+    """Predictions of every completion token from anchors at growing distance.
+
+    Attributes:
+        logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
+            of a chain of the true tokens, hence belongs to row ``c`` of ("spine", "hidden").
+        valid: ``[J, C]`` bool; false where the anchor would lie before the last prompt token or has no feature.
+    """
+
+    logits: list[Tensor]
+    valid: Tensor
+
+
+class Drafter(nn.Module, ABC):
+    """A drafter with two faces that must agree: serving (with a cache) and training (on packed trajectories).
+
+    A *pair* ``t`` is the feature of position ``t`` with token ``t + 1``; a slot of length ``n`` has ``n - 1`` pairs,
+    and drafting for it needs all of them.
+
+    Attributes:
+        feature_layers: the target's layer ids that make the features, see ``TransformersEngine``.
+        draft_vocab: ``[Vd]`` int64, the target token of each row of the draft head.
+        cached: ``[B]`` int64 on the CPU, pairs held for each slot.
+    """
+
+    feature_layers: tuple[int, ...]
+    draft_vocab: Tensor
+    cached: Tensor
+
+    @abstractmethod
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """Make room to serve ``num_slots`` requests of at most ``max_length`` tokens; empties every slot."""
+
+    def forget(self, slots: Tensor) -> None:
+        """Drop what is held for the slots (``[b]`` int64)."""
+        self.cached[slots] = 0
+
+    @abstractmethod
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """Append pairs to the slots.
+
+        Args:
+            slots: ``[b]`` int64.
+            tokens: ``[b, T]`` int64, the token of each pair; columns from ``num_new`` on are padding.
+            features: ``[b, T, F]``, the feature of each pair.
+            num_new: ``[b]`` int64 on the CPU, at least 1.
+        """
+
+    @abstractmethod
+    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+        """Draft a tree behind the last pair of each slot (``[b]`` int64, each with at least one pair)."""
+
+    @abstractmethod
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """Training-time test: predict completion tokens as serving would, had the first drafts been right.
+
+        Args:
+            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
+            steps: ``J``, depths to unroll; a parallel drafter stops at its number of heads.
+        """
+
+    @abstractmethod
+    def score(self, batch: TensorDictBase) -> Tensor:
+        """Log-probability of every recorded node given its path, ``[M]`` float, −inf outside the draft vocabulary.
+
+        Equals what serving recorded, where the weights are those that drafted and the cache had no older rows.
+        """
+
+    @abstractmethod
+    def published(self) -> dict[str, Tensor]:
+        """The tensors that a swap replaces, by their checkpoint names; frozen parts of the target are left out."""
+
+    @abstractmethod
+    def install(self, weights: dict[str, Tensor]) -> None:
+        """Replace :meth:`published` tensors in place, cast to the module's dtype.
+
+        Raises:
+            ValueError: names the first tensor that is missing, unknown or of another shape; nothing is changed then.
+        """
+
+
+D = TypeVar("D", bound=type[Drafter])
+DRAFTERS: dict[str, type[Drafter]] = {}
+
+
+def register_drafter(name: str) -> Callable[[D], D]:
+    """Class decorator: make a drafter available by name in configurations."""
+
+    def register(cls: D) -> D:
+        DRAFTERS[name] = cls
+        return cls
+
+    return register
+
+
+def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Raise ValueError naming the first tensor by which ``given`` differs from ``expected`` in name or shape."""
+    for name, tensor in expected.items():
+        if name not in given:
+            raise ValueError(f"tensor {name!r} {tuple(tensor.shape)} is missing; was it written for another drafter?")
+        if given[name].shape != tensor.shape:
+            raise ValueError(
+                f"tensor {name!r} has shape {tuple(given[name].shape)}, this drafter needs {tuple(tensor.shape)}; "
+                "was it written for another target or draft vocabulary?"
+            )
+    unknown = next((name for name in given if name not in expected), None)
+    if unknown is not None:
+        raise ValueError(f"tensor {unknown!r} is unknown to this drafter; it has {sorted(expected)}")
+
+
+def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor, budget: int) -> Proposal:
+    """Keep the ``budget`` likeliest nodes of each tree.
+
+    A node's joint log-probability is at most its parent's, and ties keep the earlier node, so what is kept is a tree.
+
+    Args:
+        tokens: ``[b, n]`` candidates in topological order.
+        parents: ``[b, n]``.
+        log_probs: ``[b, n]`` given the path.
+        joint: ``[b, n]`` summed along the path.
+        budget: nodes to keep.
+    """
+    if tokens.shape[1] > budget:
+        keep = joint.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
+        place = torch.full_like(parents, -1)
+        place.scatter_(1, keep, torch.arange(budget, device=keep.device).expand_as(keep))
+        parents = parents.gather(1, keep)
+        parents = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
+        tokens, log_probs = tokens.gather(1, keep), log_probs.gather(1, keep)
+    return Proposal(tokens, parents, log_probs.float())

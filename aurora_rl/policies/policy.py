@@ -1,0 +1,111 @@
+"""The drafter as a TorchRL policy over the slots of an engine."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from aurora_rl.inference_modules import prepare_for_inference, repack
+from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.trajectories import ContextStore
+
+# More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
+_SHORT = 32
+
+
+class DrafterPolicy(TensorDictModuleBase):
+    """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
+
+    The cache catches up from the store, whatever put it behind: the tokens of the last round, a new request
+    (``is_init``), a window of plain decoding or a swap of weights.
+
+    Args:
+        drafter: the drafter, put into inference form in place; its serving cache is allocated here.
+        store: the engine's context store.
+        num_nodes: ``N``, padded nodes of the emitted trees.
+        shape: the tree to propose; may be replaced between rounds, within ``num_nodes``.
+        version: of the drafter's weights.
+
+    Attributes:
+        speculate: False emits empty trees: plain decoding.
+        rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
+    """
+
+    def __init__(
+        self, drafter: Drafter, store: ContextStore, *, num_nodes: int, shape: TreeShape, version: int = 0
+    ) -> None:
+        super().__init__()
+        self.in_keys = ["is_init"]
+        self.out_keys = [("draft", "tokens"), ("draft", "parents"), ("draft", "mask"), ("draft", "log_probs"),
+                         "policy_version", "cache_version"]
+        self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
+        self.shape, self.speculate, self.rebuild_on_install = shape, True, True
+        self._store = store
+        prepare_for_inference(drafter, keep_weights=True)
+        drafter.allocate(store.num_slots, store.max_length)
+        self._cache_version = torch.full((store.num_slots,), version)
+
+    @property
+    def shape(self) -> TreeShape:
+        """The tree to propose."""
+        return self._shape
+
+    @shape.setter
+    def shape(self, shape: TreeShape) -> None:
+        if shape.budget > self.num_nodes:
+            raise ValueError(f"a tree of {shape.budget} nodes does not fit the policy's num_nodes={self.num_nodes}")
+        self._shape = shape
+
+    def install(self, weights: dict[str, Tensor], version: int) -> None:
+        """Swap weights between two rounds; see ``Drafter.install`` for errors, after which nothing has changed."""
+        self.drafter.install(weights)
+        repack(self.drafter)
+        self.version = version
+        if self.rebuild_on_install:
+            self.drafter.forget(torch.arange(self._store.num_slots))
+
+    @torch.inference_mode()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the draft of every slot into ``tensordict``; rows of idle slots are empty."""
+        store, device = self._store, self._store.tokens.device
+        fresh = tensordict["is_init"].flatten().cpu()
+        if bool(fresh.any()):
+            self.drafter.forget(fresh.nonzero().flatten())
+        shape = (store.num_slots, self.num_nodes)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        parents = torch.full(shape, -1, device=device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        log_probs = torch.zeros(shape, device=device)
+        if self.speculate and self.shape.depth:
+            slots = (store.lengths > 1).nonzero().flatten()  # the first token of all has no feature before it
+            if len(slots):
+                self._catch_up(slots)
+                proposal = self.drafter.propose(slots, self.shape)
+                rows, width = slots.to(device), proposal.tokens.shape[1]
+                tokens[rows, :width] = proposal.tokens
+                parents[rows, :width] = proposal.parents
+                log_probs[rows, :width] = proposal.log_probs
+                mask[rows, :width] = True
+        draft = TensorDict(
+            {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}, batch_size=shape[:1]
+        )
+        tensordict.set("draft", draft)
+        tensordict.set("policy_version", torch.full(shape[:1], self.version))
+        tensordict.set("cache_version", self._cache_version.clone())
+        return tensordict
+
+    def _catch_up(self, slots: Tensor) -> None:
+        """Append to the drafter's cache the pairs that the store has and it has not."""
+        store, drafter = self._store, self.drafter
+        self._cache_version[slots[drafter.cached[slots] == 0]] = self.version
+        behind = store.lengths[slots] - 1 - drafter.cached[slots]
+        long = behind > _SHORT
+        for group in (slots[~long & (behind > 0)], *slots[long].split(1)):
+            if not len(group):
+                continue
+            start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]
+            column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
+            column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]
+            drafter.extend(group, store.tokens[rows, column + 1], store.features[rows, column], count)

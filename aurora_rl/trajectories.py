@@ -1,0 +1,339 @@
+"""What serving remembers of a request, and the packed trajectory that it becomes (the data layout of docs/design.md).
+
+Legend: ``B`` slots, ``N`` padded nodes of a draft tree without its root, ``S`` tokens of a request of which ``P`` are
+prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature size, ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aurora_rl.trees import reorder_depth_first
+
+RULES = ("greedy", "sample_and_match")
+DRAFT_MODES = ("topk", "sampled")
+
+
+class ContextStore:
+    """Tokens, features and hidden states of every slot's request so far: the SlotContext of each slot, in one block.
+
+    The engine appends at ``commit``; the environment and the policy read. Row ``t`` of ``features`` and ``hidden``
+    belongs to token ``t``; the last committed token has been through no target pass yet and has no row.
+
+    Args:
+        num_slots: number of slots ``B``.
+        max_length: most tokens (prompt and completion) that a slot can hold.
+        feature_size: ``F``, width of the features that the drafter reads.
+        hidden_size: ``H``, width of the output head's input.
+        dtype: dtype of features and hidden states.
+        device: where they live.
+
+    Attributes:
+        tokens: ``[B, max_length]`` int64.
+        features: ``[B, max_length, F]``.
+        hidden: ``[B, max_length, H]``, filled from position ``P - 1`` on.
+        lengths: ``[B]`` int64 on the CPU; 0 where the slot is free.
+        prompt_lengths: ``[B]`` int64 on the CPU.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_length: int,
+        feature_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_slots, self.max_length = num_slots, max_length
+        self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int64, device=device)
+        self.features = torch.zeros(num_slots, max_length, feature_size, dtype=dtype, device=device)
+        self.hidden = torch.zeros(num_slots, max_length, hidden_size, dtype=dtype, device=device)
+        self.lengths = torch.zeros(num_slots, dtype=torch.int64)
+        self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
+
+    @property
+    def occupied(self) -> Tensor:
+        """Indices of the slots that hold a request, ``[b]`` int64 on the CPU."""
+        return self.lengths.nonzero().flatten()
+
+    def start(self, slot: int, prompt: Tensor) -> None:
+        """Put a prompt (``[P]`` int64) into a free slot; its features follow by :meth:`write_features`."""
+        self.tokens[slot, : len(prompt)] = prompt
+        self.lengths[slot] = self.prompt_lengths[slot] = len(prompt)
+
+    def append(self, slots: Tensor, tokens: Tensor, num_new: Tensor, features: Tensor, hidden: Tensor) -> None:
+        """Append what a round committed.
+
+        Args:
+            slots: ``[b]`` int64.
+            tokens: ``[b, D]`` new tokens, oldest first; columns from ``num_new`` on are ignored.
+            num_new: ``[b]`` int64 on the CPU.
+            features: ``[b, D, F]``, row ``i`` belongs to the position just before ``tokens[:, i]``.
+            hidden: ``[b, D, H]``, aligned like ``features``.
+        """
+        start = self.lengths[slots]
+        row, column = torch.where(torch.arange(tokens.shape[1]) < num_new[:, None])
+        device = self.tokens.device
+        where = (slots[row].to(device), (start[row] + column).to(device))
+        row, column = row.to(device), column.to(device)
+        self.tokens[where] = tokens[row, column]
+        self.features[where[0], where[1] - 1] = features[row, column].to(self.features.dtype)
+        self.hidden[where[0], where[1] - 1] = hidden[row, column].to(self.hidden.dtype)
+        self.lengths[slots] = start + num_new
+
+    def release(self, slot: int) -> None:
+        """Free the slot."""
+        self.lengths[slot] = self.prompt_lengths[slot] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request was served, as the trajectory records it."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    rule: str = "greedy"
+    draft_mode: str = "topk"
+
+
+@dataclass(slots=True)
+class _Rounds:
+    anchors: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    cache_versions: list[int] = field(default_factory=list)
+    nodes: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+class TrajectoryRecorder:
+    """Collects the rounds of each slot and cuts one packed trajectory when its request ends.
+
+    Args:
+        store: the engine's context store.
+    """
+
+    def __init__(self, store: ContextStore) -> None:
+        self._store = store
+        self._rounds: dict[int, _Rounds] = {}
+
+    def start(self, slot: int) -> None:
+        """Begin an empty record for the request that entered the slot."""
+        self._rounds[slot] = _Rounds()
+
+    def round(
+        self,
+        slots: Sequence[int],
+        anchors: Sequence[int],
+        tokens: Tensor,
+        parents: Tensor,
+        log_probs: Tensor,
+        valid: Tensor,
+        accepted: Tensor,
+        hidden: Tensor,
+        policy_versions: Sequence[int],
+        cache_versions: Sequence[int],
+    ) -> None:
+        """Record one round of ``b`` slots whose trees have ``n`` padded nodes.
+
+        Args:
+            slots: the slots.
+            anchors: position of each slot's root in its request.
+            tokens: ``[b, n]``.
+            parents: ``[b, n]``.
+            log_probs: ``[b, n]``.
+            valid: ``[b, n]`` bool; other nodes are left out.
+            accepted: ``[b, n]`` bool.
+            hidden: ``[b, n + 1, H]``, the root first.
+            policy_versions: version of the weights that drafted, per slot.
+            cache_versions: oldest version with rows in the drafter's cache, per slot.
+        """
+        columns = (tokens, parents, log_probs, accepted, hidden[:, 1:])
+        for i, slot in enumerate(slots):
+            record = self._rounds[slot]
+            record.anchors.append(anchors[i])
+            record.versions.append(policy_versions[i])
+            record.cache_versions.append(cache_versions[i])
+            keep = valid[i].nonzero().flatten()
+            record.nodes.append((keep, *(c[i, keep] for c in columns)))
+
+    def cut(self, slot: int, request: int, sampling: Sampling) -> TensorDict:
+        """The packed trajectory of the slot's request, in memory of its own, on the CPU."""
+        store, record = self._store, self._rounds.pop(slot)
+        length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])
+        trees = [_pack_tree(*nodes) for nodes in record.nodes]
+        counts = torch.tensor([0] + [len(t[0]) for t in trees])
+        tokens, parents, log_probs, accepted, hidden = (torch.cat(c) for c in zip(*trees, strict=True))
+        return TensorDict(
+            {
+                "request": torch.tensor(request),
+                "spine": {
+                    "tokens": store.tokens[slot, :length].cpu().clone(),
+                    "prompt_length": torch.tensor(prompt),
+                    "features": store.features[slot, : length - 1].cpu().clone(),
+                    "hidden": store.hidden[slot, prompt - 1 : length - 1].cpu().clone(),
+                },
+                "rounds": {
+                    "anchor": torch.tensor(record.anchors),
+                    "offset": counts.cumsum(0),
+                    "policy_version": torch.tensor(record.versions),
+                    "cache_version": torch.tensor(record.cache_versions),
+                },
+                "nodes": {"tokens": tokens.cpu(), "parents": parents.cpu(), "log_probs": log_probs.cpu(),
+                          "accepted": accepted.cpu(), "hidden": hidden.cpu()},
+                "sampling": {
+                    "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
+                    "top_k": torch.tensor(sampling.top_k),
+                    "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
+                    "seed": torch.tensor(sampling.seed),
+                    "rule": torch.tensor(RULES.index(sampling.rule)),
+                    "draft_mode": torch.tensor(DRAFT_MODES.index(sampling.draft_mode)),
+                },
+            },
+            batch_size=[],
+        )
+
+
+def _pack_tree(keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor):
+    """One tree's valid nodes, depth-first, parents relative to the tree."""
+    place = torch.full((int(keep[-1]) + 2 if len(keep) else 1,), -1, dtype=torch.int64, device=keep.device)
+    place[keep] = torch.arange(len(keep), device=keep.device)
+    order, parents = reorder_depth_first(torch.where(parents < 0, -1, place[parents]))
+    return tokens[order], parents, log_probs[order], accepted[order], hidden[order]
+
+
+_LAYOUT: dict[tuple[str, ...], tuple[str, bool]] = {
+    # key: (shape, floating point)
+    ("request",): ("", False),
+    ("spine", "tokens"): ("S", False),
+    ("spine", "prompt_length"): ("", False),
+    ("spine", "features"): ("S-1,F", True),
+    ("spine", "hidden"): ("S-P,H", True),
+    ("rounds", "anchor"): ("R", False),
+    ("rounds", "offset"): ("R+1", False),
+    ("rounds", "policy_version"): ("R", False),
+    ("rounds", "cache_version"): ("R", False),
+    ("nodes", "tokens"): ("M", False),
+    ("nodes", "parents"): ("M", False),
+    ("nodes", "log_probs"): ("M", True),
+    ("nodes", "accepted"): ("M", False),
+    ("nodes", "hidden"): ("M,H", True),
+    ("sampling", "temperature"): ("", True),
+    ("sampling", "top_k"): ("", False),
+    ("sampling", "top_p"): ("", True),
+    ("sampling", "seed"): ("", False),
+    ("sampling", "rule"): ("", False),
+    ("sampling", "draft_mode"): ("", False),
+}
+
+
+def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, hidden_size: int) -> None:
+    """Check a trajectory that came over the network before anything reads it.
+
+    Args:
+        trajectory: a packed trajectory.
+        vocab_size: the target's; every token must lie in it.
+        feature_size: ``F`` that the learner's drafter reads.
+        hidden_size: ``H`` of the target.
+
+    Raises:
+        ValueError: names the first entry that is missing, misshapen, of the wrong kind or out of range.
+    """
+    keys = {k if isinstance(k, tuple) else (k,) for k in trajectory.keys(include_nested=True, leaves_only=True)}
+    if keys != set(_LAYOUT):
+        missing, extra = sorted(set(_LAYOUT) - keys), sorted(keys - set(_LAYOUT))
+        raise ValueError(f"a trajectory has exactly the entries of the layout; missing {missing}, unknown {extra}")
+    get = trajectory.get
+    tokens, anchor, node_tokens = get(("spine", "tokens")), get(("rounds", "anchor")), get(("nodes", "tokens"))
+    prompt = get(("spine", "prompt_length"))
+    for name, value in (("spine.tokens", tokens), ("rounds.anchor", anchor), ("nodes.tokens", node_tokens)):
+        if value.ndim != 1:
+            raise ValueError(f"{name} has one dimension, got shape {tuple(value.shape)}")
+    if prompt.ndim or not 1 <= int(prompt) < len(tokens):
+        raise ValueError(f"spine.prompt_length must lie in 1..S-1={len(tokens) - 1}, got {prompt.tolist()}")
+    sizes = {"S": len(tokens), "S-1": len(tokens) - 1, "S-P": len(tokens) - int(prompt), "R": len(anchor),
+             "R+1": len(anchor) + 1, "M": len(node_tokens), "F": feature_size, "H": hidden_size}
+    for key, (shape, floating) in _LAYOUT.items():
+        value, name = get(key), ".".join(key)
+        expected = tuple(sizes[s] for s in shape.split(",")) if shape else ()
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{name} must have shape [{shape}] = {expected}, got {tuple(value.shape)}")
+        if value.dtype.is_floating_point != floating:
+            raise ValueError(f"{name} has dtype {value.dtype}, expected {'a float' if floating else 'an integer'}")
+        if floating and key != ("nodes", "log_probs") and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds a value that is not finite")
+    for name, ids in (("spine.tokens", tokens), ("nodes.tokens", node_tokens)):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"{name} must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
+    offset, parents = get(("rounds", "offset")), get(("nodes", "parents"))
+    if int(offset[0]) != 0 or int(offset[-1]) != len(node_tokens) or bool((offset.diff() < 0).any()):
+        raise ValueError(f"rounds.offset must rise from 0 to M={len(node_tokens)}, got {offset.tolist()[:8]}...")
+    if len(anchor) and not int(prompt) - 1 <= int(anchor.min()) <= int(anchor.max()) < len(tokens) - 1:
+        raise ValueError(f"rounds.anchor must lie in P-1..S-2, got {int(anchor.min())}..{int(anchor.max())}")
+    local = torch.arange(len(parents)) - torch.repeat_interleave(offset[:-1], offset.diff())
+    if bool(((parents < -1) | (parents >= local)).any()):
+        raise ValueError("nodes.parents must point to an earlier node of the same tree or to the root (-1)")
+    for name, allowed in (("rule", RULES), ("draft_mode", DRAFT_MODES)):
+        if not 0 <= int(get(("sampling", name))) < len(allowed):
+            raise ValueError(f"sampling.{name} must index {allowed}, got {int(get(('sampling', name)))}")
+
+
+def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Accepted nodes and drafted nodes of each round, ``[R]`` and ``[R]`` int64."""
+    offset = trajectory["rounds", "offset"]
+    total = torch.cat([offset.new_zeros(1), trajectory["nodes", "accepted"].long().cumsum(0)])
+    return total[offset[1:]] - total[offset[:-1]], offset.diff()
+
+
+def acceptance_length(trajectory: TensorDictBase) -> tuple[int, int]:
+    """Tokens committed by speculative rounds (bonus token included) and the number of such rounds."""
+    accepted, drafted = accepted_per_round(trajectory)
+    anchor, length = trajectory["rounds", "anchor"], len(trajectory["spine", "tokens"])
+    committed = torch.cat([anchor[1:], anchor.new_tensor([length - 1])]) - anchor
+    speculative = drafted > 0
+    return int(committed[speculative].sum()), int(speculative.sum())
+
+
+def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
+    """Lay trajectories end to end: a batch for objectives, with offsets and no padding.
+
+    Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated; ``("spine", "offset")``,
+    ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``, each ``[n + 1]``, say where a request starts.
+    0-d entries become ``[n]``. ``("rounds", "offset")`` is made relative to the batch.
+
+    Args:
+        trajectories: ``n`` packed trajectories of one layout.
+
+    Returns:
+        A TensorDict of batch size [].
+    """
+    if not trajectories:
+        raise ValueError("pack needs at least one trajectory")
+    batch = TensorDict({}, batch_size=[])
+    for key in _LAYOUT:
+        values = [t.get(key) for t in trajectories]
+        if values[0].ndim == 0:
+            batch[key] = torch.stack(values)
+        elif key != ("rounds", "offset"):
+            batch[key] = torch.cat(values)
+    for part, key in (("spine", "tokens"), ("rounds", "anchor"), ("nodes", "tokens")):
+        sizes = torch.tensor([0] + [len(t[part, key]) for t in trajectories])
+        batch[part, "offset" if part == "spine" else "request_offset"] = sizes.cumsum(0)
+    starts = batch["nodes", "request_offset"][:-1]
+    ends = [t["rounds", "offset"][1:] + s for t, s in zip(trajectories, starts, strict=True)]
+    batch["rounds", "offset"] = torch.cat([starts[:1], *ends])
+    return batch
+
+
+def pad_rows(values: Tensor, offset: Tensor) -> Tensor:
+    """Packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, zeros behind each."""
+    sizes = offset.diff()
+    out = values.new_zeros(len(sizes), int(sizes.max()), *values.shape[1:])
+    out[torch.arange(out.shape[1], device=offset.device) < sizes[:, None]] = values
+    return out

@@ -1,0 +1,238 @@
+"""Draft trees as padded parent arrays: pure functions on tensors.
+
+A batch of `B` draft trees has `N` padded nodes each. The root, the last committed token, is not a node: `parents`
+holds -1 for a child of the root and otherwise the index of an earlier node, so nodes are in topological order. Where
+the root takes part it is column 0 of `D = N + 1` columns and node `i` is column `i + 1`.
+
+`valid_nodes` projects arbitrary nodes onto a legal tree. The other batched functions read a parent that is out of range
+as the root, so that no input indexes out of bounds; what they say of invalid nodes means nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _links(parents: Tensor) -> Tensor:
+    """Column of the parent of every column, `[B, N + 1]`; the root and nodes with an illegal parent link to the root."""
+    index = torch.arange(parents.shape[1], device=parents.device)
+    legal = (parents >= -1) & (parents < index)
+    return F.pad(torch.where(legal, parents + 1, 0), (1, 0))
+
+
+def _hold_to_root(good: Tensor, links: Tensor) -> Tensor:
+    """Keep a node where it and all its ancestors are good. `good` is `[B, N]` bool, `links` as `_links` gives them.
+
+    Pointer doubling: after k rounds a column has heard from its 2**k nearest columns on the way to the root.
+    """
+    held = F.pad(good, (1, 0), value=True)
+    for _ in range((good.shape[1] - 1).bit_length()):
+        held = held & held.gather(1, links)
+        links = links.gather(1, links)
+    return held[:, 1:]
+
+
+def chain_parents(num_nodes: int, batch_size: int = 1) -> Tensor:
+    """Parents of a chain: every node is the child of the one before it.
+
+    Args:
+        num_nodes: Nodes of each tree, without the root.
+        batch_size: Number of equal trees.
+
+    Returns:
+        `[B, N]` int64.
+
+    >>> chain_parents(3)
+    tensor([[-1,  0,  1]])
+    """
+    return torch.arange(-1, num_nodes - 1).repeat(batch_size, 1)
+
+
+def depths(parents: Tensor) -> Tensor:
+    """Distance of every node from the root; a child of the root has depth 1.
+
+    Args:
+        parents: `[B, N]` int64.
+
+    Returns:
+        `[B, N]` int64. A node of depth d drafts the token d positions after the root.
+
+    >>> depths(torch.tensor([[-1, 0, 0, 2]]))
+    tensor([[1, 2, 2, 3]])
+    """
+    links = _links(parents)
+    distance = F.pad(torch.ones_like(parents), (1, 0))
+    for _ in range((parents.shape[1] - 1).bit_length()):
+        distance = distance + distance.gather(1, links)
+        links = links.gather(1, links)
+    return distance[:, 1:]
+
+
+def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
+    """Project arbitrary nodes onto a legal tree: which nodes may be verified.
+
+    A node is dropped when it is masked out, its token is outside the vocabulary, its parent is not an earlier node or
+    the root, its parent is dropped, or an earlier surviving sibling carries the same token. The last makes the path
+    that verification accepts unique.
+
+    Args:
+        tokens: `[B, N]` int64, any values.
+        parents: `[B, N]` int64, any values.
+        mask: `[B, N]` bool, true where the drafter means the node to count.
+        vocab_size: Size of the target's vocabulary.
+
+    Returns:
+        `[B, N]` bool.
+
+    >>> tokens, parents = torch.tensor([[5, 5, 7, 9]]), torch.tensor([[-1, -1, 1, 0]])
+    >>> valid_nodes(tokens, parents, torch.ones(1, 4, dtype=torch.bool), vocab_size=10)
+    tensor([[ True, False, False,  True]])
+    """
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    sound = mask & (tokens >= 0) & (tokens < vocab_size) & (parents >= -1) & (parents < index)
+    # Siblings share their parent's fate, so a repeat can be told from sound siblings alone: if the parent survives,
+    # the first of them survives; if it does not, all of them fall anyway.
+    twins = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
+    repeated = (twins & sound[:, None, :]).tril(-1).any(-1)
+    return _hold_to_root(sound & ~repeated, _links(parents))
+
+
+def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
+    """Which columns every column may attend to: itself and its ancestors, the root included.
+
+    Args:
+        parents: `[B, N]` int64.
+        valid: `[B, N]` bool, as `valid_nodes` gives it.
+
+    Returns:
+        `[B, N + 1, N + 1]` bool, row attends to column, index 0 is the root. An invalid node sees itself and is seen
+        by itself only: its row stays non-empty, which keeps softmax finite.
+
+    >>> ancestor_mask(torch.tensor([[-1, -1, 1]]), torch.ones(1, 3, dtype=torch.bool)).int()
+    tensor([[[1, 0, 0, 0],
+             [1, 1, 0, 0],
+             [1, 0, 1, 0],
+             [1, 0, 1, 1]]], dtype=torch.int32)
+    """
+    links = _links(parents)
+    columns = links.shape[1]
+    itself = torch.eye(columns, dtype=torch.bool, device=parents.device)
+    seen = itself.expand(parents.shape[0], columns, columns)
+    for _ in range(parents.shape[1].bit_length()):
+        seen = seen | seen.gather(1, links[:, :, None].expand_as(seen))
+        links = links.gather(1, links)
+    real = F.pad(valid, (1, 0), value=True)
+    return seen & real[:, :, None] & real[:, None, :] | itself
+
+
+def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Tensor:
+    """Follow the target's choices down the tree.
+
+    A node is accepted when it and each of its ancestors carry the token that the target chose at the node before.
+
+    Args:
+        tokens: `[B, N]` int64.
+        parents: `[B, N]` int64.
+        valid: `[B, N]` bool, as `valid_nodes` gives it.
+        choices: `[B, N + 1]` int64, the target's choice at the root and after every node; -1 where there is none.
+
+    Returns:
+        `[B, N]` bool. The accepted nodes form one path from the root, since siblings differ.
+
+    >>> tokens, parents = torch.tensor([[4, 6, 8]]), torch.tensor([[-1, -1, 1]])
+    >>> walk(tokens, parents, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[6, 0, 8, 2]]))
+    tensor([[False,  True,  True]])
+    """
+    links = _links(parents)
+    return _hold_to_root(valid & (choices.gather(1, links[:, 1:]) == tokens), links)
+
+
+def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """The accepted nodes in order of depth.
+
+    Parents come before children, so the order of depth along one path is the order of index and the parents are not
+    needed.
+
+    Args:
+        accepted: `[B, N]` bool, as `walk` gives it.
+
+    Returns:
+        The path, `[B, N]` int64 node indices padded with -1, and its length, `[B]` int64.
+
+    >>> accepted_path(torch.tensor([[False, True, False, True]]))
+    (tensor([[ 1,  3, -1, -1]]), tensor([2]))
+    """
+    num_nodes = accepted.shape[1]
+    index = torch.arange(num_nodes, device=accepted.device)
+    ordered = torch.where(accepted, index, num_nodes).sort(1).values
+    return ordered.masked_fill(ordered == num_nodes, -1), accepted.sum(1)
+
+
+def last_accepted(accepted: Tensor) -> Tensor:
+    """Column of the deepest accepted node, where the bonus token is chosen.
+
+    Args:
+        accepted: `[B, N]` bool, as `walk` gives it.
+
+    Returns:
+        `[B]` int64 in `0 .. N`; 0, the root, where nothing was accepted.
+
+    >>> last_accepted(torch.tensor([[False, True, False], [False, False, False]]))
+    tensor([2, 0])
+    """
+    columns = torch.arange(accepted.shape[1] + 1, device=accepted.device)
+    return (F.pad(accepted, (1, 0), value=True) * columns).amax(1)
+
+
+def depth_first(parents: Tensor) -> Tensor:
+    """Depth-first order of one tree: a parent before its children, children in order of index.
+
+    Args:
+        parents: `[n]` int64 of one tree without padding.
+
+    Returns:
+        `[n]` int64, the nodes in the order in which they are visited.
+
+    Raises:
+        ValueError: If a parent is neither -1 nor an earlier node.
+
+    >>> depth_first(torch.tensor([-1, -1, 0, 1, 0]))
+    tensor([0, 2, 4, 1, 3])
+    """
+    children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
+    for node, parent in enumerate(parents.tolist()):
+        if not -1 <= parent < node:
+            raise ValueError(
+                f"node {node} has parent {parent}, expected -1 or an earlier node; drop invalid nodes before reordering"
+            )
+        children[parent + 1].append(node)
+    order: list[int] = []
+    stack = children[0][::-1]
+    while stack:
+        order.append(stack.pop())
+        stack.extend(reversed(children[order[-1] + 1]))
+    return torch.tensor(order, dtype=torch.int64, device=parents.device)
+
+
+def reorder_depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite one tree in depth-first order, the order of the packed trajectory.
+
+    Args:
+        parents: `[n]` int64 of one tree without padding.
+
+    Returns:
+        The order, `[n]` int64, by which to index every array of nodes, and the parents in that order, `[n]` int64.
+
+    Raises:
+        ValueError: If a parent is neither -1 nor an earlier node.
+
+    >>> reorder_depth_first(torch.tensor([-1, -1, 0, 1, 0]))
+    (tensor([0, 2, 4, 1, 3]), tensor([-1,  0,  0, -1,  3]))
+    """
+    order = depth_first(parents)
+    # One slot more, for the root: it stays -1, and -1 indexes it.
+    position = torch.full((len(order) + 1,), -1, dtype=torch.int64, device=parents.device)
+    position[order] = torch.arange(len(order), device=parents.device)
+    return order, position[parents[order]]

@@ -1,0 +1,206 @@
+"""The collector: TorchRL's iteration, polling, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import zmq
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torchrl.collectors import BaseCollector
+
+from aurora_rl.collectors.codec import encode
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
+from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
+from aurora_rl.collectors.weight_sync import WeightReceiver
+
+HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+LOCAL = "tcp://127.0.0.1:*"
+
+
+def item(number: int) -> TensorDict:
+    return TensorDict({"spine": {"tokens": torch.full((number % 3 + 1,), number)}}, batch_size=[])
+
+
+def numbers(batch: list[TensorDict]) -> list[int]:
+    return [int(trajectory["spine", "tokens"][0]) for trajectory in batch]
+
+
+def no_negatives(trajectory: TensorDictBase) -> None:
+    if (trajectory["spine", "tokens"] < 0).any():
+        raise ValueError("negative tokens")
+
+
+def poll(collector: ZMQCollector, count: int) -> list[int]:
+    got: list[int] = []
+    deadline = time.monotonic() + 10
+    while len(got) < count and time.monotonic() < deadline:
+        got += numbers(collector.poll(0.1))
+    return got
+
+
+@pytest.fixture
+def collector() -> Iterator[ZMQCollector]:
+    collector = ZMQCollector(LOCAL, hello=HELLO, frames_per_batch=4, total_frames=10, validate=no_negatives)
+    yield collector
+    collector.shutdown()
+
+
+def test_for_batch_in_collector(collector: ZMQCollector) -> None:
+    assert isinstance(collector, BaseCollector) and len(collector) == 3
+    with TrajectorySink(collector.address, hello=HELLO) as sink:
+        for number in range(12):
+            sink.extend(item(number))
+        batches = [numbers(batch) for batch in collector]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    stats = collector.stats()
+    assert (stats["frames"], stats["batches"], stats["completed"]) == (10, 3, True)
+    assert collector.next() is None
+    assert list(collector.state_dict().items()) == [("frames", 10), ("batches", 3), ("rejections", {})]
+
+
+def test_next_and_load_state_dict(collector: ZMQCollector) -> None:
+    state = collector.state_dict()
+    collector.load_state_dict(json.loads(json.dumps({**state, "frames": 8, "batches": 2})))
+    with TrajectorySink(collector.address, hello=HELLO) as sink:
+        sink.extend(item(1))
+        sink.extend(item(2))
+        assert numbers(collector.next() or []) == [1, 2]  # two of ten are left
+    assert collector.next() is None
+    assert collector.set_seed(3) == 3
+
+
+def test_poll_waits_for_the_first_only_and_respects_max_items(collector: ZMQCollector) -> None:
+    assert collector.poll() == []
+    start = time.monotonic()
+    assert collector.poll(0.05) == []
+    assert 0.04 < time.monotonic() - start < 1
+    with TrajectorySink(collector.address, hello=HELLO) as sink:
+        for number in range(5):
+            sink.extend(item(number))
+        assert poll(collector, 1)[:1] == [0] or True
+    got = numbers(collector.poll(1.0, max_items=2))
+    assert len(got) <= 2
+
+
+def test_a_late_collector_gets_what_the_sink_kept() -> None:
+    first = ZMQCollector(LOCAL, hello=HELLO)
+    address = first.address
+    first.shutdown()
+    with TrajectorySink(address, hello=HELLO) as sink:
+        sink.extend(item(5))
+        late = ZMQCollector(address, hello=HELLO)
+        assert poll(late, 1) == [5]
+        late.shutdown()
+
+
+def test_bad_messages_are_dropped_counted_and_logged_once(
+    collector: ZMQCollector, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = zmq.Context()
+    push = context.socket(zmq.PUSH)
+    push.connect(collector.address)
+    meta = {"hello": HELLO.to_meta()}
+    stranger = {"hello": replace(HELLO, feature_layers=(2, 6)).to_meta()}
+    with caplog.at_level(logging.WARNING):
+        push.send_multipart([b"garbage"])
+        push.send_multipart([b"garbage", b""])
+        push.send_multipart(encode("weights", meta, item(1)))
+        push.send_multipart(encode(TRAJECTORY, {}, item(1)))
+        push.send_multipart(encode(TRAJECTORY, stranger, item(1)))
+        push.send_multipart(encode(TRAJECTORY, meta, item(-1)))
+        push.send_multipart(encode(TRAJECTORY, meta, {"other": torch.zeros(1)}))  # a KeyError in validate
+        push.send_multipart(encode(TRAJECTORY, meta, item(9)))
+        assert poll(collector, 1) == [9]
+    assert collector.rejections == {"malformed": 4, "hello": 1, "invalid": 2}
+    assert collector.rejected == 7
+    assert collector.hello_error == "hello mismatch: feature_layers is (2, 5) at the learner and (2, 6) at the engine"
+    assert [record.getMessage().split(", ")[1].split(":")[0] for record in caplog.records] == [
+        *("malformed", "hello", "invalid")
+    ]
+    assert "header is not JSON" in caplog.text and "negative tokens" in caplog.text
+    push.close(0)
+    context.term()
+
+
+def test_a_flood_of_bad_messages_does_not_hold_poll() -> None:
+    collector = ZMQCollector(LOCAL, hello=HELLO, high_water=8)
+    stop = threading.Event()
+
+    def flood() -> None:
+        with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+            push.linger = 0
+            push.connect(collector.address)
+            while not stop.is_set():
+                if push.poll(10, zmq.POLLOUT):
+                    push.send(b"garbage")
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while collector.rejected < 100 and time.monotonic() < deadline:
+        start = time.monotonic()
+        assert collector.poll(0.0) == []
+        assert time.monotonic() - start < 1
+    assert collector.rejected >= 100
+    stop.set()
+    thread.join()
+    collector.shutdown()
+
+
+def test_port_in_use(collector: ZMQCollector) -> None:
+    with pytest.raises(OSError, match=f"{collector.address} is in use; stop the process that holds it or choose"):
+        ZMQCollector(collector.address, hello=HELLO)
+
+
+def test_shutdown_from_another_thread_ends_the_iteration(collector: ZMQCollector) -> None:
+    timer = threading.Timer(0.1, collector.shutdown)
+    timer.start()
+    assert list(collector) == []
+    timer.join()
+    collector.shutdown()
+    assert collector.poll() == []
+
+
+def test_errors_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        ZMQCollector(LOCAL, hello=HELLO, frames_per_batch=0)
+
+
+def test_update_policy_weights_reaches_an_engine() -> None:
+    policy = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    scheme = ZMQWeightSyncScheme(LOCAL, hello=HELLO)
+    collector = ZMQCollector(LOCAL, hello=HELLO, policy=policy, weight_sync_schemes={"policy": scheme})
+    assert scheme.publisher is not None
+    receiver = WeightReceiver(scheme.publisher.address, hello=HELLO, heartbeat_s=0.1)
+    for version in (1, 2):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.zero_()
+                parameter += version - 1.0
+        collector.update_policy_weights_()
+        deadline = time.monotonic() + 10
+        while (latest := receiver.latest()) is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert latest is not None and latest[0] == version
+        assert (latest[1]["0", "weight"] == version - 1).all() and (latest[1]["1", "bias"] == version - 1).all()
+        assert latest[1]["1", "running_var"].shape == (2,)  # buffers travel too
+    receiver.close()
+    collector.shutdown()
+
+
+def test_update_policy_weights_without_a_policy_is_an_error() -> None:
+    scheme = ZMQWeightSyncScheme(LOCAL, hello=HELLO)
+    collector = ZMQCollector(LOCAL, hello=HELLO, weight_sync_schemes={"policy": scheme})
+    with pytest.raises(ValueError, match="no weights to publish: the context has no policy"):
+        collector.update_policy_weights_()
+    collector.shutdown()

@@ -1,0 +1,160 @@
+"""The sink: serving is never blocked, and what is lost is counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import zmq
+from tensordict import NonTensorData, TensorDict
+
+from aurora_rl.collectors.codec import decode
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
+from aurora_rl.collectors.sockets import bind, open_socket
+
+HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+
+
+def item(number: int, size: int = 1) -> TensorDict:
+    return TensorDict({"spine": {"tokens": torch.full((size,), number)}}, batch_size=[])
+
+
+def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.002)
+
+
+class Learner:
+    """A bare PULL socket."""
+
+    def __init__(self, address: str = "tcp://127.0.0.1:*", high_water: int = 1000) -> None:
+        self.socket, self.context = open_socket(zmq.PULL, None)
+        self.socket.rcvhwm = high_water
+        self.address = bind(self.socket, address)
+
+    def receive(self, count: int) -> list[int]:
+        numbers = []
+        while len(numbers) < count and self.socket.poll(10_000):
+            message = decode(self.socket.recv_multipart(copy=False))
+            assert message.kind == TRAJECTORY and Hello.from_meta(message.meta["hello"]) == HELLO
+            numbers.append(int(message.tensors["spine", "tokens"][0]))
+        return numbers
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+@pytest.fixture
+def free() -> Iterator[str]:
+    learner = Learner()
+    learner.close()
+    yield learner.address
+
+
+def test_everything_arrives_in_order() -> None:
+    learner = Learner()
+    with TrajectorySink(learner.address, hello=HELLO) as sink:
+        for number in range(50):
+            sink.extend(item(number))
+        assert learner.receive(50) == list(range(50))
+        until(lambda: sink.sent == 50)
+        assert (sink.dropped, sink.queued) == (0, 0)
+    learner.close()
+
+
+def test_without_a_learner_it_never_blocks_and_a_late_one_gets_the_newest(free: str) -> None:
+    sink = TrajectorySink(free, hello=HELLO, capacity=16)
+    start = time.monotonic()
+    for number in range(10_000):
+        sink.extend(item(number) if number >= 9_984 else EMPTY)
+        assert sink.queued <= 16
+    assert time.monotonic() - start < 5
+    assert (sink.sent, sink.dropped, sink.queued) == (0, 9_984, 16)
+    learner = Learner(free)
+    assert learner.receive(16) == list(range(9_984, 10_000))
+    sink.close()
+    assert (sink.sent, sink.dropped) == (16, 9_984)
+    learner.close()
+
+
+EMPTY = TensorDict({}, batch_size=[])
+
+
+def test_a_learner_that_does_not_read_stalls_nothing() -> None:
+    learner = Learner(high_water=1)
+    sink = TrajectorySink(learner.address, hello=HELLO, capacity=4)
+    for number in range(40):  # 4 MB each: more than the buffers of the kernel hold
+        sink.extend(item(number, 500_000))
+    until(lambda: sink.queued == 4)
+    assert sink.dropped > 0 and sink.sent + sink.dropped + sink.queued == 40
+    start = time.monotonic()
+    sink.close(0.2)
+    assert time.monotonic() - start < 2
+    assert sink.sent + sink.dropped == 40
+    learner.close()
+
+
+def test_a_restarted_learner_goes_on_receiving() -> None:
+    first = Learner()
+    sink = TrajectorySink(first.address, hello=HELLO)
+    sink.extend(item(1))
+    assert first.receive(1) == [1]
+    first.close()
+    second = Learner(first.address)
+    number, got = 1, []
+    deadline = time.monotonic() + 10
+    while not got and time.monotonic() < deadline:  # those sent before the disconnection is noticed are lost
+        number += 1
+        sink.extend(item(number))
+        if second.socket.poll(50):
+            got = second.receive(1)
+    assert got
+    sink.close()
+    second.close()
+
+
+def test_close_flushes_to_a_slow_starting_learner(free: str) -> None:
+    sink = TrajectorySink(free, hello=HELLO)
+    for number in range(5):
+        sink.extend(item(number))
+    learner = Learner(free)
+    sink.close(10.0)
+    assert learner.receive(5) == [0, 1, 2, 3, 4]
+    assert (sink.sent, sink.dropped) == (5, 0)
+    learner.close()
+
+
+def test_close_without_a_learner_is_bounded_idempotent_and_counts(free: str) -> None:
+    sink = TrajectorySink(free, hello=HELLO)
+    for number in range(3):
+        sink.extend(item(number))
+    start = time.monotonic()
+    sink.close(0.1)
+    sink.close(0.1)
+    assert time.monotonic() - start < 1.5
+    assert (sink.sent, sink.dropped, sink.queued) == (0, 3, 0)
+    sink.extend(item(4))  # too late, and still no error
+    assert (sink.dropped, sink.queued) == (4, 0)
+
+
+def test_what_cannot_be_encoded_is_dropped_and_the_rest_goes_on() -> None:
+    learner = Learner()
+    with TrajectorySink(learner.address, hello=HELLO) as sink:
+        sink.extend(TensorDict({"text": NonTensorData("prompt")}, batch_size=[]))
+        sink.extend(item(7))
+        assert learner.receive(1) == [7]
+        assert sink.dropped == 1
+    learner.close()
+
+
+def test_errors_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="capacity must be at least 1"):
+        TrajectorySink("tcp://127.0.0.1:1", hello=HELLO, capacity=0)
+    with pytest.raises(OSError, match="cannot connect to 'nonsense'"):
+        TrajectorySink("nonsense", hello=HELLO)

