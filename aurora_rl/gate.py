@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_rl.inference_modules import repack
 from aurora_rl.policies.drafter import Drafter, TreeShape
 from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.trajectories import ContextStore
@@ -77,3 +79,85 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         store.lengths[slots] = torch.where(lengths >= ends[slots], 0, lengths)
     prompts = torch.tensor([int(t["spine", "prompt_length"]) for t in trajectories])
     return Replay(ends - prompts, rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the gate found about a candidate.
+
+    Attributes:
+        publish: whether the candidate is to be served.
+        difference: mean over the held-back requests of candidate minus serving acceptance, tokens per round.
+        interval: 95% interval of that mean (normal approximation).
+        candidate: acceptance length of the candidate over these requests.
+        serving: acceptance length of the serving weights.
+        requests: how many were held back.
+    """
+
+    publish: bool
+    difference: float
+    interval: tuple[float, float]
+    candidate: float
+    serving: float
+    requests: int
+
+
+class Gate:
+    """Holds back arrivals while a candidate waits, and compares it with the serving weights on them.
+
+    What decides was seen by neither: the candidate is frozen before the arrivals come, and they are learned from only
+    after the decision.
+
+    Args:
+        requests: ``K``, arrivals of a decision.
+        margin: publish if the mean paired difference in acceptance is above minus this.
+        shape: the tree of the replays.
+        drafter: a drafter of the served kind and dtype, used as scratch.
+    """
+
+    def __init__(self, requests: int, margin: float, shape: TreeShape, drafter: Drafter) -> None:
+        self._requests, self._margin, self._shape, self._drafter = requests, margin, shape, drafter
+        self._held: list[TensorDictBase] = []
+        self.candidate: dict[str, Tensor] | None = None
+
+    def offer(self, candidate: dict[str, Tensor]) -> None:
+        """Freeze a candidate; arrivals are held back from now on."""
+        if self.candidate is not None:
+            raise RuntimeError("the gate is deciding about another candidate")
+        self.candidate = candidate
+
+    def admit(self, arrivals: Sequence[TensorDictBase]) -> list[TensorDictBase]:
+        """Take arrivals; returns those that may be learned from now."""
+        wanted = self._requests - len(self._held) if self.candidate is not None else 0
+        self._held += arrivals[:wanted]
+        return list(arrivals[wanted:])
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough arrivals are held to decide."""
+        return self.candidate is not None and len(self._held) >= self._requests
+
+    def decide(self, serving: dict[str, Tensor]) -> tuple[Decision, list[TensorDictBase]]:
+        """Replay candidate and serving weights on the held-back requests, and release both.
+
+        Args:
+            serving: the weights that are served.
+
+        Returns:
+            The decision, and the requests, which may be learned from now.
+        """
+        assert self.candidate is not None
+        results = []
+        for weights in (self.candidate, serving):
+            self._drafter.install(weights)
+            repack(self._drafter)
+            results.append(replay(self._drafter, self._held, self._shape))
+        new, old = results
+        paired = (new.acceptance - old.acceptance).double()
+        mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
+        decision = Decision(
+            mean > -self._margin, mean, (mean - half, mean + half), new.acceptance_length, old.acceptance_length,
+            len(paired),
+        )
+        released, self._held, self.candidate = self._held, [], None
+        return decision, released

@@ -454,7 +454,7 @@ _POOLS: dict[str, _Pool] = {
         "airline_id distance|schools school_name pupils school_id age|artists stage_name albums artist_id copies|"
         "clinics clinic_name visits clinic_id fee|farms owner harvests farm_id tonnes|teams nickname players team_id "
         "goals|suppliers company parts supplier_id cost|museums museum_name exhibits museum_id insured_value",
-        "landlords family_name flats landlord_id monthly_rent|studios brand films studio_id shooting_cost|banks bank_title "
+        "landlords family_name flats landlord_id monthly_rent|studios brand films studio_id outlay|banks bank_title "
         "loans bank_id principal|breweries trade_name beers brewery_id strength|couriers callsign parcels courier_id "
         "postage|observatories motto telescopes observatory_id aperture",
     ),

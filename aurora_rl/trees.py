@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _links(parents: Tensor) -> Tensor:
-    """Column of the parent of every column, `[B, N + 1]`; the root and nodes with an illegal parent link to the root."""
+    """Parent column of every column, `[B, N + 1]`; the root and nodes with an illegal parent link to the root."""
     index = torch.arange(parents.shape[1], device=parents.device)
     legal = (parents >= -1) & (parents < index)
     return F.pad(torch.where(legal, parents + 1, 0), (1, 0))

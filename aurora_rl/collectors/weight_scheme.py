@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.weight_update import TransportBackend, WeightStrategy, WeightSyncScheme
 from torchrl.weight_update.weight_sync_schemes import register_weight_sync_backend
@@ -32,13 +32,18 @@ class _PublisherTransport:
     def setup_connection_and_weights_on_sender(self) -> None:
         """Nothing to do: engines come when they come."""
 
-    def send_weights(self, weights: TensorDictBase) -> None:
+    def send_weights(self, weights: TensorDictBase | dict[str, Tensor] | None) -> None:
         """Publish under the next version.
+
+        Args:
+            weights: as `WeightSyncScheme.prepare_weights` returns them: nested by module path, or a state dict.
 
         Raises:
             ValueError: if there is nothing to publish.
         """
-        selected = _select(weights, self._key_filter)
+        if isinstance(weights, dict):
+            weights = TensorDict(weights, batch_size=[]).unflatten_keys(".")
+        selected = {} if weights is None else _select(weights, self._key_filter)
         if not selected:  # TorchRL makes an empty TensorDict of a missing policy
             raise ValueError(
                 "there are no weights to publish: the context has no policy, or key_filter excludes them all"

@@ -51,6 +51,7 @@ _TURN_MS = 20
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
 _MAX_ENGINES = 256  # the least recently seen is forgotten; one that still lives introduces itself again within a second
 _MAX_REPLIES = 64
+_MAX_NAME = 256
 _REMEMBERED_CHECKSUMS = 64
 
 
@@ -214,7 +215,7 @@ class WeightPublisher:
 
     def _handle(self, identity: bytes, message: Message) -> None:
         meta = message.meta
-        name = _field(meta, "engine", str)
+        name = _field(meta, "engine", str)[:_MAX_NAME]
         if message.kind == "serving":
             mismatch = self._hello.mismatch(Hello.from_meta(meta.get("hello")))
             if mismatch is not None:

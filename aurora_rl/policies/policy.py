@@ -66,11 +66,25 @@ class DrafterPolicy(TensorDictModuleBase):
         if self.rebuild_on_install:
             self.drafter.forget(torch.arange(self._store.num_slots))
 
-    @torch.inference_mode()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the draft of every slot into ``tensordict``; rows of idle slots are empty."""
+        tensordict.set("draft", self.draft(tensordict["is_init"]))
+        tensordict.set("policy_version", torch.full((self._store.num_slots,), self.version))
+        tensordict.set("cache_version", self._cache_version.clone())
+        return tensordict
+
+    @torch.inference_mode()
+    def draft(self, is_init: Tensor) -> TensorDict:
+        """Draft for every slot.
+
+        Args:
+            is_init: ``[B, 1]`` bool, slots with a new request.
+
+        Returns:
+            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``.
+        """
         store, device = self._store, self._store.tokens.device
-        fresh = tensordict["is_init"].flatten().cpu()
+        fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self.drafter.forget(fresh.nonzero().flatten())
         shape = (store.num_slots, self.num_nodes)
@@ -88,13 +102,9 @@ class DrafterPolicy(TensorDictModuleBase):
                 parents[rows, :width] = proposal.parents
                 log_probs[rows, :width] = proposal.log_probs
                 mask[rows, :width] = True
-        draft = TensorDict(
+        return TensorDict(
             {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}, batch_size=shape[:1]
         )
-        tensordict.set("draft", draft)
-        tensordict.set("policy_version", torch.full(shape[:1], self.version))
-        tensordict.set("cache_version", self._cache_version.clone())
-        return tensordict
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""

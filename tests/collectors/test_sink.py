@@ -9,6 +9,8 @@ import pytest
 import torch
 import zmq
 from tensordict import NonTensorData, TensorDict
+from torchrl.collectors import Collector
+from torchrl.testing.mocking_classes import CountingEnv
 
 from aurora_rl.collectors.codec import decode
 from aurora_rl.collectors.hello import Hello
@@ -158,3 +160,15 @@ def test_errors_of_the_caller() -> None:
         TrajectorySink("tcp://127.0.0.1:1", hello=HELLO, capacity=0)
     with pytest.raises(OSError, match="cannot connect to 'nonsense'"):
         TrajectorySink("nonsense", hello=HELLO)
+
+
+def test_it_serves_as_a_replay_buffer_of_a_torchrl_collector() -> None:
+    learner = Learner()
+    with TrajectorySink(learner.address, hello=HELLO) as sink:
+        collector = Collector(CountingEnv(max_steps=5), None, frames_per_batch=10, total_frames=30, replay_buffer=sink)
+        assert list(collector) == [None, None, None]
+        collector.shutdown()
+        for _ in range(3):
+            assert learner.socket.poll(10_000)
+            assert decode(learner.socket.recv_multipart()).tensors["next", "reward"].shape == (10, 1)
+    learner.close()

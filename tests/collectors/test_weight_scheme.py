@@ -64,11 +64,11 @@ def test_zeroed_weights_arrive_as_zeros_and_filtered_ones_stay(
     receiver.shutdown()
 
 
-def test_modules_and_tensordicts_can_be_sent(pair: tuple[ZMQWeightSyncScheme, Learner]) -> None:
+def test_modules_tensordicts_and_state_dicts_can_be_sent(pair: tuple[ZMQWeightSyncScheme, Learner]) -> None:
     sender, learner = pair
     model = Learner().policy
     receiver = receiver_of(sender, model)
-    for weights in (Learner().policy, TensorDict.from_module(Learner().policy)):
+    for weights in (Learner().policy, TensorDict.from_module(Learner().policy), Learner().policy.state_dict()):
         sender.send(weights)
         received = receiver.receive(timeout=10)
         assert received is not None
@@ -91,6 +91,15 @@ def test_weights_that_do_not_fit_are_rejected_and_nothing_changes(
     assert checksum(TensorDict.from_module(model)) == before
     assert "version 1 is not installed" in caplog.text
     receiver.shutdown()
+
+
+def test_nothing_to_publish_is_an_error() -> None:
+    scheme = ZMQWeightSyncScheme("tcp://127.0.0.1:*", hello=HELLO)
+    scheme.init_on_sender(model_id="policy")
+    scheme.connect()
+    with pytest.raises(ValueError, match="no weights to publish"):
+        scheme.send()
+    scheme.shutdown()
 
 
 def test_a_transport_needs_a_side() -> None:

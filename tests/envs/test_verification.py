@@ -205,11 +205,14 @@ def test_noise_depends_on_its_coordinates_only() -> None:
     assert torch.equal(block[..., :7], gumbel(seeds, positions, 7))
 
 
-def test_noise_is_finite_and_bounded_at_the_ends_of_the_uniform() -> None:
-    lowest, highest = 0.5 / 2**32, 1 - 0.5 / 2**32
-    assert -math.log(-math.log(lowest)) > -3.2 and -math.log(-math.log(highest)) < 22.9
-    noise = gumbel(torch.arange(8), torch.arange(64)[:, None], 4096)
-    assert noise.isfinite().all() and noise.min() > -3.2 and noise.max() < 22.9
+def test_noise_is_finite_where_the_hash_is_all_zeros_or_all_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def extremes(x: Tensor, key: Tensor | int = 0) -> Tensor:
+        return (torch.arange(x.shape[-1]) % 2 * (2**32 - 1)).expand_as(x)
+
+    monkeypatch.setattr(verification, "_hash", extremes)
+    # -log(-log u) at u = 2**-33 and at 1 - 2**-33, where -log u is 2**-33: -log(33 log 2) and 33 log 2.
+    expected = [-math.log(33 * math.log(2)), 33 * math.log(2)]
+    assert gumbel(torch.tensor(0), torch.tensor(0), 2).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def chi_square_z(counts: Tensor) -> float:

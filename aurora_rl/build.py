@@ -1,0 +1,244 @@
+"""From a configuration to the parts of a run. The only place that reads the configuration tree."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aurora_rl.collectors.buffer import trajectory_buffer
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
+from aurora_rl.config import Config, ConfigError
+from aurora_rl.conversations import Conversations
+from aurora_rl.envs import Completion, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.gate import Gate
+from aurora_rl.learner import Learner, drafter_optimizers
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.models import default_dtype, load_target, stop_token_ids
+from aurora_rl.objectives.imitation import ImitationLoss
+from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab
+from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies.length import LengthController
+from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.throughput import ControlWindows
+from aurora_rl.traffic import Prompt, generate, read_jsonl
+from aurora_rl.trajectories import validate
+
+SCHEMA = 1
+"""Version of the trajectory layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    parts: TargetParts
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that ``device`` names; "auto" is CUDA where there is one."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The dtype that ``dtype`` names; "auto" is bfloat16 where the device has it."""
+    return default_dtype(device_of(config)) if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def load(config: Config) -> Target:
+    """Load the target."""
+    model, tokenizer = load_target(config.model, dtype=dtype_of(config), device=device_of(config))
+    return Target(model, tokenizer, TargetParts.of(model))
+
+
+def traffic(config: Config) -> list[Prompt]:
+    """The prompts of the run, all read and checked."""
+    source = config.traffic
+    if source.path is not None:
+        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
+    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+
+
+def conversations(config: Config, target: Target) -> Conversations:
+    """The run's requests, in order."""
+    return Conversations(
+        traffic(config),
+        target.tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        max_length=config.engine.max_length,
+        sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+    )
+
+
+def drafter(config: Config, parts: TargetParts, prompts: list[list[int]] | None = None) -> Drafter:
+    """The drafter that the run starts with, in float32 on the CPU.
+
+    Args:
+        config: names a checkpoint, or the architecture of an untrained drafter.
+        parts: the target's.
+        prompts: first prompts, for the draft vocabulary of an untrained drafter.
+    """
+    settings = config.drafter
+    if settings.name not in DRAFTERS:
+        raise ConfigError(f"drafter.name must be one of {sorted(DRAFTERS)}, got {settings.name!r}")
+    if settings.path is not None:
+        if settings.name != "eagle3":
+            raise ConfigError(f"drafter.path reads EAGLE-3 checkpoints; drafter.name is {settings.name!r}")
+        return load_eagle3(settings.path, parts)
+    torch.manual_seed(config.seed)
+    vocab = choose_draft_vocab(min(settings.vocab_size, parts.head.shape[0]), parts, prompts or [])
+    layers = tuple(settings.feature_layers) if settings.feature_layers else None
+    return DRAFTERS[settings.name].from_target(parts, draft_vocab=vocab, feature_layers=layers)
+
+
+def hello(config: Config, parts: TargetParts, made: Drafter) -> Hello:
+    """What both halves of this run must agree on."""
+    return Hello(
+        schema=SCHEMA,
+        target=parts.digest,
+        head_checksum=checksum({"head": parts.head}),
+        feature_layers=made.feature_layers,
+        draft_map_checksum=checksum({"draft_vocab": made.draft_vocab}),
+        drafter=config.drafter.name,
+    )
+
+
+def shape(config: Config) -> TreeShape:
+    """The tree that the configuration asks for."""
+    settings = config.drafter
+    try:
+        return TreeShape(settings.depth, settings.width, settings.num_nodes)
+    except ValueError as error:
+        raise ConfigError(f"drafter: {error}") from error
+
+
+class Serving:
+    """The serving half of a run: engine, environment, policy and server, with its ends of the wire.
+
+    Args:
+        config: the run's.
+        target: the loaded target; the engine puts its model into inference form.
+        requests: where requests come from.
+        made: the drafter, float32.
+        log: the run's metrics.
+
+    Attributes:
+        server: the inference server.
+        costs: seconds of verification and drafting by depth, as measured at the start.
+    """
+
+    def __init__(
+        self, config: Config, target: Target, requests: Conversations, made: Drafter, log: MetricsLog
+    ) -> None:
+        greeting = hello(config, target.parts, made)
+        tree = shape(config)
+        engine = TransformersEngine(
+            target.model,
+            num_slots=config.engine.slots,
+            max_length=config.engine.max_length,
+            feature_layers=made.feature_layers,
+        )
+        served = copy.deepcopy(made).to(device=device_of(config), dtype=dtype_of(config)).eval().requires_grad_(False)
+        policy = DrafterPolicy(served, engine.store, num_nodes=tree.budget, shape=tree)
+        prompt = torch.tensor(requests.first_prompts(1)[0])
+        self.costs = measure_rounds(engine, policy, prompt)
+        length = LengthController(self.costs["round"]) if config.drafter.adaptive else None
+        if length is not None:
+            policy.shape = TreeShape(length.depth, tree.width, tree.num_nodes)
+        env = SpecDecodeEnv(
+            engine,
+            requests,
+            num_nodes=tree.budget,
+            stop_tokens=stop_token_ids(target.model, target.tokenizer),
+            decode=target.tokenizer.decode,
+            on_completion=self._completed,
+        )
+        self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)
+        self._receiver = WeightReceiver(config.wire.weights, hello=greeting)
+        self.server = InferenceServer(
+            env,
+            policy,
+            windows=ControlWindows(config.control.share, config.control.window, config.seed),
+            log=log,
+            length=length,
+            sink=self._sink,
+            receiver=self._receiver,
+            note=requests.completed,
+        )
+
+    def _completed(self, completion: Completion) -> None:
+        self.server.completed(completion)
+
+    @property
+    def queued(self) -> int:
+        """Trajectories that wait to be sent."""
+        return self._sink.queued
+
+    @property
+    def refused(self) -> str | None:
+        """Why the learner refuses this engine, if it does."""
+        return self._receiver.error
+
+    def close(self) -> None:
+        """Send what can still be sent, and close the wire."""
+        self._sink.close(timeout=2.0)
+        self._receiver.close()
+
+
+def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
+    """The training half of a run."""
+    target = load(config)
+    parts, device = target.parts, device_of(config)
+    made = drafter(config, parts)
+    del target
+    greeting = hello(config, parts, made)
+    made.to(device)
+    head: Tensor = parts.head.float()
+    scratch = copy.deepcopy(made).to(dtype_of(config)).eval().requires_grad_(False)
+
+    def check(trajectory: object) -> None:
+        validate(
+            trajectory, vocab_size=parts.head.shape[0], hidden_size=parts.head.shape[1],  # type: ignore[arg-type]
+            feature_size=parts.head.shape[1] * len(made.feature_layers),
+        )
+
+    try:
+        collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check)
+        publisher = WeightPublisher(config.wire.weights, hello=greeting)
+    except OSError as error:
+        raise ConfigError(f"{error} (keys wire.trajectories and wire.weights)") from error
+    settings = config.learner
+    result = Learner(
+        drafter=made,
+        loss=ImitationLoss(made, head, steps=settings.steps, decay=settings.decay),
+        optimizers=drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
+        buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
+        collector=collector,
+        publisher=publisher,
+        gate=Gate(config.gate.requests, config.gate.margin, shape(config), scratch),
+        log=log,
+        serving_dtype=dtype_of(config),
+        batch_size=settings.batch_size,
+        replay=settings.replay,
+        publish_every=settings.publish_every,
+        checkpoint=run_dir / "learner",
+    )
+    if settings.resume is not None:
+        result.resume(Path(settings.resume))
+    return result

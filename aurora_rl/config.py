@@ -1,0 +1,235 @@
+"""Configuration of the commands: one dataclass per part, read by OmegaConf from a file and ``key=value`` pairs.
+
+Constructors elsewhere take flat arguments and never see these classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the fix."""
+
+
+@dataclass
+class EngineConfig:
+    """The serving engine."""
+
+    name: str = "transformers"
+    slots: int = 4
+    """Requests decoded side by side."""
+    max_length: int = 1024
+    """Tokens of a slot, prompt and completion."""
+    threads: int = 1
+    """CPU threads of the inference server; the learner has its own."""
+
+
+@dataclass
+class TrafficConfig:
+    """Where requests come from."""
+
+    path: str | None = None
+    """JSONL file; null takes the built-in generator."""
+    limit: int | None = None
+    """Most requests; null is the whole file, or ``requests`` of the generator."""
+    shuffle: bool = False
+    requests: int = 320
+    """Requests that the built-in generator makes."""
+
+
+@dataclass
+class DrafterConfig:
+    """The drafter and the trees that it proposes."""
+
+    name: str = "eagle3"
+    path: str | None = None
+    """A drafter checkpoint to start from; null starts untrained."""
+    vocab_size: int = 4096
+    """Rows of the draft head."""
+    feature_layers: list[int] | None = None
+    """Target layers that make the features; null takes the architecture's default."""
+    depth: int = 4
+    """Longest path."""
+    width: int = 1
+    """1 drafts a chain; more, a top-k tree."""
+    num_nodes: int | None = None
+    """Node budget of a tree; null keeps all."""
+    adaptive: bool = True
+    """Start with a short path and lengthen it by measured acceptance."""
+
+
+@dataclass
+class ControlConfig:
+    """Windows of plain decoding that speculation is compared with."""
+
+    share: float = 0.1
+    """Share of decode time; 0 turns the windows off."""
+    window: int = 32
+    """Rounds of a window."""
+
+
+@dataclass
+class WireConfig:
+    """ZeroMQ addresses, bound by the learner."""
+
+    trajectories: str = "tcp://127.0.0.1:5557"
+    weights: str = "tcp://127.0.0.1:5558"
+    queue: int = 256
+    """Trajectories that wait for an absent learner before the oldest is dropped."""
+
+
+@dataclass
+class LearnerConfig:
+    """The training server."""
+
+    threads: int = 1
+    batch_size: int = 4
+    """Requests of an optimizer step."""
+    replay: int = 4
+    """Replayed batches for each batch of new requests."""
+    buffer: int = 2000
+    """Requests kept for replay."""
+    steps: int = 4
+    """Unroll steps of the imitation loss."""
+    decay: float = 0.8
+    """Weight of each further unroll step."""
+    muon_lr: float = 0.02
+    """Learning rate of matrices."""
+    adam_lr: float = 1e-3
+    """Learning rate of everything else, the draft head included."""
+    publish_every: int = 16
+    """New requests between two candidates."""
+    resume: str | None = None
+    """A training checkpoint to continue."""
+
+
+@dataclass
+class GateConfig:
+    """What a candidate has to show before it is served."""
+
+    requests: int = 16
+    """Arrivals held back for each decision."""
+    margin: float = 0.02
+    """Publish if the mean paired difference in acceptance length is above minus this."""
+
+
+@dataclass
+class Config:
+    """Everything that a run is made of."""
+
+    model: str = "smollm2"
+    """Embedded model by name, hub id or folder of a Hugging Face causal LM."""
+    device: str = "auto"
+    dtype: str = "auto"
+    """float32, bfloat16, float64; auto is bfloat16 where the hardware has it."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    run_dir: str | None = None
+    """Folder of the run; null is ``runs/<time>``."""
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then a YAML file, then ``key=value`` pairs.
+
+    Args:
+        path: YAML file with any of the keys.
+        overrides: pairs such as ``engine.slots=2``.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
+            wrong type or out of range.
+
+    Example:
+        >>> load_config(overrides=["engine.slots=2"]).engine.slots
+        2
+    """
+    merged = OmegaConf.structured(Config)
+    sources: list[tuple[str, DictConfig]] = []
+    if path is not None:
+        try:
+            loaded = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+        except Exception as error:  # the YAML parser has its own hierarchy of errors
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path} must hold a mapping of keys, got a {type(loaded).__name__}")
+        sources.append((str(path), loaded))
+    for pair in overrides:
+        if "=" not in pair:
+            raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
+        sources.append((pair, OmegaConf.from_dotlist([pair])))
+    known = _keys(merged)
+    for source, given in sources:
+        for key in _keys(given):
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1, 0) or [""]
+                raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near[0]!r}?")
+        try:
+            merged = OmegaConf.merge(merged, given)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in config:
+        value = config._get_node(name)
+        key = f"{prefix}{name}"
+        keys += _keys(value, key + ".") if isinstance(value, DictConfig) and len(value) else [key]
+    return keys
+
+
+_POSITIVE = (
+    "engine.slots", "engine.max_length", "engine.threads", "max_new_tokens", "drafter.vocab_size", "drafter.depth",
+    "drafter.width", "control.window", "wire.queue", "learner.threads", "learner.batch_size", "learner.buffer",
+    "learner.steps", "learner.publish_every", "gate.requests", "traffic.requests",
+)
+
+
+def _check(config: Config) -> None:
+    tree = OmegaConf.structured(config)
+    for key in _POSITIVE:
+        if OmegaConf.select(tree, key) < 1:
+            raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(tree, key)}")
+    if config.traffic.limit is not None and config.traffic.limit < 1:
+        raise ConfigError(f"traffic.limit must be at least 1 or null, got {config.traffic.limit}")
+    if not 0 <= config.control.share < 1:
+        raise ConfigError(f"control.share must lie in [0, 1), got {config.control.share}")
+    if not 0 < config.learner.decay <= 1:
+        raise ConfigError(f"learner.decay must lie in (0, 1], got {config.learner.decay}")
+    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
+        raise ConfigError(
+            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{config.temperature}, {config.top_k}, {config.top_p}"
+        )
+    if config.dtype not in ("auto", "float32", "bfloat16", "float64"):
+        raise ConfigError(f"dtype must be auto, float32, bfloat16 or float64, got {config.dtype!r}")
+    if config.engine.name != "transformers":
+        raise ConfigError(f"engine.name must be 'transformers', got {config.engine.name!r}")
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that :func:`load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,177 @@
+"""The training server: collect, learn, and publish what passes the gate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.objectives import LossModule
+
+from aurora_rl.checkpoints import load_training_state, save_training_state
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.weight_sync import WeightPublisher
+from aurora_rl.gate import Gate
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.policies import Drafter
+from aurora_rl.trajectories import pack
+
+
+def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/learning.md)."""
+    named = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
+    others = [p for name, p in named if not (p.ndim == 2 and not name.startswith("lm_head"))]
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0),
+    ]
+
+
+class Learner:
+    """Learns from trajectories as they arrive and replays old ones in between.
+
+    Args:
+        drafter: in training, float32.
+        loss: objective on packed batches of it.
+        optimizers: over its parameters.
+        buffer: replay buffer whose samples are packed batches.
+        collector: brings trajectories.
+        publisher: takes weights.
+        gate: decides about candidates.
+        log: where steps, candidates and decisions are written.
+        serving_dtype: dtype of published weights.
+        batch_size: new trajectories of an optimizer step.
+        replay: replayed batches for each batch of new trajectories.
+        publish_every: new trajectories between two candidates.
+        checkpoint: folder of the training state.
+
+    Attributes:
+        seen: trajectories learned from.
+        steps: optimizer steps.
+        version: newest published version.
+    """
+
+    def __init__(
+        self,
+        *,
+        drafter: Drafter,
+        loss: LossModule,
+        optimizers: list[torch.optim.Optimizer],
+        buffer: ReplayBuffer,
+        collector: ZMQCollector,
+        publisher: WeightPublisher,
+        gate: Gate,
+        log: MetricsLog,
+        serving_dtype: torch.dtype,
+        batch_size: int,
+        replay: int,
+        publish_every: int,
+        checkpoint: Path,
+    ) -> None:
+        self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
+        self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
+        self._log, self._dtype, self._checkpoint = log, serving_dtype, checkpoint
+        self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
+        self._new: list[TensorDictBase] = []
+        self._credit = 0
+        self._since_candidate = 0
+        self._serving = self._frozen()
+        self.seen = self.steps = self.version = 0
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """A copy of the weights as they would be served."""
+        return {
+            name: t.to(self._dtype, copy=True) if t.is_floating_point() else t.clone()
+            for name, t in self._drafter.published().items()
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a training checkpoint; its weights are published, since an engine may have started over."""
+        progress = load_training_state(folder, self._drafter, self._optimizers)
+        self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
+        self._publish(self._frozen())
+
+    def step(self, wait_s: float = 0.2) -> bool:
+        """Take what arrived, and learn from one batch. False where there was nothing to do."""
+        busy = len(self._new) >= self._batch_size or self._credit > 0
+        arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
+        self._admit(self._gate.admit(arrivals))
+        if self._gate.ready:
+            self._decide()
+        if self._gate.candidate is None and self._since_candidate >= self._publish_every:
+            self._since_candidate = 0
+            self._gate.offer(self._frozen())
+            self._log.write("candidate", seen=self.seen, steps=self.steps)
+        if len(self._new) >= self._batch_size:
+            batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
+            self._credit = min(self._credit + self._replay, 4 * self._replay)
+            self._train(pack(batch), new=len(batch))
+        elif self._credit > 0:
+            self._credit -= 1
+            self._train(self._buffer.sample(), new=0)
+        else:
+            return bool(arrivals)
+        return True
+
+    def _admit(self, trajectories: list[TensorDictBase]) -> None:
+        if trajectories:
+            self._buffer.extend(trajectories)
+            self._new += trajectories
+            self._since_candidate += len(trajectories)
+
+    def _train(self, batch: TensorDictBase, *, new: int) -> None:
+        began = time.perf_counter()
+        autocast = self._dtype == torch.bfloat16
+        with torch.autocast(batch["spine", "tokens"].device.type, torch.bfloat16, enabled=autocast):
+            out = self._loss(batch)
+        total = torch.stack([v for k, v in out.items() if k.startswith("loss_")]).sum()
+        if not bool(torch.isfinite(total)):
+            self._log.write("step_skipped", reason=f"loss is {float(total)}", steps=self.steps)
+            return
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self.steps += 1
+        self.seen += new
+        self._log.write(
+            "train", loss=round(float(total), 4), agreement=[round(a, 4) for a in out["agreement"].tolist()],
+            seen=self.seen, steps=self.steps, new=new, seconds=round(time.perf_counter() - began, 3),
+            waiting=len(self._new), rejected=self._collector.rejected,
+        )
+
+    def _decide(self) -> None:
+        began, candidate = time.perf_counter(), self._gate.candidate
+        assert candidate is not None
+        decision, released = self._gate.decide(self._serving)
+        if decision.publish:
+            self._publish(candidate)
+        self._log.write(
+            "gate", **asdict(decision), version=self.version, seconds=round(time.perf_counter() - began, 3),
+            seen=self.seen, steps=self.steps,
+        )
+        self._admit(released)
+
+    def _publish(self, weights: dict[str, Tensor]) -> None:
+        # An engine may serve a version from before this learner started; versions only rise.
+        self.version = max(self.version + 1, self._publisher.next_version)
+        self._serving = weights
+        self._publisher.publish(self.version, weights)
+        self.save()
+
+    def save(self) -> None:
+        """Write the training state."""
+        progress = {"seen": self.seen, "steps": self.steps, "version": self.version}
+        save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
+
+    def close(self) -> None:
+        """Close the wire."""
+        self._collector.shutdown()
+        self._publisher.close()

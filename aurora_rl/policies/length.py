@@ -1,0 +1,62 @@
+"""How deep to draft, from measured acceptance and measured cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+class LengthController:
+    """Chooses the depth with the most expected tokens per second.
+
+    With ``a[d]`` the chance that depth ``d`` is accepted where depth ``d - 1`` was, a round of depth ``L`` delivers
+    ``E[L] = 1 + sum over d <= L of a[1] * ... * a[d]`` tokens and takes ``costs[L]`` seconds. Depths that were not
+    tried yet are taken to be as good as the deepest that was, so a chain lengthens one step at a time and is tried.
+
+    Args:
+        costs: seconds of a round of depth 0, 1, ..., as measured on this machine; at least two entries.
+        memory: rounds over which measurements fade.
+
+    Example:
+        >>> import torch
+        >>> length = LengthController([1.0, 1.1, 1.2, 1.3])
+        >>> length.depth
+        1
+        >>> for _ in range(50):
+        ...     length.observe(torch.tensor([length.depth]), torch.tensor([length.depth]))
+        >>> length.depth
+        3
+    """
+
+    def __init__(self, costs: Sequence[float], *, memory: int = 400) -> None:
+        if len(costs) < 2:
+            raise ValueError(f"costs of at least depth 0 and 1 are needed, got {list(costs)}")
+        self._costs, self._keep = list(costs), 1 - 1 / memory
+        # The prior: one acceptance in four at depth 1, worth eight observations.
+        self._hits = [2.0] + [0.0] * (len(costs) - 2)
+        self._trials = [8.0] + [0.0] * (len(costs) - 2)
+        self.depth = 1
+
+    @property
+    def acceptance(self) -> list[float]:
+        """``a[1], a[2], ...`` up to the deepest depth with enough trials."""
+        return [h / t for h, t in zip(self._hits, self._trials, strict=True) if t >= 8]
+
+    def observe(self, accepted: Tensor, drafted: Tensor) -> None:
+        """Take in a round: accepted and drafted depth of each slot, ``[b]`` int64 each."""
+        for hits, depth in zip(accepted.tolist(), drafted.tolist(), strict=True):
+            for d in range(min(depth, hits + 1, len(self._hits))):
+                self._hits[d] = self._hits[d] * self._keep + (d < hits)
+                self._trials[d] = self._trials[d] * self._keep + 1
+        self.depth = self._best()
+
+    def _best(self) -> int:
+        known = self.acceptance
+        reach, tokens, best, best_rate = 1.0, 1.0, 1, 0.0
+        for depth in range(1, min(len(known) + 1, len(self._costs) - 1) + 1):
+            reach *= known[min(depth, len(known)) - 1]
+            tokens += reach
+            if tokens / self._costs[depth] > best_rate:
+                best, best_rate = depth, tokens / self._costs[depth]
+        return best

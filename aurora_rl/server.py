@@ -1,0 +1,238 @@
+"""The inference server: rounds, control windows, swaps between rounds, trajectories to the sink."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.weight_sync import WeightReceiver
+from aurora_rl.envs import Completion, Engine, SpecDecodeEnv
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.policies.length import LengthController
+from aurora_rl.throughput import ControlWindows, Rates, Round, rates
+from aurora_rl.trajectories import acceptance_length, accepted_per_round
+from aurora_rl.trees import depths
+
+
+class InferenceServer:
+    """Drives ``policy`` and ``env.step_and_maybe_reset`` round by round; nothing it does waits for the learner.
+
+    Args:
+        env: the environment; its ``on_completion`` must be :meth:`completed`.
+        policy: the drafter's policy on the same engine.
+        windows: which rounds decode plainly.
+        log: where requests and swaps are written.
+        length: adapts the depth of the drafts; None keeps the policy's shape.
+        sink: takes trajectories; None where nobody learns.
+        receiver: brings weights; None where nobody learns.
+        note: called with each completion; returns its domain.
+
+    Attributes:
+        rounds: every round of decoding so far.
+        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
+        swap_ms: milliseconds that serving stood still at each swap.
+        versions: versions of weights that have drafted.
+    """
+
+    def __init__(
+        self,
+        env: SpecDecodeEnv,
+        policy: DrafterPolicy,
+        *,
+        windows: ControlWindows,
+        log: MetricsLog,
+        length: LengthController | None = None,
+        sink: TrajectorySink | None = None,
+        receiver: WeightReceiver | None = None,
+        note: Callable[[Completion], str] = lambda completion: "",
+    ) -> None:
+        self.env, self.policy = env, policy
+        self._windows, self._log, self._length = windows, log, length
+        self._sink, self._receiver, self._note = sink, receiver, note
+        self._td = None
+        self._recording = 0.0
+        self.rounds: list[Round] = []
+        self.finished: list[tuple[int, int]] = []
+        self.swap_ms: list[float] = []
+        self.versions: list[int] = [policy.version]
+
+    def step(self) -> bool:
+        """One round. False where there was nothing to decode."""
+        self._swap()
+        env, policy = self.env, self.policy
+        if self._td is None or not env.num_active:
+            self._td = env.reset()
+            if not env.num_active:
+                return False
+        occupied, policy.speculate = env.num_active, self._windows.speculate
+        prefill, self._recording = env.engine.prefill_seconds, 0.0
+        completed = len(self.finished)
+        began = time.perf_counter()
+        done, self._td = env.step_and_maybe_reset(policy(self._td))
+        # Recording what speculation did is a cost of speculation, in whichever round a request happens to end.
+        seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill) - self._recording
+        tokens = int(done["next", "reward"].sum())
+        self.rounds.append(Round(policy.speculate, occupied, tokens, seconds, completed))
+        if self._recording:
+            self.rounds.append(Round(True, occupied, 0, self._recording, completed))
+        self._windows.spent(seconds)
+        if policy.speculate and self._length is not None:
+            self._adapt(done)
+        return True
+
+    def _adapt(self, done: Any) -> None:
+        assert self._length is not None
+        drafted = done["draft", "mask"]
+        rows = drafted.any(1)
+        depth = (depths(done["draft", "parents"]) * drafted).amax(1)
+        self._length.observe(done["next", "verifier", "accepted"][rows].sum(1), depth[rows])
+        if self._length.depth != self.policy.shape.depth:
+            shape = self.policy.shape
+            self.policy.shape = TreeShape(self._length.depth, shape.width, shape.num_nodes)
+            self._log.write("depth", depth=self._length.depth, acceptance=self._length.acceptance)
+
+    def completed(self, completion: Completion) -> None:
+        """Record a request that ended and hand its trajectory on."""
+        began = time.perf_counter()
+        domain, trajectory = self._note(completion), completion.trajectory
+        assert trajectory is not None, "the server's environment records"
+        tokens, rounds = acceptance_length(trajectory)
+        self.finished.append((tokens, rounds))
+        accepted, drafted = accepted_per_round(trajectory)
+        self._log.write(
+            "request",
+            request=completion.request.id,
+            domain=domain,
+            tokens=len(completion.tokens),
+            terminated=completion.terminated,
+            speculative_tokens=tokens,
+            speculative_rounds=rounds,
+            accepted=dict(sorted(Counter(accepted[drafted > 0].tolist()).items())),
+            versions=sorted(set(trajectory["rounds", "policy_version"].tolist())),
+            depth=self.policy.shape.depth,
+        )
+        if self._sink is not None:
+            self._sink.extend(trajectory)
+        self._recording += time.perf_counter() - began
+
+    def _swap(self) -> None:
+        """Install the newest weights, if there are any, between two rounds."""
+        received = self._receiver.latest() if self._receiver is not None else None
+        if received is None:
+            return
+        assert self._receiver is not None
+        version, weights = received
+        began = time.perf_counter()
+        try:
+            self.policy.install(_named(weights), version)
+        except ValueError as error:
+            self._receiver.reject(version, str(error))
+            self._log.write("swap_failed", version=version, reason=str(error))
+            return
+        milliseconds = (time.perf_counter() - began) * 1e3
+        self.swap_ms.append(milliseconds)
+        self.versions.append(version)
+        self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.finished))
+        loaded = {name: tensor.clone() for name, tensor in self.policy.drafter.published().items()}
+        threading.Thread(target=self._acknowledge, args=(version, loaded, milliseconds), daemon=True).start()
+
+    def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
+        """Hashing takes longer than a swap, so it is done beside the rounds."""
+        assert self._receiver is not None
+        self._receiver.acknowledge(version, checksum(loaded), milliseconds)
+
+    def rates(self, share: float = 1.0) -> Rates:
+        """Tokens per second of both kinds over the last ``share`` of the requests."""
+        first = len(self.finished) * (1 - share)
+        return rates([r for r in self.rounds if r.request >= first])
+
+    def acceptance(self, first: int, last: int) -> float | None:
+        """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""
+        tokens, rounds = (sum(column) for column in zip(*self.finished[first:last], strict=True)) or (0, 0)
+        return tokens / rounds if rounds else None
+
+    def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
+        """The run in figures: what ``summary.json`` holds."""
+        count = len(self.finished)
+        tenth = max(count // 10, 1)
+        last = self.rates(0.25)
+        return {
+            "requests": count,
+            "failed": failed,
+            "swaps": len(self.swap_ms),
+            "swap_ms": {
+                "p50": statistics.median(self.swap_ms) if self.swap_ms else None,
+                "max": max(self.swap_ms, default=None),
+            },
+            "acceptance_length": {
+                "first": self.acceptance(0, tenth) if count else None,
+                "last": self.acceptance(count - tenth, count) if count else None,
+            },
+            "tokens_per_second": {"control": last.control, "speculative": last.speculative},
+            "speedup": last.speedup,
+            "dropped_trajectories": self._sink.dropped if self._sink is not None else 0,
+            "duration_s": duration_s,
+            "versions_served": self.versions,
+        }
+
+
+def _named(weights: Any) -> dict[str, Tensor]:
+    """Tensors of a TensorDict by their dotted names."""
+    return {name if isinstance(name, str) else ".".join(name): tensor
+            for name, tensor in weights.items(include_nested=True, leaves_only=True)}
+
+
+@torch.inference_mode()
+def measure_rounds(engine: Engine, policy: DrafterPolicy, prompt: Tensor, *, repeats: int = 4) -> dict[str, list[float]]:
+    """Time verification and drafting at every depth on this machine, every slot occupied, before serving starts.
+
+    Args:
+        engine: an engine whose slots are free.
+        policy: a policy on it; its shape gives width and budget, and its depth the deepest that is tried.
+        prompt: ``[P]`` tokens to put into each slot.
+        repeats: timings of each; the median counts.
+
+    Returns:
+        Seconds by depth 0 to the shape's: "verify", "draft" and "round", their sum.
+    """
+    shape = policy.shape
+    slots = torch.arange(engine.num_slots)
+    engine.prefill(slots.tolist(), [prompt] * engine.num_slots)
+    td = {"is_init": torch.ones(engine.num_slots, 1, dtype=torch.bool)}
+    verify: list[float] = []
+    draft: list[float] = []
+    for depth in range(shape.depth + 1):
+        policy.shape = TreeShape(depth, shape.width, shape.num_nodes)
+        drafting, verifying = [], []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            tree = policy.draft(td["is_init"])
+            drafted = time.perf_counter()
+            width = policy.shape.budget
+            hidden = engine.verify(
+                slots, tree["tokens"][:, :width], tree["parents"][:, :width], tree["mask"][:, :width]
+            )
+            engine.logits(hidden).argmax(-1)
+            verifying.append(time.perf_counter() - drafted)
+            # A new request each time: the catch-up of one round's tokens is part of drafting.
+            drafting.append(drafted - began)
+            td["is_init"] = torch.zeros_like(td["is_init"])
+            policy.drafter.cached.clamp_(max=max(len(prompt) - 2 - depth // 2, 0))
+        verify.append(statistics.median(verifying[1:]))
+        draft.append(statistics.median(drafting[1:]))
+    policy.shape = shape
+    for slot in slots.tolist():
+        engine.release(slot)
+    engine.prefill_seconds = 0.0
+    policy.drafter.forget(slots)
+    return {"verify": verify, "draft": draft, "round": [a + b for a, b in zip(verify, draft, strict=True)]}

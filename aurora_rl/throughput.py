@@ -1,0 +1,107 @@
+"""Control windows, and tokens per second of plain and speculative decoding."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+
+class ControlWindows:
+    """Says which rounds decode plainly: windows of whole rounds, placed at random, for a share of decode time.
+
+    Args:
+        share: of decode time that the windows take; 0 for none.
+        window: rounds of a window.
+        seed: of their placing.
+    """
+
+    def __init__(self, share: float, window: int, seed: int = 0) -> None:
+        self._share, self._window, self._random = share, window, random.Random(seed)
+        self._left = 0
+        self._plain_seconds = 0.0
+        # The first window comes early, so that a short run has one; nothing was measured yet to place it by.
+        self._wait = 2.0 * self._random.random()
+
+    @property
+    def speculate(self) -> bool:
+        """Whether the next round speculates."""
+        return self._left == 0 or self._share == 0
+
+    def spent(self, seconds: float) -> None:
+        """A round of the announced kind took this many seconds of decode time."""
+        if self._left:
+            self._plain_seconds += seconds
+            self._left -= 1
+            if not self._left:
+                mean = self._plain_seconds * (1 - self._share) / self._share
+                self._wait, self._plain_seconds = mean * self._random.uniform(0.5, 1.5), 0.0
+        elif self._share:
+            self._wait -= seconds
+            if self._wait <= 0:
+                self._left = self._window
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of decoding.
+
+    Attributes:
+        speculative: which kind it was.
+        occupied: slots that took part.
+        tokens: tokens delivered.
+        seconds: wall time, prefill excluded.
+        request: requests completed before it.
+    """
+
+    speculative: bool
+    occupied: int
+    tokens: int
+    seconds: float
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens per second of both kinds, None where a kind was not measured."""
+
+    control: float | None
+    speculative: float | None
+
+    @property
+    def speedup(self) -> float | None:
+        """Speculative over control."""
+        return self.speculative / self.control if self.control and self.speculative else None
+
+
+def rates(rounds: list[Round]) -> Rates:
+    """Tokens over wall time of each kind, at equal numbers of occupied slots.
+
+    Each number of occupied slots that both kinds were seen at counts with the speculative time spent at it, so that a
+    kind is not flattered by the fuller batches that it happened to meet.
+
+    Example:
+        >>> rates([Round(True, 1, 4, 2.0, 0), Round(False, 1, 1, 1.0, 0), Round(True, 2, 9, 1.0, 0)]).speedup
+        2.0
+    """
+    tokens: dict[tuple[bool, int], int] = defaultdict(int)
+    seconds: dict[tuple[bool, int], float] = defaultdict(float)
+    for r in rounds:
+        tokens[r.speculative, r.occupied] += r.tokens
+        seconds[r.speculative, r.occupied] += r.seconds
+
+    def rate(kind: bool, occupied: int) -> float:
+        return tokens[kind, occupied] / seconds[kind, occupied]
+
+    both = [o for kind, o in seconds if kind and seconds.get((False, o)) and seconds[kind, o]]
+    if not both:
+        alone = [kind for kind in (True, False) if sum(s for (k, _), s in seconds.items() if k == kind)]
+        overall = {
+            kind: sum(t for (k, _), t in tokens.items() if k == kind)
+            / sum(s for (k, _), s in seconds.items() if k == kind)
+            for kind in alone
+        }
+        return Rates(overall.get(False), overall.get(True))
+    weight = {o: seconds[True, o] for o in both}
+    total = sum(weight.values())
+    return Rates(*(sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)))
