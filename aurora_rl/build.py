@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
+from tensordict import TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,8 +29,9 @@ from aurora_rl.learner import Learner, drafter_optimizers
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
 from aurora_rl.objectives.imitation import ImitationLoss
-from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab
-from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab, token_prior
+from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.formats import load_eagle3, save_eagle3
 from aurora_rl.policies.length import LengthController
 from aurora_rl.server import InferenceServer, measure_rounds
 from aurora_rl.throughput import ControlWindows
@@ -67,6 +73,14 @@ def load(config: Config) -> Target:
     return Target(model, tokenizer, TargetParts.of(model))
 
 
+def check(config: Config) -> list[Prompt]:
+    """Find what is wrong with a serving configuration before a model is loaded. Returns the prompts of the run."""
+    shape(config)
+    device_of(config)
+    _drafter_class(config)
+    return traffic(config)
+
+
 def traffic(config: Config) -> list[Prompt]:
     """The prompts of the run, all read and checked."""
     source = config.traffic
@@ -75,36 +89,59 @@ def traffic(config: Config) -> list[Prompt]:
     return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
 
 
-def conversations(config: Config, target: Target) -> Conversations:
+def conversations(config: Config, target: Target, prompts: Sequence[Prompt]) -> Conversations:
     """The run's requests, in order."""
-    return Conversations(
-        traffic(config),
-        target.tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        max_length=config.engine.max_length,
-        sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
-    )
+    context = target.parts.config.max_position_embeddings
+    if config.engine.max_length > context:
+        raise ConfigError(
+            f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
+            f"set engine.max_length={context} or less"
+        )
+    try:
+        return Conversations(
+            prompts,
+            target.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            max_length=config.engine.max_length,
+            sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+        )
+    except TemplateError as error:
+        raise ConfigError(f"the chat template of model {config.model!r} refuses a conversation: {error}") from error
 
 
-def drafter(config: Config, parts: TargetParts, prompts: list[list[int]] | None = None) -> Drafter:
+def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
     """The drafter that the run starts with, in float32 on the CPU.
 
     Args:
         config: names a checkpoint, or the architecture of an untrained drafter.
-        parts: the target's.
-        prompts: first prompts, for the draft vocabulary of an untrained drafter.
+        target: the loaded target, before an engine has it.
+        prompts: first prompts, for the draft vocabulary of an untrained drafter; may be empty.
     """
+    settings, made = config.drafter, _drafter_class(config)
+    if settings.path is not None:
+        return load_eagle3(settings.path, target.parts)
+    torch.manual_seed(config.seed)
+    vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
+    layers = tuple(settings.feature_layers) if settings.feature_layers else None
+    return made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers)
+
+
+def _drafter_class(config: Config) -> type[Drafter]:
     settings = config.drafter
     if settings.name not in DRAFTERS:
         raise ConfigError(f"drafter.name must be one of {sorted(DRAFTERS)}, got {settings.name!r}")
-    if settings.path is not None:
-        if settings.name != "eagle3":
-            raise ConfigError(f"drafter.path reads EAGLE-3 checkpoints; drafter.name is {settings.name!r}")
-        return load_eagle3(settings.path, parts)
-    torch.manual_seed(config.seed)
-    vocab = choose_draft_vocab(min(settings.vocab_size, parts.head.shape[0]), parts, prompts or [])
-    layers = tuple(settings.feature_layers) if settings.feature_layers else None
-    return DRAFTERS[settings.name].from_target(parts, draft_vocab=vocab, feature_layers=layers)
+    if settings.path is not None and settings.name != "eagle3":
+        raise ConfigError(f"drafter.path reads EAGLE-3 checkpoints; drafter.name is {settings.name!r}")
+    return DRAFTERS[settings.name]
+
+
+def same_start(config: Config, made: Drafter, run_dir: Path) -> Config:
+    """The configuration of a learner that starts from the drafter ``made``, whose vocabulary has seen the prompts."""
+    if config.drafter.path is not None or not isinstance(made, Eagle3Drafter):
+        return config
+    folder = run_dir / "drafter-day0"
+    save_eagle3(made, folder)
+    return replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
 def hello(config: Config, parts: TargetParts, made: Drafter) -> Hello:
@@ -128,6 +165,19 @@ def shape(config: Config) -> TreeShape:
         raise ConfigError(f"drafter: {error}") from error
 
 
+@contextmanager
+def _opening(key: str, address: str) -> Iterator[None]:
+    """Errors of an address name the key to set."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"{address} is in use; stop the process that holds it, or set {key} to another address on both sides"
+            ) from error
+        raise ConfigError(f"{key}: {error.strerror}") from error
+
+
 class Serving:
     """The serving half of a run: engine, environment, policy and server, with its ends of the wire.
 
@@ -143,9 +193,7 @@ class Serving:
         costs: seconds of verification and drafting by depth, as measured at the start.
     """
 
-    def __init__(
-        self, config: Config, target: Target, requests: Conversations, made: Drafter, log: MetricsLog
-    ) -> None:
+    def __init__(self, config: Config, target: Target, requests: Conversations, made: Drafter, log: MetricsLog) -> None:
         greeting = hello(config, target.parts, made)
         tree = shape(config)
         engine = TransformersEngine(
@@ -166,11 +214,13 @@ class Serving:
             requests,
             num_nodes=tree.budget,
             stop_tokens=stop_token_ids(target.model, target.tokenizer),
-            decode=target.tokenizer.decode,
+            decode=lambda tokens: str(target.tokenizer.decode(tokens)),
             on_completion=self._completed,
         )
-        self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)
-        self._receiver = WeightReceiver(config.wire.weights, hello=greeting)
+        with _opening("wire.trajectories", config.wire.trajectories):
+            self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)
+        with _opening("wire.weights", config.wire.weights):
+            self._receiver = WeightReceiver(config.wire.weights, hello=greeting)
         self.server = InferenceServer(
             env,
             policy,
@@ -191,9 +241,20 @@ class Serving:
         return self._sink.queued
 
     @property
+    def dropped(self) -> int:
+        """Trajectories given up so far."""
+        return self._sink.dropped
+
+    @property
     def refused(self) -> str | None:
         """Why the learner refuses this engine, if it does."""
         return self._receiver.error
+
+    def save_drafter(self, folder: Path) -> None:
+        """Write the served drafter as a checkpoint, where its architecture has a format."""
+        drafter = self.server.policy.drafter
+        if isinstance(drafter, Eagle3Drafter):
+            save_eagle3(drafter, folder)
 
     def close(self) -> None:
         """Send what can still be sent, and close the wire."""
@@ -205,24 +266,25 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     """The training half of a run."""
     target = load(config)
     parts, device = target.parts, device_of(config)
-    made = drafter(config, parts)
+    made = drafter(config, target, [])
     del target
     greeting = hello(config, parts, made)
     made.to(device)
     head: Tensor = parts.head.float()
     scratch = copy.deepcopy(made).to(dtype_of(config)).eval().requires_grad_(False)
 
-    def check(trajectory: object) -> None:
+    def check_one(trajectory: TensorDictBase) -> None:
         validate(
-            trajectory, vocab_size=parts.head.shape[0], hidden_size=parts.head.shape[1],  # type: ignore[arg-type]
+            trajectory,
+            vocab_size=parts.head.shape[0],
+            hidden_size=parts.head.shape[1],
             feature_size=parts.head.shape[1] * len(made.feature_layers),
         )
 
-    try:
-        collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check)
+    with _opening("wire.trajectories", config.wire.trajectories):
+        collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
+    with _opening("wire.weights", config.wire.weights):
         publisher = WeightPublisher(config.wire.weights, hello=greeting)
-    except OSError as error:
-        raise ConfigError(f"{error} (keys wire.trajectories and wire.weights)") from error
     settings = config.learner
     result = Learner(
         drafter=made,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,19 @@ class CheckpointError(ValueError):
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
     """Replace ``folder`` by one with ``model.safetensors`` and a JSON file for each document.
 
-    A reader sees the old folder or the new one; an interrupted call leaves the old.
+    A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
-        for name, document in documents.items():
-            (made / name).write_text(json.dumps(document, indent=2) + "\n")
-        old = folder.with_name(f".{folder.name}-old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(made, folder)
+    made, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
+    shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
+    made.mkdir(parents=True)
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
+    for name, document in documents.items():
+        (made / name).write_text(json.dumps(document, indent=2) + "\n")
+    if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(made, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_folder(folder: Path, document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,9 +43,12 @@ def read_folder(folder: Path, document: str) -> tuple[dict[str, Tensor], dict[st
     Raises:
         CheckpointError: a file is missing or broken.
     """
+    old = folder.with_name(f".{folder.name}-old")
+    if old.exists() and not folder.exists():  # the writer was killed between its two renames
+        folder = old
     try:
         return load_file(folder / "model.safetensors"), json.loads((folder / document).read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint: {error}; give a folder with model.safetensors and {document}"
         ) from error
@@ -65,9 +65,7 @@ def save_training_state(
     write_folder(folder, tensors, {"progress.json": dict(progress)})
 
 
-def load_training_state(
-    folder: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
+def load_training_state(folder: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Restore what :func:`save_training_state` wrote and return the counters.
 
     Raises:
@@ -79,6 +77,9 @@ def load_training_state(
         if name not in weights or weights[name].shape != value.shape:
             found = tuple(weights[name].shape) if name in weights else "missing"
             raise CheckpointError(f"{folder}: tensor {name!r} is {found}, this drafter needs {tuple(value.shape)}")
+    unknown = sorted(weights.keys() - module.state_dict().keys())
+    if unknown:
+        raise CheckpointError(f"{folder}: tensor {unknown[0]!r} is unknown to this drafter")
     module.load_state_dict(weights)
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from aurora_rl.config import Config, ConfigError, load_config, to_yaml
+from aurora_rl.live import LiveView, every
 from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.report import EMPTY_SUMMARY, draw_report, summary_table, write_summary
 
@@ -27,101 +29,140 @@ _HELP = {
     "learn": "the training half: waits for a server's trajectories until it is interrupted",
 }
 _READY_S = 300.0
+_END_S = 60.0
 
 
 class _Stop:
-    """Turns the first SIGINT or SIGTERM into a flag that loops look at; a second one interrupts at once."""
+    """What SIGINT and SIGTERM do.
+
+    While a command starts they raise KeyboardInterrupt. Once it works, the first is a flag that loops look at, so that
+    a round or a step ends whole, and a second one raises. While it ends they do nothing: what is left is short and must
+    be whole. However many come, one exception is raised.
+
+    Attributes:
+        requested: whether the user asked for an end.
+        phase: "starting", "working" or "ending".
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self._raised, self._held = False, False, False
+        self.phase = "starting"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+        if self.phase == "ending":
+            return
+        again, self.requested = self.requested, True
+        if (again or self.phase == "starting") and not self._held:
+            self._raise()
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if the user asked for an end; for the stages before serving."""
-        if self.requested:
+    def _raise(self) -> None:
+        if not self._raised:
+            self._raised = True
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Raise behind this block and not inside: a child process whose handle is lost could not be ended."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.requested:
+            self._raise()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``aurora-rl``; returns the exit status."""
+    """Entry point of ``aurora-rl``; returns the exit status: 0, 2 for an error of the user's, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="aurora-rl", description="Speculative decoding that learns while it serves.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _HELP.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
         command.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
+        command.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the flywheel that a learner belongs to
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example engine.slots=1")
     arguments = parser.parse_args(argv)
+    stop = _Stop()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
-        return {"flywheel": _flywheel, "serve": _serve, "learn": _learn}[arguments.command](config)
+        if arguments.command == "learn":
+            return _learn(config, stop, arguments.parent)
+        return _run(config, stop, spawn_learner=arguments.command == "flywheel")
     except (ValueError, OSError) as error:
-        print(f"aurora-rl: {error}", file=sys.stderr)
+        print(f"aurora-rl: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
-def _run_dir(config: Config) -> Path:
-    folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+def _one_line(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+    return " ".join(text.split())
+
+
+def _run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
+    folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}{suffix}")
+    config.run_dir = str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / document).write_text(to_yaml(config))
     except OSError as error:
-        raise ConfigError(f"run_dir={str(folder)!r} cannot be made: {error}") from error
-    config.run_dir = str(folder)
-    (folder / "config.yaml").write_text(to_yaml(config))
+        raise ConfigError(f"run_dir={str(folder)!r} cannot be used: {error.strerror}") from error
     return folder
 
 
 # ---- learn ----------------------------------------------------------------------------------------------------------
 
 
-def _learn(config: Config) -> int:
+def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    run_dir = _run_dir(config, "learner.yaml", suffix="-learner")
+    log = MetricsLog(run_dir / "metrics.jsonl", "learner")
+
     import torch
 
-    from aurora_rl.build import learner as build_learner
+    from aurora_rl import build
 
-    stop = _Stop()
     torch.set_num_threads(config.learner.threads)
-    run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-learner")
-    log = MetricsLog(run_dir / "metrics.jsonl", "learner")
-    parent = os.getppid()
-    learner = build_learner(config, log, run_dir)
+    learner = build.learner(config, log, run_dir)
+    stop.phase = "working"
     log.write("learner_ready", pid=os.getpid())
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
-    # A child whose parent is gone has nobody to learn for; on a terminal the parent is the shell.
-    while not stop.requested and os.getppid() == parent:
-        learner.step()
-    learner.save()
-    learner.close()
+    try:
+        while not stop.requested:
+            learner.step()
+        stop.phase = "ending"
+        learner.save()
+    finally:
+        learner.close()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process in good order once the flywheel that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ---- serve and flywheel ---------------------------------------------------------------------------------------------
 
 
-def _serve(config: Config) -> int:
-    return _run(config, spawn_learner=False)
-
-
-def _flywheel(config: Config) -> int:
-    return _run(config, spawn_learner=True)
-
-
-def _run(config: Config, *, spawn_learner: bool) -> int:
+def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
     """Serve the traffic, with a learner of our own or with whichever is at the other end of the wire."""
-    stop, began = _Stop(), time.monotonic()
-    console = Console(stderr=False)
-    run_dir = _run_dir(config)
+    began, console = time.monotonic(), Console()
+    run_dir = _run_dir(config, "config.yaml")
     log = MetricsLog(run_dir / "metrics.jsonl", "server")
+    # Two readers of what this run adds: the folder may hold an earlier run's events.
+    reader, events = (MetricsReader(run_dir / "metrics.jsonl", at_end=True) for _ in range(2))
     child: subprocess.Popen | None = None
     serving: Any = None
     requests: Any = None
@@ -129,158 +170,126 @@ def _run(config: Config, *, spawn_learner: bool) -> int:
         import torch
 
         from aurora_rl import build
-        from aurora_rl.policies.formats import save_eagle3
 
         torch.set_num_threads(config.engine.threads)
+        prompts = build.check(config)
         console.print(f"loading {config.model} · run folder {run_dir}")
         target = build.load(config)
-        stop.check()
-        requests = build.conversations(config, target)
-        made = build.drafter(config, target.parts, requests.first_prompts(64))
+        requests = build.conversations(config, target, prompts)
+        # A learner that was started apart does not know the prompts.
+        made = build.drafter(config, target, requests.first_prompts(64) if spawn_learner else [])
         if spawn_learner:
-            if config.drafter.path is None and config.drafter.name == "eagle3":
-                # Both halves start from one drafter, whose draft vocabulary has seen the first prompts.
-                save_eagle3(made, run_dir / "drafter-day0")
-                config.drafter.path = str(run_dir / "drafter-day0")
-            child = _spawn(config, run_dir)
+            theirs = build.same_start(config, made, run_dir)
+            with stop.held():
+                child = _spawn(theirs, run_dir)
         serving = build.Serving(config, target, requests, made, log)
         log.write("costs", seconds_by_depth=serving.costs)
         if child is not None:
-            _await_learner(child, run_dir, stop)
-        stop.check()
-        _decode(serving, requests.total, child, run_dir, console, stop)
+            _await_learner(child, run_dir, reader)
+        view = LiveView(
+            serving, log, reader, total=requests.total, learner=lambda: _learner_state(child, run_dir, config)
+        )
+        stop.phase = "working"
+        _decode(serving.server, view, console, stop)
     except KeyboardInterrupt:
-        console.print("interrupted while starting")
+        pass
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is short and must be whole
-        if serving is not None:
-            serving.close()
-        if child is not None:
-            _end(child)
-    summary = dict(EMPTY_SUMMARY, duration_s=time.monotonic() - began)
-    finished, rounds = [], []
-    if serving is not None:
-        server = serving.server
-        summary = server.summary(failed=len(requests.failed), duration_s=time.monotonic() - began)
-        finished, rounds = server.finished, server.rounds
-        if config.drafter.name == "eagle3":
-            save_eagle3(server.policy.drafter, run_dir / "drafter")
-        for reason in requests.failed:
-            log.write("failed", reason=reason)
-    swaps = [event["requests"] for event in MetricsReader(run_dir / "metrics.jsonl").new() if event["event"] == "swap"]
+        served = stop.phase == "working"
+        stop.phase = "ending"
+        try:
+            if serving is not None:
+                serving.close()
+        finally:
+            if child is not None:
+                _end(child)
+        if served or stop.requested:
+            if stop.requested:
+                console.print("interrupted")
+            summary = dict(EMPTY_SUMMARY, duration_s=time.monotonic() - began)
+            if serving is not None:
+                summary = serving.server.summary(failed=len(requests.failed), duration_s=time.monotonic() - began)
+                serving.save_drafter(run_dir / "drafter")
+                for reason in requests.failed:
+                    log.write("failed", reason=reason)
+            _report(run_dir, summary, serving, events, console)
+    return 130 if stop.requested else 0
+
+
+def _report(run_dir: Path, summary: dict[str, Any], serving: Any, events: MetricsReader, console: Console) -> None:
+    finished, rounds = (serving.server.finished, serving.server.rounds) if serving is not None else ([], [])
+    swaps = [event["requests"] for event in events.new() if event["event"] == "swap"]
     write_summary(run_dir, summary)
     draw_report(run_dir / "report.png", finished, rounds, swaps)
     console.print(summary_table(summary))
-    console.print(f"written to {run_dir}: summary.json, metrics.jsonl, report.png, drafter/, config.yaml")
-    return 130 if stop.requested else 0
+    console.print(f"written to {run_dir}: {', '.join(sorted(path.name for path in run_dir.glob('[a-z]*')))}")
 
 
 def _spawn(config: Config, run_dir: Path) -> subprocess.Popen:
     """Start the learner in a session of its own, so that Ctrl-C reaches it through us, in order."""
     path = run_dir / "learner.yaml"
     path.write_text(to_yaml(config))
-    output = open(run_dir / "learner.log", "wb")
-    with output:
+    with open(run_dir / "learner.log", "wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "aurora_rl.cli", "learn", "--config", str(path)],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, "-m", "aurora_rl.cli", "learn", "--config", str(path), "--parent", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
-def _await_learner(child: subprocess.Popen, run_dir: Path, stop: _Stop) -> None:
+def _last_line(run_dir: Path) -> str:
+    lines = (run_dir / "learner.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"
+
+
+def _await_learner(child: subprocess.Popen, run_dir: Path, reader: MetricsReader) -> None:
     """Wait until the learner listens, so that what is wrong with it is told before any work is done."""
-    reader, deadline = MetricsReader(run_dir / "metrics.jsonl"), time.monotonic() + _READY_S
+    deadline = time.monotonic() + _READY_S
     while not any(event["event"] == "learner_ready" for event in reader.new()):
-        stop.check()
         if child.poll() is not None or time.monotonic() > deadline:
-            lines = (run_dir / "learner.log").read_text(errors="replace").strip().splitlines()
-            raise ConfigError(f"the learner did not start: {lines[-1] if lines else f'exit {child.returncode}'}")
+            raise ConfigError(f"the learner did not start: {_last_line(run_dir)}")
         time.sleep(0.05)
+
+
+def _learner_state(child: subprocess.Popen | None, run_dir: Path, config: Config) -> str:
+    if child is None:
+        return f"any at {config.wire.weights}"
+    if child.poll() is None:
+        return "running"
+    return f"died with status {child.returncode}, serving goes on; see {run_dir / 'learner.log'}"
 
 
 def _end(child: subprocess.Popen) -> None:
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         try:
-            child.wait(timeout=60)
+            child.wait(timeout=_END_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
 
 
-def _decode(
-    serving: Any, total: int, child: subprocess.Popen | None, run_dir: Path, console: Console, stop: _Stop
-) -> None:
+def _decode(server: Any, view: LiveView, console: Console, stop: _Stop) -> None:
     """Round after round until the traffic is served or the user asks for an end."""
-    server, view = serving.server, _View(run_dir, serving, total, child)
     with Live(view.table(), console=console, auto_refresh=False, transient=True) as live:
-        show = _every(1.0, lambda: live.update(view.table(), refresh=True))
-        tell = _every(15.0, lambda: console.print(view.line()))
-        report = show if console.is_terminal else tell
-        while not stop.requested and server.step():
-            report()
 
+        def follow() -> None:
+            for news in view.follow():
+                console.print(news)
+            if console.is_terminal:
+                live.update(view.table(), refresh=True)
 
-def _every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
-    """A function that runs ``action`` when called, but not more often than this."""
-    due = time.monotonic() + seconds
-
-    def maybe() -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            action()
-            due = time.monotonic() + seconds
-
-    return maybe
-
-
-class _View:
-    """The live view: what the server knows, and what the learner has written."""
-
-    def __init__(self, run_dir: Path, serving: Any, total: int, child: subprocess.Popen | None) -> None:
-        self._reader, self._serving = MetricsReader(run_dir / "metrics.jsonl"), serving
-        self._total, self._child = total, child
-        self._loss: float | None = None
-        self._gate: dict[str, Any] | None = None
-
-    def _rows(self) -> list[tuple[str, str]]:
-        for event in self._reader.new():
-            if event["event"] == "train":
-                self._loss = event["loss"]
-            elif event["event"] == "gate":
-                self._gate = event
-        server = self._serving.server
-        count = len(server.finished)
-        recent = server.acceptance(max(count - max(count // 10, 8), 0), count) if count else None
-        speed = server.rates(0.25)
-
-        def show(value: float | None, digits: int = 2) -> str:
-            return "–" if value is None else f"{value:.{digits}f}"
-
-        gate = self._gate and f"{self._gate['difference']:+.3f} {'published' if self._gate['publish'] else 'refused'}"
-        learner = "none" if self._child is None else "running" if self._child.poll() is None else "DEAD, still serving"
-        return [
-            ("requests", f"{count}/{self._total}"),
-            ("acceptance length", f"{show(recent)} at depth {server.policy.shape.depth}"),
-            ("tokens/s plain · speculative", f"{show(speed.control, 1)} · {show(speed.speculative, 1)}"),
-            ("speedup", show(speed.speedup)),
-            ("version · swaps", f"{server.policy.version} · {len(server.swap_ms)}"),
-            ("queue", str(self._serving.queued)),
-            ("learner", self._serving.refused or learner),
-            ("learner loss", show(self._loss, 3)),
-            ("gate", gate or "–"),
-        ]
-
-    def table(self) -> Table:
-        """The view of a terminal."""
-        table = Table(show_header=False, title="aurora-rl")
-        for name, value in self._rows():
-            table.add_row(name, value)
-        return table
-
-    def line(self) -> str:
-        """The view where output is not a terminal."""
-        return " | ".join(f"{name} {value}" for name, value in self._rows())
+        ticks = [every(1.0, follow), every(5.0, view.log_status)]
+        if not console.is_terminal:
+            ticks.append(every(15.0, lambda: console.print(view.line())))
+        try:
+            while not stop.requested and server.step():
+                for tick in ticks:
+                    tick()
+        except (ValueError, OSError) as error:  # of the program, not of its input: show where
+            raise RuntimeError("serving stopped") from error
+        view.log_status()
 
 
 if __name__ == "__main__":

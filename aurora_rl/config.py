@@ -6,6 +6,8 @@ Constructors elsewhere take flat arguments and never see these classes.
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +177,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for pair in overrides:
         if "=" not in pair:
             raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
-        sources.append((pair, OmegaConf.from_dotlist([pair])))
+        try:
+            sources.append((pair, OmegaConf.from_dotlist([pair])))
+        except Exception as error:  # values are YAML too
+            raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
     known = _keys(merged)
     for source, given in sources:
         for key in _keys(given):
@@ -186,7 +191,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             merged = OmegaConf.merge(merged, given)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(str(error).replace("\n", " ")) from error
     assert isinstance(config, Config)
     _check(config)
     return config
@@ -196,15 +204,28 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name in config:
         value = config._get_node(name)
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         keys += _keys(value, key + ".") if isinstance(value, DictConfig) and len(value) else [key]
     return keys
 
 
 _POSITIVE = (
-    "engine.slots", "engine.max_length", "engine.threads", "max_new_tokens", "drafter.vocab_size", "drafter.depth",
-    "drafter.width", "control.window", "wire.queue", "learner.threads", "learner.batch_size", "learner.buffer",
-    "learner.steps", "learner.publish_every", "gate.requests", "traffic.requests",
+    "engine.slots",
+    "engine.max_length",
+    "engine.threads",
+    "max_new_tokens",
+    "drafter.vocab_size",
+    "drafter.depth",
+    "drafter.width",
+    "control.window",
+    "wire.queue",
+    "learner.threads",
+    "learner.batch_size",
+    "learner.buffer",
+    "learner.steps",
+    "learner.publish_every",
+    "gate.requests",
+    "traffic.requests",
 )
 
 
@@ -219,7 +240,16 @@ def _check(config: Config) -> None:
         raise ConfigError(f"control.share must lie in [0, 1), got {config.control.share}")
     if not 0 < config.learner.decay <= 1:
         raise ConfigError(f"learner.decay must lie in (0, 1], got {config.learner.decay}")
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
+    for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
+        if not 0 <= OmegaConf.select(tree, key) < math.inf:
+            raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
+    for key in ("wire.trajectories", "wire.weights"):
+        address = OmegaConf.select(tree, key)
+        if not re.fullmatch(r"tcp://[^\s/]+:\d+|ipc://.+", address):
+            raise ConfigError(f"{key} must be tcp://host:port or ipc://path, got {address!r}")
+    if config.wire.trajectories == config.wire.weights:
+        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
+    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
         raise ConfigError(
             "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{config.temperature}, {config.top_k}, {config.top_p}"

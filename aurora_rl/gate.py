@@ -156,7 +156,11 @@ class Gate:
         paired = (new.acceptance - old.acceptance).double()
         mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
         decision = Decision(
-            mean > -self._margin, mean, (mean - half, mean + half), new.acceptance_length, old.acceptance_length,
+            mean > -self._margin,
+            mean,
+            (mean - half, mean + half),
+            new.acceptance_length,
+            old.acceptance_length,
             len(paired),
         )
         released, self._held, self.candidate = self._held, [], None

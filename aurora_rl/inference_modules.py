@@ -34,7 +34,7 @@ def grouped_attention(
     b, heads, length, d = query.shape
     query = query.reshape(b, key.shape[1], -1, d)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(b, heads, length, d).transpose(1, 2), None
+    return out.reshape(b, heads, length, d).transpose(1, 2), None
 
 
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 
-from aurora_rl.checkpoints import load_training_state, save_training_state
+from aurora_rl.checkpoints import CheckpointError, load_training_state, save_training_state
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.gate import Gate
@@ -80,6 +82,7 @@ class Learner:
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = 0
+        self._refusal: str | None = None
         self._serving = self._frozen()
         self.seen = self.steps = self.version = 0
 
@@ -93,6 +96,10 @@ class Learner:
     def resume(self, folder: Path) -> None:
         """Go on from a training checkpoint; its weights are published, since an engine may have started over."""
         progress = load_training_state(folder, self._drafter, self._optimizers)
+        if progress.get("draft_vocab") != self._draft_vocab():
+            raise CheckpointError(
+                f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
+            )
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
         self._publish(self._frozen())
 
@@ -101,6 +108,7 @@ class Learner:
         busy = len(self._new) >= self._batch_size or self._credit > 0
         arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
         self._admit(self._gate.admit(arrivals))
+        self._note_refusal()
         if self._gate.ready:
             self._decide()
         if self._gate.candidate is None and self._since_candidate >= self._publish_every:
@@ -121,8 +129,15 @@ class Learner:
     def _admit(self, trajectories: list[TensorDictBase]) -> None:
         if trajectories:
             self._buffer.extend(trajectories)
-            self._new += trajectories
+            # What the buffer has let go is not kept waiting here either: arrivals may outrun learning for long.
+            self._new = [*self._new, *trajectories][-len(self._buffer) :]
             self._since_candidate += len(trajectories)
+
+    def _note_refusal(self) -> None:
+        refusal = self._collector.hello_error or self._publisher.error
+        if refusal != self._refusal:
+            self._refusal = refusal
+            self._log.write("refused", reason=refusal)
 
     def _train(self, batch: TensorDictBase, *, new: int) -> None:
         began = time.perf_counter()
@@ -130,21 +145,28 @@ class Learner:
         with torch.autocast(batch["spine", "tokens"].device.type, torch.bfloat16, enabled=autocast):
             out = self._loss(batch)
         total = torch.stack([v for k, v in out.items() if k.startswith("loss_")]).sum()
-        if not bool(torch.isfinite(total)):
-            self._log.write("step_skipped", reason=f"loss is {float(total)}", steps=self.steps)
-            return
+        loss = float(total.detach())
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), 1.0))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._log.write("step_skipped", reason=f"loss is {loss}, its gradient's norm {norm}", steps=self.steps)
+            return
         for optimizer in self._optimizers:
             optimizer.step()
         self.steps += 1
         self.seen += new
         self._log.write(
-            "train", loss=round(float(total), 4), agreement=[round(a, 4) for a in out["agreement"].tolist()],
-            seen=self.seen, steps=self.steps, new=new, seconds=round(time.perf_counter() - began, 3),
-            waiting=len(self._new), rejected=self._collector.rejected,
+            "train",
+            loss=round(loss, 4),
+            agreement=[round(a, 4) for a in out["agreement"].tolist()],
+            seen=self.seen,
+            steps=self.steps,
+            new=new,
+            seconds=round(time.perf_counter() - began, 3),
+            waiting=len(self._new),
+            rejected=self._collector.rejected,
         )
 
     def _decide(self) -> None:
@@ -154,8 +176,12 @@ class Learner:
         if decision.publish:
             self._publish(candidate)
         self._log.write(
-            "gate", **asdict(decision), version=self.version, seconds=round(time.perf_counter() - began, 3),
-            seen=self.seen, steps=self.steps,
+            "gate",
+            **asdict(decision),
+            version=self.version,
+            seconds=round(time.perf_counter() - began, 3),
+            seen=self.seen,
+            steps=self.steps,
         )
         self._admit(released)
 
@@ -168,8 +194,16 @@ class Learner:
 
     def save(self) -> None:
         """Write the training state."""
-        progress = {"seen": self.seen, "steps": self.steps, "version": self.version}
+        progress = {
+            "seen": self.seen,
+            "steps": self.steps,
+            "version": self.version,
+            "draft_vocab": self._draft_vocab(),
+        }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
+
+    def _draft_vocab(self) -> str:
+        return checksum({"draft_vocab": self._drafter.draft_vocab})
 
     def close(self) -> None:
         """Close the wire."""

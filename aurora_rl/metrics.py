@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,29 @@ class MetricsLog:
 
 
 class MetricsReader:
-    """Follow a metrics file from its beginning.
+    """Follow a metrics file.
 
     Args:
         path: the file; it may not exist yet.
+        at_end: skip what it holds now.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+    def __init__(self, path: Path, *, at_end: bool = False) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if at_end and path.exists() else 0
 
-    def new(self) -> Iterator[dict[str, Any]]:
-        """Events written since the last call; a line still being written waits for the next."""
+    def new(self) -> list[dict[str, Any]]:
+        """Events since the last call. A line still being written waits for the next one, a broken one is left out."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
-            return
+            return []
         end = data.rfind(b"\n") + 1
         self._offset += end
+        events = []
         for line in data[:end].splitlines():
-            yield json.loads(line)
+            with contextlib.suppress(ValueError):  # a full disk cuts lines
+                events.append(json.loads(line))
+        return events

@@ -86,10 +86,10 @@ def draw_report(
     top.set_ylabel("acceptance length\n(tokens per round)")
     speeds = []
     for part in range(bins):
-        first, last = count * part / bins, count * (part + 1) / bins
-        measured = rates([r for r in rounds if first <= r.request < last])
+        begin, end = count * part / bins, count * (part + 1) / bins
+        measured = rates([r for r in rounds if begin <= r.request < end])
         if measured.speedup:
-            speeds.append(((first + last) / 2, measured.speedup))
+            speeds.append(((begin + end) / 2, measured.speedup))
     if speeds:
         bottom.plot(*zip(*speeds, strict=True), color="tab:green", marker="o")
     overall = rates(rounds).speedup

@@ -61,6 +61,7 @@ class InferenceServer:
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
+        self._acknowledging: threading.Thread | None = None
         self.rounds: list[Round] = []
         self.finished: list[tuple[int, int]] = []
         self.swap_ms: list[float] = []
@@ -75,16 +76,18 @@ class InferenceServer:
             if not env.num_active:
                 return False
         occupied, policy.speculate = env.num_active, self._windows.speculate
-        prefill, self._recording = env.engine.prefill_seconds, 0.0
+        prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.finished)
         began = time.perf_counter()
         done, self._td = env.step_and_maybe_reset(policy(self._td))
-        # Recording what speculation did is a cost of speculation, in whichever round a request happens to end.
-        seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill) - self._recording
+        # Recording is a cost of speculation, in whichever round it happens.
+        recording = self._recording + env.recording_seconds - recorded
+        seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
+        if not policy.speculate:
+            seconds -= recording
+            self.rounds.append(Round(True, occupied, 0, recording, completed))
         self.rounds.append(Round(policy.speculate, occupied, tokens, seconds, completed))
-        if self._recording:
-            self.rounds.append(Round(True, occupied, 0, self._recording, completed))
         self._windows.spent(seconds)
         if policy.speculate and self._length is not None:
             self._adapt(done)
@@ -95,7 +98,10 @@ class InferenceServer:
         drafted = done["draft", "mask"]
         rows = drafted.any(1)
         depth = (depths(done["draft", "parents"]) * drafted).amax(1)
-        self._length.observe(done["next", "verifier", "accepted"][rows].sum(1), depth[rows])
+        accepted = done["next", "verifier", "accepted"].sum(1)
+        # Where a request ended inside the path, what lies behind its last token was not judged.
+        depth = torch.where(done["next", "verifier", "bonus_token"] < 0, accepted, depth)
+        self._length.observe(accepted[rows], depth[rows])
         if self._length.depth != self.policy.shape.depth:
             shape = self.policy.shape
             self.policy.shape = TreeShape(self._length.depth, shape.width, shape.num_nodes)
@@ -120,6 +126,7 @@ class InferenceServer:
             accepted=dict(sorted(Counter(accepted[drafted > 0].tolist()).items())),
             versions=sorted(set(trajectory["rounds", "policy_version"].tolist())),
             depth=self.policy.shape.depth,
+            coverage=round(float(torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()), 4),
         )
         if self._sink is not None:
             self._sink.extend(trajectory)
@@ -144,12 +151,20 @@ class InferenceServer:
         self.versions.append(version)
         self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.finished))
         loaded = {name: tensor.clone() for name, tensor in self.policy.drafter.published().items()}
-        threading.Thread(target=self._acknowledge, args=(version, loaded, milliseconds), daemon=True).start()
+        self._acknowledging = threading.Thread(
+            target=self._acknowledge, args=(version, loaded, milliseconds, self._acknowledging), daemon=True
+        )
+        self._acknowledging.start()
 
-    def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
-        """Hashing takes longer than a swap, so it is done beside the rounds."""
+    def _acknowledge(
+        self, version: int, loaded: dict[str, Tensor], milliseconds: float, before: threading.Thread | None
+    ) -> None:
+        """Hashing takes longer than a swap, so it is done beside the rounds; acknowledgements keep their order."""
         assert self._receiver is not None
-        self._receiver.acknowledge(version, checksum(loaded), milliseconds)
+        digest = checksum(loaded)
+        if before is not None:
+            before.join()
+        self._receiver.acknowledge(version, digest, milliseconds)
 
     def rates(self, share: float = 1.0) -> Rates:
         """Tokens per second of both kinds over the last ``share`` of the requests."""

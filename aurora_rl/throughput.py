@@ -93,13 +93,14 @@ def rates(rounds: list[Round]) -> Rates:
     def rate(kind: bool, occupied: int) -> float:
         return tokens[kind, occupied] / seconds[kind, occupied]
 
-    both = [o for kind, o in seconds if kind and seconds.get((False, o)) and seconds[kind, o]]
+    # Every decoded round delivers a token; time without any, such as for recording, is no measurement of its own.
+    measured = [key for key, count in tokens.items() if count]
+    both = [o for kind, o in measured if kind and (False, o) in measured]
     if not both:
-        alone = [kind for kind in (True, False) if sum(s for (k, _), s in seconds.items() if k == kind)]
         overall = {
             kind: sum(t for (k, _), t in tokens.items() if k == kind)
             / sum(s for (k, _), s in seconds.items() if k == kind)
-            for kind in alone
+            for kind in {kind for kind, _ in measured}
         }
         return Rates(overall.get(False), overall.get(True))
     weight = {o: seconds[True, o] for o in both}

@@ -200,7 +200,9 @@ class TrajectoryRecorder:
         )
 
 
-def _pack_tree(keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor):
+def _pack_tree(
+    keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor
+) -> tuple[Tensor, ...]:
     """One tree's valid nodes, depth-first, parents relative to the tree."""
     place = torch.full((int(keep[-1]) + 2 if len(keep) else 1,), -1, dtype=torch.int64, device=keep.device)
     place[keep] = torch.arange(len(keep), device=keep.device)
@@ -208,28 +210,28 @@ def _pack_tree(keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor,
     return tokens[order], parents, log_probs[order], accepted[order], hidden[order]
 
 
-_LAYOUT: dict[tuple[str, ...], tuple[str, bool]] = {
-    # key: (shape, floating point)
-    ("request",): ("", False),
-    ("spine", "tokens"): ("S", False),
-    ("spine", "prompt_length"): ("", False),
-    ("spine", "features"): ("S-1,F", True),
-    ("spine", "hidden"): ("S-P,H", True),
-    ("rounds", "anchor"): ("R", False),
-    ("rounds", "offset"): ("R+1", False),
-    ("rounds", "policy_version"): ("R", False),
-    ("rounds", "cache_version"): ("R", False),
-    ("nodes", "tokens"): ("M", False),
-    ("nodes", "parents"): ("M", False),
-    ("nodes", "log_probs"): ("M", True),
-    ("nodes", "accepted"): ("M", False),
-    ("nodes", "hidden"): ("M,H", True),
-    ("sampling", "temperature"): ("", True),
-    ("sampling", "top_k"): ("", False),
-    ("sampling", "top_p"): ("", True),
-    ("sampling", "seed"): ("", False),
-    ("sampling", "rule"): ("", False),
-    ("sampling", "draft_mode"): ("", False),
+_LAYOUT: dict[tuple[str, ...], tuple[str, str]] = {
+    # key: (shape, dtype)
+    ("request",): ("", "int64"),
+    ("spine", "tokens"): ("S", "int64"),
+    ("spine", "prompt_length"): ("", "int64"),
+    ("spine", "features"): ("S-1,F", "float"),
+    ("spine", "hidden"): ("S-P,H", "float"),
+    ("rounds", "anchor"): ("R", "int64"),
+    ("rounds", "offset"): ("R+1", "int64"),
+    ("rounds", "policy_version"): ("R", "int64"),
+    ("rounds", "cache_version"): ("R", "int64"),
+    ("nodes", "tokens"): ("M", "int64"),
+    ("nodes", "parents"): ("M", "int64"),
+    ("nodes", "log_probs"): ("M", "float"),
+    ("nodes", "accepted"): ("M", "bool"),
+    ("nodes", "hidden"): ("M,H", "float"),
+    ("sampling", "temperature"): ("", "float"),
+    ("sampling", "top_k"): ("", "int64"),
+    ("sampling", "top_p"): ("", "float"),
+    ("sampling", "seed"): ("", "int64"),
+    ("sampling", "rule"): ("", "int64"),
+    ("sampling", "draft_mode"): ("", "int64"),
 }
 
 
@@ -250,6 +252,10 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         missing, extra = sorted(set(_LAYOUT) - keys), sorted(keys - set(_LAYOUT))
         raise ValueError(f"a trajectory has exactly the entries of the layout; missing {missing}, unknown {extra}")
     get = trajectory.get
+    for key, (_, kind) in _LAYOUT.items():  # first of all: what follows computes with these
+        dtype = get(key).dtype
+        if not (dtype.is_floating_point if kind == "float" else dtype == getattr(torch, kind)):
+            raise ValueError(f"{'.'.join(key)} has dtype {dtype}, expected {kind}")
     tokens, anchor, node_tokens = get(("spine", "tokens")), get(("rounds", "anchor")), get(("nodes", "tokens"))
     prompt = get(("spine", "prompt_length"))
     for name, value in (("spine.tokens", tokens), ("rounds.anchor", anchor), ("nodes.tokens", node_tokens)):
@@ -259,14 +265,12 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         raise ValueError(f"spine.prompt_length must lie in 1..S-1={len(tokens) - 1}, got {prompt.tolist()}")
     sizes = {"S": len(tokens), "S-1": len(tokens) - 1, "S-P": len(tokens) - int(prompt), "R": len(anchor),
              "R+1": len(anchor) + 1, "M": len(node_tokens), "F": feature_size, "H": hidden_size}
-    for key, (shape, floating) in _LAYOUT.items():
+    for key, (shape, kind) in _LAYOUT.items():
         value, name = get(key), ".".join(key)
         expected = tuple(sizes[s] for s in shape.split(",")) if shape else ()
         if tuple(value.shape) != expected:
             raise ValueError(f"{name} must have shape [{shape}] = {expected}, got {tuple(value.shape)}")
-        if value.dtype.is_floating_point != floating:
-            raise ValueError(f"{name} has dtype {value.dtype}, expected {'a float' if floating else 'an integer'}")
-        if floating and key != ("nodes", "log_probs") and not bool(torch.isfinite(value).all()):
+        if kind == "float" and key != ("nodes", "log_probs") and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds a value that is not finite")
     for name, ids in (("spine.tokens", tokens), ("nodes.tokens", node_tokens)):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
@@ -276,6 +280,8 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         raise ValueError(f"rounds.offset must rise from 0 to M={len(node_tokens)}, got {offset.tolist()[:8]}...")
     if len(anchor) and not int(prompt) - 1 <= int(anchor.min()) <= int(anchor.max()) < len(tokens) - 1:
         raise ValueError(f"rounds.anchor must lie in P-1..S-2, got {int(anchor.min())}..{int(anchor.max())}")
+    if bool((anchor.diff() <= 0).any()):
+        raise ValueError(f"rounds.anchor must rise, since every round commits a token, got {anchor.tolist()[:8]}...")
     local = torch.arange(len(parents)) - torch.repeat_interleave(offset[:-1], offset.diff())
     if bool(((parents < -1) | (parents >= local)).any()):
         raise ValueError("nodes.parents must point to an earlier node of the same tree or to the root (-1)")
@@ -322,8 +328,8 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
             batch[key] = torch.stack(values)
         elif key != ("rounds", "offset"):
             batch[key] = torch.cat(values)
-    for part, key in (("spine", "tokens"), ("rounds", "anchor"), ("nodes", "tokens")):
-        sizes = torch.tensor([0] + [len(t[part, key]) for t in trajectories])
+    for part, entry in (("spine", "tokens"), ("rounds", "anchor"), ("nodes", "tokens")):
+        sizes = torch.tensor([0] + [len(t[part, entry]) for t in trajectories])
         batch[part, "offset" if part == "spine" else "request_offset"] = sizes.cumsum(0)
     starts = batch["nodes", "request_offset"][:-1]
     ends = [t["rounds", "offset"][1:] + s for t, s in zip(trajectories, starts, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aurora_rl import traffic
+from aurora_rl import traffic, traffic_templates
 from aurora_rl.traffic import Prompt, TrafficError, generate, read_jsonl
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -149,9 +149,10 @@ def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list
 
 
 def test_the_halves_of_every_pool_and_the_templates_are_disjoint() -> None:
-    halves = [{p for pool in traffic._POOLS.values() for v in pool[half] for p in pieces(v)} for half in (0, 1)]
+    pools = traffic_templates.POOLS.values()
+    halves = [{p for pool in pools for v in pool[half] for p in pieces(v)} for half in (0, 1)]
     assert not halves[0] & halves[1]
-    for first, last in traffic._TEMPLATES.values():
+    for first, last in traffic_templates.TEMPLATES.values():
         assert not first.keys() & last.keys()
         assert not set(first.values()) & set(last.values())
         assert len(first) >= 12

@@ -19,6 +19,9 @@ def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0) -> ReplayBu
     """
     generator = torch.Generator().manual_seed(seed)
     return ReplayBuffer(
-        storage=ListStorage(capacity), sampler=RandomSampler(), batch_size=batch_size, collate_fn=pack,
+        storage=ListStorage(capacity),
+        sampler=RandomSampler(),
+        batch_size=batch_size,
+        collate_fn=pack,
         generator=generator,
     )

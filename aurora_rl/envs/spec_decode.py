@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -64,6 +66,9 @@ class SpecDecodeEnv(EnvBase):
         on_completion: called with each :class:`Completion` as it ends.
         record: whether completions carry their trajectory.
 
+    Attributes:
+        recording_seconds: wall time spent on trajectories so far.
+
     Raises:
         ValueError: from a request that the engine cannot hold or the rule cannot serve (see :meth:`check`).
 
@@ -97,6 +102,8 @@ class SpecDecodeEnv(EnvBase):
         self._requests, self._decode, self._on_completion = requests, decode, on_completion
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._active: dict[int, Request] = {}
+        self._taken: deque[Request] = deque()  # checked, and waiting for a slot
+        self.recording_seconds = 0.0
         self._recorder = TrajectoryRecorder(store) if record else None
         self._set_sampling()
         b, n, width = engine.num_slots, num_nodes, num_nodes + 1
@@ -138,12 +145,17 @@ class SpecDecodeEnv(EnvBase):
 
     def check(self, request: Request) -> None:
         """Raise ValueError, naming the value and the fix, where this environment cannot serve the request."""
-        length, limit = len(request.prompt), self.engine.max_length
+        length, limit, vocab = len(request.prompt), self.engine.max_length, self.engine.vocab_size
         where = f"request {request.id}"
         if request.id < 0:
             raise ValueError(f"{where}: an id is not negative")
         if length < 1:
             raise ValueError(f"{where}: the prompt is empty; give at least one token")
+        if not 0 <= int(request.prompt.min()) <= int(request.prompt.max()) < vocab:
+            raise ValueError(
+                f"{where}: the prompt's tokens must lie in 0..{vocab - 1} (the target's vocabulary), got "
+                f"{int(request.prompt.min())}..{int(request.prompt.max())}; was it encoded by another tokenizer?"
+            )
         if request.max_new_tokens < 1:
             raise ValueError(f"{where}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
         if length + request.max_new_tokens > limit:
@@ -191,21 +203,21 @@ class SpecDecodeEnv(EnvBase):
             "verifier": group({
                 "accepted": torch.zeros(b, self.num_nodes, dtype=torch.bool, device=self.device),
                 "hidden": hidden.new_zeros(b, width, hidden.shape[-1]),
-                "bonus_token": ints(),
+                "bonus_token": ints() - 1,
             }),
         })
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
         flags = None if tensordict is None else tensordict.get("_reset", None)
-        slots = range(self.engine.num_slots) if flags is None else flags.flatten().nonzero().flatten().tolist()
-        loaded: list[tuple[int, Request]] = []
+        slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
+        # A bad request raises here, before anything changes; good ones taken along with it wait for the next reset.
+        while len(self._taken) < len(slots) and (request := self._requests()) is not None:
+            self.check(request)
+            self._taken.append(request)
         for slot in slots:
             if self._active.pop(slot, None) is not None:
                 self.engine.release(slot)
-            request = self._requests()
-            if request is not None:
-                self.check(request)
-                loaded.append((slot, request))
+        loaded = [(slot, self._taken.popleft()) for slot in slots[: len(self._taken)]]
         if loaded:
             self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
             self._active.update(loaded)
@@ -308,6 +320,7 @@ class SpecDecodeEnv(EnvBase):
     def _record(self, tensordict: TensorDictBase, rows: Tensor, roots: Tensor, tokens: Tensor, parents: Tensor,
                 valid: Tensor, accepted: Tensor, hidden: Tensor) -> None:
         assert self._recorder is not None
+        began = time.perf_counter()
         log_probs = tensordict.get(("draft", "log_probs"), None)
         if log_probs is None:  # a policy that keeps no probabilities, such as a random one
             log_probs = torch.full(tensordict["draft", "tokens"].shape, torch.nan, device=self.device)
@@ -317,16 +330,19 @@ class SpecDecodeEnv(EnvBase):
             hidden, tensordict.get("policy_version", zero)[rows.cpu()].tolist(),
             tensordict.get("cache_version", zero)[rows.cpu()].tolist(),
         )
+        self.recording_seconds += time.perf_counter() - began
 
     def _finish(self, slot: int, ended: bool) -> None:
         request, store = self._active.pop(slot), self.engine.store
         trajectory = None
         if self._recorder:
+            began = time.perf_counter()
             rule = "greedy" if request.sampling.temperature == 0 else self.rule.name
             s = request.sampling
             trajectory = self._recorder.cut(
                 slot, request.id, Sampling(s.temperature, s.top_k, s.top_p, s.seed, rule, "topk")
             )
+            self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
         self.engine.release(slot)
         if self._on_completion:

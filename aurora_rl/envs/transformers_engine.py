@@ -16,6 +16,10 @@ from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
 
+# A tree is written behind the committed tokens before any of it is accepted: columns of a slot for it.
+_TREE_ROOM = 64
+
+
 class SlotCache(Cache):
     """Keys and values of every slot in one block, written at a place of our choosing.
 
@@ -102,7 +106,8 @@ class TransformersEngine(Engine):
                 f"max_length must lie in 2..{config.max_position_embeddings} (the model's context), got {max_length}"
             )
         window = getattr(config, "sliding_window", None)
-        if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()) and window < max_length:
+        types = getattr(config, "layer_types", None)  # none are given where all layers are of one kind, as Mistral's
+        if window and (types is None or "sliding_attention" in types) and window < max_length:
             raise ValueError(f"the model slides its attention over {window} tokens; set engine.max_length <= {window}")
         self.model, self._decoder = model, decoder
         self.vocab_size, self._feature_layers = config.vocab_size, tuple(feature_layers)
@@ -115,8 +120,7 @@ class TransformersEngine(Engine):
         prepare_for_inference(model)
         self._head = model.get_output_embeddings()  # after the call above, which replaces it
         model.set_attn_implementation(GROUPED_ATTENTION)
-        # A tree is written behind the committed tokens before any of it is accepted: room for one more budget.
-        self._cache = SlotCache(config, num_slots, max_length + 64, dtype, device)
+        self._cache = SlotCache(config, num_slots, max_length + _TREE_ROOM, dtype, device)
         self._captured: dict[int, Tensor] = {}
         for layer in set(feature_layers) - {len(layers)}:
             layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
@@ -168,7 +172,13 @@ class TransformersEngine(Engine):
         self.prefill_seconds += time.perf_counter() - began
 
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
-        """See :meth:`Engine.verify`."""
+        """See :meth:`Engine.verify`.
+
+        Raises:
+            ValueError: the tree has more nodes than a slot has room for behind its context.
+        """
+        if tokens.shape[1] > _TREE_ROOM:  # it would run into the next slot's columns
+            raise ValueError(f"a tree of {tokens.shape[1]} nodes exceeds the engine's {_TREE_ROOM}; lower num_nodes")
         where = slots.to(tokens.device)
         root = self.store.tokens[where, (self.store.lengths[slots] - 1).to(tokens.device)]
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)

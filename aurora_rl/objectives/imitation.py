@@ -58,7 +58,7 @@ class ImitationLoss(LossModule):
     "agreement" ``[J]``: the share of positions where the likeliest tokens agree, an estimate of greedy acceptance.
 
     Raises:
-        ValueError: ``steps`` < 1 or ``decay`` outside (0, 1].
+        ValueError: ``steps`` < 1, ``decay`` outside (0, 1] or an unknown reduction.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -86,6 +86,8 @@ class ImitationLoss(LossModule):
     ) -> None:
         if steps < 1 or not 0 < decay <= 1:
             raise ValueError(f"imitation needs steps >= 1 and 0 < decay <= 1, got steps {steps}, decay {decay}")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         super().__init__()
         self.drafter, self.steps, self.decay, self.reduction = drafter, steps, decay, reduction
         self.register_buffer("head", head, persistent=False)
@@ -97,7 +99,7 @@ class ImitationLoss(LossModule):
             self.tensor_keys.hidden,
         ]
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
         self._set_in_keys()
 
     @property

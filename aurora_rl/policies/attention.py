@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 KeysValues = tuple[Tensor, Tensor]
@@ -36,9 +36,10 @@ class TreeAttention(nn.Module):
         torch.Size([1, 3, 8])
     """
 
-    def __init__(self, config: PretrainedConfig, *, input_size: int) -> None:
+    def __init__(self, config: LlamaConfig, *, input_size: int) -> None:
         super().__init__()
-        self.num_heads, self.num_key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads = config.num_attention_heads
+        self.num_key_heads = config.num_key_value_heads or config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.q_proj = nn.Linear(input_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(input_size, self.num_key_heads * self.head_dim, bias=False)
@@ -51,7 +52,8 @@ class TreeAttention(nn.Module):
         """Rotary embedding of ``[b, T, heads, d]`` at ``[b, T]``."""
         longest = int(positions.max()) + 1
         if self._table is None or self._table[0].shape[0] < longest or self._table[0].device != x.device:
-            grid = torch.arange(max(longest, 512), device=x.device)[None]
+            # Twice what is needed: a growing request must not make the table anew at every token.
+            grid = torch.arange(max(2 * longest, 512), device=x.device)[None]
             cos, sin = self._rotary[0].to(x.device)(x.float(), grid)
             self._table = (cos[0], sin[0])
         cos, sin = (table[positions][:, :, None].to(x.dtype) for table in self._table)
@@ -85,8 +87,9 @@ class TreeAttention(nn.Module):
         if branch is None:
             # Queries of one group become rows of one key head, so keys are not repeated.
             rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            keys, values = (part.transpose(1, 2) for part in spine)
             out = F.scaled_dot_product_attention(
-                rows, *(part.transpose(1, 2) for part in spine), attn_mask=mask.repeat(1, group, 1)[:, None], scale=1.0
+                rows, keys, values, attn_mask=mask.repeat(1, group, 1)[:, None], scale=1.0
             )
             out = out.view(b, self.num_key_heads, group, length, self.head_dim).permute(0, 3, 1, 2, 4)
         else:

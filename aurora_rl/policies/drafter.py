@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+
+from aurora_rl.policies.target import TargetParts
+from aurora_rl.trees import depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,19 @@ class Drafter(nn.Module, ABC):
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
     cached: Tensor
+
+    @classmethod
+    @abstractmethod
+    def from_target(
+        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+    ) -> Self:
+        """A day-0 drafter in float32 for a target.
+
+        Args:
+            parts: the target's.
+            draft_vocab: ``[Vd]`` int64.
+            feature_layers: layer ids to read; None takes the architecture's own.
+        """
 
     @abstractmethod
     def allocate(self, num_slots: int, max_length: int) -> None:
@@ -190,3 +206,103 @@ def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor
         parents = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
         tokens, log_probs = tokens.gather(1, keep), log_probs.gather(1, keep)
     return Proposal(tokens, parents, log_probs.float())
+
+
+class TreeGrowth:
+    """Grows trees of ``b`` slots depth by depth.
+
+    At each depth the ``width`` likeliest nodes by joint probability are expanded, each by its ``width`` likeliest
+    tokens (all of them in a smaller draft vocabulary).
+
+    Args:
+        draft_vocab: ``[Vd]`` int64, target ids of the rows.
+        shape: the tree to grow; its depth is the number of times that :meth:`add` is called.
+
+    Example:
+        >>> growth = TreeGrowth(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
+        >>> growth.add(torch.tensor([[[0.2, 0.7, 0.1]]]).log())
+        >>> growth.frontier()
+        (tensor([[7, 5]]), tensor([[0, 0]]))
+        >>> growth.add(torch.tensor([[[0.1, 0.1, 0.8], [0.4, 0.5, 0.1]]]).log())
+        >>> growth.proposal().tokens, growth.proposal().parents
+        (tensor([[7, 5, 9]]), tensor([[-1, -1,  0]]))
+    """
+
+    def __init__(self, draft_vocab: Tensor, shape: TreeShape) -> None:
+        self._draft_vocab, self._shape, self._children = draft_vocab, shape, min(shape.width, len(draft_vocab))
+        self._tokens: list[Tensor] = []
+        self._parents: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
+        self._joint: list[Tensor] = []
+        # Candidates that the last frontier consists of, and their joint log-probabilities.
+        self._expanded: tuple[Tensor, Tensor] | None = None
+        self._before = 0  # candidates of all depths but the last
+
+    def add(self, log_probs: Tensor) -> None:
+        """Add a depth: ``[b, w, Vd]``, the drafter's at each of the ``w`` nodes of the frontier, at first the root."""
+        best, choice = log_probs.topk(self._children)
+        parents = torch.full_like(choice, -1)
+        joint = best
+        if self._expanded is not None:
+            self._before += self._tokens[-1].shape[1]
+            index, path = self._expanded
+            parents, joint = index[:, :, None].expand_as(choice), path[:, :, None] + best
+        self._tokens.append(self._draft_vocab[choice].flatten(1))
+        self._parents.append(parents.flatten(1))
+        self._log_probs.append(best.flatten(1))
+        self._joint.append(joint.flatten(1))
+
+    def frontier(self) -> tuple[Tensor, Tensor]:
+        """The nodes to expand now, ``[b, w]``: their tokens, and each one's parent's place in the last frontier."""
+        tokens, joint = self._tokens[-1], self._joint[-1]
+        # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
+        if tokens.shape[1] <= self._shape.width:
+            kept = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        else:
+            joint, kept = joint.topk(self._shape.width)
+            tokens = tokens.gather(1, kept)
+        self._expanded = kept + self._before, joint
+        return tokens, kept // self._children
+
+    def proposal(self) -> Proposal:
+        """The trees, cut to the shape's budget."""
+        columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
+        tokens, parents, log_probs, joint = columns
+        return best_first(tokens, parents, log_probs, joint, self._shape.budget)
+
+
+def recorded_depths(batch: TensorDictBase) -> Tensor:
+    """Depth of every node of packed trajectories, ``[M]`` int64; a child of a root has depth 1."""
+    offset, parents = batch["rounds", "offset"], batch["nodes", "parents"]
+    start = torch.repeat_interleave(offset[:-1], offset.diff())
+    return depths(torch.where(parents < 0, -1, parents + start)[None])[0]
+
+
+def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:
+    """Row of the draft head of each target token, −1 where it has none; any shape."""
+    order = draft_vocab.argsort()
+    place = torch.searchsorted(draft_vocab[order], tokens).clamp(max=len(draft_vocab) - 1)
+    row = order[place]
+    return torch.where(draft_vocab[row] == tokens, row, -1)
+
+
+def published_tensors(module: nn.Module, draft_vocab: Tensor) -> dict[str, Tensor]:
+    """A module's parameters and ``d2t``, the offsets from draft rows to target ids, by the names that engines read."""
+    rows = torch.arange(len(draft_vocab), device=draft_vocab.device)
+    return {**{name: value.detach() for name, value in module.state_dict().items()}, "d2t": draft_vocab - rows}
+
+
+@torch.no_grad()
+def install_tensors(module: nn.Module, draft_vocab: Tensor, vocab_size: int, weights: dict[str, Tensor]) -> None:
+    """Write what :func:`published_tensors` gave into the module and its draft vocabulary.
+
+    Raises:
+        ValueError: see ``Drafter.install``; also where ``d2t`` leaves the target's vocabulary.
+    """
+    check_weights(published_tensors(module, draft_vocab), weights)
+    target = weights["d2t"].to(draft_vocab) + torch.arange(len(draft_vocab)).to(draft_vocab)
+    if not bool(((target >= 0) & (target < vocab_size)).all()):
+        raise ValueError(f"tensor 'd2t' points outside the target's vocabulary of {vocab_size}")
+    for name, value in module.state_dict().items():
+        value.copy_(weights[name])
+    draft_vocab.copy_(target)

@@ -6,6 +6,8 @@ Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models 
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
@@ -17,10 +19,13 @@ from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import (
     Drafter,
     Proposal,
+    TreeGrowth,
     TreeShape,
     Unroll,
-    best_first,
-    check_weights,
+    draft_rows,
+    install_tensors,
+    published_tensors,
+    recorded_depths,
     register_drafter,
 )
 from aurora_rl.policies.target import TargetParts, default_feature_layers
@@ -74,6 +79,8 @@ class Eagle3Drafter(Drafter):
         torch.Size([1, 2])
     """
 
+    embedding: Tensor
+
     def __init__(
         self, config: LlamaConfig, *, embedding: Tensor, draft_vocab: Tensor, feature_layers: tuple[int, ...]
     ) -> None:
@@ -89,7 +96,7 @@ class Eagle3Drafter(Drafter):
     @classmethod
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
-    ) -> Eagle3Drafter:
+    ) -> Self:
         """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
@@ -155,13 +162,15 @@ class Eagle3Drafter(Drafter):
             cache[rows[:, None], positions] = new
         end = int(self.cached[slots].max()) + width
         mask = torch.arange(end, device=device) <= positions[:, :, None]
-        out = self.midlayer(x, hidden, positions, self._spine(rows, end), mask, None)
+        out = self.midlayer(x, hidden, positions, self._spine(slots, end), mask, None)
         last = (num_new - 1).to(device)[:, None, None].expand(-1, 1, out.shape[-1])
         self._state[rows] = out.gather(1, last)[:, 0]
         self.cached[slots] += num_new
 
-    def _spine(self, rows: Tensor, end: int) -> KeysValues:
-        everyone = len(rows) == self._cache[0].shape[0]
+    def _spine(self, slots: Tensor, end: int) -> KeysValues:
+        # All slots in order, the usual case, are read through a view.
+        everyone = slots.tolist() == list(range(self._cache[0].shape[0]))
+        rows = slots.to(self._cache[0].device)
         keys, values = (cache[:, :end] if everyone else cache[rows, :end] for cache in self._cache)
         return keys, values
 
@@ -176,37 +185,29 @@ class Eagle3Drafter(Drafter):
     def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
         """See :meth:`Drafter.propose`. The top ``width`` nodes of each depth by joint probability are expanded."""
         rows = slots.to(self._state.device)
-        b, width = len(rows), shape.width
+        b = len(rows)
         end = int(self.cached[slots].max())
         held = self.cached[slots].to(rows.device)
-        spine, spine_mask = self._spine(rows, end), torch.arange(end, device=rows.device) < held[:, None]
+        spine, spine_mask = self._spine(slots, end), torch.arange(end, device=rows.device) < held[:, None]
 
-        best, choice = self._log_probs(self._state[rows]).topk(width)
-        tokens, log_probs, joint = [self.draft_vocab[choice]], [best], [best]
-        parents = [torch.full_like(choice, -1)]
-        index = torch.arange(width, device=rows.device).expand(b, width)  # frontier nodes, in the list of candidates
-        hidden = self._state[rows, None].expand(-1, width, -1)  # the state that each frontier node was drawn from
-        front_tokens, front_joint, branch = tokens[0], best, None
+        growth = TreeGrowth(self.draft_vocab, shape)
+        branch: KeysValues | None = None
+        hidden = self._state[rows, None]
+        growth.add(self._log_probs(hidden))
+        every = torch.arange(b, device=rows.device)[:, None]
         for depth in range(1, shape.depth):
-            positions = (held + depth - 1)[:, None].expand(b, width)
-            x = self.midlayer.read(self._embed(front_tokens), hidden)
+            tokens, parent = growth.frontier()
+            hidden = hidden[every, parent]  # the state that each node of the frontier was drawn from
+            positions = (held + depth - 1)[:, None].expand_as(tokens)
+            x = self.midlayer.read(self._embed(tokens), hidden)
             own = tuple(part[:, :, None] for part in self.midlayer.self_attn.keys_values(x, positions))
-            branch = own if branch is None else tuple(torch.cat(p, dim=2) for p in zip(branch, own, strict=True))
-            hidden = self.midlayer(x, hidden, positions, spine, spine_mask[:, None].expand(-1, width, -1), branch)
-            best, choice = self._log_probs(hidden).topk(width)
-            path = (front_joint[:, :, None] + best).flatten(1)
-            parents.append(index[:, :, None].expand_as(best).flatten(1))
-            tokens.append(self.draft_vocab[choice].flatten(1))
-            log_probs.append(best.flatten(1))
-            joint.append(path)
-            if depth + 1 < shape.depth:
-                front_joint, kept = path.topk(width) if width > 1 else (path, torch.zeros_like(index))
-                offset = sum(level.shape[1] for level in tokens[:-1])
-                index, front_tokens, parent = kept + offset, tokens[-1].gather(1, kept), kept // width
-                every = torch.arange(b, device=rows.device)[:, None]
-                hidden, branch = hidden[every, parent], tuple(part[every, parent] for part in branch)
-        columns = (torch.cat(c, dim=1) for c in (tokens, parents, log_probs, joint))
-        return best_first(*columns, budget=shape.budget)
+            if branch is not None:
+                own = tuple(torch.cat([b[every, parent], o], dim=2) for b, o in zip(branch, own, strict=True))
+            branch = (own[0], own[1])
+            mask = spine_mask[:, None].expand(-1, tokens.shape[1], -1)
+            hidden = self.midlayer(x, hidden, positions, spine, mask, branch)
+            growth.add(self._log_probs(hidden))
+        return growth.proposal()
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -259,10 +260,10 @@ class Eagle3Drafter(Drafter):
         """See :meth:`Drafter.score`. One pass per depth over the nodes of each request."""
         rows = batch["spine", "offset"]
         tokens, hidden, x, spine = self._read_spine(batch)
-        requests = batch["rounds", "request_offset"]
+        requests, depth = batch["rounds", "request_offset"], recorded_depths(batch)
         out = [
             self._score_request(
-                batch, int(requests[i]), int(requests[i + 1]), hidden[i : i + 1], x[i : i + 1],
+                batch, int(requests[i]), int(requests[i + 1]), depth, hidden[i : i + 1], x[i : i + 1],
                 (spine[0][i : i + 1], spine[1][i : i + 1]),
             )
             for i in range(len(rows) - 1)
@@ -270,7 +271,14 @@ class Eagle3Drafter(Drafter):
         return torch.cat(out)
 
     def _score_request(
-        self, batch: TensorDictBase, first: int, last: int, hidden: Tensor, x: Tensor, spine: KeysValues
+        self,
+        batch: TensorDictBase,
+        first: int,
+        last: int,
+        depth: Tensor,
+        hidden: Tensor,
+        x: Tensor,
+        spine: KeysValues,
     ) -> Tensor:
         offset = batch["rounds", "offset"][first : last + 1]
         begin, end = int(offset[0]), int(offset[-1])
@@ -280,18 +288,13 @@ class Eagle3Drafter(Drafter):
         sizes = offset.diff()
         start = torch.repeat_interleave(offset[:-1] - begin, sizes)
         root = torch.repeat_interleave(batch["rounds", "anchor"][first:last], sizes) - 1  # the root's pair
-        parents = torch.where(parents < 0, -1, parents + start)
-        depth = torch.ones_like(parents)
-        for node in range(len(parents)):  # depth-first: a parent comes before its children
-            if parents[node] >= 0:
-                depth[node] = depth[parents[node]] + 1
+        parents, depth = torch.where(parents < 0, -1, parents + start), depth[begin:end]
 
         every = torch.arange(hidden.shape[1], device=tokens.device)
         causal = (every <= every[:, None])[None]
         states = self.midlayer(x, hidden, every[None], spine, causal, None)[0]
-        rows = torch.full((self.config.vocab_size,), -1, device=tokens.device)
-        rows[self.draft_vocab] = torch.arange(len(self.draft_vocab), device=tokens.device)
-        row = rows[tokens]
+        # A root without a pair cannot have been drafted from.
+        row = torch.where(root >= 0, draft_rows(self.draft_vocab, tokens), -1)
         result = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float64 if x.dtype == torch.float64
                              else torch.float32)
         frontier: Tensor | None = None
@@ -324,19 +327,11 @@ class Eagle3Drafter(Drafter):
 
     def published(self) -> dict[str, Tensor]:
         """See :meth:`Drafter.published`: parameters, and ``d2t``, the offsets from draft to target ids."""
-        rows = torch.arange(len(self.draft_vocab), device=self.draft_vocab.device)
-        return {**{k: v.detach() for k, v in self.state_dict().items()}, "d2t": self.draft_vocab - rows}
+        return published_tensors(self, self.draft_vocab)
 
-    @torch.no_grad()
     def install(self, weights: dict[str, Tensor]) -> None:
         """See :meth:`Drafter.install`."""
-        check_weights(self.published(), weights)
-        target = weights["d2t"].to(self.draft_vocab) + torch.arange(len(self.draft_vocab)).to(self.draft_vocab)
-        if not bool(((target >= 0) & (target < self.config.vocab_size)).all()):
-            raise ValueError(f"tensor 'd2t' points outside the target's vocabulary of {self.config.vocab_size}")
-        for name, parameter in self.state_dict().items():
-            parameter.copy_(weights[name])
-        self.draft_vocab.copy_(target)
+        install_tensors(self, self.draft_vocab, self.config.vocab_size, weights)
 
 
 def _next_row(x: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self.drafter.forget(fresh.nonzero().flatten())
+        # An empty cache has no older rows: what is put into it now is of these weights.
+        self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         parents = torch.full(shape, -1, device=device)
@@ -109,7 +111,6 @@ class DrafterPolicy(TensorDictModuleBase):
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""
         store, drafter = self._store, self.drafter
-        self._cache_version[slots[drafter.cached[slots] == 0]] = self.version
         behind = store.lengths[slots] - 1 - drafter.cached[slots]
         long = behind > _SHORT
         for group in (slots[~long & (behind > 0)], *slots[long].split(1)):

@@ -1,0 +1,208 @@
+"""Medusa: one head per depth, all reading the feature behind the root, in one pass and without a cache.
+
+Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (arXiv 2401.10774).
+Parameter names are those of vLLM's ``MedusaModel``.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from aurora_rl.policies.drafter import (
+    Drafter,
+    Proposal,
+    TreeGrowth,
+    TreeShape,
+    Unroll,
+    draft_rows,
+    install_tensors,
+    published_tensors,
+    recorded_depths,
+    register_drafter,
+)
+from aurora_rl.policies.target import TargetParts
+
+
+class MedusaBlock(nn.Module):
+    """Residual blocks of one head: ``h + silu(linear(h))``, the identity where the linear layers are zero."""
+
+    def __init__(self, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(num_layers))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``."""
+        for layer in self.layers:
+            hidden = hidden + F.silu(layer(hidden))
+        return hidden
+
+
+@register_drafter("medusa")
+class MedusaDrafter(Drafter):
+    """Medusa heads over a reduced draft vocabulary.
+
+    The one feature is layer id ``num_hidden_layers``, the input of the target's output head. Head ``d`` drafts the
+    nodes of depth ``d`` from the feature at the position just before the root; the root's token and the path to a node
+    are not read, so all nodes of a depth share one distribution and a tree is a Cartesian product of top tokens.
+
+    Args:
+        hidden_size: ``H`` of the target.
+        vocab_size: the target's.
+        draft_vocab: ``[Vd]`` int64, target ids of the heads' rows.
+        feature_layers: the one layer id that is read.
+        num_heads: heads, hence the deepest depth.
+        num_layers: residual blocks of each head.
+
+    Raises:
+        ValueError: ``feature_layers`` is not a single id, or there are no heads.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+        >>> drafter.feature_layers
+        (3,)
+        >>> drafter.allocate(num_slots=1, max_length=8)
+        >>> slot = torch.tensor([0])
+        >>> drafter.extend(slot, torch.tensor([[3]]), torch.zeros(1, 1, 16), torch.tensor([1]))
+        >>> drafter.propose(slot, TreeShape(depth=2, width=2)).parents
+        tensor([[-1, -1,  0,  0,  1,  1]])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...],
+        num_heads: int = 4,
+        num_layers: int = 1,
+    ) -> None:
+        if len(feature_layers) != 1 or num_heads < 1:
+            raise ValueError(
+                f"Medusa reads one feature layer and has at least one head, got layers {feature_layers} and {num_heads}"
+                " heads"
+            )
+        super().__init__()
+        self.feature_layers, self._vocab_size = tuple(feature_layers), vocab_size
+        self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
+        self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
+        self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
+
+    @classmethod
+    def from_target(
+        cls,
+        parts: TargetParts,
+        *,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...] | None = None,
+        num_heads: int = 4,
+        num_layers: int = 1,
+    ) -> Self:
+        """A day-0 drafter in float32 whose every head is the target's own: its rows, behind residual blocks at zero."""
+        config = parts.config
+        drafter = cls(
+            config.hidden_size,
+            config.vocab_size,
+            draft_vocab=draft_vocab,
+            feature_layers=feature_layers or (config.num_hidden_layers,),
+            num_heads=num_heads,
+            num_layers=num_layers,
+        )
+        with torch.no_grad():
+            for parameter in drafter.blocks.parameters():
+                parameter.zero_()
+            for parameter in drafter.lm_heads.parameters():
+                parameter.copy_(parts.head[draft_vocab])
+        return drafter
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads."""
+        return len(self.lm_heads)
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """See :meth:`Drafter.allocate`; a slot holds one feature, however long its text."""
+        weight = next(self.lm_heads.parameters())
+        self._state = weight.new_zeros(num_slots, weight.shape[1])
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`Drafter.extend`."""
+        rows = torch.arange(len(slots), device=features.device)
+        last = features[rows, (num_new - 1).to(features.device)]
+        self._state[slots.to(self._state.device)] = last.to(self._state.dtype)
+        self.cached[slots] += num_new
+
+    @torch.inference_mode()
+    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+        """See :meth:`Drafter.propose`; no deeper than there are heads."""
+        shape = TreeShape(min(shape.depth, self.num_heads), shape.width, shape.num_nodes)
+        features = self._state[slots.to(self._state.device), None]
+        growth = TreeGrowth(self.draft_vocab, shape)
+        growth.add(self._log_probs(0, features))
+        for depth in range(1, shape.depth):
+            tokens, _ = growth.frontier()
+            growth.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
+        return growth.proposal()
+
+    def _logits(self, head: int, features: Tensor) -> Tensor:
+        """``[..., Vd]`` of one head (counted from 0) at features ``[..., H]``."""
+        return self.lm_heads[head](self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype)))
+
+    def _log_probs(self, head: int, features: Tensor) -> Tensor:
+        logits = self._logits(head, features)
+        return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """See :meth:`Drafter.unroll`; at most as many steps as there are heads."""
+        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        count = offset.diff() - prompt
+        request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
+        column = torch.arange(len(request), device=offset.device) - (count.cumsum(0) - count)[request]
+        pair = prompt[request] - 2 + column  # the pair that predicts the token at step 0
+        first, features = _first_pair(batch)[request], batch["spine", "features"]
+        logits, valid = [], []
+        for step in range(min(steps, self.num_heads)):
+            logits.append(self._logits(step, features[first + (pair - step).clamp(min=0)]))
+            valid.append((column >= step) & (pair >= step))
+        return Unroll(logits, torch.stack(valid))
+
+    def score(self, batch: TensorDictBase) -> Tensor:
+        """See :meth:`Drafter.score`; −inf also below the deepest head."""
+        offset, anchor = batch["rounds", "offset"], batch["rounds", "anchor"]
+        rounds = torch.arange(len(anchor), device=anchor.device)
+        request = torch.searchsorted(batch["rounds", "request_offset"], rounds, right=True) - 1
+        features = batch["spine", "features"][_first_pair(batch)[request] + (anchor - 1).clamp(min=0)]
+        drafted_in = torch.repeat_interleave(rounds, offset.diff())
+        depth, row = recorded_depths(batch), draft_rows(self.draft_vocab, batch["nodes", "tokens"])
+        known = (row >= 0) & (anchor[drafted_in] > 0)  # a root without a pair cannot have been drafted from
+        everything = torch.stack([self._log_probs(head, features) for head in range(self.num_heads)])
+        picked = everything[(depth - 1).clamp(max=self.num_heads - 1), drafted_in, row.clamp(min=0)]
+        return torch.where(known & (depth <= self.num_heads), picked, -torch.inf)
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def published(self) -> dict[str, Tensor]:
+        """See :meth:`Drafter.published`: parameters, and ``d2t``, the offsets from draft to target ids."""
+        return published_tensors(self, self.draft_vocab)
+
+    def install(self, weights: dict[str, Tensor]) -> None:
+        """See :meth:`Drafter.install`."""
+        install_tensors(self, self.draft_vocab, self._vocab_size, weights)
+
+
+def _first_pair(batch: TensorDictBase) -> Tensor:
+    """Row of each request's pair 0 in the packed features, ``[n]``; a request has one row less than tokens."""
+    start = batch["spine", "offset"][:-1]
+    return start - torch.arange(len(start), device=start.device)

@@ -1,0 +1,68 @@
+"""What every benchmark shares: its arguments, its prompts and the shape of its result."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from aurora_rl.traffic import Prompt, generate, read_jsonl
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--prompts", help="JSONL file of prompts; without it the built-in generator's")
+    parser.add_argument("--limit", type=int, default=16, help="prompts to use")
+    parser.add_argument("--skip", type=int, default=0, help="prompts to leave out at the start of the file")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", help="name of the result file")
+    return parser
+
+
+def prompts(options: argparse.Namespace) -> list[Prompt]:
+    count = options.skip + options.limit
+    found = read_jsonl(options.prompts, limit=count) if options.prompts else generate(count)
+    return found[options.skip :]
+
+
+def processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.processor()
+    return f"{model}, {os.cpu_count()} cores" + (", AVX512_BF16" if "avx512_bf16" in flags else "")
+
+
+def write_result(script: str, options: argparse.Namespace, figures: dict) -> None:
+    """Print the figures and keep them with hardware, versions and command."""
+    packages = ("torch", "transformers", "torchrl", "tensordict")
+    result = {
+        "command": " ".join(
+            ["python", f"benchmarks/{Path(script).name}", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+        ),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": processor(),
+        "load_average_at_end": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{options.name or Path(script).stem}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    print(f"written to {path}")

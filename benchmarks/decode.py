@@ -1,0 +1,84 @@
+"""Plain decoding: TransformersEngine against `transformers.generate`, alone and with prompt lookup, prompt by prompt.
+
+One request at a time, greedy, the same prompts and the same number of new tokens; the three take turns at every
+prompt, so that a machine whose speed drifts treats them alike. Both sides include prefill.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from common import arguments, prompts, write_result
+
+from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = default_dtype(options.device)
+    model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
+    served, _ = load_target("smollm2", dtype=dtype, device=options.device)
+    engine = TransformersEngine(served, num_slots=1, max_length=1024, feature_layers=(0,))
+    queue: list[Request] = []
+    done: list = []
+    env = SpecDecodeEnv(
+        engine,
+        lambda: queue.pop() if queue else None,
+        num_nodes=1,
+        stop_tokens=stop_token_ids(model, tokenizer),
+        on_completion=done.append,
+        record=False,
+    )
+    none = torch.zeros(1, 1, dtype=torch.int64, device=options.device)
+    empty = {"tokens": none, "parents": none - 1, "mask": none.bool()}
+
+    def ours(prompt: torch.Tensor) -> int:
+        queue.append(Request(0, prompt, options.max_new_tokens))
+        td = env.reset()
+        while not done:
+            _, td = env.step_and_maybe_reset(td.set("draft", empty))
+        return len(done.pop().tokens)
+
+    def theirs(prompt: torch.Tensor, **kwargs: int) -> int:
+        ids = prompt[None].to(options.device)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=options.max_new_tokens, **kwargs
+        )
+        return out.shape[1] - ids.shape[1]
+
+    ways = {
+        "transformers_engine": ours,
+        "transformers_generate": theirs,
+        "transformers_prompt_lookup": lambda p: theirs(p, prompt_lookup_num_tokens=8),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    ids = [torch.tensor(encode_chat(tokenizer, p.messages)) for p in prompts(options)]
+    for way in ways.values():
+        way(ids[0])
+    for prompt in ids:
+        for name, way in ways.items():
+            began = time.perf_counter()
+            tokens = way(prompt)
+            rates[name].append(tokens / (time.perf_counter() - began))
+    reference = rates["transformers_generate"]
+    write_result(
+        __file__,
+        options,
+        {
+            "threads": options.threads,
+            "dtype": str(dtype),
+            "prompts": len(ids),
+            "tokens_per_second_median": {name: statistics.median(r) for name, r in rates.items()},
+            "ratio_to_generate_median": {
+                name: statistics.median(a / b for a, b in zip(r, reference, strict=True)) for name, r in rates.items()
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

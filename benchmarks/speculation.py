@@ -1,0 +1,118 @@
+"""Speedup of a trained drafter at several numbers of slots, and what a swap and TorchRL cost.
+
+Plain and speculative windows of whole rounds alternate in one run (a third of the decode time is plain, for narrower
+figures than the tenth that a flywheel spends). The drafter stays as it is; nobody learns beside it. With
+`--swap-every N` the same weights are installed again every N rounds, with the cache rebuilt and with it kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from common import arguments, prompts, write_result
+
+from aurora_rl.conversations import Conversations
+from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.models import default_dtype, load_target, stop_token_ids
+from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
+from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies.length import LengthController
+from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.throughput import ControlWindows
+
+
+def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) -> dict:
+    dtype = default_dtype(options.device)
+    model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
+    parts = TargetParts.of(model)
+    drafter = load_eagle3(options.drafter, parts).to(options.device, dtype).eval().requires_grad_(False)
+    weights = copy.deepcopy(drafter.published())
+    requests = Conversations(
+        prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
+    )
+    engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
+    shape = TreeShape(options.depth, options.width, options.nodes)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.budget, shape=shape)
+    policy.rebuild_on_install = rebuild
+    costs = measure_rounds(engine, policy, torch.tensor(requests.first_prompts(1)[0]))
+    env = SpecDecodeEnv(
+        engine,
+        requests,
+        num_nodes=shape.budget,
+        stop_tokens=stop_token_ids(model, tokenizer),
+        on_completion=lambda completion: server.completed(completion),
+    )
+    server = InferenceServer(
+        env,
+        policy,
+        windows=ControlWindows(0.33, 32),
+        log=MetricsLog(folder / "metrics.jsonl", "server"),
+        length=LengthController(costs["round"]),
+        note=requests.completed,
+    )
+    inside = 0.0
+
+    def timed(function):
+        def run(*args, **kwargs):
+            nonlocal inside
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            inside += time.perf_counter() - began
+            return result
+
+        return run
+
+    # What is left of a round beside these three is TorchRL's.
+    env._step, env._reset, policy.draft = timed(env._step), timed(env._reset), timed(policy.draft)
+    installs, began, rounds = [], time.perf_counter(), 0
+    while server.step():
+        rounds += 1
+        if options.swap_every and rounds % options.swap_every == 0:
+            at = time.perf_counter()
+            policy.install(weights, policy.version + 1)
+            installs.append((time.perf_counter() - at) * 1e3)
+    total = time.perf_counter() - began
+    measured = server.rates()
+    return {
+        "slots": slots,
+        "requests": len(server.finished),
+        "acceptance_length": server.acceptance(0, len(server.finished)),
+        "depth_at_end": policy.shape.depth,
+        "tokens_per_second": {"control": measured.control, "speculative": measured.speculative},
+        "speedup": measured.speedup,
+        "seconds_by_depth": costs,
+        "torchrl_and_server_share_of_round": 1 - (inside + sum(installs) / 1e3) / total,
+        "swap_ms": {"p50": statistics.median(installs), "max": max(installs)} if installs else None,
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--drafter", required=True, help="drafter checkpoint, such as RUN_DIR/drafter")
+    parser.add_argument("--slots", default="1,2,4,8")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--width", type=int, default=1)
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; compares rebuilding and keeping")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cells = []
+    with TemporaryDirectory() as folder:
+        for slots in (int(s) for s in options.slots.split(",")):
+            for rebuild in (True, False) if options.swap_every else (True,):
+                cell = serve(options, slots, rebuild, Path(folder))
+                cells.append({**cell, "cache_at_swap": "rebuilt" if rebuild else "kept"} if options.swap_every else cell)
+                print(cells[-1], flush=True)
+    write_result(__file__, options, {"threads": options.threads, "shape": [options.depth, options.width, options.nodes],
+                                     "cells": cells})
+
+
+if __name__ == "__main__":
+    main()

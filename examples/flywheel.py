@@ -1,0 +1,87 @@
+"""The whole loop in one process: serve a little, learn from it, swap the drafter, serve on.
+
+`aurora-rl flywheel` runs the same parts in two processes, with a wire, a gate and windows of plain decoding between
+them. Here they stand in one loop, to be read and changed:
+
+    python examples/flywheel.py --requests 48
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+
+from aurora_rl.collectors.buffer import trajectory_buffer
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.learner import drafter_optimizers
+from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.objectives.imitation import ImitationLoss
+from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
+from aurora_rl.traffic import generate
+from aurora_rl.trajectories import acceptance_length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="smollm2, a hub id, or a folder")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--round", type=int, default=8, help="requests between two swaps")
+    parser.add_argument("--passes", type=int, default=4, help="batches learned from for each batch served")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    options = parser.parse_args()
+
+    # The target, and the requests that it will serve.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = default_dtype(device)
+    model, tokenizer = load_target(options.model, dtype=dtype, device=device)
+    prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
+    queue = [Request(i, torch.tensor(p), options.max_new_tokens) for i, p in enumerate(prompts)]
+
+    # A drafter that knows nothing but where the target starts and ends: one copy learns, one serves.
+    parts = TargetParts.of(model)
+    vocab = choose_draft_vocab(min(4096, len(parts.head)), token_prior(model, prompts[:32]))
+    student = Eagle3Drafter.from_target(parts, draft_vocab=vocab).to(device)
+    served = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
+
+    # Serving: slots of an engine are an environment, the drafter is its policy.
+    engine = TransformersEngine(model, num_slots=4, max_length=512, feature_layers=student.feature_layers)
+    finished: list[Completion] = []
+    env = SpecDecodeEnv(
+        engine,
+        lambda: queue.pop(0) if queue else None,
+        num_nodes=3,
+        stop_tokens=stop_token_ids(model, tokenizer),
+        on_completion=finished.append,
+    )
+    policy = DrafterPolicy(served, engine.store, num_nodes=3, shape=TreeShape(depth=3))
+
+    # Learning: a loss on packed trajectories, a replay buffer.
+    loss = ImitationLoss(student, parts.head.float(), steps=3)
+    optimizers = drafter_optimizers(student, muon_lr=0.02, adam_lr=1e-3)
+    buffer = trajectory_buffer(capacity=1000, batch_size=4)
+
+    td = env.reset()
+    while env.num_active:
+        _, td = env.step_and_maybe_reset(policy(td))
+        if len(finished) < options.round and env.num_active:
+            continue
+        trajectories = [c.trajectory for c in finished if c.trajectory is not None]
+        tokens, rounds = (sum(column) for column in zip(*map(acceptance_length, trajectories), strict=True))
+        print(f"version {policy.version}: acceptance length {tokens / rounds:.2f} over {len(finished)} requests")
+        buffer.extend(trajectories)
+        for _ in range(options.passes * max(len(finished) // 4, 1)):
+            value = loss(buffer.sample())["loss_imitation"]
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            value.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in student.published().items()}
+        policy.install(weights, policy.version + 1)
+        finished.clear()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The embedded engine against the model run path by path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from aurora_rl.envs import TransformersEngine
+from aurora_rl.testing import check_engine, tiny_target
+from aurora_rl.trees import chain_parents
+
+
+def none(slots: int = 1) -> torch.Tensor:
+    return torch.zeros(slots, 0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_slots", [1, 4])
+def test_rounds_equal_the_model_run_path_by_path(architecture: str, dtype: torch.dtype, num_slots: int) -> None:
+    engine = TransformersEngine(
+        tiny_target(architecture, dtype=dtype), num_slots=num_slots, max_length=64, feature_layers=(0, 2, 3)
+    )
+    check_engine(engine, tiny_target(architecture, dtype=dtype), feature_layers=(0, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[TransformersEngine, PreTrainedModel]:
+    engine = TransformersEngine(tiny_target(), num_slots=3, max_length=48, feature_layers=(1, 3))
+    return engine, tiny_target()
+
+
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=8, deadline=None)
+def test_any_trees_paths_and_slots(pair: tuple[TransformersEngine, PreTrainedModel], seed: int) -> None:
+    engine, reference = pair
+    check_engine(engine, reference, feature_layers=(1, 3), rounds=2, seed=seed)
+
+
+def test_the_last_layer_id_is_the_input_of_the_head() -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=1, max_length=32, feature_layers=(3,))
+    engine.prefill([0], [torch.tensor([5, 6, 7])])
+    slots = torch.tensor([0])
+    hidden = engine.verify(slots, none(), none(), none().bool())
+    features = engine.commit(slots, none(), torch.tensor([[9]]), torch.tensor([1]))
+    assert torch.equal(features, hidden)
+    assert torch.equal(engine.store.hidden[0, 2], hidden[0, 0])
+
+
+def test_prompts_are_loaded_beside_running_slots() -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=2, max_length=32, feature_layers=(0, 1))
+    alone = TransformersEngine(tiny_target(), num_slots=1, max_length=32, feature_layers=(0, 1))
+    prompt, other = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2])
+    alone.prefill([0], [prompt])
+    engine.prefill([1], [other])
+    engine.prefill([0], [prompt])
+    assert engine.store.lengths.tolist() == [5, 2]
+    torch.testing.assert_close(engine.store.features[0, :4], alone.store.features[0, :4])
+    assert engine.prefill_seconds > 0
+
+
+def test_a_full_slot_still_takes_a_tree() -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=2, max_length=8, feature_layers=(0,))
+    engine.prefill([0, 1], [torch.arange(7), torch.arange(7)])
+    slots, width = torch.tensor([0, 1]), 64
+    tokens = torch.zeros(2, width, dtype=torch.int64)
+    first = engine.verify(slots, tokens, chain_parents(width, 2), torch.ones(2, width, dtype=torch.bool))
+    again = engine.verify(slots, none(2), none(2), none(2).bool())
+    # Slot 0's tree would spoil slot 1 if it ran over its end.
+    torch.testing.assert_close(again[:, 0], first[:, 0])
+    with pytest.raises(ValueError, match="65 nodes exceeds the engine's 64"):
+        engine.verify(slots, *(torch.zeros(2, 65, dtype=torch.int64),) * 2, torch.ones(2, 65, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("length", [0, 8])
+def test_prompts_that_do_not_fit_are_refused(length: int) -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=1, max_length=8, feature_layers=(0,))
+    with pytest.raises(ValueError, match=f"1..7 tokens in this engine, got {length}"):
+        engine.prefill([0], [torch.zeros(length, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("layers", [(), (4,), (-1, 0)])
+def test_feature_layers_out_of_range_are_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"layer ids in 0..3"):
+        TransformersEngine(tiny_target(), num_slots=1, max_length=8, feature_layers=layers)
+
+
+@pytest.mark.parametrize("length", [1, 513])
+def test_contexts_out_of_range_are_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"2..512 .the model's context., got {length}"):
+        TransformersEngine(tiny_target(), num_slots=1, max_length=length, feature_layers=(0,))
+
+
+def test_a_sliding_window_inside_the_context_is_refused() -> None:
+    config = MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, sliding_window=16, max_position_embeddings=64,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="slides its attention over 16 tokens; set engine.max_length <= 16"):
+        TransformersEngine(model, num_slots=1, max_length=32, feature_layers=(0,))

@@ -1,0 +1,139 @@
+"""Tree shapes, growth of trees, cutting to a budget, and checks of weights: literal numbers and brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from aurora_rl.policies import DRAFTERS, Eagle3Drafter, MedusaDrafter, TreeShape
+from aurora_rl.policies.drafter import TreeGrowth, best_first, check_weights, draft_rows, recorded_depths
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget"),
+    [
+        (TreeShape(0), 0),
+        (TreeShape(0, 4), 0),
+        (TreeShape(3), 3),
+        (TreeShape(1, 4), 4),
+        (TreeShape(2, 3), 3 + 9),
+        (TreeShape(3, 3), 3 + 9 + 9),
+        (TreeShape(3, 3, 8), 8),
+        (TreeShape(2, 2, 100), 6),
+    ],
+)
+def test_budget(shape: TreeShape, budget: int) -> None:
+    assert shape.budget == budget
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "depth >= 0 and width >= 1, got depth -1, width 1"),
+        ((2, 0), "depth >= 0 and width >= 1, got depth 2, width 0"),
+        ((4, 2, 3), "num_nodes=3 cannot hold one path of depth 4"),
+    ],
+)
+def test_bad_shapes_are_refused(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TreeShape(*arguments)
+
+
+def test_architectures_are_registered() -> None:
+    assert DRAFTERS["eagle3"] is Eagle3Drafter
+    assert DRAFTERS["medusa"] is MedusaDrafter
+
+
+def test_best_first_keeps_the_likeliest_and_renames_parents() -> None:
+    # Nodes: a(-0.1) b(-2) a.c(-0.3) a.d(-3) b.e(-2.5); the best three are a, a.c and b.
+    kept = best_first(
+        torch.tensor([[10, 11, 12, 13, 14]]),
+        torch.tensor([[-1, -1, 0, 0, 1]]),
+        torch.tensor([[-0.1, -2.0, -0.2, -2.9, -0.5]]),
+        torch.tensor([[-0.1, -2.0, -0.3, -3.0, -2.5]]),
+        budget=3,
+    )
+    assert kept.tokens.tolist() == [[10, 11, 12]]
+    assert kept.parents.tolist() == [[-1, -1, 0]]
+    torch.testing.assert_close(kept.log_probs, torch.tensor([[-0.1, -2.0, -0.2]]))
+    # With room for four it is b.e, whose parent keeps its place.
+    four = best_first(
+        torch.tensor([[10, 11, 12, 13, 14]]), torch.tensor([[-1, -1, 0, 0, 1]]), torch.zeros(1, 5),
+        torch.tensor([[-0.1, -2.0, -0.3, -3.0, -2.5]]), budget=4,
+    )  # fmt: skip
+    assert four.tokens.tolist() == [[10, 11, 12, 14]] and four.parents.tolist() == [[-1, -1, 0, 1]]
+
+
+def test_best_first_on_ties_keeps_a_parent_before_its_child() -> None:
+    # Certain children: joint probabilities equal their parents'.
+    kept = best_first(
+        torch.tensor([[1, 2, 3, 4]]), torch.tensor([[-1, 0, 1, 2]]), torch.zeros(1, 4), torch.zeros(1, 4), budget=2
+    )
+    assert kept.tokens.tolist() == [[1, 2]] and kept.parents.tolist() == [[-1, 0]]
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 12), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vocab = torch.tensor([7, 3, 9])
+    levels = torch.randn(2, depth, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    shape = TreeShape(depth, width, depth + extra)
+    growth = TreeGrowth(vocab, shape)
+    growth.add(levels[:, :1])
+    for level in range(1, depth):
+        tokens, _ = growth.frontier()
+        growth.add(levels[:, level : level + 1].expand(-1, tokens.shape[1], -1))
+    tokens, parents, log_probs = growth.proposal()
+
+    for row in range(2):
+        nodes: dict[tuple[int, ...], float] = {}
+        frontier: dict[tuple[int, ...], float] = {(): 0.0}
+        for level in range(depth):
+            order = levels[row, level].sort(descending=True)
+            best = list(zip(vocab[order.indices].tolist(), order.values.tolist(), strict=True))[:width]
+            children = {(*p, t): j + q for (p, j), (t, q) in itertools.product(frontier.items(), best)}
+            nodes |= children
+            frontier = dict(sorted(children.items(), key=lambda item: -item[1])[:width])
+        expected = set(sorted(nodes, key=lambda path: -nodes[path])[: shape.budget])
+        paths: list[tuple[int, ...]] = []
+        for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True):
+            paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        assert set(paths) == expected
+        for path, log_prob in zip(paths, log_probs[row].tolist(), strict=True):
+            assert log_prob == pytest.approx(
+                levels[row, len(path) - 1, vocab.tolist().index(path[-1])].item(), abs=1e-6
+            )
+
+
+def test_draft_rows() -> None:
+    assert draft_rows(torch.tensor([9, 2, 5]), torch.tensor([[2, 9, 4], [0, 5, 31]])).tolist() == [
+        [1, 0, -1],
+        [-1, 2, -1],
+    ]
+
+
+def test_recorded_depths() -> None:
+    batch = TensorDict({
+        "rounds": {"offset": torch.tensor([0, 3, 3, 5])}, "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0])}
+    })  # fmt: skip
+    assert recorded_depths(batch).tolist() == [1, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"tensor 'a' \(2,\) is missing"),
+        ({"a": torch.zeros(2)}, r"tensor 'b' \(1, 3\) is missing"),
+        ({"a": torch.zeros(3), "b": torch.zeros(1, 3)}, r"tensor 'a' has shape \(3,\), this drafter needs \(2,\)"),
+        ({"a": torch.zeros(2), "b": torch.zeros(1, 3), "c": torch.zeros(1)}, "tensor 'c' is unknown to this drafter"),
+    ],
+)
+def test_check_weights_names_the_first_difference(given: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_weights({"a": torch.zeros(2), "b": torch.zeros(1, 3)}, given)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_rl.config import Config, ConfigError, load_config, to_yaml
+
+
+def keys(config: Any, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        found += keys(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return found
+
+
+def test_the_keys_are_frozen() -> None:
+    """A key is a promise to users: add one here on purpose, and describe it in the documentation."""
+    assert keys(Config()) == [
+        *("model", "device", "dtype"),
+        *("engine.name", "engine.slots", "engine.max_length", "engine.threads"),
+        *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
+        *("max_new_tokens", "temperature", "top_k", "top_p", "seed"),
+        *("drafter.name", "drafter.path", "drafter.vocab_size", "drafter.feature_layers"),
+        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.adaptive"),
+        *("control.share", "control.window"),
+        *("wire.trajectories", "wire.weights", "wire.queue"),
+        *("learner.threads", "learner.batch_size", "learner.replay", "learner.buffer", "learner.steps"),
+        *("learner.decay", "learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.resume"),
+        *("gate.requests", "gate.margin"),
+        "run_dir",
+    ]
+
+
+def test_pairs_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("engine: {slots: 3, threads: 2}\nmodel: here\ndrafter: {feature_layers: [1, 2]}\n")
+    config = load_config(file, ["engine.slots=5", "traffic.limit=7", "drafter.path=null"])
+    assert (config.engine.slots, config.engine.threads, config.model) == (5, 2, "here")
+    assert config.drafter.feature_layers == [1, 2]
+    assert config.traffic.limit == 7
+    assert config.engine.max_length == Config().engine.max_length
+
+
+def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
+    config = load_config(overrides=["drafter.feature_layers=[0,2]", "run_dir=a b", "learner.adam_lr=3e-4", "seed=4"])
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml") == config
+    (tmp_path / "defaults.yaml").write_text(to_yaml(Config()))
+    assert load_config(tmp_path / "defaults.yaml") == Config() == load_config()
+
+
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [
+        ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
+        ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
+        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name'?"),
+        ("engine.slots.more=2", "unknown key 'engine.slots.more' in engine.slots.more=2; did you mean 'engine.slots'?"),
+        ("engine.slots", "expected key=value, got 'engine.slots'; for example engine.slots=2"),
+        ("engine.slots=two", "engine.slots=two: Value 'two' of type 'str' could not be converted to Integer"),
+        ("engine.slots=null", "engine.slots=null: Incompatible value 'None'"),
+        ("engine.slots=0", "engine.slots must be at least 1, got 0"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("traffic.limit=0", "traffic.limit must be at least 1 or null, got 0"),
+        ("control.share=1", r"control.share must lie in \[0, 1\), got 1.0"),
+        ("learner.decay=0", r"learner.decay must lie in \(0, 1\], got 0.0"),
+        ("learner.replay=-1", "learner.replay must not be negative, got -1"),
+        ("learner.muon_lr=nan", "learner.muon_lr must not be negative, got nan"),
+        ("temperature=-1", "sampling needs temperature >= 0.*got -1.0, 0, 1.0"),
+        ("temperature=nan", "sampling needs temperature >= 0.*got nan, 0, 1.0"),
+        ("top_p=0", "sampling needs"),
+        ("dtype=float16", "dtype must be auto, float32, bfloat16 or float64, got 'float16'"),
+        ("engine.name=vllm", "engine.name must be 'transformers', got 'vllm'"),
+        ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
+        ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
+        ("model=[", r"model=\[: not a valid value"),
+        ("model=${nowhere}", "Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_one_clear_error(pair: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(overrides=[pair])
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("engine: [", "run.yaml is not valid YAML: while parsing"),
+        ("- engine", "run.yaml must hold a mapping of keys, got a ListConfig"),
+        ("engine: {slotz: 1}", "unknown key 'engine.slotz' in .*run.yaml; did you mean 'engine.slots'?"),
+        ("engine: {slots: many}", "run.yaml: Value 'many' of type 'str' could not be converted to Integer"),
+        (b"\xff\xfe\x00", "cannot read the configuration file .*run.yaml|run.yaml is not valid YAML"),
+        (None, "cannot read the configuration file .*run.yaml.*No such file"),
+    ],
+)
+def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str | bytes | None, wrong: str) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(file)
+
+
+def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "run.yaml") == Config()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from aurora_rl.report import EMPTY_SUMMARY, draw_report, summary_table, write_summary
+from aurora_rl.throughput import Round
+
+SUMMARY = {
+    "requests": 40,
+    "failed": 1,
+    "swaps": 2,
+    "swap_ms": {"p50": 1.23456789, "max": 2.0},
+    "acceptance_length": {"first": 1.0, "last": 1.9},
+    "tokens_per_second": {"control": 100.0, "speculative": 150.0},
+    "speedup": 1.5,
+    "dropped_trajectories": 0,
+    "duration_s": 61.5,
+    "versions_served": [0, 1, 2],
+}
+
+
+def render(summary: dict) -> str:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(summary_table(summary))
+    console.file.close()
+    return console.export_text()
+
+
+def test_the_summary_has_the_promised_keys_and_rounded_numbers(tmp_path: Path) -> None:
+    write_summary(tmp_path, SUMMARY)
+    read = json.loads((tmp_path / "summary.json").read_text())
+    assert read == {**SUMMARY, "swap_ms": {"p50": 1.2346, "max": 2.0}}
+    assert list(read) == list(EMPTY_SUMMARY)
+    assert {k: list(v) for k, v in EMPTY_SUMMARY.items() if isinstance(v, dict)} == {
+        "swap_ms": ["p50", "max"],
+        "acceptance_length": ["first", "last"],
+        "tokens_per_second": ["control", "speculative"],
+    }
+
+
+def test_what_was_not_measured_is_null_and_a_dash(tmp_path: Path) -> None:
+    write_summary(tmp_path, EMPTY_SUMMARY)
+    assert json.loads((tmp_path / "summary.json").read_text()) == EMPTY_SUMMARY
+    text = render(EMPTY_SUMMARY)
+    assert "0 (0 failed)" in text
+    assert "– → –" in text
+
+
+def test_the_table_shows_the_figures() -> None:
+    text = render(SUMMARY)
+    for shown in ("40 (1 failed)", "1.00 → 1.90", "100.0 · 150.0", "1.50", "2 (p50 1.2 ms, max 2.0 ms)", "62 s"):
+        assert shown in text
+
+
+@pytest.mark.parametrize("requests", [0, 1, 60])
+def test_the_report_is_a_picture_whatever_was_measured(tmp_path: Path, requests: int) -> None:
+    rounds = [Round(r % 3 > 0, 1, 2, 0.1, r // 3) for r in range(3 * requests)]
+    draw_report(tmp_path / "report.png", [(6, 3)] * requests, rounds, [0, requests // 2])
+    picture = (tmp_path / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(picture) > 5000
+
+
+def test_requests_without_speculative_rounds_can_be_drawn(tmp_path: Path) -> None:
+    draw_report(tmp_path / "report.png", [(0, 0)] * 30, [Round(False, 1, 1, 0.1, 0)], [])
+    assert (tmp_path / "report.png").exists()

@@ -1,0 +1,263 @@
+"""The conformance checks pass what is right and name what is wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aurora_rl.envs import TransformersEngine
+from aurora_rl.policies import (
+    Drafter,
+    DrafterPolicy,
+    Eagle3Drafter,
+    MedusaDrafter,
+    Proposal,
+    TargetParts,
+    TreeShape,
+    Unroll,
+)
+from aurora_rl.testing import check_drafter, check_engine, serve, tiny_target, tiny_trajectory
+from aurora_rl.trajectories import validate
+
+VOCAB = torch.arange(0, 32, 2).flip(0)  # not rising, and half of the tokens are outside
+
+
+def make(kind: type[Drafter], target: PreTrainedModel) -> Drafter:
+    torch.manual_seed(0)
+    return kind.from_target(TargetParts.of(target), draft_vocab=VOCAB).to(target.dtype)
+
+
+# ---- tiny models and trajectories -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_tiny_target_is_deterministic_and_leaves_the_global_generator_alone(architecture: str) -> None:
+    before = torch.random.get_rng_state()
+    first, second = (dict(tiny_target(architecture).named_parameters()) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert next(iter(first.values())).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tiny_trajectory_is_legal_and_always_the_same(dtype: torch.dtype) -> None:
+    drafter = make(MedusaDrafter, tiny_target(dtype=dtype))
+    modules = [type(m) for m in drafter.modules()]
+    first, second = (tiny_trajectory(drafter, prompt_length=3, max_new_tokens=6, request=4) for _ in range(2))
+    validate(first, vocab_size=32, feature_size=16, hidden_size=16)
+    assert all(torch.equal(first[key], second[key]) for key in first.keys(True, True))
+    assert first["spine", "features"].dtype == dtype
+    assert (
+        len(first["spine", "tokens"]) == 9 and int(first["spine", "prompt_length"]) == 3 and int(first["request"]) == 4
+    )
+    assert modules == [type(m) for m in drafter.modules()]  # a copy was put into inference form
+
+
+def test_serving_gives_every_prompt_its_trajectory_in_order() -> None:
+    target = tiny_target()
+    prompts = [torch.arange(n) for n in (4, 1, 2)]
+    trajectories = serve(make(MedusaDrafter, target), target, prompts, shape=TreeShape(2), num_slots=2, first_request=7)
+    assert [int(t["request"]) for t in trajectories] == [7, 8, 9]
+    assert [t["spine", "tokens"][: len(p)].tolist() for t, p in zip(trajectories, prompts, strict=True)] == [
+        p.tolist() for p in prompts
+    ]
+
+
+# ---- drafters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", torch.float64), ("llama", torch.float32), ("qwen3", torch.float64)]
+)
+def test_drafters_conform(kind: type[Drafter], architecture: str, dtype: torch.dtype) -> None:
+    target = tiny_target(architecture, dtype=dtype)
+    check_drafter(make(kind, target), target)
+
+
+def test_check_leaves_the_drafter_and_the_target_as_they_are() -> None:
+    target = tiny_target()
+    drafter = make(MedusaDrafter, target)
+    before, model = copy.deepcopy(drafter.published()), copy.deepcopy(target.state_dict())
+    check_drafter(drafter, target)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in drafter.published().items())
+    assert all(torch.equal(tensor, model[name]) for name, tensor in target.state_dict().items())
+
+
+def test_check_needs_a_dtype_that_tells_mistakes_from_rounding() -> None:
+    target = tiny_target(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float64 or float32, got torch.bfloat16"):
+        check_drafter(make(MedusaDrafter, target), target)
+
+
+class FeaturesOneEarly(Eagle3Drafter):
+    """The field's classic mistake: training pairs a token with the feature of its own position, less one too many."""
+
+    def _read_spine(self, batch):
+        batch = batch.clone()
+        batch["spine", "features"] = batch["spine", "features"].roll(1, 0)
+        return super()._read_spine(batch)
+
+
+class RowsShifted(Eagle3Drafter):
+    def unroll(self, batch, steps: int) -> Unroll:
+        logits, valid = super().unroll(batch, steps)
+        return Unroll([step.roll(-1, 0) for step in logits], valid)
+
+
+class EverythingValid(Eagle3Drafter):
+    def unroll(self, batch, steps: int) -> Unroll:
+        logits, valid = super().unroll(batch, steps)
+        return Unroll(logits, torch.ones_like(valid))
+
+
+class DraftingMovesTheState(Eagle3Drafter):
+    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+        proposal = super().propose(slots, shape)
+        self._state[slots] *= 1.1
+        return proposal
+
+
+class InstallsUntilItFails(Eagle3Drafter):
+    def install(self, weights: dict[str, Tensor]) -> None:
+        if "fc.weight" in weights and weights["fc.weight"].shape == self.fc.weight.shape:
+            self.fc.weight.data.copy_(weights["fc.weight"])
+        super().install(weights)
+
+
+class ReadsPadding(MedusaDrafter):
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        super().extend(slots, tokens, features, torch.full_like(num_new, features.shape[1]))
+        self.cached[slots] += num_new - features.shape[1]
+
+
+class OneHeadForAll(MedusaDrafter):
+    def _logits(self, head: int, features: Tensor) -> Tensor:
+        return super()._logits(0, features)
+
+
+class TokensOutsideTheVocabulary(MedusaDrafter):
+    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+        proposal = super().propose(slots, shape)
+        return proposal._replace(tokens=proposal.tokens + 1)
+
+
+class OverBudget(MedusaDrafter):
+    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+        return super().propose(slots, TreeShape(shape.depth, shape.width + 1) if shape.depth else shape)
+
+
+class ScoresWithoutGradient(MedusaDrafter):
+    @torch.no_grad()
+    def score(self, batch) -> Tensor:
+        return super().score(batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (FeaturesOneEarly, "differs by .* nats from what serving recorded .*feature t with token t \\+ 1"),
+        (RowsShifted, "unroll at step 0 .* differs by .* nats from the score of a chain of the true tokens"),
+        (EverythingValid, "must be invalid: nothing is before it"),
+        (DraftingMovesTheState, "proposals change when asked for again"),
+        (InstallsUntilItFails, "'fc.weight' changes when weights are refused for"),
+        (ReadsPadding, "from what serving recorded"),
+        (OneHeadForAll, "'blocks.1.layers.0.weight' no gradient"),
+        (TokensOutsideTheVocabulary, "a token is outside the draft vocabulary"),
+        (OverBudget, "expected \\[4, 1..1\\] nodes"),
+        (ScoresWithoutGradient, "score is not differentiable"),
+    ],
+)
+def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) -> None:
+    target = tiny_target()
+    with pytest.raises(AssertionError, match=message):
+        check_drafter(make(kind, target), target)
+
+
+@pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
+def test_check_catches_a_shift_in_serving(kind: type[Drafter], monkeypatch: pytest.MonkeyPatch) -> None:
+    catch_up = DrafterPolicy._catch_up
+
+    def shifted(self: DrafterPolicy, slots: Tensor) -> None:
+        features = self._store.features
+        self._store.features = features.roll(-1, 1)
+        catch_up(self, slots)
+        self._store.features = features
+
+    monkeypatch.setattr(DrafterPolicy, "_catch_up", shifted)
+    target = tiny_target()
+    with pytest.raises(AssertionError, match="from what serving recorded"):
+        check_drafter(make(kind, target), target)
+
+
+def test_exempt_tensors_need_no_gradient() -> None:
+    target = tiny_target()
+    drafter = make(OneHeadForAll, target)
+    exempt = [
+        name for name in drafter.published() if name.startswith(("blocks", "lm_heads")) and ".0." not in name[:11]
+    ]
+    check_drafter(drafter, target, without_gradient=exempt)
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------
+
+
+class WrongFeatures(TransformersEngine):
+    def commit(self, *args: Tensor) -> Tensor:
+        self._features = self._features.roll(1, 1)
+        return super().commit(*args)
+
+
+class NothingMoved(TransformersEngine):
+    def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
+        features = super().commit(slots, path, tokens, num_new)
+        self._cache.block[:, :, slots] = self._saved[:, :, slots]
+        return features
+
+    def verify(self, *args: Tensor) -> Tensor:
+        hidden = super().verify(*args)
+        self._saved = self._cache.block.clone()
+        return hidden
+
+
+class CausalMask(TransformersEngine):
+    def _forward(self, slots: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._forward(slots, tokens, depth, torch.ones_like(ancestors).tril())
+
+
+class PositionsInARow(TransformersEngine):
+    def _forward(self, slots: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
+        row = torch.arange(depth.shape[1]).expand_as(depth)
+        return super()._forward(slots, tokens, row, ancestors)
+
+
+class WrongHead(TransformersEngine):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden).roll(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (WrongFeatures, "features that commit gave for slot 0"),
+        (NothingMoved, "hidden, slot"),
+        (CausalMask, "hidden, slot"),
+        (PositionsInARow, "hidden, slot"),
+        (WrongHead, "logits, slot"),
+    ],
+)
+def test_check_names_what_an_engine_breaks(kind: Callable[..., TransformersEngine], message: str) -> None:
+    engine = kind(tiny_target(), num_slots=3, max_length=64, feature_layers=(0, 2))
+    with pytest.raises(AssertionError, match=message):
+        check_engine(engine, tiny_target(), feature_layers=(0, 2))
+
+
+def test_check_catches_layers_in_another_order() -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=1, max_length=64, feature_layers=(2, 0))
+    with pytest.raises(AssertionError, match="features"):
+        check_engine(engine, tiny_target(), feature_layers=(0, 2))
