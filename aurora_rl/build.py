@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,13 +135,23 @@ def _drafter_class(config: Config) -> type[Drafter]:
     return DRAFTERS[settings.name]
 
 
-def same_start(config: Config, made: Drafter, run_dir: Path) -> Config:
-    """The configuration of a learner that starts from the drafter ``made``, whose vocabulary has seen the prompts."""
-    if config.drafter.path is not None or not isinstance(made, Eagle3Drafter):
-        return config
-    folder = run_dir / "drafter-day0"
+def first_drafter(
+    config: Config, target: Target, requests: Conversations, folder: Path | None
+) -> tuple[Drafter, Config]:
+    """The drafter that is served first, and the configuration of a learner that starts from the same one.
+
+    Args:
+        config: the run's.
+        target: the loaded target.
+        requests: its first prompts shape the draft vocabulary, if the drafter can be handed on in a folder.
+        folder: where to, for a learner of our own. None for one that is started apart: it does not know the prompts.
+    """
+    if folder is None or config.drafter.path is not None or config.drafter.name != "eagle3":
+        return drafter(config, target, []), config
+    made = drafter(config, target, requests.first_prompts(64))
+    assert isinstance(made, Eagle3Drafter)
     save_eagle3(made, folder)
-    return replace(config, drafter=replace(config.drafter, path=str(folder)))
+    return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
 def hello(config: Config, parts: TargetParts, made: Drafter) -> Hello:
@@ -281,26 +291,30 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
             feature_size=parts.head.shape[1] * len(made.feature_layers),
         )
 
-    with _opening("wire.trajectories", config.wire.trajectories):
-        collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
-    with _opening("wire.weights", config.wire.weights):
-        publisher = WeightPublisher(config.wire.weights, hello=greeting)
     settings = config.learner
-    result = Learner(
-        drafter=made,
-        loss=ImitationLoss(made, head, steps=settings.steps, decay=settings.decay),
-        optimizers=drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
-        buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
-        collector=collector,
-        publisher=publisher,
-        gate=Gate(config.gate.requests, config.gate.margin, shape(config), scratch),
-        log=log,
-        serving_dtype=dtype_of(config),
-        batch_size=settings.batch_size,
-        replay=settings.replay,
-        publish_every=settings.publish_every,
-        checkpoint=run_dir / "learner",
-    )
-    if settings.resume is not None:
-        result.resume(Path(settings.resume))
+    with ExitStack() as opened:  # closed again if what follows fails
+        with _opening("wire.trajectories", config.wire.trajectories):
+            collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
+        opened.callback(collector.shutdown)
+        with _opening("wire.weights", config.wire.weights):
+            publisher = WeightPublisher(config.wire.weights, hello=greeting)
+        opened.callback(publisher.close)
+        result = Learner(
+            drafter=made,
+            loss=ImitationLoss(made, head, steps=settings.steps, decay=settings.decay),
+            optimizers=drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
+            buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
+            collector=collector,
+            publisher=publisher,
+            gate=Gate(config.gate.requests, config.gate.margin, shape(config), scratch),
+            log=log,
+            serving_dtype=dtype_of(config),
+            batch_size=settings.batch_size,
+            replay=settings.replay,
+            publish_every=settings.publish_every,
+            checkpoint=run_dir / "learner",
+        )
+        if settings.resume is not None:
+            result.resume(Path(settings.resume))
+        opened.pop_all()
     return result

@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the flywheel that a learner belongs to
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example engine.slots=1")
     arguments = parser.parse_args(argv)
+    # Server and learner share the cores. OpenMP's threads spin between parallel regions unless told not to, and hold
+    # the core that the other process waits for; read when torch is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     stop = _Stop()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -131,6 +134,7 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
     from aurora_rl import build
 
     torch.set_num_threads(config.learner.threads)
+    os.nice(config.learner.nice)
     learner = build.learner(config, log, run_dir)
     stop.phase = "working"
     log.write("learner_ready", pid=os.getpid())
@@ -176,10 +180,9 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         console.print(f"loading {config.model} · run folder {run_dir}")
         target = build.load(config)
         requests = build.conversations(config, target, prompts)
-        # A learner that was started apart does not know the prompts.
-        made = build.drafter(config, target, requests.first_prompts(64) if spawn_learner else [])
+        day0 = run_dir / "drafter-day0" if spawn_learner else None
+        made, theirs = build.first_drafter(config, target, requests, day0)
         if spawn_learner:
-            theirs = build.same_start(config, made, run_dir)
             with stop.held():
                 child = _spawn(theirs, run_dir)
         serving = build.Serving(config, target, requests, made, log)

@@ -6,6 +6,7 @@ Constructors elsewhere take flat arguments and never see these classes.
 from __future__ import annotations
 
 import difflib
+import os
 import math
 import re
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class EngineConfig:
     """Requests decoded side by side."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
-    threads: int = 1
+    threads: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
     """CPU threads of the inference server; the learner has its own."""
 
 
@@ -92,19 +93,21 @@ class LearnerConfig:
     """The training server."""
 
     threads: int = 1
+    nice: int = 19
+    """Scheduling priority of the process, 0 to 19: at 19 it takes the CPU time that serving leaves."""
     batch_size: int = 4
     """Requests of an optimizer step."""
     replay: int = 4
     """Replayed batches for each batch of new requests."""
     buffer: int = 2000
     """Requests kept for replay."""
-    steps: int = 4
+    steps: int = 3
     """Unroll steps of the imitation loss."""
     decay: float = 0.8
     """Weight of each further unroll step."""
-    muon_lr: float = 0.02
+    muon_lr: float = 0.01
     """Learning rate of matrices."""
-    adam_lr: float = 1e-3
+    adam_lr: float = 2e-4
     """Learning rate of everything else, the draft head included."""
     publish_every: int = 16
     """New requests between two candidates."""

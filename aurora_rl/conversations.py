@@ -71,7 +71,9 @@ class Conversations:
             prompt=torch.tensor(tokens),
             max_new_tokens=self._max_new_tokens,
             sampling=SamplingParams(
-                self._sampling.temperature, self._sampling.top_k, self._sampling.top_p,
+                self._sampling.temperature,
+                self._sampling.top_k,
+                self._sampling.top_p,
                 self._sampling.seed + self._next_id,
             ),
         )
@@ -83,9 +85,12 @@ class Conversations:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         prompt, messages, turn = self._open.pop(completion.request.id)
         if turn < len(prompt.follow_ups):
-            answer = self._tokenizer.decode(completion.tokens, skip_special_tokens=True)
-            messages = [*messages, {"role": "assistant", "content": answer},
-                        {"role": "user", "content": prompt.follow_ups[turn]}]
+            answer = str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+            messages = [
+                *messages,
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": prompt.follow_ups[turn]},
+            ]
             tokens = encode_chat(self._tokenizer, messages)
             if len(tokens) + self._max_new_tokens <= self._max_length:
                 self._waiting.append((prompt, messages, turn + 1, tokens))

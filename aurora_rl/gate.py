@@ -30,13 +30,13 @@ class Replay(NamedTuple):
 
     @property
     def acceptance(self) -> Tensor:
-        """``[n]`` tokens per round of each request."""
-        return self.tokens / self.rounds
+        """``[n]`` float64, tokens per round of each request."""
+        return self.tokens.double() / self.rounds
 
     @property
     def acceptance_length(self) -> float:
         """Tokens per round over all requests, bonus tokens included."""
-        return float(self.tokens.sum() / self.rounds.sum())
+        return int(self.tokens.sum()) / int(self.rounds.sum())
 
 
 @torch.inference_mode()
@@ -153,7 +153,7 @@ class Gate:
             repack(self._drafter)
             results.append(replay(self._drafter, self._held, self._shape))
         new, old = results
-        paired = (new.acceptance - old.acceptance).double()
+        paired = new.acceptance - old.acceptance
         mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
         decision = Decision(
             mean > -self._margin,

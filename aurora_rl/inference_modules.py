@@ -6,6 +6,8 @@ layout that the matrix kernels have to reorder each time; see benchmarks/decode.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ GROUPED_ATTENTION = "aurora_rl_grouped"
 
 
 def grouped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of grouped queries without repeating keys and values: the queries of a group share rows of one head.
 
@@ -24,7 +26,7 @@ def grouped_attention(
         query: ``[b, heads, T, d]``.
         key: ``[b, groups, L, d]``.
         value: ``[b, groups, L, d]``.
-        attention_mask: ``[b, 1, heads / groups * T, L]`` bool, the mask of ``T`` rows repeated for each head of a group.
+        attention_mask: ``[b, 1, heads / groups * T, L]`` bool, the ``T`` rows repeated for each head of a group.
         scaling: factor on the scores.
         **kwargs: what else transformers passes.
 
@@ -50,7 +52,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.weight: Tensor | None = linear.weight
         self.bias = linear.bias
         self.pack()
         if not keep_weight:
@@ -58,6 +60,7 @@ class PackedLinear(nn.Module):
 
     def pack(self) -> None:
         """Reorder the current weight."""
+        assert self.weight is not None, "made without keep_weight"
         self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,6 +92,10 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
     return fused if torch.allclose(fused(probe), module(probe), rtol=tolerance, atol=tolerance) else None
 
 
+def _is_packable(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
+
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:
     """Replace modules by their faster forms, in place.
 
@@ -104,7 +111,7 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
         norm = _fused_norm(child)
         if norm is not None:
             setattr(model, name, norm)
-        elif pack and isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16 and not child.weight.is_cuda:
+        elif pack and isinstance(child, nn.Linear) and _is_packable(child.weight):
             setattr(model, name, PackedLinear(child, keep_weight=keep_weights))
         else:
             prepare_for_inference(child, keep_weights=keep_weights)

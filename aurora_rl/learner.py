@@ -141,8 +141,9 @@ class Learner:
 
     def _train(self, batch: TensorDictBase, *, new: int) -> None:
         began = time.perf_counter()
-        autocast = self._dtype == torch.bfloat16
-        with torch.autocast(batch["spine", "tokens"].device.type, torch.bfloat16, enabled=autocast):
+        device = self._drafter.draft_vocab.device
+        batch, autocast = batch.to(device), self._dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             out = self._loss(batch)
         total = torch.stack([v for k, v in out.items() if k.startswith("loss_")]).sum()
         loss = float(total.detach())

@@ -113,6 +113,7 @@ class InferenceServer:
         domain, trajectory = self._note(completion), completion.trajectory
         assert trajectory is not None, "the server's environment records"
         tokens, rounds = acceptance_length(trajectory)
+        covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
         self.finished.append((tokens, rounds))
         accepted, drafted = accepted_per_round(trajectory)
         self._log.write(
@@ -126,7 +127,7 @@ class InferenceServer:
             accepted=dict(sorted(Counter(accepted[drafted > 0].tolist()).items())),
             versions=sorted(set(trajectory["rounds", "policy_version"].tolist())),
             depth=self.policy.shape.depth,
-            coverage=round(float(torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()), 4),
+            coverage=round(float(covered), 4),
         )
         if self._sink is not None:
             self._sink.extend(trajectory)
@@ -203,12 +204,16 @@ class InferenceServer:
 
 def _named(weights: Any) -> dict[str, Tensor]:
     """Tensors of a TensorDict by their dotted names."""
-    return {name if isinstance(name, str) else ".".join(name): tensor
-            for name, tensor in weights.items(include_nested=True, leaves_only=True)}
+    return {
+        name if isinstance(name, str) else ".".join(name): tensor
+        for name, tensor in weights.items(include_nested=True, leaves_only=True)
+    }
 
 
 @torch.inference_mode()
-def measure_rounds(engine: Engine, policy: DrafterPolicy, prompt: Tensor, *, repeats: int = 4) -> dict[str, list[float]]:
+def measure_rounds(
+    engine: Engine, policy: DrafterPolicy, prompt: Tensor, *, repeats: int = 4
+) -> dict[str, list[float]]:
     """Time verification and drafting at every depth on this machine, every slot occupied, before serving starts.
 
     Args:

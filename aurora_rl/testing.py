@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from aurora_rl.envs import Completion, Engine, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
@@ -67,8 +67,7 @@ def tiny_target(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config)
-    model.to(dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return _cast(model, dtype).eval().requires_grad_(False)
 
 
 def tiny_trajectory(
@@ -190,8 +189,7 @@ def check_drafter(
     generator = torch.Generator().manual_seed(seed)
     drafter = copy.deepcopy(drafter)
     drafter.install(_moved(drafter.published(), generator))
-    target = copy.deepcopy(target)
-    target.to(dtype=dtype)
+    target = _cast(copy.deepcopy(target), dtype)
     vocab_size = TargetParts.of(target).head.shape[0]
     prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in (1, 7, 2, 4)]
     shapes = (TreeShape(1), TreeShape(4), TreeShape(4, 2), TreeShape(3, 3, 9))
@@ -469,7 +467,8 @@ def _moved(weights: dict[str, Tensor], generator: torch.Generator) -> dict[str, 
 
 def _outside(draft_vocab: Tensor) -> int | None:
     """Some token id that is not in the draft vocabulary and smaller than its largest, if there is one."""
-    return next((i for i in range(int(draft_vocab.max())) if i not in set(draft_vocab.tolist())), None)
+    known = set(draft_vocab.tolist())
+    return next((i for i in range(max(known)) if i not in known), None)
 
 
 # ---- engines --------------------------------------------------------------------------------------------------------
@@ -614,6 +613,11 @@ def _path(parents: list[int], node: int) -> list[int]:
 
 
 # ---- small helpers --------------------------------------------------------------------------------------------------
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    nn.Module.to(model, dtype=dtype)  # transformers wraps `to` in a way that type checkers cannot read
+    return model
 
 
 def _dtype(drafter: Drafter) -> torch.dtype:

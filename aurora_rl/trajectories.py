@@ -185,8 +185,13 @@ class TrajectoryRecorder:
                     "policy_version": torch.tensor(record.versions),
                     "cache_version": torch.tensor(record.cache_versions),
                 },
-                "nodes": {"tokens": tokens.cpu(), "parents": parents.cpu(), "log_probs": log_probs.cpu(),
-                          "accepted": accepted.cpu(), "hidden": hidden.cpu()},
+                "nodes": {
+                    "tokens": tokens.cpu(),
+                    "parents": parents.cpu(),
+                    "log_probs": log_probs.cpu(),
+                    "accepted": accepted.cpu(),
+                    "hidden": hidden.cpu(),
+                },
                 "sampling": {
                     "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
                     "top_k": torch.tensor(sampling.top_k),
@@ -263,8 +268,16 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
             raise ValueError(f"{name} has one dimension, got shape {tuple(value.shape)}")
     if prompt.ndim or not 1 <= int(prompt) < len(tokens):
         raise ValueError(f"spine.prompt_length must lie in 1..S-1={len(tokens) - 1}, got {prompt.tolist()}")
-    sizes = {"S": len(tokens), "S-1": len(tokens) - 1, "S-P": len(tokens) - int(prompt), "R": len(anchor),
-             "R+1": len(anchor) + 1, "M": len(node_tokens), "F": feature_size, "H": hidden_size}
+    sizes = {
+        "S": len(tokens),
+        "S-1": len(tokens) - 1,
+        "S-P": len(tokens) - int(prompt),
+        "R": len(anchor),
+        "R+1": len(anchor) + 1,
+        "M": len(node_tokens),
+        "F": feature_size,
+        "H": hidden_size,
+    }
     for key, (shape, kind) in _LAYOUT.items():
         value, name = get(key), ".".join(key)
         expected = tuple(sizes[s] for s in shape.split(",")) if shape else ()

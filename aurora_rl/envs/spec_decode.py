@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,9 +15,9 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from aurora_rl.envs.engine import Engine
-from aurora_rl.envs.verification import SamplingBatch, SamplingParams, VerificationRule, get_rule
+from aurora_rl.envs.verification import SamplingBatch, SamplingParams, get_rule
 from aurora_rl.trajectories import Sampling, TrajectoryRecorder
-from aurora_rl.trees import accepted_path, last_accepted, valid_nodes
+from aurora_rl.trees import accepted_path, valid_nodes
 
 
 @dataclass(slots=True)
@@ -118,7 +119,7 @@ class SpecDecodeEnv(EnvBase):
         def flags(*shape: int) -> Binary:
             return Binary(shape=(b, *shape), dtype=torch.bool, device=device)
 
-        def group(**entries) -> Composite:
+        def group(**entries: Any) -> Composite:
             return Composite(**entries, shape=(b,), device=device)
 
         vocab = engine.vocab_size
@@ -193,21 +194,29 @@ class SpecDecodeEnv(EnvBase):
         def group(entries: dict) -> TensorDict:
             return TensorDict(entries, batch_size=[b], device=self.device)
 
-        return group({
-            "is_init": torch.zeros(b, 1, dtype=torch.bool, device=self.device),
-            "request": ints() - 1,
-            "observation": group({
-                "tokens": ints(width), "num_new": ints(), "position": ints(),
-                "features": features.new_zeros(b, width, features.shape[-1]),
-            }),
-            "verifier": group({
-                "accepted": torch.zeros(b, self.num_nodes, dtype=torch.bool, device=self.device),
-                "hidden": hidden.new_zeros(b, width, hidden.shape[-1]),
-                "bonus_token": ints() - 1,
-            }),
-        })
+        return group(
+            {
+                "is_init": torch.zeros(b, 1, dtype=torch.bool, device=self.device),
+                "request": ints() - 1,
+                "observation": group(
+                    {
+                        "tokens": ints(width),
+                        "num_new": ints(),
+                        "position": ints(),
+                        "features": features.new_zeros(b, width, features.shape[-1]),
+                    }
+                ),
+                "verifier": group(
+                    {
+                        "accepted": torch.zeros(b, self.num_nodes, dtype=torch.bool, device=self.device),
+                        "hidden": hidden.new_zeros(b, width, hidden.shape[-1]),
+                        "bonus_token": ints() - 1,
+                    }
+                ),
+            }
+        )
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         flags = None if tensordict is None else tensordict.get("_reset", None)
         slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
         # A bad request raises here, before anything changes; good ones taken along with it wait for the next reset.
@@ -246,8 +255,15 @@ class SpecDecodeEnv(EnvBase):
         out.update({"reward": reward, "terminated": terminated, "truncated": truncated, "done": terminated | truncated})
         return out
 
-    def _round(self, tensordict: TensorDictBase, slots: Tensor, out: TensorDictBase, reward: Tensor,
-               terminated: Tensor, truncated: Tensor) -> None:
+    def _round(
+        self,
+        tensordict: TensorDictBase,
+        slots: Tensor,
+        out: TensorDictBase,
+        reward: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+    ) -> None:
         """Verify, judge, commit and deliver one round of the occupied slots, written into the step's result."""
         engine, store, draft = self.engine, self.engine.store, tensordict["draft"]
         rows = slots.to(self.device)
@@ -259,9 +275,8 @@ class SpecDecodeEnv(EnvBase):
 
         hidden = engine.verify(slots, tokens, parents, valid)
         roots = store.lengths[slots] - 1
-        verdict = self.rule.verify(
-            engine.logits(hidden), tokens, parents, valid, roots.to(self.device), SamplingBatch(*(getattr(self._sampling, f.name)[rows] for f in fields(SamplingBatch))),
-        )
+        sampling = SamplingBatch(*(getattr(self._sampling, f.name)[rows] for f in fields(SamplingBatch)))
+        verdict = self.rule.verify(engine.logits(hidden), tokens, parents, valid, roots.to(self.device), sampling)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
         sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
@@ -297,7 +312,8 @@ class SpecDecodeEnv(EnvBase):
         generated = store.lengths[slots] - store.prompt_lengths[slots]
         stops = torch.isin(sequence, self._stop_tokens).tolist()
         counts, ended, spent = [], [], []
-        for i, (slot, drafted, done) in enumerate(zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)):
+        columns = zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)
+        for i, (slot, drafted, done) in enumerate(columns):
             request = self._active[slot]
             count = min(drafted + 1, request.max_new_tokens - done)
             stop = next((j + 1 for j in range(count) if stops[i][j]), None)
@@ -317,8 +333,17 @@ class SpecDecodeEnv(EnvBase):
                 return count
         return None
 
-    def _record(self, tensordict: TensorDictBase, rows: Tensor, roots: Tensor, tokens: Tensor, parents: Tensor,
-                valid: Tensor, accepted: Tensor, hidden: Tensor) -> None:
+    def _record(
+        self,
+        tensordict: TensorDictBase,
+        rows: Tensor,
+        roots: Tensor,
+        tokens: Tensor,
+        parents: Tensor,
+        valid: Tensor,
+        accepted: Tensor,
+        hidden: Tensor,
+    ) -> None:
         assert self._recorder is not None
         began = time.perf_counter()
         log_probs = tensordict.get(("draft", "log_probs"), None)
@@ -326,8 +351,15 @@ class SpecDecodeEnv(EnvBase):
             log_probs = torch.full(tensordict["draft", "tokens"].shape, torch.nan, device=self.device)
         zero = torch.zeros(self.batch_size, dtype=torch.int64)
         self._recorder.round(
-            rows.tolist(), roots.tolist(), tokens, parents, log_probs[rows, : tokens.shape[1]], valid, accepted,
-            hidden, tensordict.get("policy_version", zero)[rows.cpu()].tolist(),
+            rows.tolist(),
+            roots.tolist(),
+            tokens,
+            parents,
+            log_probs[rows, : tokens.shape[1]],
+            valid,
+            accepted,
+            hidden,
+            tensordict.get("policy_version", zero)[rows.cpu()].tolist(),
             tensordict.get("cache_version", zero)[rows.cpu()].tolist(),
         )
         self.recording_seconds += time.perf_counter() - began

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from aurora_rl.envs.engine import Engine
 from aurora_rl.inference_modules import GROUPED_ATTENTION, prepare_for_inference
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
-
 
 # A tree is written behind the committed tokens before any of it is accepted: columns of a slot for it.
 _TREE_ROOM = 64
@@ -31,14 +31,16 @@ class SlotCache(Cache):
         device: where they live.
     """
 
-    def __init__(self, config, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: PretrainedConfig, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__(layers=[])
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, config.num_hidden_layers, num_slots, max_length, config.num_key_value_heads, head_dim)
         self.block = torch.zeros(shape, dtype=dtype, device=device)
 
     def aim(self, slots: Tensor, columns: Tensor, end: int) -> None:
-        """Say where the next forward pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
+        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
         num_slots, max_length = self.block.shape[2:4]
         self._flat = (slots[:, None].to(columns.device) * max_length + columns).flatten()
         first, last = int(slots[0]), int(slots[-1])
@@ -46,8 +48,10 @@ class SlotCache(Cache):
         self._rows = slice(first, last + 1) if last - first + 1 == len(slots) else slots.to(columns.device)
         self._end = end
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write ``[b, heads, T, d]`` keys and values and return those that the pass may read, ``[b, heads, end, d]``."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values, ``[b, heads, T, d]``, and return what the pass may read, ``[b, heads, end, d]``."""
         read = []
         for part, states in enumerate((key_states, value_states)):
             layer = self.block[part, layer_idx]
@@ -98,7 +102,9 @@ class TransformersEngine(Engine):
         decoder = model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
-            raise ValueError(f"{type(model).__name__} has no `layers` in its decoder; TransformersEngine cannot hook it")
+            raise ValueError(
+                f"{type(model).__name__} has no `layers` in its decoder that TransformersEngine could hook"
+            )
         if not feature_layers or not all(0 <= layer <= len(layers) for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{len(layers)}, got {tuple(feature_layers)}")
         if not 2 <= max_length <= config.max_position_embeddings:
@@ -126,7 +132,7 @@ class TransformersEngine(Engine):
             layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
         self.prefill_seconds = 0.0
 
-    def _capture(self, layer: int):
+    def _capture(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._captured[layer] = args[0] if args else kwargs["hidden_states"]
 
@@ -202,8 +208,11 @@ class TransformersEngine(Engine):
             row, index = moved.nonzero(as_tuple=True)
             base = self.store.lengths[slots].to(device)[row]
             self._cache.move(slots.to(device)[row], base + path[row, index], base + index)
-        columns = torch.cat([torch.zeros_like(path[:, :1]), path.clamp(min=-1) + 1], dim=1) if path.shape[1] else (
-            torch.zeros(len(slots), 1, dtype=torch.int64, device=device))
+        columns = (
+            torch.cat([torch.zeros_like(path[:, :1]), path.clamp(min=-1) + 1], dim=1)
+            if path.shape[1]
+            else (torch.zeros(len(slots), 1, dtype=torch.int64, device=device))
+        )
         rows = torch.arange(len(slots), device=device)[:, None]
         features = self._features[rows, columns]
         self.store.append(slots, tokens, num_new, features, self._hidden[rows, columns])

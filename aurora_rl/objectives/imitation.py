@@ -95,7 +95,10 @@ class ImitationLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         self._in_keys = [
-            ("spine", "tokens"), ("spine", "offset"), ("spine", "prompt_length"), ("spine", "features"),
+            ("spine", "tokens"),
+            ("spine", "offset"),
+            ("spine", "prompt_length"),
+            ("spine", "features"),
             self.tensor_keys.hidden,
         ]
 

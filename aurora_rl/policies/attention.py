@@ -14,6 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 KeysValues = tuple[Tensor, Tensor]
 
+# Up to so many branch keys, those of all queries go into one fused call, masked to each query's own: at serving, where
+# a call's overhead counts. A training batch has thousands, and there a query should not even look at the others'.
+_FOLD = 64
+
 
 class TreeAttention(nn.Module):
     """Grouped-query attention with rotary positions, for drafters at serving and in training.
@@ -84,23 +88,41 @@ class TreeAttention(nn.Module):
         group = self.num_heads // self.num_key_heads
         q = self._rotate(self.q_proj(x).view(b, length, self.num_heads, self.head_dim), positions)
         q = q.view(b, length, self.num_key_heads, group, self.head_dim) * self.head_dim**-0.5
-        if branch is None:
-            # Queries of one group become rows of one key head, so keys are not repeated.
-            rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-            keys, values = (part.transpose(1, 2) for part in spine)
-            out = F.scaled_dot_product_attention(
-                rows, keys, values, attn_mask=mask.repeat(1, group, 1)[:, None], scale=1.0
-            )
-            out = out.view(b, self.num_key_heads, group, length, self.head_dim).permute(0, 3, 1, 2, 4)
+        own = 0 if branch is None else length * branch[0].shape[2]
+        if own <= _FOLD:
+            out = self._fused(q, spine, mask, branch)
         else:
+            assert branch is not None
             scores = torch.einsum("btgrd,bsgd->btgrs", q, spine[0])
             scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
-            own = torch.einsum("btgrd,btjgd->btgrj", q, branch[0])
-            weights = torch.cat([scores, own], dim=-1).softmax(dim=-1, dtype=_softmax_dtype(q)).to(q.dtype)
-            to_spine, to_branch = weights.split([mask.shape[-1], own.shape[-1]], dim=-1)
+            to_own = torch.einsum("btgrd,btjgd->btgrj", q, branch[0])
+            weights = torch.cat([scores, to_own], dim=-1).softmax(dim=-1, dtype=_softmax_dtype(q)).to(q.dtype)
+            to_spine, to_branch = weights.split([mask.shape[-1], to_own.shape[-1]], dim=-1)
             out = torch.einsum("btgrs,bsgd->btgrd", to_spine, spine[1])
             out = out + torch.einsum("btgrj,btjgd->btgrd", to_branch, branch[1])
         return self.o_proj(out.reshape(b, length, -1))
+
+    def _fused(self, q: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None) -> Tensor:
+        """One fused attention over spine and the branch keys of all queries, each masked to its own.
+
+        Args:
+            q: ``[b, T, g, h / g, d]``, scaled.
+            spine: see :meth:`forward`, like the others.
+            mask: ``[b, T, S]``.
+            branch: keys and values.
+        """
+        b, length, heads, group, size = q.shape
+        keys, values = spine
+        if branch is not None:
+            keys, values = (torch.cat([s, own.flatten(1, 2)], dim=1) for s, own in zip(spine, branch, strict=True))
+            itself = torch.eye(length, dtype=torch.bool, device=q.device).repeat_interleave(branch[0].shape[2], dim=1)
+            mask = torch.cat([mask, itself.expand(b, -1, -1)], dim=-1)
+        # Queries of one group become rows of one key head, so keys are not repeated.
+        rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(
+            rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask.repeat(1, group, 1)[:, None], scale=1.0
+        )
+        return out.view(b, heads, group, length, size).permute(0, 3, 1, 2, 4)
 
 
 def _softmax_dtype(x: Tensor) -> torch.dtype:

@@ -263,7 +263,12 @@ class Eagle3Drafter(Drafter):
         requests, depth = batch["rounds", "request_offset"], recorded_depths(batch)
         out = [
             self._score_request(
-                batch, int(requests[i]), int(requests[i + 1]), depth, hidden[i : i + 1], x[i : i + 1],
+                batch,
+                int(requests[i]),
+                int(requests[i + 1]),
+                depth,
+                hidden[i : i + 1],
+                x[i : i + 1],
                 (spine[0][i : i + 1], spine[1][i : i + 1]),
             )
             for i in range(len(rows) - 1)
@@ -295,8 +300,9 @@ class Eagle3Drafter(Drafter):
         states = self.midlayer(x, hidden, every[None], spine, causal, None)[0]
         # A root without a pair cannot have been drafted from.
         row = torch.where(root >= 0, draft_rows(self.draft_vocab, tokens), -1)
-        result = torch.zeros(len(tokens), device=tokens.device, dtype=torch.float64 if x.dtype == torch.float64
-                             else torch.float32)
+        result = torch.zeros(
+            len(tokens), device=tokens.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+        )
         frontier: Tensor | None = None
         before, branch = states, None  # hidden states that a depth's nodes are drawn from, and their ancestors' keys
         source = root

@@ -49,7 +49,7 @@ def load_eagle3(folder: str | Path, parts: TargetParts) -> Eagle3Drafter:
             raise CheckpointError(f"{folder}/config.json: {name} is {document.get(name)}, the target has {mine}")
     if "d2t" not in tensors:
         raise CheckpointError(f"{folder}: tensor 'd2t' is missing; is this an EAGLE-3 drafter?")
-    layers = document.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
+    layers = (document.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     if not layers:
         raise CheckpointError(f"{folder}/config.json: eagle_config.eagle_aux_hidden_state_layer_ids is missing")
     drafter = Eagle3Drafter(

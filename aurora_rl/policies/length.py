@@ -45,10 +45,13 @@ class LengthController:
 
     def observe(self, accepted: Tensor, drafted: Tensor) -> None:
         """Take in a round: accepted and drafted depth of each slot, ``[b]`` int64 each."""
+        # Every depth fades at every round, tried or not: one that was given up is forgotten in time, and tried again.
+        self._hits = [h * self._keep for h in self._hits]
+        self._trials = [t * self._keep for t in self._trials]
         for hits, depth in zip(accepted.tolist(), drafted.tolist(), strict=True):
             for d in range(min(depth, hits + 1, len(self._hits))):
-                self._hits[d] = self._hits[d] * self._keep + (d < hits)
-                self._trials[d] = self._trials[d] * self._keep + 1
+                self._hits[d] += d < hits
+                self._trials[d] += 1
         self.depth = self._best()
 
     def _best(self) -> int:

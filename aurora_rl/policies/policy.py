@@ -38,8 +38,14 @@ class DrafterPolicy(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.in_keys = ["is_init"]
-        self.out_keys = [("draft", "tokens"), ("draft", "parents"), ("draft", "mask"), ("draft", "log_probs"),
-                         "policy_version", "cache_version"]
+        self.out_keys = [
+            ("draft", "tokens"),
+            ("draft", "parents"),
+            ("draft", "mask"),
+            ("draft", "log_probs"),
+            "policy_version",
+            "cache_version",
+        ]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store = store

@@ -77,7 +77,7 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
     On code prompts the best 4,096 tokens by this held 90% of the tokens that were then generated, the 4,096 lowest ids
     with the prompts' tokens 84%.
     """
-    vocab, device = model.get_input_embeddings().weight.shape[0], model.device
+    vocab, device = model.get_input_embeddings().get_parameter("weight").shape[0], model.device
     prior = torch.zeros(vocab, device=device)
     for prompt in prompts:
         tokens = torch.tensor([prompt], device=device)

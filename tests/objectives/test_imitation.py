@@ -1,0 +1,185 @@
+"""ImitationLoss: literal values, independence of the batch, gradients by finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from aurora_rl.objectives.imitation import ImitationLoss, imitation
+from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape, Unroll
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import pack
+
+KINDS = [Eagle3Drafter, MedusaDrafter]
+
+
+def make(kind: type[Drafter] = Eagle3Drafter) -> tuple[Drafter, torch.Tensor]:
+    torch.manual_seed(0)
+    parts = TargetParts.of(tiny_target())
+    drafter = kind.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return drafter, parts.head
+
+
+@pytest.fixture(scope="module")
+def trajectories() -> list[TensorDict]:
+    drafter, _ = make()
+    sizes = [(5, 7), (1, 4), (2, 1), (9, 10)]
+    return [tiny_trajectory(drafter, prompt_length=p, max_new_tokens=n, request=i) for i, (p, n) in enumerate(sizes)]
+
+
+@pytest.fixture(scope="module")
+def medusa_trajectories() -> list[TensorDict]:
+    drafter, _ = make(MedusaDrafter)
+    return [tiny_trajectory(drafter, prompt_length=p, max_new_tokens=6, request=p) for p in (1, 4)]
+
+
+def test_values_of_a_literal_unroll() -> None:
+    half = math.log(0.5)
+    target = torch.tensor([[half, half, -1e9], [0.0, -1e9, -1e9]])
+    logits = [torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])]
+    values = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target)
+    assert values.divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
+    assert values.divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
+    assert values.agreement.tolist() == [[True, False], [False, True]]
+
+
+def test_mean_averages_each_step_over_its_own_positions(trajectories: list[TensorDict]) -> None:
+    drafter, head = make()
+    batch = pack(trajectories)
+    values = ImitationLoss(drafter, head, steps=3, decay=0.5, reduction="none")(batch)["loss_imitation"]
+    logits, valid = drafter.unroll(batch, 3)
+    assert values.shape == (3, 22)
+    assert not values[~valid].any()
+    target = batch["spine", "hidden"] @ head[drafter.draft_vocab].T
+    at = int(valid[2].nonzero()[0])
+    p, q = target[at].softmax(-1), logits[2][at].softmax(-1)
+    torch.testing.assert_close(values[2, at], 0.25 * (p * (p / q).log()).sum())
+
+    expected = sum(values[j].sum() / valid[j].sum() for j in range(3))
+    out = ImitationLoss(drafter, head, steps=3, decay=0.5)(batch)
+    torch.testing.assert_close(out["loss_imitation"], expected)
+    total = ImitationLoss(drafter, head, steps=3, decay=0.5, reduction="sum")(batch)["loss_imitation"]
+    torch.testing.assert_close(total, values.sum())
+    agree = [(logits[j].argmax(-1) == target.argmax(-1))[valid[j]].double().mean().item() for j in range(3)]
+    assert out["agreement"].tolist() == pytest.approx(agree)
+    assert out["loss_imitation"].requires_grad and not out["agreement"].requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trajectory_counts_the_same_alone_and_in_a_batch(
+    kind: type[Drafter], trajectories: list[TensorDict], medusa_trajectories: list[TensorDict]
+) -> None:
+    drafter, head = make(kind)
+    chosen = trajectories if kind is Eagle3Drafter else medusa_trajectories
+    loss = ImitationLoss(drafter, head, steps=3, reduction="none")
+    together = loss(pack(chosen))["loss_imitation"]
+    alone = torch.cat([loss(pack([t]))["loss_imitation"] for t in chosen], dim=1)
+    torch.testing.assert_close(together, alone)
+
+
+def test_rounds_and_nodes_do_not_matter(trajectories: list[TensorDict]) -> None:
+    """The loss reads accepted contexts only: another tree over the same text has the same loss."""
+    drafter, head = make()
+    other = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
+    assert torch.equal(other["spine", "tokens"], trajectories[0]["spine", "tokens"])
+    loss = ImitationLoss(drafter, head)
+    torch.testing.assert_close(loss(pack([other]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
+
+
+def test_the_batch_is_not_changed(trajectories: list[TensorDict]) -> None:
+    drafter, head = make()
+    batch = pack(trajectories)
+    before = batch.clone()
+    ImitationLoss(drafter, head)(batch)["loss_imitation"].backward()
+    assert set(batch.keys(True, True)) == set(before.keys(True, True))
+    assert all(torch.equal(batch[key], before[key]) for key in before.keys(True, True))
+
+
+def test_keys(trajectories: list[TensorDict]) -> None:
+    drafter, head = make()
+    loss = ImitationLoss(drafter, head)
+    batch = pack(trajectories)
+    assert set(loss.in_keys) == {
+        ("spine", "tokens"), ("spine", "offset"), ("spine", "prompt_length"), ("spine", "features"),
+        ("spine", "hidden"),
+    }  # fmt: skip
+    assert set(loss.out_keys) == set(loss(batch).keys())
+    # Nothing else is read.
+    torch.testing.assert_close(loss(batch.select(*loss.in_keys))["loss_imitation"], loss(batch)["loss_imitation"])
+    expected = loss(batch)["loss_imitation"]
+    loss.set_keys(hidden=("teacher", "hidden"))
+    assert ("teacher", "hidden") in loss.in_keys and ("spine", "hidden") not in loss.in_keys
+    batch["teacher"] = {"hidden": batch["spine"].pop("hidden")}
+    torch.testing.assert_close(loss(batch)["loss_imitation"], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_by_finite_differences(
+    kind: type[Drafter], trajectories: list[TensorDict], medusa_trajectories: list[TensorDict]
+) -> None:
+    drafter, head = make(kind)
+    batch = pack(trajectories if kind is Eagle3Drafter else medusa_trajectories)
+    loss = ImitationLoss(drafter, head, steps=3)
+    loss(batch)["loss_imitation"].backward()
+    for name, parameter in drafter.named_parameters():
+        if parameter.grad is None:
+            assert name.startswith(("blocks.3", "lm_heads.3"))  # three steps use three of four heads
+            continue
+        direction, start = torch.randn_like(parameter), parameter.detach().clone()
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                parameter.copy_(start + step * direction)
+                values.append(loss(batch)["loss_imitation"])
+        with torch.no_grad():
+            parameter.copy_(start)
+        expected = (values[0] - values[1]) / 2e-5
+        torch.testing.assert_close((parameter.grad * direction).sum(), expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_head_is_frozen(trajectories: list[TensorDict]) -> None:
+    drafter, head = make()
+    head = head.clone().requires_grad_(True)
+    loss = ImitationLoss(drafter, head)
+    loss(pack(trajectories))["loss_imitation"].backward()
+    assert head.grad is None
+    assert {id(p) for p in loss.parameters()} == {id(p) for p in drafter.parameters()}
+    assert "head" not in loss.state_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_of_one_token_and_a_completion_of_one(kind: type[Drafter]) -> None:
+    drafter, head = make(kind)
+    trajectory = tiny_trajectory(drafter, prompt_length=1, max_new_tokens=1)
+    out = ImitationLoss(drafter, head, steps=2)(pack([trajectory]))
+    # The only completion token has nothing before its root, so there is nothing to learn, and no division by zero.
+    assert out["loss_imitation"].item() == 0.0 and out["agreement"].tolist() == [0.0, 0.0]
+    out["loss_imitation"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in drafter.parameters() if p.grad is not None)
+
+
+def test_a_drafter_with_fewer_steps_ends_the_loss(medusa_trajectories: list[TensorDict]) -> None:
+    drafter, head = make(MedusaDrafter)
+    out = ImitationLoss(drafter, head, steps=9)(pack(medusa_trajectories))
+    assert out["agreement"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps >= 1 and 0 < decay <= 1, got steps 0"),
+        ({"decay": 0.0}, "got steps 3, decay 0.0"),
+        ({"decay": 1.5}, "got steps 3, decay 1.5"),
+        ({"reduction": "average"}, "'mean', 'sum' or 'none', got 'average'"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: dict, message: str) -> None:
+    drafter, head = make()
+    with pytest.raises(ValueError, match=message):
+        ImitationLoss(drafter, head, **arguments)

@@ -1,0 +1,165 @@
+"""DrafterPolicy keeps the drafter's cache level with the store, whatever put it behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.testing import tiny_target
+
+SHAPE = TreeShape(3, 2, 6)
+
+
+class Serving:
+    """A tiny target on three slots; each call of ``round`` serves one round."""
+
+    def __init__(self, prompts: list[int], new_tokens: int = 40, dtype: torch.dtype = torch.float64) -> None:
+        target = tiny_target(dtype=dtype)
+        torch.manual_seed(0)
+        self.drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(20)).to(dtype)
+        self.engine = TransformersEngine(
+            target, num_slots=3, max_length=120, feature_layers=self.drafter.feature_layers
+        )
+        self.queue = [Request(i, torch.arange(n) % 32, new_tokens) for i, n in enumerate(prompts)]
+        self.env = SpecDecodeEnv(self.engine, lambda: self.queue.pop(0) if self.queue else None, num_nodes=6)
+        self.policy = DrafterPolicy(copy.deepcopy(self.drafter), self.engine.store, num_nodes=6, shape=SHAPE)
+        self.td = self.env.reset()
+
+    def round(self) -> TensorDict:
+        done, self.td = self.env.step_and_maybe_reset(self.policy(self.td))
+        return done
+
+    def fresh(self) -> TensorDict:
+        """What a policy with an empty cache and the same weights drafts now."""
+        drafter = copy.deepcopy(self.drafter)
+        drafter.install(self.policy.drafter.published())
+        other = DrafterPolicy(drafter, self.engine.store, num_nodes=6, shape=self.policy.shape)
+        return other.draft(torch.zeros(3, 1, dtype=torch.bool))
+
+    def assert_level(self) -> None:
+        got, expected = self.policy.draft(self.td["is_init"]), self.fresh()
+        for key in ("tokens", "parents", "mask"):
+            assert torch.equal(got[key], expected[key]), key
+        torch.testing.assert_close(got["log_probs"], expected["log_probs"], atol=1e-5, rtol=0)
+        assert got["mask"].any()
+
+    def moved(self) -> dict[str, Tensor]:
+        return {
+            name: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t
+            for name, t in self.policy.drafter.published().items()
+        }
+
+
+def test_level_after_every_speculative_round() -> None:
+    serving = Serving([4, 1, 9], new_tokens=12)
+    for _ in range(4):
+        serving.round()
+        serving.assert_level()
+
+
+@pytest.mark.parametrize("plain", [1, 3, 35])
+def test_catches_up_after_plain_windows(plain: int) -> None:
+    serving = Serving([4, 1, 9], new_tokens=60)
+    serving.round()
+    serving.policy.speculate = False
+    for _ in range(plain):
+        done = serving.round()
+        assert not done["draft", "mask"].any()
+        assert (done["next", "reward"] == 1).all()
+    serving.policy.speculate = True
+    serving.assert_level()
+
+
+def test_long_prompts_are_read_beside_short_ones() -> None:
+    serving = Serving([70, 3, 50])
+    serving.assert_level()
+    assert serving.policy.drafter.cached.tolist() == [69, 2, 49]
+
+
+def test_a_new_request_starts_from_nothing() -> None:
+    serving = Serving([4, 2, 9, 5, 6], new_tokens=3)
+    while serving.queue:
+        serving.round()
+    serving.assert_level()
+    occupied = serving.engine.store.occupied
+    assert torch.equal(serving.policy.drafter.cached[occupied], serving.engine.store.lengths[occupied] - 1)
+
+
+def test_nothing_is_drafted_where_nothing_can_be() -> None:
+    serving = Serving([1, 5])  # one token: no feature before it; and an idle slot
+    done = serving.round()
+    assert done["draft", "mask"].any(1).tolist() == [False, True, False]
+    assert (done["draft", "parents"][~done["draft", "mask"]] == -1).all()
+    assert serving.round()["draft", "mask"].any(1).tolist() == [True, True, False]
+
+
+# In bfloat16 linear layers are packed on some CPUs, and a swap has to pack the new weights.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_swap_rebuilds_the_caches(dtype: torch.dtype) -> None:
+    serving = Serving([4, 2, 9], dtype=dtype)
+    serving.round()
+    before = serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["log_probs"].clone()
+    serving.policy.install(serving.moved(), version=3)
+    assert serving.policy.drafter.cached.tolist() == [0, 0, 0]
+    serving.assert_level()
+    assert not torch.allclose(serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["log_probs"], before)
+    done = serving.round()
+    assert done["policy_version"].tolist() == done["cache_version"].tolist() == [3, 3, 3]
+
+
+def test_versions_agree_in_plain_rounds_after_a_swap_that_rebuilds() -> None:
+    serving = Serving([4, 2, 9])
+    serving.round()
+    serving.policy.install(serving.moved(), version=3)
+    serving.policy.speculate = False
+    done = serving.round()
+    assert done["policy_version"].tolist() == done["cache_version"].tolist() == [3, 3, 3]
+
+
+def test_without_a_rebuild_the_cache_keeps_its_oldest_version() -> None:
+    serving = Serving([4, 2, 9, 5], new_tokens=4)
+    serving.policy.rebuild_on_install = False
+    serving.round()
+    held = serving.policy.drafter.cached.clone()
+    serving.policy.install(serving.moved(), version=1)
+    assert torch.equal(serving.policy.drafter.cached, held)
+    serving.policy.install(serving.moved(), version=2)
+    versions: dict[int, set[tuple[int, int]]] = {}
+    while serving.env.num_active:
+        running = [serving.env._active[s].id if s in serving.env._active else None for s in range(3)]
+        done = serving.round()
+        for slot, request in enumerate(running):
+            if request is not None:
+                pair = int(done["policy_version"][slot]), int(done["cache_version"][slot])
+                versions.setdefault(request, set()).add(pair)
+    # Requests 0 to 2 have rows of version 0 to their end; request 3 entered a slot after the swaps.
+    assert versions == {0: {(2, 0)}, 1: {(2, 0)}, 2: {(2, 0)}, 3: {(2, 2)}}
+
+
+def test_refused_weights_change_nothing() -> None:
+    serving = Serving([4, 2, 9])
+    serving.round()
+    held, weights = serving.policy.drafter.cached.clone(), serving.moved()
+    del weights["norm.weight"]
+    with pytest.raises(ValueError, match="'norm.weight' .* is missing"):
+        serving.policy.install(weights, version=7)
+    assert serving.policy.version == 0
+    assert torch.equal(serving.policy.drafter.cached, held)
+    serving.assert_level()
+
+
+def test_the_shape_may_change_within_the_budget() -> None:
+    serving = Serving([4, 2, 9])
+    serving.policy.shape = TreeShape(2)
+    assert serving.round()["draft", "mask"].sum(1).tolist() == [2, 2, 2]
+    serving.policy.shape = TreeShape(0)
+    assert not serving.round()["draft", "mask"].any()
+    with pytest.raises(ValueError, match="a tree of 7 nodes does not fit the policy's num_nodes=6"):
+        serving.policy.shape = TreeShape(7)
+    assert serving.policy.shape == TreeShape(0)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_rl import build
+from aurora_rl.checkpoints import CheckpointError
+from aurora_rl.config import Config, ConfigError, load_config
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.traffic import TrafficError, generate
+
+
+@pytest.fixture(scope="module")
+def ports() -> list[str]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+
+
+@pytest.fixture
+def config(tiny_folder: Path, ports: list[str]) -> Config:
+    return load_config(
+        overrides=[
+            *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+            *("engine.max_length=256", "max_new_tokens=8", "traffic.requests=5"),
+            *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def target(tiny_folder: Path) -> build.Target:
+    return build.load(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"]))
+
+
+@contextlib.contextmanager
+def learner(config: Config, folder: Path) -> Iterator[object]:
+    made = build.learner(config, MetricsLog(folder / "metrics.jsonl", "learner"), folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_device_and_dtype(config: Config) -> None:
+    assert build.device_of(config) == torch.device("cpu")
+    assert build.dtype_of(config) == torch.float32
+    config.dtype = "auto"
+    assert build.dtype_of(config) in (torch.bfloat16, torch.float32)
+    config.device = "warp"
+    with pytest.raises(ConfigError, match="device='warp' cannot be used here .*; try cpu"):
+        build.device_of(config)
+
+
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [
+        ("drafter.num_nodes=2", "drafter: num_nodes=2 cannot hold one path of depth 4"),
+        ("drafter.name=oracle", r"drafter.name must be one of \['eagle3', 'medusa'\], got 'oracle'"),
+        ("device=warp", "device='warp' cannot be used here"),
+        ("traffic.path=/nowhere.jsonl", "cannot read requests from /nowhere.jsonl"),
+        ("traffic.requests=99999999", "asked for 99999999 requests; the generator has"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_model_is_loaded(pair: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        build.check(load_config(overrides=["model=/never/read", "drafter.depth=4", pair]))
+    with pytest.raises(ConfigError, match="drafter.path reads EAGLE-3 checkpoints; drafter.name is 'medusa'"):
+        build.check(load_config(overrides=["drafter.name=medusa", "drafter.path=x"]))
+
+
+def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
+    config.traffic.limit = 3
+    assert len(build.check(config)) == 3
+    config.traffic.limit = 99
+    assert len(build.check(config)) == 5
+
+
+def test_prompts_that_cannot_be_served(config: Config, target: build.Target, tmp_path: Path) -> None:
+    prompts = build.check(config)
+    assert build.conversations(config, target, prompts).total == 5
+    config.engine.max_length = 40
+    with pytest.raises(TrafficError, match=r"prompt '.*' has \d+ tokens; with max_new_tokens=8 that exceeds"):
+        build.conversations(config, target, prompts)
+    config.engine.max_length = 513
+    with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
+        build.conversations(config, target, prompts)
+
+
+def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
+    target = build.load(config)
+    target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ConfigError, match="the chat template of model .* refuses a conversation: no system role"):
+        build.conversations(config, target, generate(2))
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa"])
+@pytest.mark.parametrize("own_learner", [True, False])
+def test_both_halves_start_from_the_same_drafter(
+    config: Config, target: build.Target, tmp_path: Path, name: str, own_learner: bool
+) -> None:
+    config.drafter.name = name
+    requests = build.conversations(config, target, build.check(config))
+    served, theirs = build.first_drafter(config, target, requests, tmp_path / "day0" if own_learner else None)
+    learned = build.drafter(theirs, target, [])
+    assert build.hello(config, target.parts, served) == build.hello(theirs, target.parts, learned)
+    assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
+    assert config.drafter.path is None
+    # Only a drafter that is handed on in a folder can know the prompts.
+    knows = not served.draft_vocab.equal(build.drafter(config, target, []).draft_vocab)
+    assert knows == (own_learner and name == "eagle3") == (theirs.drafter.path is not None)
+
+
+def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: build.Target) -> None:
+    ours = build.hello(config, target.parts, build.drafter(config, target, []))
+    config.drafter.vocab_size = 32
+    mismatch = ours.mismatch(build.hello(config, target.parts, build.drafter(config, target, [])))
+    assert mismatch is not None and "draft_map_checksum" in mismatch
+
+
+def test_a_drafter_for_another_model_names_what_does_not_match(
+    config: Config, target: build.Target, tmp_path: Path
+) -> None:
+    made = build.drafter(config, target, [])
+    save_eagle3(made, tmp_path / "drafter")
+    config.drafter.path = str(tmp_path / "drafter")
+    build.drafter(config, target, [])
+    document = json.loads((tmp_path / "drafter" / "config.json").read_text())
+
+    def edit(**entries: object) -> None:
+        (tmp_path / "drafter" / "config.json").write_text(json.dumps({**document, **entries}))
+
+    edit(hidden_size=64)
+    with pytest.raises(CheckpointError, match="drafter/config.json: hidden_size is 64, the target has 32"):
+        build.drafter(config, target, [])
+    edit(intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
+        build.drafter(config, target, [])
+    edit(eagle_config={})
+    with pytest.raises(CheckpointError, match="eagle_aux_hidden_state_layer_ids is missing"):
+        build.drafter(config, target, [])
+    config.drafter.path = str(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        build.drafter(config, target, [])
+
+
+@pytest.mark.parametrize("key", ["wire.trajectories", "wire.weights"])
+def test_a_port_in_use_names_address_and_key(config: Config, ports: list[str], tmp_path: Path, key: str) -> None:
+    address = ports[key == "wire.weights"]
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        holder.listen()
+        with (
+            pytest.raises(ConfigError, match=f"{address} is in use; stop the process .*, or set {key} to another"),
+            learner(config, tmp_path),
+        ):
+            pass
+    with learner(config, tmp_path):  # what was opened before the error is closed again
+        pass
+
+
+def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
+    with learner(config, tmp_path) as first:
+        first.seen, first.steps, first.version = 40, 30, 2  # type: ignore[attr-defined]
+        first.save()  # type: ignore[attr-defined]
+    config.learner.resume = str(tmp_path / "learner")
+    with learner(config, tmp_path) as second:
+        assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
+    config.drafter.vocab_size = 32
+    with pytest.raises(CheckpointError, match="tensor 'lm_head.weight'"), learner(config, tmp_path):
+        pass

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aurora_rl import build, cli
+from aurora_rl.config import ConfigError, load_config
+from aurora_rl.metrics import MetricsReader
+from aurora_rl.report import EMPTY_SUMMARY
+from aurora_rl.server import InferenceServer
+
+FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Of a short run on the tiny model, on ports of its own, in `tmp_path / "run"`."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in (one, two)]
+    return [
+        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "max_new_tokens=8"),
+        *("traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
+        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
+    ]
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+# ---- the whole loop -------------------------------------------------------------------------------------------------
+
+
+def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Path) -> None:
+    pairs = [
+        *("traffic.requests=48", "learner.publish_every=4", "learner.batch_size=2", "gate.requests=3"),
+        *("gate.margin=9", "control.share=0.3", "control.window=6"),
+    ]
+    command = [sys.executable, "-m", "aurora_rl.cli", "flywheel", *arguments, *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    run = tmp_path / "run"
+    assert done.returncode == 0, done.stderr + (run / "learner.log").read_text()
+    assert done.stderr == ""
+    assert "48 (0 failed)" in done.stdout
+
+    figures = summary(run)
+    assert list(figures) == list(EMPTY_SUMMARY)
+    assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (48, 0, 0)
+    assert figures["swaps"] >= 1
+    assert len(figures["versions_served"]) == figures["swaps"] + 1
+    assert figures["versions_served"] == sorted(set(figures["versions_served"]))
+    assert figures["versions_served"][0] == 0
+    assert 0 < figures["swap_ms"]["p50"] <= figures["swap_ms"]["max"]
+    assert 1 <= figures["acceptance_length"]["first"] <= 5
+    assert 1 <= figures["acceptance_length"]["last"] <= 5
+    rates = figures["tokens_per_second"]
+    assert rates["speculative"] > 0
+    if figures["speedup"] is not None:
+        assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["control"], rel=1e-3)
+    assert 1 < figures["duration_s"] < 120
+
+    made = {"drafter", "drafter-day0", "learner", "learner.log", "learner.yaml"}
+    assert {path.name for path in run.iterdir()} == FILES | made
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {path.name for path in (run / "drafter").iterdir()} == {"config.json", "model.safetensors"}
+    again = load_config(run / "config.yaml")
+    assert again == load_config(overrides=[*arguments, *pairs])
+
+    (ready,) = events(run, "learner_ready")
+    assert not Path(f"/proc/{ready['pid']}").exists()
+    requests = events(run, "request")
+    assert sorted(event["request"] for event in requests) == list(range(48))
+    assert {version for event in requests for version in event["versions"]} <= set(figures["versions_served"])
+    assert all(0 <= event["coverage"] <= 1 for event in requests)
+    gates, swaps = events(run, "gate"), events(run, "swap")
+    assert {event["version"] for event in swaps} <= {event["version"] for event in gates if event["publish"]}
+    status = events(run, "status")[-1]
+    assert (status["requests"], status["queue"], status["dropped"]) == (48, 0, 0)
+    assert status["version"] == figures["versions_served"][-1]
+    assert status["learner"] == "running"
+    (over,) = events(run, "learner_done")
+    assert over["seen"] > 0
+    assert "Warning" not in (run / "learner.log").read_text()
+
+
+def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"event": "swap", "requests": 3}\n')  # of an earlier run
+    assert cli.main(["serve", *arguments]) == 0
+    figures = summary(tmp_path / "run")
+    assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
+    assert figures["dropped_trajectories"] == 6
+    assert events(tmp_path / "run", "status")[-1]["queue"] == 6
+    assert "written to" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"drafter"}
+
+
+# ---- configuration and errors ---------------------------------------------------------------------------------------
+
+
+def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("engine: {slots: 3}\n")
+    pairs = ["seed=5", "drafter.feature_layers=[1,2]"]
+    assert cli.main(["flywheel", "--config", str(tmp_path / "mine.yaml"), "--print-config", *pairs]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "printed.yaml") == load_config(tmp_path / "mine.yaml", pairs)
+
+
+@pytest.mark.parametrize("command", ["flywheel", "serve"])
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [
+        ("engine.slot=1", "unknown key 'engine.slot' in engine.slot=1; did you mean 'engine.slots'?"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("model=/no/model", "cannot load model '/no/model': no such folder"),
+        ("model={broken}", "cannot load model"),
+        ("traffic.path=/no/file", "cannot read requests from /no/file: No such file or directory"),
+        ("traffic.path={lines}", "line 2: not JSON: Expecting value at column 15"),
+        ("traffic.path={blank}", "line 1: empty prompt: the last message has no content"),
+        ("engine.max_length=50", "that exceeds engine.max_length=50"),
+        ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
+        ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),
+        ("run_dir={lines}", "cannot be used: File exists"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, pair: str, wrong: str
+) -> None:
+    good = '{"messages": [{"role": "user", "content": "Hi"}]}'
+    files = {"lines": tmp_path / "lines.jsonl", "blank": tmp_path / "blank.jsonl", "broken": tmp_path / "broken"}
+    files["lines"].write_text(good + '\n{"messages": [')
+    files["blank"].write_text(good.replace("Hi", " "))
+    files["broken"].mkdir()
+    (files["broken"] / "config.json").write_text('{"model_type": "llama"')
+    assert cli.main([command, *arguments, pair.format(**files)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aurora-rl: ")
+    assert wrong in error
+    assert error.count("\n") == 1
+    run = tmp_path / "run"
+    assert not run.exists() or {path.name for path in run.iterdir()} <= {"config.yaml", "metrics.jsonl", "drafter-day0"}
+
+
+def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = next(a.partition("=")[2] for a in arguments if a.startswith("wire.weights"))
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+        assert cli.main(["learn", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aurora-rl: {address} is in use;")
+    assert "set wire.weights to another address" in line
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"learner.yaml", "metrics.jsonl"}
+
+
+def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "learner.log").write_text("loading\naurora-rl: tcp://here is in use\n")
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
+        with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
+            cli._await_learner(child, tmp_path, MetricsReader(tmp_path / "metrics.jsonl"))
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_raise_once_while_starting() -> None:
+    stop = cli._Stop()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    interrupt()
+    assert stop.requested
+
+
+def test_signals_are_held_while_a_child_is_made() -> None:
+    stop, after = cli._Stop(), []
+    with pytest.raises(KeyboardInterrupt), stop.held():
+        interrupt()
+        after.append("made")
+    assert after == ["made"]
+
+
+def test_signals_are_noted_while_working_and_a_second_one_raises() -> None:
+    stop = cli._Stop()
+    stop.phase = "working"
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_signals_do_nothing_while_ending() -> None:
+    stop = cli._Stop()
+    stop.phase = "ending"
+    interrupt()
+    assert not stop.requested
+
+
+def test_ctrl_c_while_loading(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "load", lambda config: interrupt())
+    assert cli.main(["flywheel", *arguments]) == 130
+    assert summary(tmp_path / "run") == EMPTY_SUMMARY | {"duration_s": summary(tmp_path / "run")["duration_s"]}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_ctrl_c_while_serving(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    times: int,
+) -> None:
+    step, rounds = InferenceServer.step, iter(range(1000))
+
+    def stepped(server: InferenceServer) -> bool:
+        if next(rounds) == 20:
+            for _ in range(times):
+                interrupt()
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    assert cli.main(["serve", *arguments]) == 130
+    assert 0 < summary(tmp_path / "run")["requests"] < 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"drafter"}
+
+
+def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, rounds = InferenceServer.step, iter(range(1000))
+
+    def stepped(server: InferenceServer) -> bool:
+        if next(rounds) == 20:
+            raise ValueError("a bug")
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    with pytest.raises(RuntimeError, match="serving stopped") as error:
+        cli.main(["serve", *arguments])
+    assert str(error.value.__cause__) == "a bug"
+    assert summary(tmp_path / "run")["requests"] > 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"drafter"}
+
+
+def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_END_S", 0.2)
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        cli._end(child)
+        assert child.returncode == -signal.SIGKILL
+    cli._end(child)  # nothing to do any more
+
+
+def test_the_state_of_the_learner() -> None:
+    config = load_config()
+    assert cli._learner_state(None, Path("r"), config) == "any at tcp://127.0.0.1:5558"
+    running: Any = SimpleNamespace(poll=lambda: None)
+    assert cli._learner_state(running, Path("r"), config) == "running"
+    dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
+    assert "died with status -9, serving goes on; see r/learner.log" in cli._learner_state(dead, Path("r"), config)

@@ -1,0 +1,509 @@
+"""The inference server: honest figures, swaps between rounds, and nothing that makes serving wait or fail."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.sockets import bind, open_socket
+from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.metrics import MetricsLog, MetricsReader
+from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.length import LengthController
+from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.testing import tiny_target
+from aurora_rl.throughput import ControlWindows, Round
+from aurora_rl.trajectories import TrajectoryRecorder
+
+VOCAB = 8
+LAYERS = (0, 1)
+DEPTH = 3
+LOCAL = "tcp://127.0.0.1:*"
+HELLO = Hello(1, "config", "head", LAYERS, "", "eagle3")
+
+
+# ---- requests, their texts, and a drafter that knows them -------------------------------------------------------
+
+
+def requests(count: int, budget: int = 24, length: int = 5) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    return [Request(i, torch.randint(0, VOCAB, (length + i % 3,), generator=generator), budget) for i in range(count)]
+
+
+@functools.cache
+def model():
+    return tiny_target(vocab_size=VOCAB)
+
+
+@functools.cache
+def text(prompt: tuple[int, ...], count: int) -> list[int]:
+    """The target's own greedy continuation."""
+    tokens = torch.tensor(prompt)[None]
+    mask = torch.ones_like(tokens)
+    out = model().generate(tokens, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def truth(request: Request) -> list[int]:
+    return text(tuple(request.prompt.tolist()), request.max_new_tokens)
+
+
+class Oracle(Drafter):
+    """Proposes what the target is going to say, and may sleep over it."""
+
+    def __init__(self, known: Sequence[Request], nap: float = 0.0) -> None:
+        super().__init__()
+        self.feature_layers, self.nap = LAYERS, nap
+        self.draft_vocab = torch.arange(VOCAB)
+        # Beyond the budget too: what is drafted there is cut, not wrong.
+        self._texts = [r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.max_new_tokens + DEPTH + 1) for r in known]
+
+    @classmethod
+    def from_target(cls, parts: TargetParts, **options: object) -> Oracle:
+        raise NotImplementedError
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        for slot, row, count in zip(slots.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
+            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[:count]
+        self.cached[slots] += num_new
+
+    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+        time.sleep(self.nap)
+        rows = []
+        for slot in slots.tolist():
+            held = self._held[slot]  # all tokens but the first, which is in no pair
+            (known,) = {tuple(t) for t in self._texts if t[1 : 1 + len(held)] == held}
+            rows.append(known[1 + len(held) :][: shape.depth])
+        tokens = torch.tensor(rows)
+        return Proposal(tokens, torch.arange(-1, shape.depth - 1).expand_as(tokens), torch.zeros(tokens.shape))
+
+    def unroll(self, batch: TensorDictBase, steps: int):
+        raise NotImplementedError
+
+    def score(self, batch: TensorDictBase) -> Tensor:
+        raise NotImplementedError
+
+    def published(self) -> dict[str, Tensor]:
+        return {}
+
+    def install(self, weights: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+
+def eagle(seed: int = 0) -> Eagle3Drafter:
+    torch.manual_seed(seed)
+    made = Eagle3Drafter.from_target(TargetParts.of(model()), draft_vocab=torch.arange(6), feature_layers=LAYERS)
+    made = made.double().eval().requires_grad_(False)
+    for parameter in made.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.4)
+    return made
+
+
+# ---- a server on a tiny target ----------------------------------------------------------------------------------
+
+
+class Plain(ControlWindows):
+    """Never speculates."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 1)
+
+    @property
+    def speculate(self) -> bool:
+        return False
+
+
+NO_WINDOWS = functools.partial(ControlWindows, 0.0, 32)
+
+
+class Serving:
+    def __init__(
+        self,
+        folder: Path,
+        waiting: Sequence[Request],
+        drafter: Drafter,
+        *,
+        slots: int = 1,
+        windows: ControlWindows | None = None,
+        note: Callable[[Completion], str] | None = None,
+        depth: int = DEPTH,
+        **options: object,
+    ) -> None:
+        self.queue = list(waiting)
+        self.completions: list[Completion] = []
+        self._note = note
+        self.engine = TransformersEngine(
+            tiny_target(vocab_size=VOCAB), num_slots=slots, max_length=64, feature_layers=LAYERS
+        )
+        self.policy = DrafterPolicy(drafter, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth))
+        env = SpecDecodeEnv(
+            self.engine,
+            lambda: self.queue.pop(0) if self.queue else None,
+            num_nodes=DEPTH,
+            on_completion=lambda completion: self.server.completed(completion),
+        )
+        self._path = folder / "metrics.jsonl"
+        log = MetricsLog(self._path, "serve")
+        self.server = InferenceServer(
+            env, self.policy, windows=windows or NO_WINDOWS(), log=log, note=self._completed, **options
+        )
+
+    def _completed(self, completion: Completion) -> str:
+        self.completions.append(completion)
+        return self._note(completion) if self._note else "tiny"
+
+    def run(self) -> InferenceServer:
+        while self.server.step():
+            pass
+        return self.server
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in MetricsReader(self._path).new() if event["event"] == kind]
+
+    def check_texts(self) -> None:
+        for completion in self.completions:
+            assert completion.tokens.tolist() == truth(completion.request)
+
+
+# ---- the figures ------------------------------------------------------------------------------------------------
+
+
+def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
+    waiting = requests(5)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2)
+    server = serving.run()
+    serving.check_texts()
+    # 24 tokens are six rounds of three drafted tokens and the bonus token.
+    assert server.finished == [(24, 6)] * 5 and server.acceptance(0, 5) == DEPTH + 1
+    assert all(r.speculative for r in server.rounds) and sum(r.tokens for r in server.rounds) == 5 * 24
+    assert [r.request for r in server.rounds][:7] == [0] * 6 + [2]
+    assert {r.occupied for r in server.rounds[:12]} == {2} and {r.occupied for r in server.rounds[12:]} == {1}
+    event = serving.events("request")[0]
+    expected = {
+        "request": 0, "domain": "tiny", "tokens": 24, "terminated": False, "speculative_tokens": 24,
+        "speculative_rounds": 6, "accepted": {"3": 6}, "versions": [0], "depth": 3,
+    }  # fmt: skip
+    assert {key: event[key] for key in expected} == expected
+    summary = server.summary(failed=2, duration_s=1.5)
+    assert summary["acceptance_length"] == {"first": 4.0, "last": 4.0}
+    assert summary["speedup"] is None and summary["tokens_per_second"]["control"] is None  # no plain round was measured
+
+
+def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None:
+    waiting = requests(6)
+    serving = Serving(tmp_path, waiting[:1], Oracle(waiting), windows=Plain())
+    plain = [r.seconds for r in serving.run().rounds if not r.speculative]
+    nap = 20 * statistics.median(plain)
+    # The seed places the first window after 25 ms.
+    serving = Serving(tmp_path, waiting, Oracle(waiting, nap), windows=ControlWindows(0.5, window=8, seed=31))
+    server = serving.run()
+    serving.check_texts()
+    assert server.acceptance(0, 6) >= 2
+    measured = server.rates()
+    assert measured.control is not None and measured.speculative is not None
+    # By acceptance alone it would be 2 or more.
+    assert measured.speedup < 1
+
+
+def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:
+    waiting = requests(6)
+    # Naps, so that the run is long enough for the first window on any machine.
+    serving = Serving(tmp_path, waiting, Oracle(waiting, 0.01), slots=3, windows=ControlWindows(0.5, 5, seed=31))
+    server = serving.run()
+    serving.check_texts()
+    plain = [r for r in server.rounds if not r.speculative]
+    assert plain and all(r.tokens == r.occupied for r in plain)  # every slot, one token each
+    assert sum(r.tokens for r in server.rounds) == 6 * 24
+    # Plain rounds are no rounds of the acceptance length.
+    assert all(tokens <= 4 * rounds for tokens, rounds in server.finished)
+    assert sum(tokens for tokens, _ in server.finished) == 6 * 24 - sum(r.tokens for r in plain)
+
+
+@pytest.mark.parametrize("where", ["note", "cut", "round"])
+def test_recording_is_charged_to_speculation(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nap, count = 0.02, 3
+    if where != "note":
+        recording = getattr(TrajectoryRecorder, where)
+
+        def slow(*args: object) -> object:
+            time.sleep(nap)
+            return recording(*args)
+
+        monkeypatch.setattr(TrajectoryRecorder, where, slow)
+    waiting = requests(count, budget=8)
+    serving = Serving(
+        tmp_path, waiting, Oracle(waiting), windows=Plain(),
+        note=(lambda completion: time.sleep(nap) or "tiny") if where == "note" else None,
+    )  # fmt: skip
+    began = time.perf_counter()
+    server = serving.run()
+    wall = time.perf_counter() - began
+    plain = [r for r in server.rounds if not r.speculative]
+    charged = [r for r in server.rounds if r.speculative]
+    assert sum(r.tokens for r in plain) == count * 8 and all(r.tokens == 0 for r in charged)
+    seconds = sum(r.seconds for r in charged)
+    assert seconds >= nap * count * (8 if where == "round" else 1)
+    # And to it alone: a second that both were charged would make these more than there were.
+    assert sum(r.seconds for r in plain) + seconds <= wall
+
+
+def test_prefill_is_charged_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nap, forward = 0.05, TransformersEngine._forward
+
+    def slow(self: TransformersEngine, slots: Tensor, tokens: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+        if tokens.shape[1] > DEPTH + 1:  # longer than any tree
+            time.sleep(nap)
+        return forward(self, slots, tokens, *args)
+
+    monkeypatch.setattr(TransformersEngine, "_forward", slow)
+    waiting = requests(5, budget=4, length=12)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), windows=Plain())
+    began = time.perf_counter()
+    server = serving.run()
+    wall = time.perf_counter() - began
+    assert serving.engine.prefill_seconds >= 5 * nap
+    assert sum(r.seconds for r in server.rounds) <= wall - serving.engine.prefill_seconds
+
+
+def test_summary(tmp_path: Path) -> None:
+    server = Serving(tmp_path, [], eagle()).server
+    assert server.summary(failed=0, duration_s=0.0) == {
+        "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
+        "acceptance_length": {"first": None, "last": None},
+        "tokens_per_second": {"control": None, "speculative": None}, "speedup": None, "dropped_trajectories": 0,
+        "duration_s": 0.0, "versions_served": [0],
+    }  # fmt: skip
+    # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
+    server.finished = [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]
+    server.rounds = [
+        Round(True, 1, 900, 1.0, 0), Round(False, 1, 1, 1.0, 14),
+        Round(True, 1, 6, 2.0, 15), Round(False, 1, 2, 1.0, 19),
+    ]  # fmt: skip
+    server.swap_ms, server.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
+    assert server.summary(failed=3, duration_s=7.5) == {
+        "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
+        "acceptance_length": {"first": 9 / 6, "last": 15 / 5},
+        "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5, "dropped_trajectories": 0,
+        "duration_s": 7.5, "versions_served": [0, 1, 2, 5],
+    }  # fmt: skip
+
+
+# ---- rounds and requests ----------------------------------------------------------------------------------------
+
+
+def test_serving_rests_and_resumes(tmp_path: Path) -> None:
+    waiting = requests(4, budget=6)
+    serving = Serving(tmp_path, [], Oracle(waiting), slots=2)
+    server = serving.server
+    assert not server.step() and not server.step() and server.rounds == []
+    serving.queue.append(waiting[0])
+    assert server.step() and server.rounds[-1].occupied == 1
+    serving.queue += waiting[1:3]  # the idle slot takes the next at once, in the middle of the first
+    assert server.step() and server.step() and max(r.occupied for r in server.rounds) == 2
+    serving.run()
+    assert not server.step()
+    serving.queue.append(waiting[3])
+    serving.run()
+    assert [c.request.id for c in serving.completions] == [0, 1, 2, 3]
+    serving.check_texts()
+
+
+def test_requests_that_come_of_completions(tmp_path: Path) -> None:
+    # As the further turns of a conversation do: the queue is empty until the moment in which a request ends.
+    waiting = requests(3, budget=6)
+    later = waiting[1:]
+    serving = Serving(
+        tmp_path, waiting[:1], Oracle(waiting), note=lambda c: serving.queue.extend(later[:1]) or later.clear() or ""
+    )
+    later = later[:1]
+    serving.run()
+    assert [c.request.id for c in serving.completions] == [0, 1]
+    serving.check_texts()
+
+
+def test_the_draft_lengthens_while_it_pays(tmp_path: Path) -> None:
+    # 22 tokens end inside a path of three: five rounds of four tokens, and two drafted ones.
+    waiting = requests(12, budget=22)
+    length = LengthController([1.0, 1.1, 1.2, 1.3])
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, length=length)
+    server = serving.run()
+    serving.check_texts()
+    assert [event["depth"] for event in serving.events("depth")] == [2, 3]
+    # The oracle is always right, and an end inside a path is no mistake: every trial of these depths was a hit.
+    hits, trials = length._hits, length._trials
+    assert trials[1] == pytest.approx(hits[1]) and trials[2] == pytest.approx(hits[2]) and trials[2] > 8
+    assert server.finished[-2:] == [(22, 6)] * 2
+
+
+def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
+    waiting = requests(3)
+    serving = Serving(tmp_path, waiting, eagle(), slots=2)
+    costs = measure_rounds(serving.engine, serving.policy, waiting[2].prompt, repeats=2)
+    assert {key: len(column) for key, column in costs.items()} == {"verify": 4, "draft": 4, "round": 4}
+    assert all(c > 0 for c in costs["round"]) and serving.policy.shape == TreeShape(DEPTH)
+    assert serving.engine.store.lengths.tolist() == [0, 0] and serving.engine.prefill_seconds == 0
+    fresh = Serving(tmp_path / "fresh", waiting, eagle(), slots=2)
+    # The same drafts as a server that measured nothing, hence the same acceptance.
+    assert serving.run().finished == fresh.run().finished
+    serving.check_texts()
+
+
+# ---- weights from the wire --------------------------------------------------------------------------------------
+
+
+def endless(known: Sequence[Request]) -> Iterator[Request]:
+    number = 0
+    while True:
+        request = known[number % len(known)]
+        yield Request(number, request.prompt, request.max_new_tokens)
+        number += 1
+
+
+class Wire:
+    """A publisher and a receiver over a socket, as between the two processes."""
+
+    def __init__(self) -> None:
+        self.publisher = WeightPublisher(LOCAL, hello=HELLO)
+        self.receiver = WeightReceiver(self.publisher.address, hello=HELLO, heartbeat_s=0.05, name="engine")
+
+    def close(self) -> None:
+        self.receiver.close()
+        self.publisher.close()
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    made = Wire()
+    yield made
+    made.close()
+
+
+def serve_until(serving: Serving, source: Iterator[Request], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        while len(serving.queue) < 3:
+            serving.queue.append(next(source))
+        assert serving.server.step()
+
+
+def test_swaps_while_requests_are_in_flight(tmp_path: Path, wire: Wire) -> None:
+    source, publisher = endless(requests(5)), wire.publisher
+    serving = Serving(tmp_path, [], eagle(), slots=3, receiver=wire.receiver)
+    server = serving.server
+    serve_until(serving, source, lambda: len(serving.completions) >= 2)
+    for version in (1, 2, 3):
+        publisher.publish(version, eagle(version).published())
+        serve_until(serving, source, lambda version=version: publisher.wait_ack(version, 0))
+    serving.queue.clear()
+    serving.run()
+
+    # Acknowledged with the checksum of what the drafter holds, which is that of what was published.
+    status = publisher.engines["engine"]
+    assert (status.acknowledged, status.serving, status.rejected) == (3, 3, None)
+    assert checksum(serving.policy.drafter.published()) == checksum(eagle(3).published())
+    assert server.versions == [0, 1, 2, 3] and len(server.swap_ms) == 3 and status.swap_ms == server.swap_ms[-1]
+    assert [event["version"] for event in serving.events("swap")] == [1, 2, 3]
+    # None dropped, all right: every request that was taken is among the completions.
+    assert sorted(c.request.id for c in serving.completions) == list(range(len(serving.completions)))
+    assert len(server.finished) == len(serving.completions) and serving.engine.store.lengths.tolist() == [0, 0, 0]
+    serving.check_texts()
+    # Recorded: versions rise within a request, and each swap fell into the middle of one.
+    versions = [c.trajectory["rounds", "policy_version"].tolist() for c in serving.completions]
+    assert all(v == sorted(v) for v in versions)
+    pairs = {pair for v in versions for pair in zip(v, v[1:], strict=False) if pair[0] != pair[1]}
+    assert {(0, 1), (1, 2), (2, 3)} <= pairs
+    assert all(torch.equal(c.trajectory["rounds", "cache_version"], c.trajectory["rounds", "policy_version"])
+               for c in serving.completions)  # fmt: skip
+    assert server.summary(failed=0, duration_s=1.0)["versions_served"] == [0, 1, 2, 3]
+
+
+def test_weights_of_another_shape_are_rejected_and_serving_goes_on(tmp_path: Path, wire: Wire) -> None:
+    source, publisher = endless(requests(3)), wire.publisher
+    serving = Serving(tmp_path, [], eagle(), slots=2, receiver=wire.receiver)
+    before = checksum(serving.policy.drafter.published())
+    wrong = eagle(1).published()
+    wrong["lm_head.weight"] = wrong["lm_head.weight"][:-1]
+    publisher.publish(1, wrong)
+    serve_until(serving, source, lambda: any(s.rejected for s in publisher.engines.values()))
+    version, reason = publisher.engines["engine"].rejected
+    assert version == 1 and "tensor 'lm_head.weight' has shape (5, 16), this drafter needs (6, 16)" in reason
+    assert serving.policy.version == 0 and checksum(serving.policy.drafter.published()) == before
+    assert serving.server.swap_ms == [] and serving.server.versions == [0]
+    (event,) = serving.events("swap_failed")
+    assert event["version"] == 1 and event["reason"] == reason
+    publisher.publish(2, eagle(2).published())  # better ones are taken
+    serve_until(serving, source, lambda: publisher.wait_ack(2, 0))
+    assert serving.server.versions == [0, 2]
+    serving.queue.clear()
+    serving.run()
+    serving.check_texts()
+
+
+def test_acknowledgements_keep_the_order_of_the_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Receiver:
+        """Two versions in neighbouring rounds."""
+
+        waiting = [(v, TensorDict(eagle(v).published(), batch_size=[])) for v in (2, 1)]
+        acknowledged: list[tuple[int, str]] = []
+
+        def latest(self) -> tuple[int, TensorDict] | None:
+            return self.waiting.pop() if self.waiting else None
+
+        def acknowledge(self, version: int, digest: str, swap_ms: float) -> None:
+            self.acknowledged.append((version, digest))
+
+    first = threading.Event()
+
+    def slow_at_first(tensors: dict[str, Tensor]) -> str:
+        if not first.is_set():
+            first.set()
+            time.sleep(0.2)  # in this time the second swap is done and hashed
+        return checksum(tensors)
+
+    monkeypatch.setattr("aurora_rl.server.checksum", slow_at_first)
+    receiver = Receiver()
+    Serving(tmp_path, requests(1), eagle(), receiver=receiver).run()
+    deadline = time.monotonic() + 10
+    while len(receiver.acknowledged) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # An engine that reported 2 and then 1 would be sent version 2 again.
+    assert receiver.acknowledged == [(v, checksum(eagle(v).published())) for v in (1, 2)]
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    # An address at which nothing is: what cannot be sent is dropped and counted, and every answer is given.
+    socket, context = open_socket(0, None)
+    address = bind(socket, LOCAL)
+    socket.close()
+    context.term()
+    sink = TrajectorySink(address, hello=HELLO, capacity=2)
+    receiver = WeightReceiver(address, hello=HELLO)
+    waiting = requests(5)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, sink=sink, receiver=receiver)
+    server = serving.run()
+    assert len(serving.completions) == 5 and server.summary(failed=0, duration_s=1.0)["dropped_trajectories"] == 3
+    assert sink.queued == 2
+    serving.check_texts()
+    receiver.close()
+    sink.close(timeout=0.0)
+    assert server.summary(failed=0, duration_s=1.0)["dropped_trajectories"] == 5

@@ -1,0 +1,255 @@
+"""The context store, the recorder, packing and validation, on hand-made numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.policies import MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import (
+    ContextStore,
+    Sampling,
+    TrajectoryRecorder,
+    acceptance_length,
+    accepted_per_round,
+    pack,
+    pad_rows,
+    validate,
+)
+
+SIZES = {"vocab_size": 32, "feature_size": 16, "hidden_size": 16}
+
+
+def store_of_two() -> ContextStore:
+    """Slot 1 holds the prompt 5 6 7; features are the position, hidden is ten times it."""
+    store = ContextStore(2, 10, feature_size=1, hidden_size=1, dtype=torch.float32)
+    store.start(1, torch.tensor([5, 6, 7]))
+    store.features[1, :2, 0] = torch.tensor([0.0, 1.0])
+    return store
+
+
+def committed(first: int, count: int, width: int) -> tuple[Tensor, Tensor]:
+    """Features and hidden rows of positions ``first`` on, with rubbish behind."""
+    rows = torch.full((1, width, 1), 99.0)
+    rows[0, :count, 0] = first + torch.arange(count)
+    return rows, 10 * rows
+
+
+# ---- store and recorder ---------------------------------------------------------------------------------------------
+
+
+def test_store_appends_at_each_slots_end() -> None:
+    store = store_of_two()
+    store.start(0, torch.tensor([9]))
+    store.append(
+        torch.tensor([0, 1]),
+        torch.tensor([[1, 0, 0], [2, 3, 0]]),
+        torch.tensor([1, 2]),
+        torch.tensor([[[0.0], [7.0], [7.0]], [[2.0], [3.0], [7.0]]]),
+        torch.tensor([[[0.0], [7.0], [7.0]], [[20.0], [30.0], [7.0]]]),
+    )
+    assert store.lengths.tolist() == [2, 5] and store.prompt_lengths.tolist() == [1, 3]
+    assert store.tokens[1, :5].tolist() == [5, 6, 7, 2, 3] and store.tokens[0, :2].tolist() == [9, 1]
+    assert store.features[1, :5, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 0.0]  # the last token has no row yet
+    assert store.hidden[1, 2:4, 0].tolist() == [20.0, 30.0]
+    assert store.occupied.tolist() == [0, 1]
+    store.release(0)
+    assert store.occupied.tolist() == [1] and store.lengths.tolist() == [0, 5]
+
+
+def test_a_request_is_cut_into_the_documented_layout() -> None:
+    store, slots = store_of_two(), torch.tensor([1])
+    recorder = TrajectoryRecorder(store)
+    recorder.start(1)
+    # Round 1: the root is 7 at position 2; a tree in order of breadth, its fourth node invalid; 3 and then 4 accepted.
+    recorder.round(
+        [1], [2],
+        tokens=torch.tensor([[2, 3, 8, 9, 4]]),
+        parents=torch.tensor([[-1, -1, 0, 9, 1]]),
+        log_probs=torch.tensor([[-1.0, -0.5, -2.0, 0.0, -0.1]]),
+        valid=torch.tensor([[True, True, True, False, True]]),
+        accepted=torch.tensor([[False, True, False, False, True]]),
+        hidden=torch.tensor([[[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]]),
+        policy_versions=[6], cache_versions=[5],
+    )  # fmt: skip
+    store.append(slots, torch.tensor([[3, 4, 1]]), torch.tensor([3]), *committed(2, 3, 3))
+    # Round 2: no tree, one token.
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    recorder.round(
+        [1], [5], none, none, none.float(), none.bool(), none.bool(), torch.zeros(1, 1, 1),
+        policy_versions=[7], cache_versions=[7],
+    )  # fmt: skip
+    store.append(slots, torch.tensor([[30]]), torch.tensor([1]), *committed(5, 1, 1))
+    trajectory = recorder.cut(1, request=4, sampling=Sampling(0.5, 3, 0.9, 11, "sample_and_match", "topk"))
+
+    validate(trajectory, vocab_size=32, feature_size=1, hidden_size=1)
+    flat = {".".join(k): trajectory[k].tolist() for k in trajectory.keys(True, True) if isinstance(k, tuple)}
+    assert flat == {
+        "spine.tokens": [5, 6, 7, 3, 4, 1, 30],
+        "spine.prompt_length": 3,
+        "spine.features": [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]],
+        "spine.hidden": [[20.0], [30.0], [40.0], [50.0]],
+        "rounds.anchor": [2, 5],
+        "rounds.offset": [0, 4, 4],
+        "rounds.policy_version": [6, 7],
+        "rounds.cache_version": [5, 7],
+        "nodes.tokens": [2, 8, 3, 4],
+        "nodes.parents": [-1, 0, -1, 2],
+        "nodes.log_probs": pytest.approx([-1.0, -2.0, -0.5, -0.1]),
+        "nodes.accepted": [False, False, True, True],
+        "nodes.hidden": [[1.0], [3.0], [2.0], [5.0]],
+        "sampling.temperature": 0.5,
+        "sampling.top_k": 3,
+        "sampling.top_p": pytest.approx(0.9),
+        "sampling.seed": 11,
+        "sampling.rule": 1,
+        "sampling.draft_mode": 0,
+    }
+    assert int(trajectory["request"]) == 4
+
+    # Memory of its own: the slot may be used again.
+    before = trajectory.clone()
+    for block in (store.tokens, store.features, store.hidden):
+        block.zero_()
+    assert all(torch.equal(trajectory[key], before[key]) for key in before.keys(True, True))
+
+    assert [part.tolist() for part in accepted_per_round(trajectory)] == [[2, 0], [4, 0]]
+    # The first round committed 3 tokens; the second drafted nothing and does not count.
+    assert acceptance_length(trajectory) == (3, 1)
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served() -> list[TensorDict]:
+    drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
+    return [
+        tiny_trajectory(drafter, prompt_length=p, max_new_tokens=n, request=p, shape=shape)
+        for p, n, shape in ((1, 5, TreeShape(2, 3)), (6, 4, TreeShape(3)), (2, 3, TreeShape(0)))
+    ]
+
+
+def test_served_trajectories_are_valid(served: list[TensorDict]) -> None:
+    for trajectory in served:
+        validate(trajectory, **SIZES)
+
+
+def test_packing_lays_requests_end_to_end(served: list[TensorDict]) -> None:
+    batch = pack(served)
+    assert batch["spine", "offset"].tolist() == [0, 6, 16, 21]
+    assert batch["spine", "prompt_length"].tolist() == [1, 6, 2]
+    assert batch["request"].tolist() == [1, 6, 2]
+    rounds, nodes = ([len(t[key]) for t in served] for key in (("rounds", "anchor"), ("nodes", "tokens")))
+    assert batch["rounds", "request_offset"].tolist() == [0, rounds[0], rounds[0] + rounds[1], sum(rounds)]
+    assert batch["nodes", "request_offset"].tolist() == [0, nodes[0], nodes[0] + nodes[1], sum(nodes)]
+    assert len(batch["rounds", "offset"]) == sum(rounds) + 1
+    # Every entry can be cut out again.
+    for i, trajectory in enumerate(served):
+        first, last = batch["rounds", "request_offset"][i : i + 2].tolist()
+        offset = batch["rounds", "offset"][first : last + 1]
+        assert torch.equal(offset - offset[0], trajectory["rounds", "offset"])
+        begin, end = batch["nodes", "request_offset"][i : i + 2].tolist()
+        assert (int(offset[0]), int(offset[-1])) == (begin, end)
+        assert torch.equal(batch["nodes", "hidden"][begin:end], trajectory["nodes", "hidden"])
+        start = int(batch["spine", "offset"][i]) - i
+        assert torch.equal(
+            batch["spine", "features"][start : start + len(trajectory["spine", "features"])],
+            trajectory["spine", "features"],
+        )
+
+
+def test_packing_needs_something() -> None:
+    with pytest.raises(ValueError, match="at least one trajectory"):
+        pack([])
+
+
+def test_pad_rows() -> None:
+    padded = pad_rows(torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([0, 2, 2, 6]))
+    assert padded.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [3, 4, 5, 6]]
+    assert pad_rows(torch.ones(3, 2), torch.tensor([0, 1, 3])).shape == (2, 2, 2)
+
+
+# ---- validation -----------------------------------------------------------------------------------------------------
+
+
+def ten(value: object) -> Tensor:
+    return torch.tensor(value)
+
+
+# One change each to a legal trajectory of a prompt of 6 tokens and 4 new ones, and what the message must say.
+CORRUPTIONS = [
+    (("spine", "tokens"), lambda t: t[None], "spine.tokens has one dimension"),
+    (("spine", "tokens"), lambda t: t.int(), "spine.tokens has dtype torch.int32, expected int64"),
+    (("spine", "tokens"), lambda t: t.index_fill(0, ten(3), 32), r"spine.tokens must lie in 0..31, got \d+..32"),
+    (("spine", "tokens"), lambda t: t.index_fill(0, ten(3), -1), "spine.tokens must lie in 0..31, got -1"),
+    (("spine", "tokens"), lambda t: t[:0], "spine.prompt_length must lie in 1..S-1=-1, got 6"),
+    (("spine", "prompt_length"), lambda t: ten(0), "spine.prompt_length must lie in 1..S-1=9, got 0"),
+    (("spine", "prompt_length"), lambda t: ten(10), "spine.prompt_length must lie in 1..S-1=9, got 10"),
+    (("spine", "prompt_length"), lambda t: ten([6]), "spine.prompt_length must lie in"),
+    (("spine", "prompt_length"), lambda t: ten(math.nan), "spine.prompt_length has dtype torch.float32"),
+    (("spine", "features"), lambda t: t[1:], r"spine.features must have shape \[S-1,F\] = \(9, 16\), got \(8, 16\)"),
+    (("spine", "features"), lambda t: t[:, 1:], r"spine.features must have shape .* got \(9, 15\)"),
+    (("spine", "features"), lambda t: t.long(), "spine.features has dtype torch.int64, expected float"),
+    (("spine", "features"), lambda t: t * math.nan, "spine.features holds a value that is not finite"),
+    (("spine", "hidden"), lambda t: t[1:], r"spine.hidden must have shape \[S-P,H\] = \(4, 16\), got \(3, 16\)"),
+    (("spine", "hidden"), lambda t: t + math.inf, "spine.hidden holds a value that is not finite"),
+    (("rounds", "anchor"), lambda t: t - 1, "rounds.anchor must lie in P-1..S-2, got 4.."),
+    (("rounds", "anchor"), lambda t: t + 9, "rounds.anchor must lie in P-1..S-2, got 14.."),
+    (("rounds", "anchor"), lambda t: t.flip(0), "rounds.anchor must rise"),
+    (("rounds", "anchor"), lambda t: t.fill_(6), "rounds.anchor must rise"),
+    (("rounds", "offset"), lambda t: t[1:], r"rounds.offset must have shape \[R\+1\]"),
+    (("rounds", "offset"), lambda t: t + 1, "rounds.offset must rise from 0 to M="),
+    (("rounds", "offset"), lambda t: t * 2, "rounds.offset must rise from 0 to M="),
+    (("rounds", "offset"), lambda t: t.index_copy(0, ten([1, 2]), t[[2, 1]]), "rounds.offset must rise from 0 to M="),
+    (("rounds", "offset"), lambda t: t.to(torch.uint8), "rounds.offset has dtype torch.uint8, expected int64"),
+    (("rounds", "policy_version"), lambda t: t[1:], "rounds.policy_version must have shape"),
+    (("rounds", "cache_version"), lambda t: t.float(), "rounds.cache_version has dtype torch.float32"),
+    (("nodes", "tokens"), lambda t: t + 32, "nodes.tokens must lie in 0..31"),
+    (("nodes", "tokens"), lambda t: t[1:], "nodes.parents must have shape"),
+    (("nodes", "parents"), lambda t: t + 1, "nodes.parents must point to an earlier node of the same tree"),
+    (("nodes", "parents"), lambda t: t - 1, "nodes.parents must point to an earlier node of the same tree"),
+    (("nodes", "log_probs"), lambda t: t[1:], "nodes.log_probs must have shape"),
+    (("nodes", "accepted"), lambda t: t.long(), "nodes.accepted has dtype torch.int64, expected bool"),
+    (("nodes", "hidden"), lambda t: t[:, :3], r"nodes.hidden must have shape \[M,H\]"),
+    (("nodes", "hidden"), lambda t: t - math.inf, "nodes.hidden holds a value that is not finite"),
+    (("request",), lambda t: ten([1]), r"request must have shape \[\] = \(\), got \(1,\)"),
+    (("sampling", "temperature"), lambda t: ten(math.nan), "sampling.temperature holds a value that is not finite"),
+    (("sampling", "top_k"), lambda t: ten(1.0), "sampling.top_k has dtype torch.float32, expected int64"),
+    (("sampling", "seed"), lambda t: ten([1]), "sampling.seed must have shape"),
+    (("sampling", "rule"), lambda t: ten(2), r"sampling.rule must index \('greedy', 'sample_and_match'\), got 2"),
+    (("sampling", "draft_mode"), lambda t: ten(-1), r"sampling.draft_mode must index .* got -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"), CORRUPTIONS, ids=[f"{'.'.join(k)}-{i}" for i, (k, _, _) in enumerate(CORRUPTIONS)]
+)
+def test_a_corrupted_entry_is_named(served: list[TensorDict], key: tuple[str, ...], change, message: str) -> None:
+    trajectory = served[1].clone()
+    assert len(trajectory["rounds", "anchor"]) > 2
+    trajectory[key] = change(trajectory[key])
+    with pytest.raises(ValueError, match=message):
+        validate(trajectory, **SIZES)
+
+
+def test_missing_and_unknown_entries_are_named(served: list[TensorDict]) -> None:
+    without = served[1].clone()
+    del without["nodes", "accepted"]
+    with pytest.raises(ValueError, match=r"missing \[\('nodes', 'accepted'\)\], unknown \[\]"):
+        validate(without, **SIZES)
+    more = served[1].clone()
+    more["nodes", "extra"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"missing \[\], unknown \[\('nodes', 'extra'\)\]"):
+        validate(more, **SIZES)
+
+
+def test_log_probs_may_be_unknown(served: list[TensorDict]) -> None:
+    trajectory = served[1].clone()
+    trajectory["nodes", "log_probs"] = trajectory["nodes", "log_probs"] * math.nan
+    validate(trajectory, **SIZES)
