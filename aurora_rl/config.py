@@ -6,8 +6,8 @@ Constructors elsewhere take flat arguments and never see these classes.
 from __future__ import annotations
 
 import difflib
-import os
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -241,6 +241,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"traffic.limit must be at least 1 or null, got {config.traffic.limit}")
     if not 0 <= config.control.share < 1:
         raise ConfigError(f"control.share must lie in [0, 1), got {config.control.share}")
+    if not 0 <= config.learner.nice <= 19:
+        raise ConfigError(f"learner.nice must lie in 0..19, got {config.learner.nice}")
     if not 0 < config.learner.decay <= 1:
         raise ConfigError(f"learner.decay must lie in (0, 1], got {config.learner.decay}")
     for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):

@@ -49,13 +49,11 @@ class LiveView:
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
                 self._coverage.append(event["coverage"])
         told, state = [], self._learner()
-        for event_name, news in (
-            ("refused", self._serving.refused),
-            ("learner_died", state if "died" in state else None),
-        ):
+        died = f"the learner {state}" if state.startswith("died") else None
+        for name, news in (("refused", self._serving.refused), ("learner_died", died)):
             if news is not None and news not in self._told:
                 self._told.add(news)
-                self._log.write(event_name, reason=news)
+                self._log.write(name, reason=news)
                 told.append(news)
         return told
 

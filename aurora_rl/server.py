@@ -212,7 +212,7 @@ def _named(weights: Any) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def measure_rounds(
-    engine: Engine, policy: DrafterPolicy, prompt: Tensor, *, repeats: int = 4
+    engine: Engine, policy: DrafterPolicy, prompt: Tensor, *, repeats: int = 6
 ) -> dict[str, list[float]]:
     """Time verification and drafting at every depth on this machine, every slot occupied, before serving starts.
 
@@ -220,7 +220,7 @@ def measure_rounds(
         engine: an engine whose slots are free.
         policy: a policy on it; its shape gives width and budget, and its depth the deepest that is tried.
         prompt: ``[P]`` tokens to put into each slot.
-        repeats: timings of each; the median counts.
+        repeats: timings of each; the least counts, which other work on the machine disturbs least.
 
     Returns:
         Seconds by depth 0 to the shape's: "verify", "draft" and "round", their sum.
@@ -248,8 +248,8 @@ def measure_rounds(
             drafting.append(drafted - began)
             td["is_init"] = torch.zeros_like(td["is_init"])
             policy.drafter.cached.clamp_(max=max(len(prompt) - 2 - depth // 2, 0))
-        verify.append(statistics.median(verifying[1:]))
-        draft.append(statistics.median(drafting[1:]))
+        verify.append(min(verifying))
+        draft.append(min(drafting[1:]))
     policy.shape = shape
     for slot in slots.tolist():
         engine.release(slot)

@@ -39,8 +39,8 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
         ports = [s.getsockname()[1] for s in (one, two)]
     return [
         *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
-        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "max_new_tokens=8"),
-        *("traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
+        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0"),
+        *("max_new_tokens=8", "traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
         *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
     ]
 

@@ -1,0 +1,117 @@
+"""Processes of the command line on a tiny model, to be interrupted, killed and restarted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_rl.metrics import MetricsReader
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class Command:
+    """A running `aurora-rl` and its run folder."""
+
+    def __init__(self, folder: Path, command: str, pairs: list[str]) -> None:
+        self.run, self.output = folder / "run", folder / "output"
+        folder.mkdir()
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "aurora_rl.cli", command, *pairs, f"run_dir={self.run}"],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in MetricsReader(self.run / "metrics.jsonl").new() if event["event"] == kind]
+
+    def wait_for(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
+        def there() -> bool:
+            assert self.process.poll() is None, self.text
+            return len(self.events(kind)) >= count
+
+        wait(there)
+        return self.events(kind)
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def ended(self, seconds: float = 60.0) -> int:
+        return self.process.wait(seconds)
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run / "summary.json").read_text())
+
+    @property
+    def children(self) -> list[int]:
+        """Processes that have this one's id on their command line, which is how a learner knows its flywheel."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:  # ended since
+                continue
+            if b"--parent" in words and words[words.index(b"--parent") + 1] == str(self.process.pid).encode():
+                found.append(int(path.parent.name))
+        return [pid for pid in found if alive(pid)]
+
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def start(tiny_folder: Path, tmp_path: Path) -> Iterator[Start]:
+    """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in (one, two)]
+    pairs = [
+        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0", "max_new_tokens=8"),
+        *("learner.batch_size=2", "learner.publish_every=4", "gate.requests=3", "gate.margin=9"),
+        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
+    ]
+    started: list[Command] = []
+
+    def begin(command: str, *more: str) -> Command:
+        started.append(Command(tmp_path / f"{len(started)}-{command}", command, [*pairs, *more]))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        for pid in command.children:
+            os.kill(pid, signal.SIGKILL)
+        if command.process.poll() is None:
+            command.process.kill()
+            command.process.wait()

@@ -1,0 +1,69 @@
+"""`serve` and `learn` on two terminals: either goes on without the other, and they find each other again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.faults
+
+Start = Callable[..., Any]
+ENDLESS = "traffic.requests=5000"
+
+
+def test_either_side_restarts(start: Start) -> None:
+    learner, server = start("learn"), start("serve", ENDLESS)
+    server.wait_for("swap", 2)
+    learner.process.kill()
+    learner.ended()
+    assert learner.run.joinpath("learner.yaml").exists()
+
+    # Serving goes on, and a new learner, which knows nothing of the old one, gets trajectories and is heard.
+    served, swaps = len(server.events("request")), server.events("swap")
+    second = start("learn")
+    server.wait_for("request", served + 20)
+    published = next(event for event in second.wait_for("gate") if event["publish"])
+    assert published["version"] > swaps[-1]["version"]
+    server.wait_for("swap", len(swaps) + 1)
+    versions = [event["version"] for event in server.events("swap")]
+    assert versions == sorted(set(versions))
+    assert published["version"] in versions or versions[-1] > published["version"]
+    server.interrupt()
+    assert server.ended() == 130, server.text
+    assert server.summary["versions_served"] == [0, *versions]
+    assert server.summary["failed"] == 0
+
+    # A new server gets the newest weights before it has served anything to speak of.
+    newest = second.events("gate")[-1]["version"]
+    another = start("serve", "traffic.requests=12")
+    assert another.ended() == 0, another.text
+    first = another.events("swap")[0]
+    assert first["version"] >= newest
+    assert first["requests"] <= 2
+    second.interrupt()
+    assert second.ended() == 0, second.text
+    (over,) = second.events("learner_done")
+    assert over["seen"] > 0
+
+
+def test_both_sides_show_the_one_mismatch(start: Start) -> None:
+    learner, server = start("learn"), start("serve", "drafter.vocab_size=32", "traffic.requests=1000")
+    reason = server.wait_for("refused")[0]["reason"]
+    assert reason.startswith("hello mismatch: draft_map_checksum is ")
+    assert learner.wait_for("refused")[0]["reason"] == reason
+    count = len(server.events("request"))
+    server.wait_for("request", count + 2)  # serving goes on
+    server.interrupt()
+    assert server.ended() == 130
+    time.sleep(0.3)
+    learner.interrupt()
+    assert learner.ended() == 0
+    for side in (learner, server):
+        assert reason in " ".join(side.text.split())
+        assert len(side.events("refused")) == 1
+    assert server.events("swap") == []
+    assert learner.events("train") == []
+    assert learner.events("learner_done")[0]["seen"] == 0
