@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help install flywheel test lint unit smollm2
+.PHONY: help install flywheel test lint unit smollm2 faults
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 flywheel: $(STAMP)  ## serve, learn and swap on this machine; ARGS='key=value ...' configures the run
 	$(BIN)/aurora-rl flywheel $(ARGS)
 
-test: lint unit smollm2  ## everything that CI runs
+test: lint unit smollm2 faults  ## everything that CI runs
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -35,10 +35,13 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 unit: $(STAMP)  ## tests and doctests on tiny models
-	$(BIN)/python -m pytest -m 'not smollm2' --doctest-modules tests aurora_rl
+	$(BIN)/python -m pytest -m 'not smollm2 and not faults' --doctest-modules tests aurora_rl
 
 smollm2: $(STAMP)  ## tests on the embedded model
 	$(BIN)/python -m pytest -m smollm2
+
+faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
+	$(BIN)/python -m pytest -m faults
 
 # The steps of `make test` stay in their order under make -j.
 .NOTPARALLEL:

@@ -36,25 +36,27 @@ class _Stop:
     """What SIGINT and SIGTERM do.
 
     While a command starts they raise KeyboardInterrupt. Once it works, the first is a flag that loops look at, so that
-    a round or a step ends whole, and a second one raises. While it ends they do nothing: what is left is short and must
-    be whole. However many come, one exception is raised.
+    a round or a step ends whole, and a second one raises. However many come, one exception is raised.
 
     Attributes:
         requested: whether the user asked for an end.
-        phase: "starting", "working" or "ending".
+        working: set by the command when it has started.
     """
 
     def __init__(self) -> None:
-        self.requested, self._raised, self._held = False, False, False
-        self.phase = "starting"
+        self.requested, self.working = False, False
+        self._raised, self._held = False, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
+    def ignore(self) -> None:
+        """From here on they do nothing, up to the end of the process: what is left is short and must be whole."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.phase == "ending":
-            return
         again, self.requested = self.requested, True
-        if (again or self.phase == "starting") and not self._held:
+        if (again or not self.working) and not self._held:
             self._raise()
 
     def _raise(self) -> None:
@@ -124,6 +126,7 @@ def _run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
 
 
 def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
+    os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     run_dir = _run_dir(config, "learner.yaml", suffix="-learner")
@@ -134,15 +137,14 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
     from aurora_rl import build
 
     torch.set_num_threads(config.learner.threads)
-    os.nice(config.learner.nice)
     learner = build.learner(config, log, run_dir)
-    stop.phase = "working"
+    stop.working = True
     log.write("learner_ready", pid=os.getpid())
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
     try:
         while not stop.requested:
             learner.step()
-        stop.phase = "ending"
+        stop.ignore()
         learner.save()
     finally:
         learner.close()
@@ -192,20 +194,19 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         view = LiveView(
             serving, log, reader, total=requests.total, learner=lambda: _learner_state(child, run_dir, config)
         )
-        stop.phase = "working"
+        stop.working = True
         _decode(serving.server, view, console, stop)
     except KeyboardInterrupt:
         pass
     finally:
-        served = stop.phase == "working"
-        stop.phase = "ending"
+        stop.ignore()
         try:
             if serving is not None:
                 serving.close()
         finally:
             if child is not None:
                 _end(child)
-        if served or stop.requested:
+        if stop.working or stop.requested:
             if stop.requested:
                 console.print("interrupted")
             summary = dict(EMPTY_SUMMARY, duration_s=time.monotonic() - began)

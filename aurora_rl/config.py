@@ -26,7 +26,7 @@ class EngineConfig:
     """The serving engine."""
 
     name: str = "transformers"
-    slots: int = 4
+    slots: int = 2
     """Requests decoded side by side."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
@@ -43,7 +43,7 @@ class TrafficConfig:
     limit: int | None = None
     """Most requests; null is the whole file, or ``requests`` of the generator."""
     shuffle: bool = False
-    requests: int = 320
+    requests: int = 280
     """Requests that the built-in generator makes."""
 
 
@@ -60,9 +60,9 @@ class DrafterConfig:
     """Target layers that make the features; null takes the architecture's default."""
     depth: int = 4
     """Longest path."""
-    width: int = 1
+    width: int = 4
     """1 drafts a chain; more, a top-k tree."""
-    num_nodes: int | None = None
+    num_nodes: int | None = 8
     """Node budget of a tree; null keeps all."""
     adaptive: bool = True
     """Start with a short path and lengthen it by measured acceptance."""
@@ -105,11 +105,11 @@ class LearnerConfig:
     """Unroll steps of the imitation loss."""
     decay: float = 0.8
     """Weight of each further unroll step."""
-    muon_lr: float = 0.01
+    muon_lr: float = 0.02
     """Learning rate of matrices."""
-    adam_lr: float = 2e-4
+    adam_lr: float = 5e-4
     """Learning rate of everything else, the draft head included."""
-    publish_every: int = 16
+    publish_every: int = 8
     """New requests between two candidates."""
     resume: str | None = None
     """A training checkpoint to continue."""
@@ -136,7 +136,7 @@ class Config:
     """float32, bfloat16, float64; auto is bfloat16 where the hardware has it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
-    max_new_tokens: int = 128
+    max_new_tokens: int = 96
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

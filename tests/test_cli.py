@@ -58,7 +58,13 @@ def summary(run: Path) -> dict[str, Any]:
 
 def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Path) -> None:
     pairs = [
-        *("traffic.requests=48", "learner.publish_every=4", "learner.batch_size=2", "gate.requests=3"),
+        *(
+            "traffic.requests=96",
+            "learner.publish_every=4",
+            "learner.batch_size=4",
+            "gate.requests=3",
+            "learner.replay=1",
+        ),
         *("gate.margin=9", "control.share=0.3", "control.window=6"),
     ]
     command = [sys.executable, "-m", "aurora_rl.cli", "flywheel", *arguments, *pairs]
@@ -66,11 +72,11 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     run = tmp_path / "run"
     assert done.returncode == 0, done.stderr + (run / "learner.log").read_text()
     assert done.stderr == ""
-    assert "48 (0 failed)" in done.stdout
+    assert "96 (0 failed)" in done.stdout
 
-    figures = summary(run)
+    figures = summary(run); print(figures)
     assert list(figures) == list(EMPTY_SUMMARY)
-    assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (48, 0, 0)
+    assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
     assert figures["swaps"] >= 1
     assert len(figures["versions_served"]) == figures["swaps"] + 1
     assert figures["versions_served"] == sorted(set(figures["versions_served"]))
@@ -94,13 +100,13 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     (ready,) = events(run, "learner_ready")
     assert not Path(f"/proc/{ready['pid']}").exists()
     requests = events(run, "request")
-    assert sorted(event["request"] for event in requests) == list(range(48))
+    assert sorted(event["request"] for event in requests) == list(range(96))
     assert {version for event in requests for version in event["versions"]} <= set(figures["versions_served"])
     assert all(0 <= event["coverage"] <= 1 for event in requests)
     gates, swaps = events(run, "gate"), events(run, "swap")
     assert {event["version"] for event in swaps} <= {event["version"] for event in gates if event["publish"]}
     status = events(run, "status")[-1]
-    assert (status["requests"], status["queue"], status["dropped"]) == (48, 0, 0)
+    assert (status["requests"], status["queue"], status["dropped"]) == (96, 0, 0)
     assert status["version"] == figures["versions_served"][-1]
     assert status["learner"] == "running"
     (over,) = events(run, "learner_done")
@@ -208,7 +214,7 @@ def test_signals_are_held_while_a_child_is_made() -> None:
 
 def test_signals_are_noted_while_working_and_a_second_one_raises() -> None:
     stop = cli._Stop()
-    stop.phase = "working"
+    stop.working = True
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +223,7 @@ def test_signals_are_noted_while_working_and_a_second_one_raises() -> None:
 
 def test_signals_do_nothing_while_ending() -> None:
     stop = cli._Stop()
-    stop.phase = "ending"
+    stop.ignore()
     interrupt()
     assert not stop.requested
 

@@ -90,22 +90,27 @@ Start = Callable[..., Command]
 
 
 @pytest.fixture
-def start(tiny_folder: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed."""
+def arguments(tiny_folder: Path) -> list[str]:
+    """Of short requests on the tiny model, a learner that publishes often, and a wire of the test's own."""
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))
         ports = [s.getsockname()[1] for s in (one, two)]
-    pairs = [
+    return [
         *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
         *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0", "max_new_tokens=8"),
         *("learner.batch_size=2", "learner.publish_every=4", "gate.requests=3", "gate.margin=9"),
         *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
     ]
+
+
+@pytest.fixture
+def start(arguments: list[str], tmp_path: Path) -> Iterator[Start]:
+    """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed."""
     started: list[Command] = []
 
     def begin(command: str, *more: str) -> Command:
-        started.append(Command(tmp_path / f"{len(started)}-{command}", command, [*pairs, *more]))
+        started.append(Command(tmp_path / f"{len(started)}-{command}", command, [*arguments, *more]))
         return started[-1]
 
     yield begin

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aurora_rl import cli
 from aurora_rl.checkpoints import read_folder
+from aurora_rl.metrics import MetricsReader
+from aurora_rl.server import InferenceServer
 
 pytestmark = pytest.mark.faults
 
@@ -26,6 +32,22 @@ def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def check_interrupted(flywheel: Any, *, serving: bool) -> None:
@@ -65,45 +87,69 @@ def test_ctrl_c_while_serving_and_again_and_again_while_it_ends(start: Start) ->
     assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
 
 
-@pytest.mark.parametrize("when", ["starting", "serving"])
-def test_a_killed_flywheel_leaves_no_learner(start: Start, when: str) -> None:
+def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
     flywheel = start("flywheel", ENDLESS)
-    if when == "starting":
-        wait(lambda: flywheel.children)
-    else:
-        flywheel.wait_for("train")
+    flywheel.wait_for("train")
     flywheel.process.kill()
     wait(lambda: not flywheel.children, seconds=15)
-    if when == "serving":  # and what it learned is kept
-        (over,) = flywheel.events("learner_done")
-        assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
+    (over,) = flywheel.events("learner_done")  # and what it learned is kept
+    assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
 
 
-def test_a_killed_learner_does_not_stop_serving(start: Start) -> None:
-    flywheel = start("flywheel", "traffic.requests=60", "wire.queue=4")
-    flywheel.wait_for("train")
-    (learner,) = flywheel.children
-    os.kill(learner, signal.SIGKILL)
-    assert flywheel.ended() == 0, flywheel.text
-    assert flywheel.children == []
-    assert "the learner died with status -9, serving goes on" in flywheel.text
-    assert len(flywheel.events("learner_died")) == 1
-    assert sorted(event["request"] for event in flywheel.events("request")) == list(range(60))
-    summary = flywheel.summary
+def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: list[str], tmp_path: Path) -> None:
+    learn = [sys.executable, "-m", "aurora_rl.cli", "learn", *arguments, f"run_dir={tmp_path / 'run'}"]
+    shell = subprocess.Popen(
+        ["sh", "-c", '"$@" --parent $$ & echo $!; wait', "flywheel", *learn], stdout=subprocess.PIPE, text=True
+    )
+    assert shell.stdout is not None
+    pid = int(shell.stdout.readline())
+    wait((tmp_path / "run" / "metrics.jsonl").exists)
+    assert alive(pid)
+    shell.kill()
+    shell.wait()
+    wait(lambda: not alive(pid), seconds=15)
+    shell.stdout.close()
+    assert MetricsReader(tmp_path / "run" / "metrics.jsonl").new() == []  # it never came to listen
+
+
+def test_a_killed_learner_does_not_stop_serving(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    step, killed = InferenceServer.step, []
+
+    def events(kind: str) -> list[dict[str, Any]]:
+        return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
+
+    def stepped(server: InferenceServer) -> bool:
+        if not killed and events("train"):
+            killed.append(events("learner_ready")[0]["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+        time.sleep(0.01)  # so that the end comes after the death was noticed
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    pairs = ["traffic.requests=60", "wire.queue=4", f"run_dir={run}"]
+    assert cli.main(["flywheel", *arguments, *pairs]) == 0
+    assert not alive(killed[0])
+    assert "the learner died with status -9, serving goes on" in " ".join(capsys.readouterr().out.split())
+    assert len(events("learner_died")) == 1
+    assert sorted(event["request"] for event in events("request")) == list(range(60))
+    summary = json.loads((run / "summary.json").read_text())
     assert (summary["requests"], summary["failed"]) == (60, 0)
     assert summary["dropped_trajectories"] > 0
-    assert {path.name for path in flywheel.run.iterdir()} >= FILES | {"drafter"}
+    assert {path.name for path in run.iterdir()} >= FILES | {"drafter"}
 
 
-def test_a_port_in_use_is_told_before_a_request_is_served(start: Start, tmp_path: Path) -> None:
+def test_a_port_in_use_is_told_before_a_request_is_served(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as holder:
         address = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
-        flywheel = start("flywheel", f"wire.trajectories={address}")
-        assert flywheel.ended() == 2
-    errors = [line for line in flywheel.text.splitlines() if line.startswith("aurora-rl: ")]
-    assert len(errors) == 1
-    assert f"the learner did not start: {address} is in use;" in errors[0]
-    assert "set wire.trajectories to another address" in errors[0]
-    assert flywheel.events("request") == []
-    assert flywheel.children == []
-    assert not (flywheel.run / "summary.json").exists()
+        assert cli.main(["flywheel", *arguments, f"wire.trajectories={address}", f"run_dir={run}"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"aurora-rl: the learner did not start: {address} is in use;")
+    assert "set wire.trajectories to another address" in error
+    assert "request" not in {event["event"] for event in MetricsReader(run / "metrics.jsonl").new()}
+    assert not (run / "summary.json").exists()
