@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -223,36 +224,32 @@ def measure_rounds(
         repeats: timings of each; the least counts, which other work on the machine disturbs least.
 
     Returns:
-        Seconds by depth 0 to the shape's: "verify", "draft" and "round", their sum.
+        Seconds by depth 0 to the shape's: "verify", "draft" and "round", both together.
     """
     shape = policy.shape
     slots = torch.arange(engine.num_slots)
     engine.prefill(slots.tolist(), [prompt] * engine.num_slots)
-    td = {"is_init": torch.ones(engine.num_slots, 1, dtype=torch.bool)}
-    verify: list[float] = []
-    draft: list[float] = []
-    for depth in range(shape.depth + 1):
-        policy.shape = TreeShape(depth, shape.width, shape.num_nodes)
-        drafting, verifying = [], []
-        for _ in range(repeats + 1):
+    fresh = torch.ones(engine.num_slots, 1, dtype=torch.bool)
+    depths_tried = range(shape.depth + 1)
+    verify, draft = ([math.inf] * len(depths_tried) for _ in range(2))
+    policy.draft(fresh)
+    for _ in range(repeats):
+        # Depths take turns, so that a machine whose speed drifts treats them alike.
+        for depth in depths_tried:
+            policy.shape = TreeShape(depth, shape.width, shape.num_nodes)
+            policy.drafter.cached.clamp_(max=max(len(prompt) - 2 - depth // 2, 0))  # what a round would have to add
             began = time.perf_counter()
-            tree = policy.draft(td["is_init"])
+            tree = policy.draft(~fresh)
             drafted = time.perf_counter()
-            width = policy.shape.budget
-            hidden = engine.verify(
-                slots, tree["tokens"][:, :width], tree["parents"][:, :width], tree["mask"][:, :width]
-            )
-            engine.logits(hidden).argmax(-1)
-            verifying.append(time.perf_counter() - drafted)
-            # A new request each time: the catch-up of one round's tokens is part of drafting.
-            drafting.append(drafted - began)
-            td["is_init"] = torch.zeros_like(td["is_init"])
-            policy.drafter.cached.clamp_(max=max(len(prompt) - 2 - depth // 2, 0))
-        verify.append(min(verifying))
-        draft.append(min(drafting[1:]))
+            nodes = (tree[key][:, : policy.shape.budget] for key in ("tokens", "parents", "mask"))
+            engine.logits(engine.verify(slots, *nodes)).argmax(-1)
+            verify[depth] = min(verify[depth], time.perf_counter() - drafted)
+            draft[depth] = min(draft[depth], drafted - began)
     policy.shape = shape
     for slot in slots.tolist():
         engine.release(slot)
     engine.prefill_seconds = 0.0
     policy.drafter.forget(slots)
-    return {"verify": verify, "draft": draft, "round": [a + b for a, b in zip(verify, draft, strict=True)]}
+    # A deeper round is no cheaper than a shallower one; where it looks so, the shallower was disturbed.
+    total = [min(v + d for v, d in zip(verify[i:], draft[i:], strict=True)) for i in depths_tried]
+    return {"verify": verify, "draft": draft, "round": total}

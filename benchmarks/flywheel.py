@@ -1,6 +1,6 @@
 """The whole loop on a file of prompts: runs `aurora-rl flywheel` and keeps its summary with the hardware.
 
-    python benchmarks/flywheel.py --prompts code.jsonl --limit 600 --slots 1 --max-new-tokens 128
+python benchmarks/flywheel.py --prompts code.jsonl --limit 600 --slots 1 --max-new-tokens 128
 """
 
 from __future__ import annotations

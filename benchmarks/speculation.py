@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int)
-    parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; compares rebuilding and keeping")
+    parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cells = []
@@ -108,10 +108,12 @@ def main() -> None:
         for slots in (int(s) for s in options.slots.split(",")):
             for rebuild in (True, False) if options.swap_every else (True,):
                 cell = serve(options, slots, rebuild, Path(folder))
-                cells.append({**cell, "cache_at_swap": "rebuilt" if rebuild else "kept"} if options.swap_every else cell)
+                if options.swap_every:
+                    cell["cache_at_swap"] = "rebuilt" if rebuild else "kept"
+                cells.append(cell)
                 print(cells[-1], flush=True)
-    write_result(__file__, options, {"threads": options.threads, "shape": [options.depth, options.width, options.nodes],
-                                     "cells": cells})
+    shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
+    write_result(__file__, options, {"threads": options.threads, "shape": shape, "cells": cells})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SpecDecodeEnv under TorchRL's own collector: a target, a drafter, `Collector(env, policy)`.
 
-    python examples/collector.py
+python examples/collector.py
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     assert done.stderr == ""
     assert "96 (0 failed)" in done.stdout
 
-    figures = summary(run); print(figures)
+    figures = summary(run)
     assert list(figures) == list(EMPTY_SUMMARY)
     assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
     assert figures["swaps"] >= 1
@@ -106,7 +106,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     gates, swaps = events(run, "gate"), events(run, "swap")
     assert {event["version"] for event in swaps} <= {event["version"] for event in gates if event["publish"]}
     status = events(run, "status")[-1]
-    assert (status["requests"], status["queue"], status["dropped"]) == (96, 0, 0)
+    assert (status["requests"], status["dropped"]) == (96, 0)
     assert status["version"] == figures["versions_served"][-1]
     assert status["learner"] == "running"
     (over,) = events(run, "learner_done")

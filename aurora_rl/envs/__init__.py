@@ -6,6 +6,12 @@ from aurora_rl.envs.transformers_engine import TransformersEngine
 from aurora_rl.envs.verification import SamplingParams, get_rule, register_rule
 
 __all__ = [
-    "Completion", "Engine", "Request", "SamplingParams", "SpecDecodeEnv", "TransformersEngine", "get_rule",
+    "Completion",
+    "Engine",
+    "Request",
+    "SamplingParams",
+    "SpecDecodeEnv",
+    "TransformersEngine",
+    "get_rule",
     "register_rule",
 ]

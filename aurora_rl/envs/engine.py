@@ -75,4 +75,3 @@ class Engine(ABC):
     @abstractmethod
     def release(self, slot: int) -> None:
         """Free the slot; its request is over."""
-
