@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help install flywheel test lint unit smollm2 faults
+.PHONY: help install flywheel bench test lint unit smollm2 faults
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ flywheel: $(STAMP)  ## serve, learn and swap on this machine; ARGS='key=value ..
 	$(BIN)/aurora-rl flywheel $(ARGS)
 
 test: lint unit smollm2 faults  ## everything that CI runs
+
+bench: $(STAMP)  ## plain decoding against transformers; see benchmarks/ for the others, which need a trained drafter
+	$(BIN)/python benchmarks/decode.py $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ class EngineConfig:
     """The serving engine."""
 
     name: str = "transformers"
-    slots: int = 2
+    slots: int = 1
     """Requests decoded side by side."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
@@ -43,7 +43,7 @@ class TrafficConfig:
     limit: int | None = None
     """Most requests; null is the whole file, or ``requests`` of the generator."""
     shuffle: bool = False
-    requests: int = 280
+    requests: int = 180
     """Requests that the built-in generator makes."""
 
 
@@ -97,7 +97,7 @@ class LearnerConfig:
     """Scheduling priority of the process, 0 to 19: at 19 it takes the CPU time that serving leaves."""
     batch_size: int = 4
     """Requests of an optimizer step."""
-    replay: int = 4
+    replay: int = 8
     """Replayed batches for each batch of new requests."""
     buffer: int = 2000
     """Requests kept for replay."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion, Request, SamplingParams
@@ -91,10 +92,16 @@ class Conversations:
                 {"role": "assistant", "content": answer},
                 {"role": "user", "content": prompt.follow_ups[turn]},
             ]
-            tokens = encode_chat(self._tokenizer, messages)
-            if len(tokens) + self._max_new_tokens <= self._max_length:
+            try:
+                tokens = encode_chat(self._tokenizer, messages)
+                reason = (
+                    f"{len(tokens)} tokens do not fit" if len(tokens) + self._max_new_tokens > self._max_length else ""
+                )
+            except TemplateError as error:
+                tokens, reason = [], f"the chat template refuses it: {error}"
+            if not reason:
                 self._waiting.append((prompt, messages, turn + 1, tokens))
             else:
                 rest = len(prompt.follow_ups) - turn
-                self.failed += [f"prompt {prompt.id!r}, turn {turn + 2}: {len(tokens)} tokens do not fit"] * rest
+                self.failed += [f"prompt {prompt.id!r}, turn {turn + 2}: {reason}"] * rest
         return prompt.domain

@@ -175,7 +175,8 @@ class InferenceServer:
 
     def acceptance(self, first: int, last: int) -> float | None:
         """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""
-        tokens, rounds = (sum(column) for column in zip(*self.finished[first:last], strict=True)) or (0, 0)
+        part = self.finished[first:last]
+        tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
         return tokens / rounds if rounds else None
 
     def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
