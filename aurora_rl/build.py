@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -128,11 +129,27 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
 
 def _drafter_class(config: Config) -> type[Drafter]:
     settings = config.drafter
-    if settings.name not in DRAFTERS:
-        raise ConfigError(f"drafter.name must be one of {sorted(DRAFTERS)}, got {settings.name!r}")
     if settings.path is not None and settings.name != "eagle3":
         raise ConfigError(f"drafter.path reads EAGLE-3 checkpoints; drafter.name is {settings.name!r}")
+    if ":" in settings.name:
+        return _imported_drafter(settings.name)
+    if settings.name not in DRAFTERS:
+        raise ConfigError(
+            f"drafter.name must be one of {sorted(DRAFTERS)} or package.module:Class, got {settings.name!r}"
+        )
     return DRAFTERS[settings.name]
+
+
+def _imported_drafter(path: str) -> type[Drafter]:
+    """The drafter class that ``package.module:Class`` names."""
+    module, _, name = path.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"drafter.name={path!r} cannot be imported: {error}") from error
+    if not (isinstance(made, type) and issubclass(made, Drafter)):
+        raise ConfigError(f"drafter.name={path!r} is not a subclass of aurora_rl.policies.Drafter")
+    return made
 
 
 def first_drafter(

@@ -54,7 +54,7 @@ class DrafterConfig:
     name: str = "eagle3"
     path: str | None = None
     """A drafter checkpoint to start from; null starts untrained."""
-    vocab_size: int = 4096
+    vocab_size: int = 8192
     """Rows of the draft head."""
     feature_layers: list[int] | None = None
     """Target layers that make the features; null takes the architecture's default."""
