@@ -59,6 +59,7 @@ class TrajectorySink:
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for a learner that has completed its handshake
         connect(self._socket, address, owned)
         self._thread = SocketThread(self._socket, self._step, name="trajectory-sink", owned_context=owned)
+        self._thread.start()
 
     @property
     def sent(self) -> int:

@@ -128,6 +128,9 @@ class SocketThread:
         self._owned_context = owned_context
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin; apart from the constructor, since ``step`` may look at what its owner stores this object in."""
         self._thread.start()
 
     @property

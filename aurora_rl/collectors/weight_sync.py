@@ -113,6 +113,7 @@ class WeightPublisher:
         self._socket.maxmsgsize = _CONTROL.max_bytes
         self.address = bind(self._socket, address, owned)
         self._thread = SocketThread(self._socket, self._step, name="weight-publisher", owned_context=owned)
+        self._thread.start()
 
     @property
     def engines(self) -> dict[str, EngineStatus]:
@@ -354,6 +355,7 @@ class WeightReceiver:
         self._socket.maxmsgsize = limits.max_bytes
         connect(self._socket, address, owned)
         self._thread = SocketThread(self._socket, self._step, name="weight-receiver", owned_context=owned)
+        self._thread.start()
 
     @property
     def version(self) -> int:

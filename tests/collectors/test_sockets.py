@@ -55,6 +55,7 @@ def test_close_is_bounded_by_a_stuck_step_and_idempotent() -> None:
     socket, context = open_socket(zmq.PUSH, None)
     release = threading.Event()
     thread = SocketThread(socket, lambda: not release.wait(20), name="stuck", owned_context=context)
+    thread.start()
     start = time.monotonic()
     thread.close(0.0)
     thread.close(0.0)
@@ -68,6 +69,7 @@ def test_thread_ends_when_its_context_is_terminated() -> None:
     socket, owned = open_socket(zmq.PULL, context)
     assert owned is None
     thread = SocketThread(socket, lambda: socket.poll(1000) == 0, name="orphan", owned_context=None)
+    thread.start()
     context.term()  # returns only once the socket is closed
     assert socket.closed
     thread.close(0.1)
