@@ -91,10 +91,10 @@ class InferenceServer:
         self.rounds.append(Round(policy.speculate, occupied, tokens, seconds, completed))
         self._windows.spent(seconds)
         if policy.speculate and self._length is not None:
-            self._adapt(done)
+            self._adapt(done, seconds)
         return True
 
-    def _adapt(self, done: Any) -> None:
+    def _adapt(self, done: Any, seconds: float) -> None:
         assert self._length is not None
         drafted = done["draft", "mask"]
         rows = drafted.any(1)
@@ -102,7 +102,7 @@ class InferenceServer:
         accepted = done["next", "verifier", "accepted"].sum(1)
         # Where a request ended inside the path, what lies behind its last token was not judged.
         depth = torch.where(done["next", "verifier", "bonus_token"] < 0, accepted, depth)
-        self._length.observe(accepted[rows], depth[rows])
+        self._length.observe(accepted[rows], depth[rows], seconds)
         if self._length.depth != self.policy.shape.depth:
             shape = self.policy.shape
             self.policy.shape = TreeShape(self._length.depth, shape.width, shape.num_nodes)

@@ -67,7 +67,10 @@ def test_device_and_dtype(config: Config) -> None:
         ("drafter.num_nodes=2", "drafter: num_nodes=2 cannot hold one path of depth 4"),
         ("drafter.name=no_such_module:X", "drafter.name='no_such_module:X' cannot be imported"),
         ("drafter.name=aurora_rl.config:Config", "is not a subclass of aurora_rl.policies.Drafter"),
-        ("drafter.name=oracle", r"drafter.name must be one of \['eagle3', 'medusa'\] or package.module:Class, got 'oracle'"),
+        (
+            "drafter.name=oracle",
+            r"drafter.name must be one of \['eagle3', 'medusa'\] or package.module:Class, got 'oracle'",
+        ),
         ("device=warp", "device='warp' cannot be used here"),
         ("traffic.path=/nowhere.jsonl", "cannot read requests from /nowhere.jsonl"),
         ("traffic.requests=99999999", "asked for 99999999 requests; the generator has"),

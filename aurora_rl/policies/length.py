@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
+# Rounds over which the time beside drafting and verification is averaged.
+_RECENT = 40
+# Another depth has to promise this much more tokens per second.
+_WORTH = 1.01
+
+
 class LengthController:
     """Chooses the depth with the most expected tokens per second.
 
     With ``a[d]`` the chance that depth ``d`` is accepted where depth ``d - 1`` was, a round of depth ``L`` delivers
-    ``E[L] = 1 + sum over d <= L of a[1] * ... * a[d]`` tokens and takes ``costs[L]`` seconds. Depths that were not
-    tried yet are taken to be as good as the deepest that was, so a chain lengthens one step at a time and is tried.
+    ``E[L] = 1 + sum over d <= L of a[1] * ... * a[d]`` tokens and takes ``costs[L]`` seconds, and what a round takes
+    beside drafting and verification at any depth. Depths that were not tried yet are taken to be as good as the deepest
+    that was, so a chain lengthens one step at a time and is tried.
 
     Args:
         costs: seconds of a round of depth 0, 1, ..., as measured on this machine; at least two entries.
@@ -36,6 +43,7 @@ class LengthController:
         # The prior: one acceptance in four at depth 1, worth eight observations.
         self._hits = [2.0] + [0.0] * (len(costs) - 2)
         self._trials = [8.0] + [0.0] * (len(costs) - 2)
+        self._beside = 0.0
         self.depth = 1
 
     @property
@@ -43,8 +51,18 @@ class LengthController:
         """``a[1], a[2], ...`` up to the deepest depth with enough trials."""
         return [h / t for h, t in zip(self._hits, self._trials, strict=True) if t >= 8]
 
-    def observe(self, accepted: Tensor, drafted: Tensor) -> None:
-        """Take in a round: accepted and drafted depth of each slot, ``[b]`` int64 each."""
+    def observe(self, accepted: Tensor, drafted: Tensor, seconds: float | None = None) -> None:
+        """Take in a round of the current depth.
+
+        Args:
+            accepted: ``[b]`` int64, accepted depth of each slot.
+            drafted: ``[b]`` int64, drafted depth.
+            seconds: wall time of the round; None where it was not measured.
+        """
+        if seconds is not None:
+            # Clipped: one round that the machine held up says nothing about the others.
+            beside = min(max(seconds - self._costs[self.depth], 0.0), self._costs[0])
+            self._beside += (beside - self._beside) / _RECENT
         # Every depth fades at every round, tried or not: one that was given up is forgotten in time, and tried again.
         self._hits = [h * self._keep for h in self._hits]
         self._trials = [t * self._keep for t in self._trials]
@@ -56,10 +74,11 @@ class LengthController:
 
     def _best(self) -> int:
         known = self.acceptance
-        reach, tokens, best, best_rate = 1.0, 1.0, 1, 0.0
+        reach, tokens, rates = 1.0, 1.0, {}
         for depth in range(1, min(len(known) + 1, len(self._costs) - 1) + 1):
             reach *= known[min(depth, len(known)) - 1]
             tokens += reach
-            if tokens / self._costs[depth] > best_rate:
-                best, best_rate = depth, tokens / self._costs[depth]
-        return best
+            rates[depth] = tokens / (self._costs[depth] + self._beside)
+        best = max(rates, key=lambda depth: rates[depth])
+        # Depths that are worth the same would take turns at every round.
+        return best if rates[best] > _WORTH * rates.get(self.depth, 0.0) else self.depth
