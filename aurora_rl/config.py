@@ -26,7 +26,7 @@ class EngineConfig:
     """The serving engine."""
 
     name: str = "transformers"
-    slots: int = 1
+    slots: int = 2
     """Requests decoded side by side."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
@@ -62,7 +62,7 @@ class DrafterConfig:
     """Longest path."""
     width: int = 4
     """1 drafts a chain; more, a top-k tree."""
-    num_nodes: int | None = 8
+    num_nodes: int | None = 6
     """Node budget of a tree; null keeps all."""
     adaptive: bool = True
     """Start with a short path and lengthen it by measured acceptance."""

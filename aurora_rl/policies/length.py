@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Rounds over which the time beside drafting and verification is averaged.
 _RECENT = 40
-# Another depth has to promise this much more tokens per second.
-_WORTH = 1.01
+# Depths that promise this share of the best one's tokens per second are as good as the best.
+_AS_GOOD = 0.96
 
 
 class LengthController:
@@ -79,6 +79,5 @@ class LengthController:
             reach *= known[min(depth, len(known)) - 1]
             tokens += reach
             rates[depth] = tokens / (self._costs[depth] + self._beside)
-        best = max(rates, key=lambda depth: rates[depth])
-        # Depths that are worth the same would take turns at every round.
-        return best if rates[best] > _WORTH * rates.get(self.depth, 0.0) else self.depth
+        # Of depths that are as good the deepest: what it drafts is tried and recorded, hence measured and learned from.
+        return max(depth for depth in rates if rates[depth] >= _AS_GOOD * max(rates.values()))
