@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-
 # Rounds over which the time beside drafting and verification is averaged.
 _RECENT = 40
 # Depths that promise this share of the best one's tokens per second are as good as the best.
