@@ -6,10 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from aurora_rl.inference_modules import FusedRMSNorm, PackedLinear, grouped_attention, prepare_for_inference, repack
+from aurora_rl.inference_modules import (
+    GROUPED_ATTENTION,
+    FusedDecoderLayer,
+    FusedRMSNorm,
+    PackedLinear,
+    fuse_decoder_layers,
+    grouped_attention,
+    prepare_for_inference,
+    repack,
+)
 from aurora_rl.testing import tiny_target
 
 native_bf16 = pytest.mark.skipif(
@@ -136,6 +146,51 @@ def test_whole_models_compute_the_same(architecture: str) -> None:
     fused = sum(isinstance(module, FusedRMSNorm) for module in model.modules())
     # Two a layer and the last, and Qwen3's of queries and keys.
     assert fused == {"llama": 7, "qwen3": 13, "gemma": 0}[architecture]
+
+
+# ---- decoder layers ---------------------------------------------------------------------------------------------
+
+
+def small_model(model_type: str, **settings: object) -> PreTrainedModel:
+    """A model of two layers whose weights are all random: no norm of ones, no bias of zeros."""
+    config = AutoConfig.for_model(
+        model_type, vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().double().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.3 * torch.randn_like(parameter)
+    model.set_attn_implementation(GROUPED_ATTENTION)
+    return model
+
+
+def grouped_pass(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().repeat(2, 1)[None, None]
+    return model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "fused"),
+    [
+        ("llama", {}, True),
+        ("llama", {"attention_bias": True}, True),
+        ("qwen2", {}, True),
+        ("qwen3", {"head_dim": 8}, True),
+        ("mistral", {"sliding_window": None}, True),
+        ("granite", {"residual_multiplier": 0.5}, False),  # the parts of Llama, put together in another way
+        ("olmo2", {}, False),
+        ("phi3", {}, False),
+    ],
+)
+def test_decoder_layers_are_fused_where_that_changes_nothing(
+    model_type: str, settings: dict[str, object], fused: bool
+) -> None:
+    model, tokens = small_model(model_type, **settings), torch.randint(32, (1, 9))
+    before = grouped_pass(model, tokens)
+    fuse_decoder_layers(model.model.layers, groups=2)
+    assert {isinstance(layer, FusedDecoderLayer) for layer in model.model.layers} == {fused}
+    torch.testing.assert_close(grouped_pass(model, tokens), before)
 
 
 # ---- attention --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from aurora_rl.envs.engine import Engine
-from aurora_rl.inference_modules import GROUPED_ATTENTION, prepare_for_inference
+from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, prepare_for_inference
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
@@ -84,7 +84,7 @@ class TransformersEngine(Engine):
 
     Raises:
         ValueError: the model has no decoder layers that can be hooked, a layer id or ``max_length`` is out of range,
-            or the model slides its attention window inside ``max_length``.
+            the model slides its attention window inside ``max_length``, or does more than its head to make logits.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -115,6 +115,10 @@ class TransformersEngine(Engine):
         types = getattr(config, "layer_types", None)  # none are given where all layers are of one kind, as Mistral's
         if window and (types is None or "sliding_attention" in types) and window < max_length:
             raise ValueError(f"the model slides its attention over {window} tokens; set engine.max_length <= {window}")
+        if not _head_is_linear(model):
+            raise ValueError(
+                f"{type(model).__name__} scales or caps the logits behind its output head, which is not supported"
+            )
         self.model, self._decoder = model, decoder
         self.vocab_size, self._feature_layers = config.vocab_size, tuple(feature_layers)
         self._groups = config.num_attention_heads // config.num_key_value_heads
@@ -123,9 +127,10 @@ class TransformersEngine(Engine):
         self.store = ContextStore(
             num_slots, max_length, config.hidden_size * len(feature_layers), config.hidden_size, dtype, device
         )
+        model.set_attn_implementation(GROUPED_ATTENTION)
+        fuse_decoder_layers(layers, self._groups)
         prepare_for_inference(model)
         self._head = model.get_output_embeddings()  # after the call above, which replaces it
-        model.set_attn_implementation(GROUPED_ATTENTION)
         self._cache = SlotCache(config, num_slots, max_length + _TREE_ROOM, dtype, device)
         self._captured: dict[int, Tensor] = {}
         for layer in set(feature_layers) - {len(layers)}:
@@ -221,3 +226,13 @@ class TransformersEngine(Engine):
     def release(self, slot: int) -> None:
         """See :meth:`Engine.release`."""
         self.store.release(slot)
+
+
+@torch.inference_mode()
+def _head_is_linear(model: PreTrainedModel) -> bool:
+    """Whether the logits are what the output head makes of the decoder's output (Cohere scales them, Gemma 2 caps)."""
+    tokens = torch.arange(4, device=model.device)[None]  # not one alone: a padding token has logits of zero
+    given = model(tokens, use_cache=False).logits
+    own = model.get_output_embeddings()(model.get_decoder()(tokens, use_cache=False).last_hidden_state)
+    tolerance = 16 * torch.finfo(given.dtype).eps * float(given.abs().max())
+    return torch.allclose(own, given, rtol=0, atol=tolerance)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import CohereConfig, CohereForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.testing import check_engine, tiny_target
@@ -102,3 +102,12 @@ def test_a_sliding_window_inside_the_context_is_refused() -> None:
     model = MistralForCausalLM(config).eval()
     with pytest.raises(ValueError, match="slides its attention over 16 tokens; set engine.max_length <= 16"):
         TransformersEngine(model, num_slots=1, max_length=32, feature_layers=(0,))
+
+
+def test_logits_that_are_more_than_the_heads_are_refused() -> None:
+    config = CohereConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logit_scale=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="CohereForCausalLM scales or caps the logits"):
+        TransformersEngine(CohereForCausalLM(config).eval(), num_slots=1, max_length=32, feature_layers=(0,))
