@@ -30,8 +30,8 @@ class EngineConfig:
     """Requests decoded side by side."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
-    threads: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
-    """CPU threads of the inference server; the learner has its own."""
+    threads: int = field(default_factory=lambda: max(min(os.cpu_count() or 1, 9) - 1, 1))
+    """CPU threads of the inference server; by default one core is left to the learner."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class DrafterConfig:
     """Longest path."""
     width: int = 4
     """1 drafts a chain; more, a top-k tree."""
-    num_nodes: int | None = 6
+    num_nodes: int | None = 4
     """Node budget of a tree; null keeps all."""
     adaptive: bool = True
     """Start with a short path and lengthen it by measured acceptance."""
@@ -97,7 +97,7 @@ class LearnerConfig:
     """Scheduling priority of the process, 0 to 19: at 19 it takes the CPU time that serving leaves."""
     batch_size: int = 4
     """Requests of an optimizer step."""
-    replay: int = 8
+    replay: int = 10
     """Replayed batches for each batch of new requests."""
     buffer: int = 2000
     """Requests kept for replay."""

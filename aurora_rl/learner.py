@@ -29,7 +29,9 @@ def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> l
     matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
     others = [p for name, p in named if not (p.ndim == 2 and not name.startswith("lm_head"))]
     return [
-        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
+        # Three Newton-Schulz iterations instead of five: they learn as much a step, and on a CPU the five take as long
+        # as forward and backward together.
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, ns_steps=3),
         torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0),
     ]
 

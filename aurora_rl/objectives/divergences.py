@@ -1,4 +1,4 @@
-"""Divergences between the target's distribution and the drafter's: plain functions of logits, one value per position.
+"""Divergences between the target's distribution and the drafter's: plain functions of log-probabilities.
 
 Legend: ``p`` target, ``q`` drafter, ``Vd`` draft vocabulary.
 """
@@ -9,24 +9,23 @@ import torch
 from torch import Tensor
 
 
-def forward_kl(target_logits: Tensor, draft_logits: Tensor) -> Tensor:
-    """KL(p || q) in nats, both renormalised over the draft vocabulary.
-
-    Its gradient in the draft logits is ``q − p``.
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats. Its gradient in the logits of ``q`` is ``q − p``.
 
     Args:
-        target_logits: ``[..., Vd]``, the target's logits at the rows of the draft vocabulary; no gradient flows.
-        draft_logits: ``[..., Vd]``.
+        log_p: ``[..., Vd]``, normalised over the last dimension; no gradient flows.
+        log_q: ``[..., Vd]``, normalised likewise.
 
     Returns:
-        ``[...]``, float32 or wider.
+        ``[...]``.
 
     Example:
-        >>> forward_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0])).item()
+        >>> half = torch.tensor([0.5, 0.5]).log()
+        >>> forward_kl(half, half).item()
         0.0
     """
-    log_p = log_softmax(target_logits.detach())
-    return (log_p.exp() * (log_p - log_softmax(draft_logits))).sum(-1)
+    log_p = log_p.detach()
+    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

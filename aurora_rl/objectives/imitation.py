@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from aurora_rl.objectives.divergences import forward_kl
+from aurora_rl.objectives.divergences import forward_kl, log_softmax
 from aurora_rl.policies.drafter import Drafter, Unroll
 
 
@@ -20,7 +20,7 @@ class ImitationValues:
 
     Attributes:
         divergence: ``[J, C]`` nats, at each unroll step and completion token.
-        agreement: ``[J, C]`` bool, whether drafter and target have the same likeliest token.
+        agreement: ``[J, C]`` bool, whether the target's likeliest token is the drafter's too.
     """
 
     divergence: Tensor
@@ -34,10 +34,14 @@ def imitation(unroll: Unroll, target_logits: Tensor) -> ImitationValues:
         unroll: the drafter's predictions, see ``Drafter.unroll``.
         target_logits: ``[C, Vd]``, the target's logits at the rows of the draft vocabulary.
     """
-    best = target_logits.argmax(-1)
+    log_p = log_softmax(target_logits)
+    best = target_logits.max(-1).indices[:, None]
+    with torch.no_grad():
+        # Whether the target's choice is a likeliest token of the drafter: its argmax would take several times longer.
+        agreement = [logits.gather(1, best)[:, 0] >= logits.amax(-1) for logits in unroll.logits]
     return ImitationValues(
-        divergence=torch.stack([forward_kl(target_logits, logits) for logits in unroll.logits]),
-        agreement=torch.stack([logits.detach().argmax(-1) == best for logits in unroll.logits]),
+        divergence=torch.stack([forward_kl(log_p, log_softmax(logits)) for logits in unroll.logits]),
+        agreement=torch.stack(agreement),
     )
 
 
