@@ -26,8 +26,3 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     log_p = log_p.detach()
     return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over the last dimension in float32, or in float64 where that is what comes in."""
-    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)

@@ -10,8 +10,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from aurora_rl.objectives.divergences import forward_kl, log_softmax
-from aurora_rl.policies.drafter import Drafter, Unroll
+from aurora_rl.objectives.divergences import forward_kl
+from aurora_rl.policies.drafter import Drafter, Unroll, log_softmax
 
 
 @dataclass(frozen=True, slots=True)

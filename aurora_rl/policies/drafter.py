@@ -1,11 +1,12 @@
 """The drafter seam: a module that proposes trees at serving and scores them in training.
 
 Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd`` draft vocabulary, ``F`` features,
-``C`` completion tokens of a batch, ``J`` unroll steps, ``M`` nodes of a batch.
+``C`` completion tokens of a batch, ``J`` unroll steps, ``R`` rounds and ``M`` nodes of a batch.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,8 +87,10 @@ class Drafter(nn.Module, ABC):
         feature_layers: the target's layer ids that make the features, see ``TransformersEngine``.
         draft_vocab: ``[Vd]`` int64, the target token of each row of the draft head.
         cached: ``[B]`` int64 on the CPU, pairs held for each slot.
+        max_depth: deepest node that the drafter can propose.
     """
 
+    max_depth: float = math.inf
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
     cached: Tensor
@@ -138,11 +141,32 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def score(self, batch: TensorDictBase) -> Tensor:
-        """Log-probability of every recorded node given its path, ``[M]`` float, −inf outside the draft vocabulary.
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """What the drafter predicts at contexts of the recorded trees, on its own states as in serving.
 
-        Equals what serving recorded, where the weights are those that drafted and the cache had no older rows.
+        Args:
+            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
+            wanted: ``[R + M]`` bool, the contexts asked for, in the order of :class:`RecordedTrees`. Those without a
+                prediction (:attr:`RecordedTrees.root` of −1, a depth of ``max_depth`` or more) get meaningless rows.
+
+        Returns:
+            ``[number wanted, Vd]``, with gradients.
         """
+
+    def score(self, batch: TensorDictBase) -> Tensor:
+        """Log-probability of every recorded node given its path, ``[M]`` float, with gradients.
+
+        Equals what serving recorded, where the weights are those that drafted and the cache had no older rows; −inf
+        for what the drafter cannot have drafted: a token outside the draft vocabulary, a node that is too deep.
+        """
+        trees = RecordedTrees.of(batch)
+        wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=trees.depth.device)
+        wanted[trees.parent] = True
+        log_q = log_softmax(self.context_logits(batch, wanted))
+        row, nodes = draft_rows(self.draft_vocab, batch["nodes", "tokens"]), slice(trees.num_rounds, None)
+        possible = (row >= 0) & (trees.root[nodes] >= 0) & (trees.depth[nodes] <= self.max_depth)
+        picked = log_q[(wanted.cumsum(0) - 1)[trees.parent], row.clamp(min=0)]
+        return torch.where(possible, picked, -torch.inf)
 
     @abstractmethod
     def published(self) -> dict[str, Tensor]:
@@ -271,11 +295,45 @@ class TreeGrowth:
         return best_first(tokens, parents, log_probs, joint, self._shape.budget)
 
 
-def recorded_depths(batch: TensorDictBase) -> Tensor:
-    """Depth of every node of packed trajectories, ``[M]`` int64; a child of a root has depth 1."""
-    offset, parents = batch["rounds", "offset"], batch["nodes", "parents"]
-    start = torch.repeat_interleave(offset[:-1], offset.diff())
-    return depths(torch.where(parents < 0, -1, parents + start)[None])[0]
+class RecordedTrees(NamedTuple):
+    """Where the contexts of packed trajectories stand: first the roots of all ``R`` rounds, then all ``M`` nodes.
+
+    Attributes:
+        num_rounds: ``R``.
+        request: ``[R + M]`` int64, the request of each context.
+        root: ``[R + M]`` int64, the pair of its tree's root; −1 where the root is the first token of all, which has
+            none, so that nothing can have been drafted from it.
+        depth: ``[R + M]`` int64, 0 at a root.
+        parent: ``[M]`` int64, the context that each node was drawn from.
+    """
+
+    num_rounds: int
+    request: Tensor
+    root: Tensor
+    depth: Tensor
+    parent: Tensor
+
+    @classmethod
+    def of(cls, batch: TensorDictBase) -> RecordedTrees:
+        """Read a packed batch."""
+        offset, parents, anchor = batch["rounds", "offset"], batch["nodes", "parents"], batch["rounds", "anchor"]
+        rounds = torch.arange(len(anchor), device=anchor.device)
+        drafted_in = torch.repeat_interleave(rounds, offset.diff())
+        above = parents + offset[drafted_in]  # a node's place among all nodes, where it has a parent
+        depth = depths(torch.where(parents < 0, -1, above)[None])[0]
+        request = torch.repeat_interleave(batch["rounds", "request_offset"].diff())
+        return cls(
+            num_rounds=len(rounds),
+            request=torch.cat([request, request[drafted_in]]),
+            root=torch.cat([anchor, anchor[drafted_in]]) - 1,
+            depth=torch.cat([torch.zeros_like(rounds), depth]),
+            parent=torch.where(parents < 0, drafted_in, len(rounds) + above),
+        )
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax over the last dimension in float32, or in float64 where that is what comes in."""
+    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import (
     Drafter,
     Proposal,
+    RecordedTrees,
     TreeGrowth,
     TreeShape,
     Unroll,
-    draft_rows,
     install_tensors,
+    log_softmax,
     published_tensors,
-    recorded_depths,
     register_drafter,
 )
 from aurora_rl.policies.target import TargetParts, default_feature_layers
@@ -178,8 +178,7 @@ class Eagle3Drafter(Drafter):
         return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(self.norm(hidden))
-        return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return log_softmax(self.lm_head(self.norm(hidden)))
 
     @torch.inference_mode()
     def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
@@ -256,78 +255,44 @@ class Eagle3Drafter(Drafter):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return tokens, hidden, x, self.midlayer.self_attn.keys_values(x, positions)
 
-    def score(self, batch: TensorDictBase) -> Tensor:
-        """See :meth:`Drafter.score`. One pass per depth over the nodes of each request."""
-        rows = batch["spine", "offset"]
-        tokens, hidden, x, spine = self._read_spine(batch)
-        requests, depth = batch["rounds", "request_offset"], recorded_depths(batch)
-        out = [
-            self._score_request(
-                batch,
-                int(requests[i]),
-                int(requests[i + 1]),
-                depth,
-                hidden[i : i + 1],
-                x[i : i + 1],
-                (spine[0][i : i + 1], spine[1][i : i + 1]),
-            )
-            for i in range(len(rows) - 1)
-        ]
-        return torch.cat(out)
-
-    def _score_request(
-        self,
-        batch: TensorDictBase,
-        first: int,
-        last: int,
-        depth: Tensor,
-        hidden: Tensor,
-        x: Tensor,
-        spine: KeysValues,
-    ) -> Tensor:
-        offset = batch["rounds", "offset"][first : last + 1]
-        begin, end = int(offset[0]), int(offset[-1])
-        tokens, parents = batch["nodes", "tokens"][begin:end], batch["nodes", "parents"][begin:end]
-        if not len(tokens):
-            return hidden.new_zeros(0)
-        sizes = offset.diff()
-        start = torch.repeat_interleave(offset[:-1] - begin, sizes)
-        root = torch.repeat_interleave(batch["rounds", "anchor"][first:last], sizes) - 1  # the root's pair
-        parents, depth = torch.where(parents < 0, -1, parents + start), depth[begin:end]
-
-        every = torch.arange(hidden.shape[1], device=tokens.device)
-        causal = (every <= every[:, None])[None]
-        states = self.midlayer(x, hidden, every[None], spine, causal, None)[0]
-        # A root without a pair cannot have been drafted from.
-        row = torch.where(root >= 0, draft_rows(self.draft_vocab, tokens), -1)
-        result = torch.zeros(
-            len(tokens), device=tokens.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
-        frontier: Tensor | None = None
-        before, branch = states, None  # hidden states that a depth's nodes are drawn from, and their ancestors' keys
-        source = root
-        for level in range(1, int(depth.max()) + 1):
-            here = (depth == level).nonzero().flatten()
-            if frontier is not None:
-                # Run the parents' depth: each frontier node reads the state that it was drawn from.
-                came = before[source[frontier]][None]
-                x_front = self.midlayer.read(self._embed(tokens[frontier])[None], came)
-                at = (root[frontier] + level - 1)[None]
-                own = tuple(part[:, :, None] for part in self.midlayer.self_attn.keys_values(x_front, at))
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`. One pass for each depth, over all contexts of that depth in the batch."""
+        trees, requests = RecordedTrees.of(batch), len(batch["spine", "offset"]) - 1
+        _, hidden, x, spine = self._read_spine(batch)
+        every = torch.arange(hidden.shape[1], device=hidden.device)
+        place = torch.zeros_like(trees.depth)  # of a context among those of its depth
+        states, branch, predicted, order = hidden, None, [], []
+        for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
+            here = (trees.depth == level).nonzero().flatten()
+            place[here] = torch.arange(len(here), device=here.device)
+            request, root = trees.request[here], trees.root[here].clamp(min=0)
+            # Contexts side by side by request, to share its spine.
+            counts = torch.bincount(request, minlength=requests)
+            offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            real = torch.arange(int(counts.max()), device=here.device) < counts[:, None]
+            position = pad_rows(root + level, offset)
+            if level == 0:
+                came, read = (pad_rows(part[request, root], offset) for part in (hidden, x))
+            else:
+                # Each node reads the state that it was drawn from, and sees its ancestors' keys.
+                above = place[trees.parent[here - trees.num_rounds]]
+                came = pad_rows(states[above], offset)
+                read = self.midlayer.read(
+                    self._embed(pad_rows(batch["nodes", "tokens"][here - trees.num_rounds], offset)), came
+                )
+                own = tuple(part[:, :, None] for part in self.midlayer.self_attn.keys_values(read, position))
                 if branch is not None:
-                    kept = source[frontier]
-                    own = tuple(torch.cat([b[:, kept], o], dim=2) for b, o in zip(branch, own, strict=True))
-                branch = own
-                mask = every <= root[frontier][None, :, None]
-                before = self.midlayer(x_front, came, at, spine, mask, branch)[0]
-                place = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-                place[frontier] = torch.arange(len(frontier), device=tokens.device)
-                source = torch.where(depth == level, place[parents.clamp(min=0)], source)
-            log_probs = self._log_probs(before[source[here]])
-            picked = log_probs.gather(1, row[here].clamp(min=0)[:, None])[:, 0]
-            result[here] = torch.where(row[here] >= 0, picked, -torch.inf)
-            frontier = here
-        return result
+                    seen = (pad_rows(part[above], offset) for part in branch)
+                    own = tuple(torch.cat([s, o], dim=2) for s, o in zip(seen, own, strict=True))
+                branch = (own[0][real], own[1][real])
+            mask = every <= pad_rows(root, offset)[:, :, None]
+            states = self.midlayer(read, came, position, spine, mask, own if level else None)[real]
+            asked = wanted[here]
+            predicted.append(self.lm_head(self.norm(states[asked])))
+            order.append(here[asked])
+        if not predicted:
+            return hidden.new_zeros(0, len(self.draft_vocab))
+        return torch.cat(predicted)[torch.cat(order).argsort()]
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from aurora_rl.policies.drafter import (
     Drafter,
     Proposal,
+    RecordedTrees,
     TreeGrowth,
     TreeShape,
     Unroll,
-    draft_rows,
     install_tensors,
+    log_softmax,
     published_tensors,
-    recorded_depths,
     register_drafter,
 )
 from aurora_rl.policies.target import TargetParts
@@ -91,6 +91,7 @@ class MedusaDrafter(Drafter):
         super().__init__()
         self.feature_layers, self._vocab_size = tuple(feature_layers), vocab_size
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
+        self.max_depth = num_heads
         self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
@@ -159,8 +160,7 @@ class MedusaDrafter(Drafter):
         return self.lm_heads[head](self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype)))
 
     def _log_probs(self, head: int, features: Tensor) -> Tensor:
-        logits = self._logits(head, features)
-        return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return log_softmax(self._logits(head, features))
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -178,18 +178,16 @@ class MedusaDrafter(Drafter):
             valid.append((column >= step) & (pair >= step))
         return Unroll(logits, torch.stack(valid))
 
-    def score(self, batch: TensorDictBase) -> Tensor:
-        """See :meth:`Drafter.score`; −inf also below the deepest head."""
-        offset, anchor = batch["rounds", "offset"], batch["rounds", "anchor"]
-        rounds = torch.arange(len(anchor), device=anchor.device)
-        request = torch.searchsorted(batch["rounds", "request_offset"], rounds, right=True) - 1
-        features = batch["spine", "features"][_first_pair(batch)[request] + (anchor - 1).clamp(min=0)]
-        drafted_in = torch.repeat_interleave(rounds, offset.diff())
-        depth, row = recorded_depths(batch), draft_rows(self.draft_vocab, batch["nodes", "tokens"])
-        known = (row >= 0) & (anchor[drafted_in] > 0)  # a root without a pair cannot have been drafted from
-        everything = torch.stack([self._log_probs(head, features) for head in range(self.num_heads)])
-        picked = everything[(depth - 1).clamp(max=self.num_heads - 1), drafted_in, row.clamp(min=0)]
-        return torch.where(known & (depth <= self.num_heads), picked, -torch.inf)
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`. What a context predicts depends on its root and depth only."""
+        trees = RecordedTrees.of(batch)
+        request, root, depth = trees.request[wanted], trees.root[wanted].clamp(min=0), trees.depth[wanted]
+        features = batch["spine", "features"][_first_pair(batch)[request] + root]
+        logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
+        for head in range(self.num_heads):
+            here = (depth == head).nonzero().flatten()
+            logits = logits.index_copy(0, here, self._logits(head, features[here]).to(logits.dtype))
+        return logits
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from aurora_rl.objectives.divergences import forward_kl, log_softmax
+from aurora_rl.objectives.divergences import forward_kl
+from aurora_rl.policies.drafter import log_softmax
 
 
 def test_forward_kl_of_literal_distributions() -> None:

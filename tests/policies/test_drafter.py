@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from aurora_rl.policies import DRAFTERS, Eagle3Drafter, MedusaDrafter, TreeShape
-from aurora_rl.policies.drafter import TreeGrowth, best_first, check_weights, draft_rows, recorded_depths
+from aurora_rl.policies.drafter import RecordedTrees, TreeGrowth, best_first, check_weights, draft_rows
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,21 @@ def test_draft_rows() -> None:
     ]
 
 
-def test_recorded_depths() -> None:
+def test_recorded_trees() -> None:
+    """Two requests: one of three rounds, of which the second drafted nothing, and one whose root is its first token."""
     batch = TensorDict({
-        "rounds": {"offset": torch.tensor([0, 3, 3, 5])}, "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0])}
+        "rounds": {
+            "offset": torch.tensor([0, 3, 3, 5, 6]), "anchor": torch.tensor([4, 5, 7, 0]),
+            "request_offset": torch.tensor([0, 3, 4]),
+        },
+        "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0, -1])},
     })  # fmt: skip
-    assert recorded_depths(batch).tolist() == [1, 2, 2, 1, 2]
+    trees = RecordedTrees.of(batch)
+    assert trees.num_rounds == 4
+    assert trees.request.tolist() == [0, 0, 0, 1] + [0, 0, 0, 0, 0, 1]
+    assert trees.root.tolist() == [3, 4, 6, -1] + [3, 3, 3, 6, 6, -1]
+    assert trees.depth.tolist() == [0, 0, 0, 0] + [1, 2, 2, 1, 2, 1]
+    assert trees.parent.tolist() == [0, 4, 4, 2, 7, 3]
 
 
 @pytest.mark.parametrize(
