@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import importlib
 from collections.abc import Iterator, Sequence
@@ -187,7 +188,7 @@ def shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
     settings = config.drafter
     try:
-        return TreeShape(settings.depth, settings.width, settings.num_nodes)
+        return TreeShape(settings.depth, settings.width, settings.num_nodes, settings.lookup)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
 
@@ -230,16 +231,16 @@ class Serving:
             feature_layers=made.feature_layers,
         )
         served = copy.deepcopy(made).to(device=device_of(config), dtype=dtype_of(config)).eval().requires_grad_(False)
-        policy = DrafterPolicy(served, engine.store, num_nodes=tree.budget, shape=tree)
+        policy = DrafterPolicy(served, engine.store, num_nodes=tree.most_nodes, shape=tree)
         prompt = torch.tensor(requests.first_prompts(1)[0])
         self.costs = measure_rounds(engine, policy, prompt)
         length = LengthController(self.costs["round"]) if config.drafter.adaptive else None
         if length is not None:
-            policy.shape = TreeShape(length.depth, tree.width, tree.num_nodes)
+            policy.shape = dataclasses.replace(tree, depth=length.depth)
         env = SpecDecodeEnv(
             engine,
             requests,
-            num_nodes=tree.budget,
+            num_nodes=tree.most_nodes,
             stop_tokens=stop_token_ids(target.model, target.tokenizer),
             decode=lambda tokens: str(target.tokenizer.decode(tokens)),
             on_completion=self._completed,

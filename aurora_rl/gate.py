@@ -61,11 +61,11 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         store.start(slot, trajectory["spine", "tokens"].to(device))
         store.features[slot, : ends[slot] - 1] = trajectory["spine", "features"].to(device)
         store.lengths[slot] = trajectory["spine", "prompt_length"]
-    policy = DrafterPolicy(drafter, store, num_nodes=shape.budget, shape=shape)
+    policy = DrafterPolicy(drafter, store, num_nodes=shape.most_nodes, shape=shape)
     td = TensorDict({"is_init": torch.zeros(n, 1, dtype=torch.bool)}, batch_size=[n])
     rounds = torch.zeros(n, dtype=torch.int64)
     # What follows a text is a token that no drafter proposes.
-    text = torch.cat([store.tokens, store.tokens.new_full((n, shape.depth + 1), -1)], dim=1)
+    text = torch.cat([store.tokens, store.tokens.new_full((n, max(shape.depth, shape.lookup) + 1), -1)], dim=1)
     for slot, end in enumerate(ends.tolist()):
         text[slot, end:] = -1
     while len(slots := store.occupied):

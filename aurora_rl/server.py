@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import threading
@@ -18,7 +19,7 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.envs import Completion, Engine, SpecDecodeEnv
 from aurora_rl.metrics import MetricsLog
-from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.policies import DrafterPolicy
 from aurora_rl.policies.length import LengthController
 from aurora_rl.throughput import ControlWindows, Rates, Round, rates
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
@@ -102,10 +103,12 @@ class InferenceServer:
         accepted = done["next", "verifier", "accepted"].sum(1)
         # Where a request ended inside the path, what lies behind its last token was not judged.
         depth = torch.where(done["next", "verifier", "bonus_token"] < 0, accepted, depth)
+        # What prompt lookup had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        accepted, depth = (part.clamp(max=self.policy.shape.depth) for part in (accepted, depth))
         self._length.observe(accepted[rows], depth[rows], seconds)
         if self._length.depth != self.policy.shape.depth:
             shape = self.policy.shape
-            self.policy.shape = TreeShape(self._length.depth, shape.width, shape.num_nodes)
+            self.policy.shape = dataclasses.replace(shape, depth=self._length.depth)
             self._log.write("depth", depth=self._length.depth, acceptance=self._length.acceptance)
 
     def completed(self, completion: Completion) -> None:
@@ -237,7 +240,7 @@ def measure_rounds(
     for _ in range(repeats):
         # Depths take turns, so that a machine whose speed drifts treats them alike.
         for depth in depths_tried:
-            policy.shape = TreeShape(depth, shape.width, shape.num_nodes)
+            policy.shape = dataclasses.replace(shape, depth=depth)
             policy.drafter.cached.clamp_(max=max(len(prompt) - 2 - depth // 2, 0))  # what a round would have to add
             began = time.perf_counter()
             tree = policy.draft(~fresh)

@@ -147,7 +147,9 @@ def serve(
         for i, prompt in enumerate(prompts)
     )
     done: list[Completion] = []
-    env = SpecDecodeEnv(engine, lambda: next(requests, None), num_nodes=max(shape.budget, 1), on_completion=done.append)
+    env = SpecDecodeEnv(
+        engine, lambda: next(requests, None), num_nodes=max(shape.most_nodes, 1), on_completion=done.append
+    )
     policy = DrafterPolicy(drafter, engine.store, num_nodes=env.num_nodes, shape=shape)
     td = env.reset()
     while env.num_active:

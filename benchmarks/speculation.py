@@ -2,7 +2,8 @@
 
 Plain and speculative windows of whole rounds alternate in one run (a third of the decode time is plain, for narrower
 figures than the tenth that a flywheel spends). The drafter stays as it is; nobody learns beside it. With
-`--swap-every N` the same weights are installed again every N rounds, with the cache rebuilt and with it kept.
+`--swap-every N --swap-to OTHER` the two drafters' weights take turns every N rounds at a fixed depth, once with the
+cache rebuilt at every swap and once with it kept.
 """
 
 from __future__ import annotations
@@ -33,19 +34,22 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     parts = TargetParts.of(model)
     drafter = load_eagle3(options.drafter, parts).to(options.device, dtype).eval().requires_grad_(False)
-    weights = copy.deepcopy(drafter.published())
+    weights = [copy.deepcopy(drafter.published())]
+    if options.swap_to:
+        other = load_eagle3(options.swap_to, parts).to(options.device, dtype)
+        weights.insert(0, other.published())
     requests = Conversations(
         prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
     )
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
-    shape = TreeShape(options.depth, options.width, options.nodes)
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.budget, shape=shape)
+    shape = TreeShape(options.depth, options.width, options.nodes, options.lookup)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
     policy.rebuild_on_install = rebuild
     costs = measure_rounds(engine, policy, torch.tensor(requests.first_prompts(1)[0]))
     env = SpecDecodeEnv(
         engine,
         requests,
-        num_nodes=shape.budget,
+        num_nodes=shape.most_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
         on_completion=lambda completion: server.completed(completion),
     )
@@ -54,7 +58,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         policy,
         windows=ControlWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
-        length=LengthController(costs["round"]),
+        length=None if options.swap_every else LengthController(costs["round"]),
         note=requests.completed,
     )
     inside = 0.0
@@ -76,7 +80,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         rounds += 1
         if options.swap_every and rounds % options.swap_every == 0:
             at = time.perf_counter()
-            policy.install(weights, policy.version + 1)
+            policy.install(weights[policy.version % len(weights)], policy.version + 1)
             installs.append((time.perf_counter() - at) * 1e3)
     total = time.perf_counter() - began
     measured = server.rates()
@@ -100,7 +104,9 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int)
+    parser.add_argument("--lookup", type=int, default=2, help="tokens that prompt lookup adds to a tree")
     parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
+    parser.add_argument("--swap-to", help="another drafter of the same draft vocabulary")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cells = []
@@ -112,7 +118,7 @@ def main() -> None:
                     cell["cache_at_swap"] = "rebuilt" if rebuild else "kept"
                 cells.append(cell)
                 print(cells[-1], flush=True)
-    shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
+    shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes, "lookup": options.lookup}
     write_result(__file__, options, {"threads": options.threads, "shape": shape, "cells": cells})
 
 

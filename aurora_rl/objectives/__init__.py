@@ -1,6 +1,6 @@
 """What the drafter learns: divergences and losses."""
 
-from aurora_rl.objectives.divergences import forward_kl
+from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, overlap
 from aurora_rl.objectives.imitation import ImitationLoss, ImitationValues, imitation
 
-__all__ = ["ImitationLoss", "ImitationValues", "forward_kl", "imitation"]
+__all__ = ["DIVERGENCES", "Divergence", "ImitationLoss", "ImitationValues", "imitation", "overlap"]

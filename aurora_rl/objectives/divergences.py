@@ -1,23 +1,40 @@
-"""Divergences between the target's distribution and the drafter's: plain functions of log-probabilities.
+"""Divergences between the target's distribution and the drafter's: plain functions of log-probabilities, to minimise.
 
-Legend: ``p`` target, ``q`` drafter, ``Vd`` draft vocabulary.
+Legend: ``p`` target, ``q`` drafter, ``Vd`` draft vocabulary, ``α = Σ min(p, q)`` their overlap.
+
+Every function takes ``log_p`` and ``log_q``, each ``[..., Vd]``, and gives ``[...]``. ``log_q`` is normalised over the draft
+vocabulary. ``log_p`` is a constant: no gradient flows. It may be −inf, as top-k and top-p leave it, and comes in one of two
+conventions:
+
+- *renormalised* over the draft vocabulary: the drafter learns the target's preferences among the tokens that it has;
+- *not renormalised*: it sums to the mass that the draft vocabulary covers. Only so is ``α`` what rejection sampling accepts;
+  a KL then has the gradient of the renormalised one times that mass, and is offset by a constant.
+
+Temperature, top-k and top-p belong into ``log_p`` and ``log_q`` before the call: what is served is what is compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+# exp of it is 0 in every dtype, and 0 times it is 0.
+_NEVER = -1e4
+
+
+def _expect(p: Tensor, values: Tensor) -> Tensor:
+    """Σ p · values in one pass."""
+    return torch.linalg.vecdot(p, values)
+
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats. Its gradient in the logits of ``q`` is ``q − p``.
+    """KL(p || q) = Σ p (log p − log q), in nats. Its gradient in the logits of ``q`` is ``q − p`` (``q Σp − p``).
 
-    Args:
-        log_p: ``[..., Vd]``, normalised over the last dimension; no gradient flows.
-        log_q: ``[..., Vd]``, normalised likewise.
-
-    Returns:
-        ``[...]``.
+    Hinton et al. 2015 (arXiv 1503.02531); the objective of EAGLE-3 and Aurora.
 
     Example:
         >>> half = torch.tensor([0.5, 0.5]).log()
@@ -25,4 +42,151 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
         0.0
     """
     log_p = log_p.detach()
-    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    return _expect(log_p.exp(), log_p.clamp(min=_NEVER) - log_q)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p) = Σ q (log q − log p): it seeks a mode of ``p``. A token that ``p`` excludes costs ``1e4`` nats.
+
+    Gu et al. 2024, MiniLLM (arXiv 2306.08543).
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> torch.allclose(reverse_kl(p, q), forward_kl(q, p))
+        True
+    """
+    return _expect(log_q.exp(), log_q - log_p.detach().clamp(min=_NEVER))
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
+    """β KL(p || m) + (1 − β) KL(q || m) with m = β p + (1 − β) q: bounded, and 0 only at p = q.
+
+    Agarwal et al. 2024, GKD (arXiv 2306.13649). Divided by β it tends to the forward KL as β → 0.
+
+    Example:
+        >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
+        >>> jensen_shannon(p, q.clamp(min=-50)).exp().item()  # the most that two distributions can differ by
+        2.0
+    """
+    log_p = log_p.detach().clamp(min=_NEVER)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (beta * p + (1 - beta) * q).clamp(min=torch.finfo(q.dtype).tiny).log()
+    return beta * _expect(p, log_p - log_m) + (1 - beta) * _expect(q, log_q - log_m)
+
+
+def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
+    """KL(p || λ p + (1 − λ) q): a forward KL that stays finite, λ = ``skew``.
+
+    Ko et al. 2024, DistiLLM (arXiv 2402.03898).
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> bool(skewed_kl(p, q) < forward_kl(p, q))
+        True
+    """
+    log_p = log_p.detach().clamp(min=_NEVER)
+    p = log_p.exp()
+    mixed = skew * p + (1 - skew) * log_q.exp()
+    return _expect(p, log_p - mixed.clamp(min=torch.finfo(p.dtype).tiny).log())
+
+
+def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """α = Σ min(p, q), the chance that rejection sampling accepts a draft from ``q`` where p is not renormalised.
+
+    Leviathan et al. 2023 (arXiv 2211.17192). A metric, not to minimise.
+
+    Example:
+        >>> overlap(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()
+        0.75
+    """
+    return torch.minimum(log_p.detach(), log_q).exp().sum(-1)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1 − α: the chance of a rejection. Its gradient vanishes where ``q`` has nothing of ``p``.
+
+    Example:
+        >>> total_variation(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()
+        0.25
+    """
+    return 1 - overlap(log_p, log_q)
+
+
+def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """−log max(α, 1e-5): the gradient of total variation divided by α, so that bad positions are not forgotten.
+
+    "LK-α" of arXiv 2602.23881. For a point mass it is the cross entropy.
+
+    Example:
+        >>> negative_log_overlap(torch.tensor([0.0, -torch.inf]), torch.tensor([0.25, 0.75]).log()).exp().item()
+        4.0
+    """
+    return -overlap(log_p, log_q).clamp(min=1e-5).log()
+
+
+def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
+    """w KL(p || q) + (1 − w)(1 − α) with w = exp(−decay · α), α held constant: KL far from ``p``, total variation near.
+
+    "LK-λ" of arXiv 2602.23881, with the overlap of each position.
+
+    Example:
+        >>> half = torch.tensor([0.5, 0.5]).log()
+        >>> hybrid_overlap(half, half).item()
+        0.0
+    """
+    variation = total_variation(log_p, log_q)
+    weight = torch.exp(-decay * (1 - variation.detach()))
+    return weight * forward_kl(log_p, log_q) + (1 - weight) * variation
+
+
+def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """−log q(argmax p): what greedy verification accepts is the target's choice alone.
+
+    Example:
+        >>> cross_entropy(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()).exp().item()
+        2.0
+    """
+    return -log_q.gather(-1, log_p.max(-1, keepdim=True).indices)[..., 0]
+
+
+def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
+    """−Σ p log q over the ``k`` likeliest tokens of ``p``.
+
+    Zhang et al. 2025, HASS (arXiv 2408.15766).
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.25, 0.25, 0.5]).log()
+        >>> torch.allclose(top_k_cross_entropy(p, q, k=1), 0.5 * cross_entropy(p, q))
+        True
+    """
+    best, index = log_p.detach().topk(min(k, log_p.shape[-1]), dim=-1)
+    return -_expect(best.exp(), log_q.gather(-1, index))
+
+
+def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1 − Σ p q: the chance that a draft sampled from ``q`` is not what sample-and-match or target-only verification draws.
+
+    Its optimum is all mass on argmax p: calibration is worth nothing under these rules.
+
+    Example:
+        >>> missed_probability(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()
+        0.5
+    """
+    return 1 - _expect(log_p.detach().exp(), log_q.exp())
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    f.__name__: f
+    for f in (
+        forward_kl,
+        reverse_kl,
+        jensen_shannon,
+        skewed_kl,
+        total_variation,
+        negative_log_overlap,
+        hybrid_overlap,
+        cross_entropy,
+        top_k_cross_entropy,
+        missed_probability,
+    )
+}

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from aurora_rl.objectives.divergences import forward_kl
+from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, forward_kl
 from aurora_rl.policies.drafter import Drafter, Unroll, log_softmax
 
 
@@ -27,33 +27,36 @@ class ImitationValues:
     agreement: Tensor
 
 
-def imitation(unroll: Unroll, target_logits: Tensor) -> ImitationValues:
-    """Forward KL to the target at every step of a training-time-test unroll.
+def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> ImitationValues:
+    """A divergence to the target at every step of a training-time-test unroll.
 
     Args:
         unroll: the drafter's predictions, see ``Drafter.unroll``.
-        target_logits: ``[C, Vd]``, the target's logits at the rows of the draft vocabulary.
+        log_p: ``[C, Vd]``, the target's log-probabilities at the rows of the draft vocabulary.
+        divergence: of log-probabilities, see ``aurora_rl.objectives.divergences``.
     """
-    log_p = log_softmax(target_logits)
-    best = target_logits.max(-1).indices[:, None]
+    best = log_p.max(-1).indices[:, None]
     with torch.no_grad():
         # Whether the target's choice is a likeliest token of the drafter: its argmax would take several times longer.
         agreement = [logits.gather(1, best)[:, 0] >= logits.amax(-1) for logits in unroll.logits]
     return ImitationValues(
-        divergence=torch.stack([forward_kl(log_p, log_softmax(logits)) for logits in unroll.logits]),
+        divergence=torch.stack([divergence(log_p, log_softmax(logits)) for logits in unroll.logits]),
         agreement=torch.stack(agreement),
     )
 
 
 class ImitationLoss(LossModule):
-    """Forward KL to the target at accepted contexts, unrolled as serving drafts.
+    """A divergence to the target at accepted contexts, unrolled as serving drafts.
 
     Li et al. 2025 (EAGLE-3, arXiv 2503.01840): the training-time test feeds the drafter its own hidden states.
-    Step ``j`` weighs ``decay ** j``; both distributions are renormalised over the draft vocabulary.
+    Step ``j`` weighs ``decay ** j``.
 
     Args:
         drafter: its parameters learn.
         head: ``[V, H]``, the target's output head, frozen.
+        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, or such a function.
+        renormalize: whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
+            share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied.
         steps: ``J``, depths to unroll.
         decay: weight of each further step.
         reduction: "mean" over positions, "sum" or "none" (``[J, C]`` weighted values, zero where invalid).
@@ -62,7 +65,7 @@ class ImitationLoss(LossModule):
     "agreement" ``[J]``: the share of positions where the likeliest tokens agree, an estimate of greedy acceptance.
 
     Raises:
-        ValueError: ``steps`` < 1, ``decay`` outside (0, 1] or an unknown reduction.
+        ValueError: ``steps`` < 1, ``decay`` outside (0, 1], an unknown divergence or reduction.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -86,13 +89,26 @@ class ImitationLoss(LossModule):
     drafter: Drafter
 
     def __init__(
-        self, drafter: Drafter, head: Tensor, *, steps: int = 3, decay: float = 0.8, reduction: str = "mean"
+        self,
+        drafter: Drafter,
+        head: Tensor,
+        *,
+        divergence: str | Divergence = "forward_kl",
+        renormalize: bool = True,
+        steps: int = 3,
+        decay: float = 0.8,
+        reduction: str = "mean",
     ) -> None:
         if steps < 1 or not 0 < decay <= 1:
             raise ValueError(f"imitation needs steps >= 1 and 0 < decay <= 1, got steps {steps}, decay {decay}")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        if isinstance(divergence, str):
+            if divergence not in DIVERGENCES:
+                raise ValueError(f"unknown divergence {divergence!r}; there are {', '.join(sorted(DIVERGENCES))}")
+            divergence = DIVERGENCES[divergence]
         super().__init__()
+        self.divergence, self.renormalize = divergence, renormalize
         self.drafter, self.steps, self.decay, self.reduction = drafter, steps, decay, reduction
         self.register_buffer("head", head, persistent=False)
         self._set_in_keys()
@@ -123,15 +139,21 @@ class ImitationLoss(LossModule):
         """Entries that forward returns."""
         return ["loss_imitation", "agreement"]
 
+    @torch.no_grad()
+    def _target(self, hidden: Tensor) -> Tensor:
+        """The target's log-probabilities ``[C, Vd]`` where the output head reads ``hidden`` ``[C, H]``."""
+        hidden, vocab = hidden.to(self.head.dtype), self.drafter.draft_vocab
+        if self.renormalize:
+            return log_softmax(hidden @ self.head[vocab].T)
+        return log_softmax(hidden @ self.head.T)[:, vocab]
+
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Loss and metrics of a packed batch."""
         unroll = self.drafter.unroll(tensordict, self.steps)
-        rows = self.head[self.drafter.draft_vocab]
-        with torch.no_grad():
-            target_logits = tensordict[self.tensor_keys.hidden].to(rows.dtype) @ rows.T
-        values = imitation(unroll, target_logits)
+        log_p = self._target(tensordict[self.tensor_keys.hidden])
+        values = imitation(unroll, log_p, self.divergence)
         steps = len(unroll.logits)
-        weight = self.decay ** torch.arange(steps, device=rows.device)[:, None] * unroll.valid
+        weight = self.decay ** torch.arange(steps, device=log_p.device)[:, None] * unroll.valid
         loss = values.divergence * weight
         if self.reduction == "mean":
             # Each step is averaged over its own positions, so that a batch of short completions is not dominated by

@@ -22,32 +22,41 @@ from aurora_rl.trees import depths
 
 @dataclass(frozen=True, slots=True)
 class TreeShape:
-    """The tree that a drafter proposes.
+    """The tree that is drafted in a round: a drafter's, and a chain of prompt lookup merged into it.
 
     Attributes:
-        depth: longest path; 0 proposes nothing.
+        depth: longest path of the drafter's tree; 0 proposes nothing.
         width: nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: node budget; the likeliest nodes by joint probability are kept.
+        num_nodes: node budget of the drafter; the likeliest nodes by joint probability are kept.
+        lookup: most tokens that prompt lookup (``aurora_rl.policies.lookup``) adds; 0 for none.
 
     Raises:
-        ValueError: depth or width out of range, or a budget that cannot hold one path.
+        ValueError: depth, width or lookup out of range, or a budget that cannot hold one path.
     """
 
     depth: int
     width: int = 1
     num_nodes: int | None = None
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         if self.depth < 0 or self.width < 1:
             raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
+        if self.lookup < 0:
+            raise ValueError(f"lookup must not be negative, got {self.lookup}")
         if self.num_nodes is not None and self.num_nodes < self.depth:
             raise ValueError(f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}")
 
     @property
     def budget(self) -> int:
-        """Most nodes of a tree of this shape."""
+        """Most nodes that the drafter proposes."""
         full = self.width + max(self.depth - 1, 0) * self.width**2 if self.depth else 0
         return full if self.num_nodes is None else min(self.num_nodes, full)
+
+    @property
+    def most_nodes(self) -> int:
+        """Most nodes of the tree, those of prompt lookup included."""
+        return self.budget + self.lookup
 
 
 class Proposal(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aurora_rl.inference_modules import prepare_for_inference, repack
 from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.lookup import lookup, merge_chain
 from aurora_rl.trajectories import ContextStore
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -17,6 +18,9 @@ _SHORT = 32
 
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
+
+    The tree is the drafter's, with the chain of prompt lookup merged into it where the shape asks for one. Nodes that only
+    lookup proposes carry a log-probability of −inf: the drafter did not draw them.
 
     The cache catches up from the store, whatever put it behind: the tokens of the last round, a new request
     (``is_init``), a window of plain decoding or a swap of weights.
@@ -60,8 +64,8 @@ class DrafterPolicy(TensorDictModuleBase):
 
     @shape.setter
     def shape(self, shape: TreeShape) -> None:
-        if shape.budget > self.num_nodes:
-            raise ValueError(f"a tree of {shape.budget} nodes does not fit the policy's num_nodes={self.num_nodes}")
+        if shape.most_nodes > self.num_nodes:
+            raise ValueError(f"a tree of {shape.most_nodes} nodes does not fit the policy's num_nodes={self.num_nodes}")
         self._shape = shape
 
     def install(self, weights: dict[str, Tensor], version: int) -> None:
@@ -100,9 +104,9 @@ class DrafterPolicy(TensorDictModuleBase):
         parents = torch.full(shape, -1, device=device)
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
         log_probs = torch.zeros(shape, device=device)
-        if self.speculate and self.shape.depth:
+        if self.speculate:
             slots = (store.lengths > 1).nonzero().flatten()  # the first token of all has no feature before it
-            if len(slots):
+            if len(slots) and self.shape.depth:
                 self._catch_up(slots)
                 proposal = self.drafter.propose(slots, self.shape)
                 rows, width = slots.to(device), proposal.tokens.shape[1]
@@ -110,6 +114,14 @@ class DrafterPolicy(TensorDictModuleBase):
                 parents[rows, :width] = proposal.parents
                 log_probs[rows, :width] = proposal.log_probs
                 mask[rows, :width] = True
+            for slot in slots.tolist() if self.shape.lookup else ():
+                drafted = int(mask[slot].sum())
+                nodes, above = tokens[slot, :drafted].tolist(), parents[slot, :drafted].tolist()
+                chain = lookup(store.tokens[slot, : store.lengths[slot]], self.shape.lookup)
+                if added := merge_chain(nodes, above, chain):
+                    new = slice(drafted, drafted + added)
+                    tokens[slot, new], parents[slot, new] = torch.tensor((nodes[new], above[new]), device=device)
+                    mask[slot, new], log_probs[slot, new] = True, -torch.inf
         return TensorDict(
             {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}, batch_size=shape[:1]
         )

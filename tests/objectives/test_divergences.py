@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from aurora_rl.objectives.divergences import forward_kl
+from aurora_rl.objectives.divergences import DIVERGENCES, forward_kl, overlap, total_variation
 from aurora_rl.policies.drafter import log_softmax
 
 
@@ -39,6 +40,98 @@ def test_forward_kl_of_a_point_mass_is_the_surprise() -> None:
     p, q = torch.tensor([1e4, 0.0, 0.0]), torch.tensor([0.0, 1.0, 2.0])
     value = forward_kl(log_softmax(p), log_softmax(q))
     assert value.item() == pytest.approx(-q.log_softmax(-1)[0].item())
+
+
+# ---- every divergence, against its formula written as a sum over tokens --------------------------------------------
+
+FORMULAS: dict[str, Callable[[list[float], list[float]], float]] = {
+    "forward_kl": lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a),
+    "reverse_kl": lambda p, q: sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)),
+    "jensen_shannon": lambda p, q: sum(
+        0.5 * a * math.log(2 * a / (a + b)) + 0.5 * b * math.log(2 * b / (a + b)) for a, b in zip(p, q, strict=True)
+    ),
+    "skewed_kl": lambda p, q: sum(a * math.log(a / (0.1 * a + 0.9 * b)) for a, b in zip(p, q, strict=True)),
+    "total_variation": lambda p, q: 1 - sum(map(min, p, q)),
+    "negative_log_overlap": lambda p, q: -math.log(sum(map(min, p, q))),
+    "hybrid_overlap": lambda p, q: (
+        math.exp(-3 * sum(map(min, p, q))) * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        + (1 - math.exp(-3 * sum(map(min, p, q)))) * (1 - sum(map(min, p, q)))
+    ),
+    "cross_entropy": lambda p, q: -math.log(q[p.index(max(p))]),
+    "top_k_cross_entropy": lambda p, q: (
+        -sum(a * math.log(b) for a, b in sorted(zip(p, q, strict=True), reverse=True)[:10])
+    ),
+    "missed_probability": lambda p, q: 1 - sum(a * b for a, b in zip(p, q, strict=True)),
+}
+
+
+def draw(rows: int, tokens: int, mass: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (2 * torch.randn(rows, tokens, generator=generator, dtype=torch.float64) for _ in range(2))
+    return p.log_softmax(-1) + math.log(mass), q
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_values_are_those_of_the_formula(name: str, mass: float) -> None:
+    log_p, logits = draw(4, 13, mass)
+    got = DIVERGENCES[name](log_p, logits.log_softmax(-1))
+    expected = [FORMULAS[name](p, q) for p, q in zip(log_p.exp().tolist(), logits.softmax(-1).tolist(), strict=True)]
+    assert got.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_are_those_of_finite_differences(name: str, mass: float) -> None:
+    log_p, logits = draw(3, 7, mass)
+    if name == "hybrid_overlap":  # its weight is held constant: the gradient is not that of the whole
+        weight = torch.exp(-3 * overlap(log_p, logits.log_softmax(-1)))
+
+        def value(logits: torch.Tensor) -> torch.Tensor:
+            log_q = logits.log_softmax(-1)
+            return weight * forward_kl(log_p, log_q) + (1 - weight) * total_variation(log_p, log_q)
+    else:
+
+        def value(logits: torch.Tensor) -> torch.Tensor:
+            return DIVERGENCES[name](log_p, logits.log_softmax(-1))
+
+    step = 1e-6
+    numeric = torch.zeros_like(logits)
+    for token in range(logits.shape[1]):
+        moved = torch.zeros_like(logits)
+        moved[:, token] = step
+        numeric[:, token] = (value(logits + moved) - value(logits - moved)) / (2 * step)
+    logits.requires_grad_(True)
+    DIVERGENCES[name](log_p, logits.log_softmax(-1)).sum().backward()
+    torch.testing.assert_close(logits.grad, numeric, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"reverse_kl"}))
+def test_tokens_that_the_target_excludes(name: str) -> None:
+    """What top-k leaves of the target: a distribution with zeros has a finite value and gradient."""
+    log_p, logits = draw(3, 7)
+    log_p[:, :4] = -torch.inf
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+    logits.requires_grad_(True)
+    value = DIVERGENCES[name](log_p, logits.log_softmax(-1))
+    value.sum().backward()
+    assert bool(value.isfinite().all()) and bool(logits.grad.isfinite().all()) and bool(logits.grad.any())
+
+
+def test_every_divergence_prefers_the_target_to_noise() -> None:
+    log_p, noise = draw(50, 9)
+    for name, divergence in DIVERGENCES.items():
+        assert divergence(log_p, log_p).mean() < divergence(log_p, noise.log_softmax(-1)).mean(), name
+
+
+def test_one_token_of_the_chain_rule_for_acceptance() -> None:
+    """∇α by enumeration of the score function with reward 1[q < p], what rejection sampling's policy gradient reduces to."""
+    log_p, logits = draw(1, 6)
+    logits.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(total_variation(log_p, logits.log_softmax(-1)).sum(), logits)
+    q, p = logits.softmax(-1)[0].detach(), log_p.exp()[0]
+    score = sum(q[x] * float(q[x] < p[x]) * (torch.nn.functional.one_hot(torch.tensor(x), 6) - q) for x in range(6))
+    torch.testing.assert_close(gradient[0], -score)
 
 
 @pytest.mark.parametrize(

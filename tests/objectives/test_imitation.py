@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, imitation
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -43,7 +44,7 @@ def test_values_of_a_literal_unroll() -> None:
     half = math.log(0.5)
     target = torch.tensor([[half, half, -1e9], [0.0, -1e9, -1e9]])
     logits = [torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])]
-    values = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target)
+    values = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target.log_softmax(-1))
     assert values.divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
     assert values.divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
     assert values.agreement.tolist() == [[True, False], [False, True]]
@@ -69,6 +70,24 @@ def test_mean_averages_each_step_over_its_own_positions(trajectories: list[Tenso
     agree = [(logits[j].argmax(-1) == target.argmax(-1))[valid[j]].double().mean().item() for j in range(3)]
     assert out["agreement"].tolist() == pytest.approx(agree)
     assert out["loss_imitation"].requires_grad and not out["agreement"].requires_grad
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("divergence", ["reverse_kl", total_variation])
+def test_any_divergence_in_either_convention(
+    trajectories: list[TensorDict], divergence: str | Divergence, renormalize: bool
+) -> None:
+    drafter, head = make()
+    batch, vocab = pack(trajectories), torch.arange(0, 32, 2)
+    loss = ImitationLoss(drafter, head, divergence=divergence, renormalize=renormalize, steps=2, reduction="none")
+    values = loss(batch)["loss_imitation"]
+    logits, valid = drafter.unroll(batch, 2)
+    p = (batch["spine", "hidden"] @ head.T).softmax(-1)[:, vocab]
+    if renormalize:
+        p = p / p.sum(-1, keepdim=True)
+    q = logits[0].softmax(-1)
+    expected = (q * (q / p).log()).sum(-1) if divergence == "reverse_kl" else 1 - torch.minimum(p, q).sum(-1)
+    torch.testing.assert_close(values[0][valid[0]], expected[valid[0]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,6 +195,7 @@ def test_a_drafter_with_fewer_steps_ends_the_loss(medusa_trajectories: list[Tens
         ({"steps": 0}, "steps >= 1 and 0 < decay <= 1, got steps 0"),
         ({"decay": 0.0}, "got steps 3, decay 0.0"),
         ({"decay": 1.5}, "got steps 3, decay 1.5"),
+        ({"divergence": "forwardkl"}, "unknown divergence 'forwardkl'; there are cross_entropy, forward_kl"),
         ({"reduction": "average"}, "'mean', 'sum' or 'none', got 'average'"),
     ],
 )

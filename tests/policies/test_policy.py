@@ -163,3 +163,23 @@ def test_the_shape_may_change_within_the_budget() -> None:
     with pytest.raises(ValueError, match="a tree of 7 nodes does not fit the policy's num_nodes=6"):
         serving.policy.shape = TreeShape(7)
     assert serving.policy.shape == TreeShape(0)
+
+
+def test_lookup_is_merged_into_the_drafters_tree() -> None:
+    """A text that repeats itself: the chain that followed its end before is in the tree, the drafter's nodes as before."""
+    serving = Serving([6, 1, 9])
+    store, alone = serving.engine.store, serving.policy.draft(serving.td["is_init"])
+    store.tokens[0, :6] = torch.tensor([25, 26, 27, 28, 25, 26])  # tokens that have no row in the draft vocabulary
+    serving.policy.num_nodes = 8
+    serving.policy.shape = TreeShape(3, 2, 6, lookup=2)
+    serving.policy.drafter.forget(torch.arange(3))
+    merged = serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))
+    assert merged["tokens"][0, 6:].tolist() == [27, 28] and merged["parents"][0, 6:].tolist() == [-1, 6]
+    assert merged["mask"].sum(1).tolist() == [8, 6, 6]
+    assert merged["log_probs"][0, 6:].tolist() == [-torch.inf] * 2  # the drafter did not draw them
+    for key in ("tokens", "parents", "log_probs"):
+        torch.testing.assert_close(merged[key][1:, :6], alone[key][1:, :6])
+    serving.policy.shape = TreeShape(0, lookup=2)
+    assert serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].sum(1).tolist() == [2, 0, 0]
+    with pytest.raises(ValueError, match="a tree of 9 nodes does not fit the policy's num_nodes=8"):
+        serving.policy.shape = TreeShape(3, 2, 6, lookup=3)
