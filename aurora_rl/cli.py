@@ -131,8 +131,8 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     run_dir = _run_dir(config, "learner.yaml", suffix="-learner")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner")
-    # No two batches have the same number of rows, and oneDNN keeps a kernel with its scratch memory for each of the last
-    # 1,024 shapes, twice over: 20 MB a request, 11 GB after 460. Read when torch is loaded.
+    # No two batches have the same number of rows, and oneDNN keeps a kernel with its scratch memory for each of the
+    # last 1,024 shapes, twice over: 20 MB a request, 11 GB after 460. Read when torch is loaded.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
 

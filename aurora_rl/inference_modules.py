@@ -119,7 +119,7 @@ class FusedDecoderLayer(nn.Module):
             the caller to see, as :func:`fuse_decoder_layers` does.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self._heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
@@ -129,7 +129,8 @@ class FusedDecoderLayer(nn.Module):
         self.gate_up_proj = _join([mlp.gate_proj, mlp.up_proj])
         self.o_proj, self.down_proj, self.act_fn = attention.o_proj, mlp.down_proj, mlp.act_fn
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.q_norm: Any = getattr(attention, "q_norm", None)
+        self.k_norm: Any = getattr(attention, "k_norm", None)
 
     def forward(
         self,
@@ -178,7 +179,7 @@ def fuse_decoder_layers(layers: nn.ModuleList, groups: int) -> None:
 
 
 @torch.no_grad()
-def _fused_layer(layer: nn.Module, groups: int) -> FusedDecoderLayer | None:
+def _fused_layer(layer: Any, groups: int) -> FusedDecoderLayer | None:
     """The fused form of a layer, if there is one: as for norms, a probe and not the name tells."""
     try:
         fused = FusedDecoderLayer(layer)

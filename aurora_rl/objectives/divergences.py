@@ -2,13 +2,13 @@
 
 Legend: ``p`` target, ``q`` drafter, ``Vd`` draft vocabulary, ``α = Σ min(p, q)`` their overlap.
 
-Every function takes ``log_p`` and ``log_q``, each ``[..., Vd]``, and gives ``[...]``. ``log_q`` is normalised over the draft
-vocabulary. ``log_p`` is a constant: no gradient flows. It may be −inf, as top-k and top-p leave it, and comes in one of two
-conventions:
+Every function takes ``log_p`` and ``log_q``, each ``[..., Vd]``, and gives ``[...]``. ``log_q`` is normalised over the
+draft vocabulary. ``log_p`` is a constant: no gradient flows. It may be −inf, as top-k and top-p leave it, and comes in
+one of two conventions:
 
 - *renormalised* over the draft vocabulary: the drafter learns the target's preferences among the tokens that it has;
-- *not renormalised*: it sums to the mass that the draft vocabulary covers. Only so is ``α`` what rejection sampling accepts;
-  a KL then has the gradient of the renormalised one times that mass, and is offset by a constant.
+- *not renormalised*: it sums to the mass that the draft vocabulary covers. Only so is ``α`` what rejection sampling
+  accepts; a KL then has the gradient of the renormalised one times that mass, and is offset by a constant.
 
 Temperature, top-k and top-p belong into ``log_p`` and ``log_q`` before the call: what is served is what is compared.
 """
@@ -125,7 +125,7 @@ def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
-    """w KL(p || q) + (1 − w)(1 − α) with w = exp(−decay · α), α held constant: KL far from ``p``, total variation near.
+    """KL far from ``p``, total variation near: w KL(p || q) + (1 − w)(1 − α), w = exp(−decay · α) held constant.
 
     "LK-λ" of arXiv 2602.23881, with the overlap of each position.
 
@@ -164,9 +164,10 @@ def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
 
 
 def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1 − Σ p q: the chance that a draft sampled from ``q`` is not what sample-and-match or target-only verification draws.
+    """1 − Σ p q: the chance that a draft sampled from ``q`` is not the token that the target draws.
 
-    Its optimum is all mass on argmax p: calibration is worth nothing under these rules.
+    What sample-and-match and target-only verification reject. Its optimum is all mass on argmax p: calibration is worth
+    nothing under these rules.
 
     Example:
         >>> missed_probability(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()

@@ -6,7 +6,6 @@ nothing, and proposes what a young drafter cannot know: names, numbers and phras
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.

@@ -19,8 +19,8 @@ _SHORT = 32
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
-    The tree is the drafter's, with the chain of prompt lookup merged into it where the shape asks for one. Nodes that only
-    lookup proposes carry a log-probability of −inf: the drafter did not draw them.
+    The tree is the drafter's, with the chain of prompt lookup merged into it where the shape asks for one. Nodes that
+    only lookup proposes carry a log-probability of −inf: the drafter did not draw them.
 
     The cache catches up from the store, whatever put it behind: the tokens of the last round, a new request
     (``is_init``), a window of plain decoding or a swap of weights.

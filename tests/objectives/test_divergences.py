@@ -125,7 +125,7 @@ def test_every_divergence_prefers_the_target_to_noise() -> None:
 
 
 def test_one_token_of_the_chain_rule_for_acceptance() -> None:
-    """∇α by enumeration of the score function with reward 1[q < p], what rejection sampling's policy gradient reduces to."""
+    """∇α by enumeration: the score function with reward 1[q < p], rejection sampling's policy gradient."""
     log_p, logits = draw(1, 6)
     logits.requires_grad_(True)
     (gradient,) = torch.autograd.grad(total_variation(log_p, logits.log_softmax(-1)).sum(), logits)

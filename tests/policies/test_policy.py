@@ -166,7 +166,7 @@ def test_the_shape_may_change_within_the_budget() -> None:
 
 
 def test_lookup_is_merged_into_the_drafters_tree() -> None:
-    """A text that repeats itself: the chain that followed its end before is in the tree, the drafter's nodes as before."""
+    """The chain that followed the text's end before is in the tree, the drafter's nodes are as before."""
     serving = Serving([6, 4, 9])
     store, alone = serving.engine.store, serving.policy.draft(serving.td["is_init"])
     store.tokens[0, :6] = torch.tensor([25, 26, 27, 28, 25, 26])  # tokens that have no row in the draft vocabulary
