@@ -43,7 +43,7 @@ class TrafficConfig:
     limit: int | None = None
     """Most requests; null is the whole file, or ``requests`` of the generator."""
     shuffle: bool = False
-    requests: int = 180
+    requests: int = 300
     """Requests that the built-in generator makes."""
 
 
