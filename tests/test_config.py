@@ -25,7 +25,7 @@ def test_the_keys_are_frozen() -> None:
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
         *("max_new_tokens", "temperature", "top_k", "top_p", "seed"),
         *("drafter.name", "drafter.path", "drafter.vocab_size", "drafter.feature_layers"),
-        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.adaptive"),
+        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.lookup", "drafter.adaptive"),
         *("control.share", "control.window"),
         *("wire.trajectories", "wire.weights", "wire.queue"),
         *("learner.threads", "learner.nice", "learner.batch_size", "learner.replay", "learner.buffer", "learner.steps"),

@@ -98,7 +98,7 @@ class Oracle(Drafter):
     def unroll(self, batch: TensorDictBase, steps: int):
         raise NotImplementedError
 
-    def score(self, batch: TensorDictBase) -> Tensor:
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         raise NotImplementedError
 
     def published(self) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ def lookup(text: Tensor, count: int) -> list[int]:
         Target token ids; none where the last two tokens did not occur before.
 
     Example:
+        >>> import torch
         >>> lookup(torch.tensor([7, 1, 2, 3, 4, 9, 1, 2]), 3)
         [3, 4, 9]
     """
