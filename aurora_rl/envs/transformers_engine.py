@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from aurora_rl.envs.engine import Engine
 from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, prepare_for_inference
@@ -115,10 +115,6 @@ class TransformersEngine(Engine):
         types = getattr(config, "layer_types", None)  # none are given where all layers are of one kind, as Mistral's
         if window and (types is None or "sliding_attention" in types) and window < max_length:
             raise ValueError(f"the model slides its attention over {window} tokens; set engine.max_length <= {window}")
-        if not _head_is_linear(model):
-            raise ValueError(
-                f"{type(model).__name__} scales or caps the logits behind its output head, which is not supported"
-            )
         self.model, self._decoder = model, decoder
         self.vocab_size, self._feature_layers = config.vocab_size, tuple(feature_layers)
         self._groups = config.num_attention_heads // config.num_key_value_heads
@@ -128,6 +124,10 @@ class TransformersEngine(Engine):
             num_slots, max_length, config.hidden_size * len(feature_layers), config.hidden_size, dtype, device
         )
         model.set_attn_implementation(GROUPED_ATTENTION)
+        if not _head_is_linear(model, self._groups):
+            raise ValueError(
+                f"{type(model).__name__} scales or caps the logits behind its output head, which is not supported"
+            )
         fuse_decoder_layers(layers, self._groups)
         prepare_for_inference(model)
         self._head = model.get_output_embeddings()  # after the call above, which replaces it
@@ -229,10 +229,11 @@ class TransformersEngine(Engine):
 
 
 @torch.inference_mode()
-def _head_is_linear(model: PreTrainedModel) -> bool:
+def _head_is_linear(model: PreTrainedModel, groups: int) -> bool:
     """Whether the logits are what the output head makes of the decoder's output (Cohere scales them, Gemma 2 caps)."""
     tokens = torch.arange(4, device=model.device)[None]  # not one alone: a padding token has logits of zero
-    given = model(tokens, use_cache=False).logits
-    own = model.get_output_embeddings()(model.get_decoder()(tokens, use_cache=False).last_hidden_state)
+    mask = torch.ones(4, 4, dtype=torch.bool, device=model.device).tril().repeat(groups, 1)[None, None]
+    given = model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
+    hidden = model.get_decoder()(tokens, attention_mask=mask, past_key_values=DynamicCache()).last_hidden_state
     tolerance = 16 * torch.finfo(given.dtype).eps * float(given.abs().max())
-    return torch.allclose(own, given, rtol=0, atol=tolerance)
+    return torch.allclose(model.get_output_embeddings()(hidden), given, rtol=0, atol=tolerance)

@@ -111,3 +111,14 @@ def test_logits_that_are_more_than_the_heads_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="CohereForCausalLM scales or caps the logits"):
         TransformersEngine(CohereForCausalLM(config).eval(), num_slots=1, max_length=32, feature_layers=(0,))
+
+
+def test_a_model_serves_a_second_engine() -> None:
+    """Its layers and norms are in their faster form already."""
+    model, prompt, slot = tiny_target(), torch.tensor([3, 1, 4]), torch.tensor([0])
+    outputs = []
+    for _ in range(2):
+        engine = TransformersEngine(model, num_slots=1, max_length=8, feature_layers=(0,))
+        engine.prefill([0], [prompt])
+        outputs.append(engine.verify(slot, none(1), none(1), none(1).bool()))
+    assert torch.equal(*outputs)
