@@ -44,6 +44,11 @@ def grouped_attention(
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
 
 
+def grouped_mask(mask: Tensor, groups: int) -> Tensor:
+    """A mask ``[b, T, L]`` as :func:`grouped_attention` reads it, where ``groups`` heads share a key head."""
+    return mask.repeat(1, groups, 1)[:, None]
+
+
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
@@ -122,8 +127,8 @@ class FusedDecoderLayer(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self._heads = [attention.q_proj.out_features, attention.k_proj.out_features, attention.v_proj.out_features]
-        self._heads = [size // attention.head_dim for size in self._heads]
+        self._num_heads = attention.q_proj.out_features // attention.head_dim
+        self._num_key_heads = attention.k_proj.out_features // attention.head_dim
         self._index, self._scaling, self._head_dim = attention.layer_idx, attention.scaling, attention.head_dim
         self.qkv_proj = _join([attention.q_proj, attention.k_proj, attention.v_proj])
         self.gate_up_proj = _join([mlp.gate_proj, mlp.up_proj])
@@ -150,9 +155,9 @@ class FusedDecoderLayer(nn.Module):
             **kwargs: what else transformers passes.
         """
         b, length, _ = hidden_states.shape
-        heads, groups, _ = self._heads
+        heads, turns = self._num_heads, self._num_heads + self._num_key_heads
         qkv = self.qkv_proj(self.input_layernorm(hidden_states)).view(b, length, -1, self._head_dim)
-        turned, value = qkv[:, :, : heads + groups], qkv[:, :, heads + groups :]
+        turned, value = qkv[:, :, :turns], qkv[:, :, turns:]
         if self.q_norm is not None:
             turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], dim=2)
         cos, sin = (part[:, :, None] for part in position_embeddings)
@@ -189,7 +194,7 @@ def _fused_layer(layer: Any, groups: int) -> FusedDecoderLayer | None:
             torch.randn(1, length, size, generator=generator).to(weight)
             for size in (weight.shape[1], layer.self_attn.head_dim, layer.self_attn.head_dim)
         )
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril().repeat(groups, 1)[None, None]
+        mask = grouped_mask(torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril(), groups)
         same, given = (
             form(
                 x,

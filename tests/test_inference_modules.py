@@ -17,6 +17,7 @@ from aurora_rl.inference_modules import (
     PackedLinear,
     fuse_decoder_layers,
     grouped_attention,
+    grouped_mask,
     prepare_for_inference,
     repack,
 )
@@ -166,7 +167,7 @@ def small_model(model_type: str, **settings: object) -> PreTrainedModel:
 
 
 def grouped_pass(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().repeat(2, 1)[None, None]
+    mask = grouped_mask(torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril(), 2)
     return model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
 
 

@@ -354,6 +354,18 @@ def test_the_draft_lengthens_while_it_pays(tmp_path: Path) -> None:
     assert server.finished[-2:] == [(22, 6)] * 2
 
 
+def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
+    waiting = requests(12, budget=22)
+    length = LengthController([1.0, 1.1, 99.0, 99.0])  # a second depth never pays
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, length=length)
+    serving.policy.shape = TreeShape(1, lookup=2)
+    serving.run()
+    serving.check_texts()
+    accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}
+    assert max(accepted) == 2  # the texts do repeat themselves
+    assert length._trials[0] > 8 and length._trials[1:] == [0.0, 0.0]
+
+
 def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
     waiting = requests(3)
     serving = Serving(tmp_path, waiting, eagle(), slots=2)

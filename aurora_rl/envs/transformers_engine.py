@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from aurora_rl.envs.engine import Engine
-from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, prepare_for_inference
+from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, grouped_mask, prepare_for_inference
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
@@ -158,7 +158,7 @@ class TransformersEngine(Engine):
         hidden = self._decoder(
             input_ids=tokens,
             position_ids=past + depth,
-            attention_mask=mask.repeat(1, self._groups, 1)[:, None],
+            attention_mask=grouped_mask(mask, self._groups),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
@@ -232,7 +232,7 @@ class TransformersEngine(Engine):
 def _head_is_linear(model: PreTrainedModel, groups: int) -> bool:
     """Whether the logits are what the output head makes of the decoder's output (Cohere scales them, Gemma 2 caps)."""
     tokens = torch.arange(4, device=model.device)[None]  # not one alone: a padding token has logits of zero
-    mask = torch.ones(4, 4, dtype=torch.bool, device=model.device).tril().repeat(groups, 1)[None, None]
+    mask = grouped_mask(torch.ones(1, 4, 4, dtype=torch.bool, device=model.device).tril(), groups)
     given = model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
     hidden = model.get_decoder()(tokens, attention_mask=mask, past_key_values=DynamicCache()).last_hidden_state
     tolerance = 16 * torch.finfo(given.dtype).eps * float(given.abs().max())

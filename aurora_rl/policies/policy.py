@@ -114,17 +114,23 @@ class DrafterPolicy(TensorDictModuleBase):
                 parents[rows, :width] = proposal.parents
                 log_probs[rows, :width] = proposal.log_probs
                 mask[rows, :width] = True
-            for slot in slots.tolist() if self.shape.lookup else ():
-                drafted = int(mask[slot].sum())
-                nodes, above = tokens[slot, :drafted].tolist(), parents[slot, :drafted].tolist()
-                chain = lookup(store.tokens[slot, : store.lengths[slot]], self.shape.lookup)
-                if added := merge_chain(nodes, above, chain):
-                    new = slice(drafted, drafted + added)
-                    tokens[slot, new], parents[slot, new] = torch.tensor((nodes[new], above[new]), device=device)
-                    mask[slot, new], log_probs[slot, new] = True, -torch.inf
-        return TensorDict(
+        draft = TensorDict(
             {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}, batch_size=shape[:1]
         )
+        if self.speculate and self.shape.lookup:
+            for slot in slots.tolist():
+                self._look_up(slot, draft[slot])
+        return draft
+
+    def _look_up(self, slot: int, draft: TensorDict) -> None:
+        """Merge the chain of prompt lookup into a slot's tree, in place."""
+        chain = lookup(self._store.tokens[slot, : self._store.lengths[slot]], self.shape.lookup)
+        drafted = int(draft["mask"].sum())
+        tokens, parents = draft["tokens"][:drafted].tolist(), draft["parents"][:drafted].tolist()
+        new = slice(drafted, drafted + merge_chain(tokens, parents, chain))
+        draft["tokens"][new] = torch.tensor(tokens[new], dtype=torch.int64)
+        draft["parents"][new] = torch.tensor(parents[new], dtype=torch.int64)
+        draft["mask"][new], draft["log_probs"][new] = True, -torch.inf
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""

@@ -1,0 +1,7 @@
+"""Tiny models and conformance checks, for this project's tests and for third parties' parts."""
+
+from aurora_rl.testing.drafters import check_drafter
+from aurora_rl.testing.engines import check_engine
+from aurora_rl.testing.tiny import serve, tiny_target, tiny_trajectory
+
+__all__ = ["check_drafter", "check_engine", "serve", "tiny_target", "tiny_trajectory"]
