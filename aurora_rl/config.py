@@ -63,9 +63,9 @@ class DrafterConfig:
     width: int = 4
     """1 drafts a chain; more, a top-k tree."""
     num_nodes: int | None = 4
-    """Node budget of the drafter's tree; null keeps all."""
+    """Node budget of a tree; null keeps all."""
     lookup: int = 2
-    """Most tokens that prompt lookup adds to a tree; 0 for none."""
+    """Most tokens of prompt lookup in a tree; 0 for none."""
     adaptive: bool = True
     """Start with a short path and lengthen it by measured acceptance."""
 

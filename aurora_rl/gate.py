@@ -10,7 +10,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from aurora_rl.inference_modules import repack
 from aurora_rl.policies.drafter import Drafter, TreeShape
 from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.trajectories import ContextStore
@@ -150,7 +149,6 @@ class Gate:
         results = []
         for weights in (self.candidate, serving):
             self._drafter.install(weights)
-            repack(self._drafter)
             results.append(replay(self._drafter, self._held, self._shape))
         new, old = results
         paired = new.acceptance - old.acceptance

@@ -6,7 +6,7 @@ layout that the matrix kernels have to reorder each time; see benchmarks/decode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,25 +54,25 @@ class PackedLinear(nn.Module):
 
     Args:
         linear: the layer to replace.
-        keep_weight: keep the plain weight too, so that it can be replaced; call :meth:`pack` after that.
+        keep_weight: keep the plain weight too, so that it can be replaced, see :func:`stage`.
     """
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
         super().__init__()
         self.weight: Tensor | None = linear.weight
         self.bias = linear.bias
-        self.pack()
+        self.packed = self.pack(linear.weight.detach())
         if not keep_weight:
             self.weight = None
 
-    def pack(self) -> None:
-        """Reorder the current weight."""
-        assert self.weight is not None, "made without keep_weight"
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """``[out, in]`` in the blocked layout."""
+        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class FusedRMSNorm(nn.Module):
@@ -225,7 +225,7 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
     Args:
         model: the module to change.
         keep_weights: keep the plain weights of packed layers, for a module whose weights will be replaced (see
-            :func:`repack`). Otherwise they are dropped: take what you need of them before.
+            :func:`stage`). Otherwise they are dropped: take what you need of them before.
     """
     pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
@@ -238,8 +238,27 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
             prepare_for_inference(child, keep_weights=keep_weights)
 
 
-def repack(model: nn.Module) -> None:
-    """Bring packed layers up to date after their weights were replaced."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.pack()
+@torch.no_grad()
+def stage(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Copy new weights into the dtypes, devices and layouts of a model that goes on with its old ones.
+
+    Args:
+        model: may be in inference form.
+        weights: by the names of its state dict.
+
+    Returns:
+        Puts the copies in place. Nothing is copied then: parameters point to other memory.
+    """
+    put: list[tuple[Any, str, Tensor]] = []
+    for name, old in model.state_dict(keep_vars=True).items():
+        new = torch.empty_like(old).copy_(weights[name])
+        put.append((old, "data", new))
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, PackedLinear) and old is owner.weight:
+            put.append((owner, "packed", owner.pack(new)))
+
+    def install() -> None:
+        for holder, attribute, new in put:
+            setattr(holder, attribute, new)
+
+    return install

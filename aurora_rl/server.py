@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class InferenceServer:
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
-        self._acknowledging: threading.Thread | None = None
+        # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._staged: tuple[int, Future[Callable[[], None]]] | None = None
         self.rounds: list[Round] = []
         self.finished: list[tuple[int, int]] = []
         self.swap_ms: list[float] = []
@@ -138,15 +140,18 @@ class InferenceServer:
         self._recording += time.perf_counter() - began
 
     def _swap(self) -> None:
-        """Install the newest weights, if there are any, between two rounds."""
-        received = self._receiver.latest() if self._receiver is not None else None
-        if received is None:
+        """Swap in the newest weights between two rounds, once they are ready."""
+        if self._receiver is None:
             return
-        assert self._receiver is not None
-        version, weights = received
+        if self._staged is None and (received := self._receiver.latest()) is not None:
+            version, weights = received
+            self._staged = version, self._background.submit(self.policy.stage, _named(weights), version)
+        if self._staged is None or not self._staged[1].done():
+            return
+        (version, staged), self._staged = self._staged, None
         began = time.perf_counter()
         try:
-            self.policy.install(_named(weights), version)
+            staged.result()()
         except ValueError as error:
             self._receiver.reject(version, str(error))
             self._log.write("swap_failed", version=version, reason=str(error))
@@ -155,21 +160,12 @@ class InferenceServer:
         self.swap_ms.append(milliseconds)
         self.versions.append(version)
         self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.finished))
-        loaded = {name: tensor.clone() for name, tensor in self.policy.drafter.published().items()}
-        self._acknowledging = threading.Thread(
-            target=self._acknowledge, args=(version, loaded, milliseconds, self._acknowledging), daemon=True
-        )
-        self._acknowledging.start()
+        # These tensors stay what they are: the next swap puts others in their place.
+        self._background.submit(self._acknowledge, version, self.policy.drafter.published(), milliseconds)
 
-    def _acknowledge(
-        self, version: int, loaded: dict[str, Tensor], milliseconds: float, before: threading.Thread | None
-    ) -> None:
-        """Hashing takes longer than a swap, so it is done beside the rounds; acknowledgements keep their order."""
+    def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
         assert self._receiver is not None
-        digest = checksum(loaded)
-        if before is not None:
-            before.join()
-        self._receiver.acknowledge(version, digest, milliseconds)
+        self._receiver.acknowledge(version, checksum(loaded), milliseconds)
 
     def rates(self, share: float = 1.0) -> Rates:
         """Tokens per second of both kinds over the last ``share`` of the requests."""

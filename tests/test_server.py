@@ -104,7 +104,7 @@ class Oracle(Drafter):
     def published(self) -> dict[str, Tensor]:
         return {}
 
-    def install(self, weights: dict[str, Tensor]) -> None:
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         raise NotImplementedError
 
 
@@ -489,15 +489,13 @@ def test_acknowledgements_keep_the_order_of_the_swaps(tmp_path: Path, monkeypatc
     def slow_at_first(tensors: dict[str, Tensor]) -> str:
         if not first.is_set():
             first.set()
-            time.sleep(0.2)  # in this time the second swap is done and hashed
+            time.sleep(0.2)  # time enough to swap in the second and hash it
         return checksum(tensors)
 
     monkeypatch.setattr("aurora_rl.server.checksum", slow_at_first)
     receiver = Receiver()
-    Serving(tmp_path, requests(1), eagle(), receiver=receiver).run()
-    deadline = time.monotonic() + 10
-    while len(receiver.acknowledged) < 2 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    serving = Serving(tmp_path, [], eagle(), receiver=receiver)
+    serve_until(serving, endless(requests(3)), lambda: len(receiver.acknowledged) == 2)
     # An engine that reported 2 and then 1 would be sent version 2 again.
     assert receiver.acknowledged == [(v, checksum(eagle(v).published())) for v in (1, 2)]
 

@@ -160,7 +160,7 @@ class Knowing(Drafter):
     def published(self) -> dict[str, Tensor]:
         return {}
 
-    def install(self, weights: dict[str, Tensor]) -> None:
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         raise NotImplementedError
 
 

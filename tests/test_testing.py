@@ -124,10 +124,10 @@ class DraftingMovesTheState(Eagle3Drafter):
 
 
 class InstallsUntilItFails(Eagle3Drafter):
-    def install(self, weights: dict[str, Tensor]) -> None:
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         if "fc.weight" in weights and weights["fc.weight"].shape == self.fc.weight.shape:
             self.fc.weight.data.copy_(weights["fc.weight"])
-        super().install(weights)
+        return super().stage(weights)
 
 
 class ReadsPadding(MedusaDrafter):

@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from aurora_rl.inference_modules import stage
 from aurora_rl.policies.target import TargetParts
 from aurora_rl.trees import depths
 
@@ -27,8 +28,9 @@ class TreeShape:
     Attributes:
         depth: longest path of the drafter's tree; 0 proposes nothing.
         width: nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: node budget of the drafter; the likeliest nodes by joint probability are kept.
-        lookup: most tokens that prompt lookup (``aurora_rl.policies.lookup``) adds; 0 for none.
+        num_nodes: node budget; the likeliest of the drafter's nodes by joint probability are kept.
+        lookup: most tokens of prompt lookup (``aurora_rl.policies.lookup``), which go before the drafter's nodes where
+            the budget does not hold both; 0 for none.
 
     Raises:
         ValueError: depth, width or lookup out of range, or a budget that cannot hold one path.
@@ -44,8 +46,10 @@ class TreeShape:
             raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
         if self.lookup < 0:
             raise ValueError(f"lookup must not be negative, got {self.lookup}")
-        if self.num_nodes is not None and self.num_nodes < self.depth:
-            raise ValueError(f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}")
+        if self.num_nodes is not None and self.num_nodes < max(self.depth, self.lookup):
+            raise ValueError(
+                f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}, or lookup={self.lookup} tokens"
+            )
 
     @property
     def budget(self) -> int:
@@ -56,7 +60,8 @@ class TreeShape:
     @property
     def most_nodes(self) -> int:
         """Most nodes of the tree, those of prompt lookup included."""
-        return self.budget + self.lookup
+        both = self.budget + self.lookup
+        return both if self.num_nodes is None else min(self.num_nodes, both)
 
 
 class Proposal(NamedTuple):
@@ -182,12 +187,19 @@ class Drafter(nn.Module, ABC):
         """The tensors that a swap replaces, by their checkpoint names; frozen parts of the target are left out."""
 
     @abstractmethod
-    def install(self, weights: dict[str, Tensor]) -> None:
-        """Replace :meth:`published` tensors in place, cast to the module's dtype.
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """Copy replacements of the :meth:`published` tensors, in the form that serving needs, while the old ones serve.
+
+        Returns:
+            Puts the copies in place, by reference. To be called between two rounds; staging may run beside them.
 
         Raises:
             ValueError: names the first tensor that is missing, unknown or of another shape; nothing is changed then.
         """
+
+    def install(self, weights: dict[str, Tensor]) -> None:
+        """Replace the :meth:`published` tensors; errors as of :meth:`stage`."""
+        self.stage(weights)()
 
 
 D = TypeVar("D", bound=type[Drafter])
@@ -359,17 +371,26 @@ def published_tensors(module: nn.Module, draft_vocab: Tensor) -> dict[str, Tenso
     return {**{name: value.detach() for name, value in module.state_dict().items()}, "d2t": draft_vocab - rows}
 
 
-@torch.no_grad()
-def install_tensors(module: nn.Module, draft_vocab: Tensor, vocab_size: int, weights: dict[str, Tensor]) -> None:
-    """Write what :func:`published_tensors` gave into the module and its draft vocabulary.
+def stage_tensors(drafter: Drafter, vocab_size: int, weights: dict[str, Tensor]) -> Callable[[], None]:
+    """Stage what :func:`published_tensors` gave, draft vocabulary included.
+
+    Args:
+        drafter: the module.
+        vocab_size: of the target.
+        weights: the new tensors.
 
     Raises:
-        ValueError: see ``Drafter.install``; also where ``d2t`` leaves the target's vocabulary.
+        ValueError: see :meth:`Drafter.stage`; also where ``d2t`` leaves the target's vocabulary.
     """
-    check_weights(published_tensors(module, draft_vocab), weights)
-    target = weights["d2t"].to(draft_vocab) + torch.arange(len(draft_vocab)).to(draft_vocab)
-    if not bool(((target >= 0) & (target < vocab_size)).all()):
+    old = drafter.draft_vocab
+    check_weights(published_tensors(drafter, old), weights)
+    vocab = weights["d2t"].to(old) + torch.arange(len(old)).to(old)
+    if not bool(((vocab >= 0) & (vocab < vocab_size)).all()):
         raise ValueError(f"tensor 'd2t' points outside the target's vocabulary of {vocab_size}")
-    for name, value in module.state_dict().items():
-        value.copy_(weights[name])
-    draft_vocab.copy_(target)
+    put = stage(drafter, {name: weights[name] for name in drafter.state_dict()})
+
+    def install() -> None:
+        put()
+        drafter.draft_vocab = vocab
+
+    return install

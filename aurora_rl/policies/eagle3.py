@@ -6,6 +6,7 @@ Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -23,10 +24,10 @@ from aurora_rl.policies.drafter import (
     TreeGrowth,
     TreeShape,
     Unroll,
-    install_tensors,
     log_softmax,
     published_tensors,
     register_drafter,
+    stage_tensors,
 )
 from aurora_rl.policies.target import TargetParts, default_feature_layers
 from aurora_rl.trajectories import pad_rows
@@ -300,9 +301,9 @@ class Eagle3Drafter(Drafter):
         """See :meth:`Drafter.published`: parameters, and ``d2t``, the offsets from draft to target ids."""
         return published_tensors(self, self.draft_vocab)
 
-    def install(self, weights: dict[str, Tensor]) -> None:
-        """See :meth:`Drafter.install`."""
-        install_tensors(self, self.draft_vocab, self.config.vocab_size, weights)
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`Drafter.stage`."""
+        return stage_tensors(self, self.config.vocab_size, weights)
 
 
 def _next_row(x: Tensor) -> Tensor:

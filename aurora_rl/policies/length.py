@@ -9,7 +9,7 @@ from torch import Tensor
 # Rounds over which the time beside drafting and verification is averaged.
 _RECENT = 40
 # Depths that promise this share of the best one's tokens per second are as good as the best.
-_AS_GOOD = 0.96
+_AS_GOOD = 0.99
 
 
 class LengthController:

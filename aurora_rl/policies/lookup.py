@@ -6,6 +6,9 @@ nothing, and proposes what a young drafter cannot know: names, numbers and phras
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 from torch import Tensor
 
 # Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
@@ -36,28 +39,52 @@ def lookup(text: Tensor, count: int) -> list[int]:
     return []
 
 
-def merge_chain(tokens: list[int], parents: list[int], chain: list[int]) -> int:
+class Tree(NamedTuple):
+    """A draft tree in topological order.
+
+    Attributes:
+        tokens: of the nodes.
+        parents: likewise, −1 = root.
+        log_probs: of each node given its path; −inf where the drafter did not draw it.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    log_probs: list[float]
+
+
+def merge_chain(tree: Tree, chain: list[int], budget: int) -> Tree:
     """Add a chain behind the root of a tree, sharing the nodes that are there already.
 
     Args:
-        tokens: of the tree's nodes, in topological order; new nodes are appended.
-        parents: likewise, −1 = root.
-        chain: tokens of a path from the root.
+        tree: of a drafter.
+        chain: tokens of a path from the root, at most ``budget``.
+        budget: most nodes of the result. What the chain needs, the drafter's least likely nodes make room for: a
+            repetition in the text is a better guess than they are.
 
     Returns:
-        The number of nodes added.
+        The new tree.
 
     Example:
-        >>> tokens, parents = [5, 7, 6], [-1, -1, 0]
-        >>> merge_chain(tokens, parents, [7, 8]), tokens, parents
-        (1, [5, 7, 6, 8], [-1, -1, 0, 1])
+        >>> merge_chain(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), [7, 8], budget=3)
+        Tree(tokens=[5, 7, 8], parents=[-1, -1, 1], log_probs=[-0.9, -0.5, -inf])
     """
-    at, before = -1, len(tokens)
+    tokens, parents, log_probs = tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy()
+    parent, path = -1, set[int]()
     for token in chain:
-        known = (i for i in range(len(tokens)) if parents[i] == at and tokens[i] == token)
+        known = (i for i in range(len(tokens)) if parents[i] == parent and tokens[i] == token)
         node = next(known, len(tokens))
         if node == len(tokens):
             tokens.append(token)
-            parents.append(at)
-        at = node
-    return len(tokens) - before
+            parents.append(parent)
+            log_probs.append(-math.inf)
+        path.add(node)
+        parent = node
+    joint: list[float] = []
+    for parent, log_prob in zip(parents, log_probs, strict=True):
+        joint.append(log_prob + (joint[parent] if parent >= 0 else 0.0))
+    # A node is no likelier than its parent and comes behind it, so what is kept is a tree.
+    others = sorted((i for i in range(len(tokens)) if i not in path), key=lambda i: -joint[i])
+    keep = sorted(path.union(others[: budget - len(path)]))
+    place = {-1: -1, **{old: new for new, old in enumerate(keep)}}
+    return Tree([tokens[i] for i in keep], [place[parents[i]] for i in keep], [log_probs[i] for i in keep])

@@ -6,6 +6,7 @@ Parameter names are those of vLLM's ``MedusaModel``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -20,10 +21,10 @@ from aurora_rl.policies.drafter import (
     TreeGrowth,
     TreeShape,
     Unroll,
-    install_tensors,
     log_softmax,
     published_tensors,
     register_drafter,
+    stage_tensors,
 )
 from aurora_rl.policies.target import TargetParts
 
@@ -195,9 +196,9 @@ class MedusaDrafter(Drafter):
         """See :meth:`Drafter.published`: parameters, and ``d2t``, the offsets from draft to target ids."""
         return published_tensors(self, self.draft_vocab)
 
-    def install(self, weights: dict[str, Tensor]) -> None:
-        """See :meth:`Drafter.install`."""
-        install_tensors(self, self.draft_vocab, self._vocab_size, weights)
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`Drafter.stage`."""
+        return stage_tensors(self, self._vocab_size, weights)
 
 
 def _first_pair(batch: TensorDictBase) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from aurora_rl.inference_modules import prepare_for_inference, repack
+from aurora_rl.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, TreeShape
-from aurora_rl.policies.lookup import lookup, merge_chain
+from aurora_rl.policies.lookup import Tree, lookup, merge_chain
 from aurora_rl.trajectories import ContextStore
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -68,13 +70,25 @@ class DrafterPolicy(TensorDictModuleBase):
             raise ValueError(f"a tree of {shape.most_nodes} nodes does not fit the policy's num_nodes={self.num_nodes}")
         self._shape = shape
 
+    def stage(self, weights: dict[str, Tensor], version: int) -> Callable[[], None]:
+        """Make weights ready beside the rounds; what is returned swaps them in, between two rounds.
+
+        Raises:
+            ValueError: see ``Drafter.stage``; nothing has changed then.
+        """
+        put = self.drafter.stage(weights)
+
+        def install() -> None:
+            put()
+            self.version = version
+            if self.rebuild_on_install:
+                self.drafter.forget(torch.arange(self._store.num_slots))
+
+        return install
+
     def install(self, weights: dict[str, Tensor], version: int) -> None:
-        """Swap weights between two rounds; see ``Drafter.install`` for errors, after which nothing has changed."""
-        self.drafter.install(weights)
-        repack(self.drafter)
-        self.version = version
-        if self.rebuild_on_install:
-            self.drafter.forget(torch.arange(self._store.num_slots))
+        """Swap weights between two rounds; errors as of :meth:`stage`."""
+        self.stage(weights, version)()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the draft of every slot into ``tensordict``; rows of idle slots are empty."""
@@ -125,12 +139,15 @@ class DrafterPolicy(TensorDictModuleBase):
     def _look_up(self, slot: int, draft: TensorDict) -> None:
         """Merge the chain of prompt lookup into a slot's tree, in place."""
         chain = lookup(self._store.tokens[slot, : self._store.lengths[slot]], self.shape.lookup)
+        if not chain:
+            return
         drafted = int(draft["mask"].sum())
-        tokens, parents = draft["tokens"][:drafted].tolist(), draft["parents"][:drafted].tolist()
-        new = slice(drafted, drafted + merge_chain(tokens, parents, chain))
-        draft["tokens"][new] = torch.tensor(tokens[new], dtype=torch.int64)
-        draft["parents"][new] = torch.tensor(parents[new], dtype=torch.int64)
-        draft["mask"][new], draft["log_probs"][new] = True, -torch.inf
+        tree = Tree(*(draft[key][:drafted].tolist() for key in Tree._fields))
+        merged = merge_chain(tree, chain, self.shape.most_nodes)
+        nodes = slice(len(merged.tokens))
+        draft["mask"][nodes] = True
+        for key, column in merged._asdict().items():
+            draft[key][nodes] = torch.tensor(column, dtype=draft[key].dtype)
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""

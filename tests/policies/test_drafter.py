@@ -31,12 +31,18 @@ def test_budget(shape: TreeShape, budget: int) -> None:
     assert shape.budget == budget
 
 
+def test_lookup_shares_the_budget() -> None:
+    assert [TreeShape(2, 2, nodes, lookup=3).most_nodes for nodes in (None, 4, 8, 100)] == [9, 4, 8, 9]
+    assert TreeShape(0, lookup=3).most_nodes == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((-1,), "depth >= 0 and width >= 1, got depth -1, width 1"),
         ((2, 0), "depth >= 0 and width >= 1, got depth 2, width 0"),
         ((4, 2, 3), "num_nodes=3 cannot hold one path of depth 4"),
+        ((1, 2, 3, 4), "num_nodes=3 cannot hold .* lookup=4 tokens"),
     ],
 )
 def test_bad_shapes_are_refused(arguments: tuple[int, ...], message: str) -> None:

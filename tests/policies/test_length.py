@@ -73,14 +73,14 @@ def test_costs_of_at_least_two_depths_are_needed() -> None:
 def test_of_equal_depths_the_deepest() -> None:
     # All accepted: E = 2, 3; at these costs both deliver one token a second.
     length = LengthController([1.0, 2.0, 3.0])
-    feed(length, [2], 100)
+    feed(length, [2], 2000)  # the prior has faded
     assert length.depth == 2
 
 
 def test_what_a_round_costs_beside_makes_depth_cheaper() -> None:
     # E = 2, 3: 2 / 1 against 3 / 2 alone, 2 / 2 against 3 / 3 with one second beside, and more beside favours depth 2.
     without, beside = LengthController([1.0, 1.0, 2.0]), LengthController([1.0, 1.0, 2.0])
-    for _ in range(200):
+    for _ in range(2000):
         for length, seconds in ((without, None), (beside, {1: 2.0, 2: 3.0})):
             drafted = torch.full((1,), length.depth)
             length.observe(drafted, drafted, seconds and seconds[length.depth])
