@@ -15,8 +15,9 @@ from torch import Tensor
 
 from aurora_rl.trees import reorder_depth_first
 
-RULES = ("greedy", "sample_and_match")
-DRAFT_MODES = ("topk", "sampled")
+RULES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
+# How the drafter chose a tree's nodes: its likeliest, or draws, whose siblings are independent or all different.
+DRAFT_MODES = ("topk", "sampled", "sampled_without_replacement")
 
 
 class ContextStore:

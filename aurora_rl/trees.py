@@ -70,7 +70,46 @@ def depths(parents: Tensor) -> Tensor:
     return distance[:, 1:]
 
 
-def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
+def sibling_ranks(context: Tensor) -> Tensor:
+    """Place of every node among the nodes of the same context, in order of index.
+
+    Args:
+        context: `[M]` int64, what each node was drawn from.
+
+    Returns:
+        `[M]` int64.
+
+    >>> sibling_ranks(torch.tensor([0, 0, 2, 0, 2]))
+    tensor([0, 1, 0, 2, 1])
+    """
+    if not len(context):
+        return context
+    order = context.argsort(stable=True)
+    _, count = context[order].unique_consecutive(return_counts=True)
+    first = torch.repeat_interleave(count.cumsum(0) - count, count)
+    return torch.empty_like(context).scatter_(0, order, torch.arange(len(context), device=context.device) - first)
+
+
+def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
+    """Which nodes carry a token that an earlier node of the same context carries.
+
+    Args:
+        context: `[M]` int64, what each node was drawn from.
+        tokens: `[M]` int64.
+
+    Returns:
+        `[M]` bool.
+
+    >>> repeated_siblings(torch.tensor([0, 0, 2, 0, 2]), torch.tensor([5, 7, 5, 5, 6]))
+    tensor([False, False, False,  True, False])
+    """
+    if not len(context):
+        return context.bool()
+    _, pair = torch.stack([context, tokens]).unique(dim=1, return_inverse=True)
+    return sibling_ranks(pair) > 0
+
+
+def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> Tensor:
     """Project arbitrary nodes onto a legal tree: which nodes may be verified.
 
     A node is dropped when it is masked out, its token is outside the vocabulary, its parent is not an earlier node or
@@ -82,6 +121,7 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int) 
         parents: `[B, N]` int64, any values.
         mask: `[B, N]` bool, true where the drafter means the node to count.
         vocab_size: Size of the target's vocabulary.
+        repeats: Keep repeated siblings, as independent draws give them.
 
     Returns:
         `[B, N]` bool.
@@ -92,6 +132,8 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int) 
     """
     index = torch.arange(tokens.shape[1], device=tokens.device)
     sound = mask & (tokens >= 0) & (tokens < vocab_size) & (parents >= -1) & (parents < index)
+    if repeats:
+        return _hold_to_root(sound, _links(parents))
     # Siblings share their parent's fate, so a repeat can be told from sound siblings alone: if the parent survives,
     # the first of them survives; if it does not, all of them fall anyway.
     twins = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
@@ -130,7 +172,8 @@ def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
 def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Tensor:
     """Follow the target's choices down the tree.
 
-    A node is accepted when it and each of its ancestors carry the token that the target chose at the node before.
+    A node is accepted when it and each of its ancestors carry the token that the target chose at the node before. Of
+    repeated siblings the first counts.
 
     Args:
         tokens: `[B, N]` int64.
@@ -139,14 +182,17 @@ def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Ten
         choices: `[B, N + 1]` int64, the target's choice at the root and after every node; -1 where there is none.
 
     Returns:
-        `[B, N]` bool. The accepted nodes form one path from the root, since siblings differ.
+        `[B, N]` bool. The accepted nodes form one path from the root.
 
     >>> tokens, parents = torch.tensor([[4, 6, 8]]), torch.tensor([[-1, -1, 1]])
     >>> walk(tokens, parents, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[6, 0, 8, 2]]))
     tensor([[False,  True,  True]])
     """
     links = _links(parents)
-    return _hold_to_root(valid & (choices.gather(1, links[:, 1:]) == tokens), links)
+    chosen = valid & (choices.gather(1, links[:, 1:]) == tokens)
+    siblings = links[:, 1:, None] == links[:, None, 1:]
+    repeated = (siblings & chosen[:, None, :]).tril(-1).any(-1)
+    return _hold_to_root(chosen & ~repeated, links)
 
 
 def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ class Oracle(Drafter):
             self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[:count]
         self.cached[slots] += num_new
 
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         time.sleep(self.nap)
         rows = []
         for slot in slots.tolist():

@@ -126,7 +126,7 @@ class Knowing(Drafter):
             self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[:count]
         self.cached[slots] += num_new
 
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         random = torch.randint(0, len(self.draft_vocab), (len(slots), shape.depth, 2), generator=self._generator)
         chance = torch.rand(len(slots), shape.depth, generator=self._generator)
         tokens, parents = [], []

@@ -117,8 +117,8 @@ class EverythingValid(Eagle3Drafter):
 
 
 class DraftingMovesTheState(Eagle3Drafter):
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
-        proposal = super().propose(slots, shape)
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
         self._state[slots] *= 1.1
         return proposal
 
@@ -142,14 +142,14 @@ class OneHeadForAll(MedusaDrafter):
 
 
 class TokensOutsideTheVocabulary(MedusaDrafter):
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
-        proposal = super().propose(slots, shape)
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
         return proposal._replace(tokens=proposal.tokens + 1)
 
 
 class OverBudget(MedusaDrafter):
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
-        return super().propose(slots, TreeShape(shape.depth, shape.width + 1) if shape.depth else shape)
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        return super().propose(slots, TreeShape(shape.depth, shape.width + 1) if shape.depth else shape, generator)
 
 
 class ScoresWithoutGradient(MedusaDrafter):

@@ -15,6 +15,8 @@ from aurora_rl.trees import (
     depths,
     last_accepted,
     reorder_depth_first,
+    repeated_siblings,
+    sibling_ranks,
     valid_nodes,
     walk,
 )
@@ -36,12 +38,14 @@ def path_to_root(parents: list[int], node: int) -> list[int]:
     return path
 
 
-def slow_valid(tokens: list[int], parents: list[int], mask: list[bool], vocab_size: int) -> list[bool]:
+def slow_valid(
+    tokens: list[int], parents: list[int], mask: list[bool], vocab_size: int, repeats: bool = False
+) -> list[bool]:
     valid: list[bool] = []
     taken: set[tuple[int, int]] = set()
     for node, (token, parent, masked_in) in enumerate(zip(tokens, parents, mask, strict=True)):
         legal = masked_in and 0 <= token < vocab_size and -1 <= parent < node
-        legal = legal and (parent == -1 or valid[parent]) and (parent, token) not in taken
+        legal = legal and (parent == -1 or valid[parent]) and (repeats or (parent, token) not in taken)
         valid.append(legal)
         if legal:
             taken.add((parent, token))
@@ -57,7 +61,7 @@ def slow_path(tokens: list[int], parents: list[int], valid: list[bool], choices:
         children = [n for n in range(len(tokens)) if valid[n] and parents[n] == here and tokens[n] == chosen]
         if not children:
             return path
-        (here,) = children
+        here = children[0]
         path.append(here)
 
 
@@ -121,8 +125,10 @@ def test_depths_count_the_steps_to_the_root(parents: list[list[int]]) -> None:
 @given(rounds(-2, VOCAB + 1, legal=False))
 def test_valid_nodes_projects_arbitrary_nodes_as_the_reference_does(batch: tuple) -> None:
     tokens, parents, mask, _ = batch
-    expected = [slow_valid(*each, VOCAB) for each in zip(tokens, parents, mask, strict=True)]
-    assert torch.equal(valid_nodes(ints(tokens), ints(parents), bools(mask), VOCAB), bools(expected))
+    for repeats in (False, True):
+        expected = [slow_valid(*each, VOCAB, repeats) for each in zip(tokens, parents, mask, strict=True)]
+        got = valid_nodes(ints(tokens), ints(parents), bools(mask), VOCAB, repeats=repeats)
+        assert torch.equal(got, bools(expected))
 
 
 @MANY
@@ -162,16 +168,26 @@ def test_ancestor_mask_holds_self_and_ancestors(batch: tuple) -> None:
 
 
 @MANY
-@given(rounds(0, 1, legal=True))
-def test_walk_and_paths_follow_the_choices(batch: tuple) -> None:
+@given(rounds(0, 1, legal=True), st.booleans())
+def test_walk_and_paths_follow_the_choices(batch: tuple, repeats: bool) -> None:
     tokens, parents, mask, choices = batch
-    valid = [slow_valid(*each, VOCAB) for each in zip(tokens, parents, mask, strict=True)]
+    valid = [slow_valid(*each, VOCAB, repeats) for each in zip(tokens, parents, mask, strict=True)]
     expected = [slow_path(*each) for each in zip(tokens, parents, valid, choices, strict=True)]
     accepted = walk(ints(tokens), ints(parents), bools(valid), ints(choices))
     path, length = accepted_path(accepted)
     assert length.tolist() == [len(each) for each in expected]
     assert path.tolist() == [each + [-1] * (len(tokens[0]) - len(each)) for each in expected]
     assert last_accepted(accepted).tolist() == [each[-1] + 1 if each else 0 for each in expected]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12))
+def test_ranks_and_repeats_among_siblings(nodes: list[tuple[int, int]]) -> None:
+    context, tokens = (torch.tensor([n[i] for n in nodes], dtype=torch.int64) for i in (0, 1))
+    before = [nodes[:i] for i in range(len(nodes))]
+    ranks = [sum(c == node[0] for c, _ in seen) for node, seen in zip(nodes, before, strict=True)]
+    assert sibling_ranks(context).tolist() == ranks
+    repeated = [node in seen for node, seen in zip(nodes, before, strict=True)]
+    assert repeated_siblings(context, tokens).tolist() == repeated
 
 
 @MANY

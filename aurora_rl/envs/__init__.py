@@ -1,9 +1,10 @@
 """Serving as an environment: engines, verification rules, SpecDecodeEnv."""
 
 from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.sampling import SamplingParams
 from aurora_rl.envs.spec_decode import Completion, Request, SpecDecodeEnv
 from aurora_rl.envs.transformers_engine import TransformersEngine
-from aurora_rl.envs.verification import SamplingParams, get_rule, register_rule
+from aurora_rl.envs.verification import get_rule, register_rule
 
 __all__ = [
     "Completion",

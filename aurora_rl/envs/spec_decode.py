@@ -15,7 +15,8 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from aurora_rl.envs.engine import Engine
-from aurora_rl.envs.verification import SamplingBatch, SamplingParams, get_rule
+from aurora_rl.envs.sampling import SamplingBatch, SamplingParams
+from aurora_rl.envs.verification import get_rule
 from aurora_rl.trajectories import Sampling, TrajectoryRecorder
 from aurora_rl.trees import accepted_path, valid_nodes
 
@@ -62,6 +63,8 @@ class SpecDecodeEnv(EnvBase):
         requests: called for the next request; None where there is none now.
         num_nodes: ``N``, most nodes of a tree without its root.
         rule: name of the verification rule.
+        draft_mode: how the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
+            the drafter's distribution, actions carry it as ("draft", "q").
         stop_tokens: token ids that end a completion.
         decode: token ids to text; needed only by requests with stop strings.
         on_completion: called with each :class:`Completion` as it ends.
@@ -71,7 +74,8 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: wall time spent on trajectories so far.
 
     Raises:
-        ValueError: from a request that the engine cannot hold or the rule cannot serve (see :meth:`check`).
+        ValueError: the rule is not lossless for the draft mode; or from a request that the engine cannot hold or the
+            rule cannot serve (see :meth:`check`).
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -91,6 +95,7 @@ class SpecDecodeEnv(EnvBase):
         *,
         num_nodes: int,
         rule: str = "sample_and_match",
+        draft_mode: str = "topk",
         stop_tokens: tuple[int, ...] = (),
         decode: Callable[[list[int]], str] | None = None,
         on_completion: Callable[[Completion], None] | None = None,
@@ -99,7 +104,12 @@ class SpecDecodeEnv(EnvBase):
         store = engine.store
         device = store.tokens.device
         super().__init__(device=device, batch_size=[engine.num_slots])
-        self.engine, self.num_nodes, self.rule = engine, num_nodes, get_rule(rule)()
+        self.engine, self.num_nodes, self.rule, self.draft_mode = engine, num_nodes, get_rule(rule)(), draft_mode
+        if draft_mode not in self.rule.draft_modes:
+            raise ValueError(
+                f"the rule {rule!r} would change the text of trees drawn by {draft_mode!r}; it needs "
+                f"draft_mode {' or '.join(self.rule.draft_modes)}"
+            )
         self._requests, self._decode, self._on_completion = requests, decode, on_completion
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._active: dict[int, Request] = {}
@@ -138,9 +148,10 @@ class SpecDecodeEnv(EnvBase):
                 bonus_token=ints(-1, vocab - 1),
             ),
         )
-        self.action_spec = group(
-            draft=group(tokens=ints(0, vocab - 1, n), parents=ints(-1, n - 1, n), mask=flags(n)),
-        )
+        action = {"tokens": ints(0, vocab - 1, n), "parents": ints(-1, n - 1, n), "mask": flags(n)}
+        if self.rule.needs_q:
+            action["q"] = Bounded(0.0, 1.0, shape=(b, n, vocab), dtype=torch.float32, device=device)
+        self.action_spec = group(draft=group(**action))
         self.reward_spec = floats(1, dtype=torch.float32)
         self.full_done_spec = group(done=flags(1), terminated=flags(1), truncated=flags(1))
 
@@ -268,7 +279,8 @@ class SpecDecodeEnv(EnvBase):
         engine, store, draft = self.engine, self.engine.store, tensordict["draft"]
         rows = slots.to(self.device)
         tokens, parents = draft["tokens"][rows], draft["parents"][rows]
-        valid = valid_nodes(tokens, parents, draft["mask"][rows], engine.vocab_size)
+        repeats = self.draft_mode == "sampled"
+        valid = valid_nodes(tokens, parents, draft["mask"][rows], engine.vocab_size, repeats=repeats)
         # Columns that are padding in every slot are not computed.
         width = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 0
         tokens, parents, valid = tokens[:, :width], parents[:, :width], valid[:, :width]
@@ -276,7 +288,8 @@ class SpecDecodeEnv(EnvBase):
         hidden = engine.verify(slots, tokens, parents, valid)
         roots = store.lengths[slots] - 1
         sampling = SamplingBatch(*(getattr(self._sampling, f.name)[rows] for f in fields(SamplingBatch)))
-        verdict = self.rule.verify(engine.logits(hidden), tokens, parents, valid, roots.to(self.device), sampling)
+        q = draft["q"][rows, :width] if self.rule.needs_q else None
+        verdict = self.rule.verify(engine.logits(hidden), tokens, parents, valid, roots.to(self.device), sampling, q)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
         sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
@@ -372,7 +385,7 @@ class SpecDecodeEnv(EnvBase):
             rule = "greedy" if request.sampling.temperature == 0 else self.rule.name
             s = request.sampling
             trajectory = self._recorder.cut(
-                slot, request.id, Sampling(s.temperature, s.top_k, s.top_p, s.seed, rule, "topk")
+                slot, request.id, Sampling(s.temperature, s.top_k, s.top_p, s.seed, rule, self.draft_mode)
             )
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aurora_rl.inference_modules import stage
 from aurora_rl.policies.target import TargetParts
+from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import depths
 
 
@@ -31,17 +32,26 @@ class TreeShape:
         num_nodes: node budget; the likeliest of the drafter's nodes by joint probability are kept.
         lookup: most tokens of prompt lookup (``aurora_rl.policies.lookup``), which go before the drafter's nodes where
             the budget does not hold both; 0 for none.
+        mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
+            many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
+            tokens that differ.
 
     Raises:
-        ValueError: depth, width or lookup out of range, or a budget that cannot hold one path.
+        ValueError: depth, width, lookup or mode out of range, a budget that cannot hold one path, or lookup in a mode
+            that samples: its nodes would not be the drafter's draws.
     """
 
     depth: int
     width: int = 1
     num_nodes: int | None = None
     lookup: int = 0
+    mode: str = "topk"
 
     def __post_init__(self) -> None:
+        if self.mode not in DRAFT_MODES:
+            raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {self.mode!r}")
+        if self.mode != "topk" and self.lookup:
+            raise ValueError(f"mode {self.mode!r} draws every node from the drafter; set lookup=0 (got {self.lookup})")
         if self.depth < 0 or self.width < 1:
             raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
         if self.lookup < 0:
@@ -52,8 +62,15 @@ class TreeShape:
             )
 
     @property
+    def chains(self) -> int:
+        """Chains of a sampled tree."""
+        return self.width if self.num_nodes is None else min(self.width, self.num_nodes // max(self.depth, 1))
+
+    @property
     def budget(self) -> int:
         """Most nodes that the drafter proposes."""
+        if self.mode != "topk":
+            return self.depth * self.chains
         full = self.width + max(self.depth - 1, 0) * self.width**2 if self.depth else 0
         return full if self.num_nodes is None else min(self.num_nodes, full)
 
@@ -71,11 +88,13 @@ class Proposal(NamedTuple):
         tokens: ``[b, n]`` int64, target token ids.
         parents: ``[b, n]`` int64.
         log_probs: ``[b, n]`` float32, log q(token given its path) of the drafter.
+        q: ``[b, n, Vd]``, the distribution at each node's parent, where nodes were sampled.
     """
 
     tokens: Tensor
     parents: Tensor
     log_probs: Tensor
+    q: Tensor | None = None
 
 
 class Unroll(NamedTuple):
@@ -142,8 +161,14 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
-        """Draft a tree behind the last pair of each slot (``[b]`` int64, each with at least one pair)."""
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """Draft a tree behind the last pair of each slot; :func:`grow` knows how of log-probabilities.
+
+        Args:
+            slots: ``[b]`` int64, each with at least one pair.
+            shape: the tree.
+            generator: of the draws where the shape's mode samples; None takes PyTorch's own.
+        """
 
     @abstractmethod
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
@@ -253,18 +278,44 @@ def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor
     return Proposal(tokens, parents, log_probs.float())
 
 
-class TreeGrowth:
-    """Grows trees of ``b`` slots depth by depth.
+class Growth(ABC):
+    """Grows trees of ``b`` slots: a drafter adds depth after depth, and expands the frontier in between."""
 
-    At each depth the ``width`` likeliest nodes by joint probability are expanded, each by its ``width`` likeliest
-    tokens (all of them in a smaller draft vocabulary).
+    @abstractmethod
+    def add(self, log_probs: Tensor) -> None:
+        """Add a depth: ``[b, w, Vd]``, the drafter's at each of the ``w`` nodes of the frontier, at first the root."""
+
+    @abstractmethod
+    def frontier(self) -> tuple[Tensor, Tensor]:
+        """The nodes to expand now, ``[b, w]``: their tokens, and each one's parent's place in the last frontier."""
+
+    @abstractmethod
+    def proposal(self) -> Proposal:
+        """The trees."""
+
+
+def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Growth:
+    """An empty growth of a shape.
 
     Args:
         draft_vocab: ``[Vd]`` int64, target ids of the rows.
-        shape: the tree to grow; its depth is the number of times that :meth:`add` is called.
+        shape: what to grow.
+        generator: see :meth:`Drafter.propose`.
+    """
+    return TopKGrowth(draft_vocab, shape) if shape.mode == "topk" else SampledGrowth(draft_vocab, shape, generator)
+
+
+class TopKGrowth(Growth):
+    """At each depth the likeliest nodes by joint probability are expanded, each by its likeliest tokens.
+
+    ``width`` of each (all tokens of a smaller draft vocabulary); in the end the budget keeps the likeliest nodes.
+
+    Args:
+        draft_vocab: ``[Vd]`` int64, target ids of the rows.
+        shape: the tree to grow.
 
     Example:
-        >>> growth = TreeGrowth(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
+        >>> growth = TopKGrowth(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
         >>> growth.add(torch.tensor([[[0.2, 0.7, 0.1]]]).log())
         >>> growth.frontier()
         (tensor([[7, 5]]), tensor([[0, 0]]))
@@ -284,7 +335,7 @@ class TreeGrowth:
         self._before = 0  # candidates of all depths but the last
 
     def add(self, log_probs: Tensor) -> None:
-        """Add a depth: ``[b, w, Vd]``, the drafter's at each of the ``w`` nodes of the frontier, at first the root."""
+        """See :meth:`Growth.add`."""
         best, choice = log_probs.topk(self._children)
         parents = torch.full_like(choice, -1)
         joint = best
@@ -298,7 +349,7 @@ class TreeGrowth:
         self._joint.append(joint.flatten(1))
 
     def frontier(self) -> tuple[Tensor, Tensor]:
-        """The nodes to expand now, ``[b, w]``: their tokens, and each one's parent's place in the last frontier."""
+        """See :meth:`Growth.frontier`."""
         tokens, joint = self._tokens[-1], self._joint[-1]
         # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
         if tokens.shape[1] <= self._shape.width:
@@ -314,6 +365,58 @@ class TreeGrowth:
         columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
         tokens, parents, log_probs, joint = columns
         return best_first(tokens, parents, log_probs, joint, self._shape.budget)
+
+
+class SampledGrowth(Growth):
+    """Draws chains that part at the root.
+
+    Which nodes there are does not depend on what was drawn, as rejection needs: a node that was left out for its token
+    would change the law of the text.
+
+    Args:
+        draft_vocab: ``[Vd]`` int64, target ids of the rows.
+        shape: the tree to grow.
+        generator: of the draws.
+
+    Example:
+        >>> growth = SampledGrowth(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
+        >>> growth.add(torch.tensor([[[0.5, 0.5]]]).log())
+        >>> growth.add(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).log())
+        >>> growth.proposal().tokens.sort().values, growth.proposal().parents
+        (tensor([[5, 5, 5, 7]]), tensor([[-1, -1,  0,  1]]))
+    """
+
+    def __init__(self, draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> None:
+        self._draft_vocab, self._generator = draft_vocab, generator
+        self._chains, self._replacement = shape.chains, shape.mode == "sampled"
+        self._tokens: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
+        self._q: list[Tensor] = []
+
+    def add(self, log_probs: Tensor) -> None:
+        """See :meth:`Growth.add`."""
+        q, draws = log_probs.exp(), 1 if self._tokens else self._chains
+        if not self._replacement and draws > int((q > 0).sum(-1).min()):
+            raise ValueError(
+                f"{draws} first tokens cannot all differ: the drafter has fewer with a probability above 0"
+            )
+        choice = q.flatten(0, 1).multinomial(draws, self._replacement, generator=self._generator)
+        choice = choice.view(*q.shape[:2], draws)
+        self._tokens.append(self._draft_vocab[choice].flatten(1))
+        self._log_probs.append(log_probs.gather(-1, choice).flatten(1))
+        self._q.append(q.repeat_interleave(draws, dim=1))
+
+    def frontier(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`Growth.frontier`."""
+        tokens = self._tokens[-1]
+        place = torch.arange(self._chains, device=tokens.device).expand_as(tokens)
+        return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
+
+    def proposal(self) -> Proposal:
+        """See :meth:`Growth.proposal`."""
+        tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
+        above = torch.arange(tokens.shape[1], device=tokens.device) - self._chains
+        return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))
 
 
 class RecordedTrees(NamedTuple):

@@ -21,9 +21,9 @@ from aurora_rl.policies.drafter import (
     Drafter,
     Proposal,
     RecordedTrees,
-    TreeGrowth,
     TreeShape,
     Unroll,
+    grow,
     log_softmax,
     published_tensors,
     register_drafter,
@@ -182,15 +182,15 @@ class Eagle3Drafter(Drafter):
         return log_softmax(self.lm_head(self.norm(hidden)))
 
     @torch.inference_mode()
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
-        """See :meth:`Drafter.propose`. The top ``width`` nodes of each depth by joint probability are expanded."""
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`Drafter.propose`."""
         rows = slots.to(self._state.device)
         b = len(rows)
         end = int(self.cached[slots].max())
         held = self.cached[slots].to(rows.device)
         spine, spine_mask = self._spine(slots, end), torch.arange(end, device=rows.device) < held[:, None]
 
-        growth = TreeGrowth(self.draft_vocab, shape)
+        growth = grow(self.draft_vocab, shape, generator)
         branch: KeysValues | None = None
         hidden = self._state[rows, None]
         growth.add(self._log_probs(hidden))

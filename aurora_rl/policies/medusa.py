@@ -18,9 +18,9 @@ from aurora_rl.policies.drafter import (
     Drafter,
     Proposal,
     RecordedTrees,
-    TreeGrowth,
     TreeShape,
     Unroll,
+    grow,
     log_softmax,
     published_tensors,
     register_drafter,
@@ -145,13 +145,12 @@ class MedusaDrafter(Drafter):
         self.cached[slots] += num_new
 
     @torch.inference_mode()
-    def propose(self, slots: Tensor, shape: TreeShape) -> Proposal:
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         """See :meth:`Drafter.propose`; no deeper than there are heads."""
-        shape = TreeShape(min(shape.depth, self.num_heads), shape.width, shape.num_nodes)
         features = self._state[slots.to(self._state.device), None]
-        growth = TreeGrowth(self.draft_vocab, shape)
+        growth = grow(self.draft_vocab, shape, generator)
         growth.add(self._log_probs(0, features))
-        for depth in range(1, shape.depth):
+        for depth in range(1, min(shape.depth, self.num_heads)):
             tokens, _ = growth.frontier()
             growth.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
         return growth.proposal()

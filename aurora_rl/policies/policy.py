@@ -33,6 +33,9 @@ class DrafterPolicy(TensorDictModuleBase):
         num_nodes: ``N``, padded nodes of the emitted trees.
         shape: the tree to propose; may be replaced between rounds, within ``num_nodes``.
         version: of the drafter's weights.
+        vocab_size: of the target. Where it is given and nodes are sampled, ("draft", "q") is written too: the
+            distribution ``[B, N, V]`` at each node's parent, which rejection rules compare with.
+        generator: of sampled drafts; its numbers must not be those of verification. None takes PyTorch's own.
 
     Attributes:
         speculate: False emits empty trees: plain decoding.
@@ -40,7 +43,15 @@ class DrafterPolicy(TensorDictModuleBase):
     """
 
     def __init__(
-        self, drafter: Drafter, store: ContextStore, *, num_nodes: int, shape: TreeShape, version: int = 0
+        self,
+        drafter: Drafter,
+        store: ContextStore,
+        *,
+        num_nodes: int,
+        shape: TreeShape,
+        version: int = 0,
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.in_keys = ["is_init"]
@@ -54,7 +65,7 @@ class DrafterPolicy(TensorDictModuleBase):
         ]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
-        self._store = store
+        self._store, self._vocab_size, self._generator = store, vocab_size, generator
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -105,7 +116,7 @@ class DrafterPolicy(TensorDictModuleBase):
             is_init: ``[B, 1]`` bool, slots with a new request.
 
         Returns:
-            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``.
+            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``, and "q" ``[B, N, V]`` where it is asked for.
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
@@ -118,23 +129,28 @@ class DrafterPolicy(TensorDictModuleBase):
         parents = torch.full(shape, -1, device=device)
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
         log_probs = torch.zeros(shape, device=device)
+        draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}
+        if self._vocab_size is not None and self.shape.mode != "topk":
+            draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         if self.speculate:
             slots = (store.lengths > 1).nonzero().flatten()  # the first token of all has no feature before it
             if len(slots) and self.shape.depth:
                 self._catch_up(slots)
-                proposal = self.drafter.propose(slots, self.shape)
+                proposal = self.drafter.propose(slots, self.shape, self._generator)
                 rows, width = slots.to(device), proposal.tokens.shape[1]
                 tokens[rows, :width] = proposal.tokens
                 parents[rows, :width] = proposal.parents
                 log_probs[rows, :width] = proposal.log_probs
                 mask[rows, :width] = True
-        draft = TensorDict(
-            {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}, batch_size=shape[:1]
-        )
+                if "q" in draft:
+                    assert proposal.q is not None  # sampled
+                    at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
+                    draft["q"][at] = proposal.q.float()
+        out = TensorDict(draft, batch_size=shape[:1])
         if self.speculate and self.shape.lookup:
             for slot in slots.tolist():
-                self._look_up(slot, draft[slot])
-        return draft
+                self._look_up(slot, out[slot])
+        return out
 
     def _look_up(self, slot: int, draft: TensorDict) -> None:
         """Merge the chain of prompt lookup into a slot's tree, in place."""

@@ -66,7 +66,8 @@ def check_drafter(
     plain = served(TreeShape(0))
     for shape in shapes:
         _check_proposals(drafter, plain, shape, vocab_size)
-    for shape in shapes:
+    sampled = (TreeShape(3, 2, mode="sampled"), TreeShape(3, 2, mode="sampled_without_replacement"))
+    for shape in (*sampled, *shapes):
         trajectories = served(shape)
         _check_recorded(drafter, trajectories, shape)
     _check_unroll(drafter, trajectories)
@@ -78,7 +79,7 @@ def check_drafter(
 
 def _check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
     slots = _filled(drafter, trajectories)
-    tokens, parents, log_probs = drafter.propose(slots, shape)
+    tokens, parents, log_probs, _ = drafter.propose(slots, shape)
     what = f"propose with {shape}"
     require(tokens.shape == parents.shape == log_probs.shape, f"{what}: tokens, parents and log_probs differ in shape")
     require(
@@ -191,7 +192,7 @@ def _check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
 
     def same(slots: Tensor, why: str) -> None:
         got = drafter.propose(slots, shape)
-        wanted = Proposal(*(part[slots] for part in expected))
+        wanted = Proposal(*(part[slots] for part in expected[:3]))
         equal = torch.equal(got.tokens, wanted.tokens) and torch.equal(got.parents, wanted.parents)
         require(equal and _close(got.log_probs, wanted.log_probs, atol), f"proposals change {why}")
 

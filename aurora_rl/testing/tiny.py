@@ -108,6 +108,7 @@ def serve(
     max_new_tokens: int = 12,
     num_slots: int = 1,
     sampling: SamplingParams | None = None,
+    rule: str = "sample_and_match",
     first_request: int = 0,
 ) -> list[TensorDict]:
     """Serve prompts speculatively, all rounds drafted, and return their trajectories.
@@ -120,6 +121,7 @@ def serve(
         max_new_tokens: length of every completion; nothing else ends one.
         num_slots: slots of the engine.
         sampling: of every request, its seed raised by the number of the prompt; None decodes greedily.
+        rule: name of the verification rule.
         first_request: number of the first request.
 
     Returns:
@@ -138,9 +140,21 @@ def serve(
     )
     done: list[Completion] = []
     env = SpecDecodeEnv(
-        engine, lambda: next(requests, None), num_nodes=max(shape.most_nodes, 1), on_completion=done.append
+        engine,
+        lambda: next(requests, None),
+        num_nodes=max(shape.most_nodes, 1),
+        rule=rule,
+        draft_mode=shape.mode,
+        on_completion=done.append,
     )
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=env.num_nodes, shape=shape)
+    policy = DrafterPolicy(
+        drafter,
+        engine.store,
+        num_nodes=env.num_nodes,
+        shape=shape,
+        vocab_size=engine.vocab_size,
+        generator=torch.Generator(engine.store.tokens.device).manual_seed(first_request),
+    )
     td = env.reset()
     while env.num_active:
         _, td = env.step_and_maybe_reset(policy(td))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from aurora_rl.policies import DRAFTERS, Eagle3Drafter, MedusaDrafter, TreeShape
-from aurora_rl.policies.drafter import RecordedTrees, TreeGrowth, best_first, check_weights, draft_rows
+from aurora_rl.policies.drafter import RecordedTrees, SampledGrowth, TopKGrowth, best_first, check_weights, draft_rows
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,8 @@ def test_lookup_shares_the_budget() -> None:
         ((2, 0), "depth >= 0 and width >= 1, got depth 2, width 0"),
         ((4, 2, 3), "num_nodes=3 cannot hold one path of depth 4"),
         ((1, 2, 3, 4), "num_nodes=3 cannot hold .* lookup=4 tokens"),
+        ((1, 2, 3, 0, "topp"), "mode must be one of topk, sampled, sampled_without_replacement, got 'topp'"),
+        ((1, 2, 3, 1, "sampled"), "mode 'sampled' draws every node from the drafter; set lookup=0"),
     ],
 )
 def test_bad_shapes_are_refused(arguments: tuple[int, ...], message: str) -> None:
@@ -90,12 +92,12 @@ def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int,
     vocab = torch.tensor([7, 3, 9])
     levels = torch.randn(2, depth, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
     shape = TreeShape(depth, width, depth + extra)
-    growth = TreeGrowth(vocab, shape)
+    growth = TopKGrowth(vocab, shape)
     growth.add(levels[:, :1])
     for level in range(1, depth):
         tokens, _ = growth.frontier()
         growth.add(levels[:, level : level + 1].expand(-1, tokens.shape[1], -1))
-    tokens, parents, log_probs = growth.proposal()
+    tokens, parents, log_probs, _ = growth.proposal()
 
     for row in range(2):
         nodes: dict[tuple[int, ...], float] = {}
@@ -115,6 +117,46 @@ def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int,
             assert log_prob == pytest.approx(
                 levels[row, len(path) - 1, vocab.tolist().index(path[-1])].item(), abs=1e-6
             )
+
+
+@pytest.mark.parametrize("mode", ["sampled", "sampled_without_replacement"])
+def test_sampled_chains_have_the_drafters_law(mode: str) -> None:
+    """Two chains of two, 20 000 times: the law of all four tokens, and what is recorded with them."""
+    count, vocab = 20_000, torch.tensor([7, 3, 9])
+    first = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    second = torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)  # by the first
+    growth = SampledGrowth(vocab, TreeShape(2, 2, mode=mode), torch.Generator().manual_seed(0))
+    growth.add(first.log().expand(count, 1, 3))
+    tokens, above = growth.frontier()
+    assert above.unique().tolist() == [0]
+    drawn = (tokens[:, :, None] == vocab).int().argmax(-1)
+    growth.add(second[drawn].log())
+    tokens, parents, log_probs, q = growth.proposal()
+    assert parents.unique(dim=0).tolist() == [[-1, -1, 0, 1]]
+    drawn = (tokens[:, :, None] == vocab).int().argmax(-1)
+    assert q is not None
+    torch.testing.assert_close(log_probs.double(), q.gather(-1, drawn[:, :, None])[:, :, 0].log(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(q[:, 2], second[drawn[:, 0]])
+    pair = first[:, None] * first
+    if mode != "sampled":
+        pair = (first[:, None] * (first / (1 - first)[:, None])).fill_diagonal_(0)
+    law = torch.einsum("ab,ac,bd->abcd", pair, second, second).flatten()
+    counts = torch.zeros(81).index_add_(0, drawn @ torch.tensor([27, 9, 3, 1]), torch.ones(count)).double()
+    assert counts[law == 0].sum() == 0
+    chi = ((counts - count * law) ** 2 / (count * law))[law > 0].sum()
+    assert chi < 130  # at most 80 degrees of freedom, one in 10 000
+
+
+def test_sampled_shapes_hold_whole_chains() -> None:
+    assert [TreeShape(d, 4, n, mode="sampled").budget for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
+        0, 4, 4, 3, 8,
+    ]  # fmt: skip
+
+
+def test_first_tokens_that_cannot_differ() -> None:
+    growth = SampledGrowth(torch.tensor([1, 2]), TreeShape(1, 2, mode="sampled_without_replacement"))
+    with pytest.raises(ValueError, match="2 first tokens cannot all differ"):
+        growth.add(torch.tensor([[[0.0, -torch.inf]]]))
 
 
 def test_draft_rows() -> None:

@@ -63,7 +63,7 @@ def test_a_tree_holds_the_likeliest_paths() -> None:
     made.extend(
         slot, trajectory["spine", "tokens"][None, 1:4], trajectory["spine", "features"][None, :3], torch.tensor([3])
     )
-    tokens, parents, log_probs = (part[0] for part in made.propose(slot, TreeShape(2, 6, 9)))
+    tokens, parents, log_probs = (part[0] for part in made.propose(slot, TreeShape(2, 6, 9))[:3])
 
     # The same root, with every path of depth 2 recorded below it, scored in training.
     every = trajectory.clone()

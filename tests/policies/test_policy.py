@@ -186,3 +186,20 @@ def test_lookup_is_merged_into_the_drafters_tree() -> None:
     assert serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].sum(1).tolist() == [2, 0, 0]
     with pytest.raises(ValueError, match="a tree of 13 nodes does not fit the policy's num_nodes=8"):
         serving.policy.shape = TreeShape(3, 2, lookup=3)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "sampled_without_replacement"])
+def test_sampled_drafts_carry_the_law_that_they_were_drawn_from(mode: str) -> None:
+    serving = Serving([4, 2, 9])
+    policy = DrafterPolicy(
+        copy.deepcopy(serving.drafter), serving.engine.store, num_nodes=6, shape=TreeShape(3, 2, mode=mode),
+        vocab_size=32, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    draft = policy.draft(torch.zeros(3, 1, dtype=torch.bool))
+    assert draft["mask"].all() and draft["parents"].tolist() == [[-1, -1, 0, 1, 2, 3]] * 3
+    torch.testing.assert_close(draft["q"].sum(-1), torch.ones(3, 6))
+    assert not draft["q"][:, :, 20:].any()  # tokens that the drafter has no row for
+    of_token = draft["q"].gather(-1, draft["tokens"][:, :, None])[:, :, 0]
+    torch.testing.assert_close(of_token.log(), draft["log_probs"])
+    again = policy.draft(torch.zeros(3, 1, dtype=torch.bool))
+    assert not torch.equal(again["tokens"], draft["tokens"])  # it explores
