@@ -1,18 +1,24 @@
 """Serving as an environment: engines, verification rules, SpecDecodeEnv."""
 
 from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.rejection import Rejection, RejectionWithoutReplacement
 from aurora_rl.envs.sampling import SamplingParams
 from aurora_rl.envs.spec_decode import Completion, Request, SpecDecodeEnv
 from aurora_rl.envs.transformers_engine import TransformersEngine
-from aurora_rl.envs.verification import get_rule, register_rule
+from aurora_rl.envs.verification import Greedy, SampleAndMatch, VerificationRule, get_rule, register_rule
 
 __all__ = [
     "Completion",
     "Engine",
+    "Greedy",
+    "Rejection",
+    "RejectionWithoutReplacement",
     "Request",
+    "SampleAndMatch",
     "SamplingParams",
     "SpecDecodeEnv",
     "TransformersEngine",
+    "VerificationRule",
     "get_rule",
     "register_rule",
 ]

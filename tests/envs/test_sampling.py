@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from aurora_rl.envs import sampling
-from aurora_rl.envs.sampling import SamplingBatch, SamplingParams, gumbel, warp_logits
+from aurora_rl.envs.sampling import SamplingBatch, SamplingParams, gumbel, served_log_probs, uniform, warp_logits
 from aurora_rl.envs.verification import SampleAndMatch
 
 # ---------------------------------------------------------------------------------------------------------------------

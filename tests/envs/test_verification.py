@@ -38,9 +38,9 @@ from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
 def test_rules_by_name() -> None:
     assert get_rule("greedy") is Greedy and get_rule("sample_and_match") is SampleAndMatch
-    with pytest.raises(ValueError, match="'sample_match'; choose one of sample_and_match, greedy"):
+    with pytest.raises(ValueError, match="'sample_match'; choose one of sample_and_match, "):
         get_rule("sample_match")
-    with pytest.raises(ValueError, match="'gredy'; choose one of greedy, sample_and_match"):
+    with pytest.raises(ValueError, match="'gredy'; choose one of greedy, rejection, "):
         get_rule("gredy")
 
 
