@@ -30,7 +30,7 @@ from aurora_rl.gate import Gate
 from aurora_rl.learner import Learner, drafter_optimizers
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
-from aurora_rl.objectives.imitation import ImitationLoss
+from aurora_rl.objectives import SumLoss, check_settings, make_objectives
 from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats import load_eagle3, save_eagle3
@@ -77,10 +77,27 @@ def load(config: Config) -> Target:
 
 def check(config: Config) -> list[Prompt]:
     """Find what is wrong with a serving configuration before a model is loaded. Returns the prompts of the run."""
-    shape(config)
     device_of(config)
     _drafter_class(config)
+    check_objectives(config)
     return traffic(config)
+
+
+def check_objectives(config: Config) -> None:
+    """Find what is wrong with the objectives, alone and with the trees that the configuration asks for."""
+    mode = shape(config).mode
+    try:
+        chosen = [check_settings(settings) for settings in config.objectives]
+    except ValueError as error:
+        raise ConfigError(f"objectives: {error}") from error
+    if not chosen:
+        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
+    for objective in chosen:
+        if objective.sampled and mode == "topk":
+            raise ConfigError(
+                f"objective {objective.name!r} learns from trees that the drafter drew at random, and drafter.mode is "
+                "'topk'; set drafter.mode=sampled drafter.lookup=0"
+            )
 
 
 def traffic(config: Config) -> list[Prompt]:
@@ -188,7 +205,7 @@ def shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
     settings = config.drafter
     try:
-        return TreeShape(settings.depth, settings.width, settings.num_nodes, settings.lookup)
+        return TreeShape(settings.depth, settings.width, settings.num_nodes, settings.lookup, settings.mode)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
 
@@ -231,7 +248,13 @@ class Serving:
             feature_layers=made.feature_layers,
         )
         served = copy.deepcopy(made).to(device=device_of(config), dtype=dtype_of(config)).eval().requires_grad_(False)
-        policy = DrafterPolicy(served, engine.store, num_nodes=tree.most_nodes, shape=tree)
+        policy = DrafterPolicy(
+            served,
+            engine.store,
+            num_nodes=tree.most_nodes,
+            shape=tree,
+            generator=torch.Generator(device_of(config)).manual_seed(config.seed),
+        )
         prompt = torch.tensor(requests.first_prompts(1)[0])
         self.costs = measure_rounds(engine, policy, prompt)
         length = LengthController(self.costs["round"]) if config.drafter.adaptive else None
@@ -241,6 +264,7 @@ class Serving:
             engine,
             requests,
             num_nodes=tree.most_nodes,
+            draft_mode=tree.mode,
             stop_tokens=stop_token_ids(target.model, target.tokenizer),
             decode=lambda tokens: str(target.tokenizer.decode(tokens)),
             on_completion=self._completed,
@@ -292,6 +316,7 @@ class Serving:
 
 def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     """The training half of a run."""
+    check_objectives(config)
     target = load(config)
     parts, device = target.parts, device_of(config)
     made = drafter(config, target, [])
@@ -309,6 +334,10 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
             feature_size=parts.head.shape[1] * len(made.feature_layers),
         )
 
+    try:
+        loss = SumLoss(make_objectives(config.objectives, made, head))
+    except ValueError as error:
+        raise ConfigError(f"objectives: {error}") from error
     settings = config.learner
     with ExitStack() as opened:  # closed again if what follows fails
         with _opening("wire.trajectories", config.wire.trajectories):
@@ -319,7 +348,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
         opened.callback(publisher.close)
         result = Learner(
             drafter=made,
-            loss=ImitationLoss(made, head, steps=settings.steps, decay=settings.decay),
+            loss=loss,
             optimizers=drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
             buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
             collector=collector,
@@ -330,6 +359,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
             batch_size=settings.batch_size,
             replay=settings.replay,
             publish_every=settings.publish_every,
+            max_skipped=settings.max_skipped,
             checkpoint=run_dir / "learner",
         )
         if settings.resume is not None:

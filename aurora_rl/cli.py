@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "learn":
             return _learn(config, stop, arguments.parent)
         return _run(config, stop, spawn_learner=arguments.command == "flywheel")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"aurora-rl: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

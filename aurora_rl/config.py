@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,6 +67,8 @@ class DrafterConfig:
     """Node budget of a tree; null keeps all."""
     lookup: int = 2
     """Most tokens of prompt lookup in a tree; 0 for none."""
+    mode: str = "topk"
+    """topk takes the likeliest nodes; sampled and sampled_without_replacement draw them, for policy gradients."""
     adaptive: bool = True
     """Start with a short path and lengthen it by measured acceptance."""
 
@@ -103,16 +106,14 @@ class LearnerConfig:
     """Replayed batches for each batch of new requests."""
     buffer: int = 2000
     """Requests kept for replay."""
-    steps: int = 3
-    """Unroll steps of the imitation loss."""
-    decay: float = 0.8
-    """Weight of each further unroll step."""
     muon_lr: float = 0.02
     """Learning rate of matrices."""
     adam_lr: float = 5e-4
     """Learning rate of everything else, the draft head included."""
     publish_every: int = 8
     """New requests between two candidates."""
+    max_skipped: int = 20
+    """Steps in a row whose loss or gradient is not finite before the learner stops."""
     resume: str | None = None
     """A training checkpoint to continue."""
 
@@ -146,6 +147,8 @@ class Config:
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "imitation"}])
+    """What is learned: name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     run_dir: str | None = None
@@ -227,7 +230,7 @@ _POSITIVE = (
     "learner.threads",
     "learner.batch_size",
     "learner.buffer",
-    "learner.steps",
+    "learner.max_skipped",
     "learner.publish_every",
     "gate.requests",
     "traffic.requests",
@@ -245,8 +248,6 @@ def _check(config: Config) -> None:
         raise ConfigError(f"control.share must lie in [0, 1), got {config.control.share}")
     if not 0 <= config.learner.nice <= 19:
         raise ConfigError(f"learner.nice must lie in 0..19, got {config.learner.nice}")
-    if not 0 < config.learner.decay <= 1:
-        raise ConfigError(f"learner.decay must lie in (0, 1], got {config.learner.decay}")
     for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
         if not 0 <= OmegaConf.select(tree, key) < math.inf:
             raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")

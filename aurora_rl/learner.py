@@ -52,11 +52,13 @@ class Learner:
         batch_size: new trajectories of an optimizer step.
         replay: replayed batches for each batch of new trajectories.
         publish_every: new trajectories between two candidates.
+        max_skipped: steps in a row that may come out without a finite loss and gradient.
         checkpoint: folder of the training state.
 
     Attributes:
         seen: trajectories learned from.
         steps: optimizer steps.
+        skipped: steps that were left out because loss or gradient were not finite.
         version: newest published version.
     """
 
@@ -75,18 +77,20 @@ class Learner:
         batch_size: int,
         replay: int,
         publish_every: int,
+        max_skipped: int,
         checkpoint: Path,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
         self._log, self._dtype, self._checkpoint = log, serving_dtype, checkpoint
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
+        self._max_skipped, self._skipped_in_a_row = max_skipped, 0
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = 0
         self._refusal: str | None = None
         self._serving = self._frozen()
-        self.seen = self.steps = self.version = 0
+        self.seen = self.steps = self.skipped = self.version = 0
 
     def _frozen(self) -> dict[str, Tensor]:
         """A copy of the weights as they would be served."""
@@ -154,8 +158,9 @@ class Learner:
         total.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), 1.0))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self._log.write("step_skipped", reason=f"loss is {loss}, its gradient's norm {norm}", steps=self.steps)
+            self._skip(f"loss is {loss}, its gradient's norm {norm}")
             return
+        self._skipped_in_a_row = 0
         for optimizer in self._optimizers:
             optimizer.step()
         self.steps += 1
@@ -163,7 +168,7 @@ class Learner:
         self._log.write(
             "train",
             loss=round(loss, 4),
-            agreement=[round(a, 4) for a in out["agreement"].tolist()],
+            objectives={key: _rounded(value) for key, value in out.items()},
             seen=self.seen,
             steps=self.steps,
             new=new,
@@ -171,6 +176,22 @@ class Learner:
             waiting=len(self._new),
             rejected=self._collector.rejected,
         )
+
+    def _skip(self, reason: str) -> None:
+        """Leave a step out; what is learned stays as it was before it.
+
+        Raises:
+            FloatingPointError: too many in a row.
+        """
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._log.write("step_skipped", reason=reason, steps=self.steps, skipped=self.skipped)
+        if self._skipped_in_a_row > self._max_skipped:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had no finite loss and gradient (the last: {reason}); the "
+                f"last good training state is in {self._checkpoint}; lower the learning rate, or set "
+                "learner.max_skipped higher"
+            )
 
     def _decide(self) -> None:
         began, candidate = time.perf_counter(), self._gate.candidate
@@ -212,3 +233,8 @@ class Learner:
         """Close the wire."""
         self._collector.shutdown()
         self._publisher.close()
+
+
+def _rounded(value: Tensor) -> float | list[float]:
+    digits = value.detach().double().mul(1e4).round().div(1e4)
+    return digits.tolist() if digits.ndim else digits.item()

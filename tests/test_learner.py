@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -84,6 +85,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             batch_size: int = 2,
             replay: int = 0,
             publish_every: int = 10_000,
+            max_skipped: int = 20,
             muon_lr: float = 0.02,
             adam_lr: float = 3e-3,
             engine: Hello = HELLO,
@@ -109,6 +111,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 batch_size=batch_size,
                 replay=replay,
                 publish_every=publish_every,
+                max_skipped=max_skipped,
                 checkpoint=tmp_path / "learner",
             )
             for close in (sink.close, receiver.close, learner.close):
@@ -185,7 +188,7 @@ def test_it_learns_what_it_is_fed_and_drafts_better_for_requests_it_never_saw(
         "source": "learner",
         "event": "train",
         "loss": round(made.loss.losses[-1], 4),
-        "agreement": train_events[-1]["agreement"],
+        "objectives": train_events[-1]["objectives"],
         "seen": 64,
         "steps": 80,
         "new": 0,
@@ -193,7 +196,9 @@ def test_it_learns_what_it_is_fed_and_drafts_better_for_requests_it_never_saw(
         "waiting": 0,
         "rejected": 0,
     }
-    assert len(train_events[-1]["agreement"]) == 3
+    assert set(train_events[-1]["objectives"]) == {"loss_imitation", "agreement"}
+    assert train_events[-1]["objectives"]["loss_imitation"] == train_events[-1]["loss"]
+    assert len(train_events[-1]["objectives"]["agreement"]) == 3
 
 
 def test_what_the_gate_holds_back_is_not_learned_from_before_the_decision(make: Make, served: list[TensorDict]) -> None:
@@ -291,6 +296,26 @@ def test_a_step_that_is_not_finite_is_skipped_and_logged(
     step_until(made, lambda: made.events("train"))
     assert made.learner.steps == 1
     assert all(value.isfinite().all() for value in made.drafter.state_dict().values())
+
+
+def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_state(
+    make: Make, served: list[TensorDict]
+) -> None:
+    made = make(gate=2, publish_every=2, max_skipped=2)
+    send(made, served[:2])
+    step_until(made, lambda: made.events("candidate"))
+    send(made, served[2:4])
+    step_until(made, lambda: made.learner.version)
+    made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(made, served[6:20])
+    with pytest.raises(
+        FloatingPointError, match="3 steps in a row had no finite loss .* last good training state is in"
+    ):
+        drain(made)
+    assert made.learner.skipped == 3
+    kept = load_file(made.learner._checkpoint / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    assert all(bool(value.isfinite().all()) for value in made.drafter.state_dict().values())
 
 
 def test_replay_is_owed_for_new_requests_only_and_does_not_pile_up(make: Make, served: list[TensorDict]) -> None:

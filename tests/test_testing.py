@@ -106,13 +106,13 @@ class FeaturesOneEarly(Eagle3Drafter):
 
 class RowsShifted(Eagle3Drafter):
     def unroll(self, batch, steps: int) -> Unroll:
-        logits, valid = super().unroll(batch, steps)
+        logits, valid, _ = super().unroll(batch, steps)
         return Unroll([step.roll(-1, 0) for step in logits], valid)
 
 
 class EverythingValid(Eagle3Drafter):
     def unroll(self, batch, steps: int) -> Unroll:
-        logits, valid = super().unroll(batch, steps)
+        logits, valid, _ = super().unroll(batch, steps)
         return Unroll(logits, torch.ones_like(valid))
 
 

@@ -1,6 +1,35 @@
-"""What the drafter learns: divergences and losses."""
+"""What the drafter learns: divergences, losses, and how they are named and summed."""
 
+from aurora_rl.objectives.acceptance_reward import AcceptanceRewardLoss
+from aurora_rl.objectives.discard import DiscardSamplingLoss
 from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, overlap
+from aurora_rl.objectives.expected_length import ExpectedLengthLoss
 from aurora_rl.objectives.imitation import ImitationLoss, ImitationValues, imitation
+from aurora_rl.objectives.objective import (
+    Objective,
+    SumLoss,
+    Values,
+    check_settings,
+    get_objective,
+    make_objectives,
+    register_objective,
+)
 
-__all__ = ["DIVERGENCES", "Divergence", "ImitationLoss", "ImitationValues", "imitation", "overlap"]
+__all__ = [
+    "DIVERGENCES",
+    "AcceptanceRewardLoss",
+    "DiscardSamplingLoss",
+    "Divergence",
+    "ExpectedLengthLoss",
+    "ImitationLoss",
+    "ImitationValues",
+    "Objective",
+    "SumLoss",
+    "Values",
+    "check_settings",
+    "get_objective",
+    "imitation",
+    "make_objectives",
+    "overlap",
+    "register_objective",
+]

@@ -176,6 +176,19 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 1 - _expect(log_p.detach().exp(), log_q.exp())
 
 
+def get_divergence(divergence: str | Divergence) -> Divergence:
+    """The divergence of a name; a function is given back.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(divergence, str):
+        return divergence
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {divergence!r}; there are {', '.join(sorted(DIVERGENCES))}")
+    return DIVERGENCES[divergence]
+
+
 DIVERGENCES: dict[str, Divergence] = {
     f.__name__: f
     for f in (

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+import torch.nn.functional as F
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.objectives import LossModule
 
-from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, forward_kl
-from aurora_rl.policies.drafter import Drafter, Unroll, log_softmax
+from aurora_rl.objectives.contexts import windows
+from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence
+from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
+
+# Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
+_GRANTED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +50,38 @@ def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl
     )
 
 
-class ImitationLoss(LossModule):
+def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
+    """Weights by which a window's cross entropies become a surrogate of its expected accepted length (D-PACE).
+
+    With ``c_i`` the drafter's probability of the window's token ``i``, smoothed to ``(1 + c_i) / 2``, the weight of
+    step ``j`` is ``sum over m >= j of the product over i <= m of c_i``: how many of the tokens hang on this one.
+
+    Args:
+        log_q: ``[J, C]``, the drafter's log-probability of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
+        valid: ``[J, C]`` bool.
+
+    Returns:
+        ``[J, C]``, detached, 0 where invalid.
+
+    Example:
+        >>> sure = torch.zeros(2, 2)  # two tokens that the drafter is certain of, as one window and a cut one
+        >>> expected_length_weights(sure, torch.tensor([[True, True], [False, True]]))
+        tensor([[2., 1.],
+                [0., 1.]])
+    """
+    steps, count = log_q.shape
+    share = torch.where(valid, _GRANTED + (1 - _GRANTED) * log_q.detach().exp(), 0.0)
+    reach = windows(share).cumprod(0)
+    rest = reach.flip(0).cumsum(0).flip(0)
+    weights = torch.stack([F.pad(rest[j, : count - min(j, count)], (min(j, count), 0)) for j in range(steps)])
+    return torch.where(valid, weights, 0.0)
+
+
+@register_objective("imitation")
+class ImitationLoss(Objective):
     """A divergence to the target at accepted contexts, unrolled as serving drafts.
 
     Li et al. 2025 (EAGLE-3, arXiv 2503.01840): the training-time test feeds the drafter its own hidden states.
-    Step ``j`` weighs ``decay ** j``.
 
     Args:
         drafter: its parameters learn.
@@ -59,13 +91,18 @@ class ImitationLoss(LossModule):
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied.
         steps: ``J``, depths to unroll.
         decay: weight of each further step.
-        reduction: "mean" over positions, "sum" or "none" (``[J, C]`` weighted values, zero where invalid).
+        weighting: "decay", or "expected_length" for :func:`expected_length_weights` in place of powers of ``decay``.
+        regression: weight of a smooth-L1 distance between what the draft head reads and what the target's head reads
+            (EAGLE, arXiv 2401.15077); 0 for none.
+        weight: factor on the loss, see :class:`Objective`.
+        reduction: see :class:`Objective`; positions are the completion tokens, groups the steps.
 
-    Forward reads packed trajectories (``aurora_rl.trajectories.pack``) and returns "loss_imitation" and, detached,
-    "agreement" ``[J]``: the share of positions where the likeliest tokens agree, an estimate of greedy acceptance.
+    The metric is "agreement" ``[J]``: the share of positions where the likeliest tokens agree, an estimate of greedy
+    acceptance.
 
     Raises:
-        ValueError: ``steps`` < 1, ``decay`` outside (0, 1], an unknown divergence or reduction.
+        ValueError: ``steps`` < 1, ``decay`` outside (0, 1], a negative ``regression``, an unknown divergence, weighting
+            or reduction; at the first batch, ``regression`` with a drafter whose unroll has no states.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -78,16 +115,6 @@ class ImitationLoss(LossModule):
         ['agreement', 'loss_imitation']
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Keys that can be renamed by ``set_keys``."""
-
-        hidden: NestedKey = ("spine", "hidden")
-
-    default_keys = _AcceptedKeys
-    tensor_keys: _AcceptedKeys
-    drafter: Drafter
-
     def __init__(
         self,
         drafter: Drafter,
@@ -97,24 +124,25 @@ class ImitationLoss(LossModule):
         renormalize: bool = True,
         steps: int = 3,
         decay: float = 0.8,
+        weighting: str = "decay",
+        regression: float = 0.0,
+        weight: float = 1.0,
         reduction: str = "mean",
     ) -> None:
         if steps < 1 or not 0 < decay <= 1:
             raise ValueError(f"imitation needs steps >= 1 and 0 < decay <= 1, got steps {steps}, decay {decay}")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        if isinstance(divergence, str):
-            if divergence not in DIVERGENCES:
-                raise ValueError(f"unknown divergence {divergence!r}; there are {', '.join(sorted(DIVERGENCES))}")
-            divergence = DIVERGENCES[divergence]
-        super().__init__()
-        self.divergence, self.renormalize = divergence, renormalize
-        self.drafter, self.steps, self.decay, self.reduction = drafter, steps, decay, reduction
-        self.register_buffer("head", head, persistent=False)
-        self._set_in_keys()
+        if weighting not in ("decay", "expected_length"):
+            raise ValueError(f"imitation's weighting must be 'decay' or 'expected_length', got {weighting!r}")
+        if not regression >= 0:
+            raise ValueError(f"imitation's regression must not be negative, got {regression}")
+        super().__init__(drafter, head, weight=weight, reduction=reduction)
+        self.divergence, self.renormalize = get_divergence(divergence), renormalize
+        self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
 
-    def _set_in_keys(self) -> None:
-        self._in_keys = [
+    @property
+    def reads(self) -> list[NestedKey]:
+        """See :attr:`Objective.reads`."""
+        return [
             ("spine", "tokens"),
             ("spine", "offset"),
             ("spine", "prompt_length"),
@@ -122,44 +150,39 @@ class ImitationLoss(LossModule):
             self.tensor_keys.hidden,
         ]
 
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        self._set_in_keys()
-
     @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries that forward reads."""
-        return self._in_keys
+    def metrics(self) -> list[str]:
+        """See :attr:`Objective.metrics`."""
+        return ["agreement"]
 
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Entries that forward returns."""
-        return ["loss_imitation", "agreement"]
+    def values(self, batch: TensorDictBase) -> Values:
+        """See :meth:`Objective.values`."""
+        unroll, hidden = self.drafter.unroll(batch, self.steps), batch[self.tensor_keys.hidden]
+        found = imitation(unroll, self.target_log_probs(hidden, renormalize=self.renormalize), self.divergence)
+        value, steps = found.divergence, torch.arange(len(unroll.logits), device=hidden.device)
+        if self.weighting == "decay":
+            weight = self.decay ** steps[:, None]
+        else:
+            weight = expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
+        if self.regression:
+            value = value + self.regression * _distance(unroll, hidden)
+        agreement = (found.agreement & unroll.valid).sum(1) / unroll.valid.sum(1).clamp(min=1)
+        return Values(value, weight, unroll.valid, {"agreement": agreement})
 
     @torch.no_grad()
-    def _target(self, hidden: Tensor) -> Tensor:
-        """The target's log-probabilities ``[C, Vd]`` where the output head reads ``hidden`` ``[C, H]``."""
-        hidden, vocab = hidden.to(self.head.dtype), self.drafter.draft_vocab
-        if self.renormalize:
-            return log_softmax(hidden @ self.head[vocab].T)
-        return log_softmax(hidden @ self.head.T)[:, vocab]
+    def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
+        """Log-probability of every completion token at every step, ``[J, C]``; −inf where it has no row."""
+        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        place = torch.arange(int(offset[-1]), device=offset.device) - torch.repeat_interleave(
+            offset[:-1] + prompt, offset.diff()
+        )
+        row = draft_rows(self.drafter.draft_vocab, batch["spine", "tokens"][place >= 0])
+        picked = [log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0] for logits in unroll.logits]
+        return torch.stack(picked).masked_fill(row < 0, -torch.inf)
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Loss and metrics of a packed batch."""
-        unroll = self.drafter.unroll(tensordict, self.steps)
-        log_p = self._target(tensordict[self.tensor_keys.hidden])
-        values = imitation(unroll, log_p, self.divergence)
-        steps = len(unroll.logits)
-        weight = self.decay ** torch.arange(steps, device=log_p.device)[:, None] * unroll.valid
-        loss = values.divergence * weight
-        if self.reduction == "mean":
-            # Each step is averaged over its own positions, so that a batch of short completions is not dominated by
-            # the first step.
-            loss = (loss.sum(1) / unroll.valid.sum(1).clamp(min=1)).sum()
-        elif self.reduction == "sum":
-            loss = loss.sum()
-        agreement = (values.agreement & unroll.valid).sum(1) / unroll.valid.sum(1).clamp(min=1)
-        return TensorDict({"loss_imitation": loss, "agreement": agreement}, batch_size=[])
+
+def _distance(unroll: Unroll, hidden: Tensor) -> Tensor:
+    """Smooth-L1 distance of each step's states from the target's, averaged over their width, ``[J, C]``."""
+    if unroll.states is None:
+        raise ValueError("objective 'imitation': regression needs a drafter whose unroll has states; set regression=0")
+    return torch.stack([F.smooth_l1_loss(s.float(), hidden.float(), reduction="none").mean(-1) for s in unroll.states])

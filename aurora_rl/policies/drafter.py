@@ -104,10 +104,12 @@ class Unroll(NamedTuple):
         logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
             of a chain of the true tokens, hence belongs to row ``c`` of ("spine", "hidden").
         valid: ``[J, C]`` bool; false where the anchor would lie before the last prompt token or has no feature.
+        states: ``J`` tensors ``[C, H]``, what the draft head read, where it is of the target's hidden size.
     """
 
     logits: list[Tensor]
     valid: Tensor
+    states: list[Tensor] | None = None
 
 
 class Drafter(nn.Module, ABC):

@@ -229,7 +229,7 @@ class Eagle3Drafter(Drafter):
         query_tokens = self._embed(tokens[every, inside])
         keep = column < count[:, None]
 
-        logits, valid, branch = [], [], None
+        logits, states, valid, branch = [], [], [], None
         hidden, x = hidden[every, inside], x[every, inside]
         for step in range(steps):
             if step:
@@ -241,9 +241,10 @@ class Eagle3Drafter(Drafter):
                 branch = own
             mask = torch.arange(pairs, device=tokens.device) <= (inside - step)[:, :, None]
             hidden = self.midlayer(x, hidden, inside, spine, mask, branch)
-            logits.append(self.lm_head(self.norm(hidden[keep])))
+            states.append(self.norm(hidden[keep]))
+            logits.append(self.lm_head(states[-1]))
             valid.append(((column >= step) & (pair >= step))[keep])
-        return Unroll(logits, torch.stack(valid))
+        return Unroll(logits, torch.stack(valid), states)
 
     def _read_spine(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
         """Pairs of each request, padded: tokens ``[n, T]``, hidden ``[n, T, H]``, attention input, keys and values."""

@@ -155,9 +155,12 @@ class MedusaDrafter(Drafter):
             growth.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
         return growth.proposal()
 
+    def _states(self, head: int, features: Tensor) -> Tensor:
+        """``[..., H]`` that one head (counted from 0) reads at features ``[..., H]``."""
+        return self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
+
     def _logits(self, head: int, features: Tensor) -> Tensor:
-        """``[..., Vd]`` of one head (counted from 0) at features ``[..., H]``."""
-        return self.lm_heads[head](self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype)))
+        return self.lm_heads[head](self._states(head, features))
 
     def _log_probs(self, head: int, features: Tensor) -> Tensor:
         return log_softmax(self._logits(head, features))
@@ -172,11 +175,12 @@ class MedusaDrafter(Drafter):
         column = torch.arange(len(request), device=offset.device) - (count.cumsum(0) - count)[request]
         pair = prompt[request] - 2 + column  # the pair that predicts the token at step 0
         first, features = _first_pair(batch)[request], batch["spine", "features"]
-        logits, valid = [], []
+        logits, states, valid = [], [], []
         for step in range(min(steps, self.num_heads)):
-            logits.append(self._logits(step, features[first + (pair - step).clamp(min=0)]))
+            states.append(self._states(step, features[first + (pair - step).clamp(min=0)]))
+            logits.append(self.lm_heads[step](states[-1]))
             valid.append((column >= step) & (pair >= step))
-        return Unroll(logits, torch.stack(valid))
+        return Unroll(logits, torch.stack(valid), states)
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`. What a context predicts depends on its root and depth only."""

@@ -124,7 +124,7 @@ def _check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     steps = 4
     batch = pack(trajectories)
     with torch.no_grad():
-        logits, valid = drafter.unroll(batch, steps)
+        logits, valid, _ = drafter.unroll(batch, steps)
     require(1 <= len(logits) <= steps, f"unroll of {steps} steps gave {len(logits)}")
     rows = batch["spine", "hidden"].shape[0]
     expected_shape = (rows, len(drafter.draft_vocab))
@@ -168,7 +168,7 @@ def _check_packing(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     atol = _COMPUTED[dtype_of(drafter)]
     together, alone = drafter.score(pack(trajectories)), [drafter.score(pack([t])) for t in trajectories]
     require(_close(together, torch.cat(alone), atol), "score depends on the other trajectories of the batch")
-    all_logits, valid = drafter.unroll(pack(trajectories), 3)
+    all_logits, valid, _ = drafter.unroll(pack(trajectories), 3)
     singles = [drafter.unroll(pack([t]), 3) for t in trajectories]
     require(
         torch.equal(valid, torch.cat([single.valid for single in singles], dim=1)),
@@ -221,7 +221,7 @@ def _check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
 
 def _check_gradients(drafter: Drafter, trajectories: list[TensorDict], without: Collection[str]) -> None:
     learner = copy.deepcopy(drafter).requires_grad_(True)
-    logits, valid = learner.unroll(pack(trajectories), 4)
+    logits, valid, _ = learner.unroll(pack(trajectories), 4)
     torch.stack([(step[ok] ** 2).sum() for step, ok in zip(logits, valid, strict=True)]).sum().backward()
     gradients = {parameter.data_ptr(): parameter.grad for parameter in learner.parameters()}
     for name, tensor in learner.published().items():

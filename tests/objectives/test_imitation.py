@@ -54,7 +54,7 @@ def test_mean_averages_each_step_over_its_own_positions(trajectories: list[Tenso
     drafter, head = make()
     batch = pack(trajectories)
     values = ImitationLoss(drafter, head, steps=3, decay=0.5, reduction="none")(batch)["loss_imitation"]
-    logits, valid = drafter.unroll(batch, 3)
+    logits, valid, _ = drafter.unroll(batch, 3)
     assert values.shape == (3, 22)
     assert not values[~valid].any()
     target = batch["spine", "hidden"] @ head[drafter.draft_vocab].T
@@ -81,7 +81,7 @@ def test_any_divergence_in_either_convention(
     batch, vocab = pack(trajectories), torch.arange(0, 32, 2)
     loss = ImitationLoss(drafter, head, divergence=divergence, renormalize=renormalize, steps=2, reduction="none")
     values = loss(batch)["loss_imitation"]
-    logits, valid = drafter.unroll(batch, 2)
+    logits, valid, _ = drafter.unroll(batch, 2)
     p = (batch["spine", "hidden"] @ head.T).softmax(-1)[:, vocab]
     if renormalize:
         p = p / p.sum(-1, keepdim=True)

@@ -35,7 +35,7 @@ def trajectory(tokens: int, prompt: int, first: float) -> TensorDict:
 
 def test_unroll_reads_the_feature_before_the_root() -> None:
     batch = pack([trajectory(6, 3, 0.0), trajectory(4, 1, 50.0)])
-    logits, valid = identity().unroll(batch, 2)
+    logits, valid, _ = identity().unroll(batch, 2)
     # Completion tokens at positions 3, 4, 5 and 1, 2, 3. At depth 1 the root is the token before, its pair one earlier.
     assert valid.tolist() == [[True, True, True, False, True, True], [False, True, True, False, False, True]]
     assert logits[0][valid[0], 0].tolist() == [1.0, 2.0, 3.0, 50.0, 51.0]
@@ -43,7 +43,7 @@ def test_unroll_reads_the_feature_before_the_root() -> None:
 
 
 def test_unroll_stops_at_the_last_head() -> None:
-    logits, valid = identity(num_heads=2).unroll(pack([trajectory(6, 2, 0.0)]), 5)
+    logits, valid, _ = identity(num_heads=2).unroll(pack([trajectory(6, 2, 0.0)]), 5)
     assert len(logits) == len(valid) == 2
 
 

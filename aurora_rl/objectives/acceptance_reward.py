@@ -1,0 +1,318 @@
+"""Acceptance-reward policy gradient: the drafter is a policy whose return is the number of accepted nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from aurora_rl.envs.verification import VerificationRule, get_rule
+from aurora_rl.objectives.contexts import context_hidden, path_products, subtree_sums
+from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.policies.drafter import Drafter, RecordedTrees, draft_rows, log_softmax
+from aurora_rl.trajectories import DRAFT_MODES, RULES
+from aurora_rl.trees import sibling_ranks
+
+# Batches in a row without a fresh round before that is an error.
+_NOTHING_FRESH = 20
+_WITHOUT_REPLACEMENT = DRAFT_MODES.index("sampled_without_replacement")
+
+
+def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's surrogate to maximise: min(r A, clamp(r, 1 − clip, 1 + clip) A) with r = exp(log_q − behaviour).
+
+    Schulman et al. 2017 (arXiv 1707.06347). All are of one shape.
+
+    Example:
+        >>> clipped_gain(torch.tensor([2.0]).log(), torch.zeros(1), torch.ones(1), clip=0.2)
+        tensor([1.2000])
+    """
+    ratio = (log_q - behaviour).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def before(context: Tensor, values: Tensor) -> Tensor:
+    """Sum of ``values`` over the earlier siblings of every node; both are ``[M]``.
+
+    Example:
+        >>> before(torch.tensor([0, 0, 3, 0]), torch.tensor([1.0, 2.0, 5.0, 4.0]))
+        tensor([0., 1., 0., 3.])
+    """
+    order = context.argsort(stable=True)
+    sums = values[order].cumsum(0) - values[order]
+    first = sibling_ranks(context)[order] == 0
+    base = sums[first].repeat_interleave(torch.diff(first.nonzero().flatten(), append=order.new_tensor([len(order)])))
+    return torch.empty_like(sums).index_copy(0, order, sums - base)
+
+
+@register_objective("acceptance_reward")
+class AcceptanceRewardLoss(Objective):
+    """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
+
+    With ``R`` the expected number given the tree and ``q`` the law of the tree, the derivative of the expected number
+    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighed with what hangs on
+    its draw: the nodes below it, and its later siblings with those below them.
+
+    ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
+    may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
+    accept bits, or of the indicators ``q < p``, is biased. On a chain the right one is ``1[q < p]`` times the accepted
+    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused.
+
+    Args:
+        drafter: its parameters learn.
+        head: ``[V, H]``, the target's output head, frozen.
+        reward: "expected" takes ``R`` from both distributions; "recorded" takes the accept bits.
+        baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
+            if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
+            direction, since a branch is part of its own mean, of low variance).
+        clip: None is REINFORCE, right for trees of the current weights. Otherwise the importance ratio from the
+            recorded log-probabilities is clipped to ``1 ± clip``, node by node.
+        max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
+        weight: factor on the loss, see :class:`Objective`.
+        reduction: see :class:`Objective`; positions are the trees, in one group.
+
+    The metrics are "expected_accepted", the mean of ``R``; "accepted", that of the bits; "ratio", the mean importance
+    ratio; and "stale", the share of trees that were left out.
+
+    Raises:
+        ValueError: an unknown reward or baseline, or a clip or limit out of range; at the first batch, trees that were
+            not sampled, a node that the drafter cannot have drawn, a missing log-probability, a rule or draft mode that
+            reward or baseline does not hold for, or siblings that a baseline misses; after more than twenty batches in
+            a row without a fresh round, that.
+
+    Example:
+        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
+        >>> from aurora_rl.trajectories import pack
+        >>> parts = TargetParts.of(tiny_target())
+        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+        >>> chains = tiny_trajectory(drafter, shape=TreeShape(3, mode="sampled"))
+        >>> sorted(AcceptanceRewardLoss(drafter, parts.head)(pack([chains])).keys())
+        ['accepted', 'expected_accepted', 'loss_acceptance_reward', 'ratio', 'stale']
+    """
+
+    sampled = True
+    newest: Tensor
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: Tensor,
+        *,
+        reward: str = "expected",
+        baseline: str = "none",
+        clip: float | None = None,
+        max_staleness: int | None = None,
+        weight: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        if reward not in ("expected", "recorded"):
+            raise ValueError(f"acceptance_reward's reward must be 'expected' or 'recorded', got {reward!r}")
+        if baseline not in ("none", "leave_one_out", "group"):
+            raise ValueError(
+                f"acceptance_reward's baseline must be 'none', 'leave_one_out' or 'group', got {baseline!r}"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"acceptance_reward's clip must be positive or null, got {clip}")
+        if max_staleness is not None and max_staleness < 0:
+            raise ValueError(f"acceptance_reward's max_staleness must not be negative, got {max_staleness}")
+        super().__init__(drafter, head, weight=weight, reduction=reduction)
+        self.reward, self.baseline, self.clip, self.max_staleness = reward, baseline, clip, max_staleness
+        self.register_buffer("newest", torch.tensor(-1))
+        self._nothing_fresh = 0
+
+    @property
+    def reads(self) -> list[NestedKey]:
+        """See :attr:`Objective.reads`."""
+        keys = self.tensor_keys
+        parts: dict[str, tuple[str, ...]] = {
+            "spine": ("tokens", "offset", "prompt_length", "features"),
+            "rounds": ("offset", "anchor", "request_offset", "policy_version"),
+            "nodes": ("tokens", "parents"),
+            "sampling": ("temperature", "top_k", "top_p", "rule", "draft_mode"),
+        }
+        own = [(part, key) for part, names in parts.items() for key in names]
+        return [*own, keys.hidden, keys.node_hidden, keys.accepted, keys.log_probs]
+
+    @property
+    def metrics(self) -> list[str]:
+        """See :attr:`Objective.metrics`."""
+        return ["expected_accepted", "accepted", "ratio", "stale"]
+
+    def values(self, batch: TensorDictBase) -> Values:
+        """See :meth:`Objective.values`."""
+        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
+        rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
+        request = trees.request[nodes]
+        self._check_draws(batch, request)
+        row = draft_rows(self.drafter.draft_vocab, batch["nodes", "tokens"])
+        recorded = batch[keys.log_probs]
+        if bool((row < 0).any()) or not bool(torch.isfinite(recorded).all()):
+            raise ValueError(
+                f"objective {self.name!r}: a node of the batch was not drawn from the drafter ({keys.log_probs} is not "
+                "finite, or its token has no row); serve with drafter.mode=sampled and drafter.lookup=0"
+            )
+
+        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
+        drawn_from[trees.parent] = True
+        context = (drawn_from.cumsum(0) - 1)[trees.parent]
+        log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
+        hidden = context_hidden(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
+        p = self.served_log_probs(batch, hidden, trees.request[drawn_from]).exp().to(log_q.dtype)
+        q = log_q.exp()
+        without = batch["sampling", "draft_mode"][request] == _WITHOUT_REPLACEMENT
+        of_node = _given_siblings(log_q[context, row], context, without)
+
+        def by_rule(of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
+            """Something of every node, ``of`` a rule and the nodes that were served with it."""
+            out = torch.zeros_like(of_node)
+            for code in batch["sampling", "rule"][request].unique().tolist():
+                here = (batch["sampling", "rule"][request] == code).nonzero().flatten()
+                out = out.index_copy(0, here, of(get_rule(RULES[code])(), here).to(out.dtype))
+            return out
+
+        needs_q = by_rule(lambda rule, here: torch.full_like(of_node[here], float(rule.needs_q))) > 0
+        acceptance = by_rule(lambda rule, here: rule.acceptance(p, q, row[here], context[here]))
+        reach = path_products(trees, acceptance)[nodes]
+        returns = subtree_sums(trees, reach)[rounds]
+        accepted = batch[keys.accepted].to(of_node.dtype)
+
+        with torch.no_grad():
+            if self.reward == "expected":
+                credit = self._hanging(trees, context, reach)
+            else:
+                self._check_recorded(context, needs_q)
+                # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
+                counts = torch.where(needs_q, (q[context, row] < p[context, row]).to(accepted.dtype), 1.0)
+                credit = counts * self._hanging(trees, context, accepted)
+            if self.baseline != "none":
+                self._check_baseline(context, needs_q, without)
+                # What every node would do as the first of its siblings: a function of its own branch alone.
+                alone = by_rule(
+                    lambda rule, here: rule.acceptance(
+                        p[context[here]], q[context[here]], row[here], torch.arange(len(here), device=row.device)
+                    )
+                )
+                below = subtree_sums(trees, path_products(trees, alone)[nodes])[nodes]
+                if self.baseline == "leave_one_out":
+                    credit = credit - _others(context, below, needs_q)
+                else:
+                    credit = _standardised(trees, below)
+        behaviour = of_node.detach() if self.clip is None else _given_siblings(recorded.to(q.dtype), context, without)
+        gain = clipped_gain(of_node, behaviour, credit, torch.inf if self.clip is None else self.clip)
+        if self.reward == "expected":
+            gain = gain + torch.where(needs_q, reach - reach.detach(), 0.0)
+        value = -subtree_sums(trees, gain)[rounds]
+
+        drafted = batch["rounds", "offset"].diff() > 0
+        fresh = self._fresh(batch["rounds", "policy_version"], drafted)
+        valid, share = drafted & fresh, fresh[drafted].double().mean() if bool(drafted.any()) else torch.ones(())
+        mean = {
+            "expected_accepted": returns,
+            "accepted": subtree_sums(trees, accepted)[rounds],
+        }
+        metrics = {name: part[valid].mean() if bool(valid.any()) else part.new_zeros(()) for name, part in mean.items()}
+        metrics["ratio"] = (of_node - recorded).exp().mean() if len(recorded) else of_node.new_ones(())
+        metrics["stale"] = 1 - share
+        return Values(value[None], value.new_ones(()), valid[None], metrics)
+
+    # ---- credit -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _hanging(trees: RecordedTrees, context: Tensor, values: Tensor) -> Tensor:
+        """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
+        below = subtree_sums(trees, values)[trees.num_rounds :]
+        of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
+        return of_context[context] - before(context, below)
+
+    # ---- what a batch must be ---------------------------------------------------------------------------------------
+
+    def _check_draws(self, batch: TensorDictBase, request: Tensor) -> None:
+        if bool((batch["sampling", "draft_mode"][request] == 0).any()):
+            raise ValueError(
+                f"objective {self.name!r}: ('sampling', 'draft_mode') is 'topk', and a drafter's likeliest nodes hold "
+                "no exploration; serve with drafter.mode=sampled"
+            )
+
+    def _check_recorded(self, context: Tensor, needs_q: Tensor) -> None:
+        siblings = bool((sibling_ranks(context) > 0)[needs_q].any())
+        if siblings:
+            raise ValueError(
+                f"objective {self.name!r}: reward='recorded' does not hold for rejection on trees, where a node's "
+                "acceptance depends on its siblings; set reward='expected', or serve chains (drafter.width=1)"
+            )
+
+    def _check_baseline(self, context: Tensor, needs_q: Tensor, without: Tensor) -> None:
+        if len(context) and not bool((sibling_ranks(context) > 0).any()):
+            raise ValueError(
+                f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
+                "any; serve with drafter.width > 1 and a node budget for it, or set baseline='none'"
+            )
+        if bool(without.any()):
+            raise ValueError(
+                f"objective {self.name!r}: baseline={self.baseline!r} needs independent siblings, and "
+                "('sampling', 'draft_mode') is 'sampled_without_replacement'; serve with drafter.mode=sampled"
+            )
+        if self.baseline == "group" and bool(needs_q.any()):
+            raise ValueError(
+                f"objective {self.name!r}: baseline='group' scales the score but not the gradient of the reward, which "
+                "rejection rules have; use leave_one_out"
+            )
+
+    def _fresh(self, version: Tensor, drafted: Tensor) -> Tensor:
+        """Which rounds are within the limit."""
+        if len(version):
+            self.newest.copy_(torch.maximum(self.newest, version.max()))
+        if self.max_staleness is None:
+            return torch.ones_like(version, dtype=torch.bool)
+        fresh = version >= self.newest - self.max_staleness
+        # One such batch is nothing: replay and the gate's held-back requests bring them.
+        self._nothing_fresh = 0 if bool(fresh[drafted].any()) else self._nothing_fresh + bool(drafted.any())
+        if self._nothing_fresh > _NOTHING_FRESH:
+            raise ValueError(
+                f"objective {self.name!r}: every round of {self._nothing_fresh} batches in a row is older than "
+                f"max_staleness={self.max_staleness} versions (newest {int(self.newest)}, this batch up to "
+                f"{int(version.max())}); raise it, or replay less (learner.replay)"
+            )
+        return fresh
+
+
+def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
+    """Leave-one-out baseline: what the siblings of each node would have had accepted, ``[M]``.
+
+    Their mean stands for the node itself. Where siblings do not compete for acceptance the later ones' own share is
+    taken off too: it hangs on the node's draw only where they repeat it.
+    """
+    size = int(context.max()) + 1
+    total, count = (below.new_zeros(size).index_add(0, context, part) for part in (below, torch.ones_like(below)))
+    others = (total[context] - below) / (count[context] - 1).clamp(min=1)
+    later = total[context] - below - before(context, below)
+    return others + torch.where(needs_q, 0.0, later)
+
+
+def _standardised(trees: RecordedTrees, below: Tensor) -> Tensor:
+    """Of every node, its branch's value less the mean of its root's branches, over their standard deviation."""
+    depth, parent = trees.depth[trees.num_rounds :], trees.parent
+    branch = torch.arange(len(depth), device=depth.device)
+    for level in range(2, int(depth.max()) + 1):
+        here = (depth == level).nonzero().flatten()
+        branch[here] = branch[parent[here] - trees.num_rounds]
+    top = (depth == 1).nonzero().flatten()
+    root, value = parent[top], below[top]
+    count, mean, square = (
+        below.new_zeros(trees.num_rounds).index_add(0, root, part) for part in (torch.ones_like(value), value, value**2)
+    )
+    mean, square = mean / count.clamp(min=1), square / count.clamp(min=1)
+    deviation = (square - mean**2).clamp(min=0).sqrt()
+    score = torch.zeros_like(below)
+    score[top] = (value - mean[root]) / (deviation[root] + 1e-6)
+    return score[branch]
+
+
+def _given_siblings(log_q: Tensor, context: Tensor, without: Tensor) -> Tensor:
+    """Log-probability of each draw given its earlier siblings, where draws are without replacement; all ``[M]``."""
+    taken = before(context, log_q.exp())
+    return torch.where(without, log_q - torch.log1p(-taken.clamp(max=1 - 1e-6)), log_q)

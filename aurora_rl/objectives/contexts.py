@@ -1,0 +1,103 @@
+"""The contexts of recorded trees: the roots of all rounds and then all nodes, as ``RecordedTrees`` counts them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from aurora_rl.policies.drafter import RecordedTrees
+
+
+def context_hidden(
+    batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey
+) -> Tensor:
+    """What the target's output head read at contexts.
+
+    Args:
+        batch: packed trajectories.
+        trees: of the batch.
+        wanted: ``[R + M]`` bool.
+        hidden: key of the spine's, ``[C, H]``.
+        node_hidden: key of the nodes', ``[M, H]``.
+
+    Returns:
+        ``[number wanted, H]``.
+    """
+    prompt = batch["spine", "prompt_length"]
+    count = batch["spine", "offset"].diff() - prompt
+    first = count.cumsum(0) - count
+    rounds = slice(trees.num_rounds)
+    request = trees.request[rounds]
+    # Row 0 of a request's hidden states belongs to its last prompt token; a root's pair is the token before it.
+    row = first[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
+    at_roots = batch[hidden][row[wanted[rounds]]]
+    return torch.cat([at_roots, batch[node_hidden][wanted[trees.num_rounds :]].to(at_roots.dtype)])
+
+
+def windows(steps: Tensor) -> Tensor:
+    """Values of an unroll, by the window that they belong to.
+
+    Args:
+        steps: ``[J, C]``, of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
+
+    Returns:
+        ``[J, C]``: row ``j`` of column ``c`` is the value of the ``j``-th token of the window that starts at completion
+        token ``c``, 0 beyond the last column. Of another request's token it is whatever stands there: invalid values
+        have to be 0.
+
+    Example:
+        >>> windows(torch.tensor([[1, 2, 3], [0, 5, 6]]))
+        tensor([[1, 2, 3],
+                [5, 6, 0]])
+    """
+    count = steps.shape[1]
+    return torch.stack([F.pad(step[j:], (0, min(j, count))) for j, step in enumerate(steps)])
+
+
+def path_products(trees: RecordedTrees, factors: Tensor) -> Tensor:
+    """Product of a factor of every node along its path from the root, its own included.
+
+    Args:
+        trees: of a batch.
+        factors: ``[M]``, with or without gradients.
+
+    Returns:
+        ``[R + M]``, 1 at the roots.
+
+    Example:
+        >>> chain = RecordedTrees(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
+        >>> path_products(chain, torch.tensor([0.5, 0.5]))
+        tensor([1.0000, 0.5000, 0.2500])
+    """
+    products = torch.cat([factors.new_ones(trees.num_rounds), factors])
+    depth = trees.depth[trees.num_rounds :]
+    for level in range(2, int(depth.max()) + 1 if len(depth) else 0):
+        here = (depth == level).nonzero().flatten()
+        products = products.index_copy(0, here + trees.num_rounds, products[trees.parent[here]] * factors[here])
+    return products
+
+
+def subtree_sums(trees: RecordedTrees, values: Tensor) -> Tensor:
+    """Sum of a value of every node over the node and all nodes below it.
+
+    Args:
+        trees: of a batch.
+        values: ``[M]``.
+
+    Returns:
+        ``[R + M]``; at a root the sum over its tree.
+
+    Example:
+        >>> chain = RecordedTrees(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
+        >>> subtree_sums(chain, torch.tensor([1.0, 2.0]))
+        tensor([3., 3., 2.])
+    """
+    sums = torch.cat([values.new_zeros(trees.num_rounds), values])
+    depth = trees.depth[trees.num_rounds :]
+    for level in range(int(depth.max()) if len(depth) else 0, 0, -1):
+        here = (depth == level).nonzero().flatten()
+        sums = sums.index_add(0, trees.parent[here], sums[here + trees.num_rounds])
+    return sums

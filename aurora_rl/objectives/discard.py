@@ -1,0 +1,128 @@
+"""Discard sampling: the drafter also learns at the contexts that it visited and verification threw away."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from aurora_rl.objectives.contexts import context_hidden, path_products
+from aurora_rl.objectives.divergences import Divergence, get_divergence
+from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
+
+
+@register_objective("discard")
+class DiscardSamplingLoss(Objective):
+    """A divergence to the target at rejected nodes.
+
+    Every node of a tree went through the target, so its distribution is known at the contexts that serving discards,
+    and the drafter's own states there are those of serving (arXiv 2602.06932, "discard sampling"; the paper's λ is
+    ``weight``). It is no penalty on the rejected tokens: at their parents the drafter learns by imitation.
+
+    Args:
+        drafter: its parameters learn.
+        head: ``[V, H]``, the target's output head, frozen.
+        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, or such a function.
+        renormalize: see ``ImitationLoss``.
+        top_k: compare over the target's likeliest tokens only, renormalised; None over all.
+        weighting: of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or "decay",
+            ``decay ** depth``.
+        decay: see ``weighting``.
+        weight: λ, see :class:`Objective`.
+        reduction: see :class:`Objective`; positions are the rejected nodes, in one group.
+
+    The metrics are "discarded", the number of contexts, and "discard_agreement", the share of them where the likeliest
+    tokens agree.
+
+    Raises:
+        ValueError: ``top_k`` < 1, ``decay`` outside (0, 1], an unknown divergence, weighting or reduction.
+
+    Example:
+        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
+        >>> from aurora_rl.trajectories import pack
+        >>> parts = TargetParts.of(tiny_target())
+        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+        >>> out = DiscardSamplingLoss(drafter, parts.head, weighting="reach")(pack([tiny_trajectory(drafter)]))
+        >>> sorted(out.keys())
+        ['discard_agreement', 'discarded', 'loss_discard']
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: Tensor,
+        *,
+        divergence: str | Divergence = "forward_kl",
+        renormalize: bool = True,
+        top_k: int | None = None,
+        weighting: str = "uniform",
+        decay: float = 0.8,
+        weight: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"discard's top_k must be at least 1 or null, got {top_k}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"discard's decay must lie in (0, 1], got {decay}")
+        if weighting not in ("uniform", "reach", "decay"):
+            raise ValueError(f"discard's weighting must be 'uniform', 'reach' or 'decay', got {weighting!r}")
+        super().__init__(drafter, head, weight=weight, reduction=reduction)
+        self.divergence, self.renormalize, self.top_k = get_divergence(divergence), renormalize, top_k
+        self.weighting, self.decay = weighting, decay
+
+    @property
+    def reads(self) -> list[NestedKey]:
+        """See :attr:`Objective.reads`."""
+        keys = self.tensor_keys
+        spine = ("tokens", "offset", "prompt_length", "features")
+        nodes = ("tokens", "parents")
+        rounds = ("offset", "anchor", "request_offset")
+        return [
+            *(("spine", key) for key in spine),
+            *(("rounds", key) for key in rounds),
+            *(("nodes", key) for key in nodes),
+            *(keys.accepted, keys.log_probs, keys.node_hidden),
+            *([keys.hidden] if self.weighting == "reach" else []),
+        ]
+
+    @property
+    def metrics(self) -> list[str]:
+        """See :attr:`Objective.metrics`."""
+        return ["discarded", "discard_agreement"]
+
+    def values(self, batch: TensorDictBase) -> Values:
+        """See :meth:`Objective.values`."""
+        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
+        nodes = slice(trees.num_rounds, None)
+        # Nodes of log-probability -inf are others' (prompt lookup's): the drafter did not visit them.
+        visited = batch[keys.log_probs] != -torch.inf
+        predicted = (trees.root[nodes] >= 0) & (trees.depth[nodes] < self.drafter.max_depth)
+        discarded = ~batch[keys.accepted] & visited & predicted
+        wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
+        wanted[nodes] = discarded
+        log_q = log_softmax(self.drafter.context_logits(batch, wanted))
+        log_p = self.target_log_probs(batch[keys.node_hidden][discarded], renormalize=self.renormalize)
+        agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean() if len(log_q) else log_q.new_zeros(())
+        if self.top_k is not None and self.top_k < log_p.shape[-1]:
+            least = log_p.topk(self.top_k, dim=-1).values[:, -1:]
+            log_p = log_softmax(log_p.masked_fill(log_p < least, -torch.inf))
+        metrics = {"discarded": discarded.sum(), "discard_agreement": agreement}
+        weight = self._weights(batch, trees)[discarded]
+        value = self.divergence(log_p, log_q)[None]
+        return Values(value, weight, torch.ones_like(value, dtype=torch.bool), metrics)
+
+    @torch.no_grad()
+    def _weights(self, batch: TensorDictBase, trees: RecordedTrees) -> Tensor:
+        """Of every node, ``[M]``."""
+        depth = trees.depth[trees.num_rounds :]
+        if self.weighting != "reach":
+            return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(self.head.dtype)
+        parents = torch.zeros_like(trees.depth, dtype=torch.bool)
+        parents[trees.parent] = True
+        hidden = context_hidden(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
+        log_p = log_softmax(hidden.to(self.head.dtype) @ self.head.T)
+        chance = log_p[(parents.cumsum(0) - 1)[trees.parent], batch["nodes", "tokens"]].exp()
+        return path_products(trees, chance)[trees.num_rounds :]

@@ -1,0 +1,328 @@
+"""The objective seam: a TorchRL loss on packed trajectories, made of per-position values and reduced in one place."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.objectives import LossModule
+
+from aurora_rl.envs.sampling import served_log_probs
+from aurora_rl.policies.drafter import Drafter, log_softmax
+
+_ENTRY_POINTS = "aurora_rl.objectives"
+
+
+class Values(NamedTuple):
+    """Per-position values of an objective, in ``G`` groups (such as unroll steps) of ``X`` positions.
+
+    Attributes:
+        value: ``[G, X]``, to minimise; what stands at invalid positions is not looked at.
+        weight: broadcasts to ``[G, X]``.
+        valid: ``[G, X]`` bool.
+        metrics: figures for the log; detached by the caller.
+    """
+
+    value: Tensor
+    weight: Tensor
+    valid: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(LossModule):
+    """A loss on packed trajectories (``aurora_rl.trajectories.pack``) that teaches a drafter.
+
+    A subclass gives :meth:`values`; registered by :func:`register_objective` it is known to configurations by its name.
+    Forward returns "loss_<name>" and its metrics, and leaves its input as it is.
+
+    Args:
+        drafter: its parameters learn.
+        head: ``[V, H]``, the target's output head, frozen.
+        weight: factor on the loss, for sums of objectives.
+        reduction: "mean" averages each group over its valid positions and adds the groups; "sum"; "none" gives
+            ``[G, X]``, zero where invalid.
+
+    Attributes:
+        name: by which it is configured.
+        sampled: whether it needs nodes that the drafter drew at random.
+
+    Raises:
+        ValueError: an unknown reduction, or a weight that is not finite.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that can be renamed by ``set_keys``."""
+
+        hidden: NestedKey = ("spine", "hidden")
+        node_hidden: NestedKey = ("nodes", "hidden")
+        accepted: NestedKey = ("nodes", "accepted")
+        log_probs: NestedKey = ("nodes", "log_probs")
+
+    name: ClassVar[str]
+    sampled: ClassVar[bool] = False
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    drafter: Drafter
+    head: Tensor
+
+    def __init__(self, drafter: Drafter, head: Tensor, *, weight: float = 1.0, reduction: str = "mean") -> None:
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        if not torch.isfinite(torch.tensor(float(weight))):
+            raise ValueError(f"{self.name}: weight must be finite, got {weight}")
+        super().__init__()
+        self.drafter, self.weight, self.reduction = drafter, weight, reduction
+        self.register_buffer("head", head, persistent=False)
+        self._in_keys: list[NestedKey] | None = None
+
+    @property
+    @abstractmethod
+    def reads(self) -> list[NestedKey]:
+        """Entries of a batch that :meth:`values` reads."""
+
+    @abstractmethod
+    def values(self, batch: TensorDictBase) -> Values:
+        """Per-position values of a packed batch."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that :meth:`values` gives."""
+        return []
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that forward reads."""
+        return self._in_keys or self.reads
+
+    @in_keys.setter
+    def in_keys(self, keys: list[NestedKey]) -> None:
+        self._in_keys = keys
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that forward returns."""
+        return [f"loss_{self.name}", *self.metrics]
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """Called when keys are renamed; there is no value estimator."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Loss and metrics of a packed batch.
+
+        Raises:
+            ValueError: the batch lacks something that the objective needs; the message names it and its source.
+        """
+        for key in self.reads:
+            if key not in tensordict.keys(include_nested=True):
+                raise ValueError(f"objective {self.name!r} needs {key} in the batch, which has no such entry")
+        value, weight, valid, metrics = self.values(tensordict)
+        # Where a position is invalid the value may be infinite, and zero times that is not zero.
+        weighted = torch.where(valid, value * weight, 0.0)
+        if self.reduction == "mean":
+            # Groups keep their own mean, so that a batch of short completions is not dominated by the first step.
+            loss = (weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
+        else:
+            loss = weighted.sum() if self.reduction == "sum" else weighted
+        out = {name: metric.detach() for name, metric in metrics.items()}
+        return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
+
+    @torch.no_grad()
+    def target_log_probs(self, hidden: Tensor, *, renormalize: bool) -> Tensor:
+        """The target's log-probabilities at temperature 1 on the draft vocabulary.
+
+        Args:
+            hidden: ``[X, H]``, what the output head reads.
+            renormalize: over the draft vocabulary; otherwise rows sum to the mass that it covers.
+
+        Returns:
+            ``[X, Vd]``.
+        """
+        hidden, vocab = hidden.to(self.head.dtype), self.drafter.draft_vocab
+        if renormalize:
+            return log_softmax(hidden @ self.head[vocab].T)
+        return log_softmax(hidden @ self.head.T)[:, vocab]
+
+    @torch.no_grad()
+    def served_log_probs(
+        self, batch: TensorDictBase, hidden: Tensor, request: Tensor, *, greedy: bool = False
+    ) -> Tensor:
+        """The log-probabilities that were served, after temperature, top-k and top-p, on the draft vocabulary.
+
+        Args:
+            batch: packed trajectories.
+            hidden: ``[X, H]``, what the output head reads.
+            request: ``[X]`` int64, the request of each row.
+            greedy: take every request as decoded greedily.
+
+        Returns:
+            ``[X, Vd]``, not renormalised; the point mass on the argmax where the request was decoded greedily.
+        """
+        temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
+        if greedy:
+            temperature = torch.zeros_like(temperature)
+        logits = hidden.to(self.head.dtype) @ self.head.T
+        return served_log_probs(logits, temperature, top_k, top_p)[:, self.drafter.draft_vocab]
+
+
+class SumLoss(LossModule):
+    """Objectives that are learned together. Their losses are summed by whoever optimises, as TorchRL's are.
+
+    A second objective of the same name, such as imitation by another divergence, has "_2" behind its entries.
+
+    Args:
+        objectives: at least one, of one drafter.
+
+    Example:
+        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
+        >>> from aurora_rl.trajectories import pack
+        >>> parts = TargetParts.of(tiny_target())
+        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+        >>> settings = [{"name": "imitation"}, {"name": "discard", "weight": 0.5}]
+        >>> loss = SumLoss(make_objectives(settings, drafter, parts.head))
+        >>> [key for key in loss(pack([tiny_trajectory(drafter)])).keys() if key.startswith("loss")]
+        ['loss_imitation', 'loss_discard']
+    """
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        if not objectives:
+            raise ValueError("objectives is empty; name at least one, such as [{name: imitation}]")
+        super().__init__()
+        # In a ModuleList a drafter that all of them share is one module: its parameters are listed once.
+        self.objectives = nn.ModuleList(objectives)
+        seen: Counter[str] = Counter()
+        self._suffixes: list[str] = []
+        for objective in objectives:
+            seen[objective.name] += 1
+            self._suffixes.append("" if seen[objective.name] == 1 else f"_{seen[objective.name]}")
+
+    def _parts(self) -> list[tuple[Objective, str]]:
+        return [(o, s) for o, s in zip(self.objectives, self._suffixes, strict=True) if isinstance(o, Objective)]
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """There is no value estimator."""
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that forward reads."""
+        return list(dict.fromkeys(key for objective, _ in self._parts() for key in objective.in_keys))
+
+    @in_keys.setter
+    def in_keys(self, keys: list[NestedKey]) -> None:
+        raise AttributeError("the keys of a SumLoss are those of its objectives; set them there")
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that forward returns."""
+        return [f"{key}{suffix}" for objective, suffix in self._parts() for key in objective.out_keys]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Losses and metrics of a packed batch; errors as of the objectives."""
+        out = TensorDict({}, batch_size=[])
+        for objective, suffix in self._parts():
+            for key, value in objective(tensordict).items():
+                out[f"{key}{suffix}"] = value
+        return out
+
+
+# ---- registry -------------------------------------------------------------------------------------------------------
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+_O = TypeVar("_O", bound=type[Objective])
+
+
+def register_objective(name: str) -> Callable[[_O], _O]:
+    """Class decorator: make an objective available by name in configurations.
+
+    A package makes its own known without being imported first by an entry point of the group
+    ``aurora_rl.objectives`` whose name is the objective's and whose value its class.
+
+    Args:
+        name: of the objective; its loss is "loss_<name>".
+
+    Raises:
+        ValueError: another class has the name.
+    """
+
+    def register(cls: _O) -> _O:
+        cls.name = name
+        if OBJECTIVES.setdefault(name, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"the objective name {name!r} belongs to {OBJECTIVES[name].__qualname__}; choose another")
+        OBJECTIVES[name] = cls
+        return cls
+
+    return register
+
+
+def get_objective(name: str) -> type[Objective]:
+    """The class of a registered objective or entry point.
+
+    Raises:
+        ValueError: there is none of the name; the message names the nearest.
+
+    Example:
+        >>> get_objective("imitation").__name__
+        'ImitationLoss'
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    found = {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
+    if name not in found:
+        known = sorted({*OBJECTIVES, *found})
+        near = difflib.get_close_matches(name, known, 1, 0)[0]
+        raise ValueError(f"no objective is called {name!r}; did you mean {near!r}? There are {', '.join(known)}")
+    cls = found[name].load()
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise ValueError(f"the entry point {name!r} is {found[name].value}, which is no subclass of Objective")
+    cls.name = name
+    return cls
+
+
+def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
+    """The class that a mapping of name and settings asks for.
+
+    Raises:
+        ValueError: no name, an unknown name or an unknown setting; the message names the nearest.
+    """
+    if "name" not in settings:
+        raise ValueError(f"an objective needs a name, got {dict(settings)}")
+    cls = get_objective(str(settings["name"]))
+    known = [p for p in inspect.signature(cls).parameters if p not in ("drafter", "head", "reduction")]
+    for key in settings:
+        if key not in ("name", *known):
+            near = difflib.get_close_matches(str(key), known, 1, 0)[0]
+            raise ValueError(f"objective {cls.name!r} has no setting {key!r}; did you mean {near!r}?")
+    return cls
+
+
+def make_objectives(settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: Tensor) -> list[Objective]:
+    """Objectives from a list of mappings: a name each, and the class's keyword arguments.
+
+    Args:
+        settings: such as ``[{"name": "imitation", "steps": 3}]``.
+        drafter: see :class:`Objective`.
+        head: see :class:`Objective`.
+
+    Raises:
+        ValueError: see :func:`check_settings`; also what the classes say of the values.
+    """
+    made = []
+    for each in settings:
+        cls = check_settings(each)
+        try:
+            made.append(cls(drafter, head, **{str(k): v for k, v in each.items() if k != "name"}))
+        except TypeError as error:
+            raise ValueError(f"objective {cls.name!r}: {error}") from error
+    return made

@@ -1,0 +1,204 @@
+"""A drafter and a target that are tables of logits by text, and batches of their trees: small enough to enumerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
+from aurora_rl.policies.drafter import RecordedTrees
+from aurora_rl.trajectories import DRAFT_MODES, RULES, pack
+
+VOCAB = 3
+Text = tuple[int, ...]
+TEXTS: list[Text] = [text for length in range(4) for text in product(range(VOCAB), repeat=length)]
+
+
+class Tabular(Drafter):
+    """Logits by the text since the root."""
+
+    def __init__(self, seed: int, draft_vocab: Tensor | None = None) -> None:
+        super().__init__()
+        self.feature_layers = (0,)
+        self.draft_vocab = torch.arange(VOCAB) if draft_vocab is None else draft_vocab
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(
+            torch.randn(len(TEXTS), len(self.draft_vocab), generator=generator, dtype=torch.float64)
+        )
+
+    def log_q(self, text: Text) -> Tensor:
+        return self.table[TEXTS.index(text)].log_softmax(-1)
+
+    def context_logits(self, batch: TensorDict, wanted: Tensor) -> Tensor:
+        trees = RecordedTrees.of(batch)
+        texts: list[Text] = [()] * trees.num_rounds
+        for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
+            texts.append((*texts[parent], token))
+        index = torch.tensor([TEXTS.index(t) for t, w in zip(texts, wanted.tolist(), strict=True) if w])
+        return self.table[index.long()]
+
+    def unroll(self, batch: TensorDict, steps: int) -> Unroll:
+        raise NotImplementedError
+
+    from_target = allocate = extend = published = stage = classmethod(lambda cls, *args, **kwargs: None)
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        raise NotImplementedError
+
+
+class Target:
+    """Logits by text; its output head is the identity, so a hidden state is the logits themselves."""
+
+    def __init__(self, seed: int, temperature: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        self.table = torch.randn(len(TEXTS), VOCAB, generator=generator, dtype=torch.float64)
+        self.temperature = temperature
+
+    head = torch.eye(VOCAB, dtype=torch.float64)
+
+    def p(self, text: Text) -> Tensor:
+        """The served distribution."""
+        logits = self.table[TEXTS.index(text)]
+        if self.temperature == 0:
+            return nn.functional.one_hot(logits.argmax(), VOCAB).double()
+        return (logits / self.temperature).softmax(-1)
+
+
+class Tree:
+    """A drawn tree: parents in topological order and tokens."""
+
+    def __init__(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
+        self.parents, self.tokens = tuple(parents), tuple(tokens)
+        self.texts: list[Text] = []
+        for parent, token in zip(parents, tokens, strict=True):
+            self.texts.append((*self.before(parent), token))
+
+    def before(self, parent: int) -> Text:
+        return () if parent < 0 else self.texts[parent]
+
+    def children(self, parent: int) -> list[int]:
+        return [i for i, above in enumerate(self.parents) if above == parent]
+
+
+def trees(parents: Sequence[int], distinct: bool = False) -> Iterator[Tree]:
+    """Every tree of these parents; ``distinct``: siblings that differ only."""
+    for tokens in product(range(VOCAB), repeat=len(parents)):
+        tree = Tree(parents, tokens)
+        pairs = [(parent, token) for parent, token in zip(parents, tokens, strict=True)]
+        if not distinct or len(set(pairs)) == len(pairs):
+            yield tree
+
+
+def chance(drafter: Tabular, tree: Tree, distinct: bool) -> Tensor:
+    """Probability that the drafter draws the tree, with its gradient."""
+    total = torch.ones((), dtype=torch.float64)
+    for parent in {-1, *tree.parents}:
+        q = drafter.log_q(tree.before(parent)).exp()
+        taken = torch.zeros((), dtype=torch.float64)
+        for child in tree.children(parent):
+            total = total * q[tree.tokens[child]] / (1 - taken if distinct else 1.0)
+            taken = taken + q[tree.tokens[child]]
+    return total
+
+
+def reach(drafter: Tabular, target: Target, tree: Tree, rule: str) -> list[Tensor]:
+    """Chance that each node is accepted, by the definition of the rule, with its gradient."""
+    out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
+
+    def descend(parent: int, arrived: Tensor) -> None:
+        p, q = target.p(tree.before(parent)), drafter.log_q(tree.before(parent)).exp()
+        seen: set[int] = set()
+        for child in tree.children(parent):
+            token = tree.tokens[child]
+            if rule in ("greedy", "sample_and_match"):
+                take = p[token] * (token not in seen)
+                out[child] = arrived * take
+            elif rule == "rejection" or token not in seen:
+                take = torch.clamp(p[token] / q[token], max=1)
+                out[child] = arrived * take
+                arrived = arrived * (1 - take)
+                left = (p - q).clamp(min=0)
+                p = left / left.sum().clamp(min=1e-300)
+                if rule != "rejection":
+                    q = q * (torch.arange(VOCAB) != token)
+                    q = q / q.sum().clamp(min=1e-300)
+            seen.add(token)
+            descend(child, out[child])
+
+    descend(-1, torch.ones((), dtype=torch.float64))
+    return out
+
+
+def ends(tree: Tree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Tensor]]:
+    """Every set of accepted nodes, and its probability."""
+    for node in range(-1, len(tree.tokens)):
+        stays = (reached[node] if node >= 0 else torch.ones(())) - sum(reached[c] for c in tree.children(node))
+        accepted, at = [False] * len(tree.tokens), node
+        while at >= 0:
+            accepted[at], at = True, tree.parents[at]
+        yield accepted, stays.detach()
+
+
+def trajectory(
+    tree: Tree,
+    target: Target,
+    *,
+    rule: str,
+    mode: str = "sampled",
+    accepted: Sequence[bool] | None = None,
+    log_probs: Sequence[float] | None = None,
+    version: int = 0,
+) -> TensorDict:
+    """The trajectory of a request of one round that drafted this tree."""
+    count = len(tree.tokens)
+    hidden = [target.table[TEXTS.index(text)] for text in tree.texts]
+    return TensorDict(
+        {
+            "request": torch.tensor(0),
+            "spine": {
+                "tokens": torch.tensor([0, 0, 0]),
+                "prompt_length": torch.tensor(2),
+                "features": torch.zeros(2, 1, dtype=torch.float64),
+                "hidden": target.table[TEXTS.index(())][None],
+            },
+            "rounds": {
+                "anchor": torch.tensor([1]),
+                "offset": torch.tensor([0, count]),
+                "policy_version": torch.tensor([version]),
+                "cache_version": torch.tensor([version]),
+            },
+            "nodes": {
+                "tokens": torch.tensor(tree.tokens, dtype=torch.int64),
+                "parents": torch.tensor(tree.parents, dtype=torch.int64),
+                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count),
+                "accepted": torch.tensor(accepted if accepted is not None else [False] * count, dtype=torch.bool),
+                "hidden": torch.stack(hidden) if hidden else torch.zeros(0, VOCAB, dtype=torch.float64),
+            },
+            "sampling": {
+                "temperature": torch.tensor(target.temperature, dtype=torch.float64),
+                "top_k": torch.tensor(0),
+                "top_p": torch.tensor(1.0),
+                "seed": torch.tensor(0),
+                "rule": torch.tensor(RULES.index(rule)),
+                "draft_mode": torch.tensor(DRAFT_MODES.index(mode)),
+            },
+        },
+        batch_size=[],
+    )
+
+
+def gradient(drafter: Tabular, value: Tensor) -> Tensor:
+    """Of a scalar in the drafter's table."""
+    (grad,) = torch.autograd.grad(value, drafter.table, retain_graph=True)
+    return grad
+
+
+def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[TensorDict], TensorDict]) -> Tensor:
+    """Mean of a loss with reduction "none" over trajectories of given probabilities."""
+    batch, weights = pack([t for t, _ in items]), torch.stack([w.detach() for _, w in items])
+    (key,) = [k for k in loss(batch).keys() if k.startswith("loss_")]
+    return (loss(batch)[key][0] * weights).sum()

@@ -1,0 +1,323 @@
+"""AcceptanceRewardLoss: its gradient, summed over all trees and outcomes, is that of the expected accepted length.
+
+Drafter and target are tables over three tokens, the rules are followed by their definitions, and every tree that can be
+drawn is. So a biased estimator shows to the last digit, and the well-known wrong ones have to.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tabular import TEXTS, VOCAB, Tabular, Target, Tree, chance, ends, expectation, gradient, reach, trajectory, trees
+from torch import Tensor
+
+from aurora_rl.objectives import AcceptanceRewardLoss
+from aurora_rl.objectives.acceptance_reward import before, clipped_gain
+from aurora_rl.trajectories import pack
+
+CHAIN2, CHAIN3, BRANCHES, BUSH = (-1, 0), (-1, 0, 1), (-1, -1, 0, 1), (-1, -1, -1)
+SERVED = [
+    ("sample_and_match", "sampled", 1.0),
+    ("sample_and_match", "sampled", 0.5),
+    ("greedy", "sampled", 0.0),
+    ("rejection", "sampled", 1.0),
+    ("rejection", "sampled", 0.0),
+    ("sample_and_match", "sampled_without_replacement", 1.0),
+    ("rejection_without_replacement", "sampled_without_replacement", 1.0),
+    ("rejection_without_replacement", "sampled", 1.0),
+]
+
+
+def exact(drafter: Tabular, target: Target, parents: tuple[int, ...], rule: str, mode: str) -> Tensor:
+    """Gradient of the expected number of accepted nodes."""
+    distinct = mode == "sampled_without_replacement"
+    total = sum(
+        chance(drafter, tree, distinct) * sum(reach(drafter, target, tree, rule)) for tree in trees(parents, distinct)
+    )
+    assert isinstance(total, Tensor)
+    return gradient(drafter, total)
+
+
+def estimated(
+    drafter: Tabular, target: Target, parents: tuple[int, ...], rule: str, mode: str, bits: bool = False, **settings
+) -> Tensor:
+    """Minus the expected gradient of the loss, over all trees and, with ``bits``, all outcomes."""
+    distinct, items = mode == "sampled_without_replacement", []
+    for tree in trees(parents, distinct):
+        drawn = chance(drafter, tree, distinct).detach()
+        outcomes = ends(tree, reach(drafter, target, tree, rule)) if bits else [(None, torch.ones(()))]
+        items += [(trajectory(tree, target, rule=rule, mode=mode, accepted=a), drawn * w) for a, w in outcomes]
+    loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
+    return -gradient(drafter, expectation(items, loss))
+
+
+@pytest.mark.parametrize("parents", [CHAIN2, CHAIN3, BRANCHES, BUSH], ids=str)
+@pytest.mark.parametrize(("rule", "mode", "temperature"), SERVED)
+def test_unbiased_by_enumeration(parents: tuple[int, ...], rule: str, mode: str, temperature: float) -> None:
+    drafter, target = Tabular(0), Target(0, temperature)
+    expected = exact(drafter, target, parents, rule, mode)
+    # Three different tokens are all there are, and one of them is always accepted.
+    certain = parents == BUSH and mode == "sampled_without_replacement"
+    assert certain or expected.abs().max() > 1e-3
+    torch.testing.assert_close(estimated(drafter, target, parents, rule, mode), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("parents", [BRANCHES, BUSH], ids=str)
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
+def test_leave_one_out_keeps_it_unbiased(parents: tuple[int, ...], rule: str, bits: bool) -> None:
+    if bits and rule == "rejection":
+        return
+    drafter, target = Tabular(1), Target(1)
+    settings = {"baseline": "leave_one_out", "reward": "recorded" if bits else "expected"}
+    got = estimated(drafter, target, parents, rule, "sampled", bits=bits, **settings)
+    torch.testing.assert_close(got, exact(drafter, target, parents, rule, "sampled"), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("parents", [CHAIN2, CHAIN3, BRANCHES], ids=str)
+@pytest.mark.parametrize(("rule", "temperature"), [("sample_and_match", 1.0), ("greedy", 0.0)])
+def test_accept_bits_are_right_where_acceptance_does_not_look_at_q(
+    parents: tuple[int, ...], rule: str, temperature: float
+) -> None:
+    drafter, target = Tabular(2), Target(2, temperature)
+    got = estimated(drafter, target, parents, rule, "sampled", bits=True, reward="recorded")
+    torch.testing.assert_close(got, exact(drafter, target, parents, rule, "sampled"), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("parents", [(-1,), CHAIN2, CHAIN3], ids=str)
+def test_rejection_on_a_chain_counts_bits_where_q_is_below_p(parents: tuple[int, ...]) -> None:
+    drafter, target = Tabular(3), Target(3)
+    expected = exact(drafter, target, parents, "rejection", "sampled")
+    got = estimated(drafter, target, parents, "rejection", "sampled", bits=True, reward="recorded")
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+    if len(parents) == 1:  # one token: minus the gradient of total variation
+        q, p = drafter.log_q(()).exp(), target.p(())
+        torch.testing.assert_close(expected, -gradient(drafter, (p - q).abs().sum() / 2), atol=1e-12, rtol=0)
+
+
+def naive(parents: tuple[int, ...], reward: str) -> tuple[Tensor, Tensor]:
+    """The estimators that suggest themselves under rejection, over all trees and outcomes, and the truth."""
+    drafter, target = Tabular(3), Target(3)
+    total = torch.zeros((), dtype=torch.float64)
+    for tree in trees(parents):
+        scores = [drafter.log_q(tree.before(par))[tok] for par, tok in zip(tree.parents, tree.tokens, strict=True)]
+        below = [
+            bool(drafter.log_q(tree.before(par)).exp()[tok] < target.p(tree.before(par))[tok])
+            for par, tok in zip(tree.parents, tree.tokens, strict=True)
+        ]
+        drawn = chance(drafter, tree, False).detach()
+        for accepted, share in ends(tree, reach(drafter, target, tree, "rejection")):
+            for j, score in enumerate(scores):
+                to_go = {
+                    "bits": sum(accepted[j:]),
+                    "own bit": accepted[j],
+                    "indicators": sum(b and all(accepted[:i]) for i, b in enumerate(below) if i >= j),
+                }[reward]
+                total = total + drawn * share * float(to_go) * score
+    return gradient(drafter, total), exact(drafter, target, parents, "rejection", "sampled")
+
+
+@pytest.mark.parametrize("parents", [CHAIN2, CHAIN3], ids=str)
+@pytest.mark.parametrize("reward", ["bits", "own bit", "indicators"])
+def test_the_rewards_that_suggest_themselves_are_biased_under_rejection(parents: tuple[int, ...], reward: str) -> None:
+    wrong, truth = naive(parents, reward)
+    assert (wrong - truth).abs().max() > 0.01
+
+
+def test_samples_point_where_the_exact_gradient_does() -> None:
+    """Cosine with the exact gradient grows with the number of trees, and leave-one-out needs fewer."""
+    drafter, target = Tabular(4), Target(4)
+    truth, generator = exact(drafter, target, BRANCHES, "sample_and_match", "sampled"), torch.Generator().manual_seed(0)
+    every = list(trees(BRANCHES))
+    law = torch.stack([chance(drafter, tree, False).detach() for tree in every])
+
+    def cosine(count: int, **settings: str) -> float:
+        found = []
+        for _ in range(20):
+            drawn = law.multinomial(count, True, generator=generator).bincount(minlength=len(every)).double()
+            items = [
+                (trajectory(t, target, rule="sample_and_match"), n / count)
+                for t, n in zip(every, drawn, strict=True) if n
+            ]  # fmt: skip
+            loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
+            found.append(
+                torch.cosine_similarity(-gradient(drafter, expectation(items, loss)).flatten(), truth.flatten(), 0)
+            )
+        return float(torch.stack(found).mean())
+
+    plain = [cosine(n) for n in (10, 100, 1000)]
+    assert plain[0] < plain[1] < plain[2] and plain[2] > 0.95
+    assert cosine(10, baseline="leave_one_out") > plain[0] + 0.05
+
+
+def test_group_scores_are_standardised_within_a_root() -> None:
+    drafter, target = Tabular(5), Target(5)
+    tree = Tree(BRANCHES, (0, 1, 2, 0))
+    batch = pack([trajectory(tree, target, rule="sample_and_match")])
+    loss = AcceptanceRewardLoss(drafter, target.head, baseline="group", reduction="sum")
+    p = target.p(())
+    branch = [p[0] * (1 + target.p((0,))[2]), p[1] * (1 + target.p((1,))[0])]
+    sign = 1.0 if branch[0] > branch[1] else -1.0  # of two, the better is at plus one deviation
+    scores = [drafter.log_q(()), drafter.log_q(()), drafter.log_q((0,)), drafter.log_q((1,))]
+    picked = [s[t] for s, t in zip(scores, tree.tokens, strict=True)]
+    expected = -(sign * (picked[0] + picked[2]) - sign * (picked[1] + picked[3]))
+    got = gradient(drafter, loss(batch)["loss_acceptance_reward"])
+    torch.testing.assert_close(got, gradient(drafter, expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_clipped_ratio_stops_what_has_moved_far_enough() -> None:
+    drafter, target = Tabular(6), Target(6)
+    tree = Tree((-1,), (1,))
+    now = float(drafter.log_q(())[1].detach())
+    for behaviour, moves in ((now, True), (now - 0.5, False), (now + 0.5, True)):
+        batch = pack([trajectory(tree, target, rule="sample_and_match", log_probs=[behaviour])])
+        out = AcceptanceRewardLoss(drafter, target.head, clip=0.2)(batch)
+        assert bool(gradient(drafter, out["loss_acceptance_reward"]).any()) is moves
+        assert float(out["ratio"]) == pytest.approx(torch.tensor(now - behaviour).exp().item(), rel=1e-5)
+        # Not clipped, the gradient is the ratio's.
+    free = AcceptanceRewardLoss(drafter, target.head, clip=10.0)(batch)["loss_acceptance_reward"]
+    ratio = (drafter.log_q(())[1] - (now + 0.5)).exp()
+    torch.testing.assert_close(
+        gradient(drafter, free), gradient(drafter, -ratio * target.p(())[1]), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_stale_rounds_are_left_out_and_counted() -> None:
+    drafter, target = Tabular(7), Target(7)
+    old, new = (trajectory(Tree((-1,), (t,)), target, rule="sample_and_match", version=v) for t, v in ((0, 3), (1, 5)))
+    loss = AcceptanceRewardLoss(drafter, target.head, max_staleness=1)
+    both = loss(pack([old, new]))
+    assert float(both["stale"]) == 0.5
+    alone = AcceptanceRewardLoss(drafter, target.head)(pack([new]))
+    torch.testing.assert_close(both["loss_acceptance_reward"], alone["loss_acceptance_reward"])
+    torch.testing.assert_close(both["expected_accepted"], target.p(())[1])
+    for _ in range(20):  # the newest version that was seen counts, not the batch's
+        out = loss(pack([old]))
+        assert float(out["loss_acceptance_reward"]) == 0.0 and float(out["stale"]) == 1.0
+    with pytest.raises(
+        ValueError, match=r"21 batches in a row is older than max_staleness=1 versions \(newest 5, this"
+    ):
+        loss(pack([old]))
+
+
+def test_trees_of_several_rules_in_one_batch() -> None:
+    drafter, target = Tabular(8), Target(8)
+    one, other = (trajectory(Tree(CHAIN2, (1, 2)), target, rule=rule) for rule in ("sample_and_match", "rejection"))
+    loss = AcceptanceRewardLoss(drafter, target.head, reduction="sum")
+    together = gradient(drafter, loss(pack([one, other]))["loss_acceptance_reward"])
+    apart = sum(gradient(drafter, loss(pack([t]))["loss_acceptance_reward"]) for t in (one, other))
+    torch.testing.assert_close(together, apart)
+
+
+def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
+    """The drafter has two of three tokens; the third keeps its share of p."""
+    drafter, target = Tabular(9, draft_vocab=torch.tensor([0, 2])), Target(9)
+    loss = AcceptanceRewardLoss(drafter, target.head, reduction="none")
+    p, items = target.p(()), []
+    q = drafter.log_q(()).exp()
+    for row, token in enumerate((0, 2)):
+        items.append((trajectory(Tree((-1,), (token,)), target, rule="rejection"), q[row]))
+    truth = gradient(drafter, torch.minimum(p[[0, 2]], q).sum())
+    torch.testing.assert_close(-gradient(drafter, expectation(items, loss)), truth, atol=1e-10, rtol=0)
+
+
+def test_sums_over_earlier_siblings() -> None:
+    context, values = torch.tensor([2, 0, 2, 2, 1, 0]), torch.arange(1.0, 7.0)
+    expected = [sum(float(values[j]) for j in range(i) if context[j] == context[i]) for i in range(6)]
+    assert before(context, values).tolist() == expected
+    assert before(context[:0], values[:0]).tolist() == []
+
+
+REFUSED = {
+    "topk": (dict(mode="topk"), {}, r"'draft_mode'\) is 'topk', .* no exploration; serve with drafter.mode=sampled"),
+    "lookup": (dict(log_probs=[-torch.inf] * 4), {}, r"not drawn from the drafter .* drafter.lookup=0"),
+    "no probabilities": (dict(log_probs=[torch.nan] * 4), {}, r"\('nodes', 'log_probs'\) is not finite"),
+    "bits on trees": (dict(rule="rejection"), dict(reward="recorded"), r"reward='recorded' does not hold .* trees"),
+    "group under rejection": (dict(rule="rejection"), dict(baseline="group"), "baseline='group' .* use leave_one_out"),
+    "dependent siblings": (
+        dict(mode="sampled_without_replacement"), dict(baseline="leave_one_out"), "needs independent siblings",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_it_cannot_learn_from_is_refused_by_name(why: str) -> None:
+    served, settings, message = REFUSED[why]
+    target = Target(0)
+    batch = pack([trajectory(Tree(BRANCHES, (0, 1, 2, 0)), target, **{"rule": "sample_and_match", **served})])
+    with pytest.raises(ValueError, match=f"'acceptance_reward'.*{message}"):
+        AcceptanceRewardLoss(Tabular(0), target.head, **settings)(batch)
+
+
+def test_a_baseline_needs_siblings() -> None:
+    target = Target(0)
+    batch = pack([trajectory(Tree(CHAIN2, (0, 1)), target, rule="sample_and_match")])
+    with pytest.raises(ValueError, match="baseline='leave_one_out' compares siblings, .* drafter.width > 1"):
+        AcceptanceRewardLoss(Tabular(0), target.head, baseline="leave_one_out")(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(reward="bits"), "reward must be 'expected' or 'recorded', got 'bits'"),
+        (dict(baseline="mean"), "baseline must be 'none', 'leave_one_out' or 'group', got 'mean'"),
+        (dict(clip=0.0), "clip must be positive or null, got 0.0"),
+        (dict(max_staleness=-1), "max_staleness must not be negative, got -1"),
+    ],
+)
+def test_settings_out_of_range(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AcceptanceRewardLoss(Tabular(0), Target(0).head, **settings)
+
+
+def test_rounds_without_nodes_do_not_count() -> None:
+    drafter, target = Tabular(0), Target(0)
+    full, empty = (trajectory(Tree(p, t), target, rule="sample_and_match") for p, t in (((-1,), (1,)), ((), ())))
+    loss = AcceptanceRewardLoss(drafter, target.head)
+    torch.testing.assert_close(
+        loss(pack([full, empty]))["loss_acceptance_reward"], loss(pack([full]))["loss_acceptance_reward"]
+    )
+    assert float(loss(pack([empty]))["loss_acceptance_reward"]) == 0.0
+
+
+def test_parity_with_torchrls_clipped_losses() -> None:
+    """The same surrogate as ClipPPOLoss and GRPOLoss take of log-probabilities and advantages."""
+    from tensordict import TensorDict
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+    from torchrl.objectives import ClipPPOLoss
+
+    torch.manual_seed(0)
+    count, clip = 200, 0.2
+    logits = torch.nn.Linear(4, VOCAB).double()
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(logits, in_keys=["observation"], out_keys=["logits"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical
+        ),
+    )
+    td = TensorDict(
+        {
+            "observation": torch.randn(count, 4).double(), "action": torch.randint(VOCAB, (count,)),
+            "action_log_prob": -torch.rand(count).double() - 0.5, "advantage": torch.randn(count, 1).double(),
+        },
+        [count],
+    )  # fmt: skip
+    theirs = ClipPPOLoss(actor, None, clip_epsilon=clip, entropy_bonus=False, critic_coeff=None)
+    log_q = logits(td["observation"]).log_softmax(-1).gather(1, td["action"][:, None])[:, 0]
+    ours = -clipped_gain(log_q, td["action_log_prob"], td["advantage"][:, 0], clip).mean()
+    expected = theirs(td)["loss_objective"]
+    # ClipPPO's bounds are 1 / (1 + clip) and 1 + clip in the older convention, 1 - clip and 1 + clip in the current.
+    torch.testing.assert_close(ours, expected)
+    ours.backward()
+    mine = logits.weight.grad.clone()
+    logits.weight.grad = None
+    expected.backward()
+    named = dict(theirs.named_parameters())
+    other = (
+        logits.weight.grad if logits.weight.grad is not None else next(p.grad for p in named.values() if p.ndim == 2)
+    )
+    torch.testing.assert_close(mine, other)
+
+
+def test_texts_are_all_there() -> None:
+    assert len(TEXTS) == 1 + 3 + 9 + 27
