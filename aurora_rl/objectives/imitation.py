@@ -185,4 +185,4 @@ def _distance(unroll: Unroll, hidden: Tensor) -> Tensor:
     """Smooth-L1 distance of each step's states from the target's, averaged over their width, ``[J, C]``."""
     if unroll.states is None:
         raise ValueError("objective 'imitation': regression needs a drafter whose unroll has states; set regression=0")
-    return torch.stack([F.smooth_l1_loss(s.float(), hidden.float(), reduction="none").mean(-1) for s in unroll.states])
+    return torch.stack([F.smooth_l1_loss(s, hidden.to(s.dtype), reduction="none").mean(-1) for s in unroll.states])

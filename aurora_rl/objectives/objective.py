@@ -134,6 +134,9 @@ class Objective(LossModule):
             loss = (weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
         else:
             loss = weighted.sum() if self.reduction == "sum" else weighted
+        if not loss.requires_grad:
+            # A batch without such positions: zero, of which a learner can still ask the gradient.
+            loss = loss + next(self.drafter.parameters()).flatten()[:0].sum()
         out = {name: metric.detach() for name, metric in metrics.items()}
         return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
 

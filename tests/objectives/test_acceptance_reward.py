@@ -193,7 +193,7 @@ def test_stale_rounds_are_left_out_and_counted() -> None:
     torch.testing.assert_close(both["expected_accepted"], target.p(())[1])
     for _ in range(20):  # the newest version that was seen counts, not the batch's
         out = loss(pack([old]))
-        assert float(out["loss_acceptance_reward"]) == 0.0 and float(out["stale"]) == 1.0
+        assert float(out["loss_acceptance_reward"].detach()) == 0.0 and float(out["stale"]) == 1.0
     with pytest.raises(
         ValueError, match=r"21 batches in a row is older than max_staleness=1 versions \(newest 5, this"
     ):
@@ -277,7 +277,7 @@ def test_rounds_without_nodes_do_not_count() -> None:
     torch.testing.assert_close(
         loss(pack([full, empty]))["loss_acceptance_reward"], loss(pack([full]))["loss_acceptance_reward"]
     )
-    assert float(loss(pack([empty]))["loss_acceptance_reward"]) == 0.0
+    assert float(loss(pack([empty]))["loss_acceptance_reward"].detach()) == 0.0
 
 
 def test_parity_with_torchrls_clipped_losses() -> None:

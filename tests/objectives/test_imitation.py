@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from aurora_rl.objectives.divergences import Divergence, total_variation
-from aurora_rl.objectives.imitation import ImitationLoss, imitation
+from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -203,3 +203,77 @@ def test_bad_settings_are_refused(arguments: dict, message: str) -> None:
     drafter, head = make()
     with pytest.raises(ValueError, match=message):
         ImitationLoss(drafter, head, **arguments)
+
+
+def test_expected_length_weights_by_loops() -> None:
+    """D-PACE: the weight of a token is how much of its window's length hangs on it."""
+    torch.manual_seed(0)
+    ends, steps = [4, 6], 3  # two requests of four and two completion tokens
+    log_q = torch.rand(steps, 6, dtype=torch.float64).log()
+    valid = torch.tensor([[True] * 6, [False, True, True, True, False, True], [False, False, True, True, False, False]])
+    got = expected_length_weights(log_q, valid)
+    expected = torch.zeros(steps, 6, dtype=torch.float64)
+    for start in range(6):
+        end = min(next(e for e in ends if e > start), start + steps)
+        share = [0.5 + 0.5 * float(log_q[j, start + j].exp()) for j in range(end - start)]
+        for j in range(len(share)):
+            expected[j, start + j] = sum(math.prod(share[: m + 1]) for m in range(j, len(share)))
+    torch.testing.assert_close(got, torch.where(valid, expected, 0.0))
+
+
+def test_the_gradient_of_dpace_is_near_that_of_the_expected_length() -> None:
+    """With nothing granted the weights are those of d(sum of reaches) / d(log q), as the name promises."""
+    log_q = torch.rand(3, 1, dtype=torch.float64).log().requires_grad_()
+    length = torch.stack([log_q[:m].sum().exp() for m in range(1, 4)]).sum()
+    (gradient,) = torch.autograd.grad(length, log_q)
+    reach = log_q.detach().exp().cumprod(0)[:, 0]
+    torch.testing.assert_close(gradient[:, 0], reach.flip(0).cumsum(0).flip(0))
+
+
+def test_weighting_by_expected_length(trajectories: list[TensorDict]) -> None:
+    drafter, head = make()
+    batch = pack(trajectories)
+    plain = ImitationLoss(drafter, head, decay=1.0, reduction="none")(batch)["loss_imitation"]
+    weighed = ImitationLoss(drafter, head, weighting="expected_length", reduction="none")(batch)["loss_imitation"]
+    unroll = drafter.unroll(batch, 3)
+    # Completion tokens of four requests: prompts of 5, 1, 2, 9, then 7, 4, 1, 10 tokens.
+    offset, prompt = batch["spine", "offset"].tolist(), batch["spine", "prompt_length"].tolist()
+    text = torch.cat([batch["spine", "tokens"][s + p : e] for s, e, p in zip(offset, offset[1:], prompt, strict=False)])
+    rows = {int(token): i for i, token in enumerate(drafter.draft_vocab)}
+    log_q = torch.stack([
+        torch.stack([
+            logits[c].log_softmax(-1)[rows[int(t)]] if int(t) in rows else torch.tensor(-math.inf).double()
+            for c, t in enumerate(text)
+        ]) for logits in unroll.logits
+    ])  # fmt: skip
+    torch.testing.assert_close(weighed, plain * expected_length_weights(log_q, unroll.valid))
+
+
+def test_regression_is_a_distance_of_states(trajectories: list[TensorDict]) -> None:
+    drafter, head = make()
+    batch = pack(trajectories)
+    plain, more = (
+        ImitationLoss(drafter, head, decay=1.0, regression=r, reduction="none")(batch)["loss_imitation"]
+        for r in (0.0, 0.5)
+    )
+    unroll = drafter.unroll(batch, 3)
+    assert unroll.states is not None
+    gap = (torch.stack(unroll.states) - batch["spine", "hidden"]).abs()
+    huber = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(-1)
+    torch.testing.assert_close(more - plain, torch.where(unroll.valid, 0.5 * huber, 0.0))
+
+
+def test_states_lead_to_the_logits(trajectories: list[TensorDict]) -> None:
+    drafter, _ = make()
+    unroll = drafter.unroll(pack(trajectories), 2)
+    assert unroll.states is not None
+    for states, logits in zip(unroll.states, unroll.logits, strict=True):
+        torch.testing.assert_close(drafter.lm_head(states), logits)
+
+
+def test_regression_needs_states(trajectories: list[TensorDict], monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, head = make()
+    whole = drafter.unroll
+    monkeypatch.setattr(drafter, "unroll", lambda batch, steps: whole(batch, steps)._replace(states=None))
+    with pytest.raises(ValueError, match="'imitation': regression needs a drafter whose unroll has states"):
+        ImitationLoss(drafter, head, regression=1.0)(pack(trajectories))

@@ -1,0 +1,113 @@
+"""DiscardSamplingLoss: which contexts count, with which weights, against hand-made sums over tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tabular import VOCAB, Tabular, Target, Tree, trajectory
+
+from aurora_rl.objectives import DiscardSamplingLoss
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import pack
+
+#   root: 0 accepted, 1 rejected; below 0: 2 rejected; below 1: 0 rejected
+TREE, ACCEPTED = Tree((-1, -1, 0, 1), (0, 1, 2, 0)), [True, False, False, False]
+REJECTED = [(1,), (0, 2), (1, 0)]
+
+
+def loss_of(drafter: Tabular, target: Target, log_probs: list[float] | None = None, **settings) -> torch.Tensor:
+    batch = pack([trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED, log_probs=log_probs)])
+    return DiscardSamplingLoss(drafter, target.head, reduction="sum", **settings)(batch)["loss_discard"]
+
+
+def kl(drafter: Tabular, target: Target, text: tuple[int, ...]) -> torch.Tensor:
+    p = target.p(text)
+    return (p * (p.log() - drafter.log_q(text))).sum()
+
+
+def test_the_contexts_are_the_rejected_nodes() -> None:
+    drafter, target = Tabular(0), Target(0)
+    torch.testing.assert_close(loss_of(drafter, target), sum(kl(drafter, target, text) for text in REJECTED))
+
+
+def test_weights() -> None:
+    drafter, target = Tabular(1), Target(1)
+    values = [kl(drafter, target, text) for text in REJECTED]
+    decayed = [0.5 ** len(text) for text in REJECTED]
+    expected = sum(w * v for w, v in zip(decayed, values, strict=True))
+    torch.testing.assert_close(loss_of(drafter, target, weighting="decay", decay=0.5), expected)
+    p = target.p
+    reach = [p(())[1], p(())[0] * p((0,))[2], p(())[1] * p((1,))[0]]
+    expected = sum(w * v for w, v in zip(reach, values, strict=True))
+    torch.testing.assert_close(loss_of(drafter, target, weighting="reach"), expected)
+    torch.testing.assert_close(loss_of(drafter, target, weight=0.1), 0.1 * sum(values))
+
+
+def test_the_targets_likeliest_tokens_alone() -> None:
+    drafter, target = Tabular(2), Target(2)
+    expected = torch.zeros((), dtype=torch.float64)
+    for text in REJECTED:
+        best = target.p(text).topk(2)
+        p = best.values / best.values.sum()
+        expected = expected + (p * (p.log() - drafter.log_q(text)[best.indices])).sum()
+    torch.testing.assert_close(loss_of(drafter, target, top_k=2), expected)
+    torch.testing.assert_close(loss_of(drafter, target, top_k=VOCAB), loss_of(drafter, target))
+
+
+def test_nodes_of_others_do_not_count() -> None:
+    drafter, target = Tabular(3), Target(3)
+    inf = float("-inf")
+    got = loss_of(drafter, target, log_probs=[-1.0, inf, -1.0, inf])  # prompt lookup's
+    torch.testing.assert_close(got, kl(drafter, target, (0, 2)))
+    assert float(loss_of(drafter, target, log_probs=[-1.0, inf, inf, inf]).detach()) == 0.0
+
+
+def test_a_drafter_predicts_at_its_own_depths_only() -> None:
+    """Medusa with two heads has no prediction behind its second token."""
+    parts = TargetParts.of(tiny_target())
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16), num_heads=2).double()
+    recorded = tiny_trajectory(drafter, shape=TreeShape(2, 2), max_new_tokens=8)
+    batch = pack([recorded])
+    batch["nodes", "accepted"] = torch.zeros_like(batch["nodes", "accepted"])
+    out = DiscardSamplingLoss(drafter, parts.head)(batch)
+    parents = batch["nodes", "parents"]
+    assert int(out["discarded"]) == int((parents < 0).sum()) < len(parents)
+
+
+def test_it_scores_what_serving_drafted_from() -> None:
+    """At a rejected node EAGLE-3's prediction is that of the recorded children."""
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(20)).double()
+    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
+    seen: list[torch.Tensor] = []
+
+    def spy(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        seen.append(log_q)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    DiscardSamplingLoss(drafter, parts.head, divergence=spy)(batch)
+    rejected = (~batch["nodes", "accepted"]).nonzero().flatten().tolist()
+    offset, checked = batch["rounds", "offset"].tolist(), 0
+    for first, last in zip(offset, offset[1:], strict=False):
+        for node in range(first, last):
+            parent = int(batch["nodes", "parents"][node]) + first
+            if int(batch["nodes", "parents"][node]) >= 0 and parent in rejected:
+                log_q = seen[0][rejected.index(parent), int(batch["nodes", "tokens"][node])]
+                torch.testing.assert_close(log_q.float(), batch["nodes", "log_probs"][node], atol=1e-5, rtol=0)
+                checked += 1
+    assert checked > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(top_k=0), "top_k must be at least 1 or null, got 0"),
+        (dict(decay=0.0), r"decay must lie in \(0, 1\], got 0.0"),
+        (dict(weighting="depth"), "weighting must be 'uniform', 'reach' or 'decay', got 'depth'"),
+        (dict(divergence="kl"), "unknown divergence 'kl'; there are cross_entropy"),
+    ],
+)
+def test_settings_out_of_range(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiscardSamplingLoss(Tabular(0), Target(0).head, **settings)
