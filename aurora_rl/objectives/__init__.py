@@ -6,6 +6,7 @@ from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, overlap
 from aurora_rl.objectives.expected_length import ExpectedLengthLoss
 from aurora_rl.objectives.imitation import ImitationLoss, ImitationValues, imitation
 from aurora_rl.objectives.objective import (
+    OBJECTIVES,
     Objective,
     SumLoss,
     Values,
@@ -17,6 +18,7 @@ from aurora_rl.objectives.objective import (
 
 __all__ = [
     "DIVERGENCES",
+    "OBJECTIVES",
     "AcceptanceRewardLoss",
     "DiscardSamplingLoss",
     "Divergence",
