@@ -27,7 +27,7 @@ from aurora_rl.config import Config, ConfigError
 from aurora_rl.conversations import Conversations
 from aurora_rl.envs import Completion, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.gate import Gate
-from aurora_rl.learner import Learner, drafter_optimizers
+from aurora_rl.learner import Learner
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
 from aurora_rl.objectives import SumLoss, check_settings, make_objectives
@@ -35,9 +35,11 @@ from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TargetParts, Tr
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats import load_eagle3, save_eagle3
 from aurora_rl.policies.length import LengthController
+from aurora_rl.recordings import Recording
 from aurora_rl.server import InferenceServer, measure_rounds
 from aurora_rl.throughput import ControlWindows
 from aurora_rl.traffic import Prompt, generate, read_jsonl
+from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import validate
 
 SCHEMA = 1
@@ -361,6 +363,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
             publish_every=settings.publish_every,
             max_skipped=settings.max_skipped,
             checkpoint=run_dir / "learner",
+            recording=None if settings.record is None else Recording(Path(settings.record)),
         )
         if settings.resume is not None:
             result.resume(Path(settings.resume))

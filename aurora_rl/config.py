@@ -116,6 +116,8 @@ class LearnerConfig:
     """Steps in a row whose loss or gradient is not finite before the learner stops."""
     resume: str | None = None
     """A training checkpoint to continue."""
+    record: str | None = None
+    """Folder to write every trajectory to that arrives; null keeps none."""
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,20 +19,9 @@ from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.gate import Gate
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies import Drafter
+from aurora_rl.recordings import Recording
+from aurora_rl.training import train_step
 from aurora_rl.trajectories import pack
-
-
-def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/learning.md)."""
-    named = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
-    others = [p for name, p in named if not (p.ndim == 2 and not name.startswith("lm_head"))]
-    return [
-        # Three Newton-Schulz iterations instead of five: they learn as much a step, and on a CPU the five take as long
-        # as forward and backward together.
-        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, ns_steps=3),
-        torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0),
-    ]
 
 
 class Learner:
@@ -54,6 +42,7 @@ class Learner:
         publish_every: new trajectories between two candidates.
         max_skipped: steps in a row that may come out without a finite loss and gradient.
         checkpoint: folder of the training state.
+        recording: takes every trajectory as it arrives; None keeps none.
 
     Attributes:
         seen: trajectories learned from.
@@ -79,12 +68,14 @@ class Learner:
         publish_every: int,
         max_skipped: int,
         checkpoint: Path,
+        recording: Recording | None = None,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
         self._log, self._dtype, self._checkpoint = log, serving_dtype, checkpoint
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
+        self._recording = recording
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = 0
@@ -113,6 +104,9 @@ class Learner:
         """Take what arrived, and learn from one batch. False where there was nothing to do."""
         busy = len(self._new) >= self._batch_size or self._credit > 0
         arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
+        if self._recording is not None:
+            for trajectory in arrivals:
+                self._recording.append(trajectory)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
         if self._gate.ready:
@@ -147,22 +141,13 @@ class Learner:
 
     def _train(self, batch: TensorDictBase, *, new: int) -> None:
         began = time.perf_counter()
-        device = self._drafter.draft_vocab.device
-        batch, autocast = batch.to(device), self._dtype == torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            out = self._loss(batch)
-        total = torch.stack([v for k, v in out.items() if k.startswith("loss_")]).sum()
-        loss = float(total.detach())
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self._drafter.parameters(), 1.0))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self._skip(f"loss is {loss}, its gradient's norm {norm}")
+        batch = batch.to(self._drafter.draft_vocab.device)
+        try:
+            loss, out = train_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
+        except FloatingPointError as error:
+            self._skip(str(error))
             return
         self._skipped_in_a_row = 0
-        for optimizer in self._optimizers:
-            optimizer.step()
         self.steps += 1
         self.seen += new
         self._log.write(

@@ -16,10 +16,10 @@ from aurora_rl.checkpoints import (
     save_training_state,
     write_folder,
 )
-from aurora_rl.learner import drafter_optimizers
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
+from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import pack
 
 OLD, NEW = {"x": torch.zeros(2)}, {"x": torch.ones(3)}

@@ -30,7 +30,8 @@ def test_the_keys_are_frozen() -> None:
         *("wire.trajectories", "wire.weights", "wire.queue"),
         "objectives",
         *("learner.threads", "learner.nice", "learner.batch_size", "learner.replay", "learner.buffer"),
-        *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped", "learner.resume"),
+        *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
+        *("learner.resume", "learner.record"),
         *("gate.requests", "gate.margin"),
         "run_dir",
     ]

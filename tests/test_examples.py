@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,38 @@ def test_flywheel_serves_learns_and_swaps(smollm2_path: Path) -> None:
     out = run("flywheel.py", "--model", str(smollm2_path), "--requests", "8", "--round", "4", "--max-new-tokens", "12")
     versions = [int(v) for v in re.findall(r"^version (\d+): acceptance length [\d.]+", out, re.MULTILINE)]
     assert versions == list(range(len(versions))) and len(versions) >= 2
+
+
+TRAINING = {
+    "train_imitation.py": ["--divergence", "jensen_shannon", "--expected-length"],
+    "train_discard.py": ["--weighting", "reach", "--top-k", "8"],
+    "train_acceptance_reward.py": ["--baseline", "group"],
+    "offline_to_online.py": ["--online", "6", "--round", "3"],
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_scripts_go_from_a_recording_to_a_checkpoint(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
+    folder = ["--max-new-tokens", "8", "--out", str(tmp_path / "drafter")]
+    # In this process: starting another one for each takes longer than the script.
+    monkeypatch.setattr(sys, "argv", [name, *common, *folder, *TRAINING[name]])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    out = capsys.readouterr().out
+    assert re.search(r"^before: acceptance length [\d.]+ on 2 unseen requests$", out, re.MULTILINE)
+    assert re.search(r"^8 requests: loss -?[\d.]+ ", out, re.MULTILINE)
+    assert re.search(r"^after: acceptance length [\d.]+$", out, re.MULTILINE)
+    assert {p.name for p in (tmp_path / "drafter").iterdir()} == {"config.json", "model.safetensors"}
+    assert len(list((tmp_path / "stream").glob("*.safetensors"))) == 10
+    if name == "offline_to_online.py":
+        assert re.findall(r"^version (\d): acceptance length [\d.]+ over 3 requests$", out, re.MULTILINE) == ["0", "1"]
+
+
+def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_path: Path) -> None:
+    common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
+    out = run("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))
+    assert re.findall(r"^(\w+): 8 requests", out, re.MULTILINE) == ["imitation", "focal_imitation"]
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -24,11 +24,12 @@ from aurora_rl.collectors.hello import Hello
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
 from aurora_rl.gate import Gate, replay
-from aurora_rl.learner import Learner, drafter_optimizers
+from aurora_rl.learner import Learner
 from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
+from aurora_rl.training import drafter_optimizers
 
 HELLO = Hello(1, "tiny", "", (0, 1), "", "eagle3")
 SHAPE = TreeShape(3)

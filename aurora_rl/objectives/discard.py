@@ -109,7 +109,7 @@ class DiscardSamplingLoss(Objective):
         if self.top_k is not None and self.top_k < log_p.shape[-1]:
             least = log_p.topk(self.top_k, dim=-1).values[:, -1:]
             log_p = log_softmax(log_p.masked_fill(log_p < least, -torch.inf))
-        metrics = {"discarded": discarded.sum(), "discard_agreement": agreement}
+        metrics = {"discarded": discarded.sum().to(agreement.dtype), "discard_agreement": agreement}
         weight = self._weights(batch, trees)[discarded]
         value = self.divergence(log_p, log_q)[None]
         return Values(value, weight, torch.ones_like(value, dtype=torch.bool), metrics)

@@ -1,0 +1,135 @@
+"""A stream of trajectories on disk: one safetensors file each, in the order in which they came."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tensordict import TensorDict, TensorDictBase
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+
+
+class Recording(Dataset[TensorDict]):
+    """The trajectories of a folder.
+
+    Args:
+        folder: of the recording; made by the first :meth:`append`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
+        >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
+        >>> with TemporaryDirectory() as folder:
+        ...     recording = Recording(Path(folder))
+        ...     recording.append(tiny_trajectory(drafter, request=7))
+        ...     len(recording), int(recording[0]["request"])
+        (1, 7)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._count = sum(1 for _ in folder.glob("[0-9]*.safetensors"))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.safetensors"
+
+    def append(self, trajectory: TensorDictBase) -> None:
+        """Write a trajectory behind the others. A file is there whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
+        path = self._path(self._count)
+        part = path.with_suffix(".part")
+        save_file(flat, part)
+        part.replace(path)
+        self._count += 1
+
+    def __len__(self) -> int:
+        """Trajectories in the folder."""
+        return self._count
+
+    def __getitem__(self, index: int) -> TensorDict:
+        """The trajectory of a place, counted from 0.
+
+        Raises:
+            IndexError: there are not so many.
+            ValueError: the file is not what :meth:`append` wrote.
+        """
+        if not 0 <= index < self._count:
+            raise IndexError(f"{self.folder} holds {self._count} trajectories, asked for number {index}")
+        try:
+            flat = load_file(self._path(index))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
+        return TensorDict(flat, batch_size=[]).unflatten_keys(".")
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        """All of them, in order."""
+        return (self[index] for index in range(len(self)))
+
+
+def record(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    requests: Sequence[Request],
+    recording: Recording,
+    *,
+    shape: TreeShape,
+    slots: int = 2,
+    rule: str = "sample_and_match",
+    stop_tokens: tuple[int, ...] = (),
+    seed: int = 0,
+) -> None:
+    """Serve requests in this process, and record those that are not there yet.
+
+    Args:
+        model: the target; an engine puts it into inference form in place.
+        drafter: a copy of it, in the model's dtype, drafts every round.
+        requests: told apart by their ids.
+        recording: gets the trajectories in the order of completion.
+        shape: the trees.
+        slots: requests served side by side.
+        rule: name of the verification rule.
+        stop_tokens: ids that end a completion.
+        seed: of drafts that are sampled.
+    """
+    recorded = {int(trajectory["request"]) for trajectory in recording}
+    waiting = [request for request in requests if request.id not in recorded]
+    if not waiting:
+        return
+    served = copy.deepcopy(drafter).to(model.device, model.dtype).eval().requires_grad_(False)
+    engine = TransformersEngine(
+        model,
+        num_slots=slots,
+        max_length=max(len(r.prompt) + r.max_new_tokens for r in waiting),
+        feature_layers=drafter.feature_layers,
+    )
+
+    def keep(completion: Completion) -> None:
+        assert completion.trajectory is not None
+        recording.append(completion.trajectory)
+
+    env = SpecDecodeEnv(
+        engine,
+        lambda: waiting.pop(0) if waiting else None,
+        num_nodes=max(shape.most_nodes, 1),
+        rule=rule,
+        draft_mode=shape.mode,
+        stop_tokens=stop_tokens,
+        on_completion=keep,
+    )
+    generator = torch.Generator(model.device).manual_seed(seed)
+    policy = DrafterPolicy(
+        served, engine.store, num_nodes=env.num_nodes, shape=shape, vocab_size=engine.vocab_size, generator=generator
+    )
+    td = env.reset()
+    while env.num_active:
+        _, td = env.step_and_maybe_reset(policy(td))

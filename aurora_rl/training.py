@@ -1,0 +1,105 @@
+"""Optimizer steps, online and from recordings."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from aurora_rl.collectors.buffer import trajectory_buffer
+from aurora_rl.policies import Drafter
+from aurora_rl.trajectories import pack
+
+
+def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/learning.md)."""
+    named = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and not name.startswith("lm_head")]
+    others = [p for name, p in named if not (p.ndim == 2 and not name.startswith("lm_head"))]
+    return [
+        # Three Newton-Schulz iterations instead of five: they learn as much a step, and on a CPU the five take as long
+        # as forward and backward together.
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, ns_steps=3),
+        torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0),
+    ]
+
+
+def train_step(
+    loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
+) -> tuple[float, TensorDictBase]:
+    """One step on the sum of a loss's "loss_" entries, the gradient's norm clipped to 1.
+
+    Args:
+        loss: of packed batches.
+        optimizers: together over all parameters that learn.
+        batch: on their device.
+        autocast: whether to compute in bfloat16.
+
+    Returns:
+        The sum, and what the loss returned.
+
+    Raises:
+        FloatingPointError: the sum or its gradient is not finite; no step was taken.
+    """
+    device = batch["spine", "tokens"].device
+    with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        # RMSNorm of a bfloat16 input by float32 weights is not fused: no news to whoever asked for autocast.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        out = loss(batch)
+    total: Tensor = torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum()
+    value = float(total.detach())
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+    if not math.isfinite(value) or not math.isfinite(norm):
+        raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
+    for optimizer in optimizers:
+        optimizer.step()
+    return value, out
+
+
+def train_on(
+    stream: Sequence[TensorDictBase],
+    loss: LossModule,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    batch_size: int = 4,
+    replay: int = 4,
+    autocast: bool = False,
+    seed: int = 0,
+) -> Iterator[tuple[int, float, TensorDictBase]]:
+    """Learn from a recorded stream as a learner does from one that arrives.
+
+    Each trajectory is learned from once in its turn, in a batch with its neighbours, and replayed batches of what came
+    before follow. Between two batches whoever iterates may evaluate on what is still to come.
+
+    Args:
+        stream: in order of arrival.
+        loss: see :func:`train_step`, as ``optimizers`` and ``autocast``.
+        optimizers: see there.
+        batch_size: trajectories of a step.
+        replay: replayed batches for each new one.
+        autocast: see there.
+        seed: of the replay.
+
+    Yields:
+        After each new batch and its replays: trajectories seen, the last step's loss, and what it returned.
+
+    Raises:
+        FloatingPointError: see :func:`train_step`.
+    """
+    buffer = trajectory_buffer(len(stream), batch_size, seed)
+    for first in range(0, len(stream) - batch_size + 1, batch_size):
+        new = [stream[index] for index in range(first, first + batch_size)]
+        buffer.extend(new)
+        value, out = train_step(loss, optimizers, pack(new), autocast=autocast)
+        for _ in range(replay):
+            value, out = train_step(loss, optimizers, buffer.sample(), autocast=autocast)
+        yield first + batch_size, value, out

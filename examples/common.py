@@ -1,0 +1,90 @@
+"""What the training scripts of this folder share: a recorded stream, and acceptance on its unseen end."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.gate import replay
+from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
+from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.recordings import Recording, record
+from aurora_rl.traffic import generate
+from aurora_rl.training import drafter_optimizers, train_on
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options of every script."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default="smollm2", help="smollm2, a hub id, or a folder")
+    parser.add_argument("--recording", type=Path, required=True, help="folder of trajectories; filled if it is empty")
+    parser.add_argument("--requests", type=int, default=120, help="of the recording; the last fifth is held out")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("drafter"), help="folder of the trained drafter")
+    return parser
+
+
+@dataclass
+class Stream:
+    """A recorded stream and what learns from it."""
+
+    drafter: Eagle3Drafter
+    head: Tensor
+    shape: TreeShape
+    train: list[TensorDict]
+    held_out: list[TensorDict]
+
+    def acceptance(self) -> float:
+        """Tokens per round that the drafter would have had on the held-out requests, drafting its likeliest nodes."""
+        shape = TreeShape(self.shape.depth)
+        dtype = self.held_out[0]["spine", "features"].dtype
+        served = Eagle3Drafter(
+            self.drafter.config,
+            embedding=self.drafter.embedding,
+            draft_vocab=self.drafter.draft_vocab,
+            feature_layers=self.drafter.feature_layers,
+        )
+        served.install(self.drafter.published())
+        return replay(served.to(dtype).eval().requires_grad_(False), self.held_out, shape).acceptance_length
+
+    def learn(self, loss: LossModule, *, replayed: int = 4) -> None:
+        """Learn from the first part, and say what it did for the rest."""
+        print(f"before: acceptance length {self.acceptance():.2f} on {len(self.held_out)} unseen requests", flush=True)
+        optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
+        autocast = self.held_out[0]["spine", "features"].dtype == torch.bfloat16
+        for seen, value, out in train_on(self.train, loss, optimizers, replay=replayed, autocast=autocast):
+            figures = {k: round(float(v.mean()), 3) for k, v in out.items() if not k.startswith("loss_")}
+            print(f"{seen} requests: loss {value:.3f} {figures}", flush=True)
+        print(f"after: acceptance length {self.acceptance():.2f}")
+
+    def save(self, folder: Path) -> None:
+        """Write the drafter as engines read it."""
+        save_eagle3(self.drafter, folder)
+        print(f"written to {folder}")
+
+
+def open_stream(options: argparse.Namespace, shape: TreeShape, *, temperature: float = 0.0) -> Stream:
+    """The recording that the options name, served first by an untrained drafter where it is not complete."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_target(options.model, dtype=default_dtype(device), device=device)
+    parts = TargetParts.of(model)
+    prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
+    vocab = choose_draft_vocab(min(4096, len(parts.head)), token_prior(model, prompts[:32]))
+    torch.manual_seed(0)
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=vocab).to(device)
+    requests = [
+        Request(i, torch.tensor(p), options.max_new_tokens, SamplingParams(temperature, seed=i))
+        for i, p in enumerate(prompts)
+    ]
+    recording = Recording(options.recording)
+    record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_token_ids(model, tokenizer))
+    stream, held_out = list(recording), max(len(recording) // 5, 1)
+    return Stream(drafter, parts.head.float(), shape, stream[:-held_out], stream[-held_out:])

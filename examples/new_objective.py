@@ -1,0 +1,73 @@
+"""A new objective in twenty lines: registered, checked, and trained beside imitation.
+
+    python examples/new_objective.py --recording runs/chains --plot objective.png
+
+The objective weighs every position by how badly the drafter does there, as focal losses do: (1 - overlap) ** gamma.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import matplotlib
+import torch
+from common import arguments, open_stream
+from tensordict import TensorDictBase
+
+from aurora_rl.objectives import ImitationLoss, Values, make_objectives, overlap, register_objective
+from aurora_rl.policies import TreeShape
+from aurora_rl.policies.drafter import log_softmax
+from aurora_rl.testing import check_objective
+from aurora_rl.training import drafter_optimizers, train_on
+
+
+@register_objective("focal_imitation")
+class FocalImitationLoss(ImitationLoss):
+    """Imitation that dwells on what the drafter does not know yet."""
+
+    def __init__(self, drafter, head, *, gamma: float = 1.0, **settings) -> None:
+        super().__init__(drafter, head, **settings)
+        self.gamma = gamma
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        unroll = self.drafter.unroll(batch, self.steps)
+        log_p = self.target_log_probs(batch[self.tensor_keys.hidden], renormalize=True)
+        missed = torch.stack([1 - overlap(log_p, log_softmax(logits)) for logits in unroll.logits])
+        return found._replace(weight=found.weight * missed.detach() ** self.gamma)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--gamma", type=float, default=1.0)
+    parser.add_argument("--plot", type=Path, default=Path("objective.png"))
+    options = parser.parse_args()
+    check_objective(lambda d, head, reduction: FocalImitationLoss(d, head, reduction=reduction), differentiable=False)
+    stream = open_stream(options, TreeShape(depth=4))
+    first = copy.deepcopy(stream.drafter)
+    autocast = stream.train[0]["spine", "features"].dtype == torch.bfloat16
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for settings in ({"name": "imitation"}, {"name": "focal_imitation", "gamma": options.gamma}):
+        stream.drafter = copy.deepcopy(first)
+        (loss,) = make_objectives([settings], stream.drafter, stream.head)
+        optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
+        curve = curves[loss.name] = [(0, stream.acceptance())]
+        for seen, _, _ in train_on(stream.train, loss, optimizers, autocast=autocast):
+            if seen % 16 == 0 or seen == len(stream.train):
+                curve.append((seen, stream.acceptance()))
+                print(f"{loss.name}: {seen} requests, acceptance length {curve[-1][1]:.2f}", flush=True)
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    for name, curve in curves.items():
+        pyplot.plot(*zip(*curve, strict=True), label=name)
+    pyplot.xlabel("requests learned from")
+    pyplot.ylabel(f"acceptance length on {len(stream.held_out)} unseen requests")
+    pyplot.legend()
+    pyplot.savefig(options.plot)
+    print(f"written to {options.plot}")
+
+
+if __name__ == "__main__":
+    main()

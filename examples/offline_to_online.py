@@ -1,0 +1,73 @@
+"""First from a recording, then while serving: a drafter that is learned offline goes on learning online.
+
+    python examples/offline_to_online.py --recording runs/chains --online 24
+
+The first half is `train_imitation.py`; the second serves new requests with the result, swaps in better weights between
+two rounds of decoding, and learns from what came. `aurora-rl flywheel drafter.path=...` does the second half in two
+processes, behind a gate.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from common import arguments, open_stream
+
+from aurora_rl.collectors.buffer import trajectory_buffer
+from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.objectives import ImitationLoss
+from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.traffic import generate
+from aurora_rl.training import drafter_optimizers, train_step
+from aurora_rl.trajectories import acceptance_length
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--online", type=int, default=24, help="requests to serve after the recording")
+    parser.add_argument("--round", type=int, default=8, help="requests between two swaps")
+    options = parser.parse_args()
+    shape = TreeShape(depth=4)
+    stream = open_stream(options, shape)
+    loss = ImitationLoss(stream.drafter, stream.head)
+    stream.learn(loss)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = default_dtype(device)
+    model, tokenizer = load_target(options.model, dtype=dtype, device=device)
+    new = [encode_chat(tokenizer, p.messages) for p in generate(options.online, seed=1)]
+    queue = [Request(i, torch.tensor(p), options.max_new_tokens) for i, p in enumerate(new)]
+    engine = TransformersEngine(model, num_slots=2, max_length=512, feature_layers=stream.drafter.feature_layers)
+    finished: list = []
+    env = SpecDecodeEnv(
+        engine,
+        lambda: queue.pop(0) if queue else None,
+        num_nodes=shape.budget,
+        stop_tokens=stop_token_ids(model, tokenizer),
+        on_completion=lambda completion: finished.append(completion.trajectory),
+    )
+    served = copy.deepcopy(stream.drafter).to(device, dtype).eval().requires_grad_(False)
+    policy = DrafterPolicy(served, engine.store, num_nodes=shape.budget, shape=shape)
+    optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
+    buffer = trajectory_buffer(1000, batch_size=4)
+    buffer.extend(stream.train)  # what was recorded is replayed beside what comes
+
+    td = env.reset()
+    while env.num_active:
+        _, td = env.step_and_maybe_reset(policy(td))
+        if len(finished) < options.round and env.num_active:
+            continue
+        tokens, rounds = (sum(column) for column in zip(*map(acceptance_length, finished), strict=True))
+        print(f"version {policy.version}: acceptance length {tokens / rounds:.2f} over {len(finished)} requests")
+        buffer.extend(finished)
+        for _ in range(len(finished)):
+            train_step(loss, optimizers, buffer.sample(), autocast=dtype == torch.bfloat16)
+        policy.install(stream.drafter.published(), policy.version + 1)
+        finished.clear()
+    stream.save(options.out)
+
+
+if __name__ == "__main__":
+    main()
