@@ -1,4 +1,4 @@
-"""The command line: ``aurora-rl flywheel | serve | learn``."""
+"""The command line: ``aurora-rl flywheel | serve | learn | bench``."""
 
 from __future__ import annotations
 
@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
         command.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the flywheel that a learner belongs to
         command.add_argument("overrides", nargs="*", metavar="key=value", help="for example engine.slots=1")
+    bench = commands.add_parser("bench", help="measurements on recordings, resumable run by run")
+    text = "learn from one recorded stream by several objectives, and compare on what is still to come"
+    _add_bench(bench.add_subparsers(dest="what", required=True).add_parser("objectives", help=text, description=text))
     arguments = parser.parse_args(argv)
     # Server and learner share the cores. OpenMP's threads spin between parallel regions unless told not to, and hold
     # the core that the other process waits for; read when torch is loaded, which is later.
@@ -98,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "learn":
             return _learn(config, stop, arguments.parent)
+        if arguments.command == "bench":
+            return _bench(config, arguments)
         return _run(config, stop, spawn_learner=arguments.command == "flywheel")
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"aurora-rl: {_one_line(error)}", file=sys.stderr)
@@ -120,6 +125,40 @@ def _run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
     except OSError as error:
         raise ConfigError(f"run_dir={str(folder)!r} cannot be used: {error.strerror}") from error
     return folder
+
+
+# ---- bench ----------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--recording", type=Path, required=True, help="folder that learner.record=... filled")
+    command.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the results")
+    command.add_argument("--variants", default="forward_kl,discard", help="names, comma-separated")
+    command.add_argument("--seeds", type=int, default=1)
+    command.add_argument("--every", type=int, default=40, help="requests between two evaluations")
+    command.add_argument("--limit", type=int, help="most requests of the recording")
+    command.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
+    command.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="for example learner.replay=4")
+
+
+def _bench(config: Config, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from aurora_rl.bench import bench_objectives
+
+    torch.set_num_threads(config.learner.threads)
+    bench_objectives(
+        config,
+        arguments.recording,
+        arguments.out,
+        variants=arguments.variants.split(","),
+        seeds=arguments.seeds,
+        every=arguments.every,
+        limit=arguments.limit,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
 
 
 # ---- learn ----------------------------------------------------------------------------------------------------------

@@ -137,8 +137,8 @@ class ReadsPadding(MedusaDrafter):
 
 
 class OneHeadForAll(MedusaDrafter):
-    def _logits(self, head: int, features: Tensor) -> Tensor:
-        return super()._logits(0, features)
+    def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._predict(0, features)
 
 
 class TokensOutsideTheVocabulary(MedusaDrafter):

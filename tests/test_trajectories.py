@@ -222,7 +222,10 @@ CORRUPTIONS = [
     (("sampling", "temperature"), lambda t: ten(math.nan), "sampling.temperature holds a value that is not finite"),
     (("sampling", "top_k"), lambda t: ten(1.0), "sampling.top_k has dtype torch.float32, expected int64"),
     (("sampling", "seed"), lambda t: ten([1]), "sampling.seed must have shape"),
-    (("sampling", "rule"), lambda t: ten(2), r"sampling.rule must index \('greedy', 'sample_and_match'\), got 2"),
+    (
+        ("sampling", "rule"), lambda t: ten(4),
+        r"sampling.rule must index \('greedy', 'sample_and_match', 'rejection', .*\), got 4",
+    ),
     (("sampling", "draft_mode"), lambda t: ten(-1), r"sampling.draft_mode must index .* got -1"),
 ]  # fmt: skip
 

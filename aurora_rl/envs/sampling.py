@@ -243,7 +243,7 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
         float64 of the broadcast shape.
 
     >>> uniform(torch.tensor(1), torch.tensor(0), torch.arange(3))
-    tensor([0.4995, 0.1414, 0.5899], dtype=torch.float64)
+    tensor([0.4995, 0.1412, 0.5899], dtype=torch.float64)
     """
     low, high, at = seed & _LOW_32_BITS, seed >> 32 & _LOW_32_BITS, position & _LOW_32_BITS
     # Two lanes, since 32 bits of key would make two of a long text's positions share their noise.

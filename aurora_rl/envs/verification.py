@@ -246,6 +246,7 @@ class SampleAndMatch(VerificationRule):
     The text never depends on the tree, but `acceptance` holds only for trees drawn without sight of this noise: a
     drafter that samples needs a key of its own.
 
+    >>> from aurora_rl.envs import SamplingParams
     >>> logits = torch.zeros(1, 2, 4)
     >>> tokens, parents, valid = torch.tensor([[3]]), torch.tensor([[-1]]), torch.tensor([[True]])
     >>> sampling = SamplingBatch.from_params([SamplingParams(temperature=1.0, seed=5)])

@@ -155,15 +155,13 @@ class MedusaDrafter(Drafter):
             growth.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
         return growth.proposal()
 
-    def _states(self, head: int, features: Tensor) -> Tensor:
-        """``[..., H]`` that one head (counted from 0) reads at features ``[..., H]``."""
-        return self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
-
-    def _logits(self, head: int, features: Tensor) -> Tensor:
-        return self.lm_heads[head](self._states(head, features))
+    def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """States ``[..., H]`` and logits ``[..., Vd]`` of one head (counted from 0) at features ``[..., H]``."""
+        states = self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
+        return states, self.lm_heads[head](states)
 
     def _log_probs(self, head: int, features: Tensor) -> Tensor:
-        return log_softmax(self._logits(head, features))
+        return log_softmax(self._predict(head, features)[1])
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -175,12 +173,12 @@ class MedusaDrafter(Drafter):
         column = torch.arange(len(request), device=offset.device) - (count.cumsum(0) - count)[request]
         pair = prompt[request] - 2 + column  # the pair that predicts the token at step 0
         first, features = _first_pair(batch)[request], batch["spine", "features"]
-        logits, states, valid = [], [], []
+        predicted, valid = [], []
         for step in range(min(steps, self.num_heads)):
-            states.append(self._states(step, features[first + (pair - step).clamp(min=0)]))
-            logits.append(self.lm_heads[step](states[-1]))
+            predicted.append(self._predict(step, features[first + (pair - step).clamp(min=0)]))
             valid.append((column >= step) & (pair >= step))
-        return Unroll(logits, torch.stack(valid), states)
+        states, logits = zip(*predicted, strict=True)
+        return Unroll(list(logits), torch.stack(valid), list(states))
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`. What a context predicts depends on its root and depth only."""
@@ -190,7 +188,7 @@ class MedusaDrafter(Drafter):
         logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
         for head in range(self.num_heads):
             here = (depth == head).nonzero().flatten()
-            logits = logits.index_copy(0, here, self._logits(head, features[here]).to(logits.dtype))
+            logits = logits.index_copy(0, here, self._predict(head, features[here])[1].to(logits.dtype))
         return logits
 
     # ---- weights ----------------------------------------------------------------------------------------------------

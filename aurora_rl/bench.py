@@ -1,0 +1,212 @@
+"""``aurora-rl bench objectives``: what objectives learn from a recorded stream, shown on requests still to come."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from aurora_rl import build
+from aurora_rl.config import Config, ConfigError
+from aurora_rl.gate import replay
+from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.recordings import Recording
+from aurora_rl.training import drafter_optimizers, train_on
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "forward_kl": [{"name": "imitation"}],
+    "reverse_kl": [{"name": "imitation", "divergence": "reverse_kl"}],
+    "lk": [{"name": "imitation", "divergence": "negative_log_overlap", "renormalize": False}],
+    "expected_length_weights": [{"name": "imitation", "weighting": "expected_length"}],
+    "discard": [{"name": "imitation"}, {"name": "discard", "weight": 0.3}],
+    "discard_reach": [{"name": "imitation"}, {"name": "discard", "weight": 0.3, "weighting": "reach"}],
+    "policy_gradient": [{"name": "imitation"}, {"name": "acceptance_reward", "weight": 0.3, "clip": 0.2}],
+    "expected_length": [{"name": "imitation", "weight": 0.3}, {"name": "expected_length", "rule": "sample_and_match"}],
+}
+"""Objectives by the name of their row."""
+
+
+def learning_curve(
+    config: Config,
+    target: build.Target,
+    stream: Sequence[TensorDictBase],
+    objectives: list[dict[str, Any]],
+    *,
+    seed: int,
+    every: int,
+    tell: Callable[[int, float], None],
+) -> list[tuple[int, float]]:
+    """Acceptance length on the next requests of a stream, after every so many learned from.
+
+    Args:
+        config: drafter, learner and shape settings.
+        target: what the stream was recorded with.
+        stream: in order of arrival.
+        objectives: names and settings.
+        seed: of the drafter's start and of replay.
+        every: requests between two evaluations, each on as many requests that were not learned from yet.
+        tell: called with each point as it comes.
+
+    Returns:
+        (requests learned from, acceptance length).
+    """
+    prompts = [t["spine", "tokens"][: int(t["spine", "prompt_length"])].tolist() for t in stream[:64]]
+    config.seed = seed
+    drafter = build.drafter(config, target, prompts)
+    dtype, shape, settings = build.dtype_of(config), build.shape(config), config.learner
+    loss = SumLoss(make_objectives(objectives, drafter, target.parts.head.float()))
+    optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
+    served = copy.deepcopy(drafter).to(dtype).eval().requires_grad_(False)
+    curve: list[tuple[int, float]] = []
+
+    def evaluate(seen: int) -> None:
+        served.install(drafter.published())
+        ahead = [stream[index] for index in range(seen, min(seen + every, len(stream)))]
+        curve.append((seen, replay(served, ahead, shape).acceptance_length))
+        tell(*curve[-1])
+
+    evaluate(0)
+    steps = train_on(
+        stream[: len(stream) - every],
+        loss,
+        optimizers,
+        batch_size=settings.batch_size,
+        replay=settings.replay,
+        autocast=dtype == torch.bfloat16,
+        seed=seed,
+    )
+    for seen, _, _ in steps:
+        if seen % every == 0:
+            evaluate(seen)
+    return curve
+
+
+def bench_objectives(
+    config: Config,
+    recording: Path,
+    out: Path,
+    *,
+    variants: Sequence[str],
+    seeds: int,
+    every: int,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """Run the variants that have no result yet, then write the table and the plot of all results in the folder.
+
+    Args:
+        config: of the runs.
+        recording: folder of a recorded stream.
+        out: folder of the results, one file a run; its table and plot cover every recording that it has results of.
+        variants: names of :data:`VARIANTS`.
+        seeds: runs of each variant.
+        every: requests between two evaluations.
+        limit: most requests of the recording.
+        say: takes a line of progress.
+
+    Raises:
+        ConfigError: an unknown variant, a recording that is too short, or one that a variant cannot learn from.
+    """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join(VARIANTS)}")
+    found = Recording(recording)
+    count = min(len(found), limit or len(found))
+    if count < 2 * every:
+        raise ConfigError(f"--recording {recording} has {count} trajectories; at least {2 * every} are needed")
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [(v, s) for s in range(seeds) for v in variants if not _result(out, recording, v, s).exists()]
+    if missing:
+        stream = [found[index] for index in range(count)]
+        target = build.load(config)
+        for variant, seed in missing:
+            began = time.monotonic()
+
+            def tell(seen: int, acceptance: float, variant: str = variant, seed: int = seed) -> None:
+                say(f"{recording.name} {variant} seed {seed}: {seen} requests, acceptance length {acceptance:.3f}")
+
+            try:
+                curve = learning_curve(config, target, stream, VARIANTS[variant], seed=seed, every=every, tell=tell)
+            except ValueError as error:
+                raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
+            result = {
+                "recording": recording.name,
+                "variant": variant,
+                "seed": seed,
+                "objectives": VARIANTS[variant],
+                "requests": count,
+                "replay": config.learner.replay,
+                "tree": {k: getattr(config.drafter, k) for k in ("depth", "width", "num_nodes", "lookup", "mode")},
+                "seconds": round(time.monotonic() - began, 1),
+                "curve": [[seen, round(acceptance, 4)] for seen, acceptance in curve],
+            }
+            part = _result(out, recording, variant, seed).with_suffix(".part")
+            part.write_text(json.dumps(result, indent=1) + "\n")
+            part.replace(_result(out, recording, variant, seed))
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    (out / "table.md").write_text(_markdown(results))
+    _plot(results, out / "curves.png")
+    say(f"{len(results)} runs in {out}: table.md, curves.png")
+
+
+def _result(out: Path, recording: Path, variant: str, seed: int) -> Path:
+    return out / f"{recording.name}-{variant}-{seed}.json"
+
+
+def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
+    """By recording and variant: requests learned from, mean acceptance length and its spread (max − min) over seeds."""
+    points: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        for seen, acceptance in result["curve"]:
+            points[result["recording"], result["variant"]][seen].append(acceptance)
+    return {
+        key: [(seen, sum(a) / len(a), max(a) - min(a)) for seen, a in sorted(curve.items())]
+        for key, curve in sorted(points.items())
+    }
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    curves = mean_curves(results)
+    seeds = {key: sum((r["recording"], r["variant"]) == key for r in results) for key in curves}
+    at = sorted({seen for curve in curves.values() for seen, _, _ in curve})
+    rows = [["recording", "objectives", "seeds", *(str(seen) for seen in at)]]
+    for (recording, variant), curve in curves.items():
+        cells = {seen: f"{mean:.3f}" + (f" ± {spread / 2:.3f}" if spread else "") for seen, mean, spread in curve}
+        rows.append([recording, variant, str(seeds[recording, variant]), *(cells.get(seen, "–") for seen in at)])
+    return rows
+
+
+def _markdown(results: Sequence[dict[str, Any]]) -> str:
+    rows = _rows(results)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = mean_curves(results)
+    recordings = sorted({recording for recording, _ in curves})
+    figure, axes = plt.subplots(
+        1, len(recordings), figsize=(5 * len(recordings), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, recording in zip(axes[0], recordings, strict=True):
+        for (of, variant), curve in curves.items():
+            if of == recording:
+                axis.plot([seen for seen, _, _ in curve], [mean for _, mean, _ in curve], label=variant)
+        axis.set_title(recording)
+        axis.set_xlabel("requests learned from")
+    axes[0][0].set_ylabel("acceptance length on the next requests")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

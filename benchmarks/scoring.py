@@ -1,0 +1,159 @@
+"""Scoring recorded trees with gradients: one pass a depth over the packed batch, against one row for every path.
+
+The second is what a trainer without tree attention does: each root-to-leaf path becomes a sequence of its own, with its
+own copy of the text before it. Both go through `Drafter.score`, so that only the layout differs. Every cell runs in a
+process of its own, for its peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from common import arguments, write_result
+from tensordict import TensorDict
+from transformers import LlamaConfig
+
+from aurora_rl.policies import Eagle3Drafter
+from aurora_rl.trajectories import pack
+
+# SmolLM2-135M's sizes.
+CONFIG = LlamaConfig(
+    hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+    vocab_size=49152, max_position_embeddings=8192, num_hidden_layers=1,
+)  # fmt: skip
+DRAFT_VOCAB, STRIDE, CHUNK = 4096, 16, 16
+
+
+def trajectory(spine: int, parents: list[int], anchors: list[int]) -> TensorDict:
+    """Random tokens and features; the same tree at every anchor."""
+    count, hidden = len(parents) * len(anchors), CONFIG.hidden_size
+    prompt = min(anchors) + 1
+    return TensorDict(
+        {
+            "request": torch.tensor(0),
+            "spine": {
+                "tokens": torch.randint(DRAFT_VOCAB, (spine,)),
+                "prompt_length": torch.tensor(prompt),
+                "features": torch.randn(spine - 1, 3 * hidden),
+                "hidden": torch.zeros(spine - prompt, 1),
+            },
+            "rounds": {
+                "anchor": torch.tensor(anchors),
+                "offset": torch.arange(len(anchors) + 1) * len(parents),
+                "policy_version": torch.zeros(len(anchors), dtype=torch.int64),
+                "cache_version": torch.zeros(len(anchors), dtype=torch.int64),
+            },
+            "nodes": {
+                "tokens": torch.randint(DRAFT_VOCAB, (count,)),
+                "parents": torch.tensor(parents * len(anchors)),
+                "log_probs": torch.zeros(count),
+                "accepted": torch.zeros(count, dtype=torch.bool),
+                "hidden": torch.zeros(count, 1),
+            },
+            "sampling": {
+                "temperature": torch.tensor(0.0), "top_k": torch.tensor(0), "top_p": torch.tensor(1.0),
+                "seed": torch.tensor(0), "rule": torch.tensor(0), "draft_mode": torch.tensor(0),
+            },
+        },
+        batch_size=[],
+    )  # fmt: skip
+
+
+def tree(nodes: int) -> list[int]:
+    """Depth-first: chains of up to four nodes, two to a fork, as a beam of width two leaves them."""
+    parents: list[int] = []
+    while len(parents) < nodes:
+        above = -1
+        for _ in range(min(4, nodes - len(parents))):
+            parents.append(above)
+            above = len(parents) - 1
+    return parents
+
+
+def paths(whole: TensorDict) -> list[TensorDict]:
+    """Every root-to-leaf path as a trajectory of its own."""
+    out = []
+    offset, every = whole["rounds", "offset"].tolist(), whole["nodes", "parents"].tolist()
+    for index, anchor in enumerate(whole["rounds", "anchor"].tolist()):
+        parents = every[offset[index] : offset[index + 1]]
+        for leaf in set(range(len(parents))) - set(parents):
+            path = [leaf]
+            while parents[path[0]] >= 0:
+                path.insert(0, parents[path[0]])
+            row = trajectory(anchor + 2, list(range(-1, len(path) - 1)), [anchor])
+            row["spine", "tokens"] = whole["spine", "tokens"][: anchor + 2]
+            row["spine", "features"] = whole["spine", "features"][: anchor + 1]
+            row["nodes", "tokens"] = whole["nodes", "tokens"][[offset[index] + n for n in path]]
+            out.append(row)
+    return out
+
+
+def cell(method: str, spine: int, nodes: int, device: str, threads: int) -> dict:
+    """Seconds of forward and backward, and peak memory, of one method."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    drafter = Eagle3Drafter(
+        CONFIG, embedding=torch.randn(CONFIG.vocab_size, CONFIG.hidden_size),
+        draft_vocab=torch.arange(DRAFT_VOCAB), feature_layers=(0, 1, 2),
+    ).to(device)  # fmt: skip
+    whole = trajectory(spine, tree(nodes), list(range(spine // 2, spine - 1, STRIDE)))
+    rows = [whole] if method == "packed" else paths(whole)
+    batches = [pack(rows[i : i + CHUNK]).to(device) for i in range(0, len(rows), CHUNK)]
+
+    def step() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for batch in batches:
+            drafter.score(batch).sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def peak() -> float:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    first_rows = pack(rows[:1]).to(device) if method == "paths" else None
+    if first_rows is not None:
+        drafter.score(first_rows).sum().backward()  # load what is loaded once
+    before = peak()
+    seconds = min(step() for _ in range(3 if method == "packed" else 1))
+    return {
+        "method": method, "spine": spine, "trees": len(whole["rounds", "anchor"]), "nodes": nodes, "rows": len(rows),
+        "seconds": round(seconds, 4), "peak_mib_above_start": round(peak() - before),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--spines", default="512,2048")
+    parser.add_argument("--nodes", default="8,16,64")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        method, spine, nodes = options.cell
+        print(json.dumps(cell(method, int(spine), int(nodes), options.device, options.threads)))
+        return
+    cells = []
+    for spine in options.spines.split(","):
+        for nodes in options.nodes.split(","):
+            for method in ("packed", "paths"):
+                own = ["--cell", method, spine, nodes, "--device", options.device, "--threads", str(options.threads)]
+                done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True, check=True)
+                cells.append(json.loads(done.stdout.splitlines()[-1]))
+                print(cells[-1], flush=True)
+            packed, rows = cells[-2:]
+            packed["speedup"] = round(rows["seconds"] / packed["seconds"], 1)
+    write_result(__file__, options, {"threads": options.threads, "chunk_of_rows": CHUNK, "cells": cells})
+
+
+if __name__ == "__main__":
+    main()
