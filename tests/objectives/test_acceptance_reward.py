@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tabular import TEXTS, VOCAB, Tabular, Target, Tree, chance, ends, expectation, gradient, reach, trajectory, trees
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor
@@ -19,6 +18,21 @@ from torchrl.objectives.llm import GRPOLoss
 
 from aurora_rl.objectives import AcceptanceRewardLoss
 from aurora_rl.objectives.acceptance_reward import before, clipped_gain
+from aurora_rl.testing.tabular import (
+    TEXTS,
+    VOCAB,
+    DrawnTree,
+    TabularDrafter,
+    TabularTarget,
+    chance_of,
+    drawn_trees,
+    exact_gradient,
+    expectation,
+    outcomes_of,
+    reach_of,
+    table_gradient,
+    tree_trajectory,
+)
 from aurora_rl.trajectories import pack
 
 CHAIN2, CHAIN3, BRANCHES, BUSH = (-1, 0), (-1, 0, 1), (-1, -1, 0, 1), (-1, -1, -1)
@@ -34,33 +48,35 @@ SERVED = [
 ]
 
 
-def exact(drafter: Tabular, target: Target, parents: tuple[int, ...], rule: str, mode: str) -> Tensor:
+def exact(drafter: TabularDrafter, target: TabularTarget, parents: tuple[int, ...], rule: str, mode: str) -> Tensor:
     """Gradient of the expected number of accepted nodes."""
     distinct = mode == "sampled_without_replacement"
-    total = sum(
-        chance(drafter, tree, distinct) * sum(reach(drafter, target, tree, rule)) for tree in trees(parents, distinct)
-    )
-    assert isinstance(total, Tensor)
-    return gradient(drafter, total)
+    return exact_gradient(drafter, target, parents, rule=rule, distinct=distinct)[1]
 
 
 def estimated(
-    drafter: Tabular, target: Target, parents: tuple[int, ...], rule: str, mode: str, bits: bool = False, **settings
+    drafter: TabularDrafter,
+    target: TabularTarget,
+    parents: tuple[int, ...],
+    rule: str,
+    mode: str,
+    bits: bool = False,
+    **settings,
 ) -> Tensor:
     """Minus the expected gradient of the loss, over all trees and, with ``bits``, all outcomes."""
     distinct, items = mode == "sampled_without_replacement", []
-    for tree in trees(parents, distinct):
-        drawn = chance(drafter, tree, distinct).detach()
-        outcomes = ends(tree, reach(drafter, target, tree, rule)) if bits else [(None, torch.ones(()))]
-        items += [(trajectory(tree, target, rule=rule, mode=mode, accepted=a), drawn * w) for a, w in outcomes]
+    for tree in drawn_trees(parents, distinct):
+        drawn = chance_of(drafter, tree, distinct).detach()
+        outcomes = outcomes_of(tree, reach_of(drafter, target, tree, rule)) if bits else [(None, torch.ones(()))]
+        items += [(tree_trajectory(tree, target, rule=rule, mode=mode, accepted=a), drawn * w) for a, w in outcomes]
     loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
-    return -gradient(drafter, expectation(items, loss))
+    return -table_gradient(drafter, expectation(items, loss))
 
 
 @pytest.mark.parametrize("parents", [CHAIN2, CHAIN3, BRANCHES, BUSH], ids=str)
 @pytest.mark.parametrize(("rule", "mode", "temperature"), SERVED)
 def test_unbiased_by_enumeration(parents: tuple[int, ...], rule: str, mode: str, temperature: float) -> None:
-    drafter, target = Tabular(0), Target(0, temperature)
+    drafter, target = TabularDrafter(0), TabularTarget(0, temperature)
     expected = exact(drafter, target, parents, rule, mode)
     # Three different tokens are all there are, and one of them is always accepted.
     certain = parents == BUSH and mode == "sampled_without_replacement"
@@ -74,7 +90,7 @@ def test_unbiased_by_enumeration(parents: tuple[int, ...], rule: str, mode: str,
 def test_leave_one_out_keeps_it_unbiased(parents: tuple[int, ...], rule: str, bits: bool) -> None:
     if bits and rule == "rejection":
         return
-    drafter, target = Tabular(1), Target(1)
+    drafter, target = TabularDrafter(1), TabularTarget(1)
     settings = {"baseline": "leave_one_out", "reward": "recorded" if bits else "expected"}
     got = estimated(drafter, target, parents, rule, "sampled", bits=bits, **settings)
     torch.testing.assert_close(got, exact(drafter, target, parents, rule, "sampled"), atol=1e-10, rtol=0)
@@ -85,34 +101,34 @@ def test_leave_one_out_keeps_it_unbiased(parents: tuple[int, ...], rule: str, bi
 def test_accept_bits_are_right_where_acceptance_does_not_look_at_q(
     parents: tuple[int, ...], rule: str, temperature: float
 ) -> None:
-    drafter, target = Tabular(2), Target(2, temperature)
+    drafter, target = TabularDrafter(2), TabularTarget(2, temperature)
     got = estimated(drafter, target, parents, rule, "sampled", bits=True, reward="recorded")
     torch.testing.assert_close(got, exact(drafter, target, parents, rule, "sampled"), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("parents", [(-1,), CHAIN2, CHAIN3], ids=str)
 def test_rejection_on_a_chain_counts_bits_where_q_is_below_p(parents: tuple[int, ...]) -> None:
-    drafter, target = Tabular(3), Target(3)
+    drafter, target = TabularDrafter(3), TabularTarget(3)
     expected = exact(drafter, target, parents, "rejection", "sampled")
     got = estimated(drafter, target, parents, "rejection", "sampled", bits=True, reward="recorded")
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
     if len(parents) == 1:  # one token: minus the gradient of total variation
         q, p = drafter.log_q(()).exp(), target.p(())
-        torch.testing.assert_close(expected, -gradient(drafter, (p - q).abs().sum() / 2), atol=1e-12, rtol=0)
+        torch.testing.assert_close(expected, -table_gradient(drafter, (p - q).abs().sum() / 2), atol=1e-12, rtol=0)
 
 
 def naive(parents: tuple[int, ...], reward: str) -> tuple[Tensor, Tensor]:
     """The estimators that suggest themselves under rejection, over all trees and outcomes, and the truth."""
-    drafter, target = Tabular(3), Target(3)
+    drafter, target = TabularDrafter(3), TabularTarget(3)
     total = torch.zeros((), dtype=torch.float64)
-    for tree in trees(parents):
+    for tree in drawn_trees(parents):
         scores = [drafter.log_q(tree.before(par))[tok] for par, tok in zip(tree.parents, tree.tokens, strict=True)]
         below = [
             bool(drafter.log_q(tree.before(par)).exp()[tok] < target.p(tree.before(par))[tok])
             for par, tok in zip(tree.parents, tree.tokens, strict=True)
         ]
-        drawn = chance(drafter, tree, False).detach()
-        for accepted, share in ends(tree, reach(drafter, target, tree, "rejection")):
+        drawn = chance_of(drafter, tree, False).detach()
+        for accepted, share in outcomes_of(tree, reach_of(drafter, target, tree, "rejection")):
             for j, score in enumerate(scores):
                 to_go = {
                     "bits": sum(accepted[j:]),
@@ -120,7 +136,7 @@ def naive(parents: tuple[int, ...], reward: str) -> tuple[Tensor, Tensor]:
                     "indicators": sum(b and all(accepted[:i]) for i, b in enumerate(below) if i >= j),
                 }[reward]
                 total = total + drawn * share * float(to_go) * score
-    return gradient(drafter, total), exact(drafter, target, parents, "rejection", "sampled")
+    return table_gradient(drafter, total), exact(drafter, target, parents, "rejection", "sampled")
 
 
 @pytest.mark.parametrize("parents", [CHAIN2, CHAIN3], ids=str)
@@ -132,22 +148,24 @@ def test_the_rewards_that_suggest_themselves_are_biased_under_rejection(parents:
 
 def test_samples_point_where_the_exact_gradient_does() -> None:
     """Cosine with the exact gradient grows with the number of trees, and leave-one-out needs fewer."""
-    drafter, target = Tabular(4), Target(4)
+    drafter, target = TabularDrafter(4), TabularTarget(4)
     truth, generator = exact(drafter, target, BRANCHES, "sample_and_match", "sampled"), torch.Generator().manual_seed(0)
-    every = list(trees(BRANCHES))
-    law = torch.stack([chance(drafter, tree, False).detach() for tree in every])
+    every = list(drawn_trees(BRANCHES))
+    law = torch.stack([chance_of(drafter, tree, False).detach() for tree in every])
 
     def cosine(count: int, **settings: str) -> float:
         found = []
         for _ in range(20):
             drawn = law.multinomial(count, True, generator=generator).bincount(minlength=len(every)).double()
             items = [
-                (trajectory(t, target, rule="sample_and_match"), n / count)
+                (tree_trajectory(t, target, rule="sample_and_match"), n / count)
                 for t, n in zip(every, drawn, strict=True) if n
             ]  # fmt: skip
             loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
             found.append(
-                torch.cosine_similarity(-gradient(drafter, expectation(items, loss)).flatten(), truth.flatten(), 0)
+                torch.cosine_similarity(
+                    -table_gradient(drafter, expectation(items, loss)).flatten(), truth.flatten(), 0
+                )
             )
         return float(torch.stack(found).mean())
 
@@ -157,9 +175,9 @@ def test_samples_point_where_the_exact_gradient_does() -> None:
 
 
 def test_group_scores_are_standardised_within_a_root() -> None:
-    drafter, target = Tabular(5), Target(5)
-    tree = Tree(BRANCHES, (0, 1, 2, 0))
-    batch = pack([trajectory(tree, target, rule="sample_and_match")])
+    drafter, target = TabularDrafter(5), TabularTarget(5)
+    tree = DrawnTree(BRANCHES, (0, 1, 2, 0))
+    batch = pack([tree_trajectory(tree, target, rule="sample_and_match")])
     loss = AcceptanceRewardLoss(drafter, target.head, baseline="group", reduction="sum")
     p = target.p(())
     branch = [p[0] * (1 + target.p((0,))[2]), p[1] * (1 + target.p((1,))[0])]
@@ -167,30 +185,32 @@ def test_group_scores_are_standardised_within_a_root() -> None:
     scores = [drafter.log_q(()), drafter.log_q(()), drafter.log_q((0,)), drafter.log_q((1,))]
     picked = [s[t] for s, t in zip(scores, tree.tokens, strict=True)]
     expected = -(sign * (picked[0] + picked[2]) - sign * (picked[1] + picked[3]))
-    got = gradient(drafter, loss(batch)["loss_acceptance_reward"])
-    torch.testing.assert_close(got, gradient(drafter, expected), atol=1e-4, rtol=1e-4)
+    got = table_gradient(drafter, loss(batch)["loss_acceptance_reward"])
+    torch.testing.assert_close(got, table_gradient(drafter, expected), atol=1e-4, rtol=1e-4)
 
 
 def test_a_clipped_ratio_stops_what_has_moved_far_enough() -> None:
-    drafter, target = Tabular(6), Target(6)
-    tree = Tree((-1,), (1,))
+    drafter, target = TabularDrafter(6), TabularTarget(6)
+    tree = DrawnTree((-1,), (1,))
     now = float(drafter.log_q(())[1].detach())
     for behaviour, moves in ((now, True), (now - 0.5, False), (now + 0.5, True)):
-        batch = pack([trajectory(tree, target, rule="sample_and_match", log_probs=[behaviour])])
+        batch = pack([tree_trajectory(tree, target, rule="sample_and_match", log_probs=[behaviour])])
         out = AcceptanceRewardLoss(drafter, target.head, clip=0.2)(batch)
-        assert bool(gradient(drafter, out["loss_acceptance_reward"]).any()) is moves
+        assert bool(table_gradient(drafter, out["loss_acceptance_reward"]).any()) is moves
         assert float(out["ratio"]) == pytest.approx(torch.tensor(now - behaviour).exp().item(), rel=1e-5)
         # Not clipped, the gradient is the ratio's.
     free = AcceptanceRewardLoss(drafter, target.head, clip=10.0)(batch)["loss_acceptance_reward"]
     ratio = (drafter.log_q(())[1] - (now + 0.5)).exp()
     torch.testing.assert_close(
-        gradient(drafter, free), gradient(drafter, -ratio * target.p(())[1]), atol=1e-6, rtol=1e-6
+        table_gradient(drafter, free), table_gradient(drafter, -ratio * target.p(())[1]), atol=1e-6, rtol=1e-6
     )
 
 
 def test_stale_rounds_are_left_out_and_counted() -> None:
-    drafter, target = Tabular(7), Target(7)
-    old, new = (trajectory(Tree((-1,), (t,)), target, rule="sample_and_match", version=v) for t, v in ((0, 3), (1, 5)))
+    drafter, target = TabularDrafter(7), TabularTarget(7)
+    old, new = (
+        tree_trajectory(DrawnTree((-1,), (t,)), target, rule="sample_and_match", version=v) for t, v in ((0, 3), (1, 5))
+    )
     loss = AcceptanceRewardLoss(drafter, target.head, max_staleness=1)
     both = loss(pack([old, new]))
     assert float(both["stale"]) == 0.5
@@ -207,24 +227,26 @@ def test_stale_rounds_are_left_out_and_counted() -> None:
 
 
 def test_trees_of_several_rules_in_one_batch() -> None:
-    drafter, target = Tabular(8), Target(8)
-    one, other = (trajectory(Tree(CHAIN2, (1, 2)), target, rule=rule) for rule in ("sample_and_match", "rejection"))
+    drafter, target = TabularDrafter(8), TabularTarget(8)
+    one, other = (
+        tree_trajectory(DrawnTree(CHAIN2, (1, 2)), target, rule=rule) for rule in ("sample_and_match", "rejection")
+    )
     loss = AcceptanceRewardLoss(drafter, target.head, reduction="sum")
-    together = gradient(drafter, loss(pack([one, other]))["loss_acceptance_reward"])
-    apart = sum(gradient(drafter, loss(pack([t]))["loss_acceptance_reward"]) for t in (one, other))
+    together = table_gradient(drafter, loss(pack([one, other]))["loss_acceptance_reward"])
+    apart = sum(table_gradient(drafter, loss(pack([t]))["loss_acceptance_reward"]) for t in (one, other))
     torch.testing.assert_close(together, apart)
 
 
 def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
     """The drafter has two of three tokens; the third keeps its share of p."""
-    drafter, target = Tabular(9, draft_vocab=torch.tensor([0, 2])), Target(9)
+    drafter, target = TabularDrafter(9, draft_vocab=torch.tensor([0, 2])), TabularTarget(9)
     loss = AcceptanceRewardLoss(drafter, target.head, reduction="none")
     p, items = target.p(()), []
     q = drafter.log_q(()).exp()
     for row, token in enumerate((0, 2)):
-        items.append((trajectory(Tree((-1,), (token,)), target, rule="rejection"), q[row]))
-    truth = gradient(drafter, torch.minimum(p[[0, 2]], q).sum())
-    torch.testing.assert_close(-gradient(drafter, expectation(items, loss)), truth, atol=1e-10, rtol=0)
+        items.append((tree_trajectory(DrawnTree((-1,), (token,)), target, rule="rejection"), q[row]))
+    truth = table_gradient(drafter, torch.minimum(p[[0, 2]], q).sum())
+    torch.testing.assert_close(-table_gradient(drafter, expectation(items, loss)), truth, atol=1e-10, rtol=0)
 
 
 def test_sums_over_earlier_siblings() -> None:
@@ -249,17 +271,17 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_it_cannot_learn_from_is_refused_by_name(why: str) -> None:
     served, settings, message = REFUSED[why]
-    target = Target(0)
-    batch = pack([trajectory(Tree(BRANCHES, (0, 1, 2, 0)), target, **{"rule": "sample_and_match", **served})])
+    target = TabularTarget(0)
+    batch = pack([tree_trajectory(DrawnTree(BRANCHES, (0, 1, 2, 0)), target, **{"rule": "sample_and_match", **served})])
     with pytest.raises(ValueError, match=f"'acceptance_reward'.*{message}"):
-        AcceptanceRewardLoss(Tabular(0), target.head, **settings)(batch)
+        AcceptanceRewardLoss(TabularDrafter(0), target.head, **settings)(batch)
 
 
 def test_a_baseline_needs_siblings() -> None:
-    target = Target(0)
-    batch = pack([trajectory(Tree(CHAIN2, (0, 1)), target, rule="sample_and_match")])
+    target = TabularTarget(0)
+    batch = pack([tree_trajectory(DrawnTree(CHAIN2, (0, 1)), target, rule="sample_and_match")])
     with pytest.raises(ValueError, match="baseline='leave_one_out' compares siblings, .* drafter.width > 1"):
-        AcceptanceRewardLoss(Tabular(0), target.head, baseline="leave_one_out")(batch)
+        AcceptanceRewardLoss(TabularDrafter(0), target.head, baseline="leave_one_out")(batch)
 
 
 @pytest.mark.parametrize(
@@ -273,12 +295,14 @@ def test_a_baseline_needs_siblings() -> None:
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AcceptanceRewardLoss(Tabular(0), Target(0).head, **settings)
+        AcceptanceRewardLoss(TabularDrafter(0), TabularTarget(0).head, **settings)
 
 
 def test_rounds_without_nodes_do_not_count() -> None:
-    drafter, target = Tabular(0), Target(0)
-    full, empty = (trajectory(Tree(p, t), target, rule="sample_and_match") for p, t in (((-1,), (1,)), ((), ())))
+    drafter, target = TabularDrafter(0), TabularTarget(0)
+    full, empty = (
+        tree_trajectory(DrawnTree(p, t), target, rule="sample_and_match") for p, t in (((-1,), (1,)), ((), ()))
+    )
     loss = AcceptanceRewardLoss(drafter, target.head)
     torch.testing.assert_close(
         loss(pack([full, empty]))["loss_acceptance_reward"], loss(pack([full]))["loss_acceptance_reward"]
@@ -322,7 +346,7 @@ def test_the_clipped_gain_is_that_of_torchrls_clip_ppo() -> None:
 class Chains(torch.nn.Module):
     """The drafter as TorchRL's GRPOLoss sees a policy: sequences of tokens, each with its prefix."""
 
-    def __init__(self, drafter: Tabular) -> None:
+    def __init__(self, drafter: TabularDrafter) -> None:
         super().__init__()
         self.drafter = drafter
 
@@ -340,12 +364,12 @@ class Chains(torch.nn.Module):
 
 def test_the_group_baseline_with_a_clip_is_torchrls_grpo() -> None:
     """Branches of a root are a group, their values the rewards: the same loss and gradient."""
-    drafter, target = Tabular(10), Target(10)
-    drawn = [Tree(BRANCHES, tokens) for tokens in ((0, 1, 2, 0), (2, 0, 1, 1), (1, 2, 0, 0))]
+    drafter, target = TabularDrafter(10), TabularTarget(10)
+    drawn = [DrawnTree(BRANCHES, tokens) for tokens in ((0, 1, 2, 0), (2, 0, 1, 1), (1, 2, 0, 0))]
     behaviour = [[-0.9, -1.3, -0.6, -1.0], [-1.1, -0.7, -1.6, -0.8], [-1.0, -0.4, -1.2, -2.0]]
     batch = pack(
         [
-            trajectory(tree, target, rule="sample_and_match", log_probs=log_probs)
+            tree_trajectory(tree, target, rule="sample_and_match", log_probs=log_probs)
             for tree, log_probs in zip(drawn, behaviour, strict=True)
         ]
     )
@@ -369,7 +393,7 @@ def test_the_group_baseline_with_a_clip_is_torchrls_grpo() -> None:
     grpo = GRPOLoss(Chains(drafter), clip_epsilon=0.2, entropy_bonus=False, aggregation="none")
     theirs = grpo(td).loss_objective.sum()
     torch.testing.assert_close(ours["loss_acceptance_reward"], theirs, atol=1e-5, rtol=1e-5)
-    got, expected = (gradient(drafter, loss) for loss in (ours["loss_acceptance_reward"], theirs))
+    got, expected = (table_gradient(drafter, loss) for loss in (ours["loss_acceptance_reward"], theirs))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

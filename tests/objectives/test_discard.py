@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tabular import VOCAB, Tabular, Target, Tree, trajectory
 
 from aurora_rl.objectives import DiscardSamplingLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.testing.tabular import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
 
 #   root: 0 accepted, 1 rejected; below 0: 2 rejected; below 1: 0 rejected
-TREE, ACCEPTED = Tree((-1, -1, 0, 1), (0, 1, 2, 0)), [True, False, False, False]
+TREE, ACCEPTED = DrawnTree((-1, -1, 0, 1), (0, 1, 2, 0)), [True, False, False, False]
 REJECTED = [(1,), (0, 2), (1, 0)]
 
 
-def loss_of(drafter: Tabular, target: Target, log_probs: list[float] | None = None, **settings) -> torch.Tensor:
-    batch = pack([trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED, log_probs=log_probs)])
+def loss_of(
+    drafter: TabularDrafter, target: TabularTarget, log_probs: list[float] | None = None, **settings
+) -> torch.Tensor:
+    batch = pack([tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED, log_probs=log_probs)])
     return DiscardSamplingLoss(drafter, target.head, reduction="sum", **settings)(batch)["loss_discard"]
 
 
-def kl(drafter: Tabular, target: Target, text: tuple[int, ...]) -> torch.Tensor:
+def kl(drafter: TabularDrafter, target: TabularTarget, text: tuple[int, ...]) -> torch.Tensor:
     p = target.p(text)
     return (p * (p.log() - drafter.log_q(text))).sum()
 
 
 def test_the_contexts_are_the_rejected_nodes() -> None:
-    drafter, target = Tabular(0), Target(0)
+    drafter, target = TabularDrafter(0), TabularTarget(0)
     torch.testing.assert_close(loss_of(drafter, target), sum(kl(drafter, target, text) for text in REJECTED))
 
 
 def test_weights() -> None:
-    drafter, target = Tabular(1), Target(1)
+    drafter, target = TabularDrafter(1), TabularTarget(1)
     values = [kl(drafter, target, text) for text in REJECTED]
     decayed = [0.5 ** len(text) for text in REJECTED]
     expected = sum(w * v for w, v in zip(decayed, values, strict=True))
@@ -45,7 +47,7 @@ def test_weights() -> None:
 
 
 def test_the_targets_likeliest_tokens_alone() -> None:
-    drafter, target = Tabular(2), Target(2)
+    drafter, target = TabularDrafter(2), TabularTarget(2)
     expected = torch.zeros((), dtype=torch.float64)
     for text in REJECTED:
         best = target.p(text).topk(2)
@@ -56,7 +58,7 @@ def test_the_targets_likeliest_tokens_alone() -> None:
 
 
 def test_nodes_of_others_do_not_count() -> None:
-    drafter, target = Tabular(3), Target(3)
+    drafter, target = TabularDrafter(3), TabularTarget(3)
     inf = float("-inf")
     got = loss_of(drafter, target, log_probs=[-1.0, inf, -1.0, inf])  # prompt lookup's
     torch.testing.assert_close(got, kl(drafter, target, (0, 2)))
@@ -110,4 +112,4 @@ def test_it_scores_what_serving_drafted_from() -> None:
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DiscardSamplingLoss(Tabular(0), Target(0).head, **settings)
+        DiscardSamplingLoss(TabularDrafter(0), TabularTarget(0).head, **settings)

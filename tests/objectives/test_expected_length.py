@@ -4,43 +4,52 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tabular import VOCAB, Tabular, Target, Tree, chance, reach, trajectory, trees
 from torch import Tensor
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
+from aurora_rl.testing.tabular import (
+    VOCAB,
+    DrawnTree,
+    TabularDrafter,
+    TabularTarget,
+    chance_of,
+    drawn_trees,
+    reach_of,
+    tree_trajectory,
+)
 from aurora_rl.trajectories import pack
 
 RULES = {"sample_and_match": 1.0, "rejection": 1.0, "greedy": 0.0}
 
 
-def alpha(drafter: Tabular, target: Target, text: tuple[int, ...], rule: str) -> Tensor:
+def alpha(drafter: TabularDrafter, target: TabularTarget, text: tuple[int, ...], rule: str) -> Tensor:
     p, q = target.p(text), drafter.log_q(text).exp()
     return torch.minimum(p, q).sum() if rule == "rejection" else (p * q).sum()
 
 
-def length(drafter: Tabular, target: Target, tree: Tree, **settings) -> Tensor:
-    batch = pack([trajectory(tree, target, rule=settings.pop("served"))])
+def length(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, **settings) -> Tensor:
+    batch = pack([tree_trajectory(tree, target, rule=settings.pop("served"))])
     return -ExpectedLengthLoss(drafter, target.head, contexts="trees", **settings)(batch)["loss_expected_length"]
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_token_is_exact(rule: str) -> None:
     """At depth one the relaxation is the expectation itself, under every rule."""
-    drafter, target = Tabular(0), Target(0, RULES[rule])
-    got = length(drafter, target, Tree((-1,), (1,)), served=rule)
-    truth = sum(chance(drafter, t, False) * reach(drafter, target, t, rule)[0] for t in trees((-1,)))
+    drafter, target = TabularDrafter(0), TabularTarget(0, RULES[rule])
+    got = length(drafter, target, DrawnTree((-1,), (1,)), served=rule)
+    truth = sum(chance_of(drafter, t, False) * reach_of(drafter, target, t, rule)[0] for t in drawn_trees((-1,)))
     torch.testing.assert_close(got, truth)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_tree_is_the_mean_of_its_paths_by_reach(rule: str) -> None:
-    drafter, target = Tabular(1), Target(1, RULES[rule])
-    tree = Tree((-1, -1, 0, 0, 1), (0, 2, 1, 2, 0))
+    drafter, target = TabularDrafter(1), TabularTarget(1, RULES[rule])
+    tree = DrawnTree((-1, -1, 0, 0, 1), (0, 2, 1, 2, 0))
     a = lambda text: alpha(drafter, target, text, rule)  # noqa: E731
-    plain = Target(1)  # paths count by the target at temperature 1
+    plain = TabularTarget(1)  # paths count by the target at temperature 1
     leaves = {(0, 1): 0.0, (0, 2): 0.0, (2, 0): 0.0}
     weight = {leaf: plain.p(())[leaf[0]] * plain.p(leaf[:1])[leaf[1]] for leaf in leaves}
     total = sum(weight.values())
@@ -49,8 +58,8 @@ def test_a_tree_is_the_mean_of_its_paths_by_reach(rule: str) -> None:
 
 
 def test_the_rule_may_be_given() -> None:
-    drafter, target = Tabular(2), Target(2)
-    tree = Tree((-1, 0), (0, 1))
+    drafter, target = TabularDrafter(2), TabularTarget(2)
+    tree = DrawnTree((-1, 0), (0, 1))
     given = length(drafter, target, tree, served="sample_and_match", rule="rejection")
     torch.testing.assert_close(given, length(drafter, target, tree, served="rejection"))
     greedy = length(drafter, target, tree, served="sample_and_match", rule="greedy")
@@ -93,15 +102,17 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
 
 def test_following_it_raises_what_is_accepted() -> None:
     """Gradient steps on a chain's own contexts raise the exact expected length of sampled drafting."""
-    drafter, target = Tabular(3), Target(3)
+    drafter, target = TabularDrafter(3), TabularTarget(3)
     parents = (-1, 0)
 
     def exact() -> float:
-        total = sum(chance(drafter, t, False) * sum(reach(drafter, target, t, "rejection")) for t in trees(parents))
+        total = sum(
+            chance_of(drafter, t, False) * sum(reach_of(drafter, target, t, "rejection")) for t in drawn_trees(parents)
+        )
         return float(total.detach())
 
     before, optimizer = exact(), torch.optim.Adam([drafter.table], lr=0.1)
-    batch = pack([trajectory(t, target, rule="rejection") for t in trees(parents)])
+    batch = pack([tree_trajectory(t, target, rule="rejection") for t in drawn_trees(parents)])
     loss = ExpectedLengthLoss(drafter, target.head, contexts="trees")
     for _ in range(60):
         optimizer.zero_grad()
@@ -120,13 +131,13 @@ def test_following_it_raises_what_is_accepted() -> None:
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ExpectedLengthLoss(Tabular(0), Target(0).head, **settings)
+        ExpectedLengthLoss(TabularDrafter(0), TabularTarget(0).head, **settings)
 
 
 def test_a_vocabulary_without_the_targets_choice_accepts_nothing_greedily() -> None:
-    target = Target(4, 0.0)
+    target = TabularTarget(4, 0.0)
     others = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
-    drafter = Tabular(4, draft_vocab=others)
-    batch = pack([trajectory(Tree((-1,), (int(others[0]),)), target, rule="greedy")])
+    drafter = TabularDrafter(4, draft_vocab=others)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
     out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(batch)
     assert float(out["expected_length"]) == float(out["top1_length"]) == 0.0

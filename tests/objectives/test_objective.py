@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tabular import Tabular, Target, Tree, trajectory
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from aurora_rl.objectives import (
 )
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
+from aurora_rl.testing.tabular import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
 
 SETTINGS: list[tuple[type[Objective], dict[str, Any]]] = [
@@ -181,7 +181,7 @@ def test_settings_are_checked_before_anything_is_made(settings: dict[str, Any], 
 
 
 def test_values_of_settings_are_checked_by_the_class() -> None:
-    drafter, head = Tabular(0), Target(0).head
+    drafter, head = TabularDrafter(0), TabularTarget(0).head
     with pytest.raises(ValueError, match="imitation needs steps >= 1"):
         make_objectives([{"name": "imitation", "steps": 0}], drafter, head)
     with pytest.raises(ValueError, match="weight must be finite, got nan"):
@@ -229,12 +229,12 @@ def test_a_sum_is_its_parts() -> None:
 
 
 def test_a_missing_entry_is_named() -> None:
-    target = Target(0)
-    batch = pack([trajectory(Tree((-1,), (0,)), target, rule="sample_and_match")])
+    target = TabularTarget(0)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (0,)), target, rule="sample_and_match")])
     del batch["nodes", "log_probs"]
     with pytest.raises(ValueError, match=r"'acceptance_reward' needs \('nodes', 'log_probs'\) in the batch"):
-        AcceptanceRewardLoss(Tabular(0), target.head)(batch)
-    loss = AcceptanceRewardLoss(Tabular(0), target.head)
+        AcceptanceRewardLoss(TabularDrafter(0), target.head)(batch)
+    loss = AcceptanceRewardLoss(TabularDrafter(0), target.head)
     batch["nodes", "behaviour"] = torch.zeros(1)
     loss.set_keys(log_probs=("nodes", "behaviour"))
     assert ("nodes", "behaviour") in loss.in_keys and torch.isfinite(loss(batch)["loss_acceptance_reward"])
@@ -245,7 +245,7 @@ def test_a_missing_entry_is_named() -> None:
 @pytest.mark.parametrize("reduction", ["average", "", None])
 def test_reductions(reduction: Any) -> None:
     with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none'"):
-        ImitationLoss(Tabular(0), Target(0).head, reduction=reduction)
+        ImitationLoss(TabularDrafter(0), TabularTarget(0).head, reduction=reduction)
 
 
 def test_losses_can_be_copied_and_cast() -> None:

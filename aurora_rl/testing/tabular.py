@@ -1,4 +1,8 @@
-"""A drafter and a target that are tables of logits by text, and batches of their trees: small enough to enumerate."""
+"""Drafter and target as tables of logits by text: worlds in which every tree and every outcome can be enumerated.
+
+Here an estimator's expectation is a finite sum, and the gradient that it should have is known. The tests of the policy
+gradient are built on it, and so can be those of a new objective.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.drafter import RecordedTrees
+from aurora_rl.policies.target import TargetParts
 from aurora_rl.trajectories import DRAFT_MODES, RULES, pack
 
 VOCAB = 3
@@ -18,22 +23,32 @@ Text = tuple[int, ...]
 TEXTS: list[Text] = [text for length in range(4) for text in product(range(VOCAB), repeat=length)]
 
 
-class Tabular(Drafter):
-    """Logits by the text since the root."""
+class TabularDrafter(Drafter):
+    """Logits by the text since the root. It scores trees and does not serve.
 
-    def __init__(self, seed: int, draft_vocab: Tensor | None = None) -> None:
+    Args:
+        seed: of the table.
+        draft_vocab: ``[Vd]`` int64; None has all tokens.
+        start: ``[texts, Vd]`` to start from instead.
+
+    Attributes:
+        table: ``[texts, Vd]`` float64, in the order of :data:`TEXTS`.
+    """
+
+    def __init__(self, seed: int, draft_vocab: Tensor | None = None, start: Tensor | None = None) -> None:
         super().__init__()
         self.feature_layers = (0,)
         self.draft_vocab = torch.arange(VOCAB) if draft_vocab is None else draft_vocab
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(
-            torch.randn(len(TEXTS), len(self.draft_vocab), generator=generator, dtype=torch.float64)
-        )
+        table = torch.randn(len(TEXTS), len(self.draft_vocab), generator=generator, dtype=torch.float64)
+        self.table = nn.Parameter(table if start is None else start.clone())
 
     def log_q(self, text: Text) -> Tensor:
+        """``[Vd]`` after a text."""
         return self.table[TEXTS.index(text)].log_softmax(-1)
 
-    def context_logits(self, batch: TensorDict, wanted: Tensor) -> Tensor:
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`."""
         trees = RecordedTrees.of(batch)
         texts: list[Text] = [()] * trees.num_rounds
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
@@ -41,17 +56,45 @@ class Tabular(Drafter):
         index = torch.tensor([TEXTS.index(t) for t, w in zip(texts, wanted.tolist(), strict=True) if w])
         return self.table[index.long()]
 
-    def unroll(self, batch: TensorDict, steps: int) -> Unroll:
+    @classmethod
+    def from_target(
+        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+    ) -> TabularDrafter:
+        """There is no real target to start from."""
         raise NotImplementedError
 
-    from_target = allocate = extend = published = stage = classmethod(lambda cls, *args, **kwargs: None)
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """It does not serve, as the rest says too."""
+        raise NotImplementedError
+
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
 
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """There is no text to unroll over."""
+        raise NotImplementedError
+
+    def published(self) -> dict[str, Tensor]:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`allocate`."""
         raise NotImplementedError
 
 
-class Target:
-    """Logits by text; its output head is the identity, so a hidden state is the logits themselves."""
+class TabularTarget:
+    """Logits by text; its output head is the identity, so a hidden state is the logits themselves.
+
+    Args:
+        seed: of the table.
+        temperature: that requests are served with; 0 is greedy.
+    """
 
     def __init__(self, seed: int, temperature: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(1000 + seed)
@@ -68,8 +111,16 @@ class Target:
         return (logits / self.temperature).softmax(-1)
 
 
-class Tree:
-    """A drawn tree: parents in topological order and tokens."""
+class DrawnTree:
+    """Nodes of a tree, in topological order.
+
+    Args:
+        parents: −1 = root.
+        tokens: of the nodes.
+
+    Attributes:
+        texts: of each node, the tokens from the root to it.
+    """
 
     def __init__(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         self.parents, self.tokens = tuple(parents), tuple(tokens)
@@ -78,22 +129,24 @@ class Tree:
             self.texts.append((*self.before(parent), token))
 
     def before(self, parent: int) -> Text:
+        """The text of a node, or of the root (−1)."""
         return () if parent < 0 else self.texts[parent]
 
     def children(self, parent: int) -> list[int]:
+        """Nodes below a node or the root, in their order."""
         return [i for i, above in enumerate(self.parents) if above == parent]
 
 
-def trees(parents: Sequence[int], distinct: bool = False) -> Iterator[Tree]:
-    """Every tree of these parents; ``distinct``: siblings that differ only."""
+def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[DrawnTree]:
+    """Every tree of these parents; ``distinct``: only those whose siblings differ."""
     for tokens in product(range(VOCAB), repeat=len(parents)):
-        tree = Tree(parents, tokens)
+        tree = DrawnTree(parents, tokens)
         pairs = [(parent, token) for parent, token in zip(parents, tokens, strict=True)]
         if not distinct or len(set(pairs)) == len(pairs):
             yield tree
 
 
-def chance(drafter: Tabular, tree: Tree, distinct: bool) -> Tensor:
+def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
     """Probability that the drafter draws the tree, with its gradient."""
     total = torch.ones((), dtype=torch.float64)
     for parent in {-1, *tree.parents}:
@@ -105,8 +158,8 @@ def chance(drafter: Tabular, tree: Tree, distinct: bool) -> Tensor:
     return total
 
 
-def reach(drafter: Tabular, target: Target, tree: Tree, rule: str) -> list[Tensor]:
-    """Chance that each node is accepted, by the definition of the rule, with its gradient."""
+def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
+    """Chance that each node is accepted, by the definition of its rule and not by the library's, with its gradient."""
     out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
 
     def descend(parent: int, arrived: Tensor) -> None:
@@ -133,7 +186,7 @@ def reach(drafter: Tabular, target: Target, tree: Tree, rule: str) -> list[Tenso
     return out
 
 
-def ends(tree: Tree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Tensor]]:
+def outcomes_of(tree: DrawnTree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Tensor]]:
     """Every set of accepted nodes, and its probability."""
     for node in range(-1, len(tree.tokens)):
         stays = (reached[node] if node >= 0 else torch.ones(())) - sum(reached[c] for c in tree.children(node))
@@ -143,9 +196,9 @@ def ends(tree: Tree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Te
         yield accepted, stays.detach()
 
 
-def trajectory(
-    tree: Tree,
-    target: Target,
+def tree_trajectory(
+    tree: DrawnTree,
+    target: TabularTarget,
     *,
     rule: str,
     mode: str = "sampled",
@@ -153,7 +206,17 @@ def trajectory(
     log_probs: Sequence[float] | None = None,
     version: int = 0,
 ) -> TensorDict:
-    """The trajectory of a request of one round that drafted this tree."""
+    """The trajectory of a request of one round that drafted this tree.
+
+    Args:
+        tree: what was drafted.
+        target: what judged it.
+        rule: name of the verification rule.
+        mode: draft mode.
+        accepted: of each node; None accepts none.
+        log_probs: of each node, as recorded; None writes −1.
+        version: of the drafter.
+    """
     count = len(tree.tokens)
     hidden = [target.table[TEXTS.index(text)] for text in tree.texts]
     return TensorDict(
@@ -191,7 +254,7 @@ def trajectory(
     )
 
 
-def gradient(drafter: Tabular, value: Tensor) -> Tensor:
+def table_gradient(drafter: TabularDrafter, value: Tensor) -> Tensor:
     """Of a scalar in the drafter's table."""
     (grad,) = torch.autograd.grad(value, drafter.table, retain_graph=True)
     return grad
@@ -202,3 +265,19 @@ def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[Tens
     batch, weights = pack([t for t, _ in items]), torch.stack([w.detach() for _, w in items])
     (key,) = [k for k in loss(batch).keys() if k.startswith("loss_")]
     return (loss(batch)[key][0] * weights).sum()
+
+
+def exact_gradient(
+    drafter: TabularDrafter, target: TabularTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Expected number of accepted nodes over all trees that the drafter can draw, and its gradient in the table.
+
+    Example:
+        >>> value, gradient = exact_gradient(TabularDrafter(0), TabularTarget(0), (-1, 0), rule="sample_and_match")
+        >>> bool(0 < value < 2), gradient.shape == TabularDrafter(0).table.shape
+        (True, True)
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for tree in drawn_trees(parents, distinct):
+        total = total + chance_of(drafter, tree, distinct) * sum(reach_of(drafter, target, tree, rule))
+    return total.detach(), table_gradient(drafter, total)
