@@ -87,19 +87,14 @@ def check(config: Config) -> list[Prompt]:
 
 def check_objectives(config: Config) -> None:
     """Find what is wrong with the objectives, alone and with the trees that the configuration asks for."""
-    mode = shape(config).mode
+    tree = shape(config)
+    if not config.objectives:
+        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
     try:
-        chosen = [check_settings(settings) for settings in config.objectives]
+        for settings in config.objectives:
+            check_settings(settings).check_served(settings, tree)
     except ValueError as error:
         raise ConfigError(f"objectives: {error}") from error
-    if not chosen:
-        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
-    for objective in chosen:
-        if objective.sampled and mode == "topk":
-            raise ConfigError(
-                f"objective {objective.name!r} learns from trees that the drafter drew at random, and drafter.mode is "
-                "'topk'; set drafter.mode=sampled drafter.lookup=0"
-            )
 
 
 def traffic(config: Config) -> list[Prompt]:

@@ -51,6 +51,52 @@ def learner(config: Config, folder: Path) -> Iterator[object]:
         made.close()
 
 
+SAMPLED = ("drafter.mode=sampled", "drafter.lookup=0")
+OBJECTIVES = {
+    "none": (("objectives=[]",), "objectives is empty; name at least one"),
+    "unknown": (("objectives=[{name: imitaton}]",), "no objective is called 'imitaton'; did you mean 'imitation'"),
+    "unknown setting": (("objectives=[{name: discard, lambda: 1}]",), "objective 'discard' has no setting 'lambda'"),
+    "not sampled": (("objectives=[{name: acceptance_reward}]",), "drafter.mode is 'topk'; set drafter.mode=sampled"),
+    "one chain": (
+        ("objectives=[{name: acceptance_reward, baseline: group}]", *SAMPLED),
+        "hold one chain; set drafter.width=2 or more and drafter.num_nodes=8 or more",
+    ),
+    "dependent siblings": (
+        ("objectives=[{name: acceptance_reward, baseline: leave_one_out}]", "drafter.num_nodes=8",
+         "drafter.mode=sampled_without_replacement", "drafter.lookup=0"),
+        "needs independent siblings; set drafter.mode=sampled",
+    ),
+    "sampled and lookup": (("drafter.mode=sampled",), "drafter: mode 'sampled' draws every node .* set lookup=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", OBJECTIVES)
+def test_objectives_are_checked_before_a_model_is_loaded(why: str, tmp_path: Path) -> None:
+    pairs, message = OBJECTIVES[why]
+    config = load_config(overrides=["model=/nowhere", *pairs])  # loading it would be another error
+    with pytest.raises(ConfigError, match=message):
+        build.check(config)
+    with pytest.raises(ConfigError, match=message):
+        build.learner(config, MetricsLog(tmp_path / "metrics.jsonl", "learner"), tmp_path)
+
+
+def test_values_of_settings_are_checked_before_the_wire_is_opened(config: Config, tmp_path: Path) -> None:
+    config.objectives = [{"name": "imitation", "steps": 0}]
+    with (
+        pytest.raises(ConfigError, match="objectives: imitation needs steps >= 1"),
+        learner(config, tmp_path),
+    ):
+        pass
+
+
+def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
+    config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
+    config.drafter.mode, config.drafter.lookup, config.learner.record = "sampled", 0, str(tmp_path / "stream")
+    with learner(config, tmp_path) as made:
+        assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
+        assert made._recording.folder == tmp_path / "stream"
+
+
 def test_device_and_dtype(config: Config) -> None:
     assert build.device_of(config) == torch.device("cpu")
     assert build.dtype_of(config) == torch.float32

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -12,7 +13,7 @@ from torch import Tensor
 from aurora_rl.envs.verification import VerificationRule, get_rule
 from aurora_rl.objectives.contexts import context_hidden, path_products, subtree_sums
 from aurora_rl.objectives.objective import Objective, Values, register_objective
-from aurora_rl.policies.drafter import Drafter, RecordedTrees, draft_rows, log_softmax
+from aurora_rl.policies.drafter import Drafter, RecordedTrees, TreeShape, draft_rows, log_softmax
 from aurora_rl.trajectories import DRAFT_MODES, RULES
 from aurora_rl.trees import sibling_ranks
 
@@ -123,6 +124,22 @@ class AcceptanceRewardLoss(Objective):
         self.reward, self.baseline, self.clip, self.max_staleness = reward, baseline, clip, max_staleness
         self.register_buffer("newest", torch.tensor(-1))
         self._nothing_fresh = 0
+
+    @classmethod
+    def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
+        """See :meth:`Objective.check_served`."""
+        super().check_served(settings, shape)
+        baseline = settings.get("baseline", "none")
+        if baseline != "none" and shape.chains < 2:
+            raise ValueError(
+                f"objective {cls.name!r}: baseline={baseline!r} compares siblings, and trees of drafter.depth="
+                f"{shape.depth}, drafter.width={shape.width} and drafter.num_nodes={shape.num_nodes} hold one chain; "
+                f"set drafter.width=2 or more and drafter.num_nodes={2 * shape.depth} or more"
+            )
+        if baseline != "none" and shape.mode == "sampled_without_replacement":
+            raise ValueError(
+                f"objective {cls.name!r}: baseline={baseline!r} needs independent siblings; set drafter.mode=sampled"
+            )
 
     @property
     def reads(self) -> list[NestedKey]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs.sampling import served_log_probs
-from aurora_rl.policies.drafter import Drafter, log_softmax
+from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 
 _ENTRY_POINTS = "aurora_rl.objectives"
 
@@ -85,6 +85,20 @@ class Objective(LossModule):
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.register_buffer("head", head, persistent=False)
         self._in_keys: list[NestedKey] | None = None
+
+    @classmethod
+    def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
+        """Raise ValueError where trees of this shape will never hold what the objective needs.
+
+        Args:
+            settings: as of the configuration, "name" among them.
+            shape: the trees that are going to be served.
+        """
+        if cls.sampled and shape.mode == "topk":
+            raise ValueError(
+                f"objective {cls.name!r} learns from nodes drawn at random, and drafter.mode is 'topk'; "
+                "set drafter.mode=sampled drafter.lookup=0"
+            )
 
     @property
     @abstractmethod
