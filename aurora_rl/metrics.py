@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsLog:
     """Append events to ``metrics.jsonl``.
 
-    Every line is one write to a file opened for appending, so two processes can share the file.
+    Every line is one write to a file opened for appending, so two processes can share the file. What cannot be written,
+    as on a full disk, is lost and counted: a log is no reason to stop serving.
 
     Args:
         path: the file; created where it is missing.
         source: name of the process, written into each line.
+
+    Attributes:
+        lost: events that could not be written.
     """
 
     def __init__(self, path: Path, source: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._source = source
+        self._source, self.lost = source, 0
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; ``fields`` are JSON values."""
         line = json.dumps({"time": round(time.time(), 3), "source": self._source, "event": event, **fields})
-        os.write(self._file, (line + "\n").encode())
+        try:
+            os.write(self._file, (line + "\n").encode())
+        except OSError as error:
+            if not self.lost:
+                logger.warning("metrics cannot be written (later ones are lost without a word): %s", error.strerror)
+            self.lost += 1
 
     def close(self) -> None:
         """Close the file."""

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 from pathlib import Path
 
+import pytest
+
 from aurora_rl.metrics import MetricsLog, MetricsReader
 
 
@@ -14,6 +16,15 @@ def test_events_carry_time_source_and_fields(tmp_path: Path) -> None:
     (event,) = MetricsReader(tmp_path / "new folder" / "metrics.jsonl").new()
     assert event.pop("time") > 1.7e9
     assert event == {"source": "server", "event": "swap", "version": 3, "ms": 0.5}
+
+
+def test_a_full_disk_loses_events_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsLog(Path("/dev/full"), "server")  # every write to it fails as on a full disk
+    log.write("one")
+    log.write("two")
+    assert log.lost == 2
+    assert [r.message for r in caplog.records if "metrics cannot be written" in r.message and "No space" in r.message]
+    assert len(caplog.records) == 1
 
 
 def test_a_reader_follows(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.sampling import SamplingBatch, SamplingParams
 from aurora_rl.envs.verification import get_rule
-from aurora_rl.trajectories import Sampling, TrajectoryRecorder
+from aurora_rl.trajectories import RULES, Sampling, TrajectoryRecorder
 from aurora_rl.trees import accepted_path, valid_nodes
 
 
@@ -74,8 +74,8 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: wall time spent on trajectories so far.
 
     Raises:
-        ValueError: the rule is not lossless for the draft mode; or from a request that the engine cannot hold or the
-            rule cannot serve (see :meth:`check`).
+        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; or from a request
+            that the engine cannot hold or the rule cannot serve (see :meth:`check`).
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -109,6 +109,10 @@ class SpecDecodeEnv(EnvBase):
             raise ValueError(
                 f"the rule {rule!r} would change the text of trees drawn by {draft_mode!r}; it needs "
                 f"draft_mode {' or '.join(self.rule.draft_modes)}"
+            )
+        if record and rule not in RULES:
+            raise ValueError(
+                f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULES)}; set record=False"
             )
         self._requests, self._decode, self._on_completion = requests, decode, on_completion
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)

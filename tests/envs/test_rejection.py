@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine, verification
 from aurora_rl.envs.rejection import Rejection, RejectionWithoutReplacement, reject
 from aurora_rl.envs.sampling import SamplingBatch
-from aurora_rl.envs.verification import Verdict, VerificationRule, get_rule
+from aurora_rl.envs.verification import Verdict, VerificationRule, get_rule, register_rule
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target
 
@@ -441,3 +441,20 @@ def test_a_rule_refuses_trees_that_were_drawn_otherwise() -> None:
         ValueError, match="'rejection' would change the text of trees drawn by 'topk'; .* draft_mode sampled"
     ):
         serve("rejection", "topk", 1.0, 1, 1)
+
+
+def test_a_rule_without_a_code_is_not_recorded() -> None:
+    class Own(VerificationRule):
+        name = "own"
+        verify = Rejection.verify
+        acceptance = Rejection.acceptance
+
+    register_rule(Own)
+    try:
+        model = tiny_target()
+        engine = TransformersEngine(model, num_slots=1, max_length=16, feature_layers=(0,))
+        with pytest.raises(ValueError, match="no code for the rule 'own', only for greedy, .*; set record=False"):
+            SpecDecodeEnv(engine, lambda: None, num_nodes=2, rule="own")
+        SpecDecodeEnv(engine, lambda: None, num_nodes=2, rule="own", record=False)
+    finally:
+        del verification.RULES["own"]
