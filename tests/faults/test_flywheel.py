@@ -18,6 +18,7 @@ import pytest
 from aurora_rl import cli
 from aurora_rl.checkpoints import read_folder
 from aurora_rl.metrics import MetricsReader
+from aurora_rl.recordings import Recording
 from aurora_rl.server import InferenceServer
 
 pytestmark = pytest.mark.faults
@@ -153,3 +154,27 @@ def test_a_port_in_use_is_told_before_a_request_is_served(
     assert "set wire.trajectories to another address" in error
     assert "request" not in {event["event"] for event in MetricsReader(run / "metrics.jsonl").new()}
     assert not (run / "summary.json").exists()
+
+
+def test_several_objectives_on_sampled_trees_learn_and_what_arrives_is_recorded(start: Start, tmp_path: Path) -> None:
+    flywheel = start(
+        "flywheel", "traffic.requests=24", "temperature=1.0", "drafter.mode=sampled", "drafter.lookup=0",
+        "drafter.num_nodes=8", f"learner.record={tmp_path / 'stream'}",
+        "objectives=[{name: imitation}, {name: acceptance_reward, baseline: leave_one_out, clip: 0.2}]",
+    )  # fmt: skip
+    assert flywheel.ended() == 0, flywheel.text
+    trained = flywheel.events("train")
+    assert trained and {"loss_imitation", "loss_acceptance_reward", "expected_accepted"} <= set(
+        trained[-1]["objectives"]
+    )
+    recorded = Recording(tmp_path / "stream")
+    assert len(recorded) and all(int(t["sampling", "draft_mode"]) == 1 for t in recorded)
+    assert flywheel.summary["requests"] == 24 and flywheel.summary["failed"] == 0
+
+
+def test_a_learner_that_diverges_says_so_and_serving_goes_on(start: Start) -> None:
+    flywheel = start("flywheel", "traffic.requests=60", "learner.muon_lr=1e38", "learner.max_skipped=2")
+    assert flywheel.ended() == 0, flywheel.text
+    assert flywheel.events("learner_died") and len(flywheel.events("step_skipped")) == 3
+    assert "3 steps in a row had no finite loss and gradient" in (flywheel.run / "learner.log").read_text()
+    assert flywheel.summary["requests"] == 60 and flywheel.summary["failed"] == 0

@@ -1,0 +1,92 @@
+"""Optimizer steps: what is learned from and how often, which loss is summed, and steps that are not finite."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torchrl.objectives import LossModule
+
+from aurora_rl.objectives import ImitationLoss
+from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.training import drafter_optimizers, train_on, train_step
+from aurora_rl.trajectories import pack
+
+
+def made() -> tuple[Eagle3Drafter, ImitationLoss]:
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).float()
+    return drafter, ImitationLoss(drafter, parts.head.float(), steps=2)
+
+
+def stream(count: int) -> list[TensorDict]:
+    drafter, _ = made()
+    return [tiny_trajectory(drafter, request=i, max_new_tokens=4) for i in range(count)]
+
+
+class Seen(nn.Module):
+    """A loss that notes the requests of every batch, beside two that it is told."""
+
+    def __init__(self, values: tuple[float, float] = (1.0, 2.0)) -> None:
+        super().__init__()
+        self.weight, self.values, self.batches = nn.Parameter(torch.ones(2)), values, []
+
+    def forward(self, batch: TensorDictBase) -> TensorDict:
+        self.batches.append(batch["request"].tolist())
+        first, second = self.values
+        losses = {"loss_a": first * self.weight[0], "loss_b": second * self.weight[1], "metric": 7 * self.weight[0]}
+        return TensorDict(losses, batch_size=[])
+
+
+def test_each_is_new_once_and_replayed_with_what_came_before() -> None:
+    loss = Seen()
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
+    seen = [n for n, _, _ in train_on(stream(11), loss, [optimizer], batch_size=4, replay=3)]  # type: ignore[arg-type]
+    assert seen == [4, 8]  # three are no batch
+    assert loss.batches[0] == [0, 1, 2, 3] and loss.batches[4] == [4, 5, 6, 7]
+    assert len(loss.batches) == 8
+    assert set(Counter(r for batch in loss.batches[1:4] for r in batch)) <= {0, 1, 2, 3}
+    assert any(r >= 4 for batch in loss.batches[5:] for r in batch)
+
+
+def test_the_losses_are_summed_and_the_gradient_clipped() -> None:
+    loss = Seen((3.0, 4.0))
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+    value, out = train_step(loss, [optimizer], pack(stream(1)), autocast=False)  # type: ignore[arg-type]
+    assert value == 7.0 and set(out.keys()) == {"loss_a", "loss_b", "metric"}
+    torch.testing.assert_close(loss.weight.detach(), 1 - torch.tensor([0.6, 0.8]))  # (3, 4) has norm 5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_not_taken(bad: float) -> None:
+    loss = Seen((bad, 1.0))
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match="loss is (nan|inf), its gradient's norm"):
+        train_step(loss, [optimizer], pack(stream(1)), autocast=False)  # type: ignore[arg-type]
+    assert loss.weight.tolist() == [1.0, 1.0]
+
+
+def test_muon_has_the_matrices_and_adam_the_rest() -> None:
+    drafter, _ = made()
+    muon, adam = drafter_optimizers(drafter, muon_lr=0.1, adam_lr=0.2)
+    names = {id(p): name for name, p in drafter.named_parameters()}
+    of = [{names[id(p)] for group in o.param_groups for p in group["params"]} for o in (muon, adam)]
+    assert of[0] == {n for n, p in drafter.named_parameters() if p.ndim == 2 and n != "lm_head.weight"}
+    assert of[0] | of[1] == set(names.values()) and not of[0] & of[1]
+
+
+def test_it_learns() -> None:
+    (drafter, loss), recorded = made(), stream(8)
+    assert isinstance(loss, LossModule)
+
+    def value() -> float:
+        return float(loss(pack(recorded))["loss_imitation"].detach())
+
+    before = value()
+    for _ in train_on(recorded, loss, drafter_optimizers(drafter, muon_lr=0.02, adam_lr=3e-3), replay=8):
+        pass
+    assert value() < 0.8 * before
