@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.envs.verification import VerificationRule, get_rule
-from aurora_rl.objectives.contexts import context_hidden, path_products, subtree_sums
+from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, context_hidden, path_products, subtree_sums
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.policies.drafter import Drafter, RecordedTrees, TreeShape, draft_rows, log_softmax
 from aurora_rl.trajectories import DRAFT_MODES, RULES
@@ -145,14 +145,8 @@ class AcceptanceRewardLoss(Objective):
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
         keys = self.tensor_keys
-        parts: dict[str, tuple[str, ...]] = {
-            "spine": ("tokens", "offset", "prompt_length", "features"),
-            "rounds": ("offset", "anchor", "request_offset", "policy_version"),
-            "nodes": ("tokens", "parents"),
-            "sampling": ("temperature", "top_k", "top_p", "rule", "draft_mode"),
-        }
-        own = [(part, key) for part, names in parts.items() for key in names]
-        return [*own, keys.hidden, keys.node_hidden, keys.accepted, keys.log_probs]
+        served = [*SAMPLING_KEYS, ("sampling", "rule"), ("sampling", "draft_mode"), ("rounds", "policy_version")]
+        return [*TREE_KEYS, *served, keys.hidden, keys.node_hidden, keys.accepted, keys.log_probs]
 
     @property
     def metrics(self) -> list[str]:

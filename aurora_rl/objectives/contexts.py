@@ -10,6 +10,19 @@ from torch import Tensor
 
 from aurora_rl.policies.drafter import RecordedTrees
 
+SPINE_KEYS: list[NestedKey] = [("spine", key) for key in ("tokens", "offset", "prompt_length", "features")]
+"""What ``Drafter.unroll`` reads of a batch."""
+
+TREE_KEYS: list[NestedKey] = [
+    *SPINE_KEYS,
+    *(("rounds", key) for key in ("offset", "anchor", "request_offset")),
+    *(("nodes", key) for key in ("tokens", "parents")),
+]
+"""What ``RecordedTrees`` and ``Drafter.context_logits`` read of a batch."""
+
+SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
+"""What ``Objective.served_log_probs`` reads of a batch."""
+
 
 def context_hidden(
     batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey

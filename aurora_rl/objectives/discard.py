@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.objectives.contexts import context_hidden, path_products
+from aurora_rl.objectives.contexts import TREE_KEYS, context_hidden, path_products
 from aurora_rl.objectives.divergences import Divergence, get_divergence
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
@@ -77,16 +77,8 @@ class DiscardSamplingLoss(Objective):
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
         keys = self.tensor_keys
-        spine = ("tokens", "offset", "prompt_length", "features")
-        nodes = ("tokens", "parents")
-        rounds = ("offset", "anchor", "request_offset")
-        return [
-            *(("spine", key) for key in spine),
-            *(("rounds", key) for key in rounds),
-            *(("nodes", key) for key in nodes),
-            *(keys.accepted, keys.log_probs, keys.node_hidden),
-            *([keys.hidden] if self.weighting == "reach" else []),
-        ]
+        along_paths = [keys.hidden] if self.weighting == "reach" else []
+        return [*TREE_KEYS, keys.accepted, keys.log_probs, keys.node_hidden, *along_paths]
 
     @property
     def metrics(self) -> list[str]:

@@ -8,7 +8,15 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.envs.verification import get_rule
-from aurora_rl.objectives.contexts import context_hidden, path_products, subtree_sums, windows
+from aurora_rl.objectives.contexts import (
+    SAMPLING_KEYS,
+    SPINE_KEYS,
+    TREE_KEYS,
+    context_hidden,
+    path_products,
+    subtree_sums,
+    windows,
+)
 from aurora_rl.objectives.divergences import overlap
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
@@ -75,14 +83,10 @@ class ExpectedLengthLoss(Objective):
     @property
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
-        parts: dict[str, tuple[str, ...]] = {
-            "spine": ("tokens", "offset", "prompt_length", "features"),
-            "sampling": ("temperature", "top_k", "top_p", *(() if self.rule else ("rule",))),
-        }
-        if self.contexts == "trees":
-            parts |= {"rounds": ("offset", "anchor", "request_offset"), "nodes": ("tokens", "parents")}
-        own = [(part, key) for part, names in parts.items() for key in names]
-        return [*own, self.tensor_keys.hidden, *([self.tensor_keys.node_hidden] if self.contexts == "trees" else [])]
+        served = [*SAMPLING_KEYS, self.tensor_keys.hidden, *([] if self.rule else [("sampling", "rule")])]
+        if self.contexts == "text":
+            return [*SPINE_KEYS, *served]
+        return [*TREE_KEYS, *served, self.tensor_keys.node_hidden]
 
     @property
     def metrics(self) -> list[str]:

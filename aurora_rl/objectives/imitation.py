@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.objectives.contexts import windows
+from aurora_rl.objectives.contexts import SPINE_KEYS, windows
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
@@ -142,13 +142,7 @@ class ImitationLoss(Objective):
     @property
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
-        return [
-            ("spine", "tokens"),
-            ("spine", "offset"),
-            ("spine", "prompt_length"),
-            ("spine", "features"),
-            self.tensor_keys.hidden,
-        ]
+        return [*SPINE_KEYS, self.tensor_keys.hidden]
 
     @property
     def metrics(self) -> list[str]:
