@@ -49,6 +49,50 @@ def before(context: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(sums).index_copy(0, order, sums - base)
 
 
+class _Draws:
+    """The nodes of a batch as draws from contexts.
+
+    Attributes:
+        trees: where they stand.
+        context: ``[M]`` int64, the row of ``p`` and ``q`` that each node was drawn from.
+        row: ``[M]`` int64, its column.
+        p: ``[C, Vd]``, the served distribution.
+        q: ``[C, Vd]``, the drafter's, with gradients.
+        log_q: ``[M]``, log-probability of each draw given its earlier siblings, with gradients.
+        needs_q: ``[M]`` bool, whether its rule looks at ``q``.
+        without: ``[M]`` bool, whether its siblings were drawn without replacement.
+    """
+
+    def __init__(
+        self,
+        trees: RecordedTrees,
+        context: Tensor,
+        row: Tensor,
+        p: Tensor,
+        log_q: Tensor,
+        rule: Tensor,
+        *,
+        without: Tensor,
+    ) -> None:
+        self.trees, self.context, self.row, self.p, self.q = trees, context, row, p, log_q.exp()
+        self._rule, self.without = rule, without
+        self.log_q = self.given_siblings(log_q[context, row])
+        self.needs_q = self.by_rule(lambda rule, here: torch.full_like(self.log_q[here], float(rule.needs_q))) > 0
+
+    def given_siblings(self, log_q: Tensor) -> Tensor:
+        """Log-probabilities of the draws given their path, ``[M]``, as those given their earlier siblings too."""
+        taken = before(self.context, log_q.exp())
+        return torch.where(self.without, log_q - torch.log1p(-taken.clamp(max=1 - 1e-6)), log_q)
+
+    def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
+        """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""
+        out = torch.zeros_like(self.q[self.context, self.row])
+        for code in self._rule.unique().tolist():
+            here = (self._rule == code).nonzero().flatten()
+            out = out.index_copy(0, here, of(get_rule(RULES[code])(), here).to(out.dtype))
+        return out
+
+
 @register_objective("acceptance_reward")
 class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
@@ -155,119 +199,105 @@ class AcceptanceRewardLoss(Objective):
 
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
-        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
-        rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
-        request = trees.request[nodes]
-        self._check_draws(batch, request)
-        row = draft_rows(self.drafter.draft_vocab, batch["nodes", "tokens"])
-        recorded = batch[keys.log_probs]
-        if bool((row < 0).any()) or not bool(torch.isfinite(recorded).all()):
-            raise ValueError(
-                f"objective {self.name!r}: a node of the batch was not drawn from the drafter ({keys.log_probs} is not "
-                "finite, or its token has no row); serve with drafter.mode=sampled and drafter.lookup=0"
-            )
+        draws = self._draws(batch)
+        trees, rounds = draws.trees, slice(draws.trees.num_rounds)
+        acceptance = draws.by_rule(
+            lambda rule, here: rule.acceptance(draws.p, draws.q, draws.row[here], draws.context[here])
+        )
+        reach = path_products(trees, acceptance)[trees.num_rounds :]
+        accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
+        recorded = batch[self.tensor_keys.log_probs].to(reach.dtype)
 
-        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
-        drawn_from[trees.parent] = True
-        context = (drawn_from.cumsum(0) - 1)[trees.parent]
-        log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
-        hidden = context_hidden(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
-        p = self.served_log_probs(batch, hidden, trees.request[drawn_from]).exp().to(log_q.dtype)
-        q = log_q.exp()
-        without = batch["sampling", "draft_mode"][request] == _WITHOUT_REPLACEMENT
-        of_node = _given_siblings(log_q[context, row], context, without)
-
-        def by_rule(of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
-            """Something of every node, ``of`` a rule and the nodes that were served with it."""
-            out = torch.zeros_like(of_node)
-            for code in batch["sampling", "rule"][request].unique().tolist():
-                here = (batch["sampling", "rule"][request] == code).nonzero().flatten()
-                out = out.index_copy(0, here, of(get_rule(RULES[code])(), here).to(out.dtype))
-            return out
-
-        needs_q = by_rule(lambda rule, here: torch.full_like(of_node[here], float(rule.needs_q))) > 0
-        acceptance = by_rule(lambda rule, here: rule.acceptance(p, q, row[here], context[here]))
-        reach = path_products(trees, acceptance)[nodes]
-        returns = subtree_sums(trees, reach)[rounds]
-        accepted = batch[keys.accepted].to(of_node.dtype)
-
-        with torch.no_grad():
-            if self.reward == "expected":
-                credit = self._hanging(trees, context, reach)
-            else:
-                self._check_recorded(context, needs_q)
-                # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
-                counts = torch.where(needs_q, (q[context, row] < p[context, row]).to(accepted.dtype), 1.0)
-                credit = counts * self._hanging(trees, context, accepted)
-            if self.baseline != "none":
-                self._check_baseline(context, needs_q, without)
-                # What every node would do as the first of its siblings: a function of its own branch alone.
-                alone = by_rule(
-                    lambda rule, here: rule.acceptance(
-                        p[context[here]], q[context[here]], row[here], torch.arange(len(here), device=row.device)
-                    )
-                )
-                below = subtree_sums(trees, path_products(trees, alone)[nodes])[nodes]
-                if self.baseline == "leave_one_out":
-                    credit = credit - _others(context, below, needs_q)
-                else:
-                    credit = _standardised(trees, below)
-        behaviour = of_node.detach() if self.clip is None else _given_siblings(recorded.to(q.dtype), context, without)
-        gain = clipped_gain(of_node, behaviour, credit, torch.inf if self.clip is None else self.clip)
+        credit = self._credit(draws, reach.detach(), accepted)
+        # REINFORCE is the ratio to the weights' own draws, whose gradient is the score.
+        behaviour = draws.log_q.detach() if self.clip is None else draws.given_siblings(recorded)
+        gain = clipped_gain(draws.log_q, behaviour, credit, torch.inf if self.clip is None else self.clip)
         if self.reward == "expected":
-            gain = gain + torch.where(needs_q, reach - reach.detach(), 0.0)
-        value = -subtree_sums(trees, gain)[rounds]
+            gain = gain + torch.where(draws.needs_q, reach - reach.detach(), 0.0)
 
         drafted = batch["rounds", "offset"].diff() > 0
         fresh = self._fresh(batch["rounds", "policy_version"], drafted)
-        valid, share = drafted & fresh, fresh[drafted].double().mean() if bool(drafted.any()) else torch.ones(())
-        mean = {
-            "expected_accepted": returns,
-            "accepted": subtree_sums(trees, accepted)[rounds],
+        valid = drafted & fresh
+        metrics = {
+            "expected_accepted": _mean(subtree_sums(trees, reach)[rounds][valid]),
+            "accepted": _mean(subtree_sums(trees, accepted)[rounds][valid]),
+            "ratio": _mean((draws.log_q - draws.given_siblings(recorded)).exp()),
+            "stale": _mean((~fresh[drafted]).to(reach.dtype)),
         }
-        metrics = {name: part[valid].mean() if bool(valid.any()) else part.new_zeros(()) for name, part in mean.items()}
-        metrics["ratio"] = (of_node - recorded).exp().mean() if len(recorded) else of_node.new_ones(())
-        metrics["stale"] = 1 - share
-        return Values(value[None], value.new_ones(()), valid[None], metrics)
+        return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
-    # ---- credit -----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _hanging(trees: RecordedTrees, context: Tensor, values: Tensor) -> Tensor:
-        """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
-        below = subtree_sums(trees, values)[trees.num_rounds :]
-        of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
-        return of_context[context] - before(context, below)
-
-    # ---- what a batch must be ---------------------------------------------------------------------------------------
-
-    def _check_draws(self, batch: TensorDictBase, request: Tensor) -> None:
-        if bool((batch["sampling", "draft_mode"][request] == 0).any()):
+    def _draws(self, batch: TensorDictBase) -> _Draws:
+        """What was drawn, and the distributions that it is judged by, with gradients in the drafter."""
+        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
+        request = trees.request[trees.num_rounds :]
+        mode = batch["sampling", "draft_mode"][request]
+        if bool((mode == 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: ('sampling', 'draft_mode') is 'topk', and a drafter's likeliest nodes hold "
                 "no exploration; serve with drafter.mode=sampled"
             )
+        row = draft_rows(self.drafter.draft_vocab, batch["nodes", "tokens"])
+        if bool((row < 0).any()) or not bool(torch.isfinite(batch[keys.log_probs]).all()):
+            raise ValueError(
+                f"objective {self.name!r}: a node of the batch was not drawn from the drafter ({keys.log_probs} is not "
+                "finite, or its token has no row); serve with drafter.mode=sampled and drafter.lookup=0"
+            )
+        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
+        drawn_from[trees.parent] = True
+        log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
+        hidden = context_hidden(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
+        p = self.served_log_probs(batch, hidden, trees.request[drawn_from]).exp().to(log_q.dtype)
+        context = (drawn_from.cumsum(0) - 1)[trees.parent]
+        return _Draws(
+            trees, context, row, p, log_q, batch["sampling", "rule"][request], without=mode == _WITHOUT_REPLACEMENT
+        )
 
-    def _check_recorded(self, context: Tensor, needs_q: Tensor) -> None:
-        siblings = bool((sibling_ranks(context) > 0)[needs_q].any())
-        if siblings:
+    @torch.no_grad()
+    def _credit(self, draws: _Draws, reach: Tensor, accepted: Tensor) -> Tensor:
+        """What each node's score is weighed with, ``[M]``."""
+        trees, context, row = draws.trees, draws.context, draws.row
+        if self.reward == "expected":
+            credit = _hanging(trees, context, reach)
+        else:
+            self._check_recorded(draws)
+            # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
+            counts = (draws.q[context, row] < draws.p[context, row]).to(accepted.dtype)
+            credit = torch.where(draws.needs_q, counts, 1.0) * _hanging(trees, context, accepted)
+        if self.baseline == "none" or not len(context):
+            return credit
+        self._check_baseline(draws)
+        # What every node would do as the first of its siblings: a function of its own branch alone.
+        alone = draws.by_rule(
+            lambda rule, here: rule.acceptance(
+                draws.p[context[here]], draws.q[context[here]], row[here], torch.arange(len(here), device=row.device)
+            )
+        )
+        below = subtree_sums(trees, path_products(trees, alone)[trees.num_rounds :])[trees.num_rounds :]
+        if self.baseline == "group":
+            return _standardised(trees, below)
+        return credit - _others(context, below, draws.needs_q)
+
+    # ---- what a batch must be ---------------------------------------------------------------------------------------
+
+    def _check_recorded(self, draws: _Draws) -> None:
+        if bool((sibling_ranks(draws.context) > 0)[draws.needs_q].any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' does not hold for rejection on trees, where a node's "
                 "acceptance depends on its siblings; set reward='expected', or serve chains (drafter.width=1)"
             )
 
-    def _check_baseline(self, context: Tensor, needs_q: Tensor, without: Tensor) -> None:
-        if len(context) and not bool((sibling_ranks(context) > 0).any()):
+    def _check_baseline(self, draws: _Draws) -> None:
+        if not bool((sibling_ranks(draws.context) > 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
                 "any; serve with drafter.width > 1 and a node budget for it, or set baseline='none'"
             )
-        if bool(without.any()):
+        if bool(draws.without.any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} needs independent siblings, and "
                 "('sampling', 'draft_mode') is 'sampled_without_replacement'; serve with drafter.mode=sampled"
             )
-        if self.baseline == "group" and bool(needs_q.any()):
+        if self.baseline == "group" and bool(draws.needs_q.any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline='group' scales the score but not the gradient of the reward, which "
                 "rejection rules have; use leave_one_out"
@@ -289,6 +319,13 @@ class AcceptanceRewardLoss(Objective):
                 f"{int(version.max())}); raise it, or replay less (learner.replay)"
             )
         return fresh
+
+
+def _hanging(trees: RecordedTrees, context: Tensor, values: Tensor) -> Tensor:
+    """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
+    below = subtree_sums(trees, values)[trees.num_rounds :]
+    of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
+    return of_context[context] - before(context, below)
 
 
 def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
@@ -323,7 +360,5 @@ def _standardised(trees: RecordedTrees, below: Tensor) -> Tensor:
     return score[branch]
 
 
-def _given_siblings(log_q: Tensor, context: Tensor, without: Tensor) -> Tensor:
-    """Log-probability of each draw given its earlier siblings, where draws are without replacement; all ``[M]``."""
-    taken = before(context, log_q.exp())
-    return torch.where(without, log_q - torch.log1p(-taken.clamp(max=1 - 1e-6)), log_q)
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if len(values) else values.new_zeros(())

@@ -307,7 +307,9 @@ def test_rounds_without_nodes_do_not_count() -> None:
     torch.testing.assert_close(
         loss(pack([full, empty]))["loss_acceptance_reward"], loss(pack([full]))["loss_acceptance_reward"]
     )
-    assert float(loss(pack([empty]))["loss_acceptance_reward"].detach()) == 0.0
+    for settings in ({}, {"baseline": "group"}, {"baseline": "leave_one_out", "reward": "recorded"}):
+        nothing = AcceptanceRewardLoss(drafter, target.head, **settings)(pack([empty]))
+        assert float(nothing["loss_acceptance_reward"].detach()) == 0.0
 
 
 def test_the_clipped_gain_is_that_of_torchrls_clip_ppo() -> None:
