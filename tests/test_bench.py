@@ -13,6 +13,8 @@ from aurora_rl.bench import VARIANTS, mean_curves
 from aurora_rl.cli import main
 from aurora_rl.config import load_config
 from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.policies import Eagle3Drafter
+from aurora_rl.policies.formats import save_eagle3
 from aurora_rl.recordings import Recording, record
 
 PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.lookup=0", "learner.replay=1"]
@@ -27,6 +29,8 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         config = load_config(overrides=[f"model={tiny_folder}", f"drafter.mode={mode}", *PAIRS])
         target = build.load(config)
         drafter = build.drafter(config, target, [])
+        assert isinstance(drafter, Eagle3Drafter)
+        save_eagle3(drafter, folders[mode].with_name("drafter-day0"))
         requests = [Request(i, torch.randint(250, (5,)), 8, SamplingParams(1.0, seed=i)) for i in range(12)]
         record(target.model, drafter, requests, Recording(folders[mode]), shape=build.shape(config))
     return folders
@@ -55,8 +59,8 @@ def test_curves_table_and_plot_and_only_missing_runs_are_made(
     assert "forward_kl seed 1" in (out := capsys.readouterr().out) and "seed 0" not in out
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())
     assert "| topk | forward_kl | 2 |" in (tmp_path / "table.md").read_text()
-    # A sampled stream has a table row of its own, and the policy gradient learns from it.
-    more = ("--variants", "policy_gradient")
+    # A sampled stream has a table row of its own, and the policy gradient learns from it with its draft vocabulary.
+    more = ("--variants", "policy_gradient", f"drafter.path={streams['sampled'].with_name('drafter-day0')}")
     assert bench(tiny_folder, streams["sampled"], tmp_path, *more, "drafter.mode=sampled") == 0
     assert (tmp_path / "sampled-policy_gradient-0.json").exists()
 

@@ -240,7 +240,8 @@ class AcceptanceRewardLoss(Objective):
         if bool((row < 0).any()) or not bool(torch.isfinite(batch[keys.log_probs]).all()):
             raise ValueError(
                 f"objective {self.name!r}: a node of the batch was not drawn from the drafter ({keys.log_probs} is not "
-                "finite, or its token has no row); serve with drafter.mode=sampled and drafter.lookup=0"
+                "finite, or its token has no row); serve with drafter.mode=sampled drafter.lookup=0, "
+                "and start from the drafter that drew the recording (drafter.path)"
             )
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
         drawn_from[trees.parent] = True
