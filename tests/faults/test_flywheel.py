@@ -173,8 +173,12 @@ def test_several_objectives_on_sampled_trees_learn_and_what_arrives_is_recorded(
 
 
 def test_a_learner_that_diverges_says_so_and_serving_goes_on(start: Start) -> None:
-    flywheel = start("flywheel", "traffic.requests=60", "learner.muon_lr=1e38", "learner.max_skipped=2")
-    assert flywheel.ended() == 0, flywheel.text
-    assert flywheel.events("learner_died") and len(flywheel.events("step_skipped")) == 3
+    flywheel = start("flywheel", ENDLESS, "learner.muon_lr=1e38", "learner.max_skipped=2")
+    flywheel.wait_for("learner_died")
+    served = len(flywheel.events("request"))
+    flywheel.wait_for("request", served + 5)
+    flywheel.interrupt()
+    assert flywheel.ended() == 130, flywheel.text
+    assert len(flywheel.events("step_skipped")) == 3
     assert "3 steps in a row had no finite loss and gradient" in (flywheel.run / "learner.log").read_text()
-    assert flywheel.summary["requests"] == 60 and flywheel.summary["failed"] == 0
+    assert flywheel.summary["failed"] == 0
