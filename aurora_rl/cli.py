@@ -143,6 +143,8 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def _bench(config: Config, arguments: argparse.Namespace) -> int:
+    _limit_caches()
+
     import torch
 
     from aurora_rl.bench import bench_objectives
@@ -170,10 +172,7 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     run_dir = _run_dir(config, "learner.yaml", suffix="-learner")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner")
-    # No two batches have the same number of rows, and oneDNN keeps a kernel with its scratch memory for each of the
-    # last 1,024 shapes, twice over: 20 MB a request, 11 GB after 460. Read when torch is loaded.
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")
+    _limit_caches()
 
     import torch
 
@@ -193,6 +192,16 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
         learner.close()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
     return 0
+
+
+def _limit_caches() -> None:
+    """Before torch is loaded in a process that learns.
+
+    No two batches have the same number of rows, and oneDNN keeps a kernel with its scratch memory for each of the last
+    1,024 shapes, twice over: 20 MB a request, 11 GB after 460.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
 
 
 def _end_with(parent: int) -> None:
