@@ -7,6 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def learning_curve(
         (requests learned from, acceptance length).
     """
     prompts = [t["spine", "tokens"][: int(t["spine", "prompt_length"])].tolist() for t in stream[:64]]
-    config.seed = seed
+    config = replace(config, seed=seed)
     drafter = build.drafter(config, target, prompts)
     dtype, shape, settings = build.dtype_of(config), build.shape(config), config.learner
     loss = SumLoss(make_objectives(objectives, drafter, target.parts.head.float()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self, TypeVar
 
 import torch
@@ -76,8 +76,11 @@ class TreeShape:
 
     @property
     def most_nodes(self) -> int:
-        """Most nodes of the tree, those of prompt lookup included."""
-        both = self.budget + self.lookup
+        """Most nodes of this tree or a shallower one, those of prompt lookup included.
+
+        A shallower sampled tree may have more: its budget holds more chains whole.
+        """
+        both = max(replace(self, depth=depth).budget for depth in range(self.depth + 1)) + self.lookup
         return both if self.num_nodes is None else min(self.num_nodes, both)
 
 

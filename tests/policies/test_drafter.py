@@ -153,6 +153,13 @@ def test_sampled_shapes_hold_whole_chains() -> None:
     ]  # fmt: skip
 
 
+def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
+    """Depth control moves within what was allocated for the deepest tree."""
+    shape = TreeShape(4, 4, 7, mode="sampled")
+    budgets = [TreeShape(depth, 4, 7, mode="sampled").budget for depth in range(5)]
+    assert budgets == [0, 4, 6, 6, 4] and shape.most_nodes == 6
+
+
 def test_first_tokens_that_cannot_differ() -> None:
     growth = SampledGrowth(torch.tensor([1, 2]), TreeShape(1, 2, mode="sampled_without_replacement"))
     with pytest.raises(ValueError, match="2 first tokens cannot all differ"):
