@@ -20,12 +20,12 @@ from aurora_rl.policies.drafter import (
     RecordedTrees,
     TreeShape,
     Unroll,
-    grow,
     log_softmax,
     published_tensors,
     register_drafter,
     stage_tensors,
 )
+from aurora_rl.policies.growth import grow
 from aurora_rl.policies.target import TargetParts
 
 

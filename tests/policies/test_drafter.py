@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from aurora_rl.policies import DRAFTERS, Eagle3Drafter, MedusaDrafter, TreeShape
-from aurora_rl.policies.drafter import RecordedTrees, SampledGrowth, TopKGrowth, best_first, check_weights, draft_rows
+from aurora_rl.policies.drafter import RecordedTrees, check_weights, draft_rows
+from aurora_rl.policies.growth import SampledGrowth, TopKGrowth, best_first
 
 
 @pytest.mark.parametrize(

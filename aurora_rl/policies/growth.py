@@ -1,0 +1,176 @@
+"""How trees grow from a drafter's log-probabilities: its likeliest nodes, or chains drawn at random.
+
+Legend: ``b`` slots, ``w`` nodes of a frontier, ``n`` nodes of a tree, ``Vd`` draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from aurora_rl.policies.drafter import Proposal, TreeShape
+
+
+def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor, budget: int) -> Proposal:
+    """Keep the ``budget`` likeliest nodes of each tree.
+
+    A node's joint log-probability is at most its parent's, and ties keep the earlier node, so what is kept is a tree.
+
+    Args:
+        tokens: ``[b, n]`` candidates in topological order.
+        parents: ``[b, n]``.
+        log_probs: ``[b, n]`` given the path.
+        joint: ``[b, n]`` summed along the path.
+        budget: nodes to keep.
+    """
+    if tokens.shape[1] > budget:
+        keep = joint.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
+        place = torch.full_like(parents, -1)
+        place.scatter_(1, keep, torch.arange(budget, device=keep.device).expand_as(keep))
+        parents = parents.gather(1, keep)
+        parents = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
+        tokens, log_probs = tokens.gather(1, keep), log_probs.gather(1, keep)
+    return Proposal(tokens, parents, log_probs.float())
+
+
+class Growth(ABC):
+    """Grows trees of ``b`` slots: a drafter adds depth after depth, and expands the frontier in between."""
+
+    @abstractmethod
+    def add(self, log_probs: Tensor) -> None:
+        """Add a depth: ``[b, w, Vd]``, the drafter's at each of the ``w`` nodes of the frontier, at first the root."""
+
+    @abstractmethod
+    def frontier(self) -> tuple[Tensor, Tensor]:
+        """The nodes to expand now, ``[b, w]``: their tokens, and each one's parent's place in the last frontier."""
+
+    @abstractmethod
+    def proposal(self) -> Proposal:
+        """The trees."""
+
+
+def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Growth:
+    """An empty growth of a shape.
+
+    Args:
+        draft_vocab: ``[Vd]`` int64, target ids of the rows.
+        shape: what to grow.
+        generator: see :meth:`Drafter.propose`.
+    """
+    return TopKGrowth(draft_vocab, shape) if shape.mode == "topk" else SampledGrowth(draft_vocab, shape, generator)
+
+
+class TopKGrowth(Growth):
+    """At each depth the likeliest nodes by joint probability are expanded, each by its likeliest tokens.
+
+    ``width`` of each (all tokens of a smaller draft vocabulary); in the end the budget keeps the likeliest nodes.
+
+    Args:
+        draft_vocab: ``[Vd]`` int64, target ids of the rows.
+        shape: the tree to grow.
+
+    Example:
+        >>> growth = TopKGrowth(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
+        >>> growth.add(torch.tensor([[[0.2, 0.7, 0.1]]]).log())
+        >>> growth.frontier()
+        (tensor([[7, 5]]), tensor([[0, 0]]))
+        >>> growth.add(torch.tensor([[[0.1, 0.1, 0.8], [0.4, 0.5, 0.1]]]).log())
+        >>> growth.proposal().tokens, growth.proposal().parents
+        (tensor([[7, 5, 9]]), tensor([[-1, -1,  0]]))
+    """
+
+    def __init__(self, draft_vocab: Tensor, shape: TreeShape) -> None:
+        self._draft_vocab, self._shape, self._children = draft_vocab, shape, min(shape.width, len(draft_vocab))
+        self._tokens: list[Tensor] = []
+        self._parents: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
+        self._joint: list[Tensor] = []
+        # Candidates that the last frontier consists of, and their joint log-probabilities.
+        self._expanded: tuple[Tensor, Tensor] | None = None
+        self._before = 0  # candidates of all depths but the last
+
+    def add(self, log_probs: Tensor) -> None:
+        """See :meth:`Growth.add`."""
+        best, choice = log_probs.topk(self._children)
+        parents = torch.full_like(choice, -1)
+        joint = best
+        if self._expanded is not None:
+            self._before += self._tokens[-1].shape[1]
+            index, path = self._expanded
+            parents, joint = index[:, :, None].expand_as(choice), path[:, :, None] + best
+        self._tokens.append(self._draft_vocab[choice].flatten(1))
+        self._parents.append(parents.flatten(1))
+        self._log_probs.append(best.flatten(1))
+        self._joint.append(joint.flatten(1))
+
+    def frontier(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`Growth.frontier`."""
+        tokens, joint = self._tokens[-1], self._joint[-1]
+        # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
+        if tokens.shape[1] <= self._shape.width:
+            kept = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        else:
+            joint, kept = joint.topk(self._shape.width)
+            tokens = tokens.gather(1, kept)
+        self._expanded = kept + self._before, joint
+        return tokens, kept // self._children
+
+    def proposal(self) -> Proposal:
+        """The trees, cut to the shape's budget."""
+        columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
+        tokens, parents, log_probs, joint = columns
+        return best_first(tokens, parents, log_probs, joint, self._shape.budget)
+
+
+class SampledGrowth(Growth):
+    """Draws chains that part at the root.
+
+    Which nodes there are does not depend on what was drawn, as rejection needs: a node that was left out for its token
+    would change the law of the text.
+
+    Args:
+        draft_vocab: ``[Vd]`` int64, target ids of the rows.
+        shape: the tree to grow.
+        generator: of the draws.
+
+    Example:
+        >>> growth = SampledGrowth(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
+        >>> growth.add(torch.tensor([[[0.5, 0.5]]]).log())
+        >>> growth.add(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).log())
+        >>> growth.proposal().tokens.sort().values, growth.proposal().parents
+        (tensor([[5, 5, 5, 7]]), tensor([[-1, -1,  0,  1]]))
+    """
+
+    def __init__(self, draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> None:
+        self._draft_vocab, self._generator = draft_vocab, generator
+        self._chains, self._replacement = shape.chains, shape.mode == "sampled"
+        self._tokens: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
+        self._q: list[Tensor] = []
+
+    def add(self, log_probs: Tensor) -> None:
+        """See :meth:`Growth.add`."""
+        q, draws = log_probs.exp(), 1 if self._tokens else self._chains
+        if not self._replacement and draws > int((q > 0).sum(-1).min()):
+            raise ValueError(
+                f"{draws} first tokens cannot all differ: the drafter has fewer with a probability above 0"
+            )
+        choice = q.flatten(0, 1).multinomial(draws, self._replacement, generator=self._generator)
+        choice = choice.view(*q.shape[:2], draws)
+        self._tokens.append(self._draft_vocab[choice].flatten(1))
+        self._log_probs.append(log_probs.gather(-1, choice).flatten(1))
+        self._q.append(q.repeat_interleave(draws, dim=1))
+
+    def frontier(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`Growth.frontier`."""
+        tokens = self._tokens[-1]
+        place = torch.arange(self._chains, device=tokens.device).expand_as(tokens)
+        return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
+
+    def proposal(self) -> Proposal:
+        """See :meth:`Growth.proposal`."""
+        tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
+        above = torch.arange(tokens.shape[1], device=tokens.device) - self._chains
+        return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))
