@@ -17,7 +17,9 @@ def save_eagle3(drafter: Eagle3Drafter, folder: Path) -> None:
     """Write a drafter as SGLang's ``LlamaForCausalLMEagle3`` (and vLLM) load it.
 
     ``d2t`` holds offsets, ``d2t[i] = target id − i``; ``t2d`` marks the target tokens that have a row.
-    The embedding is the target's and is left out.
+    The embedding is the target's and is left out. SGLang names a captured state by the layer that it leaves (it adds 1 to
+    each id and captures what enters that layer), this library by the layer that it enters: the ids in the file are one
+    less than ``feature_layers``.
     """
     weights = drafter.published()
     known = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)
@@ -27,7 +29,7 @@ def save_eagle3(drafter: Eagle3Drafter, folder: Path) -> None:
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": len(drafter.draft_vocab),
         "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(drafter.feature_layers)},
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in drafter.feature_layers]},
     }
     write_folder(folder, {**weights, "t2d": known}, {"config.json": config})
 
@@ -56,7 +58,7 @@ def load_eagle3(folder: str | Path, parts: TargetParts) -> Eagle3Drafter:
         LlamaConfig.from_dict(document),
         embedding=parts.embedding.float(),
         draft_vocab=torch.arange(len(tensors["d2t"])),
-        feature_layers=tuple(layers),
+        feature_layers=tuple(layer + 1 for layer in layers),
     )
     try:
         drafter.install(tensors)

@@ -49,7 +49,7 @@ def test_a_folder_holds_what_engines_read(saved: tuple[Eagle3Drafter, Path]) -> 
     expected = {
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "draft_vocab_size": 4, "vocab_size": 32,
         "hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 4, "dtype": "float32",
-        "tie_word_embeddings": False, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1]},
+        "tie_word_embeddings": False, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 0]},
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
 
