@@ -1,0 +1,27 @@
+"""SGLang as the serving engine, unpatched.
+
+Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (rounds to trajectories) and :mod:`weights`
+(swaps). Outside: :mod:`engine` (a server, launched or attached to) and :mod:`serving` (the serving half of a run on it).
+Both talk by :mod:`control`.
+"""
+
+import os
+
+ENVIRONMENT = "AURORA_RL_SGLANG"
+"""Environment variable of SGLang's processes: the address at which the plugin answers control requests."""
+
+
+def register() -> None:
+    """Register the hooks if the environment asks for them.
+
+    SGLang calls this in each of its processes, by the entry point group ``sglang.srt.plugins``.
+    """
+    address = os.environ.get(ENVIRONMENT)
+    if not address:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from aurora_rl.sglang.plugin import Plugin
+
+    for target, hook in Plugin(address).hooks().items():
+        HookRegistry.register(target, hook, HookType.AROUND)

@@ -1,0 +1,95 @@
+"""Requests and replies between the plugin inside SGLang's scheduler and those who attach to it.
+
+The plugin binds one ROUTER socket, by default on this host only. Every message is JSON without tensors in the
+project's codec: ``status``, ``attach``, ``detach`` and ``record`` are answered by ``status``, what cannot be done by
+``refused`` with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from aurora_rl.collectors.codec import CodecError, Limits, decode, encode
+from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
+
+logger = logging.getLogger(__name__)
+
+_LIMITS = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
+_TURN_MS = 50
+
+
+class ControlError(RuntimeError):
+    """What was asked of an engine cannot be done; the message says why."""
+
+
+class ControlServer:
+    """The plugin's end, in a thread of its own.
+
+    Args:
+        address: to bind.
+        answer: takes kind and fields of a request, and returns the fields of ``status``; ControlError refuses.
+
+    Raises:
+        OSError: the address is taken or cannot be bound.
+    """
+
+    def __init__(self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+        self._answer = answer
+        self._socket, owned = open_socket(zmq.ROUTER, None)
+        self._socket.maxmsgsize = _LIMITS.max_bytes
+        self.address = bind(self._socket, address, owned)
+        self._thread = SocketThread(self._socket, self._step, name="sglang-control", owned_context=owned)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End."""
+        self._thread.close(1.0)
+
+    def _step(self) -> bool:
+        if self._socket.poll(_TURN_MS):
+            identity, *frames = self._socket.recv_multipart()
+            try:
+                message = decode(frames, limits=_LIMITS)
+                reply = encode("status", self._answer(message.kind, message.meta))
+            except (CodecError, ControlError) as error:
+                reply = encode("refused", {"reason": str(error)})
+            except Exception as error:  # a fault of ours must not end the thread: the engine could not be reached again
+                logger.exception("a control request failed")
+                reply = encode("refused", {"reason": f"{type(error).__name__}: {error}"})
+            self._socket.send_multipart([identity, *reply])
+        return not self._thread.closing
+
+
+def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeout: float = 10.0) -> dict[str, Any]:
+    """Send one request to a plugin and wait for its status.
+
+    Args:
+        address: of its control socket.
+        kind: ``status``, ``attach``, ``detach`` or ``record``.
+        fields: of the request.
+        timeout: seconds.
+
+    Raises:
+        ControlError: it refuses, or does not answer in time.
+    """
+    socket, owned = open_socket(zmq.DEALER, None)
+    assert owned is not None
+    try:
+        connect(socket, address)
+        socket.send_multipart(encode(kind, fields or {}))
+        if not socket.poll(timeout * 1e3):
+            raise ControlError(
+                f"no answer at {address} within {timeout:.0f} s; is SGLang running there with AURORA_RL_SGLANG={address} "
+                "in its environment and aurora-rl installed beside it?"
+            )
+        message = decode(socket.recv_multipart(), limits=_LIMITS)
+    finally:
+        socket.close(linger=0)
+        owned.term()
+    if message.kind == "refused":
+        raise ControlError(str(message.meta.get("reason")))
+    return message.meta

@@ -1,0 +1,529 @@
+"""What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
+
+At the address that :func:`aurora_rl.sglang.register` was given the plugin answers requests of
+:mod:`aurora_rl.sglang.control`; from ``attach`` to ``detach`` it records and swaps.
+
+A hook calls the engine's own function with what it was given and returns what that returned; a fault of ours switches
+recording off and never reaches the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.weight_sync import WeightReceiver
+from aurora_rl.sglang.control import ControlError, ControlServer
+from aurora_rl.sglang.recorder import EngineRound, TargetRows, TrajectoryAssembler, request_number
+from aurora_rl.sglang.weights import SwapError, load_drafter
+from aurora_rl.trajectories import Sampling
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ("0.5.21",)
+"""Versions of SGLang whose functions the hooks were written for; the first with weight sessions for the drafter."""
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
+_LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
+_ROTATION = 1 << 30
+
+
+class Session:
+    """From ``attach`` to ``detach``: the ends of the wire, the records, and the version that drafts.
+
+    Args:
+        fields: of the request; see :data:`ATTACH`.
+
+    Raises:
+        ControlError: a field is missing, unknown or of the wrong type.
+        OSError: an address is malformed.
+    """
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        for name, kind in ATTACH.items():
+            if not isinstance(fields.get(name), kind):
+                raise ControlError(f"attach needs {name}, got {fields.get(name)!r}")
+        if unknown := set(fields) - set(ATTACH):
+            raise ControlError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
+        if not 0 <= fields["capture_rate"] <= 1:
+            raise ControlError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
+        self.hello = Hello.from_meta(fields["hello"])
+        self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
+        self.recording, self.error = True, ""
+        self.version = fields["version"]
+        self.sink = TrajectorySink(fields["trajectories"], hello=self.hello, capacity=fields["queue"])
+        self.receiver = WeightReceiver(fields["weights"], hello=self.hello, version=self.version)
+        self.records = TrajectoryAssembler(
+            self.sink.extend, max_bytes=fields["max_bytes"], store_bytes=fields["store_bytes"]
+        )
+        self.swap_ms: list[float] = []
+        self.flush_due = False
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
+
+    def fail(self, reason: str) -> None:
+        """Switch recording off; serving goes on."""
+        logger.warning("recording is off: %s", reason)
+        self.recording, self.error = False, reason
+
+    def close(self) -> None:
+        """Send what can be sent and end."""
+        self.records.close()
+        self.background.shutdown()
+        self.sink.close(2.0)
+        self.receiver.close()
+
+
+ATTACH: dict[str, type | tuple[type, ...]] = {
+    "trajectories": str,  # address of the learner's collector
+    "weights": str,  # address of its publisher
+    "hello": dict,
+    "version": int,  # of the weights that the server was started with
+    "capture_rate": (int, float),  # share of requests to record
+    "queue": int,  # trajectories that wait for an absent learner
+    "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
+    "max_bytes": int,  # that requests on their way may hold
+    "store_bytes": int,  # of features of earlier texts, for prompts with a cached prefix
+}
+"""Fields of an ``attach`` request and their types."""
+
+
+class Plugin:
+    """State of one scheduler process.
+
+    Args:
+        address: where to answer control requests.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._scheduler: Any = None
+        self._control: ControlServer | None = None
+        self._session: Session | None = None
+        self._seen: Counter[str] = Counter()
+        self._missing: list[str] = []
+        # Of the forward pass that runs now: what the target's head read, what the drafter's logits were.
+        self._head_input: Tensor | None = None
+        self._draft_logits: list[Tensor] = []
+        self._path_scores: Tensor | None = None
+        self._joint_log_probs: Tensor | None = None
+
+    def hooks(self) -> dict[str, Callable[..., Any]]:
+        """What is wrapped, and by what."""
+        return {
+            f"{_SCHEDULER}.process_input_requests": self._between_batches,
+            f"{_SCHEDULER}.process_batch_result": self._after_batch,
+            f"{_DRAFTER}.draft": self._draft,
+            f"{_DRAFTER}._draft_extend_for_prefill": self._prefill,
+            f"{_DRAFTER}._draft_extend_for_decode": self._extend,
+            "sglang.srt.speculative.eagle_utils.organize_draft_results": self._organize,
+            "sglang.srt.speculative.eagle_utils.eagle_sample": self._verify,
+            _LOGITS: self._logits,
+        }
+
+    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
+        """Run something of ours on the serving path."""
+        session = self._session
+        try:
+            action(*args)
+        except Exception as error:
+            logger.exception("a fault of the recorder")
+            if session is not None:
+                session.fail(f"{type(error).__name__}: {error}")
+
+    # ---- control --------------------------------------------------------------------------------------------------
+
+    def _between_batches(self, original: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(scheduler, *args, **kwargs)
+        if self._scheduler is None:
+            self._guarded(self._bind, scheduler)
+        if self._session is not None:
+            self._guarded(self._swap, self._session)
+        return result
+
+    def _bind(self, scheduler: Any) -> None:
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        self._scheduler = scheduler
+        self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
+        args = scheduler.server_args
+        if (args.tp_size, args.pp_size, args.dp_size) == (1, 1, 1):
+            self._control = ControlServer(self._address, self._answer)
+        else:
+            logger.error("aurora-rl serves one GPU a server; tp_size, pp_size and dp_size must be 1")
+
+    def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        if kind == "attach":
+            self._attach(fields)
+        elif kind == "detach":
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+        elif kind == "record":
+            if self._session is None:
+                raise ControlError("nothing is attached; attach first")
+            self._session.recording, self._session.error = bool(fields.get("on")), ""
+        elif kind != "status":
+            raise ControlError(f"there is no request {kind!r}; there are status, attach, detach and record")
+        return self._status()
+
+    def _status(self) -> dict[str, Any]:
+        from sglang.version import __version__
+
+        status: dict[str, Any] = {
+            "sglang": __version__,
+            "torch": torch.__version__,
+            "missing": self._missing,
+            "seen": dict(self._seen),
+            "attached": (session := self._session) is not None,
+        }
+        if session is not None:
+            counts = dict(session.records.counts)
+            status |= {
+                "recording": session.recording,
+                "error": session.error,
+                "recorded": counts.pop("recorded", 0),
+                "skipped": counts,
+                "queued": session.sink.queued,
+                "dropped": session.sink.dropped,
+                "sent": session.sink.sent,
+                "version": session.version,
+                "refused": session.receiver.error,
+                "swaps": len(session.swap_ms),
+                "swap_ms": {
+                    "p50": statistics.median(session.swap_ms) if session.swap_ms else None,
+                    "max": max(session.swap_ms, default=None),
+                },
+            }
+        return status
+
+    def _attach(self, fields: dict[str, Any]) -> None:
+        if self._session is not None:
+            raise ControlError("a learner is attached already; detach first")
+        session = Session(fields)
+        try:
+            self._check_engine(session.hello)
+        except ControlError:
+            session.close()
+            raise
+        self._session = session
+
+    def _check_engine(self, hello: Hello) -> None:
+        """Raise ControlError where this engine is not what the hello says or what the hooks were written for."""
+        from sglang.version import __version__
+
+        args, worker = self._scheduler.server_args, self._scheduler.draft_worker
+        if __version__ not in SUPPORTED:
+            raise ControlError(f"SGLang {__version__} is not supported; install sglang=={SUPPORTED[-1]}")
+        if self._missing:
+            raise ControlError(f"hooks are not in force: {', '.join(self._missing)}; SGLang's log says why")
+        if str(args.speculative_algorithm).upper() != "EAGLE3" or type(worker).__name__ != "EAGLEWorkerV2":
+            raise ControlError(
+                f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "
+                "start the server with --speculative-algorithm EAGLE3"
+            )
+        if args.speculative_use_rejection_sampling:
+            raise ControlError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
+        for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
+            if getattr(args, name) < 1:
+                raise ControlError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
+        target, drafter = self._target, self._draft_worker.draft_runner.model
+        layers = tuple(target.model.layers_to_capture)
+        if layers != hello.feature_layers:
+            raise ControlError(f"feature_layers is {hello.feature_layers} at the learner and {layers} at the engine")
+        head = target.lm_head.weight[: target.config.vocab_size]
+        if checksum({"head": head}) != hello.head_checksum:
+            raise ControlError(
+                f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
+                "serve the same model in the same dtype"
+            )
+        vocab = drafter.hot_token_id
+        vocab = torch.arange(drafter.config.draft_vocab_size) if vocab is None else vocab
+        if checksum({"draft_vocab": vocab.cpu().to(torch.int64)}) != hello.draft_map_checksum:
+            raise ControlError("the drafter's draft vocabulary (d2t) differs from the learner's; start both on one folder")
+
+    @property
+    def _target(self) -> Any:
+        return self._scheduler.tp_worker.model_runner.model
+
+    @property
+    def _draft_worker(self) -> Any:
+        return self._scheduler.draft_worker.draft_worker
+
+    # ---- swaps ----------------------------------------------------------------------------------------------------
+
+    def _swap(self, session: Session) -> None:
+        if (received := session.receiver.latest()) is not None:
+            version, tree = received
+            weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
+            self._install(session, version, weights)
+        # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
+        if session.flush_due and self._scheduler.is_fully_idle():
+            session.flush_due = False
+            self._scheduler.flush_cache()
+
+    def _install(self, session: Session, version: int, weights: dict[str, Tensor]) -> None:
+        began = time.perf_counter()
+        draft_map = weights.get("d2t")
+        loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
+        runner = self._draft_worker.draft_runner
+        try:
+            if draft_map is not None and not self._same_map(draft_map):
+                raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
+            if runner.device != "cpu":
+                torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
+            load_drafter(self._scheduler.weight_updater, runner, loadable)
+        except SwapError as error:
+            session.receiver.reject(version, str(error))
+            logger.warning("version %d is not served: %s", version, error)
+            return
+        milliseconds = (time.perf_counter() - began) * 1e3
+        session.version, session.flush_due = version, True
+        session.swap_ms.append(milliseconds)
+        # What the engine holds was compared with these above; hashing them takes longer than the swap.
+        session.background.submit(
+            lambda: session.receiver.acknowledge(version, checksum(weights), milliseconds)
+        )
+
+    def _same_map(self, d2t: Tensor) -> bool:
+        held = self._draft_worker.draft_runner.model.hot_token_id
+        return held is None or torch.equal(d2t.cpu() + torch.arange(len(d2t)), held.cpu().to(d2t.dtype))
+
+    # ---- drafting -------------------------------------------------------------------------------------------------
+
+    def _logits(self, original: Callable, processor: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits = original(processor, hidden, *args, **kwargs)
+        if self._session is not None and self._scheduler is not None:
+            if processor is self._target.logits_processor:
+                self._head_input = hidden
+            elif processor is self._draft_worker.draft_runner.model.logits_processor:
+                self._draft_logits.append(logits)
+        return logits
+
+    def _extend(self, original: Callable, worker: Any, batch: Any, result: Any) -> Any:
+        self._draft_logits.clear()
+        out = original(worker, batch, result)
+        if self._session is not None:
+            self._guarded(self._keep_first_score, worker, result)
+        return out
+
+    def _keep_first_score(self, worker: Any, result: Any) -> None:
+        """Of a chain SGLang keeps no probabilities, but ones in their place, which nothing but this recorder reads."""
+        drafted = result.next_draft_input
+        if worker.topk != 1 or len(self._draft_logits) != 1 or drafted.topk_index is None:
+            return
+        width = worker.speculative_num_draft_tokens
+        rows = torch.arange(len(result.accept_lens), device=result.accept_lens.device) * width + result.accept_lens - 1
+        logits = self._draft_logits[0]
+        if len(logits) == len(rows) * width:
+            drafted.topk_p = logits[rows].softmax(-1, dtype=torch.float32).gather(-1, drafted.topk_index.long())
+
+    def _organize(self, original: Callable, scores: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        out = original(scores, *args, **kwargs)
+        if self._session is not None:
+            self._path_scores = torch.cat(scores, dim=1).flatten(1).gather(1, out[1])
+        return out
+
+    def _draft(self, original: Callable, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._draft_logits.clear()
+        self._path_scores = self._joint_log_probs = self._head_input = None
+        first = getattr(batch.spec_info, "topk_p", None)
+        out = original(worker, batch, *args, **kwargs)
+        if self._session is not None:
+            self._guarded(self._keep_scores, worker, first)
+        return out
+
+    def _keep_scores(self, worker: Any, first: Tensor | None) -> None:
+        if self._path_scores is not None:
+            self._joint_log_probs = self._path_scores.log()
+        elif worker.topk == 1 and first is not None and len(self._draft_logits) == worker.speculative_num_steps - 1:
+            later = [logits.log_softmax(-1, dtype=torch.float32).amax(-1, keepdim=True) for logits in self._draft_logits]
+            self._joint_log_probs = torch.cat([first.log(), *later], dim=1).cumsum(1)
+
+    # ---- recording ------------------------------------------------------------------------------------------------
+
+    def _prefill(
+        self, original: Callable, worker: Any, batch: Any, hidden: Tensor, next_tokens: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._seen["prefill"] += 1
+        session = self._session
+        if session is not None and session.recording and not batch.forward_mode.is_idle():
+            self._guarded(self._record_prompts, session, batch, hidden)
+        self._head_input = None
+        self._draft_logits.clear()
+        return original(worker, batch, hidden, next_tokens, *args, **kwargs)
+
+    def _record_prompts(self, session: Session, batch: Any, hidden: Tensor) -> None:
+        records, start = session.records, 0
+        # One row a request where no request wants log-probabilities of its prompt.
+        first = self._head_input if self._head_input is not None and len(self._head_input) == len(batch.reqs) else None
+        for i, (req, count, cached) in enumerate(zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True)):
+            part, start = slice(start, start + count), start + count
+            if req.rid not in records:
+                reason = self._unwanted(session, req)
+                if reason is not None:
+                    session.records.counts[reason] += 1
+                    continue
+                if not records.begin(req.rid, req.origin_input_ids, cached, session.version):
+                    continue
+            if records.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back
+                records.drop(req.rid, "retracted")
+                continue
+            rows = None
+            if cached + count == len(req.origin_input_ids):
+                rows = self._target_rows(session, None if first is None else first[i : i + 1], None)
+            records.prompt(req.rid, _to_host(hidden[part]), rows)
+
+    def _unwanted(self, session: Session, req: Any) -> str | None:
+        """Why a request is served without being learned from; None where it is learned from."""
+        params = req.sampling_params
+        if req.rid.startswith("HEALTH_CHECK"):
+            return "health_check"
+        if isinstance(params.custom_params, dict) and params.custom_params.get("aurora_rl") is False:
+            return "opt_out"
+        if len(req.output_ids):
+            return "retracted"
+        if params.logit_bias or params.frequency_penalty or params.presence_penalty or params.min_new_tokens:
+            return "penalty"
+        if params.repetition_penalty != 1.0:
+            return "penalty"
+        if req.grammar is not None or params.json_schema or params.regex or params.ebnf or params.structural_tag:
+            return "grammar"
+        if params.top_k != 1 and self._draft_worker.draft_runner.device == "cpu":
+            return "temperature"  # this engine answers with the argmax there, whatever was asked for
+        if getattr(params, "min_p", 0.0):
+            return "min_p"
+        # The same requests are chosen whenever the same ids come.
+        if request_number(req.rid) * 2654435761 % _ROTATION >= session.capture_rate * _ROTATION:
+            return "not_captured"
+        return None
+
+    def _target_rows(self, session: Session, head_input: Tensor | None, logits: Tensor | None) -> TargetRows | None:
+        """The target's distribution at some positions, as exactly as it can be had."""
+        if head_input is not None:
+            return {"hidden": _to_host(head_input)}
+        if logits is None:
+            return None
+        log_probs = logits.log_softmax(-1, dtype=torch.float32)
+        best, ids = log_probs.topk(min(session.top_k, log_probs.shape[-1]))
+        tail = torch.log1p(-best.exp().sum(-1).clamp(max=1.0))
+        return {"topk_ids": _to_host(ids), "topk_log_probs": _to_host(best), "tail_log_prob": _to_host(tail)}
+
+    def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._seen["verify"] += 1
+        session = self._session
+        wanted: list[tuple[int, str]] = []
+        rows: TargetRows | None = None
+        if session is not None and session.recording and not batch.forward_mode.is_idle():
+            wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
+            if wanted:
+                logits = output.next_token_logits
+                known = self._head_input if self._head_input is not None and len(self._head_input) == len(logits) else None
+                # Before the engine's own function, which applies penalties to the logits in place.
+                rows = self._target_rows(session, known, logits)
+        result = original(tree, batch, output, *args, **kwargs)
+        if session is not None and wanted and rows is not None:
+            self._guarded(self._record_round, session, tree, batch, output.hidden_states, rows, wanted, result)
+        return result
+
+    def _record_round(
+        self,
+        session: Session,
+        tree: Any,
+        batch: Any,
+        features: Tensor,
+        target: TargetRows,
+        wanted: Sequence[tuple[int, str]],
+        result: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        _, path_lengths, paths = result
+        n, width = len(batch.seq_lens), tree.draft_token_num
+        joint = self._joint_log_probs
+        if joint is not None and joint.shape != (n, width - 1):
+            joint = None
+        self._seen["log_probs"] += joint is not None
+        self._seen["hidden"] += "hidden" in target
+        tokens, child, sibling, path, length, anchor, rows = (
+            _to_host(t)
+            for t in (
+                tree.draft_token.view(n, width),
+                tree.retrieve_next_token.view(n, width),
+                tree.retrieve_next_sibling.view(n, width),
+                paths.view(n, -1) - width * torch.arange(n, device=paths.device)[:, None],
+                path_lengths,
+                batch.seq_lens,
+                features.view(n, width, -1),
+            )
+        )
+        scores = None if joint is None else _to_host(joint)
+        trees = {key: value.view(n, width, *value.shape[1:]) for key, value in target.items()}
+        ready = _copies_done(features.device)
+        for i, rid in wanted:
+            session.records.round(
+                rid,
+                EngineRound(
+                    anchor=anchor[i],
+                    tokens=tokens[i],
+                    first_child=child[i],
+                    next_sibling=sibling[i],
+                    path=path[i],
+                    path_length=length[i],
+                    joint_log_probs=None if scores is None else scores[i],
+                    features=rows[i],
+                    target={key: value[i] for key, value in trees.items()},
+                    policy_version=session.version,
+                    ready=ready,
+                ),
+            )
+
+    def _after_batch(self, original: Callable, scheduler: Any, batch: Any, result: Any) -> Any:
+        out = original(scheduler, batch, result)
+        if (session := self._session) is not None:
+            self._guarded(self._finish_requests, session, batch)
+        return out
+
+    def _finish_requests(self, session: Session, batch: Any) -> None:
+        for req in batch.reqs:
+            if req.rid in session.records and req.finished():
+                if type(req.finished_reason).__name__ == "FINISH_ABORT":
+                    session.records.drop(req.rid, "aborted")
+                    continue
+                params = req.sampling_params
+                greedy = params.top_k == 1
+                sampling = Sampling(
+                    temperature=0.0 if greedy else params.temperature,
+                    top_k=0 if greedy or params.top_k >= _ROTATION else params.top_k,
+                    top_p=1.0 if greedy else params.top_p,
+                    seed=params.sampling_seed or 0,
+                    rule="greedy" if greedy else "sample_and_match",  # the law of SGLang's own rule, by other coins
+                )
+                session.records.finish(req.rid, req.output_ids_through_stop, sampling)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; from a GPU it is under way when this returns."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _copies_done(device: torch.device) -> Callable[[], None]:
+    """Waits for the copies that were begun on this device until now."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.get_device_module(device).Event()
+    event.record()
+    return functools.partial(event.synchronize)

@@ -1,0 +1,333 @@
+"""From what the rounds of a remote engine leave behind to packed trajectories. Nothing here knows SGLang."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.trajectories import DRAFT_MODES, RULES, Sampling
+from aurora_rl.trees import reorder_depth_first
+
+logger = logging.getLogger(__name__)
+
+TargetRows = dict[str, Tensor]
+"""What is known of the target's distribution at some positions: "hidden", or "topk_ids", "topk_log_probs" and
+"tail_log_prob", each with the positions first."""
+
+
+@dataclass(slots=True)
+class EngineRound:
+    """One round of one request, as the engine has it; ``n`` nodes, the root before them.
+
+    Attributes:
+        anchor: position of the root, ``[]`` int64.
+        tokens: ``[n + 1]``, the root first.
+        first_child: ``[n + 1]``, −1 where there is none.
+        next_sibling: ``[n + 1]``, −1 where there is none.
+        path: ``[d]`` places of the root and the accepted nodes, in order; what lies behind ``path_length`` is ignored.
+        path_length: ``[]``, accepted nodes and the root.
+        joint_log_probs: ``[n]``, the drafter's log-probability of each node's whole path; None where it kept none.
+        features: ``[n + 1, F]``.
+        target: the target's distribution at the root and each node.
+        policy_version: weights that drafted.
+        ready: called before anything is read; waits for copies that are still on their way.
+    """
+
+    anchor: Tensor
+    tokens: Tensor
+    first_child: Tensor
+    next_sibling: Tensor
+    path: Tensor
+    path_length: Tensor
+    joint_log_probs: Tensor | None
+    features: Tensor
+    target: TargetRows
+    policy_version: int
+    ready: Callable[[], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of features and target rows, which are nearly all."""
+        return sum(t.nbytes for t in (self.features, *self.target.values()))
+
+
+@dataclass(slots=True)
+class _Record:
+    prompt: Tensor
+    cached: int  # tokens of the prompt that the engine had in its prefix cache
+    cache_version: int
+    features: list[Tensor] = field(default_factory=list)
+    first: TargetRows | None = None
+    rounds: list[EngineRound] = field(default_factory=list)
+    nbytes: int = 0
+
+
+class FeatureStore:
+    """Features of served texts, for prompts whose beginning an engine takes from its prefix cache.
+
+    A cached prefix is not run again, so its features do not pass by; they are those of the request that brought it.
+
+    Args:
+        max_bytes: least recently used texts are dropped beyond this.
+
+    Example:
+        >>> store = FeatureStore(1 << 20)
+        >>> store.put(torch.tensor([5, 6, 7]), torch.zeros(3, 4), version=2)
+        >>> features, version = store.get(torch.tensor([5, 6]))
+        >>> features.shape, version
+        (torch.Size([2, 4]), 2)
+        >>> store.get(torch.tensor([5, 9])) is None
+        True
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._texts: OrderedDict[bytes, tuple[Tensor, Tensor, int]] = OrderedDict()
+
+    def put(self, tokens: Tensor, features: Tensor, version: int) -> None:
+        """Keep the features ``[n, F]`` of tokens ``[n]``, drafted into a cache by weights of this version."""
+        key = tokens.numpy().tobytes()
+        if key in self._texts:
+            self._bytes -= self._texts.pop(key)[1].nbytes
+        self._texts[key] = tokens, features, version
+        self._bytes += features.nbytes
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._texts.popitem(last=False)[1][1].nbytes
+
+    def get(self, prefix: Tensor) -> tuple[Tensor, int] | None:
+        """Features and version of a text that begins with ``prefix`` ``[k]``; None where there is none."""
+        k = len(prefix)
+        for key in reversed(self._texts):
+            tokens, features, version = self._texts[key]
+            if len(tokens) >= k and torch.equal(tokens[:k], prefix):
+                self._texts.move_to_end(key)
+                return features[:k], version
+        return None
+
+
+class TrajectoryAssembler:
+    """Collects the rounds of each request; a thread of its own makes the trajectory when the request has ended.
+
+    All methods may be called on the serving path: they only append to lists.
+
+    Args:
+        emit: takes each trajectory.
+        max_bytes: what requests on their way may hold; a request that begins beyond it is served without a record.
+        store_bytes: of the store of prefix features.
+
+    Attributes:
+        counts: "recorded", and for each reason why a request was not ("prefix", "memory", "incomplete" and those that
+            :meth:`drop` was given) how many.
+    """
+
+    def __init__(self, emit: Callable[[TensorDict], None], *, max_bytes: int, store_bytes: int) -> None:
+        self._emit, self._max_bytes, self._bytes = emit, max_bytes, 0
+        self._records: dict[str, _Record] = {}
+        self._store = FeatureStore(store_bytes)
+        self.counts: Counter[str] = Counter()
+        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], Sampling] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
+        self._thread.start()
+
+    def __contains__(self, rid: str) -> bool:
+        """Whether a request is being recorded."""
+        return rid in self._records
+
+    def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
+        """A request enters; ``cached`` tokens of its prompt will not be run. False where there is no room for it."""
+        if self._bytes > self._max_bytes:
+            self.counts["memory"] += 1
+            return False
+        self._records[rid] = _Record(torch.tensor(prompt), cached, version)
+        return True
+
+    def prompt(self, rid: str, features: Tensor, first: TargetRows | None) -> None:
+        """A part of a request's prompt was run.
+
+        Args:
+            rid: a request that is being recorded.
+            features: ``[n, F]`` of the part.
+            first: the target's distribution behind the last token, with one row; None while parts are missing.
+        """
+        record = self._records[rid]
+        record.features.append(features)
+        record.first = first
+        record.nbytes += features.nbytes
+        self._bytes += features.nbytes
+
+    def prefilled(self, rid: str) -> int:
+        """Tokens of a recorded request's prompt that are cached or were run."""
+        record = self._records[rid]
+        return record.cached + sum(len(part) for part in record.features)
+
+    def round(self, rid: str, drafted: EngineRound) -> None:
+        """A round of a request that is being recorded."""
+        record = self._records[rid]
+        record.rounds.append(drafted)
+        record.nbytes += drafted.nbytes
+        self._bytes += drafted.nbytes
+
+    def drop(self, rid: str, reason: str) -> None:
+        """Forget a request that cannot be learned from."""
+        self._bytes -= self._records.pop(rid).nbytes
+        self.counts[reason] += 1
+
+    def finish(self, rid: str, completion: Sequence[int], sampling: Sampling) -> None:
+        """A recorded request ended with these tokens."""
+        self._ended.put((rid, self._records.pop(rid), list(completion), sampling))
+
+    def close(self) -> None:
+        """End; trajectories of requests that have ended are still made."""
+        self._ended.put(None)
+        self._thread.join(5.0)
+
+    def _work(self) -> None:
+        while (ended := self._ended.get()) is not None:
+            rid, record, completion, sampling = ended
+            try:
+                trajectory = self._assemble(rid, record, completion, sampling)
+            except Exception:
+                logger.exception("a request's trajectory could not be made")
+                self.counts["error"] += 1
+            else:
+                if isinstance(trajectory, str):
+                    self.counts[trajectory] += 1
+                else:
+                    self.counts["recorded"] += 1
+                    self._emit(trajectory)
+            finally:
+                self._bytes -= record.nbytes
+
+    def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: Sampling) -> TensorDict | str:
+        """The trajectory, or why there is none."""
+        prompt, version = record.prompt, record.cache_version
+        tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
+        features = list(record.features)
+        if record.cached:
+            known = self._prefix(prompt[: record.cached])
+            if known is None:
+                return "prefix"
+            features.insert(0, known[0])
+            version = min(version, known[1])
+        if record.first is None or not completion:
+            return "incomplete"
+        last = len(tokens) - 1
+        for each in record.rounds:
+            each.ready()
+        # With overlapping schedules an engine starts one round more than the request turns out to need.
+        rounds = [each for each in record.rounds if int(each.anchor) < last]
+        paths = [each.path[: int(each.path_length)].long() for each in rounds]
+        features += [each.features[path] for each, path in zip(rounds, paths, strict=True)]
+        spine_features = torch.cat(features)
+        if len(spine_features) < last or any(int(r.anchor) < len(prompt) for r in rounds):
+            return "incomplete"
+        trees = [_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)]
+        spine = [record.first, *({k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True))]
+        # An engine that does not always keep scores has kept none that a loss could use.
+        keys = set.intersection(*(set(tree) for tree in trees)) if trees else set()
+        nodes = {k: torch.cat([tree[k] for tree in trees]) for k in keys} if trees else _no_nodes(record.first)
+        spine_features = spine_features[:last].clone()
+        self._store.put(tokens[:last].clone(), spine_features, version)
+        return TensorDict(
+            {
+                "request": torch.tensor(request_number(rid)),
+                "spine": {
+                    "tokens": tokens,
+                    "prompt_length": torch.tensor(len(prompt)),
+                    "features": spine_features,
+                    **{k: torch.cat([part[k] for part in spine])[: len(completion)].clone() for k in record.first},
+                },
+                "rounds": {
+                    "anchor": torch.tensor([int(r.anchor) for r in rounds], dtype=torch.int64),
+                    "offset": torch.tensor([0] + [len(t["tokens"]) for t in trees]).cumsum(0),
+                    "policy_version": torch.tensor([r.policy_version for r in rounds], dtype=torch.int64),
+                    "cache_version": torch.full((len(rounds),), version, dtype=torch.int64),
+                },
+                "nodes": nodes,
+                "sampling": {
+                    "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
+                    "top_k": torch.tensor(sampling.top_k),
+                    "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
+                    "seed": torch.tensor(sampling.seed),
+                    "rule": torch.tensor(RULES.index(sampling.rule)),
+                    "draft_mode": torch.tensor(DRAFT_MODES.index(sampling.draft_mode)),
+                },
+            },
+            batch_size=[],
+        )
+
+    def _prefix(self, tokens: Tensor) -> tuple[Tensor, int] | None:
+        """Features of a cached prefix, from a request that has ended or from the prompt of one that has not."""
+        if (known := self._store.get(tokens)) is not None:
+            return known
+        for record in list(self._records.values()):
+            parts = list(record.features)
+            if parts and not record.cached and sum(map(len, parts)) >= len(tokens):
+                if torch.equal(record.prompt[: len(tokens)], tokens):
+                    return torch.cat(parts)[: len(tokens)], record.cache_version
+        return None
+
+
+def request_number(rid: str) -> int:
+    """The number of a request in trajectories: its id where that is a number, else a digest of it.
+
+    >>> request_number("17")
+    17
+    """
+    if rid.isdecimal() and int(rid) < 2**62:
+        return int(rid)
+    return int.from_bytes(hashlib.blake2b(rid.encode(), digest_size=8).digest()) >> 2
+
+
+def parents_of(first_child: Sequence[int], next_sibling: Sequence[int]) -> list[int]:
+    """Parents of a tree's nodes, −1 for the root, from links that lead to later places.
+
+    >>> parents_of([1, 3, -1, -1], [-1, 2, -1, -1])  # root with children 1 and 2; 3 below 1
+    [-1, -1, 0]
+    """
+    parent = [0] * len(first_child)
+    for node, (child, sibling) in enumerate(zip(first_child, next_sibling, strict=True)):
+        if child >= 0:
+            parent[child] = node
+        if sibling >= 0:
+            parent[sibling] = parent[node]
+    return [above - 1 for above in parent[1:]]
+
+
+def _tree(drafted: EngineRound, path: Tensor, last: int) -> dict[str, Tensor]:
+    """The nodes of a round, depth-first. Acceptance ends at the text's last token, at place ``last``."""
+    above = torch.tensor(parents_of(drafted.first_child.tolist(), drafted.next_sibling.tolist()), dtype=torch.int64)
+    order, parents = reorder_depth_first(above)
+    accepted = torch.zeros(len(above), dtype=torch.bool)
+    accepted[path[1 : last - int(drafted.anchor) + 1] - 1] = True
+    nodes = {
+        "tokens": drafted.tokens[1:][order].long(),
+        "parents": parents,
+        "accepted": accepted[order],
+        **{key: rows[1:][order] for key, rows in drafted.target.items()},
+    }
+    if (joint := drafted.joint_log_probs) is not None:
+        of_parent = torch.where(above < 0, 0.0, joint[above])
+        nodes["log_probs"] = (joint - of_parent).float()[order]
+    return nodes
+
+
+def _no_nodes(like: TargetRows) -> dict[str, Tensor]:
+    """The nodes of a request that took no round."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    return {
+        "tokens": empty,
+        "parents": empty.clone(),
+        "accepted": torch.zeros(0, dtype=torch.bool),
+        "log_probs": torch.zeros(0),
+        **{key: rows[:0] for key, rows in like.items()},
+    }

@@ -1,0 +1,78 @@
+"""New drafter weights into SGLang's draft runner, and back out to see that they are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# SGLang fuses these projections; the parts lie one behind the other along the rows.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class SwapError(ValueError):
+    """Weights that the engine did not take; the message says which and why."""
+
+
+def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
+    """Replace the drafter's weights between two batches, in a session of SGLang for the draft runner alone.
+
+    Args:
+        updater: the scheduler's weight updater.
+        runner: the draft runner, the only one that a session with the selector "draft" opens.
+        weights: by checkpoint names, the draft map left out: it is part of the engine's state and must not change.
+
+    Raises:
+        SwapError: a session is open already, or what the runner holds afterwards differs from ``weights``.
+    """
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, EndWeightUpdateReqInput
+
+    opened = updater.begin_weight_update(BeginWeightUpdateReqInput(selector="draft"))
+    if not opened.success:
+        raise SwapError(f"SGLang opens no session: {opened.message}")
+    try:
+        loaded, message = runner.weight_updater.update_weights_from_tensor(named_tensors=list(weights.items()))
+        if not loaded:
+            raise SwapError(f"SGLang did not load the weights: {message}")
+        # Before the session ends: what follows may pack weights for the hardware.
+        held = read_back(runner.model, weights)
+        for name, tensor in weights.items():
+            if name not in held:
+                raise SwapError(f"SGLang's drafter has no parameter for {name!r}")
+            if not torch.equal(held[name], tensor.to(held[name])):
+                raise SwapError(f"{name!r} in SGLang's drafter is not what was loaded")
+    finally:
+        closed = updater.end_weight_update(EndWeightUpdateReqInput())
+    if not closed.success:
+        raise SwapError(f"SGLang does not close its session: {closed.message}")
+
+
+def read_back(model: Any, names: Any) -> dict[str, Tensor]:
+    """Views of a draft model's parameters under their checkpoint names; names that it has not are left out."""
+    held = dict(model.named_parameters())
+    found: dict[str, Tensor] = {}
+    for name in names:
+        inside = name.replace("midlayer.", "layers.0.")
+        for fused, parts in _FUSED.items():
+            for part in parts:
+                if f".{part}." in inside and (whole := _parameter(held, inside.replace(part, fused))) is not None:
+                    found[name] = whole.split(_part_sizes(model, inside, fused, len(whole)))[parts.index(part)]
+        if name not in found and (own := _parameter(held, inside)) is not None:
+            found[name] = own
+    return found
+
+
+def _parameter(held: dict[str, Tensor], name: str) -> Tensor | None:
+    for known in (name, f"model.{name}"):
+        if known in held:
+            return held[known].data
+    return None
+
+
+def _part_sizes(model: Any, name: str, fused: str, rows: int) -> list[int]:
+    """Rows of the parts of a fused projection."""
+    if fused == "gate_up_proj":
+        return [rows // 2, rows // 2]
+    attention = model.get_submodule("model." + name.split(".self_attn.")[0] + ".self_attn")
+    return [attention.q_size, attention.kv_size, attention.kv_size]
