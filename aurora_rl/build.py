@@ -1,9 +1,8 @@
-"""From a configuration to the parts of a run. The only place that reads the configuration tree."""
+"""From a configuration to the parts of a run. This and :mod:`aurora_rl.serving` alone read the configuration tree."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import errno
 import importlib
 from collections.abc import Iterator, Sequence
@@ -21,23 +20,19 @@ from aurora_rl.collectors.buffer import trajectory_buffer
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.hello import Hello
-from aurora_rl.collectors.sink import TrajectorySink
-from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
+from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.config import Config, ConfigError
 from aurora_rl.conversations import Conversations
-from aurora_rl.envs import Completion, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import SamplingParams
 from aurora_rl.gate import Gate
 from aurora_rl.learner import Learner
 from aurora_rl.metrics import MetricsLog
-from aurora_rl.models import default_dtype, load_target, stop_token_ids
+from aurora_rl.models import default_dtype, load_target
 from aurora_rl.objectives import SumLoss, check_settings, make_objectives
-from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab, token_prior
+from aurora_rl.policies import DRAFTERS, Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats import load_eagle3, save_eagle3
-from aurora_rl.policies.length import LengthController
 from aurora_rl.recordings import Recording
-from aurora_rl.server import InferenceServer, measure_rounds
-from aurora_rl.throughput import ControlWindows
 from aurora_rl.traffic import Prompt, generate, read_jsonl
 from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import validate
@@ -201,14 +196,15 @@ def hello(config: Config, parts: TargetParts, made: Drafter) -> Hello:
 def shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
     settings = config.drafter
+    lookup = settings.lookup if config.engine.name == "transformers" else 0
     try:
-        return TreeShape(settings.depth, settings.width, settings.num_nodes, settings.lookup, settings.mode)
+        return TreeShape(settings.depth, settings.width, settings.num_nodes, lookup, settings.mode)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
 
 
 @contextmanager
-def _opening(key: str, address: str) -> Iterator[None]:
+def opening(key: str, address: str) -> Iterator[None]:
     """Errors of an address name the key to set."""
     try:
         yield
@@ -218,97 +214,6 @@ def _opening(key: str, address: str) -> Iterator[None]:
                 f"{address} is in use; stop the process that holds it, or set {key} to another address on both sides"
             ) from error
         raise ConfigError(f"{key}: {error.strerror}") from error
-
-
-class Serving:
-    """The serving half of a run: engine, environment, policy and server, with its ends of the wire.
-
-    Args:
-        config: the run's.
-        target: the loaded target; the engine puts its model into inference form.
-        requests: where requests come from.
-        made: the drafter, float32.
-        log: the run's metrics.
-
-    Attributes:
-        server: the inference server.
-        costs: seconds of verification and drafting by depth, as measured at the start.
-    """
-
-    def __init__(self, config: Config, target: Target, requests: Conversations, made: Drafter, log: MetricsLog) -> None:
-        greeting = hello(config, target.parts, made)
-        tree = shape(config)
-        engine = TransformersEngine(
-            target.model,
-            num_slots=config.engine.slots,
-            max_length=config.engine.max_length,
-            feature_layers=made.feature_layers,
-        )
-        served = copy.deepcopy(made).to(device=device_of(config), dtype=dtype_of(config)).eval().requires_grad_(False)
-        policy = DrafterPolicy(
-            served,
-            engine.store,
-            num_nodes=tree.most_nodes,
-            shape=tree,
-            generator=torch.Generator(device_of(config)).manual_seed(config.seed),
-        )
-        prompt = torch.tensor(requests.first_prompts(1)[0])
-        self.costs = measure_rounds(engine, policy, prompt)
-        length = LengthController(self.costs["round"]) if config.drafter.adaptive else None
-        if length is not None:
-            policy.shape = dataclasses.replace(tree, depth=length.depth)
-        env = SpecDecodeEnv(
-            engine,
-            requests,
-            num_nodes=tree.most_nodes,
-            draft_mode=tree.mode,
-            stop_tokens=stop_token_ids(target.model, target.tokenizer),
-            decode=lambda tokens: str(target.tokenizer.decode(tokens)),
-            on_completion=self._completed,
-        )
-        with _opening("wire.trajectories", config.wire.trajectories):
-            self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)
-        with _opening("wire.weights", config.wire.weights):
-            self._receiver = WeightReceiver(config.wire.weights, hello=greeting)
-        self.server = InferenceServer(
-            env,
-            policy,
-            windows=ControlWindows(config.control.share, config.control.window, config.seed),
-            log=log,
-            length=length,
-            sink=self._sink,
-            receiver=self._receiver,
-            note=requests.completed,
-        )
-
-    def _completed(self, completion: Completion) -> None:
-        self.server.completed(completion)
-
-    @property
-    def queued(self) -> int:
-        """Trajectories that wait to be sent."""
-        return self._sink.queued
-
-    @property
-    def dropped(self) -> int:
-        """Trajectories given up so far."""
-        return self._sink.dropped
-
-    @property
-    def refused(self) -> str | None:
-        """Why the learner refuses this engine, if it does."""
-        return self._receiver.error
-
-    def save_drafter(self, folder: Path) -> None:
-        """Write the served drafter as a checkpoint, where its architecture has a format."""
-        drafter = self.server.policy.drafter
-        if isinstance(drafter, Eagle3Drafter):
-            save_eagle3(drafter, folder)
-
-    def close(self) -> None:
-        """Send what can still be sent, and close the wire."""
-        self._sink.close(timeout=2.0)
-        self._receiver.close()
 
 
 def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
@@ -337,10 +242,10 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
         raise ConfigError(f"objectives: {error}") from error
     settings = config.learner
     with ExitStack() as opened:  # closed again if what follows fails
-        with _opening("wire.trajectories", config.wire.trajectories):
+        with opening("wire.trajectories", config.wire.trajectories):
             collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
         opened.callback(collector.shutdown)
-        with _opening("wire.weights", config.wire.weights):
+        with opening("wire.weights", config.wire.weights):
             publisher = WeightPublisher(config.wire.weights, hello=greeting)
         opened.callback(publisher.close)
         result = Learner(

@@ -228,6 +228,7 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         import torch
 
         from aurora_rl import build
+        from aurora_rl.serving import serving as build_serving
 
         torch.set_num_threads(config.engine.threads)
         prompts = build.check(config)
@@ -239,8 +240,7 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         if spawn_learner:
             with stop.held():
                 child = _spawn(theirs, run_dir)
-        serving = build.Serving(config, target, requests, made, log)
-        log.write("costs", seconds_by_depth=serving.costs)
+        serving = build_serving(config, target, requests, made, log, run_dir)
         if child is not None:
             _await_learner(child, run_dir, reader)
         view = LiveView(
@@ -264,7 +264,7 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
             summary = dict(EMPTY_SUMMARY, duration_s=time.monotonic() - began)
             if serving is not None:
                 summary = serving.server.summary(failed=len(requests.failed), duration_s=time.monotonic() - began)
-                serving.save_drafter(run_dir / "drafter")
+                serving.save_drafter(run_dir)
                 for reason in requests.failed:
                     log.write("failed", reason=reason)
             _report(run_dir, summary, serving, events, console)

@@ -24,9 +24,22 @@ class ConfigError(ValueError):
 
 @dataclass
 class EngineConfig:
-    """The serving engine."""
+    """The serving engine.
+
+    "transformers" serves in this process. "sglang" is a server of its own: with ``url`` null it is launched here. Its
+    trees keep one shape, without prompt lookup, and it has no control windows: ``drafter.adaptive``, ``drafter.lookup``
+    and ``control`` do not reach it, and ``speedup`` is null.
+    """
 
     name: str = "transformers"
+    url: str | None = None
+    """Of a running SGLang server to attach to; it must have been started on the drafter of ``drafter.path``."""
+    control: str | None = None
+    """Of that server's plugin: the address in its AURORA_RL_SGLANG."""
+    arguments: list[str] = field(default_factory=list)
+    """More arguments of ``sglang.launch_server``."""
+    capture_rate: float = 1.0
+    """Share of SGLang's requests that are recorded."""
     slots: int = 2
     """Requests decoded side by side."""
     max_length: int = 1024
@@ -253,6 +266,7 @@ def _check(config: Config) -> None:
     for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
         if not 0 <= OmegaConf.select(tree, key) < math.inf:
             raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
+    _check_engine(config)
     for key in ("wire.trajectories", "wire.weights"):
         address = OmegaConf.select(tree, key)
         if not re.fullmatch(r"tcp://[^\s/]+:\d+|ipc://.+", address):
@@ -266,10 +280,26 @@ def _check(config: Config) -> None:
         )
     if config.dtype not in ("auto", "float32", "bfloat16", "float64"):
         raise ConfigError(f"dtype must be auto, float32, bfloat16 or float64, got {config.dtype!r}")
-    if config.engine.name != "transformers":
-        raise ConfigError(f"engine.name must be 'transformers', got {config.engine.name!r}")
 
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML that :func:`load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_engine(config: Config) -> None:
+    engine = config.engine
+    if engine.name not in ("transformers", "sglang"):
+        raise ConfigError(f"engine.name must be transformers or sglang, got {engine.name!r}")
+    if not 0 <= engine.capture_rate <= 1:
+        raise ConfigError(f"engine.capture_rate must lie in [0, 1], got {engine.capture_rate}")
+    if engine.name == "transformers":
+        return
+    if (engine.url is None) != (engine.control is None):
+        raise ConfigError("engine.url and engine.control go together: a running server and the address of its plugin")
+    if engine.url is not None and config.drafter.path is None:
+        raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
+    if config.drafter.name != "eagle3":
+        raise ConfigError(f"engine.name=sglang serves drafter.name=eagle3, got {config.drafter.name!r}")
+    if config.drafter.mode != "topk":
+        raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")

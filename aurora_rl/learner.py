@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.gate import Gate
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies import Drafter
+from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.formats import save_eagle3
 from aurora_rl.recordings import Recording
 from aurora_rl.training import train_step
 from aurora_rl.trajectories import pack
@@ -202,7 +205,7 @@ class Learner:
         self.save()
 
     def save(self) -> None:
-        """Write the training state."""
+        """Write the training state, and the drafter that was published last where its architecture has a format."""
         progress = {
             "seen": self.seen,
             "steps": self.steps,
@@ -210,6 +213,10 @@ class Learner:
             "draft_vocab": self._draft_vocab(),
         }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
+        if isinstance(self._drafter, Eagle3Drafter):
+            published = copy.deepcopy(self._drafter).to(self._dtype)
+            published.install(self._serving)
+            save_eagle3(published, self._checkpoint / "drafter")
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

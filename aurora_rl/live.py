@@ -12,7 +12,7 @@ from rich.table import Table
 from aurora_rl.metrics import MetricsLog, MetricsReader
 
 if TYPE_CHECKING:
-    from aurora_rl.build import Serving
+    from aurora_rl.serving import Serving
 
 
 class LiveView:
@@ -47,7 +47,8 @@ class LiveView:
                 self._gate = event
             elif event["event"] == "request":
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
-                self._coverage.append(event["coverage"])
+                if event["coverage"] is not None:
+                    self._coverage.append(event["coverage"])
         told, state = [], self._learner()
         died = f"the learner {state}" if state.startswith("died") else None
         for name, news in (("refused", self._serving.refused), ("learner_died", died)):
@@ -68,11 +69,11 @@ class LiveView:
         self._log.write(
             "status",
             requests=len(server.finished),
-            version=server.policy.version,
+            version=server.version,
             acceptance_length=self._recent(),
             acceptance_by_position=[round(count / rounds, 4) for count in reached],
             tokens_per_second={"control": speed.control, "speculative": speed.speculative},
-            depth=server.policy.shape.depth,
+            depth=server.depth,
             coverage=sum(coverage) / len(coverage) if coverage else None,
             queue=self._serving.queued,
             dropped=self._serving.dropped,
@@ -96,10 +97,10 @@ class LiveView:
         gate = self._gate and f"{self._gate['difference']:+.3f} {'published' if self._gate['publish'] else 'refused'}"
         return [
             ("requests", f"{len(server.finished)}/{self._total}"),
-            ("acceptance length", f"{show(self._recent())} at depth {server.policy.shape.depth}"),
+            ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
             ("tokens/s plain · speculative", f"{show(speed.control, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show(speed.speedup)),
-            ("version · swaps", f"{server.policy.version} · {len(server.swap_ms)}"),
+            ("version · swaps", f"{server.version} · {len(server.swap_ms)}"),
             ("queue · dropped", f"{self._serving.queued} · {self._serving.dropped}"),
             ("learner", self._serving.refused or self._learner()),
             ("learner loss", show(self._loss, 3)),

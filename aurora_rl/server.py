@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,15 +17,16 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.envs import Completion, Engine, SpecDecodeEnv
+from aurora_rl.figures import Figures
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies import DrafterPolicy
 from aurora_rl.policies.length import LengthController
-from aurora_rl.throughput import ControlWindows, Rates, Round, rates
+from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 from aurora_rl.trees import depths
 
 
-class InferenceServer:
+class InferenceServer(Figures):
     """Drives ``policy`` and ``env.step_and_maybe_reset`` round by round; nothing it does waits for the learner.
 
     Args:
@@ -38,12 +38,6 @@ class InferenceServer:
         sink: takes trajectories; None where nobody learns.
         receiver: brings weights; None where nobody learns.
         note: called with each completion; returns its domain.
-
-    Attributes:
-        rounds: every round of decoding so far.
-        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
-        swap_ms: milliseconds that serving stood still at each swap.
-        versions: versions of weights that have drafted.
     """
 
     def __init__(
@@ -58,6 +52,7 @@ class InferenceServer:
         receiver: WeightReceiver | None = None,
         note: Callable[[Completion], str] = lambda completion: "",
     ) -> None:
+        super().__init__(policy.version)
         self.env, self.policy = env, policy
         self._windows, self._log, self._length = windows, log, length
         self._sink, self._receiver, self._note = sink, receiver, note
@@ -66,10 +61,16 @@ class InferenceServer:
         # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
-        self.rounds: list[Round] = []
-        self.finished: list[tuple[int, int]] = []
-        self.swap_ms: list[float] = []
-        self.versions: list[int] = [policy.version]
+
+    @property
+    def depth(self) -> int:
+        """See :attr:`Figures.depth`."""
+        return self.policy.shape.depth
+
+    @property
+    def dropped(self) -> int:
+        """See :attr:`Figures.dropped`."""
+        return self._sink.dropped if self._sink is not None else 0
 
     def step(self) -> bool:
         """One round. False where there was nothing to decode."""
@@ -166,41 +167,6 @@ class InferenceServer:
     def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
         assert self._receiver is not None
         self._receiver.acknowledge(version, checksum(loaded), milliseconds)
-
-    def rates(self, share: float = 1.0) -> Rates:
-        """Tokens per second of both kinds over the last ``share`` of the requests."""
-        first = len(self.finished) * (1 - share)
-        return rates([r for r in self.rounds if r.request >= first])
-
-    def acceptance(self, first: int, last: int) -> float | None:
-        """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""
-        part = self.finished[first:last]
-        tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
-        return tokens / rounds if rounds else None
-
-    def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
-        """The run in figures: what ``summary.json`` holds."""
-        count = len(self.finished)
-        tenth = max(count // 10, 1)
-        last = self.rates(0.25)
-        return {
-            "requests": count,
-            "failed": failed,
-            "swaps": len(self.swap_ms),
-            "swap_ms": {
-                "p50": statistics.median(self.swap_ms) if self.swap_ms else None,
-                "max": max(self.swap_ms, default=None),
-            },
-            "acceptance_length": {
-                "first": self.acceptance(0, tenth) if count else None,
-                "last": self.acceptance(count - tenth, count) if count else None,
-            },
-            "tokens_per_second": {"control": last.control, "speculative": last.speculative},
-            "speedup": last.speedup,
-            "dropped_trajectories": self._sink.dropped if self._sink is not None else 0,
-            "duration_s": duration_s,
-            "versions_served": self.versions,
-        }
 
 
 def _named(weights: Any) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ def save_eagle3(drafter: Eagle3Drafter, folder: Path) -> None:
     """Write a drafter as SGLang's ``LlamaForCausalLMEagle3`` (and vLLM) load it.
 
     ``d2t`` holds offsets, ``d2t[i] = target id − i``; ``t2d`` marks the target tokens that have a row.
-    The embedding is the target's and is left out. SGLang names a captured state by the layer that it leaves (it adds 1 to
-    each id and captures what enters that layer), this library by the layer that it enters: the ids in the file are one
-    less than ``feature_layers``.
+    The embedding is the target's and is left out. SGLang names a captured state by the layer that it leaves (it adds 1
+    to each id and captures what enters that layer), this library by the layer that it enters: the ids in the file are
+    one less than ``feature_layers``.
     """
     weights = drafter.published()
     known = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """SGLang as the serving engine, unpatched.
 
 Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (rounds to trajectories) and :mod:`weights`
-(swaps). Outside: :mod:`engine` (a server, launched or attached to) and :mod:`serving` (the serving half of a run on it).
-Both talk by :mod:`control`.
+(swaps). Outside: :mod:`engine` (a server, launched or attached to) and :mod:`serving` (keeps its slots filled). Both
+talk by :mod:`control`.
 """
 
 import os

@@ -43,7 +43,7 @@ class SGLangCompletion:
         terminated: whether the text ended by itself, not by its budget.
         rounds: verification passes, each of which delivered a token and its accepted drafts.
         accepted: rounds by the number of drafts that they accepted.
-        version: SGLang's name of the weights.
+        versions: of the drafter's weights that were served meanwhile, oldest first.
     """
 
     request: Request
@@ -51,6 +51,7 @@ class SGLangCompletion:
     terminated: bool
     rounds: int
     accepted: dict[int, int]
+    versions: list[int]
 
 
 class SGLangEngine:
@@ -175,11 +176,14 @@ class SGLangEngine:
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
-    def generate(self, request: Request, *, learn: bool = True, timeout: float = 600.0) -> SGLangCompletion:
+    def generate(
+        self, request: Request, *, stop_tokens: Sequence[int] = (), learn: bool = True, timeout: float = 600.0
+    ) -> SGLangCompletion:
         """Ask for one completion and wait for it; may be called from several threads.
 
         Args:
             request: prompt, budget and sampling.
+            stop_tokens: ids that end the text, besides those of the model's own configuration.
             learn: False keeps this request out of the records.
             timeout: seconds.
 
@@ -192,6 +196,7 @@ class SGLangEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stop": list(request.stop) or None,
+            "stop_token_ids": list(stop_tokens) or None,
         }
         if sampling.top_k:
             params["top_k"] = sampling.top_k
@@ -210,6 +215,7 @@ class SGLangEngine:
             (meta.get("finish_reason") or {}).get("type") == "stop",
             int(meta.get("spec_verify_ct") or 0),
             {count: rounds for count, rounds in enumerate(histogram) if rounds},
+            [int(span["version"]) for span in meta.get("weight_versions") or [] if str(span["version"]).isdecimal()],
         )
 
     def _post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
@@ -264,8 +270,8 @@ class SGLangEngine:
         silent = [hook for hook in ("prefill", "verify") if seen.get(hook, 0) <= before.get(hook, 0)]
         if silent:
             raise ControlError(
-                f"a request passed and the hooks {silent} saw nothing of it: SGLang drafts or verifies in another way than "
-                "they know"
+                f"a request passed and the hooks {silent} saw nothing of it: SGLang drafts or verifies in another way"
+                " than they know"
             )
         return self._ask(
             "attach",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
 _ROTATION = 1 << 30
+_TOLD_SWAPS = 256
 
 
 class Session:
@@ -202,10 +202,7 @@ class Plugin:
                 "version": session.version,
                 "refused": session.receiver.error,
                 "swaps": len(session.swap_ms),
-                "swap_ms": {
-                    "p50": statistics.median(session.swap_ms) if session.swap_ms else None,
-                    "max": max(session.swap_ms, default=None),
-                },
+                "swap_ms": session.swap_ms[-_TOLD_SWAPS:],
             }
         return status
 
@@ -252,7 +249,7 @@ class Plugin:
         vocab = drafter.hot_token_id
         vocab = torch.arange(drafter.config.draft_vocab_size) if vocab is None else vocab
         if checksum({"draft_vocab": vocab.cpu().to(torch.int64)}) != hello.draft_map_checksum:
-            raise ControlError("the drafter's draft vocabulary (d2t) differs from the learner's; start both on one folder")
+            raise ControlError("the draft vocabulary (d2t) differs from the learner's; start both on one folder")
 
     @property
     def _target(self) -> Any:
@@ -290,12 +287,11 @@ class Plugin:
             logger.warning("version %d is not served: %s", version, error)
             return
         milliseconds = (time.perf_counter() - began) * 1e3
+        self._scheduler.weight_updater.record_weight_version_after_update(str(version))
         session.version, session.flush_due = version, True
         session.swap_ms.append(milliseconds)
         # What the engine holds was compared with these above; hashing them takes longer than the swap.
-        session.background.submit(
-            lambda: session.receiver.acknowledge(version, checksum(weights), milliseconds)
-        )
+        session.background.submit(lambda: session.receiver.acknowledge(version, checksum(weights), milliseconds))
 
     def _same_map(self, d2t: Tensor) -> bool:
         held = self._draft_worker.draft_runner.model.hot_token_id
@@ -349,21 +345,19 @@ class Plugin:
         if self._path_scores is not None:
             self._joint_log_probs = self._path_scores.log()
         elif worker.topk == 1 and first is not None and len(self._draft_logits) == worker.speculative_num_steps - 1:
-            later = [logits.log_softmax(-1, dtype=torch.float32).amax(-1, keepdim=True) for logits in self._draft_logits]
-            self._joint_log_probs = torch.cat([first.log(), *later], dim=1).cumsum(1)
+            later = [logits.log_softmax(-1, dtype=torch.float32).amax(-1) for logits in self._draft_logits]
+            self._joint_log_probs = torch.stack([first[:, 0].log(), *later], dim=1).cumsum(1)
 
     # ---- recording ------------------------------------------------------------------------------------------------
 
-    def _prefill(
-        self, original: Callable, worker: Any, batch: Any, hidden: Tensor, next_tokens: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _prefill(self, original: Callable, worker: Any, batch: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._seen["prefill"] += 1
         session = self._session
         if session is not None and session.recording and not batch.forward_mode.is_idle():
             self._guarded(self._record_prompts, session, batch, hidden)
         self._head_input = None
         self._draft_logits.clear()
-        return original(worker, batch, hidden, next_tokens, *args, **kwargs)
+        return original(worker, batch, hidden, *args, **kwargs)
 
     def _record_prompts(self, session: Session, batch: Any, hidden: Tensor) -> None:
         records, start = session.records, 0
@@ -430,7 +424,9 @@ class Plugin:
             wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
             if wanted:
                 logits = output.next_token_logits
-                known = self._head_input if self._head_input is not None and len(self._head_input) == len(logits) else None
+                known = self._head_input
+                if known is not None and len(known) != len(logits):
+                    known = None
                 # Before the engine's own function, which applies penalties to the logits in place.
                 rows = self._target_rows(session, known, logits)
         result = original(tree, batch, output, *args, **kwargs)

@@ -231,7 +231,8 @@ class TrajectoryAssembler:
         if len(spine_features) < last or any(int(r.anchor) < len(prompt) for r in rounds):
             return "incomplete"
         trees = [_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)]
-        spine = [record.first, *({k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True))]
+        visited = [{k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True)]
+        spine = [record.first, *visited]
         # An engine that does not always keep scores has kept none that a loss could use.
         keys = set.intersection(*(set(tree) for tree in trees)) if trees else set()
         nodes = {k: torch.cat([tree[k] for tree in trees]) for k in keys} if trees else _no_nodes(record.first)

@@ -1,0 +1,79 @@
+"""What is kept of a run while it serves, whatever engine serves it, and the figures made of it."""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from typing import Any
+
+from aurora_rl.throughput import Rates, Round, rates
+
+
+class Figures(ABC):
+    """Counts of a serving run.
+
+    Args:
+        version: of the weights that draft first.
+
+    Attributes:
+        rounds: every round of decoding so far.
+        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
+        swap_ms: milliseconds that serving stood still at each swap.
+        versions: versions of weights that have drafted.
+    """
+
+    def __init__(self, version: int) -> None:
+        self.rounds: list[Round] = []
+        self.finished: list[tuple[int, int]] = []
+        self.swap_ms: list[float] = []
+        self.versions: list[int] = [version]
+
+    @property
+    def version(self) -> int:
+        """Of the weights that draft now."""
+        return self.versions[-1]
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Longest path of the trees that are drafted now."""
+
+    @property
+    @abstractmethod
+    def dropped(self) -> int:
+        """Trajectories that no learner took."""
+
+    def rates(self, share: float = 1.0) -> Rates:
+        """Tokens per second of both kinds over the last ``share`` of the requests."""
+        first = len(self.finished) * (1 - share)
+        return rates([r for r in self.rounds if r.request >= first])
+
+    def acceptance(self, first: int, last: int) -> float | None:
+        """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""
+        part = self.finished[first:last]
+        tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
+        return tokens / rounds if rounds else None
+
+    def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
+        """The run in figures: what ``summary.json`` holds."""
+        count = len(self.finished)
+        tenth = max(count // 10, 1)
+        last = self.rates(0.25)
+        return {
+            "requests": count,
+            "failed": failed,
+            "swaps": len(self.swap_ms),
+            "swap_ms": {
+                "p50": statistics.median(self.swap_ms) if self.swap_ms else None,
+                "max": max(self.swap_ms, default=None),
+            },
+            "acceptance_length": {
+                "first": self.acceptance(0, tenth) if count else None,
+                "last": self.acceptance(count - tenth, count) if count else None,
+            },
+            "tokens_per_second": {"control": last.control, "speculative": last.speculative},
+            "speedup": last.speedup,
+            "dropped_trajectories": self.dropped,
+            "duration_s": duration_s,
+            "versions_served": self.versions,
+        }

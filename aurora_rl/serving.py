@@ -1,0 +1,249 @@
+"""The serving half of a run: an engine, the server that drives it, and the engine's ends of the wire."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+
+from aurora_rl import build
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.weight_sync import WeightReceiver
+from aurora_rl.config import Config, ConfigError
+from aurora_rl.conversations import Conversations
+from aurora_rl.envs import Completion, SpecDecodeEnv, TransformersEngine
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.models import embedded_model_path, stop_token_ids
+from aurora_rl.policies import Drafter, DrafterPolicy
+from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.length import LengthController
+from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.sglang.control import ControlError
+from aurora_rl.sglang.engine import SGLangEngine, SGLangError
+from aurora_rl.sglang.serving import RemoteServer
+from aurora_rl.throughput import ControlWindows
+
+
+class Serving(ABC):
+    """What a run needs of its serving half.
+
+    Attributes:
+        server: steps until the traffic is served, and keeps the figures.
+    """
+
+    server: InferenceServer | RemoteServer
+
+    @property
+    @abstractmethod
+    def queued(self) -> int:
+        """Trajectories that wait to be sent."""
+
+    @property
+    def dropped(self) -> int:
+        """Trajectories given up so far."""
+        return self.server.dropped
+
+    @property
+    @abstractmethod
+    def refused(self) -> str | None:
+        """Why the learner refuses this engine, if it does."""
+
+    @abstractmethod
+    def save_drafter(self, run_dir: Path) -> None:
+        """Leave the drafter that was served last in ``run_dir/drafter``, where its architecture has a format."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Send what can still be sent, and close."""
+
+
+def serving(
+    config: Config, target: build.Target, requests: Conversations, made: Drafter, log: MetricsLog, run_dir: Path
+) -> Serving:
+    """The serving half that ``engine.name`` asks for.
+
+    Args:
+        config: the run's.
+        target: the loaded target; an engine in this process puts its model into inference form.
+        requests: where requests come from.
+        made: the drafter, float32.
+        log: the run's metrics.
+        run_dir: the run's folder.
+    """
+    if config.engine.name == "sglang":
+        return SGLangServing(config, target, requests, made, log, run_dir)
+    return EmbeddedServing(config, target, requests, made, log)
+
+
+class EmbeddedServing(Serving):
+    """TransformersEngine in this process; arguments as of :func:`serving`."""
+
+    server: InferenceServer
+
+    def __init__(
+        self, config: Config, target: build.Target, requests: Conversations, made: Drafter, log: MetricsLog
+    ) -> None:
+        greeting, device = build.hello(config, target.parts, made), build.device_of(config)
+        tree = build.shape(config)
+        engine = TransformersEngine(
+            target.model,
+            num_slots=config.engine.slots,
+            max_length=config.engine.max_length,
+            feature_layers=made.feature_layers,
+        )
+        served = copy.deepcopy(made).to(device=device, dtype=build.dtype_of(config)).eval().requires_grad_(False)
+        policy = DrafterPolicy(
+            served,
+            engine.store,
+            num_nodes=tree.most_nodes,
+            shape=tree,
+            generator=torch.Generator(device).manual_seed(config.seed),
+        )
+        costs = measure_rounds(engine, policy, torch.tensor(requests.first_prompts(1)[0]))
+        log.write("costs", seconds_by_depth=costs)
+        length = LengthController(costs["round"]) if config.drafter.adaptive else None
+        if length is not None:
+            policy.shape = dataclasses.replace(tree, depth=length.depth)
+        env = SpecDecodeEnv(
+            engine,
+            requests,
+            num_nodes=tree.most_nodes,
+            draft_mode=tree.mode,
+            stop_tokens=stop_token_ids(target.model, target.tokenizer),
+            decode=lambda tokens: str(target.tokenizer.decode(tokens)),
+            on_completion=self._completed,
+        )
+        with build.opening("wire.trajectories", config.wire.trajectories):
+            self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)
+        with build.opening("wire.weights", config.wire.weights):
+            self._receiver = WeightReceiver(config.wire.weights, hello=greeting)
+        self.server = InferenceServer(
+            env,
+            policy,
+            windows=ControlWindows(config.control.share, config.control.window, config.seed),
+            log=log,
+            length=length,
+            sink=self._sink,
+            receiver=self._receiver,
+            note=requests.completed,
+        )
+
+    def _completed(self, completion: Completion) -> None:
+        self.server.completed(completion)
+
+    @property
+    def queued(self) -> int:
+        """See :attr:`Serving.queued`."""
+        return self._sink.queued
+
+    @property
+    def refused(self) -> str | None:
+        """See :attr:`Serving.refused`."""
+        return self._receiver.error
+
+    def save_drafter(self, run_dir: Path) -> None:
+        """See :meth:`Serving.save_drafter`."""
+        drafter = self.server.policy.drafter
+        if isinstance(drafter, Eagle3Drafter):
+            save_eagle3(drafter, run_dir / "drafter")
+
+    def close(self) -> None:
+        """See :meth:`Serving.close`."""
+        self._sink.close(timeout=2.0)
+        self._receiver.close()
+
+
+class SGLangServing(Serving):
+    """An SGLang server, launched here or attached to; arguments as of :func:`serving`."""
+
+    server: RemoteServer
+
+    def __init__(
+        self,
+        config: Config,
+        target: build.Target,
+        requests: Conversations,
+        made: Drafter,
+        log: MetricsLog,
+        run_dir: Path,
+    ) -> None:
+        assert isinstance(made, Eagle3Drafter)  # the configuration was checked
+        greeting, settings = build.hello(config, target.parts, made), config.engine
+        stop_tokens = stop_token_ids(target.model, target.tokenizer)
+        try:
+            self._engine = (
+                self._launch(config, made, run_dir)
+                if settings.url is None
+                else SGLangEngine(settings.url, settings.control)
+            )
+            try:
+                status = self._engine.attach(
+                    hello=greeting,
+                    trajectories=config.wire.trajectories,
+                    weights=config.wire.weights,
+                    capture_rate=settings.capture_rate,
+                    queue=config.wire.queue,
+                )
+            except BaseException:
+                self._engine.close()
+                raise
+        except (SGLangError, ControlError) as error:
+            raise ConfigError(f"engine.name=sglang: {error}") from error
+        log.write("attached", status=status)
+        self.server = RemoteServer(
+            self._engine,
+            requests,
+            slots=settings.slots,
+            depth=build.shape(config).depth,
+            stop_tokens=stop_tokens,
+            log=log,
+            note=requests.completed,
+            failed=requests.failed.append,
+        )
+
+    @staticmethod
+    def _launch(config: Config, made: Eagle3Drafter, run_dir: Path) -> SGLangEngine:
+        folder, tree = run_dir / "drafter-served", build.shape(config)
+        save_eagle3(made, folder)
+        return SGLangEngine.launch(
+            embedded_model_path() if config.model == "smollm2" else config.model,
+            drafter=folder,
+            depth=tree.depth,
+            width=tree.width,
+            num_nodes=tree.budget,
+            slots=config.engine.slots,
+            dtype=str(build.dtype_of(config)).removeprefix("torch."),
+            device=build.device_of(config).type,
+            log=run_dir / "sglang.log",
+            arguments=["--context-length", str(config.engine.max_length), *config.engine.arguments],
+        )
+
+    @property
+    def queued(self) -> int:
+        """See :attr:`Serving.queued`."""
+        return self.server.status.get("queued", 0)
+
+    @property
+    def refused(self) -> str | None:
+        """See :attr:`Serving.refused`."""
+        return self.server.status.get("refused") or self.server.status.get("error") or None
+
+    def save_drafter(self, run_dir: Path) -> None:
+        """See :meth:`Serving.save_drafter`: the learner has left there what it published last."""
+        if (published := run_dir / "learner" / "drafter").is_dir():
+            shutil.copytree(published, run_dir / "drafter", dirs_exist_ok=True)
+
+    def close(self) -> None:
+        """Detach, so that what is recorded is sent; a server that was launched here ends."""
+        self.server.close()
+        try:
+            self.server.watch()
+            self._engine.detach()
+        except ControlError:
+            pass  # it is gone already
+        self._engine.close()
