@@ -1,7 +1,8 @@
 """What serving remembers of a request, and the packed trajectory that it becomes (the data layout of docs/design.md).
 
 Legend: ``B`` slots, ``N`` padded nodes of a draft tree without its root, ``S`` tokens of a request of which ``P`` are
-prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature size, ``H`` hidden size.
+prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature size, ``H`` hidden size, ``K`` likeliest tokens, ``V``
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from aurora_rl.trees import reorder_depth_first
 RULES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
 # How the drafter chose a tree's nodes: its likeliest, or draws, whose siblings are independent or all different.
 DRAFT_MODES = ("topk", "sampled", "sampled_without_replacement")
+# What stands for "hidden", beside it, where an engine gives the target's likeliest tokens and not its states.
+TOPK_ENTRIES = ("topk_ids", "topk_log_probs", "tail_log_prob")
 
 
 class ContextStore:
@@ -216,13 +219,13 @@ def _pack_tree(
     return tokens[order], parents, log_probs[order], accepted[order], hidden[order]
 
 
-_LAYOUT: dict[tuple[str, ...], tuple[str, str]] = {
-    # key: (shape, dtype)
+_Layout = dict[tuple[str, ...], tuple[str, str]]  # of every entry: shape, dtype
+
+_LAYOUT: _Layout = {
     ("request",): ("", "int64"),
     ("spine", "tokens"): ("S", "int64"),
     ("spine", "prompt_length"): ("", "int64"),
     ("spine", "features"): ("S-1,F", "float"),
-    ("spine", "hidden"): ("S-P,H", "float"),
     ("rounds", "anchor"): ("R", "int64"),
     ("rounds", "offset"): ("R+1", "int64"),
     ("rounds", "policy_version"): ("R", "int64"),
@@ -231,7 +234,6 @@ _LAYOUT: dict[tuple[str, ...], tuple[str, str]] = {
     ("nodes", "parents"): ("M", "int64"),
     ("nodes", "log_probs"): ("M", "float"),
     ("nodes", "accepted"): ("M", "bool"),
-    ("nodes", "hidden"): ("M,H", "float"),
     ("sampling", "temperature"): ("", "float"),
     ("sampling", "top_k"): ("", "int64"),
     ("sampling", "top_p"): ("", "float"),
@@ -239,31 +241,54 @@ _LAYOUT: dict[tuple[str, ...], tuple[str, str]] = {
     ("sampling", "rule"): ("", "int64"),
     ("sampling", "draft_mode"): ("", "int64"),
 }
+_LOG_PROBS = ("nodes", "log_probs")  # may be absent: an engine that drafts by argmax has no scores
+# The target's outputs, in one of two forms.
+_HIDDEN: _Layout = {("spine", "hidden"): ("S-P,H", "float"), ("nodes", "hidden"): ("M,H", "float")}
+_TOPK: _Layout = {
+    (part, name): (rows + width, dtype)
+    for part, rows in (("spine", "S-P"), ("nodes", "M"))
+    for name, width, dtype in zip(TOPK_ENTRIES, (",K", ",K", ""), ("int64", "float", "float"), strict=True)
+}
+# Float32 sums over a vocabulary of 1e5 are good to 1e-5; probabilities renormalised over the top K, or of another
+# temperature, are off by far more.
+_MASS_TOLERANCE = 1e-3
+
+
+def _layout_of(trajectory: TensorDictBase) -> _Layout:
+    """The layout in the form that the trajectory carries; errors as of :func:`validate`."""
+    keys = {k if isinstance(k, tuple) else (k,) for k in trajectory.keys(include_nested=True, leaves_only=True)}
+    states, likeliest = sorted(keys & set(_HIDDEN)), sorted(keys & set(_TOPK))
+    if states and likeliest:
+        raise ValueError(
+            f"a trajectory has the target's outputs in one form, 'hidden' or {TOPK_ENTRIES}, in 'spine' and 'nodes' "
+            f"alike; got {states} and {likeliest}"
+        )
+    layout = _LAYOUT | (_TOPK if likeliest else _HIDDEN)
+    if keys - {_LOG_PROBS} != set(layout) - {_LOG_PROBS}:
+        missing, extra = sorted(set(layout) - keys - {_LOG_PROBS}), sorted(keys - set(layout))
+        raise ValueError(f"a trajectory has exactly the entries of the layout; missing {missing}, unknown {extra}")
+    return {key: what for key, what in layout.items() if key in keys}
 
 
 def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, hidden_size: int) -> None:
     """Check a trajectory that came over the network before anything reads it.
 
     Args:
-        trajectory: a packed trajectory.
+        trajectory: a packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
         vocab_size: the target's; every token must lie in it.
         feature_size: ``F`` that the learner's drafter reads.
         hidden_size: ``H`` of the target.
 
     Raises:
-        ValueError: names the first entry that is missing, misshapen, of the wrong kind or out of range.
+        ValueError: names the first entry that is missing, mixed, misshapen, of the wrong kind or out of range.
     """
-    keys = {k if isinstance(k, tuple) else (k,) for k in trajectory.keys(include_nested=True, leaves_only=True)}
-    if keys != set(_LAYOUT):
-        missing, extra = sorted(set(_LAYOUT) - keys), sorted(keys - set(_LAYOUT))
-        raise ValueError(f"a trajectory has exactly the entries of the layout; missing {missing}, unknown {extra}")
-    get = trajectory.get
-    for key, (_, kind) in _LAYOUT.items():  # first of all: what follows computes with these
+    layout, get = _layout_of(trajectory), trajectory.get
+    for key, (_, kind) in layout.items():  # first of all: what follows computes with these
         dtype = get(key).dtype
         if not (dtype.is_floating_point if kind == "float" else dtype == getattr(torch, kind)):
             raise ValueError(f"{'.'.join(key)} has dtype {dtype}, expected {kind}")
     tokens, anchor, node_tokens = get(("spine", "tokens")), get(("rounds", "anchor")), get(("nodes", "tokens"))
-    prompt = get(("spine", "prompt_length"))
+    prompt, topk_ids = get(("spine", "prompt_length")), get(("spine", "topk_ids"), None)
     for name, value in (("spine.tokens", tokens), ("rounds.anchor", anchor), ("nodes.tokens", node_tokens)):
         if value.ndim != 1:
             raise ValueError(f"{name} has one dimension, got shape {tuple(value.shape)}")
@@ -278,17 +303,23 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         "M": len(node_tokens),
         "F": feature_size,
         "H": hidden_size,
+        "K": topk_ids.shape[-1] if topk_ids is not None and topk_ids.ndim else 0,
     }
-    for key, (shape, kind) in _LAYOUT.items():
+    for key, (shape, kind) in layout.items():
         value, name = get(key), ".".join(key)
         expected = tuple(sizes[s] for s in shape.split(",")) if shape else ()
         if tuple(value.shape) != expected:
             raise ValueError(f"{name} must have shape [{shape}] = {expected}, got {tuple(value.shape)}")
-        if kind == "float" and key != ("nodes", "log_probs") and not bool(torch.isfinite(value).all()):
+        may_be_infinite = key == _LOG_PROBS or key[-1] == "tail_log_prob"
+        if kind == "float" and not may_be_infinite and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds a value that is not finite")
-    for name, ids in (("spine.tokens", tokens), ("nodes.tokens", node_tokens)):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(f"{name} must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
+    for key in (("spine", "tokens"), ("nodes", "tokens"), *(k for k in layout if k[-1] == "topk_ids")):
+        ids = get(key)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"{'.'.join(key)} must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
+    if topk_ids is not None:
+        for part in ("spine", "nodes"):
+            _check_topk(part, *(get((part, name)) for name in TOPK_ENTRIES))
     offset, parents = get(("rounds", "offset")), get(("nodes", "parents"))
     if int(offset[0]) != 0 or int(offset[-1]) != len(node_tokens) or bool((offset.diff() < 0).any()):
         raise ValueError(f"rounds.offset must rise from 0 to M={len(node_tokens)}, got {offset.tolist()[:8]}...")
@@ -302,6 +333,23 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     for name, allowed in (("rule", RULES), ("draft_mode", DRAFT_MODES)):
         if not 0 <= int(get(("sampling", name))) < len(allowed):
             raise ValueError(f"sampling.{name} must index {allowed}, got {int(get(('sampling', name)))}")
+
+
+def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None:
+    """The rows of "spine" or "nodes" as distributions: ``[X, K]``, ``[X, K]``, ``[X]``."""
+    if not ids.shape[1]:
+        raise ValueError(f"{part}.topk_ids needs at least one token a row, got shape {tuple(ids.shape)}")
+    if bool((ids.sort(-1).values.diff() == 0).any()):
+        raise ValueError(f"{part}.topk_ids names a token twice in one row")
+    for name, value in (("topk_log_probs", log_probs), ("tail_log_prob", tail)):
+        if not bool((value <= _MASS_TOLERANCE).all()):
+            raise ValueError(f"{part}.{name} must be log-probabilities, at most 0, got up to {float(value.max()):.4g}")
+    mass = log_probs.double().exp().sum(-1) + tail.double().exp()
+    if bool(((mass - 1).abs() > _MASS_TOLERANCE).any()):
+        raise ValueError(
+            f"{part}.topk_log_probs and {part}.tail_log_prob must have a mass of 1 in every row, got "
+            f"{float(mass.min()):.4g}..{float(mass.max()):.4g}; give the softmax of all tokens at temperature 1"
+        )
 
 
 def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:
@@ -325,18 +373,25 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
 
     Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated; ``("spine", "offset")``,
     ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``, each ``[n + 1]``, say where a request starts.
-    0-d entries become ``[n]``. ``("rounds", "offset")`` is made relative to the batch.
+    0-d entries become ``[n]``. ``("rounds", "offset")`` is made relative to the batch. ``("nodes", "log_probs")`` is
+    there if all of the trajectories have it.
 
     Args:
-        trajectories: ``n`` packed trajectories of one layout.
+        trajectories: ``n`` packed trajectories, with the target's outputs in one form.
 
     Returns:
         A TensorDict of batch size [].
+
+    Raises:
+        ValueError: there is no trajectory, or the target's outputs come in different forms.
     """
     if not trajectories:
         raise ValueError("pack needs at least one trajectory")
+    layout = _LAYOUT | _one_form(trajectories)
+    if any(t.get(_LOG_PROBS, None) is None for t in trajectories):
+        del layout[_LOG_PROBS]
     batch = TensorDict({}, batch_size=[])
-    for key in _LAYOUT:
+    for key in layout:
         values = [t.get(key) for t in trajectories]
         if values[0].ndim == 0:
             batch[key] = torch.stack(values)
@@ -349,6 +404,19 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     ends = [t["rounds", "offset"][1:] + s for t, s in zip(trajectories, starts, strict=True)]
     batch["rounds", "offset"] = torch.cat([starts[:1], *ends])
     return batch
+
+
+def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
+    """The form of the target's outputs that all trajectories have."""
+    ids = [t.get(("spine", "topk_ids"), None) for t in trajectories]
+    forms = ["'hidden'" if each is None else f"'topk_log_probs' of {each.shape[-1]} tokens" for each in ids]
+    for index, form in enumerate(forms):
+        if form != forms[0]:
+            raise ValueError(
+                f"a batch has the target's outputs in one form; trajectory 0 has {forms[0]}, trajectory {index} has "
+                f"{form}. Let all engines of a learner record the same, or pack them apart"
+            )
+    return _HIDDEN if ids[0] is None else _TOPK
 
 
 def pad_rows(values: Tensor, offset: Tensor) -> Tensor:

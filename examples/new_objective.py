@@ -15,7 +15,7 @@ import torch
 from common import arguments, open_stream
 from tensordict import TensorDictBase
 
-from aurora_rl.objectives import ImitationLoss, Values, make_objectives, overlap, register_objective
+from aurora_rl.objectives import ImitationLoss, Values, make_objectives, overlap, register_objective, target_rows
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.testing import check_objective
@@ -33,7 +33,7 @@ class FocalImitationLoss(ImitationLoss):
     def values(self, batch: TensorDictBase) -> Values:
         found = super().values(batch)
         unroll = self.drafter.unroll(batch, self.steps)
-        log_p = self.target_log_probs(batch[self.tensor_keys.hidden], renormalize=True)
+        log_p = self.target_log_probs(target_rows(batch, self.tensor_keys.hidden), renormalize=True)
         missed = torch.stack([1 - overlap(log_p, log_softmax(logits)) for logits in unroll.logits])
         return found._replace(weight=found.weight * missed.detach() ** self.gamma)
 

@@ -21,7 +21,7 @@ from aurora_rl.policies import (
     TreeShape,
     Unroll,
 )
-from aurora_rl.testing import check_drafter, check_engine, serve, tiny_target, tiny_trajectory
+from aurora_rl.testing import check_drafter, check_engine, serve, tiny_target, tiny_trajectory, topk_form
 from aurora_rl.trajectories import validate
 
 VOCAB = torch.arange(0, 32, 2).flip(0)  # not rising, and half of the tokens are outside
@@ -56,6 +56,23 @@ def test_tiny_trajectory_is_legal_and_always_the_same(dtype: torch.dtype) -> Non
         len(first["spine", "tokens"]) == 9 and int(first["spine", "prompt_length"]) == 3 and int(first["request"]) == 4
     )
     assert modules == [type(m) for m in drafter.modules()]  # a copy was put into inference form
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_topk_form_is_the_softmax_of_the_hidden_states(dtype: torch.dtype) -> None:
+    target = tiny_target(dtype=dtype)
+    trajectory = tiny_trajectory(make(MedusaDrafter, target), prompt_length=3, max_new_tokens=6)
+    before, head = trajectory.clone(), TargetParts.of(target).head.to(torch.promote_types(dtype, torch.float32))
+    got = topk_form(trajectory, head, 3)
+    assert all(torch.equal(trajectory[key], before[key]) for key in before.keys(True, True))
+    validate(got, vocab_size=32, feature_size=16, hidden_size=16)
+    for part in ("spine", "nodes"):
+        p = (trajectory[part, "hidden"].to(head.dtype) @ head.T).softmax(-1)
+        best = p.topk(3, dim=-1)
+        assert torch.equal(got[part, "topk_ids"], best.indices)
+        assert got[part, "topk_log_probs"].dtype == head.dtype
+        torch.testing.assert_close(got[part, "topk_log_probs"].exp(), best.values)
+        torch.testing.assert_close(got[part, "tail_log_prob"].exp(), 1 - best.values.sum(-1), atol=1e-5, rtol=0)
 
 
 def test_serving_gives_every_prompt_its_trajectory_in_order() -> None:

@@ -9,9 +9,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from aurora_rl.collectors import TrajectorySink, ZMQCollector
+from aurora_rl.collectors.codec import decode, encode
+from aurora_rl.collectors.hello import Hello
 from aurora_rl.policies import MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.testing import tiny_target, tiny_trajectory, topk_form
 from aurora_rl.trajectories import (
+    TOPK_ENTRIES,
     ContextStore,
     Sampling,
     TrajectoryRecorder,
@@ -127,6 +131,13 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
 
 
 @pytest.fixture(scope="module")
+def likeliest(served: list[TensorDict]) -> list[TensorDict]:
+    """The same with the target's four likeliest tokens."""
+    head = TargetParts.of(tiny_target()).head
+    return [topk_form(trajectory, head, 4) for trajectory in served]
+
+
+@pytest.fixture(scope="module")
 def served() -> list[TensorDict]:
     drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
     return [
@@ -162,6 +173,40 @@ def test_packing_lays_requests_end_to_end(served: list[TensorDict]) -> None:
             batch["spine", "features"][start : start + len(trajectory["spine", "features"])],
             trajectory["spine", "features"],
         )
+
+
+def test_packing_the_likeliest_tokens(served: list[TensorDict], likeliest: list[TensorDict]) -> None:
+    batch, states = pack(likeliest), pack(served)
+    keys = set(batch.keys(True, True))
+    assert keys ^ set(states.keys(True, True)) == {
+        (part, name) for part in ("spine", "nodes") for name in ("hidden", *TOPK_ENTRIES)
+    }
+    for part in ("spine", "nodes"):
+        for name in TOPK_ENTRIES:
+            assert torch.equal(batch[part, name], torch.cat([t[part, name] for t in likeliest]))
+
+
+def test_packing_takes_one_form(served: list[TensorDict], likeliest: list[TensorDict]) -> None:
+    with pytest.raises(ValueError, match="one form; trajectory 0 has 'hidden', trajectory 1 has 'topk_log_probs' of 4"):
+        pack([served[0], likeliest[1]])
+    with pytest.raises(
+        ValueError, match="trajectory 0 has 'topk_log_probs' of 4 tokens, trajectory 2 has 'hidden'. Let"
+    ):
+        pack([*likeliest[:2], served[2]])
+    other = topk_form(served[1], TargetParts.of(tiny_target()).head, 5)
+    with pytest.raises(
+        ValueError, match="trajectory 0 has 'topk_log_probs' of 4 tokens, trajectory 1 has .* of 5 tokens"
+    ):
+        pack([likeliest[0], other])
+
+
+def test_log_probs_are_packed_where_all_have_them(served: list[TensorDict]) -> None:
+    bare = [t.exclude(("nodes", "log_probs")) for t in served]
+    for trajectories in (bare, [bare[0], *served[1:]], [*served[:2], bare[2]]):
+        batch = pack(trajectories)
+        assert ("nodes", "log_probs") not in batch.keys(True)
+        assert set(batch.keys(True, True)) == set(pack(served).keys(True, True)) - {("nodes", "log_probs")}
+    assert ("nodes", "log_probs") in pack(served).keys(True)
 
 
 def test_packing_needs_something() -> None:
@@ -256,3 +301,98 @@ def test_log_probs_may_be_unknown(served: list[TensorDict]) -> None:
     trajectory = served[1].clone()
     trajectory["nodes", "log_probs"] = trajectory["nodes", "log_probs"] * math.nan
     validate(trajectory, **SIZES)
+
+
+# ---- the target's likeliest tokens in place of its hidden states ----------------------------------------------------
+
+TOPK_CORRUPTIONS = [
+    ("spine", "topk_ids", lambda t: t.int(), "spine.topk_ids has dtype torch.int32, expected int64"),
+    ("spine", "topk_ids", lambda t: t[:, :3], r"spine.topk_log_probs must have shape \[S-P,K\] = \(4, 3\), got \(4, 4"),
+    ("spine", "topk_ids", lambda t: t[1:], r"spine.topk_ids must have shape \[S-P,K\] = \(4, 4\), got \(3, 4\)"),
+    ("spine", "topk_ids", lambda t: t[0], r"spine.topk_ids must have shape \[S-P,K\]"),
+    ("nodes", "topk_ids", lambda t: t[:, :3], r"nodes.topk_ids must have shape \[M,K\] = \(\d+, 4\), got \(\d+, 3\)"),
+    ("nodes", "topk_ids", lambda t: t + 32, r"nodes.topk_ids must lie in 0..31, got 3\d.."),
+    ("spine", "topk_ids", lambda t: t - 32, r"spine.topk_ids must lie in 0..31, got -\d+"),
+    ("spine", "topk_ids", lambda t: t[:, [0, 1, 2, 0]], "spine.topk_ids names a token twice in one row"),
+    ("nodes", "topk_ids", lambda t: t[:, [0, 1, 2, 0]], "nodes.topk_ids names a token twice in one row"),
+    ("spine", "topk_log_probs", lambda t: t.long(), "spine.topk_log_probs has dtype torch.int64, expected float"),
+    ("nodes", "topk_log_probs", lambda t: t * math.nan, "nodes.topk_log_probs holds a value that is not finite"),
+    ("nodes", "topk_log_probs", lambda t: t - math.inf, "nodes.topk_log_probs holds a value that is not finite"),
+    ("spine", "topk_log_probs", lambda t: -t, "spine.topk_log_probs must be log-probabilities, at most 0, got up to"),
+    # Renormalised over the four likeliest, and of another temperature.
+    ("spine", "topk_log_probs", lambda t: t.log_softmax(-1), "spine.topk_log_probs and .* a mass of 1 in every"),
+    ("nodes", "topk_log_probs", lambda t: t * 1.1, r"nodes.topk_log_probs and .* give the softmax of all tokens"),
+    ("spine", "tail_log_prob", lambda t: t[:, None], r"spine.tail_log_prob must have shape \[S-P\] = \(4,\)"),
+    ("spine", "tail_log_prob", lambda t: t * math.nan, "spine.tail_log_prob must be log-probabilities"),
+    ("nodes", "tail_log_prob", lambda t: t + math.inf, "nodes.tail_log_prob must .* at most 0, got up to inf"),
+    ("nodes", "tail_log_prob", lambda t: t - math.inf, "nodes.tail_log_prob must have a mass of 1 in every row"),
+]  # fmt: skip
+
+
+def test_the_topk_form_is_valid(likeliest: list[TensorDict]) -> None:
+    for trajectory in likeliest:
+        validate(trajectory, **SIZES)
+        validate(trajectory.exclude(("nodes", "log_probs")), **SIZES)
+
+
+@pytest.mark.parametrize(("part", "name", "change", "message"), TOPK_CORRUPTIONS)
+def test_a_corrupted_likeliest_token_is_named(
+    likeliest: list[TensorDict], part: str, name: str, change, message: str
+) -> None:
+    trajectory = likeliest[1].clone()
+    trajectory[part, name] = change(trajectory[part, name])
+    with pytest.raises(ValueError, match=message):
+        validate(trajectory, **SIZES)
+
+
+def test_a_tail_may_be_empty(likeliest: list[TensorDict], served: list[TensorDict]) -> None:
+    trajectory = likeliest[1].clone()
+    for part in ("spine", "nodes"):
+        trajectory[part, "topk_log_probs"] = trajectory[part, "topk_log_probs"].log_softmax(-1).float()
+        trajectory[part, "tail_log_prob"] = torch.full_like(trajectory[part, "tail_log_prob"], -math.inf)
+    validate(trajectory, **SIZES)
+    every = topk_form(served[1], TargetParts.of(tiny_target()).head, 32)
+    assert bool((every["spine", "tail_log_prob"] == -math.inf).all())
+    validate(every, **SIZES)
+
+
+def test_no_likely_token_is_too_few(likeliest: list[TensorDict]) -> None:
+    trajectory = likeliest[1].clone()
+    for part in ("spine", "nodes"):
+        for name in ("topk_ids", "topk_log_probs"):
+            trajectory[part, name] = trajectory[part, name][:, :0]
+    with pytest.raises(ValueError, match=r"spine.topk_ids needs at least one token a row, got shape \(4, 0\)"):
+        validate(trajectory, **SIZES)
+
+
+def test_one_form_in_both_groups(likeliest: list[TensorDict], served: list[TensorDict]) -> None:
+    mixed = likeliest[1].clone()
+    mixed["nodes", "hidden"] = served[1]["nodes", "hidden"]
+    both = r"one form, 'hidden' or \('topk_ids', .*\), in 'spine' and 'nodes' alike; got \[\('nodes', 'hidden'\)\] and"
+    with pytest.raises(ValueError, match=both):
+        validate(mixed, **SIZES)
+    with pytest.raises(ValueError, match=both):
+        validate(mixed.exclude(*(("nodes", name) for name in TOPK_ENTRIES)), **SIZES)
+    with pytest.raises(ValueError, match=r"missing \[\('nodes', 'tail_log_prob'\)\], unknown \[\]"):
+        validate(likeliest[1].exclude(("nodes", "tail_log_prob")), **SIZES)
+    with pytest.raises(ValueError, match=r"missing \[\('nodes', 'hidden'\), \('spine', 'hidden'\)\], unknown \[\]"):
+        validate(served[1].exclude(("spine", "hidden"), ("nodes", "hidden")), **SIZES)
+
+
+def test_every_form_crosses_the_wire(likeliest: list[TensorDict], served: list[TensorDict]) -> None:
+    hello = Hello(1, "config", "head", (2, 5), "", "eagle3")
+    sent = [form for t in (*served, *likeliest) for form in (t, t.exclude(("nodes", "log_probs")))]
+    collector = ZMQCollector("tcp://127.0.0.1:*", hello=hello, validate=lambda t: validate(t, **SIZES))
+    with TrajectorySink(collector.address, hello=hello) as sink:
+        for trajectory in sent:
+            sink.extend(trajectory)
+        received: list[TensorDict] = []
+        while len(received) < len(sent) and (new := collector.poll(10.0)):
+            received += new
+    collector.shutdown()
+    assert collector.rejected == 0 and len(received) == len(sent)
+    for before, after in zip(sent, received, strict=True):
+        for trajectory in (after, decode([bytes(frame) for frame in encode("trajectory", {}, before)]).tensors):
+            assert set(trajectory.keys(True, True)) == set(before.keys(True, True))
+            for key in before.keys(True, True):
+                assert trajectory[key].dtype == before[key].dtype and torch.equal(trajectory[key], before[key])

@@ -15,6 +15,7 @@ from aurora_rl.objectives.objective import (
     make_objectives,
     register_objective,
 )
+from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 
 __all__ = [
     "DIVERGENCES",
@@ -29,9 +30,12 @@ __all__ = [
     "SumLoss",
     "Values",
     "check_settings",
+    "context_rows",
     "get_objective",
     "imitation",
     "make_objectives",
     "overlap",
     "register_objective",
+    "target_logits",
+    "target_rows",
 ]

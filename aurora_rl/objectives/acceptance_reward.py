@@ -11,8 +11,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.envs.verification import VerificationRule, get_rule
-from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, context_hidden, path_products, subtree_sums
+from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
 from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.target import context_rows
 from aurora_rl.policies.drafter import Drafter, RecordedTrees, TreeShape, draft_rows, log_softmax
 from aurora_rl.trajectories import DRAFT_MODES, RULES
 from aurora_rl.trees import sibling_ranks
@@ -246,8 +247,8 @@ class AcceptanceRewardLoss(Objective):
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
         drawn_from[trees.parent] = True
         log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
-        hidden = context_hidden(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
-        p = self.served_log_probs(batch, hidden, trees.request[drawn_from]).exp().to(log_q.dtype)
+        rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
+        p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
         context = (drawn_from.cumsum(0) - 1)[trees.parent]
         return _Draws(
             trees, context, row, p, log_q, batch["sampling", "rule"][request], without=mode == _WITHOUT_REPLACEMENT

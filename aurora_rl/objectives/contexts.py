@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -22,32 +21,6 @@ TREE_KEYS: list[NestedKey] = [
 
 SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
 """What ``Objective.served_log_probs`` reads of a batch."""
-
-
-def context_hidden(
-    batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey
-) -> Tensor:
-    """What the target's output head read at contexts.
-
-    Args:
-        batch: packed trajectories.
-        trees: of the batch.
-        wanted: ``[R + M]`` bool.
-        hidden: key of the spine's, ``[C, H]``.
-        node_hidden: key of the nodes', ``[M, H]``.
-
-    Returns:
-        ``[number wanted, H]``.
-    """
-    prompt = batch["spine", "prompt_length"]
-    count = batch["spine", "offset"].diff() - prompt
-    first = count.cumsum(0) - count
-    rounds = slice(trees.num_rounds)
-    request = trees.request[rounds]
-    # Row 0 of a request's hidden states belongs to its last prompt token; a root's pair is the token before it.
-    row = first[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
-    at_roots = batch[hidden][row[wanted[rounds]]]
-    return torch.cat([at_roots, batch[node_hidden][wanted[trees.num_rounds :]].to(at_roots.dtype)])
 
 
 def windows(steps: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.objectives.contexts import TREE_KEYS, context_hidden, path_products
+from aurora_rl.objectives.contexts import TREE_KEYS, path_products
 from aurora_rl.objectives.divergences import Divergence, get_divergence
 from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
 
 
@@ -20,6 +21,9 @@ class DiscardSamplingLoss(Objective):
     Every node of a tree went through the target, so its distribution is known at the contexts that serving discards,
     and the drafter's own states there are those of serving (arXiv 2602.06932, "discard sampling"; the paper's λ is
     ``weight``). It is no penalty on the rejected tokens: at their parents the drafter learns by imitation.
+
+    Nodes that others proposed (a recorded log-probability of −inf) do not count. A batch may be without
+    ("nodes", "log_probs"); then every node counts as the drafter's.
 
     Args:
         drafter: its parameters learn.
@@ -81,6 +85,11 @@ class DiscardSamplingLoss(Objective):
         return [*TREE_KEYS, keys.accepted, keys.log_probs, keys.node_hidden, *along_paths]
 
     @property
+    def optional_reads(self) -> list[NestedKey]:
+        """See :attr:`Objective.optional_reads`."""
+        return [self.tensor_keys.log_probs]
+
+    @property
     def metrics(self) -> list[str]:
         """See :attr:`Objective.metrics`."""
         return ["discarded", "discard_agreement"]
@@ -89,14 +98,15 @@ class DiscardSamplingLoss(Objective):
         """See :meth:`Objective.values`."""
         keys, trees = self.tensor_keys, RecordedTrees.of(batch)
         nodes = slice(trees.num_rounds, None)
-        # Nodes of log-probability -inf are others' (prompt lookup's): the drafter did not visit them.
-        visited = batch[keys.log_probs] != -torch.inf
         predicted = (trees.root[nodes] >= 0) & (trees.depth[nodes] < self.drafter.max_depth)
-        discarded = ~batch[keys.accepted] & visited & predicted
+        discarded = ~batch[keys.accepted] & predicted
+        if keys.log_probs in batch.keys(include_nested=True):
+            # Nodes of log-probability -inf are others' (prompt lookup's): the drafter did not visit them.
+            discarded &= batch[keys.log_probs] != -torch.inf
         wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
         wanted[nodes] = discarded
         log_q = log_softmax(self.drafter.context_logits(batch, wanted))
-        log_p = self.target_log_probs(batch[keys.node_hidden][discarded], renormalize=self.renormalize)
+        log_p = self.target_log_probs(target_rows(batch, keys.node_hidden)[discarded], renormalize=self.renormalize)
         agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean() if len(log_q) else log_q.new_zeros(())
         if self.top_k is not None and self.top_k < log_p.shape[-1]:
             least = log_p.topk(self.top_k, dim=-1).values[:, -1:]
@@ -114,7 +124,7 @@ class DiscardSamplingLoss(Objective):
             return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(self.head.dtype)
         parents = torch.zeros_like(trees.depth, dtype=torch.bool)
         parents[trees.parent] = True
-        hidden = context_hidden(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
-        log_p = log_softmax(hidden.to(self.head.dtype) @ self.head.T)
+        rows = context_rows(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
+        log_p = log_softmax(target_logits(rows, self.head))
         chance = log_p[(parents.cumsum(0) - 1)[trees.parent], batch["nodes", "tokens"]].exp()
         return path_products(trees, chance)[trees.num_rounds :]

@@ -12,13 +12,13 @@ from aurora_rl.objectives.contexts import (
     SAMPLING_KEYS,
     SPINE_KEYS,
     TREE_KEYS,
-    context_hidden,
     path_products,
     subtree_sums,
     windows,
 )
 from aurora_rl.objectives.divergences import overlap
 from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
 from aurora_rl.trajectories import RULES
 
@@ -107,7 +107,8 @@ class ExpectedLengthLoss(Objective):
         unroll = self.drafter.unroll(batch, self.steps)
         count = batch["spine", "offset"].diff() - batch["spine", "prompt_length"]
         request = torch.repeat_interleave(count)
-        log_p = self.served_log_probs(batch, batch[self.tensor_keys.hidden], request, greedy=self.rule == "greedy")
+        rows = target_rows(batch, self.tensor_keys.hidden)
+        log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
         found = [self._acceptance(batch, log_p, log_softmax(logits), request) for logits in unroll.logits]
         relaxed, top1 = (
             windows(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0)
@@ -122,12 +123,12 @@ class ExpectedLengthLoss(Objective):
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
         drawn_from[trees.parent] = True
         context = (drawn_from.cumsum(0) - 1)[trees.parent]
-        hidden = context_hidden(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
+        rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         request = trees.request[drawn_from]
         log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
-        log_p = self.served_log_probs(batch, hidden, request, greedy=self.rule == "greedy")
+        log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
         found = self._acceptance(batch, log_p, log_q, request)
-        share = self._share_of_leaves(batch, trees, hidden, context)
+        share = self._share_of_leaves(batch, trees, rows, context)
         relaxed, top1 = (
             # A node counts with the chance that all contexts before it accept, on the paths that lead through it.
             subtree_sums(trees, path_products(trees, part[context])[nodes] * share)[rounds]
@@ -136,9 +137,11 @@ class ExpectedLengthLoss(Objective):
         return relaxed, top1, batch["rounds", "offset"].diff() > 0
 
     @torch.no_grad()
-    def _share_of_leaves(self, batch: TensorDictBase, trees: RecordedTrees, hidden: Tensor, context: Tensor) -> Tensor:
+    def _share_of_leaves(
+        self, batch: TensorDictBase, trees: RecordedTrees, rows: TensorDictBase, context: Tensor
+    ) -> Tensor:
         """Share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
-        log_p = log_softmax(hidden.to(self.head.dtype) @ self.head.T)[context, batch["nodes", "tokens"]]
+        log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]
         # In float64: the product of many small chances of a path must not vanish.
         reach = path_products(trees, log_p.double().exp())[trees.num_rounds :]
         leaf = torch.ones_like(trees.depth, dtype=torch.bool)

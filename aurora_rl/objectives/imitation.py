@@ -13,6 +13,7 @@ from torch import Tensor
 from aurora_rl.objectives.contexts import SPINE_KEYS, windows
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence
 from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.target import target_rows
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
@@ -102,7 +103,8 @@ class ImitationLoss(Objective):
 
     Raises:
         ValueError: ``steps`` < 1, ``decay`` outside (0, 1], a negative ``regression``, an unknown divergence, weighting
-            or reduction; at the first batch, ``regression`` with a drafter whose unroll has no states.
+            or reduction; at the first batch, ``regression`` with a drafter whose unroll has no states, or with a target
+            whose outputs come without hidden states.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -151,15 +153,15 @@ class ImitationLoss(Objective):
 
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
-        unroll, hidden = self.drafter.unroll(batch, self.steps), batch[self.tensor_keys.hidden]
-        found = imitation(unroll, self.target_log_probs(hidden, renormalize=self.renormalize), self.divergence)
-        value, steps = found.divergence, torch.arange(len(unroll.logits), device=hidden.device)
+        unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
+        found = imitation(unroll, self.target_log_probs(rows, renormalize=self.renormalize), self.divergence)
+        value, steps = found.divergence, torch.arange(len(unroll.logits), device=unroll.valid.device)
         if self.weighting == "decay":
             weight = self.decay ** steps[:, None]
         else:
             weight = expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
         if self.regression:
-            value = value + self.regression * _distance(unroll, hidden)
+            value = value + self.regression * _distance(unroll, rows)
         agreement = (found.agreement & unroll.valid).sum(1) / unroll.valid.sum(1).clamp(min=1)
         return Values(value, weight, unroll.valid, {"agreement": agreement})
 
@@ -175,8 +177,14 @@ class ImitationLoss(Objective):
         return torch.stack(picked).masked_fill(row < 0, -torch.inf)
 
 
-def _distance(unroll: Unroll, hidden: Tensor) -> Tensor:
+def _distance(unroll: Unroll, rows: TensorDictBase) -> Tensor:
     """Smooth-L1 distance of each step's states from the target's, averaged over their width, ``[J, C]``."""
     if unroll.states is None:
         raise ValueError("objective 'imitation': regression needs a drafter whose unroll has states; set regression=0")
+    if "hidden" not in rows.keys():
+        raise ValueError(
+            "objective 'imitation': regression needs the target's hidden states, and the batch has its likeliest "
+            "tokens in their place; set regression=0, or serve with an engine that records 'hidden'"
+        )
+    hidden = rows["hidden"]
     return torch.stack([F.smooth_l1_loss(s, hidden.to(s.dtype), reduction="none").mean(-1) for s in unroll.states])

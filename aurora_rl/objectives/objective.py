@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs.sampling import served_log_probs
+from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
+from aurora_rl.trajectories import TOPK_ENTRIES
 
 _ENTRY_POINTS = "aurora_rl.objectives"
 
@@ -44,6 +46,10 @@ class Objective(LossModule):
 
     A subclass gives :meth:`values`; registered by :func:`register_objective` it is known to configurations by its name.
     Forward returns "loss_<name>" and its metrics, and leaves its input as it is.
+
+    A batch has the target's outputs as hidden states or as its likeliest tokens (``aurora_rl.objectives.target``).
+    :attr:`reads` names the first form; the other stands for it, in the same groups. ``values`` that takes them by
+    ``target_rows`` or ``context_rows`` knows both.
 
     Args:
         drafter: its parameters learn.
@@ -105,6 +111,11 @@ class Objective(LossModule):
     def reads(self) -> list[NestedKey]:
         """Entries of a batch that :meth:`values` reads."""
 
+    @property
+    def optional_reads(self) -> list[NestedKey]:
+        """Those of :attr:`reads` that a batch may lack."""
+        return []
+
     @abstractmethod
     def values(self, batch: TensorDictBase) -> Values:
         """Per-position values of a packed batch."""
@@ -116,12 +127,42 @@ class Objective(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries that forward reads."""
+        """Entries that forward reads; of a batch in another form see :meth:`keys_of`."""
         return self._in_keys or self.reads
 
     @in_keys.setter
     def in_keys(self, keys: list[NestedKey]) -> None:
         self._in_keys = keys
+
+    def keys_of(self, batch: TensorDictBase) -> list[NestedKey]:
+        """Entries that forward reads of this batch: :attr:`reads` in the form that it has.
+
+        Raises:
+            ValueError: one is missing; the message names it and what would supply it.
+        """
+        there, outputs = batch.keys(include_nested=True), (self.tensor_keys.hidden, self.tensor_keys.node_hidden)
+        found: list[NestedKey] = []
+        for key in self.reads:
+            if key in there:
+                found.append(key)
+            elif key in outputs and (others := target_keys(batch, key)):
+                found += others
+            elif key not in self.optional_reads:
+                raise ValueError(
+                    f"objective {self.name!r} needs {key} in the batch, which has no such entry{self._supplier(key)}"
+                )
+        return found
+
+    def _supplier(self, key: NestedKey) -> str:
+        """Where an entry would come from, as the end of a sentence."""
+        if key == self.tensor_keys.log_probs:
+            return (
+                "; an engine that keeps the drafter's log-probabilities supplies it, such as the embedded one with "
+                "drafter.mode=sampled (one that drafts by argmax has none)"
+            )
+        if key in (self.tensor_keys.hidden, self.tensor_keys.node_hidden):
+            return f"; an engine supplies it, or {', '.join(TOPK_ENTRIES)} in its place"
+        return ""
 
     @property
     def out_keys(self) -> list[NestedKey]:
@@ -137,9 +178,7 @@ class Objective(LossModule):
         Raises:
             ValueError: the batch lacks something that the objective needs; the message names it and its source.
         """
-        for key in self.reads:
-            if key not in tensordict.keys(include_nested=True):
-                raise ValueError(f"objective {self.name!r} needs {key} in the batch, which has no such entry")
+        self.keys_of(tensordict)
         value, weight, valid, metrics = self.values(tensordict)
         # Where a position is invalid the value may be infinite, and zero times that is not zero.
         weighted = torch.where(valid, value * weight, 0.0)
@@ -155,30 +194,30 @@ class Objective(LossModule):
         return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
 
     @torch.no_grad()
-    def target_log_probs(self, hidden: Tensor, *, renormalize: bool) -> Tensor:
+    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
         """The target's log-probabilities at temperature 1 on the draft vocabulary.
 
         Args:
-            hidden: ``[X, H]``, what the output head reads.
+            rows: ``[X]``, the target's outputs, see ``target_rows``.
             renormalize: over the draft vocabulary; otherwise rows sum to the mass that it covers.
 
         Returns:
             ``[X, Vd]``.
         """
-        hidden, vocab = hidden.to(self.head.dtype), self.drafter.draft_vocab
+        vocab = self.drafter.draft_vocab
         if renormalize:
-            return log_softmax(hidden @ self.head[vocab].T)
-        return log_softmax(hidden @ self.head.T)[:, vocab]
+            return log_softmax(target_logits(rows, self.head, vocab))
+        return log_softmax(target_logits(rows, self.head))[:, vocab]
 
     @torch.no_grad()
     def served_log_probs(
-        self, batch: TensorDictBase, hidden: Tensor, request: Tensor, *, greedy: bool = False
+        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
     ) -> Tensor:
         """The log-probabilities that were served, after temperature, top-k and top-p, on the draft vocabulary.
 
         Args:
             batch: packed trajectories.
-            hidden: ``[X, H]``, what the output head reads.
+            rows: ``[X]``, the target's outputs, see ``target_rows``.
             request: ``[X]`` int64, the request of each row.
             greedy: take every request as decoded greedily.
 
@@ -188,7 +227,7 @@ class Objective(LossModule):
         temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
         if greedy:
             temperature = torch.zeros_like(temperature)
-        logits = hidden.to(self.head.dtype) @ self.head.T
+        logits = target_logits(rows, self.head)
         return served_log_probs(logits, temperature, top_k, top_p)[:, self.drafter.draft_vocab]
 
 

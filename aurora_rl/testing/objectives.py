@@ -12,6 +12,7 @@ from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing.asserts import require
+from aurora_rl.testing.forms import topk_form
 from aurora_rl.testing.tiny import serve, tiny_target
 from aurora_rl.trajectories import pack
 from aurora_rl.trees import depth_first
@@ -71,6 +72,7 @@ def check_objective(
     if not objective().sampled:  # what hangs on a draw are its later siblings too
         _check_siblings(objective("sum"), trajectories)
     _check_extremes(objective(), trajectories)
+    _check_forms(objective("none"), trajectories)
 
 
 def _total(objective: Objective, batch: TensorDict) -> Tensor:
@@ -123,6 +125,22 @@ def _check_gradient(objective: Objective, batch: TensorDict, *, differences: boo
             abs(measured - slope) <= _RELATIVE * max(abs(slope), 1.0),
             f"the gradient along a direction is {slope:.6g}, finite differences give {measured:.6g}",
         )
+
+
+def _check_forms(objective: Objective, trajectories: list[TensorDict]) -> None:
+    """With every token among the likeliest, the top-k form says what hidden states say."""
+    likeliest = pack([topk_form(t, objective.head, len(objective.head)) for t in trajectories])
+    try:
+        got = objective(likeliest)
+    except (KeyError, ValueError):
+        return  # it names what it needs
+    expected = objective(pack(trajectories))
+    require(
+        all(torch.allclose(got[key], expected[key]) for key in expected.keys() if key.startswith("loss_")),
+        "the target's likeliest tokens and its hidden states give different losses",
+    )
+    told = objective.keys_of(likeliest)
+    require(torch.equal(_total(objective, likeliest.select(*told)), _total(objective, likeliest)), "keys_of misses one")
 
 
 def _check_reductions(objective: Callable[[str], Objective], trajectories: list[TensorDict]) -> None:

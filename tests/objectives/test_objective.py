@@ -104,10 +104,28 @@ class DividesByTheAccepted(DiscardSamplingLoss):
         return found._replace(value=found.value / batch["nodes", "accepted"].sum())
 
 
+class TrustsTheLikeliest(ImitationLoss):
+    """Reads one form rightly and the other wrongly."""
+
+    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
+        found = super().target_log_probs(rows, renormalize=renormalize)
+        return found if "hidden" in rows.keys() else 1.1 * found
+
+
 class ReportsWhatItDoesNotGive(ImitationLoss):
     @property
     def metrics(self) -> list[str]:
         return ["agreement", "temperature"]
+
+
+class KnowsHiddenStatesOnly(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(weight=found.weight * batch[self.tensor_keys.hidden].norm(dim=-1))
+
+
+def test_an_objective_may_know_one_form_only() -> None:
+    check_objective(lambda drafter, head, reduction: KnowsHiddenStatesOnly(drafter, head, reduction=reduction))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +137,7 @@ class ReportsWhatItDoesNotGive(ImitationLoss):
         (ReadsItsNeighbours, "alone and beside others"),
         (TrustsTheFirstSibling, "alone and beside others|order of siblings"),
         (DividesByTheAccepted, "alone and beside others|where nothing was accepted"),
+        (TrustsTheLikeliest, "likeliest tokens and its hidden states give different losses"),
         (ReportsWhatItDoesNotGive, "out_keys are"),
     ],
 )

@@ -1,0 +1,130 @@
+"""The target's outputs in a batch: what its head read, or its likeliest tokens, and the logits of either.
+
+Legend: ``X`` rows, ``V`` vocabulary, ``H`` hidden size, ``K`` likeliest tokens.
+
+*Rows* are a TensorDict of batch size ``[X]`` with one of two sets of entries, as trajectories have them:
+
+- "hidden" ``[X, H]``, which the frozen head turns into the full distribution;
+- "topk_ids" ``[X, K]``, "topk_log_probs" ``[X, K]`` and "tail_log_prob" ``[X]``: exact at ``K`` tokens. The mass of
+  the others is known and how it is shared is not; it is spread evenly. That is a stand-in of lower information.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from aurora_rl.policies.drafter import RecordedTrees, draft_rows
+from aurora_rl.trajectories import TOPK_ENTRIES
+
+# A tail of no mass is one that float32 cannot tell from 0. As its smallest number the tokens in it keep a finite logit,
+# so that a draft vocabulary without any of the K likeliest can still be renormalised over.
+_LEAST = math.log(torch.finfo(torch.float32).tiny)
+
+
+def beside(key: NestedKey, name: str) -> NestedKey:
+    """The key of an entry of the same group.
+
+    Example:
+        >>> beside(("nodes", "hidden"), "topk_ids"), beside("hidden", "topk_ids")
+        (('nodes', 'topk_ids'), 'topk_ids')
+    """
+    return (*key[:-1], name) if isinstance(key, tuple) else name
+
+
+def target_keys(batch: TensorDictBase, hidden: NestedKey) -> list[NestedKey]:
+    """The entries that hold the target's outputs: ``[hidden]``, or the three of the top-k form beside it.
+
+    Args:
+        batch: packed trajectories.
+        hidden: key of the hidden states, where the batch has those.
+
+    Returns:
+        Empty where the batch has neither form whole.
+    """
+    there = batch.keys(include_nested=True)
+    forms: list[list[NestedKey]] = [[hidden], [beside(hidden, name) for name in TOPK_ENTRIES]]
+    return next((form for form in forms if all(key in there for key in form)), [])
+
+
+def target_rows(batch: TensorDictBase, hidden: NestedKey = ("spine", "hidden")) -> TensorDict:
+    """The target's outputs at the rows of "spine" or of "nodes", in the form that the batch has.
+
+    Args:
+        batch: packed trajectories.
+        hidden: key of the hidden states, ``[X, H]``; the top-k form stands beside it.
+
+    Raises:
+        KeyError: the batch has neither form there.
+
+    Example:
+        >>> batch = TensorDict({"nodes": {"hidden": torch.zeros(5, 16)}})
+        >>> target_rows(batch, ("nodes", "hidden"))[torch.tensor([0, 2])]["hidden"].shape
+        torch.Size([2, 16])
+    """
+    keys = target_keys(batch, hidden)
+    if not keys:
+        raise KeyError(f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} beside it")
+    names = ("hidden",) if len(keys) == 1 else TOPK_ENTRIES
+    return TensorDict(
+        {name: batch[key] for name, key in zip(names, keys, strict=True)}, batch_size=batch[keys[0]].shape[:1]
+    )
+
+
+def context_rows(
+    batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey
+) -> TensorDict:
+    """The target's outputs at contexts of recorded trees.
+
+    Args:
+        batch: packed trajectories.
+        trees: of the batch.
+        wanted: ``[R + M]`` bool.
+        hidden: key of the spine's hidden states, ``[C, H]``, see :func:`target_rows`.
+        node_hidden: key of the nodes', ``[M, H]``.
+
+    Returns:
+        One row for each that is wanted, in their order.
+    """
+    prompt = batch["spine", "prompt_length"]
+    count = batch["spine", "offset"].diff() - prompt
+    first = count.cumsum(0) - count
+    rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
+    request = trees.request[rounds]
+    # The first row of a request belongs to its last prompt token; a root's pair is the token before it.
+    row = first[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
+    return torch.cat(
+        [target_rows(batch, hidden)[row[wanted[rounds]]], target_rows(batch, node_hidden)[wanted[nodes]]], dim=0
+    )
+
+
+def target_logits(rows: TensorDictBase, head: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """The target's logits at temperature 1, in the head's dtype; of the top-k form they are log-probabilities.
+
+    Args:
+        rows: of :func:`target_rows` or :func:`context_rows`.
+        head: ``[V, H]``, the output head.
+        tokens: ``[Vd]`` int64, the only tokens that are asked for, each once; None is all of the vocabulary.
+
+    Returns:
+        ``[X, Vd]`` or ``[X, V]``.
+
+    Example:
+        >>> rows = {"topk_ids": [[2, 0]], "topk_log_probs": [[-0.5, -1.5]], "tail_log_prob": [math.log(0.2)]}
+        >>> rows = TensorDict({name: torch.tensor(value) for name, value in rows.items()}, batch_size=[1])
+        >>> target_logits(rows, torch.zeros(4, 8)).exp()  # tokens 1 and 3 share the tail
+        tensor([[0.2231, 0.1000, 0.6065, 0.1000]])
+    """
+    if "hidden" in rows.keys():
+        return rows["hidden"].to(head.dtype) @ (head if tokens is None else head[tokens]).T
+    ids, log_probs, tail = (rows[name] for name in TOPK_ENTRIES)
+    width, others = len(head if tokens is None else tokens), max(len(head) - ids.shape[1], 1)
+    each = tail.to(head.dtype).clamp(min=_LEAST) - math.log(others)
+    # One column more, for the ids that are not asked for.
+    place = ids if tokens is None else draft_rows(tokens, ids)
+    logits = each[:, None].repeat(1, width + 1)
+    return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(head.dtype))[:, :width]
