@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 
+from aurora_rl.agreement import drafts_agreed
 from aurora_rl.checkpoints import CheckpointError, load_training_state, save_training_state
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
@@ -25,6 +27,11 @@ from aurora_rl.policies.formats import save_eagle3
 from aurora_rl.recordings import Recording
 from aurora_rl.training import train_step
 from aurora_rl.trajectories import pack
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_DRAFTS = 50
+_AGREEMENT = 0.8  # rounding in bfloat16 changes one draft in some tens; other weights change most
 
 
 class Learner:
@@ -83,6 +90,7 @@ class Learner:
         self._credit = 0
         self._since_candidate = 0
         self._refusal: str | None = None
+        self._checked, self._drafts = 0, (0, 0)  # version whose drafts were compared; first drafts seen, and its own
         self._serving = self._frozen()
         self.seen = self.steps = self.skipped = self.version = 0
 
@@ -110,6 +118,7 @@ class Learner:
         if self._recording is not None:
             for trajectory in arrivals:
                 self._recording.append(trajectory)
+        self._check_served(arrivals)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
         if self._gate.ready:
@@ -128,6 +137,29 @@ class Learner:
         else:
             return bool(arrivals)
         return True
+
+    def _check_served(self, arrivals: list[TensorDictBase]) -> None:
+        """Once a version: do the drafts that it is said to have made come from it?"""
+        if self._checked == self.version or not self.version:
+            return
+        made = [t for t in arrivals if int(t["sampling", "draft_mode"]) == 0]
+        drafted, agreed = drafts_agreed(self._serving_drafter(), made, self.version) if made else (0, 0)
+        self._drafts = (self._drafts[0] + drafted, self._drafts[1] + agreed)
+        if self._drafts[0] < _CHECKED_DRAFTS:
+            return
+        share, self._checked, self._drafts = self._drafts[1] / self._drafts[0], self.version, (0, 0)
+        self._log.write("served", version=self.version, agreement=round(share, 4))
+        if share < _AGREEMENT:
+            logger.warning(
+                "of the drafts said to be of version %d only %.0f%% are its own: the engine did not load it",
+                *(self.version, 100 * share),
+            )
+
+    def _serving_drafter(self) -> Drafter:
+        """A drafter with the weights that were published last."""
+        published = copy.deepcopy(self._drafter).to(self._dtype).eval().requires_grad_(False)
+        published.install(self._serving)
+        return published
 
     def _admit(self, trajectories: list[TensorDictBase]) -> None:
         if trajectories:
@@ -200,7 +232,7 @@ class Learner:
     def _publish(self, weights: dict[str, Tensor]) -> None:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
-        self._serving = weights
+        self._serving, self._drafts = weights, (0, 0)
         self._publisher.publish(self.version, weights)
         self.save()
 
@@ -213,9 +245,8 @@ class Learner:
             "draft_vocab": self._draft_vocab(),
         }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        if isinstance(self._drafter, Eagle3Drafter):
-            published = copy.deepcopy(self._drafter).to(self._dtype)
-            published.install(self._serving)
+        published = self._serving_drafter()
+        if isinstance(published, Eagle3Drafter):
             save_eagle3(published, self._checkpoint / "drafter")
 
     def _draft_vocab(self) -> str:

@@ -217,10 +217,11 @@ class SGLangServing(Serving):
             width=tree.width,
             num_nodes=tree.budget,
             slots=config.engine.slots,
+            max_length=config.engine.max_length,
             dtype=str(build.dtype_of(config)).removeprefix("torch."),
             device=build.device_of(config).type,
             log=run_dir / "sglang.log",
-            arguments=["--context-length", str(config.engine.max_length), *config.engine.arguments],
+            arguments=config.engine.arguments,
         )
 
     @property

@@ -83,8 +83,8 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
         socket.send_multipart(encode(kind, fields or {}))
         if not socket.poll(int(timeout * 1e3)):
             raise ControlError(
-                f"no answer at {address} within {timeout:.0f} s; does SGLang run there with AURORA_RL_SGLANG={address} in"
-                " its environment and aurora-rl installed beside it?"
+                f"no answer at {address} within {timeout:.0f} s; does SGLang run with AURORA_RL_SGLANG={address} in its"
+                " environment and aurora-rl installed beside it?"
             )
         message = decode(socket.recv_multipart(), limits=_LIMITS)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -85,6 +86,7 @@ class SGLangEngine:
         width: int = 1,
         num_nodes: int = 4,
         slots: int = 4,
+        max_length: int = 1024,
         dtype: str = "auto",
         device: str = "cpu",
         log: Path | None = None,
@@ -100,6 +102,7 @@ class SGLangEngine:
             width: 1 drafts a chain; more, a tree that expands so many nodes a step.
             num_nodes: nodes of a tree without its root.
             slots: requests decoded side by side.
+            max_length: tokens of a request, prompt and completion.
             dtype: of weights, "auto" for the checkpoint's.
             device: "cpu" or "cuda".
             log: file for what the server prints; None takes a temporary one.
@@ -114,20 +117,24 @@ class SGLangEngine:
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
             *("--host", "127.0.0.1", "--port", str(port), "--device", device),
-            *("--max-running-requests", str(slots), "--skip-server-warmup", "--log-level", "warning"),
+            *("--max-running-requests", str(slots), "--context-length", str(max_length)),
+            *("--skip-server-warmup", "--log-level", "warning"),
         ]
         if device == "cpu":
             # The attention backend that knows trees; asked for as a whole it is replaced where the CPU has no AMX.
             for kind in ("prefill-attention", "decode-attention", "speculative-draft-attention"):
                 command += [f"--{kind}-backend", "intel_amx"]
             command += ["--disable-cuda-graph", "--grammar-backend", "none"]
+            # Left to itself, the cache takes most of the machine's free memory.
+            command += ["--max-total-tokens", str(2 * slots * max_length)]
         if drafter is not None:
             command += [
                 *("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(drafter)),
                 *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
                 *("--speculative-num-draft-tokens", str(num_nodes + 1)),
             ]
-        variables = dict(os.environ, **(environment or {}))
+        # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
+        variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
         if drafter is not None:
             variables[ENVIRONMENT] = control
         if device == "cpu":
@@ -310,17 +317,10 @@ class SGLangEngine:
         if self._process is None:
             return
         process, self._process = self._process, None
-        for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(process.pid, sign)
-                process.wait(timeout=patience)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        # Its schedulers are in the same session and may outlive it for a moment.
-        try:
+        # Its whole session, schedulers included, and at once: asked politely, it drains and sleeps for ten seconds.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        process.wait()
 
     def __enter__(self) -> SGLangEngine:
         return self
