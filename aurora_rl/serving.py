@@ -194,6 +194,12 @@ class SGLangServing(Serving):
                 raise
         except (SGLangError, ControlError) as error:
             raise ConfigError(f"engine.name=sglang: {error}") from error
+        if config.temperature > 0 and status["device"] == "cpu":
+            self._engine.close()
+            raise ConfigError(
+                f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
+                " engine.name=transformers"
+            )
         log.write("attached", status=status)
         self.server = RemoteServer(
             self._engine,

@@ -75,6 +75,7 @@ class SGLangEngine:
     ) -> None:
         self.url, self.control = url.rstrip("/"), control
         self._process, self._log = process, log
+        self._argmax = False
 
     @classmethod
     def launch(
@@ -198,6 +199,11 @@ class SGLangEngine:
             SGLangError: the server refuses, or does not answer.
         """
         sampling = request.sampling
+        if self._argmax and sampling.temperature > 0:
+            raise SGLangError(
+                f"request {request.id}: temperature {sampling.temperature:g} cannot be had, on a CPU SGLang verifies by"
+                " argmax whatever is asked for; set temperature=0"
+            )
         params: dict[str, Any] = {
             "max_new_tokens": request.max_new_tokens,
             "temperature": sampling.temperature,
@@ -271,7 +277,8 @@ class SGLangEngine:
         Raises:
             ControlError: the plugin refuses, or its hooks did not see the request.
         """
-        before = self.status()["seen"]
+        status = self.status()
+        before, self._argmax = status["seen"], status["device"] == "cpu"
         self.generate(Request(_PROBE, torch.arange(1, 5), max_new_tokens=4), learn=False)
         seen = self.status()["seen"]
         silent = [hook for hook in ("prefill", "verify") if seen.get(hook, 0) <= before.get(hook, 0)]

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -46,13 +47,14 @@ class Session:
 
     Args:
         fields: of the request; see :data:`ATTACH`.
+        exact: whether what the target's head reads is seen in every round.
 
     Raises:
         ControlError: a field is missing, unknown or of the wrong type.
         OSError: an address is malformed.
     """
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
                 raise ControlError(f"attach needs {name}, got {fields.get(name)!r}")
@@ -63,6 +65,8 @@ class Session:
         self.hello = Hello.from_meta(fields["hello"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.recording, self.error = True, ""
+        # A captured graph runs none of the functions that it was captured from: what the head reads stays unseen then.
+        self.exact = exact
         self.version = fields["version"]
         self.sink = TrajectorySink(fields["trajectories"], hello=self.hello, capacity=fields["queue"])
         self.receiver = WeightReceiver(fields["weights"], hello=self.hello, version=self.version)
@@ -114,8 +118,8 @@ class Plugin:
         self._session: Session | None = None
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
-        # Of the forward pass that runs now: what the target's head read, what the drafter's logits were.
-        self._head_input: Tensor | None = None
+        # Of the forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
+        self._head: tuple[Tensor, Tensor] | None = None
         self._draft_logits: list[Tensor] = []
         self._path_scores: Tensor | None = None
         self._joint_log_probs: Tensor | None = None
@@ -180,13 +184,12 @@ class Plugin:
         return self._status()
 
     def _status(self) -> dict[str, Any]:
-        from sglang.version import __version__
-
         status: dict[str, Any] = {
-            "sglang": __version__,
+            "sglang": version("sglang"),
             "torch": torch.__version__,
             "missing": self._missing,
             "seen": dict(self._seen),
+            "device": self._device,
             "attached": (session := self._session) is not None,
         }
         if session is not None:
@@ -209,7 +212,7 @@ class Plugin:
     def _attach(self, fields: dict[str, Any]) -> None:
         if self._session is not None:
             raise ControlError("a learner is attached already; detach first")
-        session = Session(fields)
+        session = Session(fields, exact=self._eager)
         try:
             self._check_engine(session.hello)
         except ControlError:
@@ -219,11 +222,9 @@ class Plugin:
 
     def _check_engine(self, hello: Hello) -> None:
         """Raise ControlError where this engine is not what the hello says or what the hooks were written for."""
-        from sglang.version import __version__
-
         args, worker = self._scheduler.server_args, self._scheduler.draft_worker
-        if __version__ not in SUPPORTED:
-            raise ControlError(f"SGLang {__version__} is not supported; install sglang=={SUPPORTED[-1]}")
+        if version("sglang") not in SUPPORTED:
+            raise ControlError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
         if self._missing:
             raise ControlError(f"hooks are not in force: {', '.join(self._missing)}; SGLang's log says why")
         if str(args.speculative_algorithm).upper() != "EAGLE3" or type(worker).__name__ != "EAGLEWorkerV2":
@@ -252,6 +253,15 @@ class Plugin:
             raise ControlError("the draft vocabulary (d2t) differs from the learner's; start both on one folder")
 
     @property
+    def _eager(self) -> bool:
+        """Whether the engine runs its models without captured graphs."""
+        return self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
+
+    @property
+    def _device(self) -> str:
+        return str(self._draft_worker.draft_runner.device)
+
+    @property
     def _target(self) -> Any:
         return self._scheduler.tp_worker.model_runner.model
 
@@ -263,15 +273,15 @@ class Plugin:
 
     def _swap(self, session: Session) -> None:
         if (received := session.receiver.latest()) is not None:
-            version, tree = received
+            number, tree = received
             weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
-            self._install(session, version, weights)
+            self._install(session, number, weights)
         # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
         if session.flush_due and self._scheduler.is_fully_idle():
             session.flush_due = False
             self._scheduler.flush_cache()
 
-    def _install(self, session: Session, version: int, weights: dict[str, Tensor]) -> None:
+    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> None:
         began = time.perf_counter()
         draft_map = weights.get("d2t")
         loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
@@ -279,19 +289,19 @@ class Plugin:
         try:
             if draft_map is not None and not self._same_map(draft_map):
                 raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
-            if runner.device != "cpu":
+            if self._device != "cpu":
                 torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
             load_drafter(self._scheduler.weight_updater, runner, loadable)
         except SwapError as error:
-            session.receiver.reject(version, str(error))
-            logger.warning("version %d is not served: %s", version, error)
+            session.receiver.reject(number, str(error))
+            logger.warning("version %d is not served: %s", number, error)
             return
         milliseconds = (time.perf_counter() - began) * 1e3
-        self._scheduler.weight_updater.record_weight_version_after_update(str(version))
-        session.version, session.flush_due = version, True
+        self._scheduler.weight_updater.record_weight_version_after_update(str(number))
+        session.version, session.flush_due = number, True
         session.swap_ms.append(milliseconds)
         # What the engine holds was compared with these above; hashing them takes longer than the swap.
-        session.background.submit(lambda: session.receiver.acknowledge(version, checksum(weights), milliseconds))
+        session.background.submit(lambda: session.receiver.acknowledge(number, checksum(weights), milliseconds))
 
     def _same_map(self, d2t: Tensor) -> bool:
         held = self._draft_worker.draft_runner.model.hot_token_id
@@ -303,7 +313,7 @@ class Plugin:
         logits = original(processor, hidden, *args, **kwargs)
         if self._session is not None and self._scheduler is not None:
             if processor is self._target.logits_processor:
-                self._head_input = hidden
+                self._head = hidden, logits
             elif processor is self._draft_worker.draft_runner.model.logits_processor:
                 self._draft_logits.append(logits)
         return logits
@@ -334,7 +344,7 @@ class Plugin:
 
     def _draft(self, original: Callable, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._draft_logits.clear()
-        self._path_scores = self._joint_log_probs = self._head_input = None
+        self._path_scores = self._joint_log_probs = self._head = None
         first = getattr(batch.spec_info, "topk_p", None)
         out = original(worker, batch, *args, **kwargs)
         if self._session is not None:
@@ -355,14 +365,14 @@ class Plugin:
         session = self._session
         if session is not None and session.recording and not batch.forward_mode.is_idle():
             self._guarded(self._record_prompts, session, batch, hidden)
-        self._head_input = None
+        self._head = None
         self._draft_logits.clear()
         return original(worker, batch, hidden, *args, **kwargs)
 
     def _record_prompts(self, session: Session, batch: Any, hidden: Tensor) -> None:
         records, start = session.records, 0
         # One row a request where no request wants log-probabilities of its prompt.
-        first = self._head_input if self._head_input is not None and len(self._head_input) == len(batch.reqs) else None
+        head = self._head if self._head is not None and len(self._head[0]) == len(batch.reqs) else None
         for i, (req, count, cached) in enumerate(zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True)):
             part, start = slice(start, start + count), start + count
             if req.rid not in records:
@@ -376,8 +386,8 @@ class Plugin:
                 records.drop(req.rid, "retracted")
                 continue
             rows = None
-            if cached + count == len(req.origin_input_ids):
-                rows = self._target_rows(session, None if first is None else first[i : i + 1], None)
+            if head is not None and cached + count == len(req.origin_input_ids):
+                rows = _target_rows(session, head[0][i : i + 1], head[1][i : i + 1])
             records.prompt(req.rid, _to_host(hidden[part]), rows)
 
     def _unwanted(self, session: Session, req: Any) -> str | None:
@@ -395,7 +405,7 @@ class Plugin:
             return "penalty"
         if req.grammar is not None or params.json_schema or params.regex or params.ebnf or params.structural_tag:
             return "grammar"
-        if params.top_k != 1 and self._draft_worker.draft_runner.device == "cpu":
+        if params.top_k != 1 and self._device == "cpu":
             return "temperature"  # this engine answers with the argmax there, whatever was asked for
         if getattr(params, "min_p", 0.0):
             return "min_p"
@@ -403,17 +413,6 @@ class Plugin:
         if request_number(req.rid) * 2654435761 % _ROTATION >= session.capture_rate * _ROTATION:
             return "not_captured"
         return None
-
-    def _target_rows(self, session: Session, head_input: Tensor | None, logits: Tensor | None) -> TargetRows | None:
-        """The target's distribution at some positions, as exactly as it can be had."""
-        if head_input is not None:
-            return {"hidden": _to_host(head_input)}
-        if logits is None:
-            return None
-        log_probs = logits.log_softmax(-1, dtype=torch.float32)
-        best, ids = log_probs.topk(min(session.top_k, log_probs.shape[-1]))
-        tail = torch.log1p(-best.exp().sum(-1).clamp(max=1.0))
-        return {"topk_ids": _to_host(ids), "topk_log_probs": _to_host(best), "tail_log_prob": _to_host(tail)}
 
     def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         self._seen["verify"] += 1
@@ -424,11 +423,9 @@ class Plugin:
             wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
             if wanted:
                 logits = output.next_token_logits
-                known = self._head_input
-                if known is not None and len(known) != len(logits):
-                    known = None
+                hidden = self._head[0] if self._head is not None and len(self._head[0]) == len(logits) else None
                 # Before the engine's own function, which applies penalties to the logits in place.
-                rows = self._target_rows(session, known, logits)
+                rows = _target_rows(session, hidden, logits)
         result = original(tree, batch, output, *args, **kwargs)
         if session is not None and wanted and rows is not None:
             self._guarded(self._record_round, session, tree, batch, output.hidden_states, rows, wanted, result)
@@ -506,6 +503,16 @@ class Plugin:
                     rule="greedy" if greedy else "sample_and_match",  # the law of SGLang's own rule, by other coins
                 )
                 session.records.finish(req.rid, req.output_ids_through_stop, sampling)
+
+
+def _target_rows(session: Session, hidden: Tensor | None, logits: Tensor) -> TargetRows | None:
+    """The target's distribution at some positions, in the form that this session can always have."""
+    if session.exact:
+        return None if hidden is None else {"hidden": _to_host(hidden)}
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    best, ids = log_probs.topk(min(session.top_k, log_probs.shape[-1]))
+    tail = torch.log1p(-best.exp().sum(-1).clamp(max=1.0))
+    return {"topk_ids": _to_host(ids), "topk_log_probs": _to_host(best), "tail_log_prob": _to_host(tail)}
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
     """
     from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, EndWeightUpdateReqInput
 
+    _check(read_back(runner.model, weights), weights)  # SGLang skips names that it does not know
     opened = updater.begin_weight_update(BeginWeightUpdateReqInput(selector="draft"))
     if not opened.success:
         raise SwapError(f"SGLang opens no session: {opened.message}")
@@ -36,10 +37,8 @@ def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
         if not loaded:
             raise SwapError(f"SGLang did not load the weights: {message}")
         # Before the session ends: what follows may pack weights for the hardware.
-        held = read_back(runner.model, weights)
+        held = _check(read_back(runner.model, weights), weights)
         for name, tensor in weights.items():
-            if name not in held:
-                raise SwapError(f"SGLang's drafter has no parameter for {name!r}")
             if not torch.equal(held[name], tensor.to(held[name])):
                 raise SwapError(f"{name!r} in SGLang's drafter is not what was loaded")
     finally:
@@ -61,6 +60,15 @@ def read_back(model: Any, names: Any) -> dict[str, Tensor]:
         if name not in found and (own := _parameter(held, inside)) is not None:
             found[name] = own
     return found
+
+
+def _check(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in weights.items():
+        if name not in held:
+            raise SwapError(f"SGLang's drafter has no parameter for {name!r}")
+        if held[name].shape != tensor.shape:
+            raise SwapError(f"{name!r} has shape {tuple(tensor.shape)}, SGLang's drafter {tuple(held[name].shape)}")
+    return held
 
 
 def _parameter(held: dict[str, Tensor], name: str) -> Tensor | None:
