@@ -32,6 +32,12 @@ class EngineConfig:
     """
 
     name: str = "transformers"
+    slots: int = 2
+    """Requests decoded side by side."""
+    max_length: int = 1024
+    """Tokens of a slot, prompt and completion."""
+    threads: int = field(default_factory=lambda: max(min(os.cpu_count() or 1, 9) - 1, 1))
+    """CPU threads of the inference server; by default one core is left to the learner."""
     url: str | None = None
     """Of a running SGLang server to attach to; it must have been started on the drafter of ``drafter.path``."""
     control: str | None = None
@@ -40,12 +46,6 @@ class EngineConfig:
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
     """Share of SGLang's requests that are recorded."""
-    slots: int = 2
-    """Requests decoded side by side."""
-    max_length: int = 1024
-    """Tokens of a slot, prompt and completion."""
-    threads: int = field(default_factory=lambda: max(min(os.cpu_count() or 1, 9) - 1, 1))
-    """CPU threads of the inference server; by default one core is left to the learner."""
 
 
 @dataclass

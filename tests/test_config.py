@@ -22,6 +22,7 @@ def test_the_keys_are_frozen() -> None:
     assert keys(Config()) == [
         *("model", "device", "dtype"),
         *("engine.name", "engine.slots", "engine.max_length", "engine.threads"),
+        *("engine.url", "engine.control", "engine.arguments", "engine.capture_rate"),
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
         *("max_new_tokens", "temperature", "top_k", "top_p", "seed"),
         *("drafter.name", "drafter.path", "drafter.vocab_size", "drafter.feature_layers"),
@@ -60,7 +61,7 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
     [
         ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
         ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
-        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name'?"),
+        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.url'?"),
         ("engine.slots.more=2", "unknown key 'engine.slots.more' in engine.slots.more=2; did you mean 'engine.slots'?"),
         ("engine.slots", "expected key=value, got 'engine.slots'; for example engine.slots=2"),
         ("engine.slots=two", "engine.slots=two: Value 'two' of type 'str' could not be converted to Integer"),
@@ -77,7 +78,8 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
         ("temperature=nan", "sampling needs temperature >= 0.*got nan, 0, 1.0"),
         ("top_p=0", "sampling needs"),
         ("dtype=float16", "dtype must be auto, float32, bfloat16 or float64, got 'float16'"),
-        ("engine.name=vllm", "engine.name must be 'transformers', got 'vllm'"),
+        ("engine.name=vllm", "engine.name must be transformers or sglang, got 'vllm'"),
+        ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
         ("model=[", r"model=\[: not a valid value"),
@@ -87,6 +89,21 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
 def test_one_clear_error(pair: str, wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):
         load_config(overrides=[pair])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wrong"),
+    [
+        (["engine.url=http://host:30000"], "engine.url and engine.control go together"),
+        (["engine.control=tcp://host:1"], "engine.url and engine.control go together"),
+        (["engine.url=http://host:30000", "engine.control=tcp://host:1"], "attaches to a running.*set drafter.path"),
+        (["drafter.name=medusa"], "engine.name=sglang serves drafter.name=eagle3, got 'medusa'"),
+        (["drafter.mode=sampled", "drafter.lookup=0"], "drafter.mode=topk, got 'sampled'"),
+    ],
+)
+def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(overrides=["engine.name=sglang", *pairs])
 
 
 @pytest.mark.parametrize(
