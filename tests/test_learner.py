@@ -399,3 +399,32 @@ def test_muon_takes_the_matrices_and_adam_the_rest() -> None:
 
 def day0_named() -> list[tuple[str, Tensor]]:
     return list(day0().named_parameters())
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_an_engine_that_says_it_serves_a_version_is_believed_by_its_drafts(
+    make: Make, served: list[TensorDict], loaded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(batch_size=8, replay=9, publish_every=32)
+    send(made, served[:24])
+    drain(made)  # learned from before a candidate is frozen
+    send(made, served[24:40])
+    step_until(made, lambda: made.events("candidate"))
+    send(made, served[40:48])
+    step_until(made, lambda: made.learner.version == 1)
+    new = copy.deepcopy(made.drafter).eval().requires_grad_(False)
+    new.install(dict(made.learner._serving))
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(32, (4,), generator=generator) for _ in range(4)]
+    came = serve(new if loaded else day0(), TARGET, prompts, shape=SHAPE, max_new_tokens=24, num_slots=4)
+    for trajectory in came:
+        for kind in ("policy_version", "cache_version"):
+            trajectory["rounds", kind].fill_(1)
+    send(made, came)
+    step_until(made, lambda: made.events("served"))
+    (event,) = made.events("served")
+    assert event["version"] == 1
+    if loaded:
+        assert event["agreement"] == 1.0 and not caplog.records
+    else:
+        assert event["agreement"] < 0.8 and "the engine did not load it" in caplog.text
