@@ -181,15 +181,15 @@ def first_drafter(
     return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
-def hello(config: Config, parts: TargetParts, made: Drafter) -> Hello:
-    """What both halves of this run must agree on."""
+def hello(parts: TargetParts, made: Drafter, name: str) -> Hello:
+    """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
     return Hello(
         schema=SCHEMA,
         target=parts.digest,
         head_checksum=checksum({"head": parts.head}),
         feature_layers=made.feature_layers,
         draft_map_checksum=checksum({"draft_vocab": made.draft_vocab}),
-        drafter=config.drafter.name,
+        drafter=name,
     )
 
 
@@ -223,7 +223,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     parts, device = target.parts, device_of(config)
     made = drafter(config, target, [])
     del target
-    greeting = hello(config, parts, made)
+    greeting = hello(parts, made, config.drafter.name)
     made.to(device)
     head: Tensor = parts.head.float()
     scratch = copy.deepcopy(made).to(dtype_of(config)).eval().requires_grad_(False)

@@ -88,7 +88,7 @@ class EmbeddedServing(Serving):
     def __init__(
         self, config: Config, target: build.Target, requests: Conversations, made: Drafter, log: MetricsLog
     ) -> None:
-        greeting, device = build.hello(config, target.parts, made), build.device_of(config)
+        greeting, device = build.hello(target.parts, made, config.drafter.name), build.device_of(config)
         tree = build.shape(config)
         engine = TransformersEngine(
             target.model,
@@ -173,7 +173,7 @@ class SGLangServing(Serving):
         run_dir: Path,
     ) -> None:
         assert isinstance(made, Eagle3Drafter)  # the configuration was checked
-        greeting, settings = build.hello(config, target.parts, made), config.engine
+        greeting, settings = build.hello(target.parts, made, config.drafter.name), config.engine
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
         try:
             self._engine = (

@@ -163,7 +163,7 @@ def test_both_halves_start_from_the_same_drafter(
     requests = build.conversations(config, target, build.check(config))
     served, theirs = build.first_drafter(config, target, requests, tmp_path / "day0" if own_learner else None)
     learned = build.drafter(theirs, target, [])
-    assert build.hello(config, target.parts, served) == build.hello(theirs, target.parts, learned)
+    assert build.hello(target.parts, served, "eagle3") == build.hello(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
     assert config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
@@ -172,9 +172,9 @@ def test_both_halves_start_from_the_same_drafter(
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: build.Target) -> None:
-    ours = build.hello(config, target.parts, build.drafter(config, target, []))
+    ours = build.hello(target.parts, build.drafter(config, target, []), config.drafter.name)
     config.drafter.vocab_size = 32
-    mismatch = ours.mismatch(build.hello(config, target.parts, build.drafter(config, target, [])))
+    mismatch = ours.mismatch(build.hello(target.parts, build.drafter(config, target, []), config.drafter.name))
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 

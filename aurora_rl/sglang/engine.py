@@ -215,7 +215,7 @@ class SGLangEngine:
             params["top_k"] = sampling.top_k
         if not learn:
             params["custom_params"] = {"aurora_rl": False}
-        reply = self._post(
+        reply = self.post(
             "/generate",
             {"input_ids": request.prompt.tolist(), "sampling_params": params, "rid": str(request.id)},
             timeout,
@@ -231,7 +231,12 @@ class SGLangEngine:
             [int(span["version"]) for span in meta.get("weight_versions") or [] if str(span["version"]).isdecimal()],
         )
 
-    def _post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        """Post to any of the server's endpoints; returns what its JSON says.
+
+        Raises:
+            SGLangError: the server refuses, or does not answer within ``timeout`` seconds.
+        """
         asked = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
         )
