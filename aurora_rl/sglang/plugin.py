@@ -74,7 +74,7 @@ class Session:
             self.sink.extend, max_bytes=fields["max_bytes"], store_bytes=fields["store_bytes"]
         )
         self.swap_ms: list[float] = []
-        self.flush_due = False
+        self.flush_due = True  # texts in the prefix cache have no features here
         self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
 
     def fail(self, reason: str) -> None:
@@ -150,12 +150,11 @@ class Plugin:
     # ---- control --------------------------------------------------------------------------------------------------
 
     def _between_batches(self, original: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(scheduler, *args, **kwargs)
         if self._scheduler is None:
             self._guarded(self._bind, scheduler)
-        if self._session is not None:
+        if self._session is not None:  # before new requests are let in: a cache can be emptied only between all of them
             self._guarded(self._swap, self._session)
-        return result
+        return original(scheduler, *args, **kwargs)
 
     def _bind(self, scheduler: Any) -> None:
         from sglang.srt.plugins.hook_registry import HookRegistry
