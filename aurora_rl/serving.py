@@ -182,6 +182,11 @@ class SGLangServing(Serving):
                 else SGLangEngine(settings.url, settings.control)
             )
             try:
+                if config.temperature > 0 and self._engine.status()["device"] == "cpu":
+                    raise ControlError(
+                        f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
+                        " engine.name=transformers"
+                    )
                 status = self._engine.attach(
                     hello=greeting,
                     trajectories=config.wire.trajectories,
@@ -194,12 +199,6 @@ class SGLangServing(Serving):
                 raise
         except (SGLangError, ControlError) as error:
             raise ConfigError(f"engine.name=sglang: {error}") from error
-        if config.temperature > 0 and status["device"] == "cpu":
-            self._engine.close()
-            raise ConfigError(
-                f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
-                " engine.name=transformers"
-            )
         log.write("attached", status=status)
         self.server = RemoteServer(
             self._engine,

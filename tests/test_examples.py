@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aurora_rl.config import load_config
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -68,3 +70,8 @@ def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_p
     out = run("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))
     assert re.findall(r"^(\w+): 8 requests", out, re.MULTILINE) == ["imitation", "focal_imitation"]
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: path.name)
+def test_configurations_have_only_keys_and_values_that_exist(path: Path) -> None:
+    assert load_config(path).engine.name == "sglang"

@@ -113,7 +113,7 @@ class SGLangEngine:
         Raises:
             SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
         """
-        port, control_port = _free_ports(2)
+        port, control_port = free_ports(2)
         control = f"tcp://127.0.0.1:{control_port}"
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
@@ -344,7 +344,8 @@ class SGLangEngine:
 _PROBE = 2**62 - 1
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this host that nobody listens at now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

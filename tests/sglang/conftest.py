@@ -81,8 +81,8 @@ def chain(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
 def tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
     """A server that drafts trees of depth 2, four nodes expanded, seven kept.
 
-    Not deeper: SGLang keeps the drafter's keys by place among the expanded nodes. From depth 3 on a node may see keys of
-    another branch, and the trees are not those that the drafter's definition gives (docs/sglang.md).
+    Not deeper: SGLang keeps the drafter's keys by place among the expanded nodes. From depth 3 on a node may see those
+    of another branch, and the trees are not what the drafter's definition gives (docs/sglang.md).
     """
     with launch(2, 4, 7) as engine:
         yield engine
@@ -124,7 +124,9 @@ def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             partners = 2 * torch.randperm(VOCAB // 2) + parity
             target.lm_head.weight[partners] = target.model.embed_tokens.weight[parity::2]
     target.save_pretrained(folder / "target")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[-1]).save_pretrained(folder / "target")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[-1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "target")
     drafter = Eagle3Drafter.from_target(
         TargetParts.of(target),
         draft_vocab=torch.arange(0, VOCAB, 2),
