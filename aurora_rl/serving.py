@@ -187,29 +187,28 @@ class SGLangServing(Serving):
                         f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
                         " engine.name=transformers"
                     )
-                status = self._engine.attach(
-                    hello=greeting,
-                    trajectories=config.wire.trajectories,
-                    weights=config.wire.weights,
-                    capture_rate=settings.capture_rate,
-                    queue=config.wire.queue,
+                self.server = RemoteServer(
+                    self._engine,
+                    lambda: self._engine.attach(
+                        hello=greeting,
+                        trajectories=config.wire.trajectories,
+                        weights=config.wire.weights,
+                        capture_rate=settings.capture_rate,
+                        queue=config.wire.queue,
+                    ),
+                    requests,
+                    slots=settings.slots,
+                    depth=build.shape(config).depth,
+                    stop_tokens=stop_tokens,
+                    log=log,
+                    note=requests.completed,
+                    failed=requests.failed.append,
                 )
             except BaseException:
                 self._engine.close()
                 raise
         except (SGLangError, ControlError) as error:
             raise ConfigError(f"engine.name=sglang: {error}") from error
-        log.write("attached", status=status)
-        self.server = RemoteServer(
-            self._engine,
-            requests,
-            slots=settings.slots,
-            depth=build.shape(config).depth,
-            stop_tokens=stop_tokens,
-            log=log,
-            note=requests.completed,
-            failed=requests.failed.append,
-        )
 
     @staticmethod
     def _launch(config: Config, made: Eagle3Drafter, run_dir: Path) -> SGLangEngine:

@@ -10,6 +10,7 @@ from typing import Any
 from aurora_rl.envs import Completion, Request
 from aurora_rl.figures import Figures
 from aurora_rl.metrics import MetricsLog
+from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangCompletion, SGLangEngine, SGLangError
 from aurora_rl.throughput import Round
 
@@ -21,7 +22,8 @@ class RemoteServer(Figures):
     """Keeps an engine's slots filled with requests. Rounds, records and swaps happen in the engine itself.
 
     Args:
-        engine: with a learner attached.
+        engine: to serve by.
+        attach: attaches the learner to it; called now, and again when the server was restarted.
         requests: called for the next request; None where there is none now.
         slots: requests in flight.
         depth: of the trees that the engine drafts.
@@ -37,6 +39,7 @@ class RemoteServer(Figures):
     def __init__(
         self,
         engine: SGLangEngine,
+        attach: Callable[[], dict[str, Any]],
         requests: Callable[[], Request | None],
         *,
         slots: int,
@@ -53,7 +56,9 @@ class RemoteServer(Figures):
         self._flying: dict[Future[SGLangCompletion], Request] = {}
         self._last_completion = time.perf_counter()
         self._next_watch = 0.0
-        self.status: dict[str, Any] = engine.status()
+        self._attach, self._told_swaps, self._reachable = attach, 0, True
+        self.status = attach()
+        log.write("attached", status=self.status)
 
     @property
     def depth(self) -> int:
@@ -107,11 +112,22 @@ class RemoteServer(Figures):
         )
 
     def watch(self) -> None:
-        """Hear the plugin's status, and log the swaps that are new."""
-        self._next_watch = time.monotonic() + _WATCH_S
-        self.status = self.engine.status()
-        new = self.status["swaps"] - len(self.swap_ms)
-        for milliseconds in self.status["swap_ms"][-new:] if new > 0 else []:
+        """Hear the plugin's status, and log the swaps that are new. A server that was restarted is attached to again."""
+        try:
+            status = self.engine.status()
+            if not status["attached"]:
+                status, self._told_swaps = self._attach(), 0
+                self._log.write("attached", status=status)
+        except (ControlError, SGLangError) as error:
+            if self._reachable:
+                self._log.write("unreachable", reason=str(error))
+            self._reachable = False
+            return
+        finally:
+            self._next_watch = time.monotonic() + _WATCH_S
+        self.status, self._reachable = status, True
+        new, self._told_swaps = status["swaps"] - self._told_swaps, status["swaps"]
+        for milliseconds in status["swap_ms"][-new:] if new > 0 else []:
             self.swap_ms.append(milliseconds)
             self._log.write("swap", version=self.status["version"], ms=milliseconds, requests=len(self.finished))
         if self.status["version"] != self.version:
