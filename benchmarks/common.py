@@ -30,6 +30,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and end with one line where the device is not there."""
+    options = parser.parse_args()
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}")
+    return options
+
+
 def prompts(options: argparse.Namespace) -> list[Prompt]:
     count = options.skip + options.limit
     found = read_jsonl(options.prompts, limit=count) if options.prompts else generate(count)

@@ -10,14 +10,14 @@ import statistics
 import time
 
 import torch
-from common import arguments, prompts, write_result
+from common import arguments, parse, prompts, write_result
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    options = parse(arguments(__doc__))
     torch.set_num_threads(options.threads)
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common import arguments, write_result
+from common import arguments, parse, write_result
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--keep", help="run folder to keep")
     parser.add_argument("overrides", nargs="*", help="key=value pairs for the run")
-    options = parser.parse_args()
+    options = parse(parser)
     with TemporaryDirectory() as folder:
         run_dir = Path(options.keep or folder)
         pairs = [

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from common import arguments, write_result
+from common import arguments, parse, write_result
 from tensordict import TensorDict
 from transformers import LlamaConfig
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--spines", default="512,2048")
     parser.add_argument("--nodes", default="8,16,64")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(parser)
     if options.cell:
         method, spine, nodes = options.cell
         print(json.dumps(cell(method, int(spine), int(nodes), options.device, options.threads)))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import torch
-from common import arguments, prompts, write_result
+from common import arguments, parse, prompts, write_result
 
 from aurora_rl import build
 from aurora_rl.collectors.collector import ZMQCollector
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="turns with recording and without")
-    options = parser.parse_args()
+    options = parse(parser)
     figures = measure(options)
     write_result(__file__, options, figures)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import arguments, prompts, write_result
+from common import arguments, parse, prompts, write_result
 
 from aurora_rl.conversations import Conversations
 from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--lookup", type=int, default=2, help="tokens that prompt lookup adds to a tree")
     parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
     parser.add_argument("--swap-to", help="another drafter of the same draft vocabulary")
-    options = parser.parse_args()
+    options = parse(parser)
     torch.set_num_threads(options.threads)
     cells = []
     with TemporaryDirectory() as folder:

@@ -112,7 +112,7 @@ class RemoteServer(Figures):
         )
 
     def watch(self) -> None:
-        """Hear the plugin's status, and log the swaps that are new. A server that was restarted is attached to again."""
+        """Hear the plugin's status and log new swaps; attach again to a server that was restarted."""
         try:
             status = self.engine.status()
             if not status["attached"]:
