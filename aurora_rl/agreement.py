@@ -15,8 +15,9 @@ from aurora_rl.trajectories import pack
 def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], version: int) -> tuple[int, int]:
     """Compare recorded first drafts with those that a drafter would have made.
 
-    Of a round that weights of this version drafted, with no older rows in the drafter's cache, the tokens proposed at
-    the root are the likeliest there. Those that prompt lookup added are left out.
+    The tokens proposed at the root of a round are the likeliest there by the weights that drafted it. Those that prompt
+    lookup added are left out. Where the engine's drafter cache holds rows of older weights, or in bfloat16, some drafts
+    differ: compare with another version's weights, which agree less often.
 
     Args:
         drafter: holds the weights of the version.
@@ -37,8 +38,7 @@ def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], vers
     device = drafter.draft_vocab.device
     batch = pack(trajectories).to(device)
     trees, rounds = RecordedTrees.of(batch), batch["rounds"]
-    drafted_by = (rounds["policy_version"] == version) & (rounds["cache_version"] == version)
-    drafted_by &= trees.root[: trees.num_rounds] >= 0
+    drafted_by = (rounds["policy_version"] == version) & (trees.root[: trees.num_rounds] >= 0)
     row = draft_rows(drafter.draft_vocab, batch["nodes", "tokens"])
     first = (trees.parent < trees.num_rounds) & (row >= 0)
     if (log_probs := batch.get(("nodes", "log_probs"), None)) is not None:

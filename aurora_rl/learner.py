@@ -30,8 +30,7 @@ from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_DRAFTS = 50
-_AGREEMENT = 0.8  # rounding in bfloat16 changes one draft in some tens; other weights change most
+_CHECKED_DRAFTS = 100
 
 
 class Learner:
@@ -90,8 +89,9 @@ class Learner:
         self._credit = 0
         self._since_candidate = 0
         self._refusal: str | None = None
-        self._checked, self._drafts = 0, (0, 0)  # version whose drafts were compared; first drafts seen, and its own
-        self._serving = self._frozen()
+        # The version whose drafts were compared; drafts seen of it, those of its own and those of the one before.
+        self._checked, self._drafts = 0, [0, 0, 0]
+        self._serving = self._replaced = self._frozen()
         self.seen = self.steps = self.skipped = self.version = 0
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -142,24 +142,33 @@ class Learner:
         """Once a version: do the drafts that it is said to have made come from it?"""
         if self._checked == self.version or not self.version:
             return
-        made = [t for t in arrivals if int(t["sampling", "draft_mode"]) == 0]
-        drafted, agreed = drafts_agreed(self._serving_drafter(), made, self.version) if made else (0, 0)
-        self._drafts = (self._drafts[0] + drafted, self._drafts[1] + agreed)
-        if self._drafts[0] < _CHECKED_DRAFTS:
+        made = [
+            t
+            for t in arrivals
+            if int(t["sampling", "draft_mode"]) == 0 and bool((t["rounds", "policy_version"] == self.version).any())
+        ]
+        if not made:
             return
-        share, self._checked, self._drafts = self._drafts[1] / self._drafts[0], self.version, (0, 0)
-        self._log.write("served", version=self.version, agreement=round(share, 4))
-        if share < _AGREEMENT:
+        drafted, own = drafts_agreed(self._drafter_with(self._serving), made, self.version)
+        _, old = drafts_agreed(self._drafter_with(self._replaced), made, self.version)
+        self._drafts = [total + more for total, more in zip(self._drafts, (drafted, own, old), strict=True)]
+        drafted, own, old = self._drafts
+        if drafted < _CHECKED_DRAFTS:
+            return
+        self._checked = self.version
+        self._log.write("served", version=self.version, drafts=drafted, own=own, of_replaced=old)
+        if own < old:
             logger.warning(
-                "of the drafts said to be of version %d only %.0f%% are its own: the engine did not load it",
-                *(self.version, 100 * share),
+                "of %d drafts said to be of version %d the weights before it explain %d and its own %d: "
+                "the engine did not load it",
+                *(drafted, self.version, old, own),
             )
 
-    def _serving_drafter(self) -> Drafter:
-        """A drafter with the weights that were published last."""
-        published = copy.deepcopy(self._drafter).to(self._dtype).eval().requires_grad_(False)
-        published.install(self._serving)
-        return published
+    def _drafter_with(self, weights: dict[str, Tensor]) -> Drafter:
+        """A drafter as it is served with these weights."""
+        made = copy.deepcopy(self._drafter).to(self._dtype).eval().requires_grad_(False)
+        made.install(weights)
+        return made
 
     def _admit(self, trajectories: list[TensorDictBase]) -> None:
         if trajectories:
@@ -232,7 +241,7 @@ class Learner:
     def _publish(self, weights: dict[str, Tensor]) -> None:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
-        self._serving, self._drafts = weights, (0, 0)
+        self._serving, self._replaced, self._drafts = weights, self._serving, [0, 0, 0]
         self._publisher.publish(self.version, weights)
         self.save()
 
@@ -245,7 +254,7 @@ class Learner:
             "draft_vocab": self._draft_vocab(),
         }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        published = self._serving_drafter()
+        published = self._drafter_with(self._serving)
         if isinstance(published, Eagle3Drafter):
             save_eagle3(published, self._checkpoint / "drafter")
 

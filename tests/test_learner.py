@@ -415,16 +415,16 @@ def test_an_engine_that_says_it_serves_a_version_is_believed_by_its_drafts(
     new = copy.deepcopy(made.drafter).eval().requires_grad_(False)
     new.install(dict(made.learner._serving))
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(32, (4,), generator=generator) for _ in range(4)]
-    came = serve(new if loaded else day0(), TARGET, prompts, shape=SHAPE, max_new_tokens=24, num_slots=4)
+    prompts = [torch.randint(32, (4,), generator=generator) for _ in range(16)]
+    came = serve(new if loaded else day0(), TARGET, prompts, shape=SHAPE, max_new_tokens=24, num_slots=16)
     for trajectory in came:
-        for kind in ("policy_version", "cache_version"):
-            trajectory["rounds", kind].fill_(1)
+        trajectory["rounds", "policy_version"].fill_(1)
     send(made, came)
     step_until(made, lambda: made.events("served"))
     (event,) = made.events("served")
-    assert event["version"] == 1
+    assert event["version"] == 1 and event["drafts"] >= 100
     if loaded:
-        assert event["agreement"] == 1.0 and not caplog.records
+        assert event["own"] == event["drafts"] > event["of_replaced"] and not caplog.records
     else:
-        assert event["agreement"] < 0.8 and "the engine did not load it" in caplog.text
+        assert event["own"] < event["drafts"] == event["of_replaced"]
+        assert "the engine did not load it" in caplog.text
