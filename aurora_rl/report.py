@@ -59,14 +59,14 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def draw_report(
     path: Path, finished: list[tuple[int, int]], rounds: list[Round], swaps: list[int], *, bins: int = 10
 ) -> None:
-    """Draw acceptance length, speedup and swaps over requests.
+    """Draw acceptance length, swaps, and speedup over requests; tokens per second where nothing decoded plainly.
 
     Args:
         path: PNG file to write.
         finished: speculative tokens and rounds of each request, in order of completion.
         rounds: every round of the run.
         swaps: number of completed requests at each swap.
-        bins: parts of the run for which a speedup is drawn; parts without a control window have none.
+        bins: parts of the run for which a rate is drawn; parts without a control window have no speedup.
     """
     import matplotlib
 
@@ -84,20 +84,22 @@ def draw_report(
             lengths.append(tokens / steps)
     top.plot(middles, lengths, color="tab:blue")
     top.set_ylabel("acceptance length\n(tokens per round)")
-    speeds = []
+    measured = []
     for part in range(bins):
         begin, end = count * part / bins, count * (part + 1) / bins
-        measured = rates([r for r in rounds if begin <= r.request < end])
-        if measured.speedup:
-            speeds.append(((begin + end) / 2, measured.speedup))
-    if speeds:
-        bottom.plot(*zip(*speeds, strict=True), color="tab:green", marker="o")
+        measured.append(((begin + end) / 2, rates([r for r in rounds if begin <= r.request < end])))
     overall = rates(rounds).speedup
     if overall:
+        shown = [(at, rate.speedup) for at, rate in measured if rate.speedup]
         bottom.axhline(overall, color="tab:green", linestyle=":", label=f"whole run {overall:.2f}x")
+        bottom.axhline(1.0, color="grey", linewidth=0.8)
         bottom.legend(loc="lower right")
-    bottom.axhline(1.0, color="grey", linewidth=0.8)
-    bottom.set_ylabel("speedup\n(speculative / plain)")
+        bottom.set_ylabel("speedup\n(speculative / plain)")
+    else:  # nothing decoded plainly to compare with
+        shown = [(at, rate.speculative) for at, rate in measured if rate.speculative]
+        bottom.set_ylabel("tokens per second")
+    if shown:
+        bottom.plot(*zip(*shown, strict=True), color="tab:green", marker="o")
     bottom.set_xlabel("completed requests")
     for axis in (top, bottom):
         for at in swaps:

@@ -36,7 +36,7 @@ def main() -> None:
         summary = json.loads((run_dir / "summary.json").read_text())
         events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     gates = [e for e in events if e["event"] == "gate"]
-    costs = next(e["seconds_by_depth"] for e in events if e["event"] == "costs")
+    costs = next((e["seconds_by_depth"] for e in events if e["event"] == "costs"), None)  # a remote engine has none
     requests = [e for e in events if e["event"] == "request"]
     tenth = max(len(requests) // 10, 1)
     curve = []

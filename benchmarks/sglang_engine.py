@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> dict:
     folder = str(embedded_model_path()) if options.model == "smollm2" else options.model
     launched = {
         "slots": max(levels),
-        "max_length": max(map(len, tokens)) + options.max_new_tokens + 8,
+        "max_length": max(map(len, tokens)) + options.max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "device": options.device,
         "environment": {"OMP_NUM_THREADS": str(options.threads)},

@@ -103,7 +103,7 @@ class SGLangEngine:
             width: 1 drafts a chain; more, a tree that expands so many nodes a step.
             num_nodes: nodes of a tree without its root.
             slots: requests decoded side by side.
-            max_length: tokens of a request, prompt and completion.
+            max_length: tokens of a request, prompt and completion; some less than the model's context.
             dtype: of weights, "auto" for the checkpoint's.
             device: "cpu" or "cuda".
             log: file for what the server prints; None takes a temporary one.
@@ -113,12 +113,14 @@ class SGLangEngine:
         Raises:
             SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
         """
+        # SGLang keeps so many places of a request's context for drafts, and six for itself.
+        context = max_length + 6 + (max(width * depth, num_nodes + 1) if drafter is not None else 0)
         port, control_port = free_ports(2)
         control = f"tcp://127.0.0.1:{control_port}"
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
             *("--host", "127.0.0.1", "--port", str(port), "--device", device),
-            *("--max-running-requests", str(slots), "--context-length", str(max_length)),
+            *("--max-running-requests", str(slots), "--context-length", str(context)),
             *("--skip-server-warmup", "--log-level", "warning"),
         ]
         if device == "cpu":
@@ -127,7 +129,7 @@ class SGLangEngine:
                 command += [f"--{kind}-backend", "intel_amx"]
             command += ["--disable-cuda-graph", "--grammar-backend", "none"]
             # Left to itself, the cache takes most of the machine's free memory.
-            command += ["--max-total-tokens", str(2 * slots * max_length)]
+            command += ["--max-total-tokens", str(2 * slots * context)]
         if drafter is not None:
             command += [
                 *("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(drafter)),
