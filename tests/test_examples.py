@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.config import load_config
+from aurora_rl.sglang.engine import free_ports
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -75,3 +77,21 @@ def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_p
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: path.name)
 def test_configurations_have_only_keys_and_values_that_exist(path: Path) -> None:
     assert load_config(path).engine.name == "sglang"
+
+
+def test_the_library_loop_runs_by_its_configuration(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traffic = tmp_path / "traffic.jsonl"
+    texts = [f"What is {number} plus {number}?" for number in range(12)]
+    traffic.write_text("".join(json.dumps({"messages": [{"role": "user", "content": t}]}) + "\n" for t in texts))
+    ports = free_ports(2)
+    pairs = [
+        *(f"model={tiny_folder}", f"traffic.path={traffic}", "dtype=float32", "max_new_tokens=12", "gate.requests=2"),
+        *("gate.margin=10", "learner.publish_every=4", "learner.batch_size=2", "learner.replay=1", "control.share=0"),
+        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
+        *(f"run_dir={tmp_path / 'run'}", "engine.max_length=256", "drafter.vocab_size=128"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["flywheel.py", *pairs])
+    runpy.run_path(str(EXAMPLES / "sglang_flywheel" / "flywheel.py"), run_name="__main__")
+    assert re.search(r"^12 requests, \d+ swaps, acceptance length [\d.]+ -> [\d.]+", capsys.readouterr().out)
