@@ -107,6 +107,17 @@ class Sampling:
     rule: str = "greedy"
     draft_mode: str = "topk"
 
+    def entries(self) -> dict[str, Tensor]:
+        """The group "sampling" of a trajectory."""
+        return {
+            "temperature": torch.tensor(self.temperature, dtype=torch.float32),
+            "top_k": torch.tensor(self.top_k),
+            "top_p": torch.tensor(self.top_p, dtype=torch.float32),
+            "seed": torch.tensor(self.seed),
+            "rule": torch.tensor(RULES.index(self.rule)),
+            "draft_mode": torch.tensor(DRAFT_MODES.index(self.draft_mode)),
+        }
+
 
 @dataclass(slots=True)
 class _Rounds:
@@ -196,14 +207,7 @@ class TrajectoryRecorder:
                     "accepted": accepted.cpu(),
                     "hidden": hidden.cpu(),
                 },
-                "sampling": {
-                    "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
-                    "top_k": torch.tensor(sampling.top_k),
-                    "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
-                    "seed": torch.tensor(sampling.seed),
-                    "rule": torch.tensor(RULES.index(sampling.rule)),
-                    "draft_mode": torch.tensor(DRAFT_MODES.index(sampling.draft_mode)),
-                },
+                "sampling": sampling.entries(),
             },
             batch_size=[],
         )

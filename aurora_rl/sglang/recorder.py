@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.trajectories import DRAFT_MODES, RULES, Sampling
+from aurora_rl.trajectories import Sampling
 from aurora_rl.trees import reorder_depth_first
 
 logger = logging.getLogger(__name__)
@@ -254,14 +254,7 @@ class TrajectoryAssembler:
                     "cache_version": torch.full((len(rounds),), version, dtype=torch.int64),
                 },
                 "nodes": nodes,
-                "sampling": {
-                    "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
-                    "top_k": torch.tensor(sampling.top_k),
-                    "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
-                    "seed": torch.tensor(sampling.seed),
-                    "rule": torch.tensor(RULES.index(sampling.rule)),
-                    "draft_mode": torch.tensor(DRAFT_MODES.index(sampling.draft_mode)),
-                },
+                "sampling": sampling.entries(),
             },
             batch_size=[],
         )
