@@ -225,7 +225,10 @@ class Plugin:
         if version("sglang") not in SUPPORTED:
             raise ControlError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
         if self._missing:
-            raise ControlError(f"hooks are not in force: {', '.join(self._missing)}; SGLang's log says why")
+            raise ControlError(
+                f"hooks are not in force in SGLang {version('sglang')}: {', '.join(self._missing)}; its log says why "
+                f"(supported: {', '.join(SUPPORTED)})"
+            )
         if str(args.speculative_algorithm).upper() != "EAGLE3" or type(worker).__name__ != "EAGLEWorkerV2":
             raise ControlError(
                 f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "

@@ -85,7 +85,10 @@ def test_a_server_started_otherwise_is_refused(engine, change, message):
 
 def test_another_worker_another_version_and_missing_hooks_are_refused(engine, monkeypatch):
     engine._missing = ["sglang.srt.speculative.eagle_utils.eagle_sample"]
-    with pytest.raises(ControlError, match="hooks are not in force: sglang.srt.speculative.eagle_utils.eagle_sample"):
+    with pytest.raises(
+        ControlError,
+        match="hooks are not in force in SGLang 0.5.21: sglang.srt.*eagle_sample.*supported: 0.5.21",
+    ):
         engine._answer("attach", FIELDS)
     engine._missing = []
     monkeypatch.setattr(plugin_module, "version", lambda name: "0.5.17")
