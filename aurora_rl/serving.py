@@ -25,7 +25,7 @@ from aurora_rl.policies.length import LengthController
 from aurora_rl.server import InferenceServer, measure_rounds
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangEngine, SGLangError
-from aurora_rl.sglang.serving import RemoteServer
+from aurora_rl.sglang.server import RemoteServer
 from aurora_rl.throughput import ControlWindows
 
 

@@ -1,7 +1,7 @@
 """SGLang as the serving engine, unpatched.
 
 Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (rounds to trajectories) and :mod:`weights`
-(swaps). Outside: :mod:`engine` (a server, launched or attached to) and :mod:`serving` (keeps its slots filled). Both
+(swaps). Outside: :mod:`engine` (a server, launched or attached to) and :mod:`server` (keeps its slots filled). Both
 talk by :mod:`control`.
 """
 

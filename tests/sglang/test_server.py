@@ -10,7 +10,7 @@ from aurora_rl.envs import Request
 from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangCompletion, SGLangEngine, SGLangError
-from aurora_rl.sglang.serving import RemoteServer
+from aurora_rl.sglang.server import RemoteServer
 
 
 class Engine:

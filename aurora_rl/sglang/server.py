@@ -1,4 +1,4 @@
-"""The serving half of a run whose engine is SGLang: asks for completions, watches the plugin, keeps the figures."""
+"""The server of a run whose engine is SGLang: asks for completions, watches the plugin, keeps the figures."""
 
 from __future__ import annotations
 
