@@ -51,6 +51,11 @@ class Load:
             "texts": [answer.tokens.tolist() for answer in answers],
         }
 
+    def keep_busy(self, engine: SGLangEngine, number: int, done: threading.Event) -> None:
+        """One request after the other, unrecorded."""
+        while not done.is_set():
+            engine.generate(Request(10**9 + number, torch.tensor(self._tokens[number]), 2 * self._new), learn=False)
+
 
 def rate(runs: list[dict]) -> float:
     return sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs)
@@ -101,6 +106,27 @@ def from_disk(engine: SGLangEngine, load: Load, concurrency: int, model: str, re
     return {"p50_ms": statistics.median(taken), "max_ms": max(taken)}
 
 
+def stale(engine: SGLangEngine, publisher: WeightPublisher, load: Load, weights: dict) -> dict:
+    """Acceptance where the drafter's cache of every prompt was made by the weights that the server started with.
+
+    Requests that run all the while keep the prefix cache from being emptied; without them the cache is made anew.
+    """
+    load.run(engine, 1)  # the prompts are in the prefix cache now
+    done = threading.Event()
+    with ThreadPoolExecutor(3) as keepers:
+        for number in range(3):
+            keepers.submit(load.keep_busy, engine, number, done)
+        time.sleep(1.0)
+        version = publisher.next_version
+        publisher.publish(version, weights)
+        assert publisher.wait_ack(version, 30.0)
+        old = load.run(engine, 1)["acceptance_length"]
+        done.set()
+    time.sleep(1.0)
+    fresh = load.run(engine, 1)["acceptance_length"]
+    return {"acceptance_length_old_prompt_cache": old, "acceptance_length_fresh": fresh}
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2", help="folder or hub id of the target")
@@ -110,6 +136,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="turns with recording and without")
+    parser.add_argument(
+        "--older", help="an earlier drafter: measures what its rows in the prefix cache cost a later one"
+    )
     options = parse(parser)
     figures = measure(options)
     write_result(__file__, options, figures)
@@ -173,8 +202,13 @@ def measure(options: argparse.Namespace) -> dict:
                 "texts": len(expected),
             }
             print(level, figures["slots"][level], flush=True)
-        status = engine.status()
-        figures["status"] = {key: status[key] for key in ("sglang", "recorded", "skipped", "dropped", "swaps")}
+        status = engine.detach()
+        if options.older:
+            older = stack.enter_context(SGLangEngine.launch(folder, drafter=options.older, **shape, **launched))
+            older.attach(hello=hello, trajectories=collector.address, weights=publisher.address)
+            figures["swap_from_an_older_drafter"] = stale(older, publisher, load, weights)
+            older.detach()
+        figures["sglang"] = status["sglang"]
     return figures
 
 
