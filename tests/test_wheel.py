@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from aurora_rl.sglang import ENVIRONMENT, register
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"aurora_rl": ROOT / "aurora_rl", "aurora_kernels": ROOT / "kernels" / "aurora_kernels"}
@@ -70,3 +73,18 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"aurora-rl": "aurora_rl.cli:main"}
     assert os.access(environment / "bin" / "aurora-rl", os.X_OK)
+
+
+def test_sglang_finds_the_plugin_in_the_wheel(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    points = configparser.ConfigParser()
+    points.read_string(archive.read(name).decode())
+    assert dict(points["sglang.srt.plugins"]) == {"aurora_rl": "aurora_rl.sglang:register"}
+
+
+def test_the_plugin_does_nothing_where_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    before = set(sys.modules)
+    register()
+    assert not {name for name in set(sys.modules) - before if name.startswith("sglang")}
