@@ -175,7 +175,7 @@ class SGLangServing(Serving):
         assert isinstance(made, Eagle3Drafter)  # the configuration was checked
         greeting, settings = build.hello(target.parts, made, config.drafter.name), config.engine
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
-        target.model.to("cpu")  # the server loads its own, on the device that this one leaves
+        target.model.cpu()  # the server loads its own, on the device that this one leaves
         if build.device_of(config).type == "cuda":
             torch.cuda.empty_cache()
         try:
