@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -38,6 +38,7 @@ SUPPORTED = ("0.5.21",)
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
+_LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
 _ROTATION = 1 << 30
 _TOLD_SWAPS = 256
 
@@ -123,6 +124,9 @@ class Plugin:
         self._draft_logits: list[Tensor] = []
         self._path_scores: Tensor | None = None
         self._joint_log_probs: Tensor | None = None
+        # Of the round that is verified now: requests to record, by their row, and the target's distributions.
+        self._wanted: list[tuple[int, str]] = []
+        self._rows: TargetRows | None = None
 
     def hooks(self) -> dict[str, Callable[..., Any]]:
         """What is wrapped, and by what."""
@@ -161,11 +165,10 @@ class Plugin:
 
         self._scheduler = scheduler
         self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
-        args = scheduler.server_args
-        if (args.tp_size, args.pp_size, args.dp_size) == (1, 1, 1):
+        try:
             self._control = ControlServer(self._address, self._answer)
-        else:
-            logger.error("aurora-rl serves one GPU a server; tp_size, pp_size and dp_size must be 1")
+        except OSError as error:  # also in the further processes of a server on several GPUs, which is refused later
+            logger.error("nobody can attach here: %s", error)
 
     def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         if kind == "attach":
@@ -228,6 +231,11 @@ class Plugin:
             raise ControlError(
                 f"hooks are not in force in SGLang {version('sglang')}: {', '.join(self._missing)}; its log says why "
                 f"(supported: {', '.join(SUPPORTED)})"
+            )
+        if (args.tp_size, args.pp_size, args.dp_size) != (1, 1, 1):
+            raise ControlError(
+                f"a server of one GPU is needed, this has tp_size={args.tp_size}, pp_size={args.pp_size}, "
+                f"dp_size={args.dp_size}"
             )
         if str(args.speculative_algorithm).upper() != "EAGLE3" or type(worker).__name__ != "EAGLEWorkerV2":
             raise ControlError(
@@ -313,12 +321,15 @@ class Plugin:
 
     def _logits(self, original: Callable, processor: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits = original(processor, hidden, *args, **kwargs)
-        if self._session is not None and self._scheduler is not None:
-            if processor is self._target.logits_processor:
-                self._head = hidden, logits
-            elif processor is self._draft_worker.draft_runner.model.logits_processor:
-                self._draft_logits.append(logits)
+        if self._session is not None:
+            self._guarded(self._keep_logits, processor, hidden, logits)
         return logits
+
+    def _keep_logits(self, processor: Any, hidden: Tensor, logits: Tensor) -> None:
+        if processor is self._target.logits_processor:
+            self._head = hidden, logits
+        elif processor is self._draft_worker.draft_runner.model.logits_processor:
+            self._draft_logits.append(logits)
 
     def _extend(self, original: Callable, worker: Any, batch: Any, result: Any) -> Any:
         self._draft_logits.clear()
@@ -341,13 +352,16 @@ class Plugin:
     def _organize(self, original: Callable, scores: list[Tensor], *args: Any, **kwargs: Any) -> Any:
         out = original(scores, *args, **kwargs)
         if self._session is not None:
-            self._path_scores = torch.cat(scores, dim=1).flatten(1).gather(1, out[1])
+            self._guarded(self._keep_path_scores, scores, out)
         return out
+
+    def _keep_path_scores(self, scores: list[Tensor], organized: tuple[Tensor, ...]) -> None:
+        self._path_scores = torch.cat(scores, dim=1).flatten(1).gather(1, organized[1])
 
     def _draft(self, original: Callable, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._draft_logits.clear()
         self._path_scores = self._joint_log_probs = self._head = None
-        first = getattr(batch.spec_info, "topk_p", None)
+        first = getattr(getattr(batch, "spec_info", None), "topk_p", None)  # replaced by what follows
         out = original(worker, batch, *args, **kwargs)
         if self._session is not None:
             self._guarded(self._keep_scores, worker, first)
@@ -365,27 +379,32 @@ class Plugin:
     def _prefill(self, original: Callable, worker: Any, batch: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._seen["prefill"] += 1
         session = self._session
-        if session is not None and session.recording and not batch.forward_mode.is_idle():
+        if session is not None and session.recording:
             self._guarded(self._record_prompts, session, batch, hidden)
         self._head = None
         self._draft_logits.clear()
         return original(worker, batch, hidden, *args, **kwargs)
 
     def _record_prompts(self, session: Session, batch: Any, hidden: Tensor) -> None:
+        if batch.forward_mode.is_idle():
+            return
         records, start = session.records, 0
         # One row a request where no request wants log-probabilities of its prompt.
         head = self._head if self._head is not None and len(self._head[0]) == len(batch.reqs) else None
         for i, (req, count, cached) in enumerate(zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True)):
             part, start = slice(start, start + count), start + count
+            if getattr(req, _LEFT_OUT, False):  # decided at the first part of its prompt
+                continue
             if req.rid not in records:
                 reason = self._unwanted(session, req)
                 if reason is not None:
-                    session.records.counts[reason] += 1
-                    continue
-                if not records.begin(req.rid, req.origin_input_ids, cached, session.version):
+                    records.counts[reason] += 1
+                if reason is not None or not records.begin(req.rid, req.origin_input_ids, cached, session.version):
+                    setattr(req, _LEFT_OUT, True)
                     continue
             if records.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back
                 records.drop(req.rid, "retracted")
+                setattr(req, _LEFT_OUT, True)
                 continue
             rows = None
             if head is not None and cached + count == len(req.origin_input_ids):
@@ -418,20 +437,23 @@ class Plugin:
 
     def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         self._seen["verify"] += 1
-        session = self._session
-        wanted: list[tuple[int, str]] = []
-        rows: TargetRows | None = None
-        if session is not None and session.recording and not batch.forward_mode.is_idle():
-            wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
-            if wanted:
-                logits = output.next_token_logits
-                hidden = self._head[0] if self._head is not None and len(self._head[0]) == len(logits) else None
-                # Before the engine's own function, which applies penalties to the logits in place.
-                rows = _target_rows(session, hidden, logits)
+        session, self._rows, self._wanted = self._session, None, []
+        if session is not None and session.recording:
+            # Before the engine's own function, which applies penalties to the logits in place.
+            self._guarded(self._keep_target, session, batch, output)
         result = original(tree, batch, output, *args, **kwargs)
-        if session is not None and wanted and rows is not None:
-            self._guarded(self._record_round, session, tree, batch, output.hidden_states, rows, wanted, result)
+        if session is not None and self._rows is not None:
+            self._guarded(self._record_round, session, tree, batch, output.hidden_states, result)
         return result
+
+    def _keep_target(self, session: Session, batch: Any, output: Any) -> None:
+        if batch.forward_mode.is_idle():
+            return
+        self._wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
+        if self._wanted:
+            logits = output.next_token_logits
+            hidden = self._head[0] if self._head is not None and len(self._head[0]) == len(logits) else None
+            self._rows = _target_rows(session, hidden, logits)
 
     def _record_round(
         self,
@@ -439,10 +461,10 @@ class Plugin:
         tree: Any,
         batch: Any,
         features: Tensor,
-        target: TargetRows,
-        wanted: Sequence[tuple[int, str]],
         result: tuple[Tensor, Tensor, Tensor],
     ) -> None:
+        assert self._rows is not None
+        target = self._rows
         _, path_lengths, paths = result
         n, width = len(batch.seq_lens), tree.draft_token_num
         joint = self._joint_log_probs
@@ -465,7 +487,7 @@ class Plugin:
         scores = None if joint is None else _to_host(joint)
         trees = {key: value.view(n, width, *value.shape[1:]) for key, value in target.items()}
         ready = _copies_done(features.device)
-        for i, rid in wanted:
+        for i, rid in self._wanted:
             session.records.round(
                 rid,
                 EngineRound(

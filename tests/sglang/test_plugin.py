@@ -41,6 +41,9 @@ def engine(monkeypatch):
         speculative_accept_threshold_single=1.0,
         speculative_accept_threshold_acc=1.0,
         disable_cuda_graph=True,
+        tp_size=1,
+        pp_size=1,
+        dp_size=1,
     )
     # The head has rows of padding behind the vocabulary, as SGLang's has.
     head = SimpleNamespace(weight=torch.cat([HEAD, torch.zeros(2, 2)]))
@@ -70,6 +73,7 @@ def test_a_fitting_engine_is_attached_to(engine):
     ("change", "message"),
     [
         ({"speculative_algorithm": "NGRAM"}, "speculative_algorithm is 'NGRAM'.*--speculative-algorithm EAGLE3"),
+        ({"tp_size": 2}, "a server of one GPU is needed, this has tp_size=2, pp_size=1, dp_size=1"),
         ({"speculative_use_rejection_sampling": True}, "without --speculative-use-rejection-sampling"),
         ({"speculative_accept_threshold_acc": 0.9}, "speculative_accept_threshold_acc=0.9 changes the text"),
         ({"speculative_accept_threshold_single": 0.5}, "speculative_accept_threshold_single=0.5 changes the text"),
@@ -143,6 +147,15 @@ def test_a_fault_of_ours_switches_recording_off_and_the_engine_has_its_answer(en
     status = engine._answer("status", {})
     assert not status["recording"] and "ValueError" in status["error"]
     assert engine._answer("record", {"on": True})["recording"]
+
+
+@pytest.mark.parametrize("hook", ["_logits", "_organize", "_extend", "_draft", "_prefill", "_verify", "_after_batch"])
+def test_no_hook_lets_a_fault_through(engine, hook):
+    """Arguments of which nothing that the recorder looks at is there."""
+    engine._answer("attach", FIELDS)
+    engine._scheduler.tp_worker = None
+    assert getattr(engine, hook)(lambda *args: "answer", object(), object(), object()) == "answer"
+    assert not engine._answer("status", {})["recording"]
 
 
 def test_a_fault_of_the_engine_reaches_the_engine(engine):
