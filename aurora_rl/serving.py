@@ -24,7 +24,7 @@ from aurora_rl.policies.formats import save_eagle3
 from aurora_rl.policies.length import LengthController
 from aurora_rl.server import InferenceServer, measure_rounds
 from aurora_rl.sglang.control import ControlError
-from aurora_rl.sglang.engine import SGLangEngine, SGLangError
+from aurora_rl.sglang.engine import SGLangEngine, SGLangError, reserved_context
 from aurora_rl.sglang.server import RemoteServer
 from aurora_rl.throughput import ControlWindows
 
@@ -180,7 +180,7 @@ class SGLangServing(Serving):
             torch.cuda.empty_cache()
         try:
             self._engine = (
-                self._launch(config, made, run_dir)
+                self._launch(config, made, target.parts.config.max_position_embeddings, run_dir)
                 if settings.url is None
                 else SGLangEngine(settings.url, settings.control)
             )
@@ -214,8 +214,14 @@ class SGLangServing(Serving):
             raise ConfigError(f"engine.name=sglang: {error}") from error
 
     @staticmethod
-    def _launch(config: Config, made: Eagle3Drafter, run_dir: Path) -> SGLangEngine:
+    def _launch(config: Config, made: Eagle3Drafter, context: int, run_dir: Path) -> SGLangEngine:
         folder, tree = run_dir / "drafter-served", build.shape(config)
+        room = context - reserved_context(tree.depth, tree.width, tree.budget)
+        if config.engine.max_length > room:
+            raise SGLangError(
+                f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
+                f"set engine.max_length={room} or less"
+            )
         save_eagle3(made, folder)
         return SGLangEngine.launch(
             embedded_model_path() if config.model == "smollm2" else config.model,

@@ -113,8 +113,7 @@ class SGLangEngine:
         Raises:
             SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
         """
-        # SGLang keeps so many places of a request's context for drafts, and six for itself.
-        context = max_length + 6 + (max(width * depth, num_nodes + 1) if drafter is not None else 0)
+        context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
         port, control_port = free_ports(2)
         control = f"tcp://127.0.0.1:{control_port}"
         command = [
@@ -344,6 +343,16 @@ class SGLangEngine:
 
 
 _PROBE = 2**62 - 1
+_OWN_PLACES = 6
+
+
+def reserved_context(depth: int, width: int, num_nodes: int) -> int:
+    """Places of a request's context that SGLang keeps for its drafts, and for itself.
+
+    >>> reserved_context(3, 4, 6)
+    18
+    """
+    return max(width * depth, num_nodes + 1) + _OWN_PLACES
 
 
 def free_ports(count: int) -> list[int]:

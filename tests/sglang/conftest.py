@@ -61,7 +61,7 @@ def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             width=width,
             num_nodes=num_nodes,
             dtype="float32",
-            max_length=512,
+            max_length=480,
             log=tmp_path_factory.mktemp("sglang") / "log",
             arguments=["--chunked-prefill-size", "256"],
             environment=environment(),
