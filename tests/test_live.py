@@ -10,7 +10,6 @@ from rich.console import Console
 
 from aurora_rl.live import LiveView, every
 from aurora_rl.metrics import MetricsLog, MetricsReader
-from aurora_rl.policies import TreeShape
 from aurora_rl.throughput import Rates
 
 
@@ -18,7 +17,8 @@ def serving() -> Any:
     """What the view asks of a serving half."""
     server = SimpleNamespace(
         finished=[(10, 5)] * 20,
-        policy=SimpleNamespace(version=3, shape=TreeShape(2)),
+        version=3,
+        depth=2,
         swap_ms=[1.0, 2.0],
         rates=lambda share: Rates(10.0, 15.0),
         acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
