@@ -201,13 +201,17 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(recordings), figsize=(5 * len(recordings), 4), sharey=True, squeeze=False, layout="constrained"
     )
+    # A variant has one colour in all panels, and stands in the legend also where the first panel lacks it.
+    colours = {variant: f"C{number}" for number, variant in enumerate(sorted({variant for _, variant in curves}))}
+    lines = {}
     for axis, recording in zip(axes[0], recordings, strict=True):
         for (of, variant), curve in curves.items():
             if of == recording:
-                axis.plot([seen for seen, _, _ in curve], [mean for _, mean, _ in curve], label=variant)
+                points = zip(*((seen, mean) for seen, mean, _ in curve), strict=True)
+                (lines[variant],) = axis.plot(*points, color=colours[variant])
         axis.set_title(recording)
         axis.set_xlabel("requests learned from")
     axes[0][0].set_ylabel("acceptance length on the next requests")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=120)
     plt.close(figure)
