@@ -126,7 +126,8 @@ class SGLangEngine:
             # The attention backend that knows trees; asked for as a whole it is replaced where the CPU has no AMX.
             for kind in ("prefill-attention", "decode-attention", "speculative-draft-attention"):
                 command += [f"--{kind}-backend", "intel_amx"]
-            command += ["--disable-cuda-graph", "--grammar-backend", "none"]
+            # Idle, a scheduler would spin and keep a core from the learner.
+            command += ["--disable-cuda-graph", "--grammar-backend", "none", "--sleep-on-idle"]
             # Left to itself, the cache takes most of the machine's free memory.
             command += ["--max-total-tokens", str(2 * slots * context)]
         if drafter is not None:
