@@ -106,7 +106,7 @@ class InferenceServer(Figures):
         accepted = done["next", "verifier", "accepted"].sum(1)
         # Where a request ended inside the path, what lies behind its last token was not judged.
         depth = torch.where(done["next", "verifier", "bonus_token"] < 0, accepted, depth)
-        # What prompt lookup had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         accepted, depth = (part.clamp(max=self.policy.shape.depth) for part in (accepted, depth))
         self._length.observe(accepted[rows], depth[rows], seconds)
         if self._length.depth != self.policy.shape.depth:

@@ -15,7 +15,7 @@ from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.gate import replay
 from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.recordings import Recording, record
 from aurora_rl.traffic import generate
 from aurora_rl.training import drafter_optimizers, train_on
@@ -67,7 +67,7 @@ class Stream:
 
     def save(self, folder: Path) -> None:
         """Write the drafter as engines read it."""
-        save_eagle3(self.drafter, folder)
+        save_drafter(self.drafter, folder)
         print(f"written to {folder}")
 
 

@@ -21,7 +21,7 @@ from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog, MetricsReader
-from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, DrafterPolicy, HybridDrafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.length import LengthController
 from aurora_rl.server import InferenceServer, measure_rounds
@@ -65,6 +65,8 @@ def truth(request: Request) -> list[int]:
 class Oracle(Drafter):
     """Proposes what the target is going to say, and may sleep over it."""
 
+    vocab_size = VOCAB
+
     def __init__(self, known: Sequence[Request], nap: float = 0.0) -> None:
         super().__init__()
         self.feature_layers, self.nap = LAYERS, nap
@@ -82,7 +84,7 @@ class Oracle(Drafter):
 
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
         for slot, row, count in zip(slots.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
-            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[:count]
+            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[1 : count + 1]
         self.cached[slots] += num_new
 
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
@@ -357,8 +359,8 @@ def test_the_draft_lengthens_while_it_pays(tmp_path: Path) -> None:
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
     waiting = requests(12, budget=22)
     length = LengthController([1.0, 1.1, 99.0, 99.0])  # a second depth never pays
-    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, length=length)
-    serving.policy.shape = TreeShape(1, lookup=2)
+    serving = Serving(tmp_path, waiting, HybridDrafter(Oracle(waiting)), slots=2, depth=1, length=length)
+    serving.policy.shape = TreeShape(1, 1, 3)
     serving.run()
     serving.check_texts()
     accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}

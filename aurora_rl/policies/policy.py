@@ -11,7 +11,6 @@ from torch import Tensor
 
 from aurora_rl.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, TreeShape
-from aurora_rl.policies.lookup import Tree, lookup, merge_chain
 from aurora_rl.trajectories import ContextStore
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -20,9 +19,6 @@ _SHORT = 32
 
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
-
-    The tree is the drafter's, with the chain of prompt lookup merged into it where the shape asks for one. Nodes that
-    only lookup proposes carry a log-probability of −inf: the drafter did not draw them.
 
     The cache catches up from the store, whatever put it behind: the tokens of the last round, a new request
     (``is_init``), a window of plain decoding or a swap of weights.
@@ -141,29 +137,12 @@ class DrafterPolicy(TensorDictModuleBase):
                 tokens[rows, :width] = proposal.tokens
                 parents[rows, :width] = proposal.parents
                 log_probs[rows, :width] = proposal.log_probs
-                mask[rows, :width] = True
+                mask[rows, :width] = True if proposal.mask is None else proposal.mask
                 if "q" in draft:
                     assert proposal.q is not None  # sampled
                     at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
                     draft["q"][at] = proposal.q.float()
-        out = TensorDict(draft, batch_size=shape[:1])
-        if self.speculate and self.shape.lookup:
-            for slot in slots.tolist():
-                self._look_up(slot, out[slot])
-        return out
-
-    def _look_up(self, slot: int, draft: TensorDict) -> None:
-        """Merge the chain of prompt lookup into a slot's tree, in place."""
-        chain = lookup(self._store.tokens[slot, : self._store.lengths[slot]], self.shape.lookup)
-        if not chain:
-            return
-        drafted = int(draft["mask"].sum())
-        tree = Tree(*(draft[key][:drafted].tolist() for key in Tree._fields))
-        merged = merge_chain(tree, chain, self.shape.most_nodes)
-        nodes = slice(len(merged.tokens))
-        draft["mask"][nodes] = True
-        for key, column in merged._asdict().items():
-            draft[key][nodes] = torch.tensor(column, dtype=draft[key].dtype)
+        return TensorDict(draft, batch_size=shape[:1])
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""
@@ -176,4 +155,5 @@ class DrafterPolicy(TensorDictModuleBase):
             start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]
             column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
             column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]
-            drafter.extend(group, store.tokens[rows, column + 1], store.features[rows, column], count)
+            tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
+            drafter.extend(group, tokens, store.features[rows, column], count)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.policies import Eagle3Drafter, TargetParts
-from aurora_rl.policies.formats import load_eagle3, save_eagle3
+from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
@@ -31,11 +31,11 @@ def parts() -> TargetParts:
 
 @pytest.fixture
 def saved(parts: TargetParts, tmp_path: Path) -> tuple[Eagle3Drafter, Path]:
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([7, 2, 30, 11]))
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 11, 30]))
     drafter.install(
         {name: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for name, t in drafter.published().items()}
     )
-    save_eagle3(drafter, tmp_path / "drafter")
+    save_drafter(drafter, tmp_path / "drafter")
     return drafter, tmp_path / "drafter"
 
 
@@ -43,7 +43,7 @@ def test_a_folder_holds_what_engines_read(saved: tuple[Eagle3Drafter, Path]) -> 
     drafter, folder = saved
     tensors = load_file(folder / "model.safetensors")
     assert set(tensors) == NAMES
-    assert tensors["d2t"].tolist() == [7, 1, 28, 8]  # target id less row
+    assert tensors["d2t"].tolist() == [2, 6, 9, 27]  # target id less row
     assert tensors["t2d"].dtype == torch.bool and tensors["t2d"].nonzero().flatten().tolist() == [2, 7, 11, 30]
     config = json.loads((folder / "config.json").read_text())
     expected = {
@@ -56,7 +56,7 @@ def test_a_folder_holds_what_engines_read(saved: tuple[Eagle3Drafter, Path]) -> 
 
 def test_what_is_read_scores_as_what_was_written(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     drafter, folder = saved
-    read = load_eagle3(folder, parts)
+    read = load_drafter(folder, parts)
     published = read.published()
     assert published.keys() == drafter.published().keys()
     assert all(torch.equal(published[name], tensor) for name, tensor in drafter.published().items())
@@ -67,9 +67,9 @@ def test_what_is_read_scores_as_what_was_written(saved: tuple[Eagle3Drafter, Pat
 
 def test_lower_precision_is_read_in_float32(parts: TargetParts, tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(4)).bfloat16()
-    save_eagle3(drafter, tmp_path / "drafter")
+    save_drafter(drafter, tmp_path / "drafter")
     assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dtype"] == "bfloat16"
-    read = load_eagle3(str(tmp_path / "drafter"), parts)
+    read = load_drafter(str(tmp_path / "drafter"), parts)
     assert read.fc.weight.dtype == torch.float32
     assert torch.equal(read.fc.weight, drafter.fc.weight.float())
 
@@ -78,7 +78,7 @@ def test_an_embedding_in_the_folder_is_passed_over(saved: tuple[Eagle3Drafter, P
     _, folder = saved
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "embed_tokens.weight": torch.zeros(32, 16)}, folder / "model.safetensors")
-    assert torch.equal(load_eagle3(folder, parts).embedding, parts.embedding)
+    assert torch.equal(load_drafter(folder, parts).embedding, parts.embedding)
 
 
 def change_config(folder: Path, **entries) -> None:
@@ -91,8 +91,9 @@ def change_config(folder: Path, **entries) -> None:
     [
         ({"hidden_size": 32, "vocab_size": 9}, "config.json: hidden_size is 32, the target has 16"),
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
-        ({"eagle_config": {}}, "eagle_config.eagle_aux_hidden_state_layer_ids is missing"),
-        ({"eagle_config": None}, "eagle_config.eagle_aux_hidden_state_layer_ids is missing"),
+        ({"norm_before_residual": True}, "norm_before_residual is set, which this drafter has no form for"),
+        ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
+        ({"architectures": ["MambaForCausalLM"]}, r"no drafter is of architectures \['MambaForCausalLM'\]"),
         ({"num_key_value_heads": 4}, r"'midlayer.self_attn.k_proj.weight' has shape \(8, 32\), .* needs \(16, 32\)"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1]}}, r"'fc.weight' has shape \(16, 32\)"),
     ],
@@ -102,7 +103,7 @@ def test_another_targets_drafter_is_refused_by_name(
 ) -> None:
     change_config(saved[1], **entries)
     with pytest.raises(CheckpointError, match=message):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
 
 
 @pytest.mark.parametrize("name", ["d2t", "norm.weight", "midlayer.self_attn.q_proj.weight"])
@@ -111,21 +112,21 @@ def test_a_missing_tensor_is_named(saved: tuple[Eagle3Drafter, Path], parts: Tar
     del tensors[name]
     save_file(tensors, saved[1] / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"'{name}'.* is missing"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
 
 
 def test_an_unknown_tensor_is_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     tensors = load_file(saved[1] / "model.safetensors")
     save_file({**tensors, "midlayer.self_attn.q_norm.weight": torch.ones(4)}, saved[1] / "model.safetensors")
     with pytest.raises(CheckpointError, match="'midlayer.self_attn.q_norm.weight' is unknown"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_broken_and_missing_files_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts, name: str) -> None:
     (saved[1] / name).write_text("{")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
     (saved[1] / name).unlink()
     with pytest.raises(CheckpointError, match="give a folder with model.safetensors and config.json"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
