@@ -229,8 +229,10 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     for name in config:
         value = config._get_node(name)
         key = f"{prefix}{name!s}"
-        deeper = isinstance(value, DictConfig) and len(value) and key not in _FREE
-        keys += _keys(value, key + ".") if deeper else [key]
+        if isinstance(value, DictConfig) and len(value) and key not in _FREE:
+            keys += _keys(value, key + ".")
+        else:
+            keys.append(key)
     return keys
 
 
