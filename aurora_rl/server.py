@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections import Counter
@@ -24,6 +25,9 @@ from aurora_rl.policies.length import LengthController
 from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 from aurora_rl.trees import depths
+
+
+logger = logging.getLogger(__name__)
 
 
 class InferenceServer(Figures):
@@ -58,6 +62,7 @@ class InferenceServer(Figures):
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
+        policy.on_fault = self._fault
         # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
@@ -139,6 +144,14 @@ class InferenceServer(Figures):
         if self._sink is not None:
             self._sink.extend(trajectory)
         self._recording += time.perf_counter() - began
+
+    def _fault(self, slot: int, fault: str) -> None:
+        """A slot's request goes on without speculation."""
+        request = self.env.request_of(slot)
+        self.drafter_faults += 1
+        self._log.write("drafter_fault", request=request.id, version=self.version, fault=fault)
+        if self.drafter_faults == 1:
+            logger.warning("request %d goes on without speculation: %s", request.id, fault)
 
     def _swap(self) -> None:
         """Swap in the newest weights between two rounds, once they are ready."""

@@ -291,7 +291,7 @@ def test_summary(tmp_path: Path) -> None:
     assert server.summary(failed=0, duration_s=0.0) == {
         "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
         "acceptance_length": {"first": None, "last": None},
-        "tokens_per_second": {"control": None, "speculative": None}, "speedup": None, "dropped_trajectories": 0,
+        "tokens_per_second": {"control": None, "speculative": None}, "speedup": None, "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
     # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
@@ -304,7 +304,7 @@ def test_summary(tmp_path: Path) -> None:
     assert server.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
         "acceptance_length": {"first": 9 / 6, "last": 15 / 5},
-        "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5, "dropped_trajectories": 0,
+        "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5, "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 7.5, "versions_served": [0, 1, 2, 5],
     }  # fmt: skip
 
@@ -366,6 +366,72 @@ def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(t
     accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}
     assert max(accepted) == 2  # the texts do repeat themselves
     assert length._trials[0] > 8 and length._trials[1:] == [0.0, 0.0]
+
+
+class Broken(Oracle):
+    """An oracle whose trees for one request are malformed in some way, from its third round on."""
+
+    def __init__(self, known: Sequence[Request], bad: int, how: str) -> None:
+        super().__init__(known)
+        self._bad, self._how, self._rounds = known[bad].prompt.tolist(), how, 0
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
+        for row, slot in enumerate(slots.tolist()):
+            if self._held[slot][: len(self._bad) - 1] == self._bad[1:]:
+                self._rounds += 1
+                if self._rounds > 2:
+                    return self._spoiled(proposal, row)
+        return proposal
+
+    def _spoiled(self, proposal: Proposal, row: int) -> Proposal:
+        tokens, parents = proposal.tokens.clone(), proposal.parents.clone()
+        if self._how == "cycle":
+            parents[row, :2] = torch.tensor([1, 0])
+        elif self._how == "late parent":
+            parents[row, 1] = 2
+        elif self._how == "twins":
+            tokens[row, :2], parents[row, :2] = 7, -1
+        elif self._how == "token":
+            tokens[row, 1] = VOCAB
+        elif self._how == "hole":
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            mask[row, 0] = False
+            return proposal._replace(mask=mask)
+        elif self._how == "raises":
+            raise RuntimeError("no more ideas")
+        elif self._how == "too many":
+            return Proposal(*(torch.cat([part, part], 1) for part in proposal[:3]))
+        return proposal._replace(tokens=tokens, parents=parents)
+
+
+FAULTS = {
+    "cycle": "malformed tree: node 0 has parent 1, which is no earlier node",
+    "late parent": "malformed tree: node 1 has parent 2, which is no earlier node",
+    "twins": "malformed tree: nodes 0 and 1 are siblings with the same token 7",
+    "token": f"malformed tree: node 1 has token {VOCAB}, outside the target's vocabulary of {VOCAB}",
+    "hole": "malformed tree: node 1 has parent 0, which is masked out",
+    "raises": "Broken failed: RuntimeError('no more ideas')",
+    "too many": "Broken failed: ValueError('tokens, parents and log_probs are ",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: Path, how: str) -> None:
+    waiting = requests(6, budget=22)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, how), slots=2)
+    server = serving.run()
+    serving.check_texts()
+    faults = serving.events("drafter_fault")
+    assert [event["fault"].startswith(FAULTS[how]) for event in faults] == [True] * len(faults)
+    # A call that fails is no slot's alone: whoever shared the round goes on without drafts too.
+    shared = how in ("raises", "too many")
+    assert faults[0]["request"] == 1 if not shared else 1 in [event["request"] for event in faults]
+    assert len(faults) == server.drafter_faults == server.summary(failed=0, duration_s=1.0)["drafter_faults"]
+    assert len(faults) == 1 or shared
+    rounds = {event["request"]: event["speculative_rounds"] for event in serving.events("request")}
+    # The oracle needs six rounds for these texts; of the broken request's only the first two were drafted for.
+    assert rounds[1] == 2 and rounds[5] == 6
 
 
 def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from aurora_rl.inference_modules import prepare_for_inference
-from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.trajectories import ContextStore
+from aurora_rl.trees import tree_fault, valid_nodes
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
 _SHORT = 32
@@ -34,6 +35,8 @@ class DrafterPolicy(TensorDictModuleBase):
         generator: of sampled drafts; its numbers must not be those of verification. None takes PyTorch's own.
 
     Attributes:
+        on_fault: called with a slot and what is wrong, where the drafter fails or its tree is malformed: the slot's
+            request goes on without speculation. None, the default, raises instead.
         speculate: False emits empty trees: plain decoding.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
     """
@@ -62,6 +65,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
+        self.on_fault: Callable[[int, str], None] | None = None
+        self._refused = torch.zeros(store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -118,6 +123,7 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self.drafter.forget(fresh.nonzero().flatten())
+            self._refused &= ~fresh
         # An empty cache has no older rows: what is put into it now is of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -128,21 +134,52 @@ class DrafterPolicy(TensorDictModuleBase):
         draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
-        if self.speculate:
-            slots = (store.lengths > 1).nonzero().flatten()  # the first token of all has no feature before it
-            if len(slots) and self.shape.depth:
-                self._catch_up(slots)
-                proposal = self.drafter.propose(slots, self.shape, self._generator)
-                rows, width = slots.to(device), proposal.tokens.shape[1]
-                tokens[rows, :width] = proposal.tokens
-                parents[rows, :width] = proposal.parents
-                log_probs[rows, :width] = proposal.log_probs
-                mask[rows, :width] = True if proposal.mask is None else proposal.mask
-                if "q" in draft:
-                    assert proposal.q is not None  # sampled
-                    at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
-                    draft["q"][at] = proposal.q.float()
+        # The first token of all has no feature before it.
+        slots = ((store.lengths > 1) & ~self._refused).nonzero().flatten()
+        if self.speculate and self.shape.depth and len(slots) and (proposal := self._propose(slots)) is not None:
+            rows, width = slots.to(device), proposal.tokens.shape[1]
+            tokens[rows, :width] = proposal.tokens
+            parents[rows, :width] = proposal.parents
+            log_probs[rows, :width] = proposal.log_probs
+            mask[rows, :width] = True if proposal.mask is None else proposal.mask
+            if "q" in draft:
+                assert proposal.q is not None  # sampled
+                at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
+                draft["q"][at] = proposal.q.float()
+            self._refuse_malformed(tokens, parents, mask)
         return TensorDict(draft, batch_size=shape[:1])
+
+    def _propose(self, slots: Tensor) -> Proposal | None:
+        """The drafter's trees; None where it failed."""
+        try:
+            self._catch_up(slots)
+            proposal = self.drafter.propose(slots, self.shape, self._generator)
+            shapes = [tuple(part.shape) for part in proposal[:3]]
+            if len(set(shapes)) > 1 or shapes[0][0] != len(slots) or shapes[0][1] > self.num_nodes:
+                raise ValueError(f"tokens, parents and log_probs are {shapes}, not [{len(slots)}, 0..{self.num_nodes}]")
+        except Exception as error:  # whatever a drafter does, the requests are served
+            if self.on_fault is None:
+                raise
+            for slot in slots.tolist():
+                self._refuse(slot, f"{type(self.drafter).__name__} failed: {error!r}")
+            self.drafter.forget(slots)  # what the failed call left in the cache
+            return None
+        return proposal
+
+    def _refuse_malformed(self, tokens: Tensor, parents: Tensor, mask: Tensor) -> None:
+        """Empty the trees that verification would cut, and draft no more for their requests."""
+        vocab_size, repeats = self.drafter.vocab_size, self.shape.mode == "sampled"
+        whole = (valid_nodes(tokens, parents, mask, vocab_size, repeats=repeats) == mask).all(1)
+        for slot in (~whole).nonzero().flatten().tolist():
+            tree = (tokens[slot], parents[slot], mask[slot])
+            self._refuse(slot, f"malformed tree: {tree_fault(*tree, vocab_size, repeats=repeats)}")
+            mask[slot] = False
+
+    def _refuse(self, slot: int, fault: str) -> None:
+        if self.on_fault is None:
+            raise ValueError(f"{type(self.drafter).__name__}, slot {slot}: {fault}")
+        self._refused[slot] = True
+        self.on_fault(slot, fault)
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""
