@@ -26,7 +26,6 @@ from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 from aurora_rl.trees import depths
 
-
 logger = logging.getLogger(__name__)
 
 

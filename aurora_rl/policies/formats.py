@@ -89,6 +89,6 @@ def _local(source: str | Path) -> Path:
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         return folder
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{source} is neither a folder nor a repository of the hub: {error}") from error
