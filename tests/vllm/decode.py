@@ -1,7 +1,7 @@
-"""Decode prompts with vLLM's engine and write down every round of drafting and verification.
+"""Decode prompts with vLLM's engine in this process, and write down what each round drafted and said.
 
-Run by the Python of vLLM's own environment, which has nothing of this repository: one JSON document of arguments in,
-one JSON document out.
+Run by the Python of vLLM's own environment, which has nothing of this library. Arguments: a JSON file that says what
+to do, and the one to write.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="1",
-    VLLM_CPU_KVCACHE_SPACE="1",  # GiB
-    VLLM_CPU_OMP_THREADS_BIND="nobind",  # binding needs core lists that containers often hide
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, where its rounds can be watched
-    VLLM_NO_USAGE_STATS="1",
-)
+# Read when vLLM is imported.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise threads are bound to the cores that it finds, all of them
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, where its rounds can be watched
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
-from vllm import LLM, SamplingParams  # noqa: E402 - reads the environment when it is imported
 
+def decode(task: dict[str, Any]) -> dict[str, Any]:
+    """Texts of the prompts, the rounds of each, and the layers whose states the drafter was given."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
 
-def main(task: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(
         task["target"],
-        speculative_config={"model": task["drafter"], "method": task["method"], "num_speculative_tokens": task["depth"]},
+        speculative_config=task["speculative"],
         dtype="float32",
         max_model_len=512,
-        enforce_eager=True,  # no compilation, which takes minutes and is not what is tested
-        async_scheduling=False,  # otherwise the scheduler knows places of drafted tokens, not the tokens
-        enable_prefix_caching=False,
+        enforce_eager=True,  # nothing is compiled, which would take a minute
+        async_scheduling=False,  # otherwise the scheduler has placeholders where drafted tokens will be
         distributed_executor_backend="uni",
         skip_tokenizer_init=True,
     )
@@ -40,12 +42,13 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, list[int]]]] = {}
     propose = runner.propose_draft_token_ids
 
-    def watch(scheduler_output: Any, sampled: Any, *rest: Any) -> Any:
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        for request, said in zip(runner.input_batch.req_ids, sampled, strict=True):
-            tokens = [int(token) for token in said if token >= 0]  # what was rejected is -1
-            rounds.setdefault(request, []).append({"drafted": drafted.get(request, []), "said": tokens})
-        return propose(scheduler_output, sampled, *rest)
+    def watch(scheduled: Any, sampled: Any, *rest: Any) -> Any:
+        """Called at the end of each round: with its drafts, and with what was accepted and said of it."""
+        for request, tokens in zip(runner.input_batch.req_ids, sampled, strict=True):
+            drafted = scheduled.scheduled_spec_decode_tokens.get(request, [])
+            said = [int(token) for token in tokens if token >= 0]  # -1 stands for what was rejected
+            rounds.setdefault(request, []).append({"drafted": drafted, "said": said})
+        return propose(scheduled, sampled, *rest)
 
     runner.propose_draft_token_ids = watch
     answers = llm.generate(
@@ -55,11 +58,11 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "texts": [list(answer.outputs[0].token_ids) for answer in answers],
-        "rounds": list(rounds.values()),
-        "layers": list(getattr(runner.get_model().model, "aux_hidden_state_layers", ())),
+        "rounds": [rounds[request] for request in sorted(rounds, key=lambda name: int(name.split("-")[0]))],
+        "layers": list(runner.get_model().model.aux_hidden_state_layers),
     }
 
 
 if __name__ == "__main__":
     task, result = map(Path, sys.argv[1:])
-    result.write_text(json.dumps(main(json.loads(task.read_text()))))
+    result.write_text(json.dumps(decode(json.loads(task.read_text()))))
