@@ -1,7 +1,7 @@
 """Drafter checkpoints as vLLM loads them, checked by the names and shapes that its loaders want (read in 0.32).
 
-vLLM refuses a tensor that it does not know in EAGLE-3 and passes over it in Medusa; one that is missing keeps whatever
-was in memory, in both, without a word. Here either is an error.
+vLLM itself is strict in halves. Of EAGLE-3 it refuses a tensor that it does not know, and where one is missing it serves
+with whatever was in memory; of Medusa it passes over the one and refuses the other. Here either is an error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
 
     EAGLE-3 keeps its names, and SGLang loads what comes out as it did what went in. vLLM names a captured state by the
     layer that it enters, as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which
-    names it by the layer that it leaves, looks in ``eagle_config`` only. So both stand in one file. A drafter with a
-    row for every token may have no ``d2t``.
+    names it by the layer that it leaves, looks in ``eagle_config`` only. So both stand in one file. Neither can capture
+    what this library calls ``num_hidden_layers``, the input of the output head. A drafter with a row for every token may
+    have no ``d2t``.
 
     Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. The others become the mean of those
     that are there, and a mean is never the greatest: what is drafted stays the same.
@@ -35,7 +36,8 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
         Tensors and configuration.
 
     Raises:
-        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture.
+        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
+            do not rise: vLLM joins states in the order of its layers.
 
     Example:
         >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.eye(2)}
@@ -81,6 +83,10 @@ _Files = tuple[dict[str, Tensor], dict[str, Any]]
 def _eagle3_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
     known, ids = dict(config), _target_ids(tensors)
     if layers := (config.get("eagle_config") or {}).get(_LAYERS):
+        if sorted(set(layers)) != list(layers):
+            raise ValueError(
+                f"config.json: {_LAYERS} must rise, got {layers}; vLLM joins states in the order of layers"
+            )
         known[_LAYERS] = [layer + 1 for layer in layers]
     if len(ids) == config["vocab_size"]:
         del tensors["d2t"]
