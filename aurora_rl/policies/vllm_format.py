@@ -1,7 +1,7 @@
 """Drafter checkpoints as vLLM loads them, checked by the names and shapes that its loaders want (read in 0.32).
 
-vLLM itself is strict in halves. Of EAGLE-3 it refuses a tensor that it does not know, and where one is missing it serves
-with whatever was in memory; of Medusa it passes over the one and refuses the other. Here either is an error.
+vLLM itself is strict by halves. Of EAGLE-3 it refuses a tensor that it does not know, and where one is missing it
+serves with whatever was in memory; of Medusa it passes over the one and refuses the other. Here either is an error.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     EAGLE-3 keeps its names, and SGLang loads what comes out as it did what went in. vLLM names a captured state by the
     layer that it enters, as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which
     names it by the layer that it leaves, looks in ``eagle_config`` only. So both stand in one file. Neither can capture
-    what this library calls ``num_hidden_layers``, the input of the output head. A drafter with a row for every token may
-    have no ``d2t``.
+    what this library calls ``num_hidden_layers``, the input of the output head. A drafter with a row for every token
+    may have no ``d2t``.
 
     Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. The others become the mean of those
     that are there, and a mean is never the greatest: what is drafted stays the same.
 
     Args:
         tensors: of ``model.safetensors``.
-        config: of ``config.json``: SGLang's for EAGLE-3, that of ``MedusaDrafter`` with ``options`` for Medusa.
+        config: of ``config.json``: SGLang's for EAGLE-3, and for Medusa one with ``architectures`` (``MedusaDrafter``),
+            ``vocab_size``, ``feature_layers`` and the ``options`` ``num_heads`` and ``num_layers``.
 
     Returns:
         Tensors and configuration.
@@ -41,7 +42,8 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
 
     Example:
         >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.eye(2)}
-        >>> ours = {"architectures": ["MedusaDrafter"], "vocab_size": 3, "options": {"num_heads": 1, "num_layers": 1}}
+        >>> options = {"options": {"num_heads": 1, "num_layers": 1}, "feature_layers": [8]}
+        >>> ours = {"architectures": ["MedusaDrafter"], "vocab_size": 3, **options}
         >>> written, config = to_vllm({**heads, "d2t": torch.tensor([0, 1])}, ours)
         >>> written["lm_heads.0.weight"].tolist(), written["token_map"].tolist()
         ([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], [0, 2])
@@ -84,9 +86,7 @@ def _eagle3_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
     known, ids = dict(config), _target_ids(tensors)
     if layers := (config.get("eagle_config") or {}).get(_LAYERS):
         if sorted(set(layers)) != list(layers):
-            raise ValueError(
-                f"config.json: {_LAYERS} must rise, got {layers}; vLLM joins states in the order of layers"
-            )
+            raise ValueError(f"config.json: {_LAYERS} must rise, got {layers}: vLLM joins states in that order")
         known[_LAYERS] = [layer + 1 for layer in layers]
     if len(ids) == config["vocab_size"]:
         del tensors["d2t"]
@@ -113,13 +113,14 @@ def _medusa_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
         "vocab_size": config["vocab_size"],
         "num_heads": config["options"]["num_heads"],
         "num_hidden_layers": config["options"]["num_layers"],
+        "feature_layers": config["feature_layers"],
     }
     for name, head in tensors.items():
         if name.startswith("lm_heads."):
             rows = head.mean(0, keepdim=True).repeat(config["vocab_size"], 1)
             tensors[name] = rows.index_copy(0, ids, head)
-    # For vLLM all tokens have a row, and it passes over this; it is for the way back, as are the feature layers.
-    return {**tensors, "token_map": ids}, known | {k: config[k] for k in ("feature_layers",) if k in config}
+    # vLLM passes over this where each token has a row. It is for the way back, as are the feature layers.
+    return {**tensors, "token_map": ids}, known
 
 
 def _medusa_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
@@ -129,10 +130,11 @@ def _medusa_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> 
         "vocab_size": config["vocab_size"],
         "draft_vocab_size": len(ids),
         "options": {"num_heads": config["num_heads"], "num_layers": config["num_hidden_layers"]},
+        **{name: value for name, value in config.items() if name == "feature_layers"},
     }
     heads = {name: head[ids] for name, head in tensors.items() if name.startswith("lm_heads.")}
     offsets = ids - torch.arange(len(ids), device=ids.device)
-    return {**tensors, **heads, "d2t": offsets}, known | {k: config[k] for k in ("feature_layers",) if k in config}
+    return {**tensors, **heads, "d2t": offsets}, known
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:

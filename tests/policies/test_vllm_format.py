@@ -1,4 +1,4 @@
-"""vLLM's format: what goes there comes back, and what its loaders would not say is said. `make vllm` runs vLLM itself."""
+"""vLLM's format: what goes there comes back, and what its loaders pass over is refused. `make vllm` runs vLLM."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def test_medusa_rows_that_vllm_asks_for_are_never_drafted(medusa):
     expected = {"model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": 16, "vocab_size": 32}
     assert config == expected | {"num_heads": 2, "num_hidden_layers": 1, "feature_layers": [8]}
     logits = torch.randn(100, 16) @ tensors["lm_heads.1.weight"].T
-    own = torch.randn(100, 16).mul_(0) + logits[:, [2, 7, 30]].mean(1, keepdim=True)
-    assert set(logits.argmax(-1).tolist()) == {2, 7, 30}
-    torch.testing.assert_close(logits[:, :1], own[:, :1])
+    assert logits.argmax(-1).unique().tolist() == [2, 7, 30]
 
 
 def _without(name: str):
@@ -98,7 +96,7 @@ def _without(name: str):
 
 
 def _with(**tensors: Tensor):
-    return lambda given, config: ({**given, **{k.replace("_0_", ".0."): t for k, t in tensors.items()}}, config)
+    return lambda given, config: ({**given, **tensors}, config)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +105,7 @@ def _with(**tensors: Tensor):
         ("eagle3", _without("norm.weight"), r"'norm.weight' \(16,\) is missing"),
         ("eagle3", _without("d2t"), "'d2t'.* is missing"),
         ("eagle3", _with(new=torch.zeros(1)), "'new' is unknown"),
-        ("eagle3", _with(d2t=torch.arange(4)), r"'lm_head.weight' must have shape|'d2t' must have shape \(3,\)"),
+        ("eagle3", _with(d2t=torch.arange(4)), r"'d2t' must have shape \(3,\), got \(4,\)"),
         ("eagle3", lambda t, c: (t, {**c, "fc_norm": True}), "'fc_norm.0.weight' .* is missing"),
         ("eagle3", lambda t, c: (t, {**c, "eagle_config": {IDS: [3, 1]}}), "must rise"),
         ("eagle3", lambda t, c: (t, {**c, "architectures": ["LlamaForCausalLM"]}), "names 'LlamaForCausalLM'"),
