@@ -22,6 +22,7 @@ from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import TargetParts, check_rope, default_feature_layers, layer_config
+from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 from aurora_rl.trajectories import pad_rows
 
 # Columns behind the longest context: an `extend` of ragged slots writes its padding there.
@@ -323,8 +324,8 @@ class Eagle3Drafter(Drafter):
         "sglang" is what ``LlamaForCausalLMEagle3`` loads: ``d2t[i] = target id − i`` are offsets, ``t2d`` marks the
         target tokens that have a row, and the embedding is the target's and left out. SGLang names a captured state by
         the layer that it leaves (it adds 1 to each id and captures what enters that layer), this library by the layer
-        that it enters: the ids in the file are one less than ``feature_layers``. "hf" is what the authors of EAGLE-3
-        publish, which does not say its layers.
+        that it enters: the ids in the file are one less than ``feature_layers``. "vllm" adds them as vLLM reads them
+        (``vllm_format``). "hf" is what the authors of EAGLE-3 publish, which does not say its layers.
 
         Raises:
             ValueError: the layout cannot say what this drafter is.
@@ -341,7 +342,15 @@ class Eagle3Drafter(Drafter):
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in self.feature_layers]},
             **{name: True for name, on in self.options.items() if on},
         }
-        return Checkpoint({**self.published(), "t2d": known}, config)
+        tensors = {**self.published(), "t2d": known}
+        if layout == "vllm":
+            return Checkpoint(*to_vllm(tensors, config))
+        if layout == "hf":
+            theirs = default_feature_layers(self.config.num_target_layers)
+            if self.feature_layers != theirs:
+                raise ValueError(f"the drafter reads layers {self.feature_layers}, and files in 'hf' are of {theirs}")
+            del config["eagle_config"]
+        return Checkpoint(tensors, config)
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
@@ -356,6 +365,8 @@ class Eagle3Drafter(Drafter):
         Raises:
             ValueError: names the first entry or tensor that does not fit the target or the class.
         """
+        if layout == "vllm":
+            checkpoint = Checkpoint(*from_vllm(*checkpoint))
         config = checkpoint.config
         tensors = {_our_name(name): tensor for name, tensor in checkpoint.tensors.items()}
         known = tensors.pop("t2d", None)
@@ -363,7 +374,11 @@ class Eagle3Drafter(Drafter):
         for entry in _UNSUPPORTED:
             if config.get(entry) or (config.get("eagle_config") or {}).get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        own = LlamaConfig.from_dict(config)
+        # Files are often cut to the length of their training; positions are computed here, as far as the target's go.
+        longest = parts.config.max_position_embeddings
+        own = LlamaConfig.from_dict(
+            {**config, "max_position_embeddings": longest, "num_target_layers": parts.config.num_hidden_layers}
+        )
         check_rope(own, parts)
         rows = config.get("draft_vocab_size") or own.vocab_size
         if "d2t" not in tensors and rows == own.vocab_size:

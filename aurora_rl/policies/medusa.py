@@ -6,18 +6,20 @@ Parameter names are those of vLLM's ``MedusaModel``.
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import TargetParts
+from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 
 
 class MedusaBlock(nn.Module):
@@ -64,6 +66,8 @@ class MedusaDrafter(Drafter):
         >>> drafter.propose(slot, TreeShape(depth=2, width=2)).parents
         tensor([[-1, -1,  0,  0,  1,  1]])
     """
+
+    formats: ClassVar[tuple[str, ...]] = ("aurora_rl", "vllm")
 
     def __init__(
         self,
@@ -182,6 +186,26 @@ class MedusaDrafter(Drafter):
             here = (depth == head).nonzero().flatten()
             logits = logits.index_copy(0, here, self._predict(head, features[here])[1].to(logits.dtype))
         return logits
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def write(self, layout: str) -> Checkpoint:
+        """See :meth:`Drafter.write`. "vllm" is what ``MedusaModel`` loads (``vllm_format``); SGLang has no Medusa."""
+        ours = super().write("aurora_rl")
+        return Checkpoint(*to_vllm(*ours)) if layout == "vllm" else ours
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`."""
+        return (config.get("architectures") or [""])[0] in (cls.__name__, "MedusaModel")
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+        """See :meth:`Drafter.read`. The heads of other programs read the input of the target's output head."""
+        if layout == "vllm":
+            tensors, config = from_vllm(*checkpoint)
+            checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
+        return super().read(checkpoint, parts, "aurora_rl", **options)
 
 
 def _first_pair(batch: TensorDictBase) -> Tensor:

@@ -62,18 +62,21 @@ class TargetParts:
 def layer_config(parts: TargetParts) -> LlamaConfig:
     """Configuration of one Llama layer of the target's sizes and rotary settings, for drafters that have one."""
     target = parts.config
-    return LlamaConfig(
-        hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
-        num_hidden_layers=1,
-        rms_norm_eps=target.rms_norm_eps,
-        rope_parameters=target.rope_parameters,
-        max_position_embeddings=target.max_position_embeddings,
-        vocab_size=target.vocab_size,
-        tie_word_embeddings=False,
+    return LlamaConfig.from_dict(
+        {
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "num_attention_heads": target.num_attention_heads,
+            "num_key_value_heads": target.num_key_value_heads,
+            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+            "num_hidden_layers": 1,
+            "rms_norm_eps": target.rms_norm_eps,
+            "rope_parameters": target.rope_parameters,
+            "max_position_embeddings": target.max_position_embeddings,
+            "vocab_size": target.vocab_size,
+            "tie_word_embeddings": False,
+            "num_target_layers": target.num_hidden_layers,
+        }
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aurora_rl.checkpoints import read_folder
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 from aurora_rl.testing import tiny_target
 
@@ -25,7 +25,7 @@ def parts() -> TargetParts:
 
 @pytest.fixture
 def eagle3(parts, tmp_path) -> Files:
-    save_eagle3(Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30])), tmp_path / "drafter")
+    save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30])), tmp_path / "drafter")
     return read_folder(tmp_path / "drafter", "config.json")
 
 

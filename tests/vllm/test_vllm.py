@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aurora_rl.checkpoints import read_folder, write_folder
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.policies.vllm_format import to_vllm
 from aurora_rl.testing.tiny import serve
 
@@ -164,7 +164,7 @@ def agreement(served: dict[str, Any], drafter: Drafter, target: LlamaForCausalLM
 
 
 def test_an_eagle3_checkpoint_drafts_in_vllm_as_here(eagle3, target, prompts, vllm_serves, tmp_path):
-    save_eagle3(eagle3, tmp_path / "ours")
+    save_drafter(eagle3, tmp_path / "ours")
     tensors, config = to_vllm(*read_folder(tmp_path / "ours", "config.json"))
     write_folder(tmp_path / "theirs", tensors, {"config.json": config})
     served = vllm_serves("eagle3", tmp_path / "theirs")
