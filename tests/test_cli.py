@@ -304,6 +304,10 @@ def test_the_state_of_the_learner() -> None:
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
+def export(drafter: Path, out: Path, *more: str) -> int:
+    return cli.main(["export", "--drafter", str(drafter), "--out", str(out), *more])
+
+
 def test_export_writes_what_an_engine_reads_and_reads_it_back(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,8 +318,8 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     save_drafter(made, tmp_path / "ours")
     for layout in ("vllm", "hf", "sglang"):
         there, back = tmp_path / layout, tmp_path / f"from-{layout}"
-        assert cli.main(["export", str(tmp_path / "ours"), str(there), "--to", layout, *pairs]) == 0
-        assert cli.main(["export", str(there), str(back), "--from", layout, "--to", "sglang", *pairs]) == 0
+        assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
+        assert export(there, back, "--from", layout, "--to", "sglang", *pairs) == 0
         assert load_file(back / "model.safetensors").keys() == load_file(tmp_path / "ours" / "model.safetensors").keys()
         for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
             assert torch.equal(load_file(back / "model.safetensors")[name], tensor)
@@ -338,5 +342,5 @@ def test_export_says_what_it_cannot_do(
     save_drafter(build.drafter(config, build.load(config), []), tmp_path / "ours")
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
-    assert cli.main(["export", drafter, str(tmp_path / out), *rest, *pairs]) == 2
+    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
     assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()
