@@ -66,7 +66,8 @@ def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
         Tensors and configuration.
 
     Raises:
-        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture.
+        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
+            vLLM itself reads in two ways.
 
     Example:
         >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.zeros(3, 2)}
@@ -96,8 +97,13 @@ def _eagle3_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
 
 def _eagle3_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
     known = dict(config)
-    nested = config.get("eagle_config") or {}
-    if layers := known.pop(_LAYERS, None) or nested.get(_LAYERS):
+    nested, layers = config.get("eagle_config") or {}, known.pop(_LAYERS, None)
+    if nested.get(_LAYERS) and not layers:
+        raise ValueError(
+            f"config.json: {_LAYERS} stands in eagle_config only, where vLLM's model runners disagree on it (one takes "
+            "the ids as they are, the other its defaults); write at the top level which layers the states enter"
+        )
+    if layers:
         known["eagle_config"] = {**nested, _LAYERS: [layer - 1 for layer in layers]}
     every = torch.zeros(config["vocab_size"], dtype=torch.int64)  # offsets where each token has its row
     return {"d2t": every, **{_file_name(name): tensor for name, tensor in tensors.items()}}, known

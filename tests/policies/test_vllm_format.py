@@ -68,9 +68,9 @@ def test_vllms_own_names_are_read_too(eagle3):
     assert_same(from_vllm(theirs, config), eagle3)
 
 
-def test_where_only_eagle_config_has_layers_vllm_takes_them_as_its_own(eagle3):
-    tensors, config = eagle3
-    assert from_vllm(tensors, config)[1]["eagle_config"] == {IDS: [0, 2, 3]}
+def test_layers_that_vllm_reads_in_two_ways_are_refused(eagle3):
+    with pytest.raises(ValueError, match="stands in eagle_config only"):
+        from_vllm(*eagle3)
 
 
 def test_a_full_vocabulary_has_no_map_and_its_rows_in_order(eagle3):

@@ -176,7 +176,7 @@ def test_an_eagle3_checkpoint_drafts_in_vllm_as_here(eagle3, target, prompts, vl
     # SGLang's ids in the place that vLLM reads: the comparison must be able to fail.
     write_folder(tmp_path / "off", tensors, {"config.json": config | {LAYER_IDS: config["eagle_config"][LAYER_IDS]}})
     equal = agreement(vllm_serves("eagle3", tmp_path / "off"), eagle3, target, prompts)
-    assert sum(equal) < 0.5 * len(equal)
+    assert sum(equal) < 0.7 * len(equal)
 
 
 def test_a_medusa_checkpoint_drafts_in_vllm_as_here(medusa, target, prompts, vllm_serves, tmp_path):
