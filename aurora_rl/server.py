@@ -23,7 +23,6 @@ from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.shape import Outcome, ShapeController
 from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
-from aurora_rl.trees import depths
 
 
 class InferenceServer(Figures):

@@ -30,9 +30,9 @@ class ShapeController:
     """Chooses the shape with the most expected tokens per second, no speculation being one of them.
 
     At the end of an accepted path the drafter's likeliest child is accepted with chance ``f``, and where it is not one
-    of its siblings with chance ``o``; a tree has drafted any with chance ``c``. A depth is passed with chance
-    ``a = f`` in a chain and ``c (f + (1 - f) o)`` in a tree, each measured by depth, and a round of depth ``L`` delivers
-    ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. So every tree tells what chains would have had. A depth that was
+    of its siblings with chance ``o``; a tree has drafted any with chance ``c``. All are measured by depth. A depth is
+    passed with chance ``a = f`` in a chain and ``c (f + (1 - f) o)`` in a tree, so that trees tell what chains would
+    have had, and a round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. A depth that was
     not tried is taken to be as good as the one before it, and is tried if that would pay.
 
     A round takes the time measured for its shape and number of occupied slots, times the pace of the live rounds of its
@@ -70,7 +70,8 @@ class ShapeController:
         if len(plain) != 1 or any(set(by_shape) != set(self._shapes) for by_shape in costs.values()):
             found = {occupied: [(s.depth, s.width) for s in by_shape] for occupied, by_shape in costs.items()}
             raise ValueError(
-                f"costs name the same shapes for every number of slots, one of them of depth 0; got depth, width {found}"
+                "costs name the same shapes for every number of slots, one of them of depth 0; got (depth, width) "
+                f"by number of slots: {found}"
             )
         self.plain = plain[0]
         deepest = max(shape.depth for shape in self._shapes)

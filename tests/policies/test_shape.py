@@ -24,7 +24,7 @@ def costs(*by_depth: float, per_slot: float = 0.0, slots: int = 1) -> dict[int, 
 
 @dataclass
 class Simulation:
-    """Serves with a drafter whose likeliest child is accepted with one chance at every depth, and a sibling with another."""
+    """Serves with a drafter that is as good at every depth; rounds take what they truly take, more or less."""
 
     shapes: ShapeController
     truth: dict[int, dict[TreeShape, float]]
@@ -211,5 +211,5 @@ def test_sampled_trees_are_not_compared_with_chains() -> None:
     [{}, {1: {TreeShape(1): 1.0}}, {1: {NONE: 1.0, TreeShape(0, 2): 1.0}}, {1: {NONE: 1.0}, 2: {TREE: 1.0}}],
 )
 def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]]) -> None:
-    with pytest.raises(ValueError, match="one of them of depth 0; got depth, width"):
+    with pytest.raises(ValueError, match="one of them of depth 0; got .depth, width. by number"):
         ShapeController(table)
