@@ -199,7 +199,7 @@ def _outcomes(done: TensorDictBase, depth: int) -> list[list[Outcome]]:
 
 
 def measure_rounds(
-    engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 4
+    engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 6
 ) -> dict[int, dict[TreeShape, float]]:
     """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
 
