@@ -10,14 +10,15 @@ from typing import Literal
 
 from aurora_rl.policies.drafter import TreeShape
 
-# Shapes that promise this share of the best one's tokens per second are as good as the best.
-_AS_GOOD = 0.99
+# A shape that promises this share of the best one's tokens per second is as good as the best; and what no speculation
+# has to promise to be preferred.
+_AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
 # A chance of which nothing is known yet, and how many trials this guess is worth.
 _GUESS, _WORTH = 0.25, 4
 # Trials that are left of what was measured, where it may not hold any more.
 _LEFT = 8
-# Rounds over which the pace of live rounds is averaged.
-_RECENT = 32
+# Rounds over which the pace of live rounds is averaged, and how many rounds' time a loss counts up to.
+_RECENT, _LOSS = 64, 32
 # Trials of a probe; the share of plain decoding's time that probes may lose; and how many times longer than that they
 # wait at most where they keep finding nothing.
 _PROBE, _SHARE, _PATIENCE = 24, 0.02, 8
@@ -112,16 +113,17 @@ class ShapeController:
     def choose(self, occupied: int) -> TreeShape:
         """The shape of the next round, of so many occupied slots."""
         rates = {shape: self._tokens(shape) / self._seconds(shape, occupied) for shape in self._shapes}
-        good = _AS_GOOD * max(rates.values())
-        # Of shapes that are as good the deepest: what it drafts is tried and recorded, hence measured and learned from.
-        best = max((s for s in self._shapes if rates[s] >= good), key=lambda s: (s.depth, rates[s]))
-        if best.depth or len(self._shapes) == 1:
-            return best
-        loss = max(self._lost, self._seconds(best, occupied))
+        drafting = [shape for shape in self._shapes if shape.depth]
+        best = max(drafting, key=rates.__getitem__, default=self.plain)
+        if rates[self.plain] < _PLAIN_ENOUGH * rates[best]:
+            # Of shapes that are as good the deepest: what is drafted is tried and recorded, hence learned from.
+            as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
+            return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
+        loss = max(self._lost, self._seconds(self.plain, occupied))
         if not self._probing and self._since * _SHARE >= loss * self._patience:
             self._probing, self._lost, self._patience = _PROBE, 0.0, min(2 * self._patience, _PATIENCE)
             self._doubt()
-        return max((s for s in self._shapes if s.depth), key=rates.__getitem__) if self._probing else best
+        return best if self._probing else self.plain
 
     def observe(
         self, shape: TreeShape, occupied: int, seconds: float, outcomes: Sequence[Sequence[Outcome]] = ()
@@ -140,8 +142,10 @@ class ShapeController:
             return
         plain = self._seconds(self.plain, occupied)
         tokens = 1 + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path) / occupied
+        # Both kinds at their pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
+        spent = seconds if self._run == 1 else self._seconds(shape, occupied)
         # A profit is not saved up, and a long loss is not held for ever against weights to come.
-        self._lost, limit = max(self._lost + seconds - tokens * plain, 0.0), _RECENT * plain
+        self._lost, limit = max(self._lost + spent - tokens * plain, 0.0), _LOSS * plain
         if self._lost > limit:
             self._lost = limit
             self._doubt()
