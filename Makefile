@@ -2,12 +2,13 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help install flywheel bench test lint unit smollm2 faults sglang
+.PHONY: help install flywheel bench test lint unit smollm2 faults sglang vllm
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +46,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 unit: $(STAMP)  ## tests and doctests on tiny models
-	$(BIN)/python -m pytest -m 'not smollm2 and not faults and not sglang' --doctest-modules tests aurora_rl
+	$(BIN)/python -m pytest -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl
 
 smollm2: $(STAMP)  ## tests on the embedded model
 	$(BIN)/python -m pytest -m smollm2
@@ -55,6 +56,17 @@ faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
 	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/sglang
+
+vllm: $(STAMP) $(VLLM)/.installed  ## tests that run vLLM on the CPU; not in CI, and 3.5 GB the first time
+	AURORA_RL_REQUIRE=vllm $(BIN)/python -m pytest -m vllm tests/vllm
+
+# An environment of its own: vLLM pins another transformers than SGLang. What torchvision and the others bring for CUDA
+# does not load beside a torch for CPU and ends the import of transformers; without them it goes on.
+$(VLLM)/.installed: tests/vllm/requirements.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	touch $@
 
 # The steps of `make test` stay in their order under make -j.
 .NOTPARALLEL:

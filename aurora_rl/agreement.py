@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.policies.drafter import Drafter, RecordedTrees, draft_rows
+from aurora_rl.policies.drafter import Drafter, draft_rows
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.trajectories import pack
 
 

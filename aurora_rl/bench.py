@@ -144,7 +144,7 @@ def bench_objectives(
                 "objectives": VARIANTS[variant],
                 "requests": count,
                 "replay": config.learner.replay,
-                "tree": {k: getattr(config.drafter, k) for k in ("depth", "width", "num_nodes", "lookup", "mode")},
+                "tree": {k: getattr(config.drafter, k) for k in ("name", "depth", "width", "num_nodes", "mode")},
                 "seconds": round(time.monotonic() - began, 1),
                 "curve": [[seen, round(acceptance, 4)] for seen, acceptance in curve],
             }

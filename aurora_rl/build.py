@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -29,9 +28,8 @@ from aurora_rl.learner import Learner
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target
 from aurora_rl.objectives import SumLoss, check_settings, make_objectives
-from aurora_rl.policies import DRAFTERS, Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats import load_eagle3, save_eagle3
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
+from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.recordings import Recording
 from aurora_rl.traffic import Prompt, generate, read_jsonl
 from aurora_rl.training import drafter_optimizers
@@ -130,35 +128,28 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
     """
     settings, made = config.drafter, _drafter_class(config)
     if settings.path is not None:
-        return load_eagle3(settings.path, target.parts)
+        return load_drafter(settings.path, target.parts, made, options=settings.options)
     torch.manual_seed(config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
-    return made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers)
+    try:
+        return made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"drafter.name={settings.name}: {error}") from error
 
 
 def _drafter_class(config: Config) -> type[Drafter]:
     settings = config.drafter
-    if settings.path is not None and settings.name != "eagle3":
-        raise ConfigError(f"drafter.path reads EAGLE-3 checkpoints; drafter.name is {settings.name!r}")
-    if ":" in settings.name:
-        return _imported_drafter(settings.name)
-    if settings.name not in DRAFTERS:
-        raise ConfigError(
-            f"drafter.name must be one of {sorted(DRAFTERS)} or package.module:Class, got {settings.name!r}"
-        )
-    return DRAFTERS[settings.name]
-
-
-def _imported_drafter(path: str) -> type[Drafter]:
-    """The drafter class that ``package.module:Class`` names."""
-    module, _, name = path.partition(":")
     try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"drafter.name={path!r} cannot be imported: {error}") from error
-    if not (isinstance(made, type) and issubclass(made, Drafter)):
-        raise ConfigError(f"drafter.name={path!r} is not a subclass of aurora_rl.policies.Drafter")
+        made = get_drafter(settings.name)
+        made.check_options(settings.options)
+    except ValueError as error:
+        raise ConfigError(f"drafter.name: {error}") from error
+    if settings.mode not in made.draft_modes:
+        raise ConfigError(
+            f"drafter.name={settings.name} drafts in mode {' or '.join(made.draft_modes)}, not drafter.mode="
+            f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
+        )
     return made
 
 
@@ -170,14 +161,15 @@ def first_drafter(
     Args:
         config: the run's.
         target: the loaded target.
-        requests: its first prompts shape the draft vocabulary, if the drafter can be handed on in a folder.
+        requests: its first prompts shape the draft vocabulary.
         folder: where to, for a learner of our own. None for one that is started apart: it does not know the prompts.
     """
-    if folder is None or config.drafter.path is not None or config.drafter.name != "eagle3":
+    if folder is None or config.drafter.path is not None:
         return drafter(config, target, []), config
     made = drafter(config, target, requests.first_prompts(64))
-    assert isinstance(made, Eagle3Drafter)
-    save_eagle3(made, folder)
+    if not made.formats:
+        return made, config
+    save_drafter(made, folder)
     return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
@@ -196,9 +188,8 @@ def hello(parts: TargetParts, made: Drafter, name: str) -> Hello:
 def shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
     settings = config.drafter
-    lookup = settings.lookup if config.engine.name == "transformers" else 0
     try:
-        return TreeShape(settings.depth, settings.width, settings.num_nodes, lookup, settings.mode)
+        return TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
 
@@ -218,6 +209,7 @@ def opening(key: str, address: str) -> Iterator[None]:
 
 def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     """The training half of a run."""
+    _drafter_class(config)
     check_objectives(config)
     target = load(config)
     parts, device = target.parts, device_of(config)
@@ -241,6 +233,10 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     except ValueError as error:
         raise ConfigError(f"objectives: {error}") from error
     settings = config.learner
+    try:
+        optimizers = drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
+    except ValueError as error:
+        raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
             collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
@@ -251,7 +247,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
         result = Learner(
             drafter=made,
             loss=loss,
-            optimizers=drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
+            optimizers=optimizers,
             buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
             collector=collector,
             publisher=publisher,

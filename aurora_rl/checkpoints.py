@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], documents: Mapping
 
 
 def read_folder(folder: Path, document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and one document of a folder that :func:`write_folder` made.
+    """Tensors and one document of a folder that :func:`write_folder` made, or of one with PyTorch's ``.bin`` in place.
 
     Raises:
         CheckpointError: a file is missing or broken.
@@ -47,8 +48,14 @@ def read_folder(folder: Path, document: str) -> tuple[dict[str, Tensor], dict[st
     if old.exists() and not folder.exists():  # the writer was killed between its two renames
         folder = old
     try:
-        return load_file(folder / "model.safetensors"), json.loads((folder / document).read_text())
-    except (OSError, SafetensorError, ValueError) as error:
+        older = folder / "pytorch_model.bin"
+        if older.exists() and not (folder / "model.safetensors").exists():
+            # Tensors only: nothing else in the file is brought to life.
+            tensors = torch.load(older, map_location="cpu", weights_only=True)
+        else:
+            tensors = load_file(folder / "model.safetensors")
+        return tensors, json.loads((folder / document).read_text())
+    except (OSError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint: {error}; give a folder with model.safetensors and {document}"
         ) from error

@@ -1,4 +1,4 @@
-"""The command line: ``aurora-rl flywheel | serve | learn | bench``."""
+"""The command line: ``aurora-rl flywheel | serve | learn | bench | export``."""
 
 from __future__ import annotations
 
@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="measurements on recordings, resumable run by run")
     text = "learn from one recorded stream by several objectives, and compare on what is still to come"
     _add_bench(bench.add_subparsers(dest="what", required=True).add_parser("objectives", help=text, description=text))
+    text = "write a drafter as an engine loads it"
+    _add_export(commands.add_parser("export", help=text, description=text))
     arguments = parser.parse_args(argv)
     # Server and learner share the cores. OpenMP's threads spin between parallel regions unless told not to, and hold
     # the core that the other process waits for; read when torch is loaded, which is later.
@@ -103,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _learn(config, stop, arguments.parent)
         if arguments.command == "bench":
             return _bench(config, arguments)
+        if arguments.command == "export":
+            return _export(config, arguments)
         return _run(config, stop, spawn_learner=arguments.command == "flywheel")
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"aurora-rl: {_one_line(error)}", file=sys.stderr)
@@ -160,6 +164,31 @@ def _bench(config: Config, arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         say=lambda line: print(line, flush=True),
     )
+    return 0
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--drafter", required=True, help="folder such as RUN_DIR/drafter, or hub id")
+    command.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it is there")
+    command.add_argument("--to", required=True, help="sglang, vllm or hf (what the architecture's authors publish)")
+    command.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
+    command.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
+    command.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="the target: model=..., dtype=...")
+
+
+def _export(config: Config, arguments: argparse.Namespace) -> int:
+    from aurora_rl import build
+    from aurora_rl.policies import load_drafter, save_drafter
+
+    # Sizes and positions are checked against the target, and written as the target has them.
+    target = build.load(config)
+    drafter = load_drafter(arguments.drafter, target.parts, layout=arguments.layout)
+    save_drafter(drafter.to(build.dtype_of(config)), arguments.out, arguments.to)
+    print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
 
 

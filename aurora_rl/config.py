@@ -27,8 +27,8 @@ class EngineConfig:
     """The serving engine.
 
     "transformers" serves in this process. "sglang" is a server of its own: with ``url`` null it is launched here. Its
-    trees keep one shape, without prompt lookup, and it has no control windows: ``drafter.adaptive``, ``drafter.lookup``
-    and ``control`` do not reach it, and ``speedup`` is null.
+    trees keep one shape, and it has no control windows: ``drafter.adaptive`` and ``control`` do not reach it, and
+    ``speedup`` is null.
     """
 
     name: str = "transformers"
@@ -65,9 +65,12 @@ class TrafficConfig:
 class DrafterConfig:
     """The drafter and the trees that it proposes."""
 
-    name: str = "eagle3"
+    name: str = "hybrid"
+    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the architecture is told beside, such as learned=medusa of hybrid."""
     path: str | None = None
-    """A drafter checkpoint to start from; null starts untrained."""
+    """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
     vocab_size: int = 8192
     """Rows of the draft head."""
     feature_layers: list[int] | None = None
@@ -78,8 +81,6 @@ class DrafterConfig:
     """1 drafts a chain; more, a top-k tree."""
     num_nodes: int | None = 4
     """Node budget of a tree; null keeps all."""
-    lookup: int = 2
-    """Most tokens of prompt lookup in a tree; 0 for none."""
     mode: str = "topk"
     """topk takes the likeliest nodes; sampled and sampled_without_replacement draw them, for policy gradients."""
     adaptive: bool = True
@@ -228,9 +229,14 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     for name in config:
         value = config._get_node(name)
         key = f"{prefix}{name!s}"
-        keys += _keys(value, key + ".") if isinstance(value, DictConfig) and len(value) else [key]
+        if isinstance(value, DictConfig) and len(value) and key not in _FREE:
+            keys += _keys(value, key + ".")
+        else:
+            keys.append(key)
     return keys
 
+
+_FREE = ("drafter.options",)  # whose keys the architecture knows, see `Drafter.check_options`
 
 _POSITIVE = (
     "engine.slots",

@@ -20,6 +20,7 @@ class Figures(ABC):
         finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
         swap_ms: milliseconds that serving stood still at each swap.
         versions: versions of weights that have drafted.
+        drafter_faults: requests that went on without speculation since the drafter failed or its tree was malformed.
     """
 
     def __init__(self, version: int) -> None:
@@ -27,6 +28,7 @@ class Figures(ABC):
         self.finished: list[tuple[int, int]] = []
         self.swap_ms: list[float] = []
         self.versions: list[int] = [version]
+        self.drafter_faults = 0
 
     @property
     def version(self) -> int:
@@ -74,6 +76,7 @@ class Figures(ABC):
             "tokens_per_second": {"control": last.control, "speculative": last.speculative},
             "speedup": last.speedup,
             "dropped_trajectories": self.dropped,
+            "drafter_faults": self.drafter_faults,
             "duration_s": duration_s,
             "versions_served": self.versions,
         }

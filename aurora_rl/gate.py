@@ -66,7 +66,7 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
     td = TensorDict({"is_init": torch.zeros(n, 1, dtype=torch.bool)}, batch_size=[n])
     rounds = torch.zeros(n, dtype=torch.int64)
     # What follows a text is a token that no drafter proposes.
-    text = torch.cat([store.tokens, store.tokens.new_full((n, max(shape.depth, shape.lookup) + 1), -1)], dim=1)
+    text = torch.cat([store.tokens, store.tokens.new_full((n, 1), -1)], dim=1)
     for slot, end in enumerate(ends.tolist()):
         text[slot, end:] = -1
     while len(slots := store.occupied):

@@ -22,8 +22,7 @@ from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.gate import Gate
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies import Drafter
-from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.recordings import Recording
 from aurora_rl.training import train_step
 from aurora_rl.trajectories import pack
@@ -246,7 +245,7 @@ class Learner:
         self.save()
 
     def save(self) -> None:
-        """Write the training state, and the drafter that was published last where its architecture has a format."""
+        """Write the training state, and the drafter that was published last."""
         progress = {
             "seen": self.seen,
             "steps": self.steps,
@@ -254,9 +253,7 @@ class Learner:
             "draft_vocab": self._draft_vocab(),
         }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        published = self._drafter_with(self._serving)
-        if isinstance(published, Eagle3Drafter):
-            save_eagle3(published, self._checkpoint / "drafter")
+        save_drafter(self._drafter_with(self._serving), self._checkpoint / "drafter")
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

@@ -19,6 +19,7 @@ EMPTY_SUMMARY: dict[str, Any] = {
     "tokens_per_second": {"control": None, "speculative": None},
     "speedup": None,
     "dropped_trajectories": 0,
+    "drafter_faults": 0,
     "duration_s": 0.0,
     "versions_served": [],
 }
@@ -52,6 +53,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("speedup, last quarter", show(summary["speedup"]))
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
     table.add_row("dropped trajectories", show(summary["dropped_trajectories"]))
+    if summary["drafter_faults"]:
+        table.add_row("served without drafts, for a fault", show(summary["drafter_faults"]))
     table.add_row("duration", f"{summary['duration_s']:.0f} s")
     return table
 

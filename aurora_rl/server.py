@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.shape import Outcome, ShapeController
 from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
+
+logger = logging.getLogger(__name__)
 
 
 class InferenceServer(Figures):
@@ -57,6 +60,7 @@ class InferenceServer(Figures):
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
+        policy.on_fault = self._fault
         # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
@@ -139,6 +143,14 @@ class InferenceServer(Figures):
             self._sink.extend(trajectory)
         self._recording += time.perf_counter() - began
 
+    def _fault(self, slot: int, fault: str) -> None:
+        """A slot's request goes on without speculation."""
+        request = self.env.request_of(slot)
+        self.drafter_faults += 1
+        self._log.write("drafter_fault", request=request.id, version=self.version, fault=fault)
+        if self.drafter_faults == 1:
+            logger.warning("request %d goes on without speculation: %s", request.id, fault)
+
     def _swap(self) -> None:
         """Swap in the newest weights between two rounds, once they are ready."""
         if self._receiver is None:
@@ -193,7 +205,7 @@ def _outcomes(done: TensorDictBase, depth: int) -> list[list[Outcome]]:
         if judged[slot]:
             end = int(path[-1]) if len(path) else -1
             outcomes.append("refused" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
-        # What prompt lookup had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         out.append(outcomes[:depth])
     return out
 

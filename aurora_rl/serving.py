@@ -18,8 +18,7 @@ from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, T
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy
-from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.policies.shape import ShapeController
 from aurora_rl.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.sglang.control import ControlError
@@ -54,7 +53,7 @@ class Serving(ABC):
 
     @abstractmethod
     def save_drafter(self, run_dir: Path) -> None:
-        """Leave the drafter that was served last in ``run_dir/drafter``, where its architecture has a format."""
+        """Leave the drafter that was served last in ``run_dir/drafter``, if it has weights."""
 
     @abstractmethod
     def close(self) -> None:
@@ -154,8 +153,8 @@ class EmbeddedServing(Serving):
     def save_drafter(self, run_dir: Path) -> None:
         """See :meth:`Serving.save_drafter`."""
         drafter = self.server.policy.drafter
-        if isinstance(drafter, Eagle3Drafter):
-            save_eagle3(drafter, run_dir / "drafter")
+        if drafter.formats:
+            save_drafter(drafter, run_dir / "drafter")
 
     def close(self) -> None:
         """See :meth:`Serving.close`."""
@@ -177,7 +176,6 @@ class SGLangServing(Serving):
         log: MetricsLog,
         run_dir: Path,
     ) -> None:
-        assert isinstance(made, Eagle3Drafter)  # the configuration was checked
         greeting, settings = build.hello(target.parts, made, config.drafter.name), config.engine
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
         target.model.cpu()  # the server loads its own, on the device that this one leaves
@@ -219,7 +217,7 @@ class SGLangServing(Serving):
             raise ConfigError(f"engine.name=sglang: {error}") from error
 
     @staticmethod
-    def _launch(config: Config, made: Eagle3Drafter, context: int, run_dir: Path) -> SGLangEngine:
+    def _launch(config: Config, made: Drafter, context: int, run_dir: Path) -> SGLangEngine:
         folder, tree = run_dir / "drafter-served", build.shape(config)
         room = context - reserved_context(tree.depth, tree.width, tree.budget)
         if config.engine.max_length > room:
@@ -227,7 +225,7 @@ class SGLangServing(Serving):
                 f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
                 f"set engine.max_length={room} or less"
             )
-        save_eagle3(made, folder)
+        save_drafter(made, folder, "sglang")
         return SGLangEngine.launch(
             embedded_model_path() if config.model == "smollm2" else config.model,
             drafter=folder,

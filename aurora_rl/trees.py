@@ -141,6 +141,34 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, 
     return _hold_to_root(sound & ~repeated, _links(parents))
 
 
+def tree_fault(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> str | None:
+    """What keeps one tree from being legal as it is, in words; None where `valid_nodes` would drop nothing.
+
+    Args:
+        tokens: `[N]` int64.
+        parents: `[N]` int64.
+        mask: `[N]` bool.
+        vocab_size: Size of the target's vocabulary.
+        repeats: Whether siblings may repeat.
+
+    >>> tree_fault(torch.tensor([5, 7, 5]), torch.tensor([-1, 2, -1]), torch.ones(3, dtype=torch.bool), vocab_size=10)
+    'node 1 has parent 2, which is no earlier node'
+    """
+    seen: dict[tuple[int, int], int] = {}
+    nodes = mask.nonzero().flatten().tolist()
+    for node in nodes:
+        token, parent = int(tokens[node]), int(parents[node])
+        if not 0 <= token < vocab_size:
+            return f"node {node} has token {token}, outside the target's vocabulary of {vocab_size}"
+        if not -1 <= parent < node:
+            return f"node {node} has parent {parent}, which is no earlier node"
+        if parent >= 0 and not bool(mask[parent]):
+            return f"node {node} has parent {parent}, which is masked out"
+        if not repeats and (twin := seen.setdefault((parent, token), node)) != node:
+            return f"nodes {twin} and {node} are siblings with the same token {token}"
+    return None
+
+
 def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
     """Which columns every column may attend to: itself and its ancestors, the root included.
 

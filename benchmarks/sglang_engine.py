@@ -22,7 +22,7 @@ from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.envs import Request
 from aurora_rl.models import default_dtype, embedded_model_path, encode_chat, load_target, stop_token_ids
 from aurora_rl.policies import TargetParts
-from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies.formats import load_drafter
 from aurora_rl.sglang.engine import SGLangEngine
 
 
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace) -> dict:
     dtype = default_dtype(options.device)
     model, tokenizer = load_target(options.model, dtype=dtype, device="cpu")
     parts = TargetParts.of(model)
-    drafter = load_eagle3(options.drafter, parts)
+    drafter = load_drafter(options.drafter, parts)
     hello, weights = build.hello(parts, drafter, "eagle3"), drafter.to(dtype).published()
     stop = stop_token_ids(model, tokenizer)
     tokens = [encode_chat(tokenizer, prompt.messages) for prompt in prompts(options)]

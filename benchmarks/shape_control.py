@@ -23,7 +23,7 @@ from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersE
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
-from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies.formats import load_drafter
 from aurora_rl.policies.shape import ShapeController
 from aurora_rl.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.throughput import ControlWindows, rates
@@ -59,8 +59,9 @@ def serve(
     """Serve the prompts in parts, each of a name, a number of requests and how many are in flight at once."""
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
-    drafter = load_eagle3(options.trained, TargetParts.of(model)).to(options.device, dtype).eval().requires_grad_(False)
+    drafter = load_drafter(options.trained, TargetParts.of(model))
     drafter.install(first)
+    drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     source = Conversations(
         prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
     )
@@ -154,7 +155,7 @@ def main() -> None:
     model, _ = load_target("smollm2", dtype=torch.float32, device="cpu")
     target = TargetParts.of(model)
     trained, untrained = (
-        load_eagle3(path, target).requires_grad_(False).published() for path in (options.trained, options.untrained)
+        load_drafter(path, target).requires_grad_(False).published() for path in (options.trained, options.untrained)
     )
     del model
     rows = torch.randperm(len(trained["d2t"]), generator=torch.Generator().manual_seed(0))

@@ -22,8 +22,8 @@ from aurora_rl.conversations import Conversations
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
-from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies import DrafterPolicy, HybridDrafter, TargetParts, TreeShape
+from aurora_rl.policies.formats import load_drafter
 from aurora_rl.policies.shape import ShapeController
 from aurora_rl.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.throughput import ControlWindows
@@ -33,16 +33,19 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     parts = TargetParts.of(model)
-    drafter = load_eagle3(options.drafter, parts).to(options.device, dtype).eval().requires_grad_(False)
+    drafter = load_drafter(options.drafter, parts)
+    if options.lookup:
+        drafter = HybridDrafter(drafter, options.lookup)
+    drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     weights = [copy.deepcopy(drafter.published())]
     if options.swap_to:
-        other = load_eagle3(options.swap_to, parts).to(options.device, dtype)
+        other = load_drafter(options.swap_to, parts).to(options.device, dtype)
         weights.insert(0, other.published())
     requests = Conversations(
         prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
     )
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
-    shape = TreeShape(options.depth, options.width, options.nodes, options.lookup)
+    shape = TreeShape(options.depth, options.width, options.nodes)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
     policy.rebuild_on_install = rebuild
     usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), options.max_new_tokens)
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int)
-    parser.add_argument("--lookup", type=int, default=2, help="tokens that prompt lookup adds to a tree")
+    parser.add_argument("--lookup", type=int, default=2, help="most tokens of n-grams in a tree; 0 for none")
     parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
     parser.add_argument("--swap-to", help="another drafter of the same draft vocabulary")
     options = parse(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from torchrl.objectives import LossModule
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.gate import replay
 from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
-from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.recordings import Recording, record
 from aurora_rl.traffic import generate
 from aurora_rl.training import drafter_optimizers, train_on
@@ -36,7 +37,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 class Stream:
     """A recorded stream and what learns from it."""
 
-    drafter: Eagle3Drafter
+    drafter: Drafter
     head: Tensor
     shape: TreeShape
     train: list[TensorDict]
@@ -46,13 +47,7 @@ class Stream:
         """Tokens per round that the drafter would have had on the held-out requests, drafting its likeliest nodes."""
         shape = TreeShape(self.shape.depth)
         dtype = self.held_out[0]["spine", "features"].dtype
-        served = Eagle3Drafter(
-            self.drafter.config,
-            embedding=self.drafter.embedding,
-            draft_vocab=self.drafter.draft_vocab,
-            feature_layers=self.drafter.feature_layers,
-        )
-        served.install(self.drafter.published())
+        served = copy.deepcopy(self.drafter)  # serving changes the form of a drafter
         return replay(served.to(dtype).eval().requires_grad_(False), self.held_out, shape).acceptance_length
 
     def learn(self, loss: LossModule, *, replayed: int = 4) -> None:
@@ -67,11 +62,13 @@ class Stream:
 
     def save(self, folder: Path) -> None:
         """Write the drafter as engines read it."""
-        save_eagle3(self.drafter, folder)
+        save_drafter(self.drafter, folder)
         print(f"written to {folder}")
 
 
-def open_stream(options: argparse.Namespace, shape: TreeShape, *, temperature: float = 0.0) -> Stream:
+def open_stream(
+    options: argparse.Namespace, shape: TreeShape, kind: type[Drafter] = Eagle3Drafter, *, temperature: float = 0.0
+) -> Stream:
     """The recording that the options name, served first by an untrained drafter where it is not complete."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_target(options.model, dtype=default_dtype(device), device=device)
@@ -79,7 +76,7 @@ def open_stream(options: argparse.Namespace, shape: TreeShape, *, temperature: f
     prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
     vocab = choose_draft_vocab(min(4096, len(parts.head)), token_prior(model, prompts[:32]))
     torch.manual_seed(0)
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=vocab).to(device)
+    drafter = kind.from_target(parts, draft_vocab=vocab).to(device)
     requests = [
         Request(i, torch.tensor(p), options.max_new_tokens, SamplingParams(temperature, seed=i))
         for i, p in enumerate(prompts)

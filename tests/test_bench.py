@@ -14,10 +14,10 @@ from aurora_rl.cli import main
 from aurora_rl.config import load_config
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import Eagle3Drafter
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.recordings import Recording, record
 
-PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.lookup=0", "learner.replay=1"]
+PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3", "learner.replay=1"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         target = build.load(config)
         drafter = build.drafter(config, target, [])
         assert isinstance(drafter, Eagle3Drafter)
-        save_eagle3(drafter, folders[mode].with_name("drafter-day0"))
+        save_drafter(drafter, folders[mode].with_name("drafter-day0"))
         requests = [Request(i, torch.randint(250, (5,)), 8, SamplingParams(1.0, seed=i)) for i in range(12)]
         record(target.model, drafter, requests, Recording(folders[mode]), shape=build.shape(config))
     return folders

@@ -12,10 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from aurora_rl import build, cli
 from aurora_rl.config import ConfigError, load_config
 from aurora_rl.metrics import MetricsReader
+from aurora_rl.policies import save_drafter
 from aurora_rl.report import EMPTY_SUMMARY
 from aurora_rl.server import InferenceServer
 
@@ -296,3 +299,48 @@ def test_the_state_of_the_learner() -> None:
     assert cli._learner_state(running, Path("r"), config) == "running"
     dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
     assert "died with status -9, serving goes on; see r/learner.log" in cli._learner_state(dead, Path("r"), config)
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def export(drafter: Path, out: Path, *more: str) -> int:
+    return cli.main(["export", "--drafter", str(drafter), "--out", str(out), *more])
+
+
+def test_export_writes_what_an_engine_reads_and_reads_it_back(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64"])
+    target = build.load(config)
+    made = build.drafter(config, target, [])
+    save_drafter(made, tmp_path / "ours")
+    for layout in ("vllm", "hf", "sglang"):
+        there, back = tmp_path / layout, tmp_path / f"from-{layout}"
+        assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
+        assert export(there, back, "--from", layout, "--to", "sglang", *pairs) == 0
+        assert load_file(back / "model.safetensors").keys() == load_file(tmp_path / "ours" / "model.safetensors").keys()
+        for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
+            assert torch.equal(load_file(back / "model.safetensors")[name], tensor)
+    assert f"Eagle3Drafter for {tiny_folder} written to {tmp_path / 'vllm'} (vllm)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
+        (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
+        (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
+    ],
+)
+def test_export_says_what_it_cannot_do(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64"])
+    save_drafter(build.drafter(config, build.load(config), []), tmp_path / "ours")
+    drafter, out, *rest = arguments
+    drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
+    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
+    assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()

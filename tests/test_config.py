@@ -25,8 +25,8 @@ def test_the_keys_are_frozen() -> None:
         *("engine.url", "engine.control", "engine.arguments", "engine.capture_rate"),
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
         *("max_new_tokens", "temperature", "top_k", "top_p", "seed"),
-        *("drafter.name", "drafter.path", "drafter.vocab_size", "drafter.feature_layers"),
-        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.lookup", "drafter.mode", "drafter.adaptive"),
+        *("drafter.name", "drafter.options", "drafter.path", "drafter.vocab_size", "drafter.feature_layers"),
+        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.mode", "drafter.adaptive"),
         *("control.share", "control.window"),
         *("wire.trajectories", "wire.weights", "wire.queue"),
         "objectives",
@@ -98,7 +98,7 @@ def test_one_clear_error(pair: str, wrong: str) -> None:
         (["engine.control=tcp://host:1"], "engine.url and engine.control go together"),
         (["engine.url=http://host:30000", "engine.control=tcp://host:1"], "attaches to a running.*set drafter.path"),
         (["drafter.name=medusa"], "engine.name=sglang serves drafter.name=eagle3, got 'medusa'"),
-        (["drafter.mode=sampled", "drafter.lookup=0"], "drafter.mode=topk, got 'sampled'"),
+        (["drafter.mode=sampled", "drafter.name=eagle3"], "drafter.mode=topk, got 'sampled'"),
     ],
 )
 def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:

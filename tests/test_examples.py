@@ -67,6 +67,16 @@ def test_training_scripts_go_from_a_recording_to_a_checkpoint(
         assert re.findall(r"^version (\d): acceptance length [\d.]+ over 3 requests$", out, re.MULTILINE) == ["0", "1"]
 
 
+def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
+    out = run("new_drafter.py", *common, "--max-new-tokens", "8", "--out", str(tmp_path / "drafter"))
+    assert out.startswith("the drafter keeps the promises of the seam\nbefore: acceptance length ")
+    assert re.search(r"^after: acceptance length [\d.]+$", out, re.MULTILINE)
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["architectures"] == ["RecurrentDrafter"]
+    lines = (EXAMPLES / "new_drafter.py").read_text().split("class RecurrentDrafter")[1].split("\ndef main")[0]
+    assert lines.count("\n") < 60
+
+
 def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_path: Path) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
     out = run("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))

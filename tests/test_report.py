@@ -18,6 +18,7 @@ SUMMARY = {
     "tokens_per_second": {"control": 100.0, "speculative": 150.0},
     "speedup": 1.5,
     "dropped_trajectories": 0,
+    "drafter_faults": 0,
     "duration_s": 61.5,
     "versions_served": [0, 1, 2],
 }

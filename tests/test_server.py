@@ -22,7 +22,7 @@ from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog, MetricsReader
-from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, DrafterPolicy, HybridDrafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.shape import ShapeController
 from aurora_rl.server import InferenceServer, _outcomes, measure_rounds
@@ -66,6 +66,8 @@ def truth(request: Request) -> list[int]:
 class Oracle(Drafter):
     """Proposes what the target is going to say, and may sleep over it."""
 
+    vocab_size = VOCAB
+
     def __init__(self, known: Sequence[Request], nap: float = 0.0) -> None:
         super().__init__()
         self.feature_layers, self.nap = LAYERS, nap
@@ -83,7 +85,7 @@ class Oracle(Drafter):
 
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
         for slot, row, count in zip(slots.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
-            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[:count]
+            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[1 : count + 1]
         self.cached[slots] += num_new
 
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
@@ -298,7 +300,8 @@ def test_summary(tmp_path: Path) -> None:
     assert server.summary(failed=0, duration_s=0.0) == {
         "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
         "acceptance_length": {"first": None, "last": None},
-        "tokens_per_second": {"control": None, "speculative": None}, "speedup": None, "dropped_trajectories": 0,
+        "tokens_per_second": {"control": None, "speculative": None}, "speedup": None,
+        "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
     # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
@@ -311,7 +314,8 @@ def test_summary(tmp_path: Path) -> None:
     assert server.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
         "acceptance_length": {"first": 9 / 6, "last": 15 / 5},
-        "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5, "dropped_trajectories": 0,
+        "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5,
+        "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 7.5, "versions_served": [0, 1, 2, 5],
     }  # fmt: skip
 
@@ -423,14 +427,80 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
 
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
     waiting = requests(12, budget=22)
-    none, short, long = (TreeShape(d, lookup=2) for d in range(3))
+    none, short, long = (TreeShape(d, 1, 3) for d in range(3))
     shapes = ShapeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
-    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, shapes=shapes)
+    serving = Serving(tmp_path, waiting, HybridDrafter(Oracle(waiting)), slots=2, depth=1, shapes=shapes)
     serving.run()
     serving.check_texts()
     accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}
     assert max(accepted) == 2  # the texts do repeat themselves
     assert shapes._likeliest[0][1] > 8 and shapes._likeliest[1] == [0.0, 0.0]
+
+
+class Broken(Oracle):
+    """An oracle whose trees for one request are malformed in some way, from its third round on."""
+
+    def __init__(self, known: Sequence[Request], bad: int, how: str) -> None:
+        super().__init__(known)
+        self._bad, self._how, self._rounds = known[bad].prompt.tolist(), how, 0
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
+        for row, slot in enumerate(slots.tolist()):
+            if self._held[slot][: len(self._bad) - 1] == self._bad[1:]:
+                self._rounds += 1
+                if self._rounds > 2:
+                    return self._spoiled(proposal, row)
+        return proposal
+
+    def _spoiled(self, proposal: Proposal, row: int) -> Proposal:
+        tokens, parents = proposal.tokens.clone(), proposal.parents.clone()
+        if self._how == "cycle":
+            parents[row, :2] = torch.tensor([1, 0])
+        elif self._how == "late parent":
+            parents[row, 1] = 2
+        elif self._how == "twins":
+            tokens[row, :2], parents[row, :2] = 7, -1
+        elif self._how == "token":
+            tokens[row, 1] = VOCAB
+        elif self._how == "hole":
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            mask[row, 0] = False
+            return proposal._replace(mask=mask)
+        elif self._how == "raises":
+            raise RuntimeError("no more ideas")
+        elif self._how == "too many":
+            return Proposal(*(torch.cat([part, part], 1) for part in proposal[:3]))
+        return proposal._replace(tokens=tokens, parents=parents)
+
+
+FAULTS = {
+    "cycle": "malformed tree: node 0 has parent 1, which is no earlier node",
+    "late parent": "malformed tree: node 1 has parent 2, which is no earlier node",
+    "twins": "malformed tree: nodes 0 and 1 are siblings with the same token 7",
+    "token": f"malformed tree: node 1 has token {VOCAB}, outside the target's vocabulary of {VOCAB}",
+    "hole": "malformed tree: node 1 has parent 0, which is masked out",
+    "raises": "Broken failed: RuntimeError('no more ideas')",
+    "too many": "Broken failed: ValueError('tokens, parents and log_probs are ",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: Path, how: str) -> None:
+    waiting = requests(6, budget=22)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, how), slots=2)
+    server = serving.run()
+    serving.check_texts()
+    faults = serving.events("drafter_fault")
+    assert [event["fault"].startswith(FAULTS[how]) for event in faults] == [True] * len(faults)
+    # A call that fails is no slot's alone: whoever shared the round goes on without drafts too.
+    shared = how in ("raises", "too many")
+    assert faults[0]["request"] == 1 if not shared else 1 in [event["request"] for event in faults]
+    assert len(faults) == server.drafter_faults == server.summary(failed=0, duration_s=1.0)["drafter_faults"]
+    assert len(faults) == 1 or shared
+    rounds = {event["request"]: event["speculative_rounds"] for event in serving.events("request")}
+    # The oracle needs six rounds for these texts; of the broken request's only the first two were drafted for.
+    assert rounds[1] == 2 and rounds[5] == 6
 
 
 def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:

@@ -186,6 +186,10 @@ class SpecDecodeEnv(EnvBase):
         if request.stop and self._decode is None:
             raise ValueError(f"{where}: stop strings need the environment's `decode`")
 
+    def request_of(self, slot: int) -> Request:
+        """The request in an occupied slot."""
+        return self._active[slot]
+
     @property
     def num_active(self) -> int:
         """Slots that hold a request."""

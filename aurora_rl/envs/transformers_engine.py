@@ -105,7 +105,7 @@ class TransformersEngine(Engine):
             raise ValueError(
                 f"{type(model).__name__} has no `layers` in its decoder that TransformersEngine could hook"
             )
-        if not feature_layers or not all(0 <= layer <= len(layers) for layer in feature_layers):
+        if not all(0 <= layer <= len(layers) for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{len(layers)}, got {tuple(feature_layers)}")
         if not 2 <= max_length <= config.max_position_embeddings:
             raise ValueError(
@@ -163,7 +163,8 @@ class TransformersEngine(Engine):
             use_cache=True,
         ).last_hidden_state
         self._captured[self._num_layers] = hidden
-        return hidden, torch.cat([self._captured[layer] for layer in self._feature_layers], dim=-1)
+        # Empty columns first: a drafter may read no features at all.
+        return hidden, torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
         """See :meth:`Engine.prefill`. The last token of a prompt is left to be the root of the first round."""

@@ -14,7 +14,8 @@ from aurora_rl.envs.verification import VerificationRule, get_rule
 from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows
-from aurora_rl.policies.drafter import Drafter, RecordedTrees, TreeShape, draft_rows, log_softmax
+from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.trajectories import DRAFT_MODES, RULES
 from aurora_rl.trees import sibling_ranks
 
@@ -241,7 +242,7 @@ class AcceptanceRewardLoss(Objective):
         if bool((row < 0).any()) or not bool(torch.isfinite(batch[keys.log_probs]).all()):
             raise ValueError(
                 f"objective {self.name!r}: a node of the batch was not drawn from the drafter ({keys.log_probs} is not "
-                "finite, or its token has no row); serve with drafter.mode=sampled drafter.lookup=0, "
+                "finite, or its token has no row); serve with drafter.mode=sampled, "
                 "and start from the drafter that drew the recording (drafter.path)"
             )
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.policies.drafter import RecordedTrees
+from aurora_rl.policies.recorded import RecordedTrees
 
 SPINE_KEYS: list[NestedKey] = [("spine", key) for key in ("tokens", "offset", "prompt_length", "features")]
 """What ``Drafter.unroll`` reads of a batch."""

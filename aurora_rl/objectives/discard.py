@@ -11,7 +11,8 @@ from aurora_rl.objectives.contexts import TREE_KEYS, path_products
 from aurora_rl.objectives.divergences import Divergence, get_divergence
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
+from aurora_rl.policies.drafter import Drafter, log_softmax
+from aurora_rl.policies.recorded import RecordedTrees
 
 
 @register_objective("discard")
@@ -101,7 +102,7 @@ class DiscardSamplingLoss(Objective):
         predicted = (trees.root[nodes] >= 0) & (trees.depth[nodes] < self.drafter.max_depth)
         discarded = ~batch[keys.accepted] & predicted
         if keys.log_probs in batch.keys(include_nested=True):
-            # Nodes of log-probability -inf are others' (prompt lookup's): the drafter did not visit them.
+            # Nodes of log-probability -inf are others' (n-grams'): the drafter did not visit them.
             discarded &= batch[keys.log_probs] != -torch.inf
         wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
         wanted[nodes] = discarded

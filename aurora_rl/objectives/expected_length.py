@@ -19,7 +19,8 @@ from aurora_rl.objectives.contexts import (
 from aurora_rl.objectives.divergences import overlap
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.policies.drafter import Drafter, RecordedTrees, log_softmax
+from aurora_rl.policies.drafter import Drafter, log_softmax
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.trajectories import RULES
 
 

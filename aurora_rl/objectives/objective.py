@@ -103,7 +103,7 @@ class Objective(LossModule):
         if cls.sampled and shape.mode == "topk":
             raise ValueError(
                 f"objective {cls.name!r} learns from nodes drawn at random, and drafter.mode is 'topk'; "
-                "set drafter.mode=sampled drafter.lookup=0"
+                "set drafter.mode=sampled"
             )
 
     @property

@@ -18,7 +18,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.policies.drafter import RecordedTrees, draft_rows
+from aurora_rl.policies.drafter import draft_rows
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.trajectories import TOPK_ENTRIES
 
 # A tail of no mass is one that float32 cannot tell from 0. As its smallest number the tokens in it keep a finite logit,

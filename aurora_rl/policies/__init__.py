@@ -1,22 +1,32 @@
 """Drafters and the policy that serves them."""
 
-from aurora_rl.policies.drafter import DRAFTERS, Drafter, Proposal, TreeShape, Unroll, register_drafter
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.formats import load_drafter, save_drafter
+from aurora_rl.policies.hybrid import HybridDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
+from aurora_rl.policies.ngram import NgramDrafter
 from aurora_rl.policies.policy import DrafterPolicy
+from aurora_rl.policies.registry import available_drafters, get_drafter, register_drafter
 from aurora_rl.policies.target import TargetParts, choose_draft_vocab, token_prior
 
 __all__ = [
-    "DRAFTERS",
+    "Checkpoint",
     "Drafter",
     "DrafterPolicy",
     "Eagle3Drafter",
+    "HybridDrafter",
     "MedusaDrafter",
+    "NgramDrafter",
     "Proposal",
     "TargetParts",
     "TreeShape",
     "Unroll",
+    "available_drafters",
     "choose_draft_vocab",
-    "token_prior",
+    "get_drafter",
+    "load_drafter",
     "register_drafter",
+    "save_drafter",
+    "token_prior",
 ]

@@ -6,60 +6,52 @@ Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from aurora_rl.inference_modules import stage
+from aurora_rl.policies.recorded import RecordedTrees, true_chains
 from aurora_rl.policies.target import TargetParts
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.trees import depths
 
 
 @dataclass(frozen=True, slots=True)
 class TreeShape:
-    """The tree that is drafted in a round: a drafter's, and a chain of prompt lookup merged into it.
+    """The tree that is drafted in a round.
 
     Attributes:
         depth: longest path of the drafter's tree; 0 proposes nothing.
         width: nodes expanded at each depth and children tried of each; 1 is a chain.
         num_nodes: node budget; the likeliest of the drafter's nodes by joint probability are kept.
-        lookup: most tokens of prompt lookup (``aurora_rl.policies.lookup``), which go before the drafter's nodes where
-            the budget does not hold both; 0 for none.
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
             many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
             tokens that differ.
 
     Raises:
-        ValueError: depth, width, lookup or mode out of range, a budget that cannot hold one path, or lookup in a mode
-            that samples: its nodes would not be the drafter's draws.
+        ValueError: depth, width or mode out of range, or a budget that cannot hold one path.
     """
 
     depth: int
     width: int = 1
     num_nodes: int | None = None
-    lookup: int = 0
     mode: str = "topk"
 
     def __post_init__(self) -> None:
         if self.mode not in DRAFT_MODES:
             raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {self.mode!r}")
-        if self.mode != "topk" and self.lookup:
-            raise ValueError(f"mode {self.mode!r} draws every node from the drafter; set lookup=0 (got {self.lookup})")
         if self.depth < 0 or self.width < 1:
             raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
-        if self.lookup < 0:
-            raise ValueError(f"lookup must not be negative, got {self.lookup}")
-        if self.num_nodes is not None and self.num_nodes < max(self.depth, self.lookup):
-            raise ValueError(
-                f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}, or lookup={self.lookup} tokens"
-            )
+        if self.num_nodes is not None and self.num_nodes < self.depth:
+            raise ValueError(f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}")
 
     @property
     def chains(self) -> int:
@@ -68,7 +60,7 @@ class TreeShape:
 
     @property
     def budget(self) -> int:
-        """Most nodes that the drafter proposes."""
+        """Most nodes that grow to this depth and width."""
         if self.mode != "topk":
             return self.depth * self.chains
         full = self.width + max(self.depth - 1, 0) * self.width**2 if self.depth else 0
@@ -76,12 +68,10 @@ class TreeShape:
 
     @property
     def most_nodes(self) -> int:
-        """Most nodes of this tree or a shallower one, those of prompt lookup included.
-
-        A shallower sampled tree may have more: its budget holds more chains whole.
-        """
-        both = max(replace(self, depth=depth).budget for depth in range(self.depth + 1)) + self.lookup
-        return both if self.num_nodes is None else min(self.num_nodes, both)
+        """Most nodes of a round with this tree or a shallower one, and with what a drafter merges into it."""
+        if not self.depth:
+            return 0
+        return self.budget if self.num_nodes is None else self.num_nodes
 
 
 class Proposal(NamedTuple):
@@ -90,14 +80,16 @@ class Proposal(NamedTuple):
     Attributes:
         tokens: ``[b, n]`` int64, target token ids.
         parents: ``[b, n]`` int64.
-        log_probs: ``[b, n]`` float32, log q(token given its path) of the drafter.
+        log_probs: ``[b, n]`` float32, log q(token given its path) of the drafter; −inf at nodes of another source.
         q: ``[b, n, Vd]``, the distribution at each node's parent, where nodes were sampled.
+        mask: ``[b, n]`` bool, which columns are nodes; None says all.
     """
 
     tokens: Tensor
     parents: Tensor
     log_probs: Tensor
     q: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Unroll(NamedTuple):
@@ -115,6 +107,13 @@ class Unroll(NamedTuple):
     states: list[Tensor] | None = None
 
 
+class Checkpoint(NamedTuple):
+    """A drafter on disk: what ``model.safetensors`` and ``config.json`` hold."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
 class Drafter(nn.Module, ABC):
     """A drafter with two faces that must agree: serving (with a cache) and training (on packed trajectories).
 
@@ -122,16 +121,35 @@ class Drafter(nn.Module, ABC):
     and drafting for it needs all of them.
 
     Attributes:
-        feature_layers: the target's layer ids that make the features, see ``TransformersEngine``.
+        feature_layers: the target's layer ids that make the features, see ``TransformersEngine``; may be empty.
         draft_vocab: ``[Vd]`` int64, the target token of each row of the draft head.
+        vocab_size: of the target.
         cached: ``[B]`` int64 on the CPU, pairs held for each slot.
         max_depth: deepest node that the drafter can propose.
+        min_depth: depth that its trees may have however shallow the shape, where such nodes cost no pass.
+        draft_modes: modes of :class:`TreeShape` that it can draft in.
+        formats: names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
+        options: what :meth:`from_target` was given beside its own arguments.
     """
 
     max_depth: float = math.inf
+    min_depth: int = 0
+    draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
+    formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
+    vocab_size: int
     cached: Tensor
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Raise ValueError naming the first of ``options`` that :meth:`from_target` does not take."""
+        own = ("parts", "draft_vocab", "feature_layers")
+        known = [name for name in inspect.signature(cls.from_target).parameters if name not in own]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"{cls.__name__} has no option {name!r}; it has {', '.join(known) or 'none'}")
 
     @classmethod
     @abstractmethod
@@ -140,11 +158,15 @@ class Drafter(nn.Module, ABC):
     ) -> Self:
         """A day-0 drafter in float32 for a target.
 
+        A subclass may take more keywords, which configurations set as ``drafter.options``.
+
         Args:
             parts: the target's.
             draft_vocab: ``[Vd]`` int64.
             feature_layers: layer ids to read; None takes the architecture's own.
         """
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def allocate(self, num_slots: int, max_length: int) -> None:
@@ -160,7 +182,8 @@ class Drafter(nn.Module, ABC):
 
         Args:
             slots: ``[b]`` int64.
-            tokens: ``[b, T]`` int64, the token of each pair; columns from ``num_new`` on are padding.
+            tokens: ``[b, T + 1]`` int64, those at the positions of the features and the one behind: pair ``i`` is
+                ``features[:, i]`` with ``tokens[:, i + 1]``. Columns behind the last new pair are padding.
             features: ``[b, T, F]``, the feature of each pair.
             num_new: ``[b]`` int64 on the CPU, at least 1.
         """
@@ -175,14 +198,7 @@ class Drafter(nn.Module, ABC):
             generator: of the draws where the shape's mode samples; None takes PyTorch's own.
         """
 
-    @abstractmethod
-    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """Training-time test: predict completion tokens as serving would, had the first drafts been right.
-
-        Args:
-            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            steps: ``J``, depths to unroll; a parallel drafter stops at its number of heads.
-        """
+    # ---- training ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
@@ -196,6 +212,26 @@ class Drafter(nn.Module, ABC):
         Returns:
             ``[number wanted, Vd]``, with gradients.
         """
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """Training-time test: predict completion tokens as serving would, had the first drafts been right.
+
+        Chains of the true tokens are laid behind every anchor and go through :meth:`context_logits`; a drafter that can
+        share work between the anchors overrides it.
+
+        Args:
+            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
+            steps: ``J``, depths to unroll; a parallel drafter stops at its number of heads.
+        """
+        steps = int(min(steps, self.max_depth))
+        chains, node, valid = true_chains(batch, steps)
+        trees = RecordedTrees.of(chains)
+        contexts = trees.parent[node.clamp(min=0)]
+        wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=contexts.device)
+        wanted[contexts[valid]] = True
+        predicted = self.context_logits(chains, wanted)
+        rows = (wanted.cumsum(0) - 1).clamp(min=0)[contexts]
+        return Unroll([predicted[row] for row in rows], valid)
 
     def score(self, batch: TensorDictBase) -> Tensor:
         """Log-probability of every recorded node given its path, ``[M]`` float, with gradients.
@@ -212,11 +248,16 @@ class Drafter(nn.Module, ABC):
         picked = log_q[(wanted.cumsum(0) - 1)[trees.parent], row.clamp(min=0)]
         return torch.where(possible, picked, -torch.inf)
 
-    @abstractmethod
-    def published(self) -> dict[str, Tensor]:
-        """The tensors that a swap replaces, by their checkpoint names; frozen parts of the target are left out."""
+    # ---- weights ----------------------------------------------------------------------------------------------------
 
-    @abstractmethod
+    def published(self) -> dict[str, Tensor]:
+        """The tensors that a swap replaces, by their checkpoint names; frozen parts of the target are left out.
+
+        The state dict, and ``d2t``, the offsets from draft rows to target ids, as engines name them.
+        """
+        rows = torch.arange(len(self.draft_vocab), device=self.draft_vocab.device)
+        return {**{name: value.detach() for name, value in self.state_dict().items()}, "d2t": self.draft_vocab - rows}
+
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         """Copy replacements of the :meth:`published` tensors, in the form that serving needs, while the old ones serve.
 
@@ -224,26 +265,74 @@ class Drafter(nn.Module, ABC):
             Puts the copies in place, by reference. To be called between two rounds; staging may run beside them.
 
         Raises:
-            ValueError: names the first tensor that is missing, unknown or of another shape; nothing is changed then.
+            ValueError: names the first tensor that is missing, unknown or of another shape, or a ``d2t`` that is no
+                map into the target's vocabulary; nothing is changed then.
         """
+        old = self.draft_vocab
+        check_weights(self.published(), weights)
+        vocab = weights["d2t"].to(old) + torch.arange(len(old)).to(old)
+        check_draft_vocab(vocab, self.vocab_size)
+        put = stage(self, {name: weights[name] for name in self.state_dict()})
+
+        def install() -> None:
+            put()
+            self.draft_vocab = vocab
+
+        return install
 
     def install(self, weights: dict[str, Tensor]) -> None:
         """Replace the :meth:`published` tensors; errors as of :meth:`stage`."""
         self.stage(weights)()
 
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-D = TypeVar("D", bound=type[Drafter])
-DRAFTERS: dict[str, type[Drafter]] = {}
+    def write(self, layout: str) -> Checkpoint:
+        """The drafter in one of its :attr:`formats`.
+
+        By default ``config.json`` says what :meth:`from_target` was given, and the tensors are the :meth:`published`.
+        """
+        config = {
+            "architectures": [type(self).__name__],
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": len(self.draft_vocab),
+            "feature_layers": list(self.feature_layers),
+            "options": dict(self.options),
+        }
+        return Checkpoint(self.published(), config)
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a ``config.json`` is of a drafter of this class, in whichever of its :attr:`formats`."""
+        return config.get("architectures") == [cls.__name__]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+        """The drafter for a target, float32, of what :meth:`write` wrote or an engine's user has.
+
+        Args:
+            checkpoint: tensors and configuration.
+            parts: the target's.
+            layout: one of the :attr:`formats`.
+            options: what the user asks for; only what the checkpoint does not say is taken from here.
+
+        Raises:
+            ValueError: names the first entry or tensor that does not fit the target or the class.
+        """
+        tensors, config = checkpoint
+        drafter = cls.from_target(
+            parts,
+            draft_vocab=torch.arange(len(_draft_map(tensors))),
+            feature_layers=tuple(config["feature_layers"]),
+            **config["options"],
+        )
+        drafter.install(tensors)
+        return drafter
 
 
-def register_drafter(name: str) -> Callable[[D], D]:
-    """Class decorator: make a drafter available by name in configurations."""
-
-    def register(cls: D) -> D:
-        DRAFTERS[name] = cls
-        return cls
-
-    return register
+def _draft_map(tensors: Mapping[str, Tensor]) -> Tensor:
+    if "d2t" not in tensors:
+        raise ValueError("tensor 'd2t' is missing; was it written for another drafter?")
+    return tensors["d2t"]
 
 
 def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
@@ -261,40 +350,24 @@ def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None
         raise ValueError(f"tensor {unknown!r} is unknown to this drafter; it has {sorted(expected)}")
 
 
-class RecordedTrees(NamedTuple):
-    """Where the contexts of packed trajectories stand: first the roots of all ``R`` rounds, then all ``M`` nodes.
+def check_draft_vocab(draft_vocab: Tensor, vocab_size: int) -> None:
+    """Raise ValueError where the rows of a draft head are no map into the target's vocabulary.
 
-    Attributes:
-        num_rounds: ``R``.
-        request: ``[R + M]`` int64, the request of each context.
-        root: ``[R + M]`` int64, the pair of its tree's root; −1 where the root is the first token of all, which has
-            none, so that nothing can have been drafted from it.
-        depth: ``[R + M]`` int64, 0 at a root.
-        parent: ``[M]`` int64, the context that each node was drawn from.
+    Args:
+        draft_vocab: ``[Vd]`` int64, the target token of each row.
+        vocab_size: of the target.
     """
-
-    num_rounds: int
-    request: Tensor
-    root: Tensor
-    depth: Tensor
-    parent: Tensor
-
-    @classmethod
-    def of(cls, batch: TensorDictBase) -> RecordedTrees:
-        """Read a packed batch."""
-        offset, parents, anchor = batch["rounds", "offset"], batch["nodes", "parents"], batch["rounds", "anchor"]
-        rounds = torch.arange(len(anchor), device=anchor.device)
-        drafted_in = torch.repeat_interleave(rounds, offset.diff())
-        above = parents + offset[drafted_in]  # a node's place among all nodes, where it has a parent
-        depth = depths(torch.where(parents < 0, -1, above)[None])[0]
-        request = torch.repeat_interleave(batch["rounds", "request_offset"].diff())
-        return cls(
-            num_rounds=len(rounds),
-            request=torch.cat([request, request[drafted_in]]),
-            root=torch.cat([anchor, anchor[drafted_in]]) - 1,
-            depth=torch.cat([torch.zeros_like(rounds), depth]),
-            parent=torch.where(parents < 0, drafted_in, len(rounds) + above),
+    outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"tensor 'd2t' points outside the target's vocabulary of {vocab_size}: row {row} is token "
+            f"{int(draft_vocab[row])}; was it written for another target, or does it hold ids in place of offsets?"
         )
+    known, count = draft_vocab.unique(return_counts=True)
+    if bool((count > 1).any()):
+        token = int(known[count > 1][0])
+        raise ValueError(f"tensor 'd2t' gives token {token} more than one row; every row needs a token of its own")
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -308,34 +381,3 @@ def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:
     place = torch.searchsorted(draft_vocab[order], tokens).clamp(max=len(draft_vocab) - 1)
     row = order[place]
     return torch.where(draft_vocab[row] == tokens, row, -1)
-
-
-def published_tensors(module: nn.Module, draft_vocab: Tensor) -> dict[str, Tensor]:
-    """A module's parameters and ``d2t``, the offsets from draft rows to target ids, by the names that engines read."""
-    rows = torch.arange(len(draft_vocab), device=draft_vocab.device)
-    return {**{name: value.detach() for name, value in module.state_dict().items()}, "d2t": draft_vocab - rows}
-
-
-def stage_tensors(drafter: Drafter, vocab_size: int, weights: dict[str, Tensor]) -> Callable[[], None]:
-    """Stage what :func:`published_tensors` gave, draft vocabulary included.
-
-    Args:
-        drafter: the module.
-        vocab_size: of the target.
-        weights: the new tensors.
-
-    Raises:
-        ValueError: see :meth:`Drafter.stage`; also where ``d2t`` leaves the target's vocabulary.
-    """
-    old = drafter.draft_vocab
-    check_weights(published_tensors(drafter, old), weights)
-    vocab = weights["d2t"].to(old) + torch.arange(len(old)).to(old)
-    if not bool(((vocab >= 0) & (vocab < vocab_size)).all()):
-        raise ValueError(f"tensor 'd2t' points outside the target's vocabulary of {vocab_size}")
-    put = stage(drafter, {name: weights[name] for name in drafter.state_dict()})
-
-    def install() -> None:
-        put()
-        drafter.draft_vocab = vocab
-
-    return install

@@ -1,67 +1,94 @@
-"""Drafter checkpoints as serving engines read them: config.json and model.safetensors under EAGLE-3's names."""
+"""Drafter checkpoints on disk: ``config.json`` and ``model.safetensors``, in the layouts that engines load."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
-from transformers import LlamaConfig
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from aurora_rl.checkpoints import CheckpointError, read_folder, write_folder
-from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.drafter import Checkpoint, Drafter
+from aurora_rl.policies.registry import recognized
 from aurora_rl.policies.target import TargetParts
 
 
-def save_eagle3(drafter: Eagle3Drafter, folder: Path) -> None:
-    """Write a drafter as SGLang's ``LlamaForCausalLMEagle3`` (and vLLM) load it.
+def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> None:
+    """Write a drafter.
 
-    ``d2t`` holds offsets, ``d2t[i] = target id − i``; ``t2d`` marks the target tokens that have a row.
-    The embedding is the target's and is left out. SGLang names a captured state by the layer that it leaves (it adds 1
-    to each id and captures what enters that layer), this library by the layer that it enters: the ids in the file are
-    one less than ``feature_layers``.
+    Args:
+        drafter: the drafter.
+        folder: replaced if it is there.
+        layout: one of the drafter's ``formats``; None takes the first, in which runs are kept.
+
+    Raises:
+        CheckpointError: the drafter has no such format, or the layout cannot say what it is.
     """
-    weights = drafter.published()
-    known = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)
-    known[drafter.draft_vocab.cpu()] = True
-    config: dict[str, Any] = {
-        **drafter.config.to_dict(),
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "draft_vocab_size": len(drafter.draft_vocab),
-        "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in drafter.feature_layers]},
-    }
-    write_folder(folder, {**weights, "t2d": known}, {"config.json": config})
+    layout = layout or next(iter(drafter.formats), "any")
+    if layout not in drafter.formats:
+        raise CheckpointError(
+            f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
+        )
+    try:
+        tensors, config = drafter.write(layout)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    write_folder(folder, tensors, {"config.json": config})
 
 
-def load_eagle3(folder: str | Path, parts: TargetParts) -> Eagle3Drafter:
+def load_drafter(
+    source: str | Path,
+    parts: TargetParts,
+    kind: type[Drafter] | None = None,
+    *,
+    layout: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Drafter:
     """Read a drafter for a target, in float32.
+
+    Args:
+        source: a folder, or the id of a repository on the Hugging Face hub.
+        parts: the target's.
+        kind: the class; None takes the one that recognizes ``config.json``.
+        layout: one of the class's ``formats``; None takes the first.
+        options: see ``Drafter.read``.
 
     Raises:
         CheckpointError: files are missing or broken, or the drafter was made for another target; names the first
             entry or tensor that does not match.
     """
-    folder = Path(folder)
-    tensors, document = read_folder(folder, "config.json")
-    tensors.pop("t2d", None)
-    tensors.pop("embed_tokens.weight", None)
+    folder = _local(source)
+    tensors, config = read_folder(folder, "config.json")
     for name in ("hidden_size", "vocab_size"):
         mine = getattr(parts.config, name)
-        if document.get(name) != mine:
-            raise CheckpointError(f"{folder}/config.json: {name} is {document.get(name)}, the target has {mine}")
-    if "d2t" not in tensors:
-        raise CheckpointError(f"{folder}: tensor 'd2t' is missing; is this an EAGLE-3 drafter?")
-    layers = (document.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    if not layers:
-        raise CheckpointError(f"{folder}/config.json: eagle_config.eagle_aux_hidden_state_layer_ids is missing")
-    drafter = Eagle3Drafter(
-        LlamaConfig.from_dict(document),
-        embedding=parts.embedding.float(),
-        draft_vocab=torch.arange(len(tensors["d2t"])),
-        feature_layers=tuple(layer + 1 for layer in layers),
-    )
+        if config.get(name, mine) != mine:
+            raise CheckpointError(f"{folder}/config.json: {name} is {config[name]}, the target has {mine}")
     try:
-        drafter.install(tensors)
-    except ValueError as error:
+        found = recognized(config)
+        layout = layout or found.formats[0]
+        if layout not in found.formats:
+            raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
+        if kind is not None and not kind.recognizes(config):
+            raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
+        drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    for name, value in options.items():
+        if name in drafter.options and drafter.options[name] != value:
+            raise CheckpointError(f"{folder}: option {name} is {drafter.options[name]!r} there, {value!r} is asked for")
     return drafter
+
+
+def _local(source: str | Path) -> Path:
+    """The folder, downloaded if ``source`` names none."""
+    folder = Path(source)
+    # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.
+    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source} is neither a folder nor a repository of the hub: {error}") from error

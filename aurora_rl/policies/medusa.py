@@ -6,27 +6,20 @@ Parameter names are those of vLLM's ``MedusaModel``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from aurora_rl.policies.drafter import (
-    Drafter,
-    Proposal,
-    RecordedTrees,
-    TreeShape,
-    Unroll,
-    log_softmax,
-    published_tensors,
-    register_drafter,
-    stage_tensors,
-)
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
 from aurora_rl.policies.growth import grow
+from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import TargetParts
+from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 
 
 class MedusaBlock(nn.Module):
@@ -69,10 +62,12 @@ class MedusaDrafter(Drafter):
         (3,)
         >>> drafter.allocate(num_slots=1, max_length=8)
         >>> slot = torch.tensor([0])
-        >>> drafter.extend(slot, torch.tensor([[3]]), torch.zeros(1, 1, 16), torch.tensor([1]))
+        >>> drafter.extend(slot, torch.tensor([[1, 3]]), torch.zeros(1, 1, 16), torch.tensor([1]))
         >>> drafter.propose(slot, TreeShape(depth=2, width=2)).parents
         tensor([[-1, -1,  0,  0,  1,  1]])
     """
+
+    formats: ClassVar[tuple[str, ...]] = ("aurora_rl", "vllm")
 
     def __init__(
         self,
@@ -90,7 +85,7 @@ class MedusaDrafter(Drafter):
                 " heads"
             )
         super().__init__()
-        self.feature_layers, self._vocab_size = tuple(feature_layers), vocab_size
+        self.feature_layers, self.vocab_size = tuple(feature_layers), vocab_size
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
         self.max_depth = num_heads
         self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
@@ -116,6 +111,7 @@ class MedusaDrafter(Drafter):
             num_heads=num_heads,
             num_layers=num_layers,
         )
+        drafter.options = {"num_heads": num_heads, "num_layers": num_layers}
         with torch.no_grad():
             for parameter in drafter.blocks.parameters():
                 parameter.zero_()
@@ -191,15 +187,25 @@ class MedusaDrafter(Drafter):
             logits = logits.index_copy(0, here, self._predict(head, features[here])[1].to(logits.dtype))
         return logits
 
-    # ---- weights ----------------------------------------------------------------------------------------------------
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def published(self) -> dict[str, Tensor]:
-        """See :meth:`Drafter.published`: parameters, and ``d2t``, the offsets from draft to target ids."""
-        return published_tensors(self, self.draft_vocab)
+    def write(self, layout: str) -> Checkpoint:
+        """See :meth:`Drafter.write`. "vllm" is what ``MedusaModel`` loads (``vllm_format``); SGLang has no Medusa."""
+        ours = super().write("aurora_rl")
+        return Checkpoint(*to_vllm(*ours)) if layout == "vllm" else ours
 
-    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`."""
-        return stage_tensors(self, self._vocab_size, weights)
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`."""
+        return (config.get("architectures") or [""])[0] in (cls.__name__, "MedusaModel")
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+        """See :meth:`Drafter.read`. The heads of other programs read the input of the target's output head."""
+        if layout == "vllm":
+            tensors, config = from_vllm(*checkpoint)
+            checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
+        return super().read(checkpoint, parts, "aurora_rl", **options)
 
 
 def _first_pair(batch: TensorDictBase) -> Tensor:

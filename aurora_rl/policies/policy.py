@@ -10,9 +10,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from aurora_rl.inference_modules import prepare_for_inference
-from aurora_rl.policies.drafter import Drafter, TreeShape
-from aurora_rl.policies.lookup import Tree, lookup, merge_chain
+from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.trajectories import ContextStore
+from aurora_rl.trees import tree_fault, valid_nodes
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
 _SHORT = 32
@@ -20,9 +20,6 @@ _SHORT = 32
 
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
-
-    The tree is the drafter's, with the chain of prompt lookup merged into it where the shape asks for one. Nodes that
-    only lookup proposes carry a log-probability of −inf: the drafter did not draw them.
 
     The cache catches up from the store, whatever put it behind: the tokens of the last round, a new request
     (``is_init``), a window of plain decoding or a swap of weights.
@@ -38,6 +35,8 @@ class DrafterPolicy(TensorDictModuleBase):
         generator: of sampled drafts; its numbers must not be those of verification. None takes PyTorch's own.
 
     Attributes:
+        on_fault: called with a slot and what is wrong, where the drafter fails or its tree is malformed: the slot's
+            request goes on without speculation. None, the default, raises instead.
         speculate: False emits empty trees: plain decoding.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
     """
@@ -66,6 +65,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
+        self.on_fault: Callable[[int, str], None] | None = None
+        self._refused = torch.zeros(store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -122,6 +123,7 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self.drafter.forget(fresh.nonzero().flatten())
+            self._refused &= ~fresh
         # An empty cache has no older rows: what is put into it now is of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -132,38 +134,52 @@ class DrafterPolicy(TensorDictModuleBase):
         draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
-        if self.speculate:
-            slots = (store.lengths > 1).nonzero().flatten()  # the first token of all has no feature before it
-            if len(slots) and self.shape.depth:
-                self._catch_up(slots)
-                proposal = self.drafter.propose(slots, self.shape, self._generator)
-                rows, width = slots.to(device), proposal.tokens.shape[1]
-                tokens[rows, :width] = proposal.tokens
-                parents[rows, :width] = proposal.parents
-                log_probs[rows, :width] = proposal.log_probs
-                mask[rows, :width] = True
-                if "q" in draft:
-                    assert proposal.q is not None  # sampled
-                    at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
-                    draft["q"][at] = proposal.q.float()
-        out = TensorDict(draft, batch_size=shape[:1])
-        if self.speculate and self.shape.lookup:
-            for slot in slots.tolist():
-                self._look_up(slot, out[slot])
-        return out
+        # The first token of all has no feature before it.
+        slots = ((store.lengths > 1) & ~self._refused).nonzero().flatten()
+        if self.speculate and self.shape.depth and len(slots) and (proposal := self._propose(slots)) is not None:
+            rows, width = slots.to(device), proposal.tokens.shape[1]
+            tokens[rows, :width] = proposal.tokens
+            parents[rows, :width] = proposal.parents
+            log_probs[rows, :width] = proposal.log_probs
+            mask[rows, :width] = True if proposal.mask is None else proposal.mask
+            if "q" in draft:
+                assert proposal.q is not None  # sampled
+                at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
+                draft["q"][at] = proposal.q.float()
+            self._refuse_malformed(tokens, parents, mask)
+        return TensorDict(draft, batch_size=shape[:1])
 
-    def _look_up(self, slot: int, draft: TensorDict) -> None:
-        """Merge the chain of prompt lookup into a slot's tree, in place."""
-        chain = lookup(self._store.tokens[slot, : self._store.lengths[slot]], self.shape.lookup)
-        if not chain:
-            return
-        drafted = int(draft["mask"].sum())
-        tree = Tree(*(draft[key][:drafted].tolist() for key in Tree._fields))
-        merged = merge_chain(tree, chain, self.shape.most_nodes)
-        nodes = slice(len(merged.tokens))
-        draft["mask"][nodes] = True
-        for key, column in merged._asdict().items():
-            draft[key][nodes] = torch.tensor(column, dtype=draft[key].dtype)
+    def _propose(self, slots: Tensor) -> Proposal | None:
+        """The drafter's trees; None where it failed."""
+        try:
+            self._catch_up(slots)
+            proposal = self.drafter.propose(slots, self.shape, self._generator)
+            shapes = [tuple(part.shape) for part in proposal[:3]]
+            if len(set(shapes)) > 1 or shapes[0][0] != len(slots) or shapes[0][1] > self.num_nodes:
+                raise ValueError(f"tokens, parents and log_probs are {shapes}, not [{len(slots)}, 0..{self.num_nodes}]")
+        except Exception as error:  # whatever a drafter does, the requests are served
+            if self.on_fault is None:
+                raise
+            for slot in slots.tolist():
+                self._refuse(slot, f"{type(self.drafter).__name__} failed: {error!r}")
+            self.drafter.forget(slots)  # what the failed call left in the cache
+            return None
+        return proposal
+
+    def _refuse_malformed(self, tokens: Tensor, parents: Tensor, mask: Tensor) -> None:
+        """Empty the trees that verification would cut, and draft no more for their requests."""
+        vocab_size, repeats = self.drafter.vocab_size, self.shape.mode == "sampled"
+        whole = (valid_nodes(tokens, parents, mask, vocab_size, repeats=repeats) == mask).all(1)
+        for slot in (~whole).nonzero().flatten().tolist():
+            tree = (tokens[slot], parents[slot], mask[slot])
+            self._refuse(slot, f"malformed tree: {tree_fault(*tree, vocab_size, repeats=repeats)}")
+            mask[slot] = False
+
+    def _refuse(self, slot: int, fault: str) -> None:
+        if self.on_fault is None:
+            raise ValueError(f"{type(self.drafter).__name__}, slot {slot}: {fault}")
+        self._refused[slot] = True
+        self.on_fault(slot, fault)
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""
@@ -176,4 +192,5 @@ class DrafterPolicy(TensorDictModuleBase):
             start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]
             column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
             column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]
-            drafter.extend(group, store.tokens[rows, column + 1], store.features[rows, column], count)
+            tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
+            drafter.extend(group, tokens, store.features[rows, column], count)

@@ -89,16 +89,19 @@ class ShapeController:
 
     @staticmethod
     def candidates(most: TreeShape) -> list[TreeShape]:
-        """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a chain.
+        """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a bare chain.
 
         Example:
-            >>> [(shape.depth, shape.width) for shape in ShapeController.candidates(TreeShape(2, width=4))]
-            [(0, 4), (1, 1), (1, 4), (2, 1), (2, 4)]
+            >>> [(s.depth, s.width, s.budget) for s in ShapeController.candidates(TreeShape(2, width=4, num_nodes=5))]
+            [(0, 4, 0), (1, 1, 1), (1, 4, 4), (2, 1, 2), (2, 4, 5)]
         """
-        # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
-        widths = sorted({1, most.width}) if most.mode == "topk" else [most.width]
-        drafting = [replace(most, depth=d, width=width) for d in range(1, most.depth + 1) for width in widths]
-        return [replace(most, depth=0), *drafting]
+        shapes = [replace(most, depth=0)]
+        for depth in range(1, most.depth + 1):
+            # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
+            if most.width > 1 and most.mode == "topk":
+                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
+            shapes.append(replace(most, depth=depth))
+        return shapes
 
     def acceptance(self, shape: TreeShape) -> list[float]:
         """The chances ``a[1], a[2], ...`` of a shape, as they are estimated now."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,48 @@ class TargetParts:
         return hashlib.blake2b(
             json.dumps({name: getattr(self.config, name, None) for name in names}).encode(), digest_size=8
         ).hexdigest()
+
+
+def layer_config(parts: TargetParts) -> LlamaConfig:
+    """Configuration of one Llama layer of the target's sizes and rotary settings, for drafters that have one."""
+    target = parts.config
+    return LlamaConfig.from_dict(
+        {
+            "hidden_size": target.hidden_size,
+            "intermediate_size": target.intermediate_size,
+            "num_attention_heads": target.num_attention_heads,
+            "num_key_value_heads": target.num_key_value_heads,
+            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+            "num_hidden_layers": 1,
+            "rms_norm_eps": target.rms_norm_eps,
+            "rope_parameters": target.rope_parameters,
+            "max_position_embeddings": target.max_position_embeddings,
+            "vocab_size": target.vocab_size,
+            "tie_word_embeddings": False,
+            "num_target_layers": target.num_hidden_layers,
+        }
+    )
+
+
+def check_rope(config: LlamaConfig, parts: TargetParts) -> None:
+    """Raise ValueError where a drafter's positions are not the target's: it would draft, and be wrong far into a text.
+
+    Args:
+        config: read from the drafter's ``config.json``.
+        parts: the target's.
+    """
+    mine, targets = (_rope(of) for of in (config, parts.config))
+    if mine != targets:
+        raise ValueError(
+            f"config.json: rope_parameters are {mine}, the target has {targets}; was the drafter made for another "
+            "target, or were they left out of the file?"
+        )
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary settings without those that stand for their default."""
+    settings = {"rope_type": "default", **(config.rope_parameters or {})}
+    return {name: value for name, value in sorted(settings.items()) if value is not None}
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:

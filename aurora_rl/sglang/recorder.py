@@ -130,7 +130,9 @@ class TrajectoryAssembler:
     """
 
     def __init__(self, emit: Callable[[TensorDict], None], *, max_bytes: int, store_bytes: int) -> None:
-        self._emit, self._max_bytes, self._bytes = emit, max_bytes, 0
+        self._emit, self._max_bytes = emit, max_bytes
+        # Two numbers, each written by one thread: what the serving path took, and what the thread here has given back.
+        self._taken = self._given_back = 0
         self._records: dict[str, _Record] = {}
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
@@ -144,7 +146,7 @@ class TrajectoryAssembler:
 
     def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
         """A request enters; ``cached`` tokens of its prompt will not be run. False where there is no room for it."""
-        if self._bytes > self._max_bytes:
+        if self._taken - self._given_back > self._max_bytes:
             self.counts["memory"] += 1
             return False
         self._records[rid] = _Record(torch.tensor(prompt), cached, version)
@@ -162,7 +164,7 @@ class TrajectoryAssembler:
         record.features.append(features)
         record.first = first
         record.nbytes += features.nbytes
-        self._bytes += features.nbytes
+        self._taken += features.nbytes
 
     def prefilled(self, rid: str) -> int:
         """Tokens of a recorded request's prompt that are cached or were run."""
@@ -174,11 +176,11 @@ class TrajectoryAssembler:
         record = self._records[rid]
         record.rounds.append(drafted)
         record.nbytes += drafted.nbytes
-        self._bytes += drafted.nbytes
+        self._taken += drafted.nbytes
 
     def drop(self, rid: str, reason: str) -> None:
         """Forget a request that cannot be learned from."""
-        self._bytes -= self._records.pop(rid).nbytes
+        self._taken -= self._records.pop(rid).nbytes
         self.counts[reason] += 1
 
     def finish(self, rid: str, completion: Sequence[int], sampling: Sampling) -> None:
@@ -205,7 +207,7 @@ class TrajectoryAssembler:
                     self.counts["recorded"] += 1
                     self._emit(trajectory)
             finally:
-                self._bytes -= record.nbytes
+                self._given_back += record.nbytes
 
     def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: Sampling) -> TensorDict | str:
         """The trajectory, or why there is none."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import SamplingParams
-from aurora_rl.policies import Drafter, Proposal, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.tiny import cast, dtype_of, serve
 from aurora_rl.trajectories import pack
@@ -67,34 +67,42 @@ def check_drafter(
     for shape in shapes:
         _check_proposals(drafter, plain, shape, vocab_size)
     sampled = (TreeShape(3, 2, mode="sampled"), TreeShape(3, 2, mode="sampled_without_replacement"))
-    for shape in (*sampled, *shapes):
+    for shape in (*(s for s in sampled if s.mode in drafter.draft_modes), *shapes):
         trajectories = served(shape)
         _check_recorded(drafter, trajectories, shape)
     _check_unroll(drafter, trajectories)
     _check_packing(drafter, trajectories)
     _check_cache(drafter, trajectories)
-    _check_gradients(drafter, trajectories, without_gradient)
-    _check_weights(drafter, trajectories, generator)
+    if any(parameter.requires_grad for parameter in drafter.parameters()):
+        _check_gradients(drafter, trajectories, without_gradient)
+        _check_weights(drafter, trajectories, generator)
+        _check_swap(drafter, target, prompts, generator)
+    _check_saved(drafter, TargetParts.of(target), trajectories)
 
 
 def _check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
     slots = _filled(drafter, trajectories)
-    tokens, parents, log_probs, _ = drafter.propose(slots, shape)
-    what = f"propose with {shape}"
+    tokens, parents, log_probs, _, mask = drafter.propose(slots, shape)
+    what, most = f"propose with {shape}", shape.most_nodes
     require(tokens.shape == parents.shape == log_probs.shape, f"{what}: tokens, parents and log_probs differ in shape")
+    least = 1 if mask is None else 0
     require(
-        tokens.shape[0] == len(slots) and 1 <= tokens.shape[1] <= shape.budget,
-        f"{what}: expected [{len(slots)}, 1..{shape.budget}] nodes, got {tuple(tokens.shape)}",
+        tokens.shape[0] == len(slots) and least <= tokens.shape[1] <= most,
+        f"{what}: expected [{len(slots)}, {least}..{most}] nodes, got {tuple(tokens.shape)}",
     )
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    require(mask.shape == tokens.shape and mask.dtype == torch.bool, f"{what}: mask is not bool {tuple(tokens.shape)}")
     require(tokens.dtype == parents.dtype == torch.int64, f"{what}: tokens and parents are not int64")
     require(log_probs.dtype == torch.float32, f"{what}: log_probs are {log_probs.dtype}, not float32")
     earlier = (parents >= -1) & (parents < torch.arange(parents.shape[1]))
-    require(bool(earlier.all()), f"{what}: a node's parent is neither an earlier node nor -1")
-    require(int(depths(parents).max()) <= shape.depth, f"{what}: a path is deeper than {shape.depth}")
-    require(bool(torch.isin(tokens, drafter.draft_vocab).all()), f"{what}: a token is outside the draft vocabulary")
-    legal = valid_nodes(tokens, parents, torch.ones_like(tokens, dtype=torch.bool), vocab_size)
-    require(bool(legal.all()), f"{what}: two siblings carry the same token")
-    require(bool((log_probs <= 0).all()), f"{what}: a log-probability is above 0 or not a number")
+    require(bool(earlier[mask].all()), f"{what}: a node's parent is neither an earlier node nor -1")
+    deepest = max(shape.depth, drafter.min_depth)
+    require(bool((depths(parents)[mask] <= deepest).all()), f"{what}: a path is deeper than {deepest}")
+    drawn = tokens[mask & (log_probs > -torch.inf)]
+    require(bool(torch.isin(drawn, drafter.draft_vocab).all()), f"{what}: a token is outside the draft vocabulary")
+    legal = valid_nodes(tokens, parents, mask, vocab_size)
+    require(bool(legal[mask].all()), f"{what}: two siblings carry the same token")
+    require(bool((log_probs[mask] <= 0).all()), f"{what}: a log-probability is above 0 or not a number")
     empty = drafter.propose(slots, TreeShape(0)).tokens
     require(empty.shape == (len(slots), 0), f"propose at depth 0 gave {tuple(empty.shape)} and not no nodes")
 
@@ -103,8 +111,10 @@ def _check_recorded(drafter: Drafter, trajectories: list[TensorDict], shape: Tre
     batch = pack(trajectories)
     recorded, scored = batch["nodes", "log_probs"], drafter.score(batch)
     require(scored.shape == recorded.shape, f"score gave {tuple(scored.shape)} for {tuple(recorded.shape)} nodes")
-    require(scored.requires_grad, "score is not differentiable in the drafter's parameters")
-    gap = float((scored.detach() - recorded).abs().max())
+    learns = any(parameter.requires_grad for parameter in drafter.parameters())
+    require(scored.requires_grad or not learns, "score is not differentiable in the drafter's parameters")
+    drawn = recorded > -torch.inf  # other nodes are not the drafter's own
+    gap = float((scored.detach() - recorded)[drawn].abs().max()) if bool(drawn.any()) else 0.0
     require(
         gap <= _RECORDED[dtype_of(drafter)],
         f"score differs by {gap:.2g} nats from what serving recorded with {shape}; are features paired with tokens as "
@@ -192,9 +202,10 @@ def _check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
 
     def same(slots: Tensor, why: str) -> None:
         got = drafter.propose(slots, shape)
-        wanted = Proposal(*(part[slots] for part in expected[:3]))
-        equal = torch.equal(got.tokens, wanted.tokens) and torch.equal(got.parents, wanted.parents)
-        require(equal and _close(got.log_probs, wanted.log_probs, atol), f"proposals change {why}")
+        for row, slot in enumerate(slots.tolist()):
+            new, old = _nodes(got, row), _nodes(expected, slot)
+            equal = torch.equal(new[0], old[0]) and torch.equal(new[1], old[1])
+            require(equal and _close(new[2], old[2], atol), f"proposals change {why}")
 
     same(slots, "when asked for again")
     same(slots.flip(0), "with the order of the slots")
@@ -224,6 +235,13 @@ def _check_gradients(drafter: Drafter, trajectories: list[TensorDict], without: 
     logits, valid, _ = learner.unroll(pack(trajectories), 4)
     torch.stack([(step[ok] ** 2).sum() for step, ok in zip(logits, valid, strict=True)]).sum().backward()
     gradients = {parameter.data_ptr(): parameter.grad for parameter in learner.parameters()}
+    published = {tensor.data_ptr() for tensor in learner.published().values()}
+    for name, parameter in learner.named_parameters():
+        require(
+            parameter.data_ptr() in published,
+            f"the parameter {name!r} is not published: it would learn, and serving keep the old one; is it the "
+            "target's? Then register it as a buffer",
+        )
     for name, tensor in learner.published().items():
         if not tensor.is_floating_point() or name in without:
             continue
@@ -274,6 +292,58 @@ def _check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: 
     unchanged("when other weights were installed in between")
 
 
+def _check_swap(
+    drafter: Drafter, target: PreTrainedModel, prompts: Sequence[Tensor], generator: torch.Generator
+) -> None:
+    """Requests that meet other weights half way: each round is of the version that it says."""
+    shape, old, new = TreeShape(3, 2), drafter.published(), _moved(drafter.published(), generator)
+
+    def swap(turn: int, policy: DrafterPolicy) -> None:
+        if turn == 2:
+            policy.install(new, version=1)
+
+    batch = pack(serve(drafter, target, prompts, shape=shape, max_new_tokens=8, num_slots=3, before_round=swap))
+    plain = serve(drafter, target, prompts, shape=TreeShape(0), max_new_tokens=8, num_slots=3)
+    require(torch.equal(batch["spine", "tokens"], pack(plain)["spine", "tokens"]), "a swap of weights changes the text")
+    version = torch.repeat_interleave(batch["rounds", "policy_version"], batch["rounds", "offset"].diff())
+    recorded = batch["nodes", "log_probs"]
+    for number, weights in enumerate((old, new)):
+        scorer = copy.deepcopy(drafter)
+        scorer.install(weights)
+        with torch.no_grad():
+            scored = scorer.score(batch)
+        here = (version == number) & (recorded > -torch.inf)
+        require(bool(here.any()), f"no drafts of the weights {'after' if number else 'before'} a swap")
+        gap = float((scored - recorded)[here].abs().max())
+        require(
+            gap <= _RECORDED[dtype_of(drafter)],
+            f"drafts made {'after' if number else 'before'} a swap differ by {gap:.2g} nats from those weights' scores",
+        )
+
+
+def _check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict]) -> None:
+    batch = pack(trajectories)
+    scored = drafter.score(batch).detach()
+    rising = bool((drafter.draft_vocab.diff() > 0).all())  # some formats hold no others
+    for layout in drafter.formats if rising else ():
+        read = type(drafter).read(drafter.write(layout), parts, layout, **drafter.options)
+        require(read.feature_layers == drafter.feature_layers, f"feature_layers change by way of the format {layout!r}")
+        for name, tensor in read.published().items():
+            require(
+                name in drafter.published() and torch.equal(tensor, drafter.published()[name].to(tensor)),
+                f"the published tensor {name!r} changes by way of the format {layout!r}",
+            )
+        with torch.no_grad():
+            again = read.to(dtype_of(drafter)).score(batch)
+        require(_close(again, scored, 5e-3), f"score changes by way of the format {layout!r}")
+
+
+def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:
+    """Tokens, parents and log-probabilities of a row's nodes."""
+    keep = slice(None) if proposal.mask is None else proposal.mask[row]
+    return tuple(part[row][keep] for part in proposal[:3])
+
+
 def _filled(drafter: Drafter, trajectories: Sequence[TensorDictBase]) -> Tensor:
     """Give each trajectory a slot and put all of its pairs there, slot by slot; returns the slots."""
     lengths = torch.tensor([len(t["spine", "tokens"]) - 1 for t in trajectories])
@@ -293,11 +363,11 @@ def _extend(
     count = end - start
     width = int(count.max()) + 1
     first = trajectories[0]["spine", "features"]
-    tokens = torch.zeros(len(slots), width, dtype=torch.int64)
+    tokens = torch.zeros(len(slots), width + 1, dtype=torch.int64)
     features = first.new_full((len(slots), width, first.shape[1]), 7.0)
     for i, trajectory in enumerate(trajectories):
         here = slice(int(start[i]), int(end[i]))
-        tokens[i, : int(count[i])] = trajectory["spine", "tokens"][1:][here]
+        tokens[i, : int(count[i]) + 1] = trajectory["spine", "tokens"][int(start[i]) : int(end[i]) + 1]
         features[i, : int(count[i])] = trajectory["spine", "features"][here]
     drafter.extend(slots, tokens, features, count)
 
@@ -336,4 +406,5 @@ def _outside(draft_vocab: Tensor) -> int | None:
 
 
 def _close(a: Tensor, b: Tensor, atol: float) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol)
+    # Where both are −inf they agree, and their difference is not a number.
+    return a.shape == b.shape and torch.allclose(a.clamp(min=-1e9), b.clamp(min=-1e9), rtol=0, atol=atol)

@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
-from aurora_rl.policies.drafter import RecordedTrees
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.target import TargetParts
 from aurora_rl.trajectories import DRAFT_MODES, RULES, pack
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -110,6 +110,7 @@ def serve(
     sampling: SamplingParams | None = None,
     rule: str = "sample_and_match",
     first_request: int = 0,
+    before_round: Callable[[int, DrafterPolicy], None] = lambda turn, policy: None,
 ) -> list[TensorDict]:
     """Serve prompts speculatively, all rounds drafted, and return their trajectories.
 
@@ -123,6 +124,7 @@ def serve(
         sampling: of every request, its seed raised by the number of the prompt; None decodes greedily.
         rule: name of the verification rule.
         first_request: number of the first request.
+        before_round: called with the number of each round, from 0 on, and the policy, which it may change.
 
     Returns:
         One packed trajectory for each prompt, in their order.
@@ -155,9 +157,11 @@ def serve(
         vocab_size=engine.vocab_size,
         generator=torch.Generator(engine.store.tokens.device).manual_seed(first_request),
     )
-    td = env.reset()
+    td, turn = env.reset(), 0
     while env.num_active:
+        before_round(turn, policy)
         _, td = env.step_and_maybe_reset(policy(td))
+        turn += 1
     done.sort(key=lambda completion: completion.request.id)
     return [completion.trajectory for completion in done if completion.trajectory is not None]
 
@@ -169,5 +173,5 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def dtype_of(drafter: Drafter) -> torch.dtype:
-    """The dtype that a drafter computes in."""
-    return next(drafter.parameters()).dtype
+    """The dtype that a drafter computes in; float64 where it has no weights."""
+    return next((parameter.dtype for parameter in drafter.parameters()), torch.float64)

@@ -82,7 +82,13 @@ def test_prompts_that_do_not_fit_are_refused(length: int) -> None:
         engine.prefill([0], [torch.zeros(length, dtype=torch.int64)])
 
 
-@pytest.mark.parametrize("layers", [(), (4,), (-1, 0)])
+def test_a_drafter_may_read_no_features() -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=1, max_length=8, feature_layers=())
+    engine.prefill([0], [torch.tensor([1, 2, 3])])
+    assert engine.store.features.shape == (1, 8, 0)
+
+
+@pytest.mark.parametrize("layers", [(4,), (-1, 0)])
 def test_feature_layers_out_of_range_are_refused(layers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"layer ids in 0..3"):
         TransformersEngine(tiny_target(), num_slots=1, max_length=8, feature_layers=layers)

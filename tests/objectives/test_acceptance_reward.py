@@ -258,7 +258,7 @@ def test_sums_over_earlier_siblings() -> None:
 
 REFUSED = {
     "topk": (dict(mode="topk"), {}, r"'draft_mode'\) is 'topk', .* no exploration; serve with drafter.mode=sampled"),
-    "lookup": (dict(log_probs=[-torch.inf] * 4), {}, r"not drawn from the drafter .* drafter.lookup=0"),
+    "lookup": (dict(log_probs=[-torch.inf] * 4), {}, r"not drawn from the drafter .* drafter.mode=sampled"),
     "no probabilities": (dict(log_probs=[torch.nan] * 4), {}, r"\('nodes', 'log_probs'\) is not finite"),
     "bits on trees": (dict(rule="rejection"), dict(reward="recorded"), r"reward='recorded' does not hold .* trees"),
     "group under rejection": (dict(rule="rejection"), dict(baseline="group"), "baseline='group' .* use leave_one_out"),

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from aurora_rl.policies import DRAFTERS, Eagle3Drafter, MedusaDrafter, TreeShape
-from aurora_rl.policies.drafter import RecordedTrees, check_weights, draft_rows
+from aurora_rl.policies import TreeShape
+from aurora_rl.policies.drafter import check_weights, draft_rows
 from aurora_rl.policies.growth import SampledGrowth, TopKGrowth, best_first
+from aurora_rl.policies.recorded import RecordedTrees
 
 
 @pytest.mark.parametrize(
@@ -32,9 +33,9 @@ def test_budget(shape: TreeShape, budget: int) -> None:
     assert shape.budget == budget
 
 
-def test_lookup_shares_the_budget() -> None:
-    assert [TreeShape(2, 2, nodes, lookup=3).most_nodes for nodes in (None, 4, 8, 100)] == [9, 4, 8, 9]
-    assert TreeShape(0, lookup=3).most_nodes == 3
+def test_what_is_merged_into_a_tree_shares_its_budget() -> None:
+    assert [TreeShape(2, 2, nodes).most_nodes for nodes in (None, 4, 8, 100)] == [6, 4, 8, 100]
+    assert TreeShape(0, 2, 4).most_nodes == 0
 
 
 @pytest.mark.parametrize(
@@ -43,19 +44,12 @@ def test_lookup_shares_the_budget() -> None:
         ((-1,), "depth >= 0 and width >= 1, got depth -1, width 1"),
         ((2, 0), "depth >= 0 and width >= 1, got depth 2, width 0"),
         ((4, 2, 3), "num_nodes=3 cannot hold one path of depth 4"),
-        ((1, 2, 3, 4), "num_nodes=3 cannot hold .* lookup=4 tokens"),
-        ((1, 2, 3, 0, "topp"), "mode must be one of topk, sampled, sampled_without_replacement, got 'topp'"),
-        ((1, 2, 3, 1, "sampled"), "mode 'sampled' draws every node from the drafter; set lookup=0"),
+        ((1, 2, 3, "topp"), "mode must be one of topk, sampled, sampled_without_replacement, got 'topp'"),
     ],
 )
 def test_bad_shapes_are_refused(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TreeShape(*arguments)
-
-
-def test_architectures_are_registered() -> None:
-    assert DRAFTERS["eagle3"] is Eagle3Drafter
-    assert DRAFTERS["medusa"] is MedusaDrafter
 
 
 def test_best_first_keeps_the_likeliest_and_renames_parents() -> None:
@@ -98,7 +92,7 @@ def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int,
     for level in range(1, depth):
         tokens, _ = growth.frontier()
         growth.add(levels[:, level : level + 1].expand(-1, tokens.shape[1], -1))
-    tokens, parents, log_probs, _ = growth.proposal()
+    tokens, parents, log_probs, *_ = growth.proposal()
 
     for row in range(2):
         nodes: dict[tuple[int, ...], float] = {}
@@ -132,7 +126,7 @@ def test_sampled_chains_have_the_drafters_law(mode: str) -> None:
     assert above.unique().tolist() == [0]
     drawn = (tokens[:, :, None] == vocab).int().argmax(-1)
     growth.add(second[drawn].log())
-    tokens, parents, log_probs, q = growth.proposal()
+    tokens, parents, log_probs, q, _ = growth.proposal()
     assert parents.unique(dim=0).tolist() == [[-1, -1, 0, 1]]
     drawn = (tokens[:, :, None] == vocab).int().argmax(-1)
     assert q is not None
@@ -156,9 +150,9 @@ def test_sampled_shapes_hold_whole_chains() -> None:
 
 def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
     """Depth control moves within what was allocated for the deepest tree."""
-    shape = TreeShape(4, 4, 7, mode="sampled")
-    budgets = [TreeShape(depth, 4, 7, mode="sampled").budget for depth in range(5)]
-    assert budgets == [0, 4, 6, 6, 4] and shape.most_nodes == 6
+    for nodes, budgets in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
+        assert [TreeShape(depth, 4, nodes, mode="sampled").budget for depth in range(5)] == budgets
+        assert TreeShape(4, 4, nodes, mode="sampled").most_nodes >= max(budgets)
 
 
 def test_first_tokens_that_cannot_differ() -> None:

@@ -61,7 +61,7 @@ def test_a_tree_holds_the_likeliest_paths() -> None:
     made.allocate(1, 16)
     slot = torch.tensor([0])
     made.extend(
-        slot, trajectory["spine", "tokens"][None, 1:4], trajectory["spine", "features"][None, :3], torch.tensor([3])
+        slot, trajectory["spine", "tokens"][None, :4], trajectory["spine", "features"][None, :3], torch.tensor([3])
     )
     tokens, parents, log_probs = (part[0] for part in made.propose(slot, TreeShape(2, 6, 9))[:3])
 
@@ -168,7 +168,7 @@ def test_contexts_predict_what_their_path_alone_predicts(shape: TreeShape) -> No
 def test_width_ends_with_the_vocabulary() -> None:
     made = drafter(torch.tensor([3, 1]))
     made.allocate(1, 8)
-    made.extend(torch.tensor([0]), torch.tensor([[3]]), torch.randn(1, 1, 32).double(), torch.tensor([1]))
+    made.extend(torch.tensor([0]), torch.tensor([[1, 3]]), torch.randn(1, 1, 32).double(), torch.tensor([1]))
     proposal = made.propose(torch.tensor([0]), TreeShape(2, 5))
     assert sorted(proposal.tokens[0, :2].tolist()) == [1, 3]
     assert proposal.parents.tolist() == [[-1, -1, 0, 0, 1, 1]]

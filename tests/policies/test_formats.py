@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints: what is written is what engines read, and what is read drafts as it did."""
+"""Drafter checkpoints: what is written is what engines read, and what is read drafts as it did."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_rl.checkpoints import CheckpointError
-from aurora_rl.policies import Eagle3Drafter, TargetParts
-from aurora_rl.policies.formats import load_eagle3, save_eagle3
+from aurora_rl.policies import Drafter, Eagle3Drafter, HybridDrafter, MedusaDrafter, NgramDrafter, TargetParts
+from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
@@ -31,11 +31,11 @@ def parts() -> TargetParts:
 
 @pytest.fixture
 def saved(parts: TargetParts, tmp_path: Path) -> tuple[Eagle3Drafter, Path]:
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([7, 2, 30, 11]))
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 11, 30]))
     drafter.install(
         {name: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for name, t in drafter.published().items()}
     )
-    save_eagle3(drafter, tmp_path / "drafter")
+    save_drafter(drafter, tmp_path / "drafter")
     return drafter, tmp_path / "drafter"
 
 
@@ -43,7 +43,7 @@ def test_a_folder_holds_what_engines_read(saved: tuple[Eagle3Drafter, Path]) -> 
     drafter, folder = saved
     tensors = load_file(folder / "model.safetensors")
     assert set(tensors) == NAMES
-    assert tensors["d2t"].tolist() == [7, 1, 28, 8]  # target id less row
+    assert tensors["d2t"].tolist() == [2, 6, 9, 27]  # target id less row
     assert tensors["t2d"].dtype == torch.bool and tensors["t2d"].nonzero().flatten().tolist() == [2, 7, 11, 30]
     config = json.loads((folder / "config.json").read_text())
     expected = {
@@ -56,7 +56,7 @@ def test_a_folder_holds_what_engines_read(saved: tuple[Eagle3Drafter, Path]) -> 
 
 def test_what_is_read_scores_as_what_was_written(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     drafter, folder = saved
-    read = load_eagle3(folder, parts)
+    read = load_drafter(folder, parts)
     published = read.published()
     assert published.keys() == drafter.published().keys()
     assert all(torch.equal(published[name], tensor) for name, tensor in drafter.published().items())
@@ -67,9 +67,9 @@ def test_what_is_read_scores_as_what_was_written(saved: tuple[Eagle3Drafter, Pat
 
 def test_lower_precision_is_read_in_float32(parts: TargetParts, tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(4)).bfloat16()
-    save_eagle3(drafter, tmp_path / "drafter")
+    save_drafter(drafter, tmp_path / "drafter")
     assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dtype"] == "bfloat16"
-    read = load_eagle3(str(tmp_path / "drafter"), parts)
+    read = load_drafter(str(tmp_path / "drafter"), parts)
     assert read.fc.weight.dtype == torch.float32
     assert torch.equal(read.fc.weight, drafter.fc.weight.float())
 
@@ -78,7 +78,7 @@ def test_an_embedding_in_the_folder_is_passed_over(saved: tuple[Eagle3Drafter, P
     _, folder = saved
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "embed_tokens.weight": torch.zeros(32, 16)}, folder / "model.safetensors")
-    assert torch.equal(load_eagle3(folder, parts).embedding, parts.embedding)
+    assert torch.equal(load_drafter(folder, parts).embedding, parts.embedding)
 
 
 def change_config(folder: Path, **entries) -> None:
@@ -91,8 +91,9 @@ def change_config(folder: Path, **entries) -> None:
     [
         ({"hidden_size": 32, "vocab_size": 9}, "config.json: hidden_size is 32, the target has 16"),
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
-        ({"eagle_config": {}}, "eagle_config.eagle_aux_hidden_state_layer_ids is missing"),
-        ({"eagle_config": None}, "eagle_config.eagle_aux_hidden_state_layer_ids is missing"),
+        ({"norm_before_residual": True}, "norm_before_residual is set, which this drafter has no form for"),
+        ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
+        ({"architectures": ["MambaForCausalLM"]}, r"no drafter is of architectures \['MambaForCausalLM'\]"),
         ({"num_key_value_heads": 4}, r"'midlayer.self_attn.k_proj.weight' has shape \(8, 32\), .* needs \(16, 32\)"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1]}}, r"'fc.weight' has shape \(16, 32\)"),
     ],
@@ -102,7 +103,7 @@ def test_another_targets_drafter_is_refused_by_name(
 ) -> None:
     change_config(saved[1], **entries)
     with pytest.raises(CheckpointError, match=message):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
 
 
 @pytest.mark.parametrize("name", ["d2t", "norm.weight", "midlayer.self_attn.q_proj.weight"])
@@ -111,21 +112,109 @@ def test_a_missing_tensor_is_named(saved: tuple[Eagle3Drafter, Path], parts: Tar
     del tensors[name]
     save_file(tensors, saved[1] / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"'{name}'.* is missing"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
 
 
 def test_an_unknown_tensor_is_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     tensors = load_file(saved[1] / "model.safetensors")
     save_file({**tensors, "midlayer.self_attn.q_norm.weight": torch.ones(4)}, saved[1] / "model.safetensors")
     with pytest.raises(CheckpointError, match="'midlayer.self_attn.q_norm.weight' is unknown"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_broken_and_missing_files_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts, name: str) -> None:
     (saved[1] / name).write_text("{")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
     (saved[1] / name).unlink()
     with pytest.raises(CheckpointError, match="give a folder with model.safetensors and config.json"):
-        load_eagle3(saved[1], parts)
+        load_drafter(saved[1], parts)
+
+
+def test_a_public_checkpoint_loads_as_its_authors_wrote_it(
+    saved: tuple[Eagle3Drafter, Path], parts: TargetParts
+) -> None:
+    """Older files: pytorch_model.bin, other names of the layer, rope_theta, no feature layers, a short context."""
+    drafter, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(
+        {f"model.{name}".replace("midlayer.", "layers.0."): t for name, t in tensors.items()},
+        folder / "pytorch_model.bin",
+    )
+    config = json.loads((folder / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    del config["eagle_config"]
+    config |= {"architectures": ["LlamaForCausalLM"], "rope_theta": theta, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    read = load_drafter(folder, parts)
+    assert isinstance(read, Eagle3Drafter) and read.feature_layers == drafter.feature_layers
+    assert read.config.max_position_embeddings == parts.config.max_position_embeddings == 512
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
+
+
+def test_a_pickle_of_anything_but_tensors_is_refused(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
+    folder = saved[1]
+    (folder / "model.safetensors").unlink()
+    torch.save({"fc.weight": Path("/")}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load_drafter(folder, parts)
+
+
+def rewrite(folder: Path, **changed: torch.Tensor) -> None:
+    save_file({**load_file(folder / "model.safetensors"), **changed}, folder / "model.safetensors")
+
+
+def test_bad_draft_maps_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
+    folder, rows = saved[1], torch.arange(4)
+    for ids, message in (
+        ([2, 7, 11, 32], "points outside the target's vocabulary of 32: row 3 is token 32"),
+        ([-1, 7, 11, 30], "points outside the target's vocabulary of 32: row 0 is token -1"),
+        ([2, 7, 7, 30], "gives token 7 more than one row"),
+        ([2, 11, 7, 30], "is not rising: row 1 is token 11, row 2 token 7"),
+        ([2, 7, 11, 29], "'t2d' and 'd2t' name different draft vocabularies"),
+    ):
+        rewrite(folder, d2t=torch.tensor(ids) - rows)
+        with pytest.raises(CheckpointError, match=message):
+            load_drafter(folder, parts)
+
+
+@pytest.mark.parametrize("options", [{}, {"fc_norm": True}, {"norm_output": True}])
+def test_settings_of_eagle_3_1_are_kept(parts: TargetParts, tmp_path: Path, options: dict) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), **options)
+    save_drafter(drafter, tmp_path / "drafter")
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert {name: config[name] for name in ("fc_norm", "norm_output") if name in config} == options
+    assert load_drafter(tmp_path / "drafter", parts).options == drafter.options
+    with pytest.raises(CheckpointError, match="option fc_norm is .* there, .* is asked for"):
+        load_drafter(tmp_path / "drafter", parts, options={"fc_norm": not options.get("fc_norm", False)})
+
+
+@pytest.mark.parametrize("make", [MedusaDrafter, HybridDrafter])
+def test_other_architectures_come_back_from_their_folder(
+    parts: TargetParts, tmp_path: Path, make: type[Drafter]
+) -> None:
+    drafter = make.from_target(parts, draft_vocab=torch.arange(0, 32, 3))
+    save_drafter(drafter, tmp_path / "drafter")
+    read = load_drafter(tmp_path / "drafter", parts, make)
+    batch = pack([tiny_trajectory(drafter)])
+    assert type(read) is make and torch.equal(read.score(batch), drafter.score(batch))
+
+
+def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=(0, 2))
+    with pytest.raises(CheckpointError, match="Eagle3Drafter has no format 'gguf'; it has sglang, vllm, hf"):
+        save_drafter(drafter, tmp_path / "drafter", "gguf")
+    with pytest.raises(CheckpointError, match=r"reads layers \(0, 2\), and files in 'hf' are of \(0, 1\)"):
+        save_drafter(drafter, tmp_path / "drafter", "hf")
+    with pytest.raises(CheckpointError, match="NgramDrafter has no format 'any'; it has none"):
+        save_drafter(NgramDrafter(32), tmp_path / "drafter")
+    assert not (tmp_path / "drafter").exists()
+
+
+def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="nobody/nothing is neither a folder nor a repository of the hub"):
+        load_drafter("nobody/nothing", parts)

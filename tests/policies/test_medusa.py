@@ -65,7 +65,7 @@ def test_a_head_is_residual_blocks_and_a_linear_layer() -> None:
     drafter = MedusaDrafter(4, 10, draft_vocab=torch.arange(3), feature_layers=(1,), num_heads=2, num_layers=2)
     feature = torch.randn(4)
     drafter.allocate(1, 8)
-    drafter.extend(torch.tensor([0]), torch.tensor([[5]]), feature[None, None], torch.tensor([1]))
+    drafter.extend(torch.tensor([0]), torch.tensor([[1, 5]]), feature[None, None], torch.tensor([1]))
     proposal = drafter.propose(torch.tensor([0]), TreeShape(2))
     for depth in range(2):
         block = drafter.blocks[depth]
@@ -79,7 +79,7 @@ def test_a_head_is_residual_blocks_and_a_linear_layer() -> None:
 def test_depth_ends_with_the_heads_and_width_with_the_vocabulary() -> None:
     drafter = identity(num_heads=2)
     drafter.allocate(1, 8)
-    drafter.extend(torch.tensor([0]), torch.tensor([[5]]), torch.tensor([[[3.0, 2.0, 1.0, 0.0]]]), torch.tensor([1]))
+    drafter.extend(torch.tensor([0]), torch.tensor([[1, 5]]), torch.tensor([[[3.0, 2.0, 1.0, 0.0]]]), torch.tensor([1]))
     assert drafter.propose(torch.tensor([0]), TreeShape(4)).parents.tolist() == [[-1, 0]]
     wide = drafter.propose(torch.tensor([0]), TreeShape(1, 9))
     assert wide.tokens.tolist() == [[6, 1, 8, 3]]
@@ -105,7 +105,7 @@ def test_day_0_is_the_targets_own_head() -> None:
     }
     feature = torch.randn(16)
     drafter.allocate(1, 4)
-    drafter.extend(torch.tensor([0]), torch.tensor([[5]]), feature[None, None], torch.tensor([1]))
+    drafter.extend(torch.tensor([0]), torch.tensor([[1, 5]]), feature[None, None], torch.tensor([1]))
     logits = (parts.head.float() @ feature)[vocab].log_softmax(-1)
     proposal = drafter.propose(torch.tensor([0]), TreeShape(3))
     assert proposal.tokens.tolist() == [[int(vocab[logits.argmax()])] * 3]

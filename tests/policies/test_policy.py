@@ -165,29 +165,6 @@ def test_the_shape_may_change_within_the_budget() -> None:
     assert serving.policy.shape == TreeShape(0)
 
 
-def test_lookup_is_merged_into_the_drafters_tree() -> None:
-    """The chain that followed the text's end before is in the tree, in place of the drafter's least likely nodes."""
-    serving = Serving([6, 4, 9])
-    serving.engine.store.tokens[0, :6] = torch.tensor([25, 26, 27, 28, 25, 26])  # not in the draft vocabulary
-    serving.policy.num_nodes = 8
-
-    def draft(shape: TreeShape) -> TensorDict:
-        serving.policy.shape = shape
-        return serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))
-
-    eight, six, merged = draft(TreeShape(3, 2, 8)), draft(TreeShape(3, 2, 6)), draft(TreeShape(3, 2, 8, lookup=2))
-    assert merged["tokens"][0, 6:].tolist() == [27, 28] and merged["parents"][0, 6:].tolist() == [-1, 6]
-    assert merged["mask"].all()
-    assert merged["log_probs"][0, 6:].tolist() == [-torch.inf] * 2  # the drafter did not draw them
-    for key in ("tokens", "parents", "log_probs"):
-        torch.testing.assert_close(merged[key][0, :6], six[key][0, :6])
-        torch.testing.assert_close(merged[key][1:], eight[key][1:])
-    serving.policy.shape = TreeShape(0, lookup=2)
-    assert serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].sum(1).tolist() == [2, 0, 0]
-    with pytest.raises(ValueError, match="a tree of 13 nodes does not fit the policy's num_nodes=8"):
-        serving.policy.shape = TreeShape(3, 2, lookup=3)
-
-
 @pytest.mark.parametrize("mode", ["sampled", "sampled_without_replacement"])
 def test_sampled_drafts_carry_the_law_that_they_were_drawn_from(mode: str) -> None:
     serving = Serving([4, 2, 9])

@@ -148,7 +148,7 @@ def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
     serving.run(100)
     assert serving.run(100).most_common(1)[0][0] == TREE
     serving.slots = 8
-    assert serving.run(100).most_common(1)[0][0] == TreeShape(3)
+    assert serving.run(100).most_common(1)[0][0] == TreeShape(3, 1, 3)
 
 
 def test_trees_tell_what_chains_would_have_had() -> None:

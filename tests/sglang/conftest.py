@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats import save_eagle3
+from aurora_rl.policies.formats import save_drafter
 from aurora_rl.policies.target import TargetParts, default_feature_layers
 from aurora_rl.sglang.engine import SGLangEngine
 
@@ -133,7 +133,7 @@ def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         feature_layers=default_feature_layers(LAYERS),
     )
     _read_the_last_token(drafter)
-    save_eagle3(drafter, folder / "eagle3")
+    save_drafter(drafter, folder / "eagle3")
     return folder
 
 

@@ -18,7 +18,7 @@ from aurora_rl.collectors.hello import Hello
 from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import TargetParts, TreeShape
-from aurora_rl.policies.formats import load_eagle3
+from aurora_rl.policies.formats import load_drafter
 from aurora_rl.recordings import Recording, record
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangEngine, SGLangError, free_ports
@@ -42,7 +42,7 @@ def parts(model):
 
 @pytest.fixture(scope="module")
 def drafter(sglang_models, parts):
-    return load_eagle3(sglang_models / "eagle3", parts)
+    return load_drafter(sglang_models / "eagle3", parts)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def other_weights(drafter, seed):
 
 
 def with_weights(drafter, parts, sglang_models, weights):
-    made = load_eagle3(sglang_models / "eagle3", parts)
+    made = load_drafter(sglang_models / "eagle3", parts)
     made.install(weights)
     return made
 
@@ -429,10 +429,10 @@ def test_the_flywheel_serves_and_learns_on_a_server_that_is_there(
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "request" for event in events) == 24
     assert any(event["event"] == "train" for event in events)  # how much more depends on the machine
-    load_eagle3(tmp_path / "run" / "drafter", parts)
+    load_drafter(tmp_path / "run" / "drafter", parts)
     assert not chain.status()["attached"], "the server goes on without the run"
     chain.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
-    learner.publish(1, other_weights(load_eagle3(sglang_models / "eagle3", parts), 0))
+    learner.publish(1, other_weights(load_drafter(sglang_models / "eagle3", parts), 0))
     chain.detach()
 
 

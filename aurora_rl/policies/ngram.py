@@ -1,0 +1,211 @@
+"""N-grams of the request itself: a text goes on as it went on when its last tokens occurred before.
+
+Saxena, "Prompt Lookup Decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding). It has no weights, costs next to
+nothing, and proposes what a young drafter cannot know: names, numbers and phrases of the request itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
+from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.registry import register_drafter
+from aurora_rl.policies.target import TargetParts
+
+# Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
+_LONGEST, _SHORTEST = 4, 2
+
+
+def continuations(text: Sequence[int]) -> dict[int, float]:
+    """Probabilities of the next token by how the text went on after its last tokens before.
+
+    The longest run of four to two last tokens that occurred earlier counts. The latest occurrence has twice the weight
+    of the one before it, and so on, so that it is never outvoted.
+
+    Args:
+        text: tokens, at least the last of which are looked for.
+
+    Returns:
+        Tokens with their probabilities, likeliest first; empty where the last two tokens did not occur before.
+
+    Example:
+        >>> continuations([1, 2, 3, 1, 2, 4, 1, 2])
+        {4: 0.6666666666666666, 3: 0.3333333333333333}
+    """
+
+    def agreeing(end: int) -> int:
+        """How many tokens before ``end``, itself included, are those at the end of the text."""
+        size = 1
+        while size < _LONGEST and size <= end and text[end - size] == text[-1 - size]:
+            size += 1
+        return size
+
+    sizes = {end: agreeing(end) for end, token in enumerate(text[:-1]) if token == text[-1]}
+    longest = max(sizes.values(), default=0)
+    if longest < _SHORTEST:
+        return {}
+    weights: dict[int, float] = {}
+    for age, end in enumerate(end for end in reversed(sizes) if sizes[end] == longest):
+        weights[text[end + 1]] = weights.get(text[end + 1], 0.0) + 0.5**age
+    total = sum(weights.values())
+    return {token: w / total for token, w in sorted(weights.items(), key=lambda item: -item[1])}
+
+
+class Tree(NamedTuple):
+    """A draft tree in topological order.
+
+    Attributes:
+        tokens: of the nodes.
+        parents: likewise, −1 = root.
+        log_probs: of each node given its path; −inf where the drafter did not draw it.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    log_probs: list[float]
+
+
+def ngram_tree(text: Sequence[int], shape: TreeShape) -> Tree:
+    """The likeliest nodes behind a text, by :func:`continuations` of it and of each path.
+
+    Args:
+        text: a request so far, prompt and completion.
+        shape: depth, width and budget.
+
+    Example:
+        >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
+        [4, 5, 3]
+    """
+    tree = Tree([], [], [])
+    # (negative joint log-probability, order of arrival, parent, token, log-probability, path)
+    open_nodes: list[tuple[float, int, int, int, float, list[int]]] = []
+    arrived = 0
+
+    def grow(parent: int, joint: float, path: list[int]) -> None:
+        nonlocal arrived
+        for token, probability in list(continuations([*text, *path]).items())[: shape.width]:
+            log_prob = math.log(probability)
+            heapq.heappush(open_nodes, (joint - log_prob, arrived, parent, token, log_prob, [*path, token]))
+            arrived += 1
+
+    if shape.depth:
+        grow(-1, 0.0, [])
+    while open_nodes and len(tree.tokens) < shape.budget:
+        joint, _, parent, token, log_prob, path = heapq.heappop(open_nodes)
+        tree.tokens.append(token)
+        tree.parents.append(parent)
+        tree.log_probs.append(log_prob)
+        if len(path) < shape.depth:
+            grow(len(tree.tokens) - 1, joint, path)
+    return tree
+
+
+def padded(trees: Sequence[Tree], device: torch.device) -> Proposal:
+    """Trees of unequal size as a proposal, padded behind each."""
+    width = max(len(tree.tokens) for tree in trees)
+    tokens, parents = (torch.full((len(trees), width), fill, device=device) for fill in (0, -1))
+    log_probs = torch.zeros(tokens.shape, device=device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        nodes = slice(len(tree.tokens))
+        mask[row, nodes] = True
+        for column, values in zip((tokens, parents, log_probs), tree, strict=True):
+            column[row, nodes] = torch.tensor(values, dtype=column.dtype, device=device)
+    return Proposal(tokens, parents, log_probs, mask=mask)
+
+
+@register_drafter("ngram")
+class NgramDrafter(Drafter):
+    """Drafts what followed the last tokens of a request where they occurred before; nothing to learn, nothing to save.
+
+    Args:
+        vocab_size: the target's; every token has a row.
+
+    Example:
+        >>> drafter = NgramDrafter(vocab_size=10)
+        >>> drafter.allocate(num_slots=1, max_length=16)
+        >>> text = torch.tensor([[7, 1, 2, 3, 4, 1, 2]])
+        >>> drafter.extend(torch.tensor([0]), text, torch.zeros(1, 6, 0), torch.tensor([6]))
+        >>> drafter.propose(torch.tensor([0]), TreeShape(depth=3)).tokens
+        tensor([[3, 4, 1]])
+    """
+
+    draft_modes: ClassVar[tuple[str, ...]] = ("topk",)
+    formats: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.feature_layers, self.vocab_size = (), vocab_size
+        self.register_buffer("draft_vocab", torch.arange(vocab_size), persistent=False)
+
+    @classmethod
+    def from_target(
+        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+    ) -> Self:
+        """N-grams of any text: neither the target's weights nor a reduced vocabulary matter."""
+        return cls(len(parts.head))
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """See :meth:`Drafter.allocate`."""
+        self._text: list[list[int]] = [[] for _ in range(num_slots)]
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`Drafter.extend`."""
+        self.hold(slots, tokens, num_new)
+        self.cached[slots] += num_new
+
+    def hold(self, slots: Tensor, tokens: Tensor, num_new: Tensor) -> None:
+        """What :meth:`extend` does but for counting, for a drafter that counts already."""
+        held, rows = self.cached[slots].tolist(), tokens.tolist()
+        for slot, before, row, count in zip(slots.tolist(), held, rows, num_new.tolist(), strict=True):
+            # What is held ends with the first token of the new pairs.
+            self._text[slot] = self._text[slot][:before] + row[: count + 1]
+
+    def text(self, slot: int) -> list[int]:
+        """The tokens of a slot's pairs, from the first of all on."""
+        return self._text[slot][: int(self.cached[slot]) + 1]
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`Drafter.propose`; no nodes where nothing matches.
+
+        Raises:
+            ValueError: the shape's mode samples.
+        """
+        if shape.mode not in self.draft_modes:
+            raise ValueError(f"n-grams have no distribution over all tokens to draw from; mode {shape.mode!r}")
+        return padded([ngram_tree(self.text(slot), shape) for slot in slots.tolist()], self.draft_vocab.device)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`; without gradients, and zeros where nothing matches."""
+        trees, spine = RecordedTrees.of(batch), batch["spine", "tokens"].tolist()
+        start = batch["spine", "offset"].tolist()
+        paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
+        for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
+            paths.append([*paths[parent], token])
+        logits = torch.zeros(int(wanted.sum()), self.vocab_size, device=wanted.device)
+        for row, context in enumerate(wanted.nonzero().flatten().tolist()):
+            first = start[int(trees.request[context])]
+            text = spine[first : first + int(trees.root[context]) + 2]
+            if following := continuations(text + paths[context]):
+                logits[row] = -math.inf
+                for token, probability in following.items():
+                    logits[row, token] = math.log(probability)
+        return logits
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`: there are no checkpoints."""
+        return False

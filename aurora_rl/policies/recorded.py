@@ -1,0 +1,90 @@
+"""The contexts of packed trajectories: where recorded trees stand, and chains of the true tokens in their place.
+
+Legend: ``C`` completion tokens of a batch, ``J`` unroll steps, ``R`` rounds and ``M`` nodes of a batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aurora_rl.trees import depths
+
+
+class RecordedTrees(NamedTuple):
+    """Where the contexts of packed trajectories stand: first the roots of all ``R`` rounds, then all ``M`` nodes.
+
+    Attributes:
+        num_rounds: ``R``.
+        request: ``[R + M]`` int64, the request of each context.
+        root: ``[R + M]`` int64, the pair of its tree's root; −1 where the root is the first token of all, which has
+            none, so that nothing can have been drafted from it.
+        depth: ``[R + M]`` int64, 0 at a root.
+        parent: ``[M]`` int64, the context that each node was drawn from.
+    """
+
+    num_rounds: int
+    request: Tensor
+    root: Tensor
+    depth: Tensor
+    parent: Tensor
+
+    @classmethod
+    def of(cls, batch: TensorDictBase) -> RecordedTrees:
+        """Read a packed batch."""
+        offset, parents, anchor = batch["rounds", "offset"], batch["nodes", "parents"], batch["rounds", "anchor"]
+        rounds = torch.arange(len(anchor), device=anchor.device)
+        drafted_in = torch.repeat_interleave(rounds, offset.diff())
+        above = parents + offset[drafted_in]  # a node's place among all nodes, where it has a parent
+        depth = depths(torch.where(parents < 0, -1, above)[None])[0]
+        request = torch.repeat_interleave(batch["rounds", "request_offset"].diff())
+        return cls(
+            num_rounds=len(rounds),
+            request=torch.cat([request, request[drafted_in]]),
+            root=torch.cat([anchor, anchor[drafted_in]]) - 1,
+            depth=torch.cat([torch.zeros_like(rounds), depth]),
+            parent=torch.where(parents < 0, drafted_in, len(rounds) + above),
+        )
+
+
+def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, Tensor]:
+    """The batch with other rounds: behind every anchor a chain of the tokens that the text goes on with.
+
+    Args:
+        batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
+        steps: ``J``, the longest chain.
+
+    Returns:
+        A batch of the spines with these rounds and nodes; the node ``[J, C]`` int64 that is completion token ``c`` at
+        depth ``j + 1``, −1 where no anchor stands there; and which of these can be drafted, ``[J, C]`` bool: not from
+        the first token of all, which has no feature before it.
+    """
+    offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+    count = offset.diff() - prompt
+    device, total = offset.device, int(count.sum())
+    request = torch.repeat_interleave(torch.arange(len(count), device=device), count)
+    first, place = (count.cumsum(0) - count)[request], torch.arange(total, device=device)
+    # Completion token c is predicted, at step 0, from the anchor one position before it.
+    anchor = prompt[request] - 1 + place - first
+    length = (first + count[request] - place).clamp(max=steps)
+    start = torch.cat([length.new_zeros(1), length.cumsum(0)])
+    step = torch.arange(int(start[-1]), device=device) - torch.repeat_interleave(start[:-1], length)
+    token = offset[request] + prompt[request] + place - first  # of each completion token in the packed spine
+    tokens = batch["spine", "tokens"][token[torch.repeat_interleave(place, length) + step]]
+    request_offset = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    chains = TensorDict(
+        {
+            "spine": batch["spine"],
+            "rounds": {"anchor": anchor, "offset": start, "request_offset": request_offset},
+            "nodes": {"tokens": tokens, "parents": step - 1, "request_offset": start[request_offset]},
+        },
+        batch_size=[],
+    )
+    depth = torch.arange(steps, device=device)[:, None]
+    from_anchor = place - depth
+    there = from_anchor >= first
+    node = torch.where(there, start[from_anchor.clamp(min=0)] + depth, -1)
+    return chains, node, there & (anchor[from_anchor.clamp(min=0)] >= 1)

@@ -1,0 +1,215 @@
+"""Drafter checkpoints as vLLM loads them, checked by the names and shapes that its loaders want (read in 0.32).
+
+vLLM itself is strict by halves. Of EAGLE-3 it refuses a tensor that it does not know, and where one is missing it
+serves with whatever was in memory; of Medusa it passes over the one and refuses the other. Here either is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LAYERS = "eagle_aux_hidden_state_layer_ids"
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A drafter that vLLM serves, of one in this library's layout.
+
+    EAGLE-3 keeps its names, and SGLang loads what comes out as it did what went in. vLLM names a captured state by the
+    layer that it enters, as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which
+    names it by the layer that it leaves, looks in ``eagle_config`` only. So both stand in one file. Neither can capture
+    what this library calls ``num_hidden_layers``, the input of the output head. A drafter with a row for every token
+    may have no ``d2t``.
+
+    Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. The others become the mean of those
+    that are there, and a mean is never the greatest: what is drafted stays the same.
+
+    Args:
+        tensors: of ``model.safetensors``.
+        config: of ``config.json``: SGLang's for EAGLE-3, and for Medusa one with ``architectures`` (``MedusaDrafter``),
+            ``vocab_size``, ``feature_layers`` and the ``options`` ``num_heads`` and ``num_layers``.
+
+    Returns:
+        Tensors and configuration.
+
+    Raises:
+        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
+            do not rise: vLLM joins states in the order of its layers.
+
+    Example:
+        >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.eye(2)}
+        >>> options = {"options": {"num_heads": 1, "num_layers": 1}, "feature_layers": [8]}
+        >>> ours = {"architectures": ["MedusaDrafter"], "vocab_size": 3, **options}
+        >>> written, config = to_vllm({**heads, "d2t": torch.tensor([0, 1])}, ours)
+        >>> written["lm_heads.0.weight"].tolist(), written["token_map"].tolist()
+        ([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], [0, 2])
+    """
+    written = (_medusa_to_vllm if _is_medusa(config) else _eagle3_to_vllm)(dict(tensors), config)
+    _check(*written)
+    return written
+
+
+def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A drafter that vLLM serves, in this library's layout: the way back of :func:`to_vllm`.
+
+    Where another program wrote the file of a Medusa, ``feature_layers``, the target's number of layers, are missing.
+
+    Args:
+        tensors: of ``model.safetensors``.
+        config: of ``config.json``.
+
+    Returns:
+        Tensors and configuration.
+
+    Raises:
+        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture.
+
+    Example:
+        >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.zeros(3, 2)}
+        >>> theirs = {"architectures": ["MedusaModel"], "vocab_size": 3, "hidden_size": 2, "num_heads": 1}
+        >>> read, ours = from_vllm({**heads, "token_map": torch.tensor([0, 2])}, {**theirs, "num_hidden_layers": 1})
+        >>> read["lm_heads.0.weight"].shape, read["d2t"].tolist(), ours["options"]
+        (torch.Size([2, 2]), [0, 1], {'num_heads': 1, 'num_layers': 1})
+    """
+    _check(tensors, config)
+    return (_medusa_from_vllm if _is_medusa(config) else _eagle3_from_vllm)(dict(tensors), config)
+
+
+_Files = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def _eagle3_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
+    known, ids = dict(config), _target_ids(tensors)
+    if layers := (config.get("eagle_config") or {}).get(_LAYERS):
+        if sorted(set(layers)) != list(layers):
+            raise ValueError(f"config.json: {_LAYERS} must rise, got {layers}: vLLM joins states in that order")
+        known[_LAYERS] = [layer + 1 for layer in layers]
+    if len(ids) == config["vocab_size"]:
+        del tensors["d2t"]
+        tensors["lm_head.weight"] = _tensor(tensors, "lm_head.weight")[ids.argsort()]
+    return tensors, known
+
+
+def _eagle3_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
+    known = dict(config)
+    nested = config.get("eagle_config") or {}
+    if layers := known.pop(_LAYERS, None) or nested.get(_LAYERS):
+        known["eagle_config"] = {**nested, _LAYERS: [layer - 1 for layer in layers]}
+    every = torch.zeros(config["vocab_size"], dtype=torch.int64)  # offsets where each token has its row
+    return {"d2t": every, **{_file_name(name): tensor for name, tensor in tensors.items()}}, known
+
+
+def _medusa_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
+    ids = _target_ids(tensors)
+    del tensors["d2t"]
+    known = {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": _tensor(tensors, "lm_heads.0.weight").shape[1],
+        "vocab_size": config["vocab_size"],
+        "num_heads": config["options"]["num_heads"],
+        "num_hidden_layers": config["options"]["num_layers"],
+        "feature_layers": config["feature_layers"],
+    }
+    for name, head in tensors.items():
+        if name.startswith("lm_heads."):
+            rows = head.mean(0, keepdim=True).repeat(config["vocab_size"], 1)
+            tensors[name] = rows.index_copy(0, ids, head)
+    # vLLM passes over this where each token has a row. It is for the way back, as are the feature layers.
+    return {**tensors, "token_map": ids}, known
+
+
+def _medusa_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
+    ids = tensors.pop("token_map", torch.arange(config["vocab_size"]))
+    known = {
+        "architectures": ["MedusaDrafter"],
+        "vocab_size": config["vocab_size"],
+        "draft_vocab_size": len(ids),
+        "options": {"num_heads": config["num_heads"], "num_layers": config["num_hidden_layers"]},
+        **{name: value for name, value in config.items() if name == "feature_layers"},
+    }
+    heads = {name: head[ids] for name, head in tensors.items() if name.startswith("lm_heads.")}
+    offsets = ids - torch.arange(len(ids), device=ids.device)
+    return {**tensors, **heads, "d2t": offsets}, known
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"tensor {name!r} is missing")
+    return tensors[name]
+
+
+def _target_ids(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Of the draft head's rows; ``d2t`` holds the difference."""
+    offsets = _tensor(tensors, "d2t")
+    return offsets + torch.arange(len(offsets), device=offsets.device)
+
+
+def _is_medusa(config: Mapping[str, Any]) -> bool:
+    name = (config.get("architectures") or [""])[0]
+    if "Medusa" not in name and "Eagle3" not in name:
+        raise ValueError(f"config.json: architectures names {name!r}; vLLM's format is for EAGLE-3 and Medusa")
+    return "Medusa" in name
+
+
+def _file_name(name: str) -> str:
+    """An EAGLE-3 tensor's name here; vLLM takes its own for two of them as well."""
+    return name.replace("layers.0.", "midlayer.").replace("draft_id_to_target_id", "d2t")
+
+
+def _check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """What vLLM's loaders do with names, with an error where they are silent."""
+    medusa = _is_medusa(config)
+    wanted, optional = (_medusa_shapes if medusa else _eagle3_shapes)(config)
+    given = dict(tensors) if medusa else {_file_name(name): tensor for name, tensor in tensors.items()}
+    for name, shape in wanted.items():
+        if name not in given:
+            raise ValueError(f"tensor {name!r} {shape} is missing; vLLM would serve without it")
+        if tuple(given[name].shape) != shape:
+            raise ValueError(f"tensor {name!r} must have shape {shape}, got {tuple(given[name].shape)}")
+    if unknown := sorted(given.keys() - wanted.keys() - optional):
+        raise ValueError(f"tensor {unknown[0]!r} is unknown to vLLM")
+
+
+def _eagle3_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
+    """Tensors of ``Eagle3LlamaForCausalLM``, and those that may be there: it skips ``t2d``, and shares embeddings."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
+    rows = config.get("draft_vocab_size") or vocab
+    nested = (config.get("eagle_config") or {}).get(_LAYERS)
+    # In this order vLLM counts the states that it joins, top-level ids not among them.
+    joined = config.get("num_aux_hidden_states") or (len(nested) if nested else 3)
+    width = config.get("target_hidden_size") or hidden
+    shapes: _Shapes = {
+        "fc.weight": (hidden, joined * width),
+        **{f"midlayer.{kind}.weight": (hidden,) for kind in ("input_layernorm", "hidden_norm")},
+        "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (keys, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (keys, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, queries),
+        "midlayer.post_attention_layernorm.weight": (hidden,),
+        "midlayer.mlp.gate_proj.weight": (inner, hidden),
+        "midlayer.mlp.up_proj.weight": (inner, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, inner),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (rows, hidden),
+    }
+    if config.get("fc_norm"):
+        shapes |= {f"fc_norm.{i}.weight": (width,) for i in range(joined)}
+    if rows != vocab:  # otherwise vLLM has no such parameter and refuses the tensor
+        shapes["d2t"] = (rows,)
+    return shapes, {"t2d", "embed_tokens.weight"}
+
+
+def _medusa_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
+    """Tensors of ``MedusaModel``."""
+    hidden, shapes = config["hidden_size"], _Shapes()
+    for head in range(config["num_heads"]):
+        shapes |= {f"blocks.{head}.layers.{i}.weight": (hidden, hidden) for i in range(config["num_hidden_layers"])}
+        shapes[f"lm_heads.{head}.weight"] = (config["vocab_size"], hidden)
+    return shapes, {"token_map"}

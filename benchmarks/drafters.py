@@ -1,0 +1,284 @@
+"""Every architecture on the same requests, from nothing: what it learns, what a round costs, how much faster it serves.
+
+    python benchmarks/drafters.py --prompts code.jsonl,sql.jsonl,math.jsonl --work runs/drafters
+
+For each file of prompts a stream is recorded once, with the features that any of the drafters read. Each drafter learns
+from it in order of arrival; its acceptance length is that of replay on the next requests, which it has not seen. In the
+end what it has become serves requests behind the stream, in turns with plain decoding, and transformers' prompt lookup
+is timed on them beside its plain `generate`. All that is there in --work already is not made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import RESULTS, arguments, parse, write_result
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.conversations import Conversations
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.gate import replay
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.policies import (
+    Drafter,
+    DrafterPolicy,
+    HybridDrafter,
+    NgramDrafter,
+    TargetParts,
+    TreeShape,
+    choose_draft_vocab,
+    get_drafter,
+    load_drafter,
+    save_drafter,
+    token_prior,
+)
+from aurora_rl.recordings import Recording, record
+from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.throughput import ControlWindows
+from aurora_rl.traffic import read_jsonl
+from aurora_rl.training import drafter_optimizers, train_on
+
+# What each learns by; EAGLE's paper asks for its feature regression.
+OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
+HYBRID = "hybrid"  # with n-grams: of what eagle3 has learned, so it is not trained again
+
+
+class World:
+    """The target, the drafters to compare and the prompts of a domain."""
+
+    def __init__(self, options, domain: Path) -> None:
+        self.options, self.domain, self.name = options, domain, domain.stem
+        self.dtype = default_dtype(options.device)
+        self.model, self.tokenizer = load_target("smollm2", dtype=self.dtype, device=options.device)
+        self.parts = TargetParts.of(self.model)
+        prompts = read_jsonl(str(domain), limit=options.requests + options.live)
+        self.ids = [encode_chat(self.tokenizer, p.messages) for p in prompts]
+        self.prompts = prompts[options.requests :]
+        self.shape = TreeShape(options.depth, options.width, options.nodes)
+        self.work = options.work / self.name
+        self.vocab = choose_draft_vocab(options.vocab_size, token_prior(self.model, self.ids[:64]))
+
+    def drafter(self, name: str) -> Drafter:
+        torch.manual_seed(0)
+        return get_drafter(name).from_target(self.parts, draft_vocab=self.vocab)
+
+    def trained(self, name: str) -> Drafter:
+        """What the stream has made of it."""
+        if name == HYBRID:
+            return HybridDrafter(self.trained("eagle3"))
+        folder = self.work / name / "drafter"
+        return load_drafter(folder, self.parts) if folder.exists() else self.drafter(name)
+
+    def stream(self, layers: Sequence[int]) -> Recording:
+        """The recorded requests, with the features of the layers side by side."""
+        recording, every = Recording(self.work / "stream"), NgramDrafter(len(self.parts.head))
+        every.feature_layers = tuple(layers)
+        requests = [
+            Request(i, torch.tensor(ids), self.options.max_new_tokens)
+            for i, ids in enumerate(self.ids[: self.options.requests])
+        ]
+        record(
+            self.model,
+            every,
+            requests,
+            recording,
+            shape=TreeShape(2),
+            stop_tokens=stop_token_ids(self.model, self.tokenizer),
+        )
+        return recording
+
+
+def of_layers(stream: Sequence[TensorDict], recorded: Sequence[int], wanted: Sequence[int]) -> list[TensorDict]:
+    """Trajectories with the features of some of the recorded layers only."""
+    out = []
+    for trajectory in stream:
+        features: Tensor = trajectory["spine", "features"]
+        parts = features.chunk(len(recorded), dim=-1)
+        kept = [features[:, :0], *(parts[list(recorded).index(layer)] for layer in wanted)]
+        out.append(trajectory.clone(recurse=False).set(("spine", "features"), torch.cat(kept, dim=-1)))
+    return out
+
+
+def learn(world: World, name: str, stream: list[TensorDict]) -> None:
+    """The acceptance length on the next requests, after every so many learned from; kept with the drafter."""
+    every, folder = world.options.every, world.work / name
+    drafter = world.drafter(name)
+    served = copy.deepcopy(drafter).to(world.dtype).eval().requires_grad_(False)
+    with_ngrams = HybridDrafter(served)
+    curves: dict[str, list[tuple[int, float]]] = {name: [], HYBRID: []}
+
+    def evaluate(seen: int) -> None:
+        ahead = stream[seen : seen + every]
+        if drafter.formats:
+            served.install(drafter.published())
+        curves[name].append((seen, replay(served, ahead, world.shape).acceptance_length))
+        if name == "eagle3":
+            curves[HYBRID].append((seen, replay(with_ngrams, ahead, world.shape).acceptance_length))
+        print(f"{world.name} {name}: {seen} requests, acceptance length {curves[name][-1][1]:.3f}", flush=True)
+
+    began = time.perf_counter()
+    evaluate(0)
+    if drafter.formats:
+        loss = SumLoss(
+            make_objectives([OBJECTIVES.get(name, {"name": "imitation"})], drafter, world.parts.head.float())
+        )
+        optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
+        steps = train_on(
+            stream[:-every], loss, optimizers, replay=world.options.replay, autocast=world.dtype == torch.bfloat16
+        )
+        for seen, _, _ in steps:
+            if seen % every == 0:
+                evaluate(seen)
+        save_drafter(drafter, folder / "drafter")
+    else:
+        for seen in range(every, len(stream) - every + 1, every):
+            evaluate(seen)
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = sum(p.numel() for p in drafter.parameters())
+    result = {"parameters": parameters, "seconds": round(time.perf_counter() - began, 1), "curves": curves}
+    (folder / "curve.json").write_text(json.dumps(result))
+
+
+def serve(world: World, name: str) -> dict[str, float | None]:
+    """Requests that come behind the stream, speculative and plain in turns."""
+    options = world.options
+    drafter = world.trained(name).to(options.device, world.dtype).eval().requires_grad_(False)
+    requests = Conversations(
+        world.prompts,
+        world.tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        max_length=1024,
+        sampling=SamplingParams(),
+    )
+    model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
+    engine = TransformersEngine(model, num_slots=1, max_length=1024, feature_layers=drafter.feature_layers)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=world.shape.most_nodes, shape=world.shape)
+    costs = measure_rounds(engine, policy, torch.tensor(requests.first_prompts(1)[0]))
+    env = SpecDecodeEnv(
+        engine,
+        requests,
+        num_nodes=policy.num_nodes,
+        stop_tokens=stop_token_ids(model, world.tokenizer),
+        on_completion=lambda completion: server.completed(completion),
+    )
+    with TemporaryDirectory() as folder:
+        server = InferenceServer(
+            env,
+            policy,
+            windows=ControlWindows(0.4, 16),
+            log=MetricsLog(Path(folder) / "metrics.jsonl", "server"),
+            note=requests.completed,
+        )
+        while server.step():
+            pass
+    return {
+        "draft_ms": 1e3 * costs["draft"][-1],
+        "verify_ms": 1e3 * costs["verify"][-1],
+        "plain_ms": 1e3 * costs["verify"][0],
+        "acceptance_length": server.acceptance(0, len(server.finished)),
+        "speedup": server.rates().speedup,
+    }
+
+
+def prompt_lookup(world: World) -> float:
+    """Transformers' own prompt lookup, as a multiple of its plain `generate`, on the same requests."""
+    ratios = []
+    for prompt in world.ids[world.options.requests :]:
+        ids = torch.tensor([prompt], device=world.options.device)
+        rates = []
+        for extra in ({"prompt_lookup_num_tokens": 8}, {}):
+            began = time.perf_counter()
+            out = world.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=world.options.max_new_tokens,
+                **extra,
+            )
+            rates.append((out.shape[1] - ids.shape[1]) / (time.perf_counter() - began))
+        ratios.append(rates[0] / rates[1])
+    return statistics.median(ratios)
+
+
+def plot(domains: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(domains), figsize=(5 * len(domains), 4), sharey=True, squeeze=False)
+    for axis, (domain, cells) in zip(axes[0], domains.items(), strict=True):
+        for number, (name, cell) in enumerate(cells["drafters"].items()):
+            axis.plot(*zip(*cell["curve"], strict=True), label=name, color=f"C{number}")
+        axis.set_title(domain)
+        axis.set_xlabel("requests learned from")
+    axes[0][0].set_ylabel("acceptance length on the next requests")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,hybrid")
+    parser.add_argument("--work", type=Path, default=Path("runs/drafters"))
+    parser.add_argument("--requests", type=int, default=128, help="of each stream")
+    parser.add_argument("--every", type=int, default=32, help="requests between two evaluations")
+    parser.add_argument("--live", type=int, default=8, help="requests behind the stream that are served")
+    parser.add_argument("--replay", type=int, default=4, help="replayed batches for each new one")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--until", choices=["record", "learn", "serve"], default="serve", help="stop behind a part")
+    options = parse(parser)
+    torch.set_num_threads(options.threads)
+    names, domains = options.drafters.split(","), {}
+    for path in (Path(name) for name in options.prompts.split(",")):
+        world = World(options, path)
+        made = {name: world.drafter(name) for name in names if name != HYBRID}
+        layers = sorted({layer for drafter in made.values() for layer in drafter.feature_layers})
+        asked = world.work / "layers.json"
+        world.work.mkdir(parents=True, exist_ok=True)
+        if not asked.exists():
+            asked.write_text(json.dumps(layers))
+        recorded = json.loads(asked.read_text())
+        stream = world.stream(recorded)
+        if options.until == "record":
+            continue
+        for name, drafter in made.items():
+            if not (world.work / name / "curve.json").exists():
+                learn(world, name, of_layers(list(stream), recorded, drafter.feature_layers))
+        if options.until == "learn":
+            continue
+        cells: dict[str, Any] = {}
+        for name in names:
+            kept = json.loads((world.work / ("eagle3" if name == HYBRID else name) / "curve.json").read_text())
+            cells[name] = {"parameters": kept["parameters"], "curve": kept["curves"][name], **serve(world, name)}
+            print(world.name, name, {k: v for k, v in cells[name].items() if k != "curve"}, flush=True)
+        domains[world.name] = {"drafters": cells, "transformers_prompt_lookup_speedup": prompt_lookup(load(world))}
+    if options.until != "serve":
+        return
+    plot(domains, RESULTS.parents[1] / "docs" / "images" / "drafters.png")
+    write_result(__file__, options, {"threads": options.threads, "slots": 1, "domains": domains})
+
+
+def load(world: World) -> World:
+    """The world with a target that no engine has changed."""
+    world.model, _ = load_target("smollm2", dtype=world.dtype, device=world.options.device)
+    return world
+
+
+if __name__ == "__main__":
+    main()
