@@ -84,7 +84,7 @@ class DrafterConfig:
     mode: str = "topk"
     """topk takes the likeliest nodes; sampled and sampled_without_replacement draw them, for policy gradients."""
     adaptive: bool = True
-    """Start with a short path and lengthen it by measured acceptance."""
+    """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
 
 
 @dataclass

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
-from aurora_rl.envs import Completion, Engine, SpecDecodeEnv
+from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv
 from aurora_rl.figures import Figures
 from aurora_rl.metrics import MetricsLog
-from aurora_rl.policies import DrafterPolicy
-from aurora_rl.policies.length import LengthController
+from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.policies.shape import Outcome, ShapeController
 from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
-from aurora_rl.trees import depths
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class InferenceServer(Figures):
         policy: the drafter's policy on the same engine.
         windows: which rounds decode plainly.
         log: where requests and swaps are written.
-        length: adapts the depth of the drafts; None keeps the policy's shape.
+        shapes: chooses the shape of every round's drafts; None keeps the policy's.
         sink: takes trajectories; None where nobody learns.
         receiver: brings weights; None where nobody learns.
         note: called with each completion; returns its domain.
@@ -50,14 +49,14 @@ class InferenceServer(Figures):
         *,
         windows: ControlWindows,
         log: MetricsLog,
-        length: LengthController | None = None,
+        shapes: ShapeController | None = None,
         sink: TrajectorySink | None = None,
         receiver: WeightReceiver | None = None,
         note: Callable[[Completion], str] = lambda completion: "",
     ) -> None:
         super().__init__(policy.version)
         self.env, self.policy = env, policy
-        self._windows, self._log, self._length = windows, log, length
+        self._windows, self._log, self._shapes = windows, log, shapes
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
@@ -84,7 +83,10 @@ class InferenceServer(Figures):
             self._td = env.reset()
             if not env.num_active:
                 return False
-        occupied, policy.speculate = env.num_active, self._windows.speculate
+        occupied, control = env.num_active, not self._windows.speculate
+        if self._shapes is not None and not control:
+            self._reshape(self._shapes.choose(occupied))
+        policy.speculate = not control and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.finished)
         began = time.perf_counter()
@@ -93,30 +95,27 @@ class InferenceServer(Figures):
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
-        if not policy.speculate:
+        if self._shapes is not None:
+            if policy.speculate:
+                self._shapes.observe(policy.shape, occupied, seconds, _outcomes(done, policy.shape.depth))
+            else:
+                self._shapes.observe(self._shapes.plain, occupied, seconds)
+        if control:
             seconds -= recording
             self.rounds.append(Round(True, occupied, 0, recording, completed))
-        self.rounds.append(Round(policy.speculate, occupied, tokens, seconds, completed))
+        self.rounds.append(Round(not control, occupied, tokens, seconds, completed))
         self._windows.spent(seconds)
-        if policy.speculate and self._length is not None:
-            self._adapt(done, seconds)
         return True
 
-    def _adapt(self, done: Any, seconds: float) -> None:
-        assert self._length is not None
-        drafted = done["draft", "mask"]
-        rows = drafted.any(1)
-        depth = (depths(done["draft", "parents"]) * drafted).amax(1)
-        accepted = done["next", "verifier", "accepted"].sum(1)
-        # Where a request ended inside the path, what lies behind its last token was not judged.
-        depth = torch.where(done["next", "verifier", "bonus_token"] < 0, accepted, depth)
-        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
-        accepted, depth = (part.clamp(max=self.policy.shape.depth) for part in (accepted, depth))
-        self._length.observe(accepted[rows], depth[rows], seconds)
-        if self._length.depth != self.policy.shape.depth:
-            shape = self.policy.shape
-            self.policy.shape = dataclasses.replace(shape, depth=self._length.depth)
-            self._log.write("depth", depth=self._length.depth, acceptance=self._length.acceptance)
+    def _reshape(self, shape: TreeShape) -> None:
+        assert self._shapes is not None
+        if shape != self.policy.shape:
+            self.policy.shape = shape
+            acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
+            self._log.write(
+                "shape", depth=shape.depth, width=shape.width, nodes=shape.budget, acceptance=acceptance,
+                occupied=self.env.num_active,
+            )  # fmt: skip
 
     def completed(self, completion: Completion) -> None:
         """Record a request that ended and hand its trajectory on."""
@@ -173,6 +172,8 @@ class InferenceServer(Figures):
         self.swap_ms.append(milliseconds)
         self.versions.append(version)
         self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.finished))
+        if self._shapes is not None:
+            self._shapes.swapped()
         # These tensors stay what they are: the next swap puts others in their place.
         self._background.submit(self._acknowledge, version, self.policy.drafter.published(), milliseconds)
 
@@ -189,45 +190,89 @@ def _named(weights: Any) -> dict[str, Tensor]:
     }
 
 
-@torch.inference_mode()
+def _outcomes(done: TensorDictBase, depth: int) -> list[list[Outcome]]:
+    """What became of the drafts of a round, of each slot that has any, up to a depth."""
+    draft, verifier = done["draft"], done["next", "verifier"]
+    parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
+    siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
+    likeliest = ~(siblings & (log_probs[:, None] > log_probs[:, :, None])).any(-1)
+    # Where a request ended inside the path, what lies behind its last token was not judged.
+    judged = (verifier["bonus_token"] >= 0).tolist()
+    out = []
+    for slot in mask.any(1).nonzero().flatten().tolist():
+        path = verifier["accepted"][slot].nonzero().flatten()
+        outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
+        if judged[slot]:
+            end = int(path[-1]) if len(path) else -1
+            outcomes.append("refused" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
+        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        out.append(outcomes[:depth])
+    return out
+
+
 def measure_rounds(
-    engine: Engine, policy: DrafterPolicy, prompt: Tensor, *, repeats: int = 6
-) -> dict[str, list[float]]:
-    """Time verification and drafting at every depth on this machine, every slot occupied, before serving starts.
+    engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 6
+) -> dict[int, dict[TreeShape, float]]:
+    """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
 
     Args:
         engine: an engine whose slots are free.
-        policy: a policy on it; its shape gives width and budget, and its depth the deepest that is tried.
-        prompt: ``[P]`` tokens to put into each slot.
+        policy: a policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
+        request: to put into each slot, again whenever it ends.
+        shapes: to measure, within the policy's ``num_nodes``.
         repeats: timings of each; the least counts, which other work on the machine disturbs least.
 
     Returns:
-        Seconds by depth 0 to the shape's: "verify", "draft" and "round", both together.
+        Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
     """
-    shape = policy.shape
-    slots = torch.arange(engine.num_slots)
-    engine.prefill(slots.tolist(), [prompt] * engine.num_slots)
-    fresh = torch.ones(engine.num_slots, 1, dtype=torch.bool)
-    depths_tried = range(shape.depth + 1)
-    verify, draft = ([math.inf] * len(depths_tried) for _ in range(2))
-    policy.draft(fresh)
+    kept, slots = policy.shape, engine.num_slots
+    powers = [2**i for i in range(slots.bit_length())]
+    seconds = {count: _time_rounds(engine, policy, [request] * count, shapes, repeats) for count in (*powers, slots)}
+    policy.shape, engine.prefill_seconds = kept, 0.0
+
+    def dearer(shape: TreeShape) -> list[TreeShape]:
+        return [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
+
+    # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
+    return {
+        count: {s: min(seconds[c][d] for c in seconds if c >= count for d in dearer(s)) for s in shapes}
+        for count in seconds
+    }
+
+
+def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
+    """What :func:`measure_rounds` returns, for a log: milliseconds, shapes by depth and width.
+
+    Example:
+        >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
+        {1: {'0x1': 20.0, '3x2': 31.2}}
+    """
+    return {
+        count: {f"{shape.depth}x{shape.width}": round(s * 1e3, 3) for shape, s in by_shape.items()}
+        for count, by_shape in costs.items()
+    }
+
+
+def _time_rounds(
+    engine: Engine, policy: DrafterPolicy, waiting: list[Request], shapes: Sequence[TreeShape], repeats: int
+) -> dict[TreeShape, float]:
+    """Least seconds of a round of each shape, with as many slots occupied as there are requests."""
+    env = SpecDecodeEnv(
+        engine,
+        lambda: waiting.pop() if waiting else None,
+        num_nodes=policy.num_nodes,
+        draft_mode=policy.shape.mode,
+        on_completion=lambda completion: waiting.append(completion.request),
+    )
+    td, least = env.reset(), dict.fromkeys(shapes, math.inf)
     for _ in range(repeats):
-        # Depths take turns, so that a machine whose speed drifts treats them alike.
-        for depth in depths_tried:
-            policy.shape = dataclasses.replace(shape, depth=depth)
-            policy.drafter.cached.clamp_(max=max(len(prompt) - 2 - depth // 2, 0))  # what a round would have to add
+        # Shapes take turns, so that a machine whose speed drifts treats them alike.
+        for shape in shapes:
+            policy.shape, prefill = shape, engine.prefill_seconds
             began = time.perf_counter()
-            tree = policy.draft(~fresh)
-            drafted = time.perf_counter()
-            nodes = (tree[key][:, : policy.shape.budget] for key in ("tokens", "parents", "mask"))
-            engine.logits(engine.verify(slots, *nodes)).argmax(-1)
-            verify[depth] = min(verify[depth], time.perf_counter() - drafted)
-            draft[depth] = min(draft[depth], drafted - began)
-    policy.shape = shape
-    for slot in slots.tolist():
+            _, td = env.step_and_maybe_reset(policy(td))
+            least[shape] = min(least[shape], time.perf_counter() - began - (engine.prefill_seconds - prefill))
+    for slot in engine.store.occupied.tolist():
         engine.release(slot)
-    engine.prefill_seconds = 0.0
-    policy.drafter.forget(slots)
-    # A deeper round is no cheaper than a shallower one; where it looks so, the shallower was disturbed.
-    total = [min(v + d for v, d in zip(verify[i:], draft[i:], strict=True)) for i in depths_tried]
-    return {"verify": verify, "draft": draft, "round": total}
+    policy.drafter.forget(torch.arange(engine.num_slots))
+    return least

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -15,13 +14,13 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.config import Config, ConfigError
 from aurora_rl.conversations import Conversations
-from aurora_rl.envs import Completion, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy
 from aurora_rl.policies.formats import save_drafter
-from aurora_rl.policies.length import LengthController
-from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.policies.shape import ShapeController
+from aurora_rl.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangEngine, SGLangError, reserved_context
 from aurora_rl.sglang.server import RemoteServer
@@ -103,11 +102,17 @@ class EmbeddedServing(Serving):
             shape=tree,
             generator=torch.Generator(device).manual_seed(config.seed),
         )
-        costs = measure_rounds(engine, policy, torch.tensor(requests.first_prompts(1)[0]))
-        log.write("costs", seconds_by_depth=costs)
-        length = LengthController(costs["round"]) if config.drafter.adaptive else None
-        if length is not None:
-            policy.shape = dataclasses.replace(tree, depth=length.depth)
+        shapes = None
+        if config.drafter.adaptive:
+            usual = Request(
+                0,
+                torch.tensor(requests.first_prompts(1)[0]),
+                config.max_new_tokens,
+                SamplingParams(config.temperature, config.top_k, config.top_p),
+            )
+            costs = measure_rounds(engine, policy, usual, ShapeController.candidates(tree))
+            log.write("costs", round_ms=cost_table(costs))
+            shapes = ShapeController(costs)
         env = SpecDecodeEnv(
             engine,
             requests,
@@ -126,7 +131,7 @@ class EmbeddedServing(Serving):
             policy,
             windows=ControlWindows(config.control.share, config.control.window, config.seed),
             log=log,
-            length=length,
+            shapes=shapes,
             sink=self._sink,
             receiver=self._receiver,
             note=requests.completed,

@@ -47,7 +47,7 @@ class Round:
     """One round of decoding.
 
     Attributes:
-        speculative: which kind it was.
+        speculative: false in control windows; all other rounds are the policy's, be they without drafts.
         occupied: slots that took part.
         tokens: tokens delivered.
         seconds: wall time, prefill excluded.

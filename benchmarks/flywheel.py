@@ -36,7 +36,7 @@ def main() -> None:
         summary = json.loads((run_dir / "summary.json").read_text())
         events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     gates = [e for e in events if e["event"] == "gate"]
-    costs = next((e["seconds_by_depth"] for e in events if e["event"] == "costs"), None)  # a remote engine has none
+    costs = next((e["round_ms"] for e in events if e["event"] == "costs"), None)  # a fixed shape has none
     requests = [e for e in events if e["event"] == "request"]
     tenth = max(len(requests) // 10, 1)
     curve = []
@@ -49,7 +49,7 @@ def main() -> None:
         "threads": {"server": options.threads, "learner": 1},
         "summary": summary,
         "acceptance_length_by_tenth": curve,
-        "seconds_by_depth_at_start": costs,
+        "round_ms_at_start": costs,
         "candidates": len(gates),
         "published": sum(g["publish"] for g in gates),
     }

@@ -19,13 +19,13 @@ import torch
 from common import arguments, parse, prompts, write_result
 
 from aurora_rl.conversations import Conversations
-from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import DrafterPolicy, HybridDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats import load_drafter
-from aurora_rl.policies.length import LengthController
-from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.policies.shape import ShapeController
+from aurora_rl.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.throughput import ControlWindows
 
 
@@ -48,7 +48,8 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     shape = TreeShape(options.depth, options.width, options.nodes)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
     policy.rebuild_on_install = rebuild
-    costs = measure_rounds(engine, policy, torch.tensor(requests.first_prompts(1)[0]))
+    usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), options.max_new_tokens)
+    costs = measure_rounds(engine, policy, usual, ShapeController.candidates(shape))
     env = SpecDecodeEnv(
         engine,
         requests,
@@ -61,7 +62,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         policy,
         windows=ControlWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
-        length=None if options.swap_every else LengthController(costs["round"]),
+        shapes=None if options.swap_every else ShapeController(costs),
         note=requests.completed,
     )
     inside = 0.0
@@ -91,10 +92,10 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         "slots": slots,
         "requests": len(server.finished),
         "acceptance_length": server.acceptance(0, len(server.finished)),
-        "depth_at_end": policy.shape.depth,
+        "shape_at_end": {"depth": policy.shape.depth, "width": policy.shape.width},
         "tokens_per_second": {"control": measured.control, "speculative": measured.speculative},
         "speedup": measured.speedup,
-        "seconds_by_depth": costs,
+        "round_ms_at_start": cost_table(costs),
         "torchrl_and_server_share_of_round": 1 - (inside + sum(installs) / 1e3) / total,
         "swap_ms": {"p50": statistics.median(installs), "max": max(installs)} if installs else None,
     }

@@ -68,7 +68,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
             "gate.requests=3",
             "learner.replay=1",
         ),
-        *("gate.margin=9", "control.share=0.3", "control.window=6"),
+        *("gate.margin=9", "control.share=0.3", "control.window=6", "drafter.adaptive=false"),
     ]
     command = [sys.executable, "-m", "aurora_rl.cli", "flywheel", *arguments, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngin
 from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.policies import Drafter, DrafterPolicy, HybridDrafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.length import LengthController
-from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.policies.shape import ShapeController
+from aurora_rl.server import InferenceServer, _outcomes, measure_rounds
 from aurora_rl.testing import tiny_target
 from aurora_rl.throughput import ControlWindows, Round
 from aurora_rl.trajectories import TrajectoryRecorder
@@ -108,6 +109,14 @@ class Oracle(Drafter):
 
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         raise NotImplementedError
+
+
+class Wrong(Oracle):
+    """Proposes what the target is not going to say."""
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        right = super().propose(slots, shape, generator)
+        return right._replace(tokens=(right.tokens + 1) % VOCAB)
 
 
 def eagle(seed: int = 0) -> Eagle3Drafter:
@@ -344,30 +353,88 @@ def test_requests_that_come_of_completions(tmp_path: Path) -> None:
     serving.check_texts()
 
 
-def test_the_draft_lengthens_while_it_pays(tmp_path: Path) -> None:
+class OnTime(ShapeController):
+    """Chains whose rounds take the given seconds by depth, whatever the clock says."""
+
+    def __init__(self, *by_depth: float) -> None:
+        super().__init__({1: {TreeShape(d): seconds for d, seconds in enumerate(by_depth)}})
+
+    def observe(self, shape: TreeShape, occupied: int, seconds: float, *outcomes: Any) -> None:
+        super().observe(shape, occupied, self._costs[1][shape], *outcomes)
+
+
+def test_the_draft_lengthens_to_what_pays(tmp_path: Path) -> None:
     # 22 tokens end inside a path of three: five rounds of four tokens, and two drafted ones.
     waiting = requests(12, budget=22)
-    length = LengthController([1.0, 1.1, 1.2, 1.3])
-    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, length=length)
+    shapes = OnTime(1.0, 1.3, 1.4, 1.5)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, shapes=shapes)
     server = serving.run()
     serving.check_texts()
-    assert [event["depth"] for event in serving.events("depth")] == [2, 3]
+    # By the first guess it does not pay: a probe of depth 1 finds that it does.
+    (event,) = serving.events("shape")
+    assert (event["depth"], event["width"], event["nodes"], event["occupied"]) == (3, 1, 3, 2)
     # The oracle is always right, and an end inside a path is no mistake: every trial of these depths was a hit.
-    hits, trials = length._hits, length._trials
-    assert trials[1] == pytest.approx(hits[1]) and trials[2] == pytest.approx(hits[2]) and trials[2] > 8
-    assert server.finished[-2:] == [(22, 6)] * 2
+    for hits, trials in shapes._likeliest:
+        assert trials == pytest.approx(hits) and trials > 8
+    assert server.finished[-2:] == [(22, 6)] * 2 and server.depth == 3
+
+
+def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> None:
+    waiting = requests(12, budget=40)
+    serving = Serving(tmp_path, waiting, Wrong(waiting), slots=2, shapes=OnTime(1.0, 1.5, 2.0, 2.5))
+    server = serving.run()
+    serving.check_texts()
+    assert 0 in [event["depth"] for event in serving.events("shape")]
+    drafted = [int((c.trajectory["rounds", "offset"].diff() > 0).sum()) for c in serving.completions]
+    # A probe of 24 drafts at first; what it lost, half a round at each, forbids another for longer than this run.
+    assert sum(drafted) == drafted[0] + drafted[1] == 24
+    # What is not drafted for is the policy's doing, and no control window.
+    assert all(r.speculative for r in server.rounds) and server.finished[-1] == (0, 0) and server.depth == 0
+    assert serving.events("request")[-1]["accepted"] == {}
+
+
+def test_control_windows_tell_the_controller_what_plain_decoding_takes(tmp_path: Path) -> None:
+    waiting, shapes = requests(4, budget=40), ShapeController({1: {TreeShape(0): 1e-3, TreeShape(1): 1e-3}})
+    serving = Serving(tmp_path, waiting, Oracle(waiting), depth=1, windows=Plain(), shapes=shapes)
+    serving.run()
+    assert shapes._since == float("inf") and shapes._pace[0] != 1.0  # rounds were seen, and none of them drafted
+
+
+def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
+    done = TensorDict(
+        {
+            "draft": {
+                # 0 and 1 are children of the root, 1 the likelier; 2 is a child of 0.
+                "parents": torch.tensor([[-1, -1, 0]] * 6),
+                "log_probs": torch.tensor([[-2.0, -1.0, -torch.inf]] * 6),
+                "mask": torch.tensor([[True] * 3] * 5 + [[False] * 3]),
+            },
+            "next": {
+                "verifier": {
+                    "accepted": torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool(),
+                    "bonus_token": torch.tensor([5, 5, 5, 5, -1, 5]),
+                }
+            },
+        },
+        batch_size=[6],
+    )
+    assert _outcomes(done, 3) == [
+        ["refused"], ["sibling", "refused"], ["sibling", "likeliest", "undrafted"], ["likeliest", "undrafted"],
+        ["sibling"],
+    ]  # fmt: skip
+    assert _outcomes(done, 1) == [["refused"], ["sibling"], ["sibling"], ["likeliest"], ["sibling"]]
 
 
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
     waiting = requests(12, budget=22)
-    length = LengthController([1.0, 1.1, 99.0, 99.0])  # a second depth never pays
-    serving = Serving(tmp_path, waiting, HybridDrafter(Oracle(waiting)), slots=2, depth=1, length=length)
-    serving.policy.shape = TreeShape(1, 1, 3)
+    none, short, long = (TreeShape(d, 1, 3) for d in range(3))
+    shapes = ShapeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
+    serving = Serving(tmp_path, waiting, HybridDrafter(Oracle(waiting)), slots=2, depth=1, shapes=shapes)
     serving.run()
     serving.check_texts()
     accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}
     assert max(accepted) == 2  # the texts do repeat themselves
-    assert length._trials[0] > 8 and length._trials[1:] == [0.0, 0.0]
+    assert shapes._likeliest[0][1] > 8 and shapes._likeliest[1] == [0.0, 0.0]
 
 
 class Broken(Oracle):
@@ -438,12 +505,17 @@ def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: P
 
 def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
     waiting = requests(3)
-    serving = Serving(tmp_path, waiting, eagle(), slots=2)
-    costs = measure_rounds(serving.engine, serving.policy, waiting[2].prompt, repeats=2)
-    assert {key: len(column) for key, column in costs.items()} == {"verify": 4, "draft": 4, "round": 4}
-    assert all(c > 0 for c in costs["round"]) and serving.policy.shape == TreeShape(DEPTH)
-    assert serving.engine.store.lengths.tolist() == [0, 0] and serving.engine.prefill_seconds == 0
-    fresh = Serving(tmp_path / "fresh", waiting, eagle(), slots=2)
+    serving = Serving(tmp_path, waiting, eagle(), slots=3)
+    shapes = ShapeController.candidates(TreeShape(DEPTH))
+    costs = measure_rounds(serving.engine, serving.policy, waiting[2], shapes, repeats=2)
+    assert sorted(costs) == [1, 2, 3] and all(list(by_shape) == shapes for by_shape in costs.values())
+    for count, by_shape in costs.items():
+        seconds = [by_shape[shape] for shape in shapes]
+        assert 0 < seconds[0] and seconds == sorted(seconds)  # nothing that does more is cheaper
+        assert count == 1 or by_shape[shapes[1]] >= costs[count - 1][shapes[1]]
+    assert serving.policy.shape == TreeShape(DEPTH)
+    assert serving.engine.store.lengths.tolist() == [0, 0, 0] and serving.engine.prefill_seconds == 0
+    fresh = Serving(tmp_path / "fresh", waiting, eagle(), slots=3)
     # The same drafts as a server that measured nothing, hence the same acceptance.
     assert serving.run().finished == fresh.run().finished
     serving.check_texts()

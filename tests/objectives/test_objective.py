@@ -27,7 +27,7 @@ from aurora_rl.objectives import (
     objective,
     register_objective,
 )
-from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
+from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
 from aurora_rl.testing.tabular import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
@@ -46,7 +46,7 @@ SETTINGS: list[tuple[type[Objective], dict[str, Any]]] = [
     (ExpectedLengthLoss, {"contexts": "trees", "rule": "greedy"}),
     (AcceptanceRewardLoss, {}),
     (AcceptanceRewardLoss, {"baseline": "leave_one_out", "clip": 0.2}),
-    (AcceptanceRewardLoss, {"baseline": "group", "reward": "recorded"}),
+    (AcceptanceRewardLoss, {"baseline": "group", "reward": "recorded", "max_staleness": 4}),
 ]
 
 
@@ -56,6 +56,24 @@ def test_every_objective_keeps_its_promises(kind: type[Objective], settings: dic
         lambda drafter, head, reduction: kind(drafter, head, reduction=reduction, **settings),
         differentiable=settings.get("weighting") != "expected_length",
     )
+
+
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS, ids=lambda x: x.name if isinstance(x, type) else str(x))
+def test_requests_that_nothing_was_drafted_for(kind: type[Objective], settings: dict[str, Any]) -> None:
+    # As a server makes them while speculation does not pay.
+    drafter, head = made()
+    loss = kind(drafter, head, **settings)
+    shape = TreeShape(0, mode="sampled" if kind.sampled else "topk")
+    batch = pack([tiny_trajectory(drafter, shape=shape, request=i) for i in range(2)])
+    assert not len(batch["nodes", "tokens"])
+    for _ in range(25):  # more than an objective with a limit on staleness waits for fresh trees
+        value = loss(batch)[f"loss_{kind.name}"]
+        value.backward()
+    gradients = [p.grad for p in drafter.parameters() if p.grad is not None]
+    assert bool(torch.isfinite(value)) and gradients and all(bool(torch.isfinite(g).all()) for g in gradients)
+    # The text teaches all the same; trees, of which there are none, do not.
+    from_text = kind is ImitationLoss or (kind is ExpectedLengthLoss and settings.get("contexts") != "trees")
+    assert any(bool(g.any()) for g in gradients) == from_text
 
 
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))

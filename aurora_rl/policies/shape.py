@@ -1,0 +1,220 @@
+"""Which tree to draft next, or none: from measured acceptance and the measured cost of rounds."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from aurora_rl.policies.drafter import TreeShape
+
+# A shape that promises this share of the best one's tokens per second is as good as the best; and what no speculation
+# has to promise to be preferred.
+_AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
+# A chance of which nothing is known yet, and how many trials this guess is worth.
+_GUESS, _WORTH = 0.25, 4
+# Trials that are left of what was measured, where it may not hold any more.
+_LEFT = 8
+# Rounds over which the pace of live rounds is averaged, and how many rounds' time a loss counts up to.
+_RECENT, _LOSS = 64, 32
+# Trials of a probe; the share of plain decoding's time that probes may lose; and how many times longer than that they
+# wait at most where they keep finding nothing.
+_PROBE, _SHARE, _PATIENCE = 24, 0.02, 8
+
+Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
+"""At the end of an accepted path: which child was accepted, or that none was, or that none was drafted."""
+
+
+class ShapeController:
+    """Chooses the shape with the most expected tokens per second, no speculation being one of them.
+
+    At the end of an accepted path the drafter's likeliest child is accepted with chance ``f``, and where it is not one
+    of its siblings with chance ``o``; a tree has drafted any with chance ``c``. All are measured by depth. A depth is
+    passed with chance ``a = f`` in a chain and ``c (f + (1 - f) o)`` in a tree, so that trees tell what chains would
+    have had, and a round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. A depth that was
+    not tried is taken to be as good as the one before it, and is tried if that would pay.
+
+    A round takes the time measured for its shape and number of occupied slots, times the pace of the live rounds of its
+    kind (plain or speculative), which context lengths and the machine's other work change.
+
+    Where no speculation is best, a probe drafts for a few rounds now and then, so that a drafter that improved is
+    found: soon after :meth:`swapped`, otherwise at growing intervals, and in either case not before what the last one
+    lost, a plain round at least, is a fiftieth of the time of plain decoding since.
+
+    Args:
+        costs: seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.
+        memory: speculative rounds over which acceptance fades.
+
+    Attributes:
+        plain: the shape of depth 0.
+
+    Raises:
+        ValueError: no costs, no shape of depth 0 or several, or not the same shapes for every number of slots.
+
+    Example:
+        Drafting one token adds a tenth to a round of one slot, and doubles a round of eight.
+
+        >>> none, chain = TreeShape(0), TreeShape(1)
+        >>> shapes = ShapeController({1: {none: 1.0, chain: 1.1}, 8: {none: 1.5, chain: 3.0}})
+        >>> for outcome in ["likeliest", "likeliest", "refused"] * 50:
+        ...     shapes.observe(chain, 1, seconds=1.1, outcomes=[[outcome]])
+        >>> shapes.choose(1).depth, shapes.choose(8).depth
+        (1, 0)
+    """
+
+    def __init__(self, costs: Mapping[int, Mapping[TreeShape, float]], *, memory: int = 400) -> None:
+        self._costs, self._occupancies, self._fade = costs, sorted(costs), 1 - 1 / memory
+        self._shapes = list(costs[self._occupancies[0]]) if costs else []
+        plain = [shape for shape in self._shapes if not shape.depth]
+        if len(plain) != 1 or any(set(by_shape) != set(self._shapes) for by_shape in costs.values()):
+            found = {occupied: [(s.depth, s.width) for s in by_shape] for occupied, by_shape in costs.items()}
+            raise ValueError(
+                "costs name the same shapes for every number of slots, one of them of depth 0; got (depth, width) "
+                f"by number of slots: {found}"
+            )
+        self.plain = plain[0]
+        deepest = max(shape.depth for shape in self._shapes)
+        # [hits, trials] by depth.
+        self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
+        # Live over measured seconds of plain and of speculative rounds; which kind ran last, and for how many rounds.
+        self._pace = [1.0, 1.0]
+        self._kind: int | None = None
+        self._run = _RECENT
+        self._probing = 0  # trials that the probe still wants
+        # Seconds: of plain decoding since the last draft, and what drafting had lost by then.
+        self._since, self._lost = math.inf, 0.0
+        self._patience = 1
+
+    @staticmethod
+    def candidates(most: TreeShape) -> list[TreeShape]:
+        """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a bare chain.
+
+        Example:
+            >>> [(s.depth, s.width, s.budget) for s in ShapeController.candidates(TreeShape(2, width=4, num_nodes=5))]
+            [(0, 4, 0), (1, 1, 1), (1, 4, 4), (2, 1, 2), (2, 4, 5)]
+        """
+        shapes = [replace(most, depth=0)]
+        for depth in range(1, most.depth + 1):
+            # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
+            if most.width > 1 and most.mode == "topk":
+                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
+            shapes.append(replace(most, depth=depth))
+        return shapes
+
+    def acceptance(self, shape: TreeShape) -> list[float]:
+        """The chances ``a[1], a[2], ...`` of a shape, as they are estimated now."""
+        likeliest, sibling, drafted, passed = _GUESS, _GUESS, 1.0, []
+        for d in range(shape.depth):
+            likeliest = _estimate(self._likeliest[d], likeliest)
+            sibling = _estimate(self._siblings[d], sibling)
+            drafted = _estimate(self._drafted[d], drafted)
+            passed.append(drafted * (likeliest + (1 - likeliest) * sibling) if shape.width > 1 else likeliest)
+        return passed
+
+    def choose(self, occupied: int) -> TreeShape:
+        """The shape of the next round, of so many occupied slots."""
+        rates = {shape: self._tokens(shape) / self._seconds(shape, occupied) for shape in self._shapes}
+        drafting = [shape for shape in self._shapes if shape.depth]
+        best = max(drafting, key=rates.__getitem__, default=self.plain)
+        if rates[self.plain] < _PLAIN_ENOUGH * rates[best]:
+            # Of shapes that are as good the deepest: what is drafted is tried and recorded, hence learned from.
+            as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
+            return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
+        loss = max(self._lost, self._seconds(self.plain, occupied))
+        if not self._probing and self._since * _SHARE >= loss * self._patience:
+            self._probing, self._lost, self._patience = _PROBE, 0.0, min(2 * self._patience, _PATIENCE)
+            self._doubt()
+        return best if self._probing else self.plain
+
+    def observe(
+        self, shape: TreeShape, occupied: int, seconds: float, outcomes: Sequence[Sequence[Outcome]] = ()
+    ) -> None:
+        """Take in a round.
+
+        Args:
+            shape: that was drafted, whether or not it was the one chosen.
+            occupied: slots that took part.
+            seconds: wall time of the round.
+            outcomes: of each slot that was drafted for, by depth, as far as it was judged.
+        """
+        self._keep_pace(shape, occupied, seconds)
+        if not shape.depth:
+            self._since += seconds
+            return
+        plain = self._seconds(self.plain, occupied)
+        tokens = 1 + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path) / occupied
+        # Both kinds at their pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
+        spent = seconds if self._run == 1 else self._seconds(shape, occupied)
+        # A profit is not saved up, and a long loss is not held for ever against weights to come.
+        self._lost, limit = max(self._lost + spent - tokens * plain, 0.0), _LOSS * plain
+        if self._lost > limit:
+            self._lost = limit
+            self._doubt()
+        self._since = 0.0
+        self._probing = max(self._probing - len(outcomes), 0)
+        if not self._probing and not self._lost:
+            self._patience = 1
+        for counts in (*self._likeliest, *self._siblings, *self._drafted):
+            counts[:] = [self._fade * count for count in counts]
+        for path in outcomes:
+            for d, outcome in enumerate(path):
+                if shape.width > 1:
+                    _count(self._drafted[d], outcome != "undrafted")
+                if outcome != "undrafted":
+                    _count(self._likeliest[d], outcome == "likeliest")
+                if shape.width > 1 and outcome in ("sibling", "refused"):
+                    _count(self._siblings[d], outcome == "sibling")
+
+    def swapped(self) -> None:
+        """Other weights draft from now on: what was measured of the old ones counts little."""
+        self._doubt()
+        self._patience, self._run = 1, 0
+
+    def _doubt(self) -> None:
+        for counts in (*self._likeliest, *self._siblings):
+            counts[:] = [count * min(_LEFT / max(counts[1], 1e-9), 1.0) for count in counts]
+
+    def _tokens(self, shape: TreeShape) -> float:
+        reach = tokens = 1.0
+        for passed in self.acceptance(shape):
+            reach *= passed
+            tokens += reach
+        return tokens
+
+    def _seconds(self, shape: TreeShape, occupied: int) -> float:
+        return self._pace[shape.depth > 0] * self._measured(shape, occupied)
+
+    def _measured(self, shape: TreeShape, occupied: int) -> float:
+        """Seconds at start; between two measured numbers of slots, on the line through them."""
+        known = self._occupancies
+        above = min(bisect_left(known, occupied), len(known) - 1)
+        low, high = known[max(above - 1, 0)], known[above]
+        share = min((occupied - low) / (high - low), 1.0) if high > low else 0.0
+        return self._costs[low][shape] * (1 - share) + self._costs[high][shape] * share
+
+    def _keep_pace(self, shape: TreeShape, occupied: int, seconds: float) -> None:
+        kind = int(shape.depth > 0)
+        if kind != self._kind:
+            # The first kind of all carries the other along at once: nothing live is known of either.
+            self._kind, self._run = kind, 0 if self._kind is not None else _RECENT
+        self._run += 1
+        if kind and self._run == 1:
+            return  # the drafter's cache caught up, as it does in no round that follows
+        old = self._pace[kind]
+        # Clipped: one round that the machine held up says little about the others.
+        self._pace[kind] += (min(seconds / self._measured(shape, occupied), 4 * old) - old) / _RECENT
+        if self._run > _RECENT:
+            # What changes soon after the kind did is the difference between the two; what changes later, such as the
+            # machine's other work, is taken to change both.
+            self._pace[1 - kind] *= self._pace[kind] / old
+
+
+def _count(counts: list[float], hit: bool) -> None:
+    counts[0] += hit
+    counts[1] += 1
+
+
+def _estimate(counts: list[float], guess: float) -> float:
+    return (counts[0] + _WORTH * guess) / (counts[1] + _WORTH)

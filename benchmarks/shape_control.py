@@ -1,0 +1,200 @@
+"""The shape controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
+
+Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
+weights are learned here: the useless drafter is the trained one with the rows of its draft head permuted, and the
+improving one is swapped in by steps between an untrained and a trained checkpoint of one draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from common import arguments, parse, prompts, write_result
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.conversations import Conversations
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.metrics import MetricsLog
+from aurora_rl.models import default_dtype, load_target, stop_token_ids
+from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
+from aurora_rl.policies.formats import load_drafter
+from aurora_rl.policies.shape import ShapeController
+from aurora_rl.server import InferenceServer, cost_table, measure_rounds
+from aurora_rl.throughput import ControlWindows, rates
+
+Weights = dict[str, Tensor]
+
+
+class Script:
+    """Stands for a learner: brings each of its weights once so many requests are complete."""
+
+    def __init__(self, versions: Sequence[Weights], every: int) -> None:
+        self._waiting = [(every * v, v, TensorDict(w, batch_size=[])) for v, w in enumerate(versions, 1)]
+        self.completed: Callable[[], int] = lambda: 0
+
+    def latest(self) -> tuple[int, TensorDict] | None:
+        if not self._waiting or self.completed() < self._waiting[0][0]:
+            return None
+        return self._waiting.pop(0)[1:]
+
+    def acknowledge(self, version: int, checksum: str, swap_ms: float) -> None:
+        pass
+
+
+def serve(
+    options: argparse.Namespace,
+    folder: Path,
+    first: Weights,
+    *,
+    adaptive: bool = True,
+    later: Sequence[Weights] = (),
+    parts: Sequence[tuple[str, int, int]],
+) -> dict:
+    """Serve the prompts in parts, each of a name, a number of requests and how many are in flight at once."""
+    dtype = default_dtype(options.device)
+    model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
+    drafter = load_drafter(options.trained, TargetParts.of(model))
+    drafter.install(first)
+    drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
+    source = Conversations(
+        prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
+    )
+    usual = Request(0, torch.tensor(source.first_prompts(1)[0]), options.max_new_tokens)
+    slots = max(in_flight for _, _, in_flight in parts)
+    engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
+    most = TreeShape(options.depth, options.width, options.nodes)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=most.most_nodes, shape=most)
+    costs = measure_rounds(engine, policy, usual, ShapeController.candidates(most)) if adaptive else {}
+    ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
+    asked = 0
+
+    def part() -> int:
+        return sum(len(server.finished) >= end for end in ends)
+
+    def requests() -> Request | None:
+        nonlocal asked
+        here = part()
+        if here == len(parts) or asked == ends[here] or asked - len(server.finished) >= parts[here][2]:
+            return None
+        asked += 1
+        return source()
+
+    env = SpecDecodeEnv(
+        engine,
+        requests,
+        num_nodes=most.most_nodes,
+        stop_tokens=stop_token_ids(model, tokenizer),
+        on_completion=lambda completion: server.completed(completion),
+    )
+    script = Script(later, parts[0][1])
+    server = InferenceServer(
+        env,
+        policy,
+        windows=ControlWindows(0.33, 32),
+        log=MetricsLog(folder / "metrics.jsonl", "server"),
+        shapes=ShapeController(costs) if adaptive else None,
+        receiver=script,
+        note=source.completed,
+    )
+    script.completed = lambda: len(server.finished)
+    chosen: list[Counter[str]] = [Counter() for _ in parts]
+    while (here := part()) < len(parts) and server.step():
+        if server.rounds[-1].speculative:
+            shape = policy.shape
+            chosen[here][f"{shape.depth}x{shape.width}" if shape.depth else "none"] += 1
+    return {
+        "controller": adaptive,
+        **({"round_ms_at_start": cost_table(costs)} if adaptive else {}),
+        "parts": [
+            {
+                "part": name,
+                "requests": count,
+                "in_flight": in_flight,
+                **figures(server, end - count, end),
+                "rounds_by_shape": dict(shapes.most_common()),
+            }
+            for (name, count, in_flight), end, shapes in zip(parts, ends, chosen, strict=True)
+        ],
+        "whole": figures(server, 0, ends[-1]),
+    }
+
+
+def figures(server: InferenceServer, begin: int, end: int) -> dict:
+    measured = rates([r for r in server.rounds if begin <= r.request < end])
+    return {
+        "acceptance_length_where_drafted": server.acceptance(begin, end),
+        "tokens_per_second": {"plain": measured.control, "controlled": measured.speculative},
+        "over_plain": measured.speedup,
+    }
+
+
+def blend(one: Weights, other: Weights, share: float) -> Weights:
+    return {
+        name: tensor.lerp(other[name], share) if tensor.is_floating_point() else tensor for name, tensor in one.items()
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--trained", required=True, help="trained drafter, such as RUN_DIR/drafter")
+    parser.add_argument("--untrained", required=True, help="what it started from, such as RUN_DIR/drafter-day0")
+    parser.add_argument("--streams", default="useless,improving,batch")
+    parser.add_argument("--slots", type=int, default=2, help="of the useless and the improving drafter")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="swaps from the untrained to the trained drafter")
+    options = parse(parser)
+    torch.set_num_threads(options.threads)
+    model, _ = load_target("smollm2", dtype=torch.float32, device="cpu")
+    target = TargetParts.of(model)
+    trained, untrained = (
+        load_drafter(path, target).requires_grad_(False).published() for path in (options.trained, options.untrained)
+    )
+    del model
+    rows = torch.randperm(len(trained["d2t"]), generator=torch.Generator().manual_seed(0))
+    useless = {**trained, "lm_head.weight": trained["lm_head.weight"][rows]}
+    improving = [blend(untrained, trained, share) for share in torch.linspace(0, 1, options.steps).tolist()]
+    each = options.limit // (options.steps + 1)
+    stages = ["useless", *(f"{share:.2f} of the way" for share in torch.linspace(0, 1, options.steps).tolist())]
+    few, many = options.limit // 6, options.limit - 2 * (options.limit // 6)
+    streams: dict[str, Callable[[Path, bool], dict]] = {
+        "useless": lambda folder, adaptive: serve(
+            options, folder, useless, adaptive=adaptive, parts=[("useless", options.limit, options.slots)]
+        ),
+        "improving": lambda folder, adaptive: serve(
+            options,
+            folder,
+            useless,
+            adaptive=adaptive,
+            later=improving,
+            parts=[(stage, each, options.slots) for stage in stages],
+        ),
+        "batch": lambda folder, adaptive: serve(
+            options,
+            folder,
+            trained,
+            adaptive=adaptive,
+            parts=[("one", few, 1), ("eight", many, 8), ("one again", few, 1)],
+        ),
+    }
+    result = {}
+    with TemporaryDirectory() as folder:
+        for name in options.streams.split(","):
+            # The improving drafter would have to be compared with every fixed shape.
+            for adaptive in (True,) if name == "improving" else (True, False):
+                cell = streams[name](Path(folder), adaptive)
+                result[f"{name}, {'controller' if adaptive else 'fixed shape'}"] = cell
+                print(name, cell, flush=True)
+    shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
+    write_result(__file__, options, {"threads": options.threads, "most": shape, "streams": result})
+
+
+if __name__ == "__main__":
+    main()
