@@ -199,14 +199,14 @@ def test_eagle_drafts_the_same_in_both_engines_before_and_after_a_swap(
         new = load_drafter(sglang_models / name, parts)
         new.install(weights)
         compared, accepted = [], 0
-        for served, asked in ((drafter, before), (new, after)):
-            own = recorded_here(model, served, asked, SHAPES[kind], tmp_path / str(len(compared)))
+        for version, (served, asked) in enumerate(((drafter, before), (new, after))):
+            own = recorded_here(model, served, asked, SHAPES[kind], tmp_path / str(version))
             theirs = learner.take(*(each.id for each in asked))
             accepted += sum(int(t["nodes", "accepted"].sum()) for t in theirs)
             compared.append(sum(assert_same_rounds(t, own[int(t["request"])]) for t in theirs))
-            drafted, agreed = drafts_agreed(served, theirs, 1)
+            drafted, agreed = drafts_agreed(served, theirs, version)
             assert drafted > 5 and agreed == drafted
-        assert compared[0] > 20 and compared[1] > 5 and accepted > 10, (compared, accepted)
+        assert compared[0] > 10 and compared[1] > 5 and accepted > 10, (compared, accepted)
         assert engine.status()["skipped"] == {}
     finally:
         engine.detach()
