@@ -81,9 +81,12 @@ class EagleDrafter(RecurrentDrafter):
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
     ) -> Self:
-        """A day-0 drafter in float32 whose layer starts as the target's last layer.
+        """A day-0 drafter in float32 that predicts the feature it was given.
 
-        @@DAY0@@
+        ``fc`` passes the feature on. Projections into attention and MLP are the last layer's, with the norms between
+        them and a feature folded in; those out of them are zero, since what they add belongs to a residual stream of
+        another scale. Kept as they are they cost the little that is accepted on day 0: on SmolLM2 chains of 3 had 1.038
+        tokens a round this way, 1.000 with them and 1.041 with a hundredth of them, the best of several.
 
         Raises:
             ValueError: ``feature_layers`` is another than the input of the target's head.
@@ -103,14 +106,24 @@ class EagleDrafter(RecurrentDrafter):
 
     @torch.no_grad()
     def _start_from(self, parts: TargetParts) -> None:
-        size = self.config.hidden_size
+        size, layer, last = self.config.hidden_size, self._layer, parts.last_layer
         nn.init.normal_(self.fc.weight, std=0.02 * size**-0.5)
         self.fc.weight[:, size:] += torch.eye(size)
         nn.init.zeros_(self.fc.bias)
-        own = dict(self._layer.named_parameters())
-        for name, weight in parts.last_layer.items():
+        own = dict(layer.named_parameters())
+        for name, weight in last.items():
             if name in own and own[name].shape == weight.shape:
                 own[name].copy_(weight)
+        if parts.norm is not None:
+            # A feature is the normalised state times the final norm's weight, and in its place comes the weight of the
+            # norm before the projections. Where the former is 0 a feature says nothing.
+            final, before = parts.norm.float(), last.get("input_layernorm.weight", torch.ones(size)).float()
+            inverse = torch.where(final == 0, 0.0, 1 / final)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight.mul_(before * inverse)
+            layer.post_attention_layernorm.weight.mul_(inverse * final.square().mean().sqrt())
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
 
     @property
     def _layer(self) -> DraftLayer:
