@@ -164,7 +164,7 @@ def _pass_on_the_embedding(drafter: EagleDrafter) -> None:
     for parameter in drafter.parameters():
         parameter.normal_(std=0.05)
     drafter.layers[0].post_attention_layernorm.weight.fill_(1.0)
-    # Features have twice the scale of embeddings. A quarter of that leaves the drafter in doubt: at a probability of 1 a
+    # Features have twice the scale of embeddings. A quarter of that leaves the drafter in doubt: where it is certain, a
     # node and its child are equally likely, and which of them a tree keeps is anybody's choice.
     drafter.fc.weight[:, :HIDDEN] += 0.5 * torch.eye(HIDDEN)
 
