@@ -15,6 +15,7 @@ from aurora_rl.policies import (
     Drafter,
     DrafterPolicy,
     Eagle3Drafter,
+    EagleDrafter,
     MedusaDrafter,
     Proposal,
     TargetParts,
@@ -88,7 +89,7 @@ def test_serving_gives_every_prompt_its_trajectory_in_order() -> None:
 # ---- drafters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
+@pytest.mark.parametrize("kind", [Eagle3Drafter, EagleDrafter, MedusaDrafter])
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [("llama", torch.float64), ("llama", torch.float32), ("qwen3", torch.float64)]
 )

@@ -1,6 +1,7 @@
 """Drafters and the policy that serves them."""
 
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
+from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.policies.hybrid import HybridDrafter
@@ -15,6 +16,7 @@ __all__ = [
     "Drafter",
     "DrafterPolicy",
     "Eagle3Drafter",
+    "EagleDrafter",
     "HybridDrafter",
     "MedusaDrafter",
     "NgramDrafter",

@@ -10,50 +10,32 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
 
-from aurora_rl.policies.attention import KeysValues, TreeAttention
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
-from aurora_rl.policies.growth import grow
-from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.drafter import Checkpoint
+from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import TargetParts, check_rope, default_feature_layers, layer_config
 from aurora_rl.policies.vllm_format import from_vllm, to_vllm
-from aurora_rl.trajectories import pad_rows
-
-# Columns behind the longest context: an `extend` of ragged slots writes its padding there.
-_SLACK = 64
 
 
-class Eagle3Layer(nn.Module):
-    """The decoder layer: attention reads [embedding, feature], the residual stream is the feature's."""
+class Eagle3Layer(DraftLayer):
+    """Attention reads [embedding, feature], each normalised; the residual stream is the feature's."""
+
+    input_layernorm: nn.RMSNorm
+    hidden_norm: nn.RMSNorm
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = TreeAttention(config, input_size=2 * config.hidden_size)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        super().__init__(config, input_size=2 * config.hidden_size, norms=("input_layernorm", "hidden_norm"))
 
     def read(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         """What attention reads, ``[b, T, 2H]``."""
         return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
 
-    def forward(
-        self, x: Tensor, hidden: Tensor, positions: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None
-    ) -> Tensor:
-        """``x`` from :meth:`read` and the residual ``hidden``, both of ``[b, T]`` positions, to ``[b, T, H]``."""
-        hidden = hidden + self.self_attn(x, positions, spine, mask, branch)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
 
 @register_drafter("eagle3")
-class Eagle3Drafter(Drafter):
+class Eagle3Drafter(RecurrentDrafter):
     """EAGLE-3 with its own KV cache at serving and a reduced draft vocabulary.
 
     Args:
@@ -65,6 +47,7 @@ class Eagle3Drafter(Drafter):
         norm_output: whether the next depth reads the state behind the final norm, not before it (EAGLE-3.1).
 
     Example:
+        >>> from aurora_rl.policies import TreeShape
         >>> from aurora_rl.testing import tiny_target
         >>> parts = TargetParts.of(tiny_target())
         >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
@@ -76,7 +59,6 @@ class Eagle3Drafter(Drafter):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("sglang", "vllm", "hf")
-    embedding: Tensor
 
     def __init__(
         self,
@@ -145,176 +127,27 @@ class Eagle3Drafter(Drafter):
         if "input_layernorm.weight" in parts.last_layer:
             self.midlayer.hidden_norm.weight.copy_(parts.last_layer["input_layernorm.weight"])
 
-    # ---- serving ----------------------------------------------------------------------------------------------------
-
-    def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`."""
-        weight, attention = self.fc.weight, self.midlayer.self_attn
-        shape = (num_slots, max_length + _SLACK, attention.num_key_heads, attention.head_dim)
-        self._cache = (weight.new_zeros(shape), weight.new_zeros(shape))
-        self._state = weight.new_zeros(num_slots, self.config.hidden_size)
-        self.cached = torch.zeros(num_slots, dtype=torch.int64)
-
-    @torch.inference_mode()
-    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`."""
-        tokens = tokens[:, 1:]
-        device, width = tokens.device, tokens.shape[1]
-        rows = slots.to(device)
-        positions = self.cached[slots].to(device)[:, None] + torch.arange(width, device=device)
-        hidden = self._fuse(features)
-        x = self.midlayer.read(self._embed(tokens), hidden)
-        for cache, new in zip(self._cache, self.midlayer.self_attn.keys_values(x, positions), strict=True):
-            cache[rows[:, None], positions] = new
-        end = int(self.cached[slots].max()) + width
-        mask = torch.arange(end, device=device) <= positions[:, :, None]
-        out = self.midlayer(x, hidden, positions, self._spine(slots, end), mask, None)
-        last = (num_new - 1).to(device)[:, None, None].expand(-1, 1, out.shape[-1])
-        self._state[rows] = self._carried(out.gather(1, last)[:, 0])
-        self.cached[slots] += num_new
-
-    def _spine(self, slots: Tensor, end: int) -> KeysValues:
-        # All slots in order, the usual case, are read through a view.
-        everyone = slots.tolist() == list(range(self._cache[0].shape[0]))
-        rows = slots.to(self._cache[0].device)
-        keys, values = (cache[:, :end] if everyone else cache[rows, :end] for cache in self._cache)
-        return keys, values
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
+    @property
+    def _layer(self) -> DraftLayer:
+        return self.midlayer
 
     def _fuse(self, features: Tensor) -> Tensor:
-        """Features ``[..., F]`` of the target to ``[..., H]``."""
-        features = features.to(self.fc.weight.dtype)
         if self.fc_norm is not None:
             parts = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
 
+    def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        return self.midlayer.read(embedding, carried), carried
+
     def _carried(self, hidden: Tensor) -> Tensor:
-        """What the next depth and the head read of the layer's output."""
         return self.norm(hidden) if self.norm_output else hidden
 
     def _read_by_head(self, carried: Tensor) -> Tensor:
         return carried if self.norm_output else self.norm(carried)
 
-    def _log_probs(self, carried: Tensor) -> Tensor:
-        return log_softmax(self.lm_head(self._read_by_head(carried)))
-
-    @torch.inference_mode()
-    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`."""
-        rows = slots.to(self._state.device)
-        b = len(rows)
-        end = int(self.cached[slots].max())
-        held = self.cached[slots].to(rows.device)
-        spine, spine_mask = self._spine(slots, end), torch.arange(end, device=rows.device) < held[:, None]
-
-        growth = grow(self.draft_vocab, shape, generator)
-        branch: KeysValues | None = None
-        hidden = self._state[rows, None]
-        growth.add(self._log_probs(hidden))
-        every = torch.arange(b, device=rows.device)[:, None]
-        for depth in range(1, shape.depth):
-            tokens, parent = growth.frontier()
-            hidden = hidden[every, parent]  # the state that each node of the frontier was drawn from
-            positions = (held + depth - 1)[:, None].expand_as(tokens)
-            x = self.midlayer.read(self._embed(tokens), hidden)
-            own = tuple(part[:, :, None] for part in self.midlayer.self_attn.keys_values(x, positions))
-            if branch is not None:
-                own = tuple(torch.cat([b[every, parent], o], dim=2) for b, o in zip(branch, own, strict=True))
-            branch = (own[0], own[1])
-            mask = spine_mask[:, None].expand(-1, tokens.shape[1], -1)
-            hidden = self._carried(self.midlayer(x, hidden, positions, spine, mask, branch))
-            growth.add(self._log_probs(hidden))
-        return growth.proposal()
-
-    # ---- training ---------------------------------------------------------------------------------------------------
-
-    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`.
-
-        Only keys and values are computed at prompt positions. Query row ``c`` sits at pair ``t = P − 2 + c``, which
-        predicts completion token ``c``; at step ``j`` its anchor's pair is ``t − j`` and its feature is the hidden
-        state of row ``c − 1`` at step ``j − 1``.
-        """
-        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
-        count = offset.diff() - prompt
-        tokens, hidden, x, spine = self._read_spine(batch)
-        pairs, width = tokens.shape[1], int(count.max())
-        column = torch.arange(width, device=tokens.device)
-        pair = prompt[:, None] - 2 + column
-        inside = pair.clamp(0, pairs - 1)
-        every = torch.arange(len(offset) - 1, device=tokens.device)[:, None]
-        query_tokens = self._embed(tokens[every, inside])
-        keep = column < count[:, None]
-
-        logits, states, valid, branch = [], [], [], None
-        hidden, x = hidden[every, inside], x[every, inside]
-        for step in range(steps):
-            if step:
-                hidden = _next_row(hidden)
-                x = self.midlayer.read(query_tokens, hidden)
-                own = tuple(part[:, :, None] for part in self.midlayer.self_attn.keys_values(x, inside))
-                if branch is not None:
-                    own = tuple(torch.cat([_next_row(b), o], dim=2) for b, o in zip(branch, own, strict=True))
-                branch = own
-            mask = torch.arange(pairs, device=tokens.device) <= (inside - step)[:, :, None]
-            hidden = self._carried(self.midlayer(x, hidden, inside, spine, mask, branch))
-            states.append(self._read_by_head(hidden[keep]))
-            logits.append(self.lm_head(states[-1]))
-            valid.append(((column >= step) & (pair >= step))[keep])
-        return Unroll(logits, torch.stack(valid), states)
-
-    def _read_spine(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
-        """Pairs of each request, padded: tokens ``[n, T]``, hidden ``[n, T, H]``, attention input, keys and values."""
-        offset = batch["spine", "offset"]
-        tokens = pad_rows(batch["spine", "tokens"], offset)[:, 1:]
-        rows = torch.arange(len(offset), device=offset.device)
-        features = pad_rows(batch["spine", "features"], offset - rows)
-        hidden = self._fuse(features)
-        x = self.midlayer.read(self._embed(tokens), hidden)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return tokens, hidden, x, self.midlayer.self_attn.keys_values(x, positions)
-
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. One pass for each depth, over all contexts of that depth in the batch."""
-        trees, requests = RecordedTrees.of(batch), len(batch["spine", "offset"]) - 1
-        _, hidden, x, spine = self._read_spine(batch)
-        every = torch.arange(hidden.shape[1], device=hidden.device)
-        place = torch.zeros_like(trees.depth)  # of a context among those of its depth
-        states, branch, predicted, order = hidden, None, [], []
-        for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
-            here = (trees.depth == level).nonzero().flatten()
-            place[here] = torch.arange(len(here), device=here.device)
-            request, root = trees.request[here], trees.root[here].clamp(min=0)
-            # Contexts side by side by request, to share its spine.
-            counts = torch.bincount(request, minlength=requests)
-            offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            real = torch.arange(int(counts.max()), device=here.device) < counts[:, None]
-            position = pad_rows(root + level, offset)
-            if level == 0:
-                came, read = (pad_rows(part[request, root], offset) for part in (hidden, x))
-            else:
-                # Each node reads the state that it was drawn from, and sees its ancestors' keys.
-                above = place[trees.parent[here - trees.num_rounds]]
-                came = pad_rows(states[above], offset)
-                read = self.midlayer.read(
-                    self._embed(pad_rows(batch["nodes", "tokens"][here - trees.num_rounds], offset)), came
-                )
-                own = tuple(part[:, :, None] for part in self.midlayer.self_attn.keys_values(read, position))
-                if branch is not None:
-                    seen = (pad_rows(part[above], offset) for part in branch)
-                    own = tuple(torch.cat([s, o], dim=2) for s, o in zip(seen, own, strict=True))
-                branch = (own[0][real], own[1][real])
-            mask = every <= pad_rows(root, offset)[:, :, None]
-            states = self._carried(self.midlayer(read, came, position, spine, mask, own if level else None)[real])
-            asked = wanted[here]
-            predicted.append(self.lm_head(self._read_by_head(states[asked])))
-            order.append(here[asked])
-        if not predicted:
-            return hidden.new_zeros(0, len(self.draft_vocab))
-        return torch.cat(predicted)[torch.cat(order).argsort()]
+    def _head(self, states: Tensor) -> Tensor:
+        return self.lm_head(states)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -429,8 +262,3 @@ def _our_name(name: str) -> str:
         if name.startswith(other):
             name = ours + name.removeprefix(other)
     return name
-
-
-def _next_row(x: Tensor) -> Tensor:
-    """Rows moved on by one along dim 1, zeros first."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)

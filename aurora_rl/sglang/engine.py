@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aurora_rl.checkpoints import read_folder
 from aurora_rl.collectors.hello import Hello
 from aurora_rl.envs import Request
 from aurora_rl.sglang import ENVIRONMENT
@@ -98,7 +99,7 @@ class SGLangEngine:
 
         Args:
             model: folder or hub id of the target.
-            drafter: folder of an EAGLE-3 drafter; None decodes plainly.
+            drafter: folder of an EAGLE-3 or EAGLE drafter; None decodes plainly.
             depth: drafting steps of a round.
             width: 1 drafts a chain; more, a tree that expands so many nodes a step.
             num_nodes: nodes of a tree without its root.
@@ -106,12 +107,14 @@ class SGLangEngine:
             max_length: tokens of a request, prompt and completion; some less than the model's context.
             dtype: of weights, "auto" for the checkpoint's.
             device: "cpu" or "cuda".
-            log: file for what the server prints; None takes a temporary one.
+            log: file for what the server prints; None takes a temporary one. Where an EAGLE drafter has a reduced draft
+                vocabulary, that is written beside it.
             arguments: more of ``sglang.launch_server``'s.
             environment: more environment variables.
 
         Raises:
             SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
+            CheckpointError: the drafter's folder is not one.
         """
         context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
         port, control_port = free_ports(2)
@@ -130,9 +133,10 @@ class SGLangEngine:
             command += ["--disable-cuda-graph", "--grammar-backend", "none", "--sleep-on-idle"]
             # Left to itself, the cache takes most of the machine's free memory.
             command += ["--max-total-tokens", str(2 * slots * context)]
+        path = log or Path(tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
         if drafter is not None:
             command += [
-                *("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(drafter)),
+                *drafter_arguments(Path(drafter), path.with_suffix(".token_map.pt")),
                 *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
                 *("--speculative-num-draft-tokens", str(num_nodes + 1)),
             ]
@@ -142,7 +146,6 @@ class SGLangEngine:
             variables[ENVIRONMENT] = control
         if device == "cpu":
             variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        path = log or Path(tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
         with open(path, "ab") as output:
             process = subprocess.Popen(
                 [*command, *arguments],
@@ -341,6 +344,27 @@ class SGLangEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def drafter_arguments(drafter: Path, token_map: Path) -> list[str]:
+    """SGLang's arguments for a drafter.
+
+    Args:
+        drafter: its folder, in the format "sglang".
+        token_map: file to write the draft vocabulary of an EAGLE drafter to, where it is not the whole one; SGLang
+            reads it from there, not from the folder.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint.
+    """
+    tensors, config = read_folder(drafter, "config.json")
+    eagle3 = "Eagle3" in config["architectures"][0]
+    arguments = ["--speculative-algorithm", "EAGLE3" if eagle3 else "EAGLE"]
+    arguments += ["--speculative-draft-model-path", str(drafter)]
+    if not eagle3 and "d2t" in tensors:
+        torch.save((tensors["d2t"] + torch.arange(len(tensors["d2t"]))).tolist(), token_map)
+        arguments += ["--speculative-token-map", str(token_map)]
+    return arguments
 
 
 _PROBE = 2**62 - 1

@@ -237,18 +237,20 @@ class Plugin:
                 f"a server of one GPU is needed, this has tp_size={args.tp_size}, pp_size={args.pp_size}, "
                 f"dp_size={args.dp_size}"
             )
-        if str(args.speculative_algorithm).upper() != "EAGLE3" or type(worker).__name__ != "EAGLEWorkerV2":
+        algorithm = str(args.speculative_algorithm).upper()
+        if algorithm not in ("EAGLE3", "EAGLE") or type(worker).__name__ != "EAGLEWorkerV2":
             raise ControlError(
                 f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "
-                "start the server with --speculative-algorithm EAGLE3"
+                "start the server with --speculative-algorithm EAGLE3 or EAGLE"
             )
         if args.speculative_use_rejection_sampling:
             raise ControlError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
         for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
             if getattr(args, name) < 1:
                 raise ControlError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
-        target, drafter = self._target, self._draft_worker.draft_runner.model
-        layers = tuple(target.model.layers_to_capture)
+        target = self._target
+        # EAGLE is given what the target's head reads, which is no layer that SGLang captures.
+        layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
         if layers != hello.feature_layers:
             raise ControlError(f"feature_layers is {hello.feature_layers} at the learner and {layers} at the engine")
         head = target.lm_head.weight[: target.config.vocab_size]
@@ -257,10 +259,11 @@ class Plugin:
                 f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
                 "serve the same model in the same dtype"
             )
-        vocab = drafter.hot_token_id
-        vocab = torch.arange(drafter.config.draft_vocab_size) if vocab is None else vocab
-        if checksum({"draft_vocab": vocab.cpu().to(torch.int64)}) != hello.draft_map_checksum:
-            raise ControlError("the draft vocabulary (d2t) differs from the learner's; start both on one folder")
+        if checksum({"draft_vocab": self._draft_vocab}) != hello.draft_map_checksum:
+            raise ControlError(
+                "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
+                "--speculative-token-map"
+            )
 
     @property
     def _eager(self) -> bool:
@@ -270,6 +273,14 @@ class Plugin:
     @property
     def _device(self) -> str:
         return str(self._draft_worker.draft_runner.device)
+
+    @property
+    def _draft_vocab(self) -> Tensor:
+        """The target's token of each row of the draft head, ``[Vd]`` int64."""
+        rows, config = self._draft_worker.hot_token_id, self._draft_worker.draft_runner.model.config
+        if rows is None:  # EAGLE's configuration has the target's vocabulary alone
+            return torch.arange(getattr(config, "draft_vocab_size", config.vocab_size))
+        return rows.cpu().to(torch.int64)
 
     @property
     def _target(self) -> Any:
@@ -297,7 +308,9 @@ class Plugin:
         loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
         runner = self._draft_worker.draft_runner
         try:
-            if draft_map is not None and not self._same_map(draft_map):
+            if draft_map is not None and not torch.equal(
+                draft_map.cpu() + torch.arange(len(draft_map)), self._draft_vocab
+            ):
                 raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
             if self._device != "cpu":
                 torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
@@ -312,10 +325,6 @@ class Plugin:
         session.swap_ms.append(milliseconds)
         # What the engine holds was compared with these above; hashing them takes longer than the swap.
         session.background.submit(lambda: session.receiver.acknowledge(number, checksum(weights), milliseconds))
-
-    def _same_map(self, d2t: Tensor) -> bool:
-        held = self._draft_worker.draft_runner.model.hot_token_id
-        return held is None or torch.equal(d2t.cpu() + torch.arange(len(d2t)), held.cpu().to(d2t.dtype))
 
     # ---- drafting -------------------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ from tensordict import TensorDict
 
 from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
-from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape, Unroll
+from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
-KINDS = [Eagle3Drafter, MedusaDrafter]
+KINDS = [Eagle3Drafter, EagleDrafter, MedusaDrafter]
 
 
 def make(kind: type[Drafter] = Eagle3Drafter) -> tuple[Drafter, torch.Tensor]:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats import save_drafter
 from aurora_rl.policies.target import TargetParts, default_feature_layers
@@ -53,10 +54,10 @@ def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             pytest.fail(f"AURORA_RL_REQUIRE asks for sglang: {reason}")
         pytest.skip(reason)
 
-    def start(depth: int, width: int, num_nodes: int) -> SGLangEngine:
+    def start(depth: int, width: int, num_nodes: int, drafter: str = "eagle3") -> SGLangEngine:
         return SGLangEngine.launch(
             sglang_models / "target",
-            drafter=sglang_models / "eagle3",
+            drafter=sglang_models / drafter,
             depth=depth,
             width=width,
             num_nodes=num_nodes,
@@ -89,8 +90,24 @@ def tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
 
 
 @pytest.fixture(scope="session")
+def eagle_chain(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+    """A server that drafts chains of three by an EAGLE drafter of the whole vocabulary."""
+    with launch(3, 1, 3, "eagle_whole") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def eagle_tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+    """As `tree`, by an EAGLE drafter of a reduced vocabulary."""
+    with launch(2, 4, 7, "eagle") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
 def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `target`, a random Llama over bytes, and `eagle3`, a drafter that often says the same.
+    """A folder with `target`, a random Llama over bytes, and drafters that often say the same.
+
+    They are `eagle3` and `eagle`, and `eagle_whole` with a row for every token.
 
     Each token's head row is the embedding of another, drawn at random among the tokens that are even or odd as it is,
     and those with a row in the draft head are the even ones. So the target says what belongs to the last token unless
@@ -134,7 +151,22 @@ def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     _read_the_last_token(drafter)
     save_drafter(drafter, folder / "eagle3")
+    for name, vocab in (("eagle", torch.arange(0, VOCAB, 2)), ("eagle_whole", torch.arange(VOCAB))):
+        eagle = EagleDrafter.from_target(TargetParts.of(target), draft_vocab=vocab)
+        _pass_on_the_embedding(eagle)
+        save_drafter(eagle, folder / name)
     return folder
+
+
+@torch.no_grad()
+def _pass_on_the_embedding(drafter: EagleDrafter) -> None:
+    """Make it predict the feature that the target would have, did its layers leave the embedding as it is."""
+    for parameter in drafter.parameters():
+        parameter.normal_(std=0.05)
+    drafter.layers[0].post_attention_layernorm.weight.fill_(1.0)
+    # Features have twice the scale of embeddings. A quarter of that leaves the drafter in doubt: where it is certain, a
+    # node and its child are equally likely, and which of them a tree keeps is anybody's choice.
+    drafter.fc.weight[:, :HIDDEN] += 0.5 * torch.eye(HIDDEN)
 
 
 @torch.no_grad()

@@ -48,14 +48,16 @@ def engine(monkeypatch):
     # The head has rows of padding behind the vocabulary, as SGLang's has.
     head = SimpleNamespace(weight=torch.cat([HEAD, torch.zeros(2, 2)]))
     target = SimpleNamespace(
-        model=SimpleNamespace(layers_to_capture=[2, 4]), lm_head=head, config=SimpleNamespace(vocab_size=6)
+        model=SimpleNamespace(layers_to_capture=[2, 4]),
+        lm_head=head,
+        config=SimpleNamespace(vocab_size=6, num_hidden_layers=7),
     )
-    drafter = SimpleNamespace(hot_token_id=VOCAB, config=SimpleNamespace(draft_vocab_size=3))
+    drafter = SimpleNamespace(config=SimpleNamespace(draft_vocab_size=3, vocab_size=6))
     runner = SimpleNamespace(model=drafter, device="cpu")
     made = Plugin("tcp://127.0.0.1:*")
     made._scheduler = SimpleNamespace(
         server_args=args,
-        draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner)),
+        draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=VOCAB)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
     )
     yield made
@@ -69,10 +71,29 @@ def test_a_fitting_engine_is_attached_to(engine):
     assert not engine._answer("detach", {})["attached"]
 
 
+@pytest.mark.parametrize("rows", [VOCAB, None])
+def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(engine, rows):
+    engine._scheduler.server_args.speculative_algorithm = "EAGLE"
+    engine._draft_worker.hot_token_id = rows
+    del engine._draft_worker.draft_runner.model.config.draft_vocab_size
+    with pytest.raises(ControlError, match=r"feature_layers is \(2, 4\) at the learner and \(7,\) at the engine"):
+        engine._answer("attach", FIELDS)
+    vocab = checksum({"draft_vocab": torch.arange(6) if rows is None else rows})
+    own = Hello(**{**HELLO.__dict__, "feature_layers": (7,), "draft_map_checksum": vocab, "drafter": "eagle"})
+    assert engine._answer("attach", {**FIELDS, "hello": own.to_meta()})["attached"]
+    engine._answer("detach", {})
+    other = Hello(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
+    with pytest.raises(ControlError, match="draft vocabulary.*--speculative-token-map"):
+        engine._answer("attach", {**FIELDS, "hello": other.to_meta()})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"speculative_algorithm": "NGRAM"}, "speculative_algorithm is 'NGRAM'.*--speculative-algorithm EAGLE3"),
+        (
+            {"speculative_algorithm": "NGRAM"},
+            "speculative_algorithm is 'NGRAM'.*--speculative-algorithm EAGLE3 or EAGLE",
+        ),
         ({"tp_size": 2}, "a server of one GPU is needed, this has tp_size=2, pp_size=1, dp_size=1"),
         ({"speculative_use_rejection_sampling": True}, "without --speculative-use-rejection-sampling"),
         ({"speculative_accept_threshold_acc": 0.9}, "speculative_accept_threshold_acc=0.9 changes the text"),

@@ -74,9 +74,8 @@ class Learner:
         self.publisher = WeightPublisher("tcp://127.0.0.1:*", hello=hello)
         self.trajectories, self.weights = self.collector.address, self.publisher.address
 
-    @staticmethod
-    def check(trajectory):
-        validate(trajectory, vocab_size=512, feature_size=3 * 64, hidden_size=64)
+    def check(self, trajectory):
+        validate(trajectory, vocab_size=512, feature_size=64 * len(self.hello.feature_layers), hidden_size=64)
 
     def die(self):
         self.collector.shutdown()
@@ -181,6 +180,37 @@ def test_both_engines_record_the_same(kind, request, model, drafter, hello, lear
         assert engine.status()["skipped"] == {}
     finally:
         engine.detach()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("chain", "eagle_whole"), ("tree", "eagle")])
+def test_eagle_drafts_the_same_in_both_engines_before_and_after_a_swap(
+    kind, name, request, model, parts, sglang_models, tmp_path
+):
+    engine = request.getfixturevalue(f"eagle_{kind}")
+    drafter = load_drafter(sglang_models / name, parts)
+    learner = Learner(build.hello(parts, drafter, "eagle"))
+    engine.attach(hello=learner.hello, trajectories=learner.trajectories, weights=learner.weights)
+    try:
+        before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
+        ask_all(engine, before)
+        weights = other_weights(drafter, 1)
+        learner.publish(1, weights)
+        ask_all(engine, after)
+        new = load_drafter(sglang_models / name, parts)
+        new.install(weights)
+        compared, accepted = [], 0
+        for version, (served, asked) in enumerate(((drafter, before), (new, after))):
+            own = recorded_here(model, served, asked, SHAPES[kind], tmp_path / str(version))
+            theirs = learner.take(*(each.id for each in asked))
+            accepted += sum(int(t["nodes", "accepted"].sum()) for t in theirs)
+            compared.append(sum(assert_same_rounds(t, own[int(t["request"])]) for t in theirs))
+            drafted, agreed = drafts_agreed(served, theirs, version)
+            assert drafted > 5 and agreed == drafted
+        assert compared[0] > 10 and compared[1] > 5 and accepted > 10, (compared, accepted)
+        assert engine.status()["skipped"] == {}
+    finally:
+        engine.detach()
+        learner.die()
 
 
 def test_a_cached_prefix_is_recorded_with_its_features(attached, learner, model, drafter, tmp_path):

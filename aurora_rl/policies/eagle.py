@@ -1,0 +1,219 @@
+"""EAGLE and EAGLE-2: one decoder layer that predicts the next feature, which the target's own head reads.
+
+Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv 2401.15077); EAGLE-2 (arXiv
+2406.16858) is the same model and grows the trees by the drafter's probabilities, as ``policies.growth`` does. Parameter
+names are those of the checkpoints that SGLang loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
+from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
+from aurora_rl.policies.registry import register_drafter
+from aurora_rl.policies.target import TargetParts, check_rope, layer_config
+
+
+@register_drafter("eagle")
+class EagleDrafter(RecurrentDrafter):
+    """EAGLE with its own KV cache at serving and, where wanted, a reduced draft vocabulary (FR-Spec).
+
+    The one feature is layer id ``num_hidden_layers``, the input of the target's output head, and what the layer gives
+    is the prediction of the next one: it is carried to the next depth and read by the target's head as it is. The head
+    stays as it was, so ``ImitationLoss(regression=...)`` is the authors' loss and a swap moves one layer and ``fc``.
+
+    Args:
+        config: Llama-style configuration of the layer.
+        embedding: ``[V, H]``, the target's, shared and frozen.
+        head: ``[Vd, H]``, the rows of the target's head that the draft vocabulary has, frozen.
+        draft_vocab: ``[Vd]`` int64, target ids of these rows.
+        feature_layers: the one layer id that is read.
+
+    Raises:
+        ValueError: ``feature_layers`` is not a single id, or ``head`` has other rows than ``draft_vocab``.
+
+    Example:
+        >>> from aurora_rl.policies import TreeShape
+        >>> from aurora_rl.testing import tiny_target
+        >>> drafter = EagleDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+        >>> drafter.feature_layers
+        (3,)
+        >>> drafter.allocate(num_slots=1, max_length=8)
+        >>> slot = torch.tensor([0])
+        >>> drafter.extend(slot, torch.tensor([[1, 3]]), torch.zeros(1, 1, 16), torch.tensor([1]))
+        >>> drafter.propose(slot, TreeShape(depth=2)).tokens.shape
+        torch.Size([1, 2])
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("sglang", "hf")
+    head: Tensor
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        embedding: Tensor,
+        head: Tensor,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...],
+    ) -> None:
+        if len(feature_layers) != 1 or len(head) != len(draft_vocab):
+            raise ValueError(
+                f"EAGLE reads one feature layer and has a row of the target's head for each token that it drafts, got "
+                f"layers {feature_layers} and {len(head)} rows for {len(draft_vocab)} tokens"
+            )
+        super().__init__()
+        self.config, self.feature_layers, self.vocab_size = config, tuple(feature_layers), config.vocab_size
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList([DraftLayer(config, input_size=config.hidden_size)])
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("head", head, persistent=False)
+        self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
+
+    @classmethod
+    def from_target(
+        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+    ) -> Self:
+        """A day-0 drafter in float32 that predicts the feature it was given.
+
+        ``fc`` passes the feature on. Projections into attention and MLP are the last layer's, with the norms between
+        them and a feature folded in; those out of them are zero, since what they add belongs to a residual stream of
+        another scale. Kept as they are they cost the little that is accepted on day 0: on SmolLM2 chains of 3 had 1.038
+        tokens a round this way, 1.000 with them and 1.041 with a hundredth of them, the best of several.
+
+        Raises:
+            ValueError: ``feature_layers`` is another than the input of the target's head.
+        """
+        last = (parts.config.num_hidden_layers,)
+        if feature_layers not in (None, last):
+            raise ValueError(f"EAGLE reads what the target's head reads, feature_layers={last}, got {feature_layers}")
+        drafter = cls(
+            layer_config(parts),
+            embedding=parts.embedding.float(),
+            head=parts.head[draft_vocab].float(),
+            draft_vocab=draft_vocab,
+            feature_layers=last,
+        )
+        drafter._start_from(parts)
+        return drafter
+
+    @torch.no_grad()
+    def _start_from(self, parts: TargetParts) -> None:
+        size, layer, last = self.config.hidden_size, self._layer, parts.last_layer
+        nn.init.normal_(self.fc.weight, std=0.02 * size**-0.5)
+        self.fc.weight[:, size:] += torch.eye(size)
+        nn.init.zeros_(self.fc.bias)
+        own = dict(layer.named_parameters())
+        for name, weight in last.items():
+            if name in own and own[name].shape == weight.shape:
+                own[name].copy_(weight)
+        if parts.norm is not None:
+            # A feature is the normalised state times the final norm's weight, and in its place comes the weight of the
+            # norm before the projections. Where the former is 0 a feature says nothing.
+            final, before = parts.norm.float(), last.get("input_layernorm.weight", torch.ones(size)).float()
+            inverse = torch.where(final == 0, 0.0, 1 / final)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight.mul_(before * inverse)
+            layer.post_attention_layernorm.weight.mul_(inverse * final.square().mean().sqrt())
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+
+    @property
+    def _layer(self) -> DraftLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, DraftLayer)
+        return layer
+
+    def _fuse(self, features: Tensor) -> Tensor:
+        return features
+
+    def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        # The layer has no norm before its attention, which so reads the residual stream itself.
+        fused = self.fc(torch.cat([embedding, carried], dim=-1))
+        return fused, fused
+
+    def _head(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.head)
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`Drafter.stage`. The draft vocabulary stays: of the target's head only its rows are here."""
+        install = super().stage(weights)
+        if not torch.equal(weights["d2t"].to(self.draft_vocab), self.published()["d2t"]):
+            raise ValueError("tensor 'd2t' is another draft vocabulary than the one whose rows of the head are held")
+        return install
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def write(self, layout: str) -> Checkpoint:
+        """See :meth:`Drafter.write`.
+
+        "sglang" is what ``LlamaForCausalLMEagle`` loads; embedding and head are the target's and left out. "hf" is
+        what the authors publish, a Llama of one layer with the embedding. Neither has a place for a draft vocabulary,
+        which SGLang takes from ``--speculative-token-map``: ``d2t`` is added where it is not the whole vocabulary, and
+        SGLang passes it over with a warning in its log.
+        """
+        config: dict[str, Any] = {
+            **self.config.to_dict(),
+            "architectures": ["LlamaForCausalLMEagle" if layout == "sglang" else "LlamaForCausalLM"],
+            "bias": True,
+            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
+        }
+        tensors = self.published()
+        if not bool(tensors["d2t"].any()) and len(tensors["d2t"]) == self.vocab_size:
+            del tensors["d2t"]
+        if layout == "hf":
+            tensors["embed_tokens.weight"] = self.embedding
+        return Checkpoint(tensors, config)
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`; the authors' own files name Llama, of one layer."""
+        name = (config.get("architectures") or [""])[0]
+        alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config
+        return name == "LlamaForCausalLMEagle" or (name == "LlamaForCausalLM" and alone)
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+        """See :meth:`Drafter.read`. An embedding or a head in the file is passed over: the target's are shared.
+
+        Raises:
+            ValueError: names the first entry or tensor that does not fit the target or the class.
+        """
+        config = checkpoint.config
+        tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items()}
+        for shared in ("embed_tokens.weight", "lm_head.weight"):
+            tensors.pop(shared, None)
+        for entry in _UNSUPPORTED:
+            if config.get(entry):
+                raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
+        own = LlamaConfig.from_dict(config)
+        if own.num_hidden_layers != 1:
+            raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
+        check_rope(own, parts)
+        if config.get("bias") is False:  # as the authors trained their later ones
+            tensors.setdefault("fc.bias", torch.zeros(own.hidden_size))
+        tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
+        draft_vocab = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+        check_draft_vocab(draft_vocab, own.vocab_size)
+        drafter = cls(
+            own,
+            embedding=parts.embedding.float(),
+            head=parts.head[draft_vocab].float(),
+            draft_vocab=draft_vocab,
+            feature_layers=(parts.config.num_hidden_layers,),
+        )
+        drafter.install(tensors)
+        return drafter
+
+
+# Settings of other EAGLE drafters that change what is computed.
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "add_para_norm")

@@ -1,0 +1,253 @@
+"""Drafters of one decoder layer that runs once per depth, on what it gave at the depth before: serving and training.
+
+Legend: ``b`` rows, ``T`` positions, ``H`` hidden size, ``F`` features, ``Vd`` draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from aurora_rl.policies.attention import KeysValues, TreeAttention
+from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.growth import grow
+from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.trajectories import pad_rows
+
+# Columns behind the longest context: an `extend` of ragged slots writes its padding there.
+_SLACK = 64
+
+
+class DraftLayer(nn.Module):
+    """A Llama decoder layer whose attention may read another thing than its residual stream.
+
+    Args:
+        config: Llama-style configuration.
+        input_size: width of what attention reads.
+        norms: names of norms ``[H]`` that come before it, for the drafter to apply.
+    """
+
+    def __init__(self, config: LlamaConfig, *, input_size: int, norms: Sequence[str] = ()) -> None:
+        super().__init__()
+        for name in norms:
+            self.add_module(name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        self.self_attn = TreeAttention(config, input_size=input_size)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor, positions: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None
+    ) -> Tensor:
+        """``x``, what attention reads, and the residual stream, both of ``[b, T]`` positions, to ``[b, T, H]``."""
+        hidden = residual + self.self_attn(x, positions, spine, mask, branch)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class RecurrentDrafter(Drafter):
+    """What drafters of one layer share: a KV cache at serving, trees grown depth by depth, and their training.
+
+    What is *carried* at a position, ``[..., H]``, is of the target's features where the target has been, and of the
+    layer's output at the depth before where it has not. A subclass says how it is made and read.
+
+    Attributes:
+        config: Llama-style configuration of the layer.
+        embedding: ``[V, H]``, the target's, shared and frozen.
+        fc: the layer in whose dtype and on whose device all is computed.
+    """
+
+    config: LlamaConfig
+    embedding: Tensor
+    fc: nn.Linear
+
+    @property
+    @abstractmethod
+    def _layer(self) -> DraftLayer:
+        """The decoder layer."""
+
+    @abstractmethod
+    def _fuse(self, features: Tensor) -> Tensor:
+        """Features ``[..., F]`` of the target, in the drafter's dtype, to what is carried."""
+
+    @abstractmethod
+    def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer's attention reads and its residual stream, of a token's embedding and what it carries."""
+
+    @abstractmethod
+    def _head(self, states: Tensor) -> Tensor:
+        """Logits ``[..., Vd]`` of what the head reads, ``[..., H]``."""
+
+    def _carried(self, hidden: Tensor) -> Tensor:
+        """What the next depth carries of the layer's output; all of it, unless a subclass says otherwise."""
+        return hidden
+
+    def _read_by_head(self, carried: Tensor) -> Tensor:
+        """What the head reads of what is carried; all of it, unless a subclass says otherwise."""
+        return carried
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """See :meth:`Drafter.allocate`."""
+        weight, attention = self.fc.weight, self._layer.self_attn
+        shape = (num_slots, max_length + _SLACK, attention.num_key_heads, attention.head_dim)
+        self._cache = (weight.new_zeros(shape), weight.new_zeros(shape))
+        self._state = weight.new_zeros(num_slots, self.config.hidden_size)
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`Drafter.extend`."""
+        tokens = tokens[:, 1:]
+        device, width = tokens.device, tokens.shape[1]
+        rows = slots.to(device)
+        positions = self.cached[slots].to(device)[:, None] + torch.arange(width, device=device)
+        x, residual = self._enter_at(tokens, features)
+        for cache, new in zip(self._cache, self._layer.self_attn.keys_values(x, positions), strict=True):
+            cache[rows[:, None], positions] = new
+        end = int(self.cached[slots].max()) + width
+        mask = torch.arange(end, device=device) <= positions[:, :, None]
+        out = self._layer(x, residual, positions, self._spine(slots, end), mask, None)
+        last = (num_new - 1).to(device)[:, None, None].expand(-1, 1, out.shape[-1])
+        self._state[rows] = self._carried(out.gather(1, last)[:, 0])
+        self.cached[slots] += num_new
+
+    def _spine(self, slots: Tensor, end: int) -> KeysValues:
+        # All slots in order, the usual case, are read through a view.
+        everyone = slots.tolist() == list(range(self._cache[0].shape[0]))
+        rows = slots.to(self._cache[0].device)
+        keys, values = (cache[:, :end] if everyone else cache[rows, :end] for cache in self._cache)
+        return keys, values
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
+
+    def _enter_at(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_enter` where the target has been: of tokens and the features of the positions before them."""
+        return self._enter(self._embed(tokens), self._fuse(features.to(self.fc.weight.dtype)))
+
+    def _log_probs(self, carried: Tensor) -> Tensor:
+        return log_softmax(self._head(self._read_by_head(carried)))
+
+    @torch.inference_mode()
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`Drafter.propose`."""
+        rows = slots.to(self._state.device)
+        b = len(rows)
+        end = int(self.cached[slots].max())
+        held = self.cached[slots].to(rows.device)
+        spine, spine_mask = self._spine(slots, end), torch.arange(end, device=rows.device) < held[:, None]
+
+        growth = grow(self.draft_vocab, shape, generator)
+        branch: KeysValues | None = None
+        carried = self._state[rows, None]
+        growth.add(self._log_probs(carried))
+        every = torch.arange(b, device=rows.device)[:, None]
+        for depth in range(1, shape.depth):
+            tokens, parent = growth.frontier()
+            positions = (held + depth - 1)[:, None].expand_as(tokens)
+            # Each node of the frontier reads what it was drawn from.
+            x, residual = self._enter(self._embed(tokens), carried[every, parent])
+            own = tuple(part[:, :, None] for part in self._layer.self_attn.keys_values(x, positions))
+            if branch is not None:
+                own = tuple(torch.cat([b[every, parent], o], dim=2) for b, o in zip(branch, own, strict=True))
+            branch = (own[0], own[1])
+            mask = spine_mask[:, None].expand(-1, tokens.shape[1], -1)
+            carried = self._carried(self._layer(x, residual, positions, spine, mask, branch))
+            growth.add(self._log_probs(carried))
+        return growth.proposal()
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """See :meth:`Drafter.unroll`.
+
+        Only keys and values are computed at prompt positions. Query row ``c`` sits at pair ``t = P − 2 + c``, which
+        predicts completion token ``c``; at step ``j`` its anchor's pair is ``t − j``, and it carries what row
+        ``c − 1`` gave at step ``j − 1``.
+        """
+        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        count = offset.diff() - prompt
+        tokens, x, residual, spine = self._read_spine(batch)
+        pairs, width = tokens.shape[1], int(count.max())
+        column = torch.arange(width, device=tokens.device)
+        pair = prompt[:, None] - 2 + column
+        inside = pair.clamp(0, pairs - 1)
+        every = torch.arange(len(offset) - 1, device=tokens.device)[:, None]
+        embedding = self._embed(tokens[every, inside])
+        keep = column < count[:, None]
+
+        logits, states, valid, branch = [], [], [], None
+        x, residual = x[every, inside], residual[every, inside]
+        carried = residual
+        for step in range(steps):
+            if step:
+                x, residual = self._enter(embedding, _next_row(carried))
+                own = tuple(part[:, :, None] for part in self._layer.self_attn.keys_values(x, inside))
+                if branch is not None:
+                    own = tuple(torch.cat([_next_row(b), o], dim=2) for b, o in zip(branch, own, strict=True))
+                branch = own
+            mask = torch.arange(pairs, device=tokens.device) <= (inside - step)[:, :, None]
+            carried = self._carried(self._layer(x, residual, inside, spine, mask, branch))
+            states.append(self._read_by_head(carried[keep]))
+            logits.append(self._head(states[-1]))
+            valid.append(((column >= step) & (pair >= step))[keep])
+        return Unroll(logits, torch.stack(valid), states)
+
+    def _read_spine(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
+        """Pairs of each request, padded: tokens ``[n, T]``, attention's input, the residual stream, keys and values."""
+        offset = batch["spine", "offset"]
+        tokens = pad_rows(batch["spine", "tokens"], offset)[:, 1:]
+        rows = torch.arange(len(offset), device=offset.device)
+        features = pad_rows(batch["spine", "features"], offset - rows)
+        x, residual = self._enter_at(tokens, features)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`. One pass for each depth, over all contexts of that depth in the batch."""
+        trees, requests = RecordedTrees.of(batch), len(batch["spine", "offset"]) - 1
+        _, x, residual, spine = self._read_spine(batch)
+        every = torch.arange(x.shape[1], device=x.device)
+        place = torch.zeros_like(trees.depth)  # of a context among those of its depth
+        carried, branch, predicted, order = residual, None, [], []
+        for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
+            here = (trees.depth == level).nonzero().flatten()
+            place[here] = torch.arange(len(here), device=here.device)
+            request, root = trees.request[here], trees.root[here].clamp(min=0)
+            # Contexts side by side by request, to share its spine.
+            counts = torch.bincount(request, minlength=requests)
+            offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            real = torch.arange(int(counts.max()), device=here.device) < counts[:, None]
+            position = pad_rows(root + level, offset)
+            if level == 0:
+                read, stream = (pad_rows(part[request, root], offset) for part in (x, residual))
+            else:
+                # Each node reads what it was drawn from, and sees its ancestors' keys.
+                above = place[trees.parent[here - trees.num_rounds]]
+                tokens = pad_rows(batch["nodes", "tokens"][here - trees.num_rounds], offset)
+                read, stream = self._enter(self._embed(tokens), pad_rows(carried[above], offset))
+                own = tuple(part[:, :, None] for part in self._layer.self_attn.keys_values(read, position))
+                if branch is not None:
+                    seen = (pad_rows(part[above], offset) for part in branch)
+                    own = tuple(torch.cat([s, o], dim=2) for s, o in zip(seen, own, strict=True))
+                branch = (own[0][real], own[1][real])
+            mask = every <= pad_rows(root, offset)[:, :, None]
+            carried = self._carried(self._layer(read, stream, position, spine, mask, own if level else None)[real])
+            asked = wanted[here]
+            predicted.append(self._head(self._read_by_head(carried[asked])))
+            order.append(here[asked])
+        if not predicted:
+            return x.new_zeros(0, len(self.draft_vocab))
+        return torch.cat(predicted)[torch.cat(order).argsort()]
+
+
+def _next_row(x: Tensor) -> Tensor:
+    """Rows moved on by one along dim 1, zeros first."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
