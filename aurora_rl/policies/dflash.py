@@ -3,20 +3,21 @@
 Chen et al., "DFlash: Block Diffusion for Flash Speculative Decoding" (arXiv 2602.06036). Parameter names are those of
 the checkpoints that SGLang, vLLM and the authors' own code load.
 
-Legend: ``r`` requests or slots, ``A`` anchors of each, ``W`` positions of a block, ``S`` context positions, ``h`` heads,
-``g`` key heads, ``d`` head size.
+Legend: ``r`` requests or slots, ``A`` anchors of each, ``W`` positions of a block, ``S`` context positions, ``g`` key
+heads, ``d`` head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 
 from aurora_rl.policies.attention import KeysValues
@@ -39,11 +40,8 @@ class BlockAttention(nn.Module):
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        heads, self.num_key_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_key_heads = config.num_key_value_heads or heads
         self.group = heads // self.num_key_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.num_key_heads * self.head_dim, bias=False)
@@ -175,7 +173,10 @@ class DFlashDrafter(Drafter):
         }
         self.fc = nn.Linear(len(feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        # A list to type checkers, which cannot know what a ModuleList holds.
+        self.layers = cast(
+            list[DFlashLayer], nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotary = [Qwen3RotaryEmbedding(config)]  # in a list: no submodule, so no buffers in checkpoints
         self.register_buffer("embedding", embedding, persistent=False)
@@ -248,7 +249,7 @@ class DFlashDrafter(Drafter):
         """Cosines and sines, each ``[..., d]``, of positions ``[...]``."""
         flat = positions.reshape(1, -1)
         cos, sin = self._rotary[0].to(flat.device)(self.norm.weight.float(), flat)
-        return cos.view(*positions.shape, -1), sin.view(*positions.shape, -1)
+        return cos[0].unflatten(0, positions.shape), sin[0].unflatten(0, positions.shape)
 
     def _fill(self, tokens: Tensor, positions: Tensor, context: list[KeysValues], mask: Tensor) -> Tensor:
         """One pass over blocks.
@@ -273,8 +274,8 @@ class DFlashDrafter(Drafter):
 
     def allocate(self, num_slots: int, max_length: int) -> None:
         """See :meth:`Drafter.allocate`."""
-        weight = self.fc.weight
-        shape = (num_slots, max_length, self.config.num_key_value_heads, self.config.head_dim)
+        weight, attention = self.fc.weight, self.layers[0].self_attn
+        shape = (num_slots, max_length, attention.num_key_heads, attention.head_dim)
         self._cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
         self._root = torch.zeros(num_slots, dtype=torch.int64, device=weight.device)
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
@@ -283,26 +284,26 @@ class DFlashDrafter(Drafter):
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
         """See :meth:`Drafter.extend`; of the tokens only the last one is read, the root's."""
         device = features.device
-        new = (torch.arange(features.shape[1]) < num_new[:, None]).nonzero()
-        places = self.cached[slots.cpu()][new[:, 0]] + new[:, 1]
-        rows, columns, places = new[:, 0].to(device), new[:, 1].to(device), places.to(device)
-        slots_there = slots.to(device)
-        context, rotation = self._fuse(features[rows, columns]), self._rotation(places)
+        row, column = (torch.arange(features.shape[1]) < num_new[:, None]).nonzero(as_tuple=True)
+        position = self.cached[slots][row] + column
+        row, column, position, rows = (part.to(device) for part in (row, column, position, slots))
+        context, rotation = self._fuse(features[row, column]), self._rotation(position)
         for layer, cache in zip(self.layers, self._cache, strict=True):
-            for held, part in zip(cache, layer.self_attn.keys_values(context, rotation), strict=True):
-                held[slots_there[rows], places] = part
-        self._root[slots_there] = tokens.gather(1, num_new.to(device)[:, None])[:, 0]
-        self.cached[slots.cpu()] += num_new
+            for held, new in zip(cache, layer.self_attn.keys_values(context, rotation), strict=True):
+                held[rows[row], position] = new
+        self._root[rows] = tokens.gather(1, num_new.to(device)[:, None])[:, 0]
+        self.cached[slots] += num_new
 
     @torch.inference_mode()
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         """See :meth:`Drafter.propose`; one pass however deep the tree, and no deeper than a block holds masks."""
-        held = self.cached[slots.cpu()]
+        held = self.cached[slots]
         end = int(held.max())
         rows, held = slots.to(self._root.device), held.to(self._root.device)
         # All slots in order, the usual case, are read through a view.
         everyone = slots.tolist() == list(range(len(self._root)))
-        context = [tuple(part[:, :end] if everyone else part[rows, :end] for part in cache) for cache in self._cache]
+        at = (slice(None) if everyone else rows, slice(end))
+        context = [(keys[at], values[at]) for keys, values in self._cache]
         mask = torch.arange(end, device=rows.device) < held[:, None, None]
         states = self._fill(self._root[rows, None], held[:, None], context, mask)
         log_probs = log_softmax(F.linear(states[:, 0, : max(shape.depth, 1)], self.head))
@@ -441,8 +442,12 @@ class DFlashDrafter(Drafter):
                 raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
         if "sliding_attention" in (config.get("layer_types") or ()):
             raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
-        own, depth = Qwen3Config.from_dict(config), parts.config.num_hidden_layers
-        check_rope(own, parts)
+        try:
+            own = Qwen3Config.from_dict(config)
+        except StrictDataclassError as error:  # of transformers, and no ValueError
+            raise ValueError(f"config.json: {error.__cause__ or error}") from error
+        check_rope(LlamaConfig.from_dict(config), parts)
+        depth = parts.config.num_hidden_layers
         if (made_for := _setting(config, "num_target_layers") or depth) != depth:
             raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
         mask_token_id = _setting(config, "mask_token_id", options.get("mask_token_id"))
@@ -531,7 +536,7 @@ def _usual_size(projection: Tensor, norm: Tensor) -> Tensor:
     """Root mean square of what a projection ``[out, H]`` gives behind a norm with weight ``[H]``.
 
     Queries and keys of targets that do not normalise them have a size of their own, which a norm's weight gives back.
-    Exact where the normalised inputs are uncorrelated.
+    Exact where normalised inputs are uncorrelated; of SmolLM2's last layer it is three quarters of what is measured.
     """
     return (projection * norm).square().sum(1).mean().sqrt()
 
