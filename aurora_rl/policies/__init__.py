@@ -1,5 +1,6 @@
 """Drafters and the policy that serves them."""
 
+from aurora_rl.policies.dflash import DFlashDrafter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
@@ -13,6 +14,7 @@ from aurora_rl.policies.target import TargetParts, choose_draft_vocab, token_pri
 
 __all__ = [
     "Checkpoint",
+    "DFlashDrafter",
     "Drafter",
     "DrafterPolicy",
     "Eagle3Drafter",

@@ -1,0 +1,548 @@
+"""DFlash: a few decoder layers fill a block of masks behind the root in one pass, over the target's states as context.
+
+Chen et al., "DFlash: Block Diffusion for Flash Speculative Decoding" (arXiv 2602.06036). Parameter names are those of
+the checkpoints that SGLang, vLLM and the authors' own code load.
+
+Legend: ``r`` requests or slots, ``A`` anchors of each, ``W`` positions of a block, ``S`` context positions, ``g`` key
+heads, ``d`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, cast
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
+
+from aurora_rl.policies.attention import KeysValues
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.growth import grow
+from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.registry import register_drafter
+from aurora_rl.policies.target import TargetParts, check_rope
+from aurora_rl.trajectories import pad_rows
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class BlockAttention(nn.Module):
+    """Attention of blocks: each position sees the context that its anchor may see, and its whole block, both ways.
+
+    Queries and keys are normalised per head, as in Qwen3. Serving is the case of one anchor; in training all anchors of
+    a request share one context, of which each sees a prefix.
+    """
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_key_heads = config.num_key_value_heads or heads
+        self.group = heads // self.num_key_heads
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_key_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def keys_values(self, x: Tensor, rotation: Rotation) -> KeysValues:
+        """Rotated keys and values, each ``[..., g, d]``, of inputs ``[..., H]``."""
+        keys = self.k_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
+        values = self.v_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
+        return _rotated(self.k_norm(keys), rotation), values
+
+    def forward(self, x: Tensor, rotation: Rotation, context: KeysValues, mask: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[r, A, W, H]``.
+            rotation: cosines and sines, each ``[r, A, W, d]``.
+            context: keys and values, each ``[r, S, g, d]``.
+            mask: ``[r, A, S]`` bool, true where the blocks of an anchor may see a context key.
+
+        Returns:
+            ``[r, A, W, H]``.
+        """
+        anchors, width = x.shape[1:3]
+        rows = width * self.group
+        q = self.q_proj(x).unflatten(-1, (self.num_key_heads * self.group, self.head_dim))
+        q = _rotated(self.q_norm(q), rotation) * self.head_dim**-0.5
+        # Queries of a block and of a group become rows of one key head, so keys are not repeated.
+        q = q.unflatten(3, (self.num_key_heads, self.group)).permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
+        keys, values = (part.permute(0, 3, 1, 2, 4) for part in self.keys_values(x, rotation))
+        seen_keys, seen_values = (part.transpose(1, 2) for part in context)
+
+        to_context = (q.flatten(2, 3) @ seen_keys.mT).unflatten(2, (anchors, rows))
+        to_context = to_context.masked_fill(~mask[:, None, :, None], torch.finfo(q.dtype).min)
+        scores = torch.cat([to_context, q @ keys.mT], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        to_context, to_block = weights.split([mask.shape[-1], width], dim=-1)
+        out = (to_context.flatten(2, 3) @ seen_values).unflatten(2, (anchors, rows)) + to_block @ values
+        return self.o_proj(out.unflatten(3, (width, self.group)).permute(0, 2, 3, 1, 4, 5).flatten(3))
+
+
+class DFlashLayer(nn.Module):
+    """A Qwen3 decoder layer whose attention also reads the target's states, as keys and values."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = BlockAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeysValues, mask: Tensor) -> Tensor:
+        """``[r, A, W, H]`` to ``[r, A, W, H]``; the rest as of :class:`BlockAttention`."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, mask)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+@register_drafter("dflash")
+class DFlashDrafter(Drafter):
+    """DFlash with the context's keys and values cached at serving, and a reduced draft vocabulary.
+
+    With the root at position ``n``, the block holds the root's token at ``n`` and masks at ``n + 1 .. n + W - 1``; a
+    mask's output drafts the token of its own position, the root's output nothing. Context are the target's states at
+    positions ``0 .. n - 1``, joined (``fc``, ``hidden_norm``) and projected by every layer to keys and values that
+    depend on nothing else. So all nodes of a depth share one distribution, and a tree is a Cartesian product of top
+    tokens. Embedding and head are the target's and frozen.
+
+    Args:
+        config: Qwen3-style configuration of the layers; ``num_hidden_layers`` of them.
+        embedding: ``[V, H]``, the target's.
+        head: ``[V, H]``, the target's; None where it is the embedding.
+        draft_vocab: ``[Vd]`` int64, target ids of the head's rows that are used.
+        feature_layers: the target's layer ids, low to deep.
+        num_target_layers: decoder layers of the target, which checkpoints name.
+        block_size: ``W``, the root's position included.
+        mask_token_id: token whose embedding stands for what is to be drafted.
+
+    Raises:
+        ValueError: a block of fewer than two positions, no layers or features, or a mask outside the vocabulary.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target())
+        >>> drafter = DFlashDrafter.from_target(parts, draft_vocab=torch.arange(16), block_size=4)
+        >>> drafter.feature_layers, drafter.max_depth
+        ((1, 2), 3)
+        >>> drafter.allocate(num_slots=1, max_length=8)
+        >>> slot, pair = torch.tensor([0]), torch.zeros(1, 1, parts.config.hidden_size * len(drafter.feature_layers))
+        >>> drafter.extend(slot, torch.tensor([[1, 3]]), pair, torch.tensor([1]))
+        >>> drafter.propose(slot, TreeShape(depth=2)).tokens.shape
+        torch.Size([1, 2])
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("hf", "sglang")
+    embedding: Tensor
+    target_head: Tensor | None
+    head: Tensor
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        *,
+        embedding: Tensor,
+        head: Tensor | None,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...],
+        num_target_layers: int,
+        block_size: int,
+        mask_token_id: int,
+    ) -> None:
+        if block_size < 2 or config.num_hidden_layers < 1 or not feature_layers:
+            raise ValueError(
+                f"DFlash has a block of at least 2 positions, a layer and a feature, got block_size={block_size}, "
+                f"{config.num_hidden_layers} layers and features of layers {feature_layers}"
+            )
+        if not 0 <= mask_token_id < len(embedding):
+            raise ValueError(f"mask_token_id must lie in 0..{len(embedding) - 1}, got {mask_token_id}")
+        super().__init__()
+        self.config, self.feature_layers, self.vocab_size = config, tuple(feature_layers), config.vocab_size
+        self.num_target_layers, self.block_size, self.mask_token_id = num_target_layers, block_size, mask_token_id
+        self.max_depth = block_size - 1
+        self.options = {
+            "num_layers": config.num_hidden_layers,
+            "block_size": block_size,
+            "mask_token_id": mask_token_id,
+        }
+        self.fc = nn.Linear(len(feature_layers) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # A list to type checkers, which cannot know what a ModuleList holds.
+        self.layers = cast(
+            list[DFlashLayer], nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._rotary = [Qwen3RotaryEmbedding(config)]  # in a list: no submodule, so no buffers in checkpoints
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("target_head", head, persistent=False)
+        self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
+        self.register_buffer("head", self._head_rows(draft_vocab), persistent=False)
+
+    @classmethod
+    def from_target(
+        cls,
+        parts: TargetParts,
+        *,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...] | None = None,
+        num_layers: int = 2,
+        block_size: int = 8,
+        mask_token_id: int | None = None,
+    ) -> Self:
+        """A day-0 drafter in float32 whose layers all start as the target's last, reading its deepest feature.
+
+        Args:
+            parts: the target's.
+            draft_vocab: ``[Vd]`` int64.
+            feature_layers: layer ids to read; None spreads as many as there are layers, at least three, as DFlash does.
+            num_layers: decoder layers. With one, masks do not see each other's work: a mask is the same to the others
+                whatever the text is.
+            block_size: positions of a block, one more than the deepest draft.
+            mask_token_id: None takes the last token of the vocabulary, which tokenizers pad or hardly ever say.
+        """
+        target = parts.config
+        drafter = cls(
+            _layers_config(parts, num_layers),
+            **_targets(parts),
+            draft_vocab=draft_vocab,
+            feature_layers=feature_layers or tuple(sorted(set(_spread(target.num_hidden_layers, max(num_layers, 3))))),
+            block_size=block_size,
+            mask_token_id=target.vocab_size - 1 if mask_token_id is None else mask_token_id,
+        )
+        drafter._start_from(parts)
+        return drafter
+
+    @torch.no_grad()
+    def _start_from(self, parts: TargetParts) -> None:
+        size, last = self.config.hidden_size, parts.last_layer
+        nn.init.normal_(self.fc.weight, std=0.02 * size**-0.5)
+        self.fc.weight[:, -size:] += torch.eye(size)
+        if parts.norm is not None:
+            self.norm.weight.copy_(parts.norm)
+        read_by = last.get("input_layernorm.weight")
+        if read_by is not None:
+            self.hidden_norm.weight.copy_(read_by)
+        for layer in self.layers:
+            own = dict(layer.named_parameters())
+            for name, weight in last.items():
+                if name in own and own[name].shape == weight.shape:
+                    own[name].copy_(weight)
+            for kind in ("q", "k"):
+                norm, projection = f"self_attn.{kind}_norm.weight", f"self_attn.{kind}_proj.weight"
+                if norm not in last and read_by is not None and projection in last:
+                    own[norm].fill_(_usual_size(last[projection], read_by))
+
+    def _head_rows(self, draft_vocab: Tensor) -> Tensor:
+        return (self.embedding if self.target_head is None else self.target_head)[draft_vocab]
+
+    def _fuse(self, features: Tensor) -> Tensor:
+        """Features ``[..., F]`` of the target to what the layers project to keys and values, ``[..., H]``."""
+        return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        """Cosines and sines, each ``[..., d]``, of positions ``[...]``."""
+        flat = positions.reshape(1, -1)
+        cos, sin = self._rotary[0].to(flat.device)(self.norm.weight.float(), flat)
+        return cos[0].unflatten(0, positions.shape), sin[0].unflatten(0, positions.shape)
+
+    def _fill(self, tokens: Tensor, positions: Tensor, context: list[KeysValues], mask: Tensor) -> Tensor:
+        """One pass over blocks.
+
+        Args:
+            tokens: ``[r, A]`` int64, the roots'.
+            positions: ``[r, A]`` int64, the roots'.
+            context: keys and values of each layer, ``[r, S, g, d]``.
+            mask: ``[r, A, S]`` bool.
+
+        Returns:
+            ``[r, A, W - 1, H]``, what the head reads at each depth.
+        """
+        block = F.pad(tokens[..., None], (0, self.block_size - 1), value=self.mask_token_id)
+        hidden = F.embedding(block, self.embedding).to(self.fc.weight.dtype)
+        rotation = self._rotation(positions[..., None] + torch.arange(self.block_size, device=positions.device))
+        for layer, seen in zip(self.layers, context, strict=True):
+            hidden = layer(hidden, rotation, seen, mask)
+        return self.norm(hidden[..., 1:, :])
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """See :meth:`Drafter.allocate`."""
+        weight, attention = self.fc.weight, self.layers[0].self_attn
+        shape = (num_slots, max_length, attention.num_key_heads, attention.head_dim)
+        self._cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
+        self._root = torch.zeros(num_slots, dtype=torch.int64, device=weight.device)
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`Drafter.extend`; of the tokens only the last one is read, the root's."""
+        device = features.device
+        row, column = (torch.arange(features.shape[1]) < num_new[:, None]).nonzero(as_tuple=True)
+        position = self.cached[slots][row] + column
+        row, column, position, rows = (part.to(device) for part in (row, column, position, slots))
+        context, rotation = self._fuse(features[row, column]), self._rotation(position)
+        for layer, cache in zip(self.layers, self._cache, strict=True):
+            for held, new in zip(cache, layer.self_attn.keys_values(context, rotation), strict=True):
+                held[rows[row], position] = new
+        self._root[rows] = tokens.gather(1, num_new.to(device)[:, None])[:, 0]
+        self.cached[slots] += num_new
+
+    @torch.inference_mode()
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`Drafter.propose`; one pass however deep the tree, and no deeper than a block holds masks."""
+        held = self.cached[slots]
+        end = int(held.max())
+        rows, held = slots.to(self._root.device), held.to(self._root.device)
+        # All slots in order, the usual case, are read through a view.
+        everyone = slots.tolist() == list(range(len(self._root)))
+        at = (slice(None) if everyone else rows, slice(end))
+        context = [(keys[at], values[at]) for keys, values in self._cache]
+        mask = torch.arange(end, device=rows.device) < held[:, None, None]
+        states = self._fill(self._root[rows, None], held[:, None], context, mask)
+        log_probs = log_softmax(F.linear(states[:, 0, : max(shape.depth, 1)], self.head))
+        growth = grow(self.draft_vocab, shape, generator)
+        growth.add(log_probs[:, :1])
+        for depth in range(1, log_probs.shape[1]):
+            tokens, _ = growth.frontier()
+            growth.add(log_probs[:, depth : depth + 1].expand(-1, tokens.shape[1], -1))
+        return growth.proposal()
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def _blocks(self, batch: TensorDictBase, request: Tensor, root: Tensor) -> Tensor:
+        """What the head reads of blocks that are laid behind anchors in the text.
+
+        Args:
+            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
+            request: ``[a]`` int64, the request of each anchor, rising.
+            root: ``[a]`` int64, the pair of each root; −1 sees no context.
+
+        Returns:
+            ``[a, W - 1, H]``.
+        """
+        offset = batch["spine", "offset"]
+        number = torch.arange(len(offset), device=offset.device)
+        context = pad_rows(self._fuse(batch["spine", "features"]), offset - number)
+        pairs = torch.arange(context.shape[1], device=offset.device)
+        rotation = self._rotation(pairs)
+        counts = torch.bincount(request, minlength=len(offset) - 1)
+        start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        tokens = pad_rows(batch["spine", "tokens"][offset[request] + root + 1], start)
+        roots = pad_rows(root, start)
+        states = self._fill(
+            tokens,
+            roots + 1,
+            [layer.self_attn.keys_values(context, rotation) for layer in self.layers],
+            pairs <= roots[:, :, None],
+        )
+        return states[torch.arange(tokens.shape[1], device=offset.device) < counts[:, None]]
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """See :meth:`Drafter.unroll`; one pass over the blocks behind all anchors, at most ``W - 1`` steps."""
+        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        count = offset.diff() - prompt
+        request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
+        place = torch.arange(len(request), device=offset.device)
+        column = place - (count.cumsum(0) - count)[request]
+        root = prompt[request] - 2 + column  # of the block whose first mask is this completion token
+        blocks = self._blocks(batch, request, root)
+        states = [blocks[(place - step).clamp(min=0), step] for step in range(min(steps, self.block_size - 1))]
+        valid = torch.stack([(column >= step) & (root >= step) for step in range(len(states))])
+        return Unroll([F.linear(state, self.head) for state in states], valid, states)
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`. One pass over the blocks of all rounds that are asked for.
+
+        What a context predicts depends on its root and depth only.
+        """
+        trees, offset = RecordedTrees.of(batch), batch["rounds", "offset"]
+        number = torch.arange(trees.num_rounds, device=offset.device)
+        rounds = torch.cat([number, torch.repeat_interleave(number, offset.diff())])
+        asked, block = rounds[wanted].unique(return_inverse=True)
+        depth = trees.depth[wanted].clamp(max=self.block_size - 2)
+        states = self._blocks(batch, trees.request[asked], trees.root[asked])
+        return F.linear(states[block, depth], self.head)
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`Drafter.stage`; another draft vocabulary takes other rows of the target's head."""
+        put, before = super().stage(weights), self.draft_vocab
+        vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
+        head = self.head if torch.equal(vocab, before) else self._head_rows(vocab)
+
+        def install() -> None:
+            put()
+            self.head = head
+
+        return install
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def write(self, layout: str) -> Checkpoint:
+        """See :meth:`Drafter.write`.
+
+        Both layouts are the ``DFlashDraftModel`` that the authors publish and SGLang serves: neither embedding nor
+        head, which are the target's. They name a captured state by the decoder layer that it leaves (the authors' code
+        reads ``hidden_states[id + 1]``, SGLang captures what enters layer ``id + 1``), this library by the layer that
+        it enters: the ids in the file are one less than ``feature_layers``. "sglang" holds what SGLang can capture,
+        the states between two layers; "hf" also the embedding, as −1, and what the target's head reads.
+
+        A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids, that SGLang passes over:
+        it drafts from the whole vocabulary, of the same logits. vLLM loads the file where there is no such tensor,
+        which is where every token has the row of its own id.
+
+        Raises:
+            ValueError: SGLang cannot capture one of the features.
+        """
+        for layer in self.feature_layers:
+            if layout == "sglang" and not 0 < layer < self.num_target_layers:
+                raise ValueError(
+                    f"feature_layers has {layer}; SGLang captures what lies between two layers, 1.."
+                    f"{self.num_target_layers - 1} of this target"
+                )
+        tensors = self.published()
+        config: dict[str, Any] = {
+            **self.config.to_dict(),
+            "architectures": ["DFlashDraftModel"],
+            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
+            "block_size": self.block_size,
+            "num_target_layers": self.num_target_layers,
+            "dflash_config": {
+                "mask_token_id": self.mask_token_id,
+                "target_layer_ids": [layer - 1 for layer in self.feature_layers],
+            },
+        }
+        if len(tensors["d2t"]) == self.vocab_size and not bool(tensors["d2t"].any()):
+            del tensors["d2t"]
+        return Checkpoint(tensors, config)
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`."""
+        return config.get("architectures") == ["DFlashDraftModel"]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+        """See :meth:`Drafter.read`. A file that names its mask by text alone needs the option ``mask_token_id``.
+
+        Raises:
+            ValueError: names the first entry or tensor that does not fit the target or the class.
+        """
+        config, tensors = checkpoint.config, dict(checkpoint.tensors)
+        for entry, plain in _UNSUPPORTED.items():
+            if (value := _setting(config, entry)) not in (None, plain):
+                raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
+        if "sliding_attention" in (config.get("layer_types") or ()):
+            raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
+        try:
+            own = Qwen3Config.from_dict(config)
+        except StrictDataclassError as error:  # of transformers, and no ValueError
+            raise ValueError(f"config.json: {error.__cause__ or error}") from error
+        check_rope(LlamaConfig.from_dict(config), parts)
+        depth = parts.config.num_hidden_layers
+        if (made_for := _setting(config, "num_target_layers") or depth) != depth:
+            raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+        mask_token_id = _setting(config, "mask_token_id", options.get("mask_token_id"))
+        if mask_token_id is None:
+            raise ValueError("config.json: mask_token_id is missing; set the option of the same name")
+        layers = _setting(config, "target_layer_ids")
+        tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
+        drafter = cls(
+            own,
+            **_targets(parts),
+            draft_vocab=torch.arange(len(tensors["d2t"])),
+            feature_layers=tuple(layer + 1 for layer in layers) if layers else _spread(depth, own.num_hidden_layers),
+            block_size=_setting(config, "block_size", 16),
+            mask_token_id=mask_token_id,
+        )
+        drafter.install(tensors)
+        return drafter
+
+
+# Settings of other block drafters that change what is computed, and the value at which they do not.
+_UNSUPPORTED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_sink_bias": False,
+    "attention_value_scale": 1.0,
+    "conv_kernel_size": 0,
+    "final_logit_softcapping": 0,
+    "hidden_act": "silu",
+    "input_embedding_scale": 1.0,
+    "is_causal": False,
+    "output_multiplier": 1.0,
+    "projector_type": None,
+    "sample_from_anchor": True,
+    "selector_rank": 0,
+}
+
+
+def _setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """An entry of ``dflash_config``, or of the file itself, where older files have it."""
+    return (config.get("dflash_config") or {}).get(name, config.get(name, default))
+
+
+def _targets(parts: TargetParts) -> dict[str, Any]:
+    """What a drafter shares with its target."""
+    tied = parts.head.data_ptr() == parts.embedding.data_ptr()
+    return {
+        "embedding": parts.embedding.float(),
+        "head": None if tied else parts.head.float(),
+        "num_target_layers": parts.config.num_hidden_layers,
+    }
+
+
+def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
+    """Configuration of layers of the target's sizes and rotary settings."""
+    target = parts.config
+    return Qwen3Config(
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+        num_hidden_layers=num_layers,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_parameters=target.rope_parameters,
+        max_position_embeddings=target.max_position_embeddings,
+        vocab_size=target.vocab_size,
+        tie_word_embeddings=False,
+    )
+
+
+def _spread(num_layers: int, count: int) -> tuple[int, ...]:
+    """Layer ids that DFlash reads where nobody says: ``count``, from the second layer's input's to the third last's.
+
+    DFlash has no rule for targets of fewer than four layers; here its ids are moved to between two layers.
+
+    >>> _spread(36, 5), _spread(36, 1), _spread(3, 3)
+    ((2, 10, 18, 26, 34), (19,), (2, 1, 1))
+    """
+    if count == 1:
+        left = [num_layers // 2]
+    else:
+        left = [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]
+    return tuple(min(max(layer + 1, 1), max(num_layers - 1, 1)) for layer in left)
+
+
+def _usual_size(projection: Tensor, norm: Tensor) -> Tensor:
+    """Root mean square of what a projection ``[out, H]`` gives behind a norm with weight ``[H]``.
+
+    Queries and keys of targets that do not normalise them have a size of their own, which a norm's weight gives back.
+    Exact where normalised inputs are uncorrelated; of SmolLM2's last layer it is three quarters of what is measured.
+    """
+    return (projection * norm).square().sum(1).mean().sqrt()
+
+
+def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """``[..., heads, d]`` turned by cosines and sines ``[..., d]``."""
+    cos, sin = (part[..., None, :].to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
