@@ -19,7 +19,14 @@ GROUPED_ATTENTION = "aurora_rl_grouped"
 
 
 def grouped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    ancestors: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of grouped queries without repeating keys and values: the queries of a group share rows of one head.
 
@@ -30,15 +37,58 @@ def grouped_attention(
         value: ``[b, groups, L, d]``.
         attention_mask: ``[b, 1, heads / groups * T, L]`` bool, the ``T`` rows repeated for each head of a group.
         scaling: factor on the scores.
+        ancestors: given where the pass is a text with trees behind it; this and the mask then are as of
+            :func:`text_and_trees`.
         **kwargs: what else transformers passes.
 
     Returns:
         ``[b, T, heads, d]`` and no weights.
     """
+    if ancestors is not None:
+        return text_and_trees(query, key, value, attention_mask[:, 0], ancestors, scaling), None
     b, heads, length, d = query.shape
     query = query.reshape(b, key.shape[1], -1, d)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(b, heads, length, d).transpose(1, 2), None
+
+
+def text_and_trees(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, ancestors: Tensor, scaling: float
+) -> Tensor:
+    """Attention over ``S`` tokens of a text, each after those before it, and ``N`` nodes of trees that leave the text.
+
+    A node sees the text up to where its path leaves it, and its path. Scores of nodes are ``[N, S + J]`` and not
+    ``[N, S + N]``: training has thousands of nodes, with paths of a few.
+
+    Args:
+        query: ``[b, heads, S + N, d]``.
+        key: ``[b, groups, S + N, d]``.
+        value: ``[b, groups, S + N, d]``.
+        seen: ``[b, N, S]`` bool, the tokens of the text that a node sees.
+        ancestors: ``[b, N, J]`` int64, the nodes that a node sees, itself included; −1 fills up.
+        scaling: factor on the scores.
+
+    Returns:
+        ``[b, S + N, heads, d]``.
+    """
+    (b, heads, _, d), (_, nodes, path), groups = query.shape, ancestors.shape, key.shape[1]
+    size = seen.shape[2]
+    on_text = [part[:, :, :size] for part in (query, key, value)]
+    text = F.scaled_dot_product_attention(*on_text, is_causal=True, scale=scaling, enable_gqa=heads > groups)
+    asks = query[:, :, size:].reshape(b, groups, heads // groups, nodes, d) * scaling
+    at = ancestors.clamp(min=0).flatten(1)[:, None, :, None].expand(-1, groups, -1, d)
+    keys, values = (part[:, :, size:].gather(2, at).view(b, groups, nodes, path, d) for part in (key, value))
+    scores = torch.cat(
+        [
+            torch.einsum("bgrnd,bgsd->bgrns", asks, on_text[1]).masked_fill(~seen[:, None, None], -torch.inf),
+            torch.einsum("bgrnd,bgnjd->bgrnj", asks, keys).masked_fill(ancestors[:, None, None] < 0, -torch.inf),
+        ],
+        dim=-1,
+    )
+    to_text, to_path = scores.softmax(-1).to(value.dtype).split([size, path], dim=-1)
+    tree = torch.einsum("bgrns,bgsd->bgrnd", to_text, on_text[2])
+    tree = tree + torch.einsum("bgrnj,bgnjd->bgrnd", to_path, values)
+    return torch.cat([text, tree.reshape(b, heads, nodes, d).to(text.dtype)], dim=2).transpose(1, 2)
 
 
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)

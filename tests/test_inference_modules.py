@@ -20,6 +20,7 @@ from aurora_rl.inference_modules import (
     grouped_mask,
     prepare_for_inference,
     stage,
+    text_and_trees,
 )
 from aurora_rl.testing import tiny_target
 
@@ -227,3 +228,22 @@ def test_grouped_attention(heads: int, groups: int) -> None:
                 seen = mask[i, row].nonzero().flatten()
                 chance = (0.3 * k[seen] @ query[i, head, row]).softmax(0)
                 torch.testing.assert_close(out[i, row, head], chance @ v[seen])
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3)])
+def test_text_and_trees_are_attention_under_a_dense_mask(heads: int, groups: int) -> None:
+    size, d = 4, 4
+    query = torch.randn(2, heads, size + 3, d, dtype=torch.float64)
+    key, value = (torch.randn(2, groups, size + 3, d, dtype=torch.float64) for _ in range(2))
+    # Nodes 0 and 2 leave the text after its second and its last token, node 1 is below node 0.
+    seen = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool().expand(2, -1, -1)
+    ancestors = torch.tensor([[0, -1], [1, 0], [2, -1]]).expand(2, -1, -1)
+    dense = torch.zeros(2, size + 3, size + 3, dtype=torch.bool)
+    dense[:, :size, :size] = torch.ones(size, size).tril()
+    dense[:, size:, :size] = seen
+    dense[:, size:, size:] = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+    mask = grouped_mask(dense, heads // groups)
+    expected, _ = grouped_attention(nn.Module(), query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(text_and_trees(query, key, value, seen, ancestors, 0.3), expected)
+    none = text_and_trees(*(part[:, :, :size] for part in (query, key, value)), seen[:, :0], ancestors[:, :0], 0.3)
+    torch.testing.assert_close(none, expected[:, :size])

@@ -4,72 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from aurora_rl.envs.engine import Engine
 from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, grouped_mask, prepare_for_inference
+from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
 # A tree is written behind the committed tokens before any of it is accepted: columns of a slot for it.
 _TREE_ROOM = 64
-
-
-class SlotCache(Cache):
-    """Keys and values of every slot in one block, written at a place of our choosing.
-
-    Args:
-        config: the target's (text) configuration.
-        num_slots: ``B``.
-        max_length: columns of a slot.
-        dtype: of keys and values.
-        device: where they live.
-    """
-
-    def __init__(
-        self, config: PretrainedConfig, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(layers=[])
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (2, config.num_hidden_layers, num_slots, max_length, config.num_key_value_heads, head_dim)
-        self.block = torch.zeros(shape, dtype=dtype, device=device)
-
-    def aim(self, slots: Tensor, columns: Tensor, end: int) -> None:
-        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
-        num_slots, max_length = self.block.shape[2:4]
-        self._flat = (slots[:, None].to(columns.device) * max_length + columns).flatten()
-        first, last = int(slots[0]), int(slots[-1])
-        # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
-        self._rows = slice(first, last + 1) if last - first + 1 == len(slots) else slots.to(columns.device)
-        self._end = end
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write keys and values, ``[b, heads, T, d]``, and return what the pass may read, ``[b, heads, end, d]``."""
-        read = []
-        for part, states in enumerate((key_states, value_states)):
-            layer = self.block[part, layer_idx]
-            layer.view(-1, *layer.shape[2:]).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
-            read.append(layer[self._rows, : self._end].transpose(1, 2))
-        return read[0], read[1]
-
-    def move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copy columns ``source`` to ``target`` (each ``[m]``) of ``slots`` (``[m]``) in all layers at once."""
-        self.block[:, :, slots, target] = self.block[:, :, slots, source]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that the pass reads; transformers asks only where it was given no positions."""
-        return self._end
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Key length and offset of the mask, of which transformers is given a finished one."""
-        return self._end, 0
 
 
 class TransformersEngine(Engine):
@@ -111,9 +59,8 @@ class TransformersEngine(Engine):
             raise ValueError(
                 f"max_length must lie in 2..{config.max_position_embeddings} (the model's context), got {max_length}"
             )
-        window = getattr(config, "sliding_window", None)
-        types = getattr(config, "layer_types", None)  # none are given where all layers are of one kind, as Mistral's
-        if window and (types is None or "sliding_attention" in types) and window < max_length:
+        window = sliding_window(config)
+        if window is not None and window < max_length:
             raise ValueError(f"the model slides its attention over {window} tokens; set engine.max_length <= {window}")
         self.model, self._decoder = model, decoder
         self.vocab_size, self._feature_layers = config.vocab_size, tuple(feature_layers)
@@ -151,10 +98,7 @@ class TransformersEngine(Engine):
         end = int(past.max()) + width
         past = past.to(device)[:, None]
         self._cache.aim(slots, past + torch.arange(width, device=device), end)
-        column = torch.arange(end, device=device) - past
-        inside = (column >= 0) & (column < width)
-        index = column.clamp(0, width - 1)[:, None, :].expand(-1, width, -1)
-        mask = torch.where(inside[:, None, :], ancestors.gather(2, index), (column < 0)[:, None, :])
+        mask = cache_mask(ancestors, past, end)
         hidden = self._decoder(
             input_ids=tokens,
             position_ids=past + depth,

@@ -10,6 +10,7 @@ from aurora_rl.policies.medusa import MedusaDrafter
 from aurora_rl.policies.ngram import NgramDrafter
 from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.policies.registry import available_drafters, get_drafter, register_drafter
+from aurora_rl.policies.standalone import StandaloneDrafter
 from aurora_rl.policies.target import TargetParts, choose_draft_vocab, token_prior
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MedusaDrafter",
     "NgramDrafter",
     "Proposal",
+    "StandaloneDrafter",
     "TargetParts",
     "TreeShape",
     "Unroll",

@@ -129,6 +129,7 @@ class Drafter(nn.Module, ABC):
         min_depth: depth that its trees may have however shallow the shape, where such nodes cost no pass.
         draft_modes: modes of :class:`TreeShape` that it can draft in.
         formats: names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
+        target_sizes: entries of a checkpoint's ``config.json`` that must be the target's.
         options: what :meth:`from_target` was given beside its own arguments.
     """
 
@@ -136,6 +137,7 @@ class Drafter(nn.Module, ABC):
     min_depth: int = 0
     draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
+    target_sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size")
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
     vocab_size: int
@@ -350,24 +352,25 @@ def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None
         raise ValueError(f"tensor {unknown!r} is unknown to this drafter; it has {sorted(expected)}")
 
 
-def check_draft_vocab(draft_vocab: Tensor, vocab_size: int) -> None:
+def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
     """Raise ValueError where the rows of a draft head are no map into the target's vocabulary.
 
     Args:
         draft_vocab: ``[Vd]`` int64, the target token of each row.
         vocab_size: of the target.
+        name: what the rows were read from.
     """
     outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"tensor 'd2t' points outside the target's vocabulary of {vocab_size}: row {row} is token "
+            f"{name} points outside the target's vocabulary of {vocab_size}: row {row} is token "
             f"{int(draft_vocab[row])}; was it written for another target, or does it hold ids in place of offsets?"
         )
     known, count = draft_vocab.unique(return_counts=True)
     if bool((count > 1).any()):
         token = int(known[count > 1][0])
-        raise ValueError(f"tensor 'd2t' gives token {token} more than one row; every row needs a token of its own")
+        raise ValueError(f"{name} gives token {token} more than one row; every row needs a token of its own")
 
 
 def log_softmax(logits: Tensor) -> Tensor:

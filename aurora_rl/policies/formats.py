@@ -62,12 +62,12 @@ def load_drafter(
     """
     folder = _local(source)
     tensors, config = read_folder(folder, "config.json")
-    for name in ("hidden_size", "vocab_size"):
-        mine = getattr(parts.config, name)
-        if config.get(name, mine) != mine:
-            raise CheckpointError(f"{folder}/config.json: {name} is {config[name]}, the target has {mine}")
     try:
         found = recognized(config)
+        for name in found.target_sizes:
+            mine = getattr(parts.config, name)
+            if config.get(name, mine) != mine:
+                raise ValueError(f"config.json: {name} is {config[name]}, the target has {mine}")
         layout = layout or found.formats[0]
         if layout not in found.formats:
             raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")

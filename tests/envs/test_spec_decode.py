@@ -15,9 +15,9 @@ from torchrl.envs.utils import check_env_specs
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, transformers_engine
 from aurora_rl.envs.sampling import gumbel, warp_logits
-from aurora_rl.envs.transformers_engine import SlotCache
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.slot_cache import SlotCache
 from aurora_rl.testing import tiny_target
 from aurora_rl.trajectories import RULES, accepted_per_round, pack, validate
 

@@ -93,7 +93,7 @@ def change_config(folder: Path, **entries) -> None:
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
         ({"norm_before_residual": True}, "norm_before_residual is set, which this drafter has no form for"),
         ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
-        ({"architectures": ["MambaForCausalLM"]}, r"no drafter is of architectures \['MambaForCausalLM'\]"),
+        ({"architectures": ["BertForMaskedLM"]}, r"no drafter is of architectures \['BertForMaskedLM'\]"),
         ({"num_key_value_heads": 4}, r"'midlayer.self_attn.k_proj.weight' has shape \(8, 32\), .* needs \(16, 32\)"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1]}}, r"'fc.weight' has shape \(16, 32\)"),
     ],

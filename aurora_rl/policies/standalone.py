@@ -1,0 +1,446 @@
+"""A causal LM as drafter: one of the target's tokenizer, or a few layers made of the target's own pieces.
+
+Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192). It reads tokens only,
+no features of the target, and its checkpoints are ordinary Hugging Face folders.
+
+Legend: ``V`` vocabulary, ``Vd`` draft vocabulary, ``H`` hidden size of the drafter, ``b`` slots of a call, ``T`` tokens
+of each, ``n`` requests of a batch, ``R`` rounds and ``M`` nodes in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from aurora_rl.inference_modules import GROUPED_ATTENTION, grouped_mask
+from aurora_rl.policies.drafter import (
+    Checkpoint,
+    Drafter,
+    Proposal,
+    TreeShape,
+    Unroll,
+    check_draft_vocab,
+    check_weights,
+    log_softmax,
+)
+from aurora_rl.policies.growth import grow
+from aurora_rl.policies.recorded import RecordedTrees, true_chains
+from aurora_rl.policies.registry import register_drafter
+from aurora_rl.policies.target import TargetParts, layer_config
+from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
+from aurora_rl.trajectories import pad_rows
+
+# Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
+_SLACK = 64
+# Rows of the embedding and of the head of a model that is built for its layers alone: as many as `_check_served` needs.
+_FEW = 8
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# The reduced draft vocabulary in config.json. Not `draft_vocab_size`, by which EAGLE-3's own files are known.
+_DRAFT_VOCAB = "aurora_rl_draft_vocab"
+
+
+class Branches(NamedTuple):
+    """Where contexts of recorded trees are read from: a context whose path the text went on with is the text's own.
+
+    Attributes:
+        on_text: ``[R + M]`` bool, contexts that stand on the text.
+        position: ``[R + M]`` int64, of each context's token in its request.
+        leaves: ``[R + M]`` int64, the position of the last token that a context's path shares with the text.
+        nodes: ``[m]`` int64, the contexts off the text that are wanted, and those above them.
+        place: ``[R + M]`` int64, of each of these among those of its request.
+        offset: ``[n + 1]`` int64, where each request's start in ``nodes``.
+        ancestors: ``[m, J]`` int64, places of the nodes on each one's path that are off the text, itself first; −1
+            fills up.
+    """
+
+    on_text: Tensor
+    position: Tensor
+    leaves: Tensor
+    nodes: Tensor
+    place: Tensor
+    offset: Tensor
+    ancestors: Tensor
+
+    @classmethod
+    def of(cls, batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor) -> Branches:
+        """Sort the contexts of a packed batch (``wanted`` ``[R + M]`` bool)."""
+        offset, rounds = batch["spine", "offset"], torch.arange(trees.num_rounds, device=wanted.device)
+        above, levels = torch.cat([rounds, trees.parent]), range(int(trees.depth.max()))
+        position = trees.root + 1 + trees.depth
+        last = offset.diff()[trees.request] - 1
+        spelled = batch["spine", "tokens"][offset[trees.request] + torch.minimum(position, last)]
+        same = (position <= last)[len(rounds) :] & (spelled[len(rounds) :] == batch["nodes", "tokens"])
+        on_text = torch.cat([torch.ones_like(rounds, dtype=torch.bool), same])
+        for _ in levels:
+            on_text = on_text & on_text[above]
+        leaves, needed = torch.where(on_text, position, 0), wanted & ~on_text
+        for _ in levels:
+            leaves = torch.where(on_text, position, leaves[above])
+            needed[above[needed]] = True
+            needed &= ~on_text
+        nodes = needed.nonzero().flatten()
+        request = trees.request[nodes]
+        counts = torch.bincount(request, minlength=len(offset) - 1)
+        start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        place = torch.full_like(position, -1)
+        place[nodes] = torch.arange(len(nodes), device=nodes.device) - start[request]
+        path, at = [place[nodes]], above[nodes]
+        while not bool(on_text[at].all()):
+            path.append(place[at])  # −1 of a context on the text
+            at = above[at]
+        return cls(on_text, position, leaves, nodes, place, start, torch.stack(path, dim=1))
+
+
+@register_drafter("standalone")
+class StandaloneDrafter(Drafter):
+    """A causal LM with a KV cache for every slot, run once per depth over the nodes of a tree.
+
+    The embedding is frozen and never published; layers, final norm and the rows of the head for the draft vocabulary
+    learn.
+
+    Args:
+        lm: gives its decoder layers and final norm; any architecture that attends as Llama does.
+        embedding: ``[V, H]``, of the drafter.
+        head: ``[V, H]``, of the drafter, every row of it: what a checkpoint has outside the draft vocabulary.
+        draft_vocab: ``[Vd]`` int64, the tokens that it may draft.
+        target_width: the target's hidden size.
+
+    Raises:
+        ValueError: the LM computes in a way that the slot cache has no form for.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> drafter = StandaloneDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+        >>> drafter.allocate(num_slots=1, max_length=8)
+        >>> slot, no_features = torch.tensor([0]), torch.zeros(1, 2, 0)
+        >>> drafter.extend(slot, torch.tensor([[1, 3, 5]]), no_features, torch.tensor([2]))
+        >>> drafter.propose(slot, TreeShape(depth=3)).tokens.shape
+        torch.Size([1, 3])
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("hf", "sglang", "vllm")
+    target_sizes: ClassVar[tuple[str, ...]] = ("vocab_size",)
+    feature_layers = ()
+
+    def __init__(
+        self, lm: PreTrainedModel, *, embedding: Tensor, head: Tensor, draft_vocab: Tensor, target_width: int
+    ) -> None:
+        super().__init__()
+        _check_served(lm)
+        self.vocab_size, self._target_width = len(head), target_width
+        self.config = copy.deepcopy(lm.config)
+        self.config.vocab_size, self.config.architectures = len(head), [type(lm).__name__]
+        self.options = {"num_layers": self.config.num_hidden_layers}
+        # Named as in a causal LM, so that the names of a checkpoint are those of the state dict.
+        self.model: Any = lm.get_decoder()
+        table = self.model.embed_tokens
+        del table.weight
+        table.register_buffer("weight", embedding.detach(), persistent=False)
+        self.lm_head = nn.Linear(head.shape[1], len(draft_vocab), bias=False)
+        with torch.no_grad():
+            self.lm_head.weight.copy_(head[draft_vocab])
+        self._whole_head = head.detach()  # no buffer: it is needed for checkpoints alone, in the target's memory
+        self._groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
+
+    @classmethod
+    def from_target(
+        cls,
+        parts: TargetParts,
+        *,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...] | None = None,
+        model: str | None = None,
+        num_layers: int = 2,
+    ) -> Self:
+        """A day-0 drafter in float32: a model that was trained elsewhere, or layers made of the target's pieces.
+
+        An untrained one is the target's last layer, final norm and head on the target's embedding. The layers before
+        the last add nothing until they have learned, so at day 0 their number does not matter.
+
+        Args:
+            parts: the target's.
+            draft_vocab: ``[Vd]`` int64.
+            feature_layers: none are read.
+            model: folder or hub id of a causal LM with the target's tokenizer; None makes an untrained one.
+            num_layers: of the untrained one.
+
+        Raises:
+            ValueError: the model cannot be loaded or served, or has another vocabulary; no layers, or feature layers
+                are asked for.
+        """
+        if feature_layers:
+            raise ValueError(f"a standalone drafter reads no features; leave feature_layers={feature_layers} out")
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        if model is not None:
+            lm = _load(model)
+            _check_fits(lm.config, parts, f"the model {model!r}")
+            embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        else:
+            config = layer_config(parts)
+            config.num_hidden_layers = num_layers
+            lm, embedding, head = _layers_of(config), parts.embedding.float(), parts.head
+            _start_from(lm, parts)
+        width = parts.embedding.shape[1]
+        drafter = cls(lm, embedding=embedding, head=head, draft_vocab=draft_vocab, target_width=width)
+        if model is not None:
+            drafter.options = {"model": model, "num_layers": num_layers}
+        return drafter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Rotary frequencies stay in float32 in a drafter of any dtype, as in a model that is loaded in one: rounded to
+        # bfloat16 they would be off by whole turns far into a text.
+        exact = {name: held for name, held in self.model.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, held in exact.items():
+            owner, _, own_name = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            setattr(module, own_name, held.to(getattr(module, own_name).device))
+        return self
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """See :meth:`Drafter.allocate`."""
+        weight = self.lm_head.weight
+        self._longest = max_length
+        self._cache = SlotCache(self.config, num_slots, max_length + _SLACK, weight.dtype, weight.device)
+        self._state = weight.new_zeros(num_slots, weight.shape[1])
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+
+    def _read(self, slots: Tensor, tokens: Tensor, position: Tensor, columns: Tensor, mask: Tensor) -> Tensor:
+        """One pass over ``tokens`` ``[b, T]``, with a mask ``[b, T, end]`` over the columns: ``[b, T, H]``."""
+        self._cache.aim(slots, columns, mask.shape[2])
+        return self.model(
+            input_ids=tokens,
+            position_ids=position,
+            attention_mask=grouped_mask(mask, self._groups),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    @torch.inference_mode()
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`Drafter.extend`.
+
+        The first column is read again where a slot holds pairs already. That is a row of a pass that is needed anyway,
+        and the state of the last token is then there for :meth:`propose`, which would need a pass of its own for it.
+        """
+        (b, width), device = tokens.shape, tokens.device
+        held, row = self.cached[slots].to(device)[:, None], torch.arange(width, device=device)
+        causal = (row[:, None] >= row).expand(b, -1, -1)
+        end = int((self.cached[slots] + num_new).max()) + 1
+        # Padding goes behind the text, where the next pass writes; the last column of all is never read.
+        columns = (held + row).clamp(max=self._cache.block.shape[3] - 1)
+        hidden = self._read(slots, tokens, held + row, columns, cache_mask(causal, held, end))
+        self._state[slots.to(device)] = hidden[torch.arange(b, device=device), num_new.to(device)]
+        self.cached[slots] += num_new
+
+    @torch.inference_mode()
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`Drafter.propose`. Nodes are written behind the text, where the next pairs go."""
+        self._cache.widen(self._longest + shape.depth * shape.width + 1)
+        rows = slots.to(self._state.device)
+        past = self.cached[slots].to(rows.device)[:, None] + 1
+        every = torch.arange(len(rows), device=rows.device)[:, None]
+        growth = grow(self.draft_vocab, shape, generator)
+        growth.add(log_softmax(self.lm_head(self._state[rows, None])))
+        seen = torch.zeros(len(rows), 1, 0, dtype=torch.bool, device=rows.device)
+        for depth in range(1, shape.depth):
+            tokens, parent = growth.frontier()
+            width, used = tokens.shape[1], seen.shape[2]
+            # A node sees what its parent saw, and itself.
+            itself = torch.eye(width, dtype=torch.bool, device=rows.device).expand(len(rows), -1, -1)
+            seen = torch.cat([seen[every, parent], itself], dim=2)
+            columns = past + used + torch.arange(width, device=rows.device)
+            mask = cache_mask(seen, past, int(self.cached[slots].max()) + 1 + used + width)
+            hidden = self._read(slots, tokens, (past + depth - 1).expand_as(tokens), columns, mask)
+            growth.add(log_softmax(self.lm_head(hidden)))
+        return growth.proposal()
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """See :meth:`Drafter.unroll`.
+
+        A chain of the true tokens is the text itself, and an LM predicts from the text whatever the anchor: one
+        teacher-forced pass, the same rows at every step. States are given where they have the target's width.
+        """
+        _, _, valid = true_chains(batch, steps)
+        anchors, _, _ = true_chains(batch, 1)
+        trees = RecordedTrees.of(anchors)
+        roots = torch.arange(len(trees.depth), device=valid.device) < trees.num_rounds
+        states = self._states(anchors, trees, roots)
+        logits = self.lm_head(states)
+        same_width = states.shape[1] == self._target_width
+        return Unroll([logits] * steps, valid, [states] * steps if same_width else None)
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`. One pass over the text of each request and the nodes that leave it."""
+        return self.lm_head(self._states(batch, RecordedTrees.of(batch), wanted))
+
+    def _states(self, batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor) -> Tensor:
+        """What the head reads at the wanted contexts, ``[number wanted, H]``."""
+        branches = Branches.of(batch, trees, wanted)
+        nodes, offset = branches.nodes, branches.offset
+        text = pad_rows(batch["spine", "tokens"], batch["spine", "offset"])
+        column = torch.arange(text.shape[1], device=text.device)
+        drafted = pad_rows(batch["nodes", "tokens"][nodes - trees.num_rounds], offset)
+        seen = column <= pad_rows(branches.leaves[nodes], offset)[:, :, None]
+        hidden = self.model(
+            input_ids=torch.cat([text, drafted], dim=1),
+            position_ids=torch.cat([column.expand_as(text), pad_rows(branches.position[nodes], offset)], dim=1),
+            attention_mask=seen[:, None],
+            ancestors=pad_rows(branches.ancestors, offset),
+            use_cache=False,
+        ).last_hidden_state
+        at = torch.where(branches.on_text, branches.position, text.shape[1] + branches.place)
+        return hidden[trees.request[wanted], at[wanted]]
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def write(self, layout: str) -> Checkpoint:
+        """See :meth:`Drafter.write`: a causal LM's folder, one layout for all engines.
+
+        Engines want every row of the head. Rows outside the draft vocabulary were not trained: they are those that the
+        drafter was made with, the target's own where it was made of the target. ``config.json`` says which were.
+        """
+        tensors = {name: value.detach() for name, value in self.state_dict().items()}
+        head = self._whole_head.to(tensors[_HEAD], copy=True)
+        head[self.draft_vocab] = tensors[_HEAD]
+        tensors |= {_EMBEDDING: self.model.embed_tokens.weight.detach(), _HEAD: head}
+        config = {
+            **self.config.to_dict(),
+            "dtype": str(head.dtype).removeprefix("torch."),
+            "tie_word_embeddings": False,  # the head learns, the embedding does not
+        }
+        if self.draft_vocab.tolist() != list(range(self.vocab_size)):
+            config[_DRAFT_VOCAB] = self.draft_vocab.tolist()
+        return Checkpoint(tensors, config)
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`: any causal LM that no other drafter claims."""
+        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+        """See :meth:`Drafter.read`: the folder of any causal LM of the target's vocabulary, its weights in one file.
+
+        Raises:
+            ValueError: names the first entry or tensor that does not fit the target or the class.
+        """
+        entries = dict(checkpoint.config)
+        vocab = torch.tensor(entries.pop(_DRAFT_VOCAB, range(len(parts.head))))
+        check_draft_vocab(vocab, len(parts.head), f"config.json: {_DRAFT_VOCAB}")
+        if "model_type" not in entries:
+            raise ValueError("config.json: model_type is missing; it says which architecture the tensors are of")
+        config = AutoConfig.for_model(entries.pop("model_type"), **entries)
+        _check_fits(config, parts, "config.json: the model")
+        # Old exports carry the rotary frequencies, which the configuration gives.
+        tensors = {name: t for name, t in checkpoint.tensors.items() if not name.endswith("inv_freq")}
+        if config.tie_word_embeddings and _HEAD not in tensors and _EMBEDDING in tensors:
+            tensors[_HEAD] = tensors[_EMBEDDING]
+        lm = _layers_of(config)
+        tables = {name: torch.empty(len(parts.head), config.hidden_size, device="meta") for name in (_EMBEDDING, _HEAD)}
+        check_weights(lm.state_dict() | tables, tensors)
+        lm.load_state_dict({name: t[:_FEW] if name in tables else t for name, t in tensors.items()})
+        drafter = cls(
+            lm,
+            embedding=tensors[_EMBEDDING].float(),
+            head=tensors[_HEAD].float(),
+            draft_vocab=vocab,
+            target_width=parts.embedding.shape[1],
+        )
+        if "model" in options:  # what it was made of once; the folder holds what it became
+            drafter.options = options
+        return drafter
+
+
+def _load(model: str) -> PreTrainedModel:
+    """A causal LM in float32, every weight of it read."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
+        raise ValueError(f"the model {model!r} cannot be loaded; name a folder or hub id: {error}") from error
+    lm, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the model {model!r} has no weights {missing[0]!r}; name a complete folder of a causal LM")
+    return lm
+
+
+def _layers_of(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM with random weights and hardly any rows of embedding and head, which come from elsewhere."""
+    config = copy.deepcopy(config)
+    config.vocab_size, config.pad_token_id, config.tie_word_embeddings = _FEW, None, False
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@torch.no_grad()
+def _start_from(lm: Any, parts: TargetParts) -> None:
+    """The target's final norm, and its last layer where its weights fit; layers before it pass on what they read."""
+    if parts.norm is not None:
+        lm.model.norm.weight.copy_(parts.norm)
+    *before, last = lm.model.layers
+    for layer in before:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    own = dict(last.named_parameters())
+    for name, weight in parts.last_layer.items():
+        if name in own and own[name].shape == weight.shape:
+            own[name].copy_(weight)
+
+
+def _check_fits(config: PretrainedConfig, parts: TargetParts, name: str) -> None:
+    """Raise ValueError where an LM cannot draft for a target, whatever its weights."""
+    vocab, context = len(parts.head), parts.config.max_position_embeddings
+    if config.vocab_size != vocab:
+        raise ValueError(
+            f"{name} has a vocabulary of {config.vocab_size} tokens, the target one of {vocab}; a standalone drafter "
+            "needs the target's tokenizer"
+        )
+    if (window := sliding_window(config)) is not None and window < context:
+        raise ValueError(
+            f"{name} slides its attention over {window} tokens, and the target has a context of {context}; "
+            "the drafter's cache has no windows"
+        )
+
+
+@torch.no_grad()
+def _check_served(lm: Any) -> None:
+    """Raise ValueError where an LM is not its layers, cached and masked by us, and its head: a probe and no name tells.
+
+    Serving's and training's passes over four tokens are compared with the model's own. Its attention is ours then.
+    """
+    name, tokens = type(lm).__name__, torch.arange(4, device=lm.device)[None]
+    try:
+        decoder, groups = lm.model, lm.config.num_attention_heads // lm.config.num_key_value_heads
+        own = lm.eval()(tokens).logits
+        lm.set_attn_implementation(GROUPED_ATTENTION)
+        cache, slot, served = SlotCache(lm.config, 1, 4, lm.dtype, lm.device), torch.tensor([0]), []
+        for columns in (tokens[:, :1], tokens[:, 1:]):
+            past = columns[:, :1]
+            cache.aim(slot, columns, int(columns.max()) + 1)
+            causal = columns[:, :, None] >= columns[:, None, :]
+            mask = grouped_mask(cache_mask(causal, past, int(columns.max()) + 1), groups)
+            out = decoder(columns, mask, columns, past_key_values=cache, use_cache=True)
+            served.append(lm.lm_head(out.last_hidden_state))
+        # The first two as text, the others as a path that leaves it.
+        ancestors, seen = torch.tensor([[[0, -1], [1, 0]]]), torch.ones(1, 1, 2, 2, dtype=torch.bool)
+        out = decoder(tokens, seen.to(lm.device), tokens, ancestors=ancestors.to(lm.device), use_cache=False)
+        forms = {"serving": torch.cat(served, dim=1), "training": lm.lm_head(out.last_hidden_state)}
+    except Exception as error:  # a model of other parts, or one that is called in another way
+        raise ValueError(f"{name} has no layers that a standalone drafter could serve: {error}") from error
+    for face, logits in forms.items():
+        if not torch.allclose(logits, own, rtol=0, atol=1e-4 * float(own.abs().max())):
+            raise ValueError(
+                f"{name} computes something else in {face}'s form, such as logits that are scaled or capped, or "
+                "attention with terms of its own; take another architecture"
+            )
