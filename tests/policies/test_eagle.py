@@ -341,9 +341,8 @@ def test_eagle_and_eagle3_are_told_apart(config: dict[str, Any], kind: type) -> 
     assert recognized(config) is kind
 
 
-def test_a_whole_llama_is_no_drafter() -> None:
-    with pytest.raises(ValueError, match="no drafter is of architectures"):
-        recognized({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30})
+def test_a_whole_llama_is_no_eagle() -> None:
+    assert recognized({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30}) is not EagleDrafter
 
 
 @pytest.mark.parametrize(
