@@ -97,7 +97,11 @@ class InferenceServer(Figures):
         tokens = int(done["next", "reward"].sum())
         if self._shapes is not None:
             if policy.speculate:
-                self._shapes.observe(policy.shape, occupied, seconds, _outcomes(done, policy.shape.depth))
+                outcomes = _outcomes(done)
+                judged = [path[: policy.shape.depth] for path in outcomes]
+                # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+                below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
+                self._shapes.observe(policy.shape, occupied, seconds, judged, below)
             else:
                 self._shapes.observe(self._shapes.plain, occupied, seconds)
         if control:
@@ -190,8 +194,8 @@ def _named(weights: Any) -> dict[str, Tensor]:
     }
 
 
-def _outcomes(done: TensorDictBase, depth: int) -> list[list[Outcome]]:
-    """What became of the drafts of a round, of each slot that has any, up to a depth."""
+def _outcomes(done: TensorDictBase) -> list[list[Outcome]]:
+    """What became of the drafts of a round, of each slot that has any, by depth."""
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
@@ -205,9 +209,12 @@ def _outcomes(done: TensorDictBase, depth: int) -> list[list[Outcome]]:
         if judged[slot]:
             end = int(path[-1]) if len(path) else -1
             outcomes.append("refused" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
-        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
-        out.append(outcomes[:depth])
+        out.append(outcomes)
     return out
+
+
+def _accepted(path: Sequence[Outcome]) -> int:
+    return sum(outcome in ("likeliest", "sibling") for outcome in path)
 
 
 def measure_rounds(

@@ -110,7 +110,8 @@ class EmbeddedServing(Serving):
                 config.max_new_tokens,
                 SamplingParams(config.temperature, config.top_k, config.top_p),
             )
-            costs = measure_rounds(engine, policy, usual, ShapeController.candidates(tree))
+            tried = ShapeController.candidates(tree, chains=not made.min_depth)
+            costs = measure_rounds(engine, policy, usual, tried)
             log.write("costs", round_ms=cost_table(costs))
             shapes = ShapeController(costs)
         env = SpecDecodeEnv(

@@ -86,10 +86,15 @@ class ShapeController:
         # Seconds: of plain decoding since the last draft, and what drafting had lost by then.
         self._since, self._lost = math.inf, 0.0
         self._patience = 1
+        self._below = 0.0  # nodes accepted below the shape's depth, of a slot that was drafted for
 
     @staticmethod
-    def candidates(most: TreeShape) -> list[TreeShape]:
+    def candidates(most: TreeShape, *, chains: bool = True) -> list[TreeShape]:
         """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a bare chain.
+
+        Args:
+            most: the widest and deepest.
+            chains: whether bare chains are among them; not for a drafter that another's nodes are merged into.
 
         Example:
             >>> [(s.depth, s.width, s.budget) for s in ShapeController.candidates(TreeShape(2, width=4, num_nodes=5))]
@@ -98,7 +103,7 @@ class ShapeController:
         shapes = [replace(most, depth=0)]
         for depth in range(1, most.depth + 1):
             # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
-            if most.width > 1 and most.mode == "topk":
+            if chains and most.width > 1 and most.mode == "topk":
                 shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
             shapes.append(replace(most, depth=depth))
         return shapes
@@ -129,7 +134,12 @@ class ShapeController:
         return best if self._probing else self.plain
 
     def observe(
-        self, shape: TreeShape, occupied: int, seconds: float, outcomes: Sequence[Sequence[Outcome]] = ()
+        self,
+        shape: TreeShape,
+        occupied: int,
+        seconds: float,
+        outcomes: Sequence[Sequence[Outcome]] = (),
+        below: int = 0,
     ) -> None:
         """Take in a round.
 
@@ -138,13 +148,16 @@ class ShapeController:
             occupied: slots that took part.
             seconds: wall time of the round.
             outcomes: of each slot that was drafted for, by depth, as far as it was judged.
+            below: nodes that were accepted below the shape's depth, of all slots: n-grams' (``HybridDrafter``).
         """
         self._keep_pace(shape, occupied, seconds)
         if not shape.depth:
             self._since += seconds
             return
         plain = self._seconds(self.plain, occupied)
-        tokens = 1 + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path) / occupied
+        accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
+        tokens = 1 + accepted / occupied
+        self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
         # Both kinds at their pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
         spent = seconds if self._run == 1 else self._seconds(shape, occupied)
         # A profit is not saved up, and a long loss is not held for ever against weights to come.
@@ -181,7 +194,8 @@ class ShapeController:
         for passed in self.acceptance(shape):
             reach *= passed
             tokens += reach
-        return tokens
+        # What n-grams add below the tree is taken to be the same for every depth of it.
+        return tokens + self._below if shape.depth else tokens
 
     def _seconds(self, shape: TreeShape, occupied: int) -> float:
         return self._pace[shape.depth > 0] * self._measured(shape, occupied)
