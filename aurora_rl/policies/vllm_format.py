@@ -1,7 +1,8 @@
 """Drafter checkpoints as vLLM loads them, checked by the names and shapes that its loaders want (read in 0.32).
 
-vLLM itself is strict by halves. Of EAGLE-3 it refuses a tensor that it does not know, and where one is missing it
-serves with whatever was in memory; of Medusa it passes over the one and refuses the other. Here either is an error.
+vLLM itself is strict by halves. Of EAGLE-3 it refuses a tensor that it does not know, unless it is a bias, and where
+one is missing it serves with whatever was in memory; of Medusa it passes over the one and refuses the other. Here
+either is an error.
 """
 
 from __future__ import annotations
