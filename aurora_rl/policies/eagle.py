@@ -20,6 +20,9 @@ from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import TargetParts, check_rope, layer_config
 
+# Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
+_TOKEN_SHARE = 0.5
+
 
 @register_drafter("eagle")
 class EagleDrafter(RecurrentDrafter):
@@ -83,10 +86,13 @@ class EagleDrafter(RecurrentDrafter):
     ) -> Self:
         """A day-0 drafter in float32 that predicts the feature it was given.
 
-        ``fc`` passes the feature on. Projections into attention and MLP are the last layer's, with the norms between
-        them and a feature folded in; those out of them are zero, since what they add belongs to a residual stream of
-        another scale. Kept as they are they cost the little that is accepted on day 0: on SmolLM2 chains of 3 had 1.038
-        tokens a round this way, 1.000 with them and 1.041 with a hundredth of them, the best of several.
+        ``fc`` passes the feature on and adds a random image of the embedding, half as large: embeddings are small, and
+        a layer that has to learn to see them first learns late. On SmolLM2 (chains of 3, 24 unseen requests) it costs
+        nothing at day 0, 1.03 tokens a round, and gives 1.19 against 1.13 after 36 requests.
+
+        Projections into attention and MLP are the last layer's, with the norms between them and a feature folded in;
+        those out of them are zero, since what they add belongs to a residual stream of another scale (1.00 at day 0
+        with them).
 
         Raises:
             ValueError: ``feature_layers`` is another than the input of the target's head.
@@ -107,7 +113,12 @@ class EagleDrafter(RecurrentDrafter):
     @torch.no_grad()
     def _start_from(self, parts: TargetParts) -> None:
         size, layer, last = self.config.hidden_size, self._layer, parts.last_layer
-        nn.init.normal_(self.fc.weight, std=0.02 * size**-0.5)
+        feature, embedding = (
+            1.0 if weight is None else float(weight.float().square().mean().sqrt())
+            for weight in (parts.norm, parts.embedding)
+        )
+        nn.init.normal_(self.fc.weight[:, :size], std=_TOKEN_SHARE * feature / embedding * size**-0.5)
+        nn.init.normal_(self.fc.weight[:, size:], std=0.02 * size**-0.5)
         self.fc.weight[:, size:] += torch.eye(size)
         nn.init.zeros_(self.fc.bias)
         own = dict(layer.named_parameters())
@@ -121,7 +132,7 @@ class EagleDrafter(RecurrentDrafter):
             inverse = torch.where(final == 0, 0.0, 1 / final)
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 projection.weight.mul_(before * inverse)
-            layer.post_attention_layernorm.weight.mul_(inverse * final.square().mean().sqrt())
+            layer.post_attention_layernorm.weight.mul_(inverse * feature)
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
 

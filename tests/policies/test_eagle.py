@@ -139,8 +139,10 @@ def test_day_0_passes_the_feature_on(architecture: str) -> None:
     target, made = tiny_target(architecture), drafter(architecture=architecture)
     trajectory = tiny_trajectory(made, architecture=architecture, prompt_length=4, max_new_tokens=5)
     (states,) = made.unroll(pack([trajectory]), 1).states or []
-    feature = trajectory["spine", "features"][2:7].double()
-    torch.testing.assert_close(states, feature, rtol=0, atol=0.1)
+    tokens, features = trajectory["spine", "tokens"], trajectory["spine", "features"].double()
+    image = made.embedding[tokens[3:8]].double() @ made.fc.weight[:, :16].detach().T
+    torch.testing.assert_close(states, features[2:7] + image, rtol=0, atol=0.1)
+    assert 0.25 < float((image.square().mean() / features[2:7].square().mean()).sqrt()) < 1.0
 
     # Attention and MLP read it as the last layer read its input: there, behind norms of its own.
     last = target.model.layers[-1].double()
