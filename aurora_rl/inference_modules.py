@@ -73,20 +73,22 @@ def text_and_trees(
     """
     (b, heads, _, d), (_, nodes, path), groups = query.shape, ancestors.shape, key.shape[1]
     size = seen.shape[2]
-    on_text = [part[:, :, :size] for part in (query, key, value)]
-    text = F.scaled_dot_product_attention(*on_text, is_causal=True, scale=scaling, enable_gqa=heads > groups)
+    text_query, text_key, text_value = (part[:, :, :size] for part in (query, key, value))
+    text = F.scaled_dot_product_attention(
+        text_query, text_key, text_value, is_causal=True, scale=scaling, enable_gqa=heads > groups
+    )
     asks = query[:, :, size:].reshape(b, groups, heads // groups, nodes, d) * scaling
     at = ancestors.clamp(min=0).flatten(1)[:, None, :, None].expand(-1, groups, -1, d)
     keys, values = (part[:, :, size:].gather(2, at).view(b, groups, nodes, path, d) for part in (key, value))
     scores = torch.cat(
         [
-            torch.einsum("bgrnd,bgsd->bgrns", asks, on_text[1]).masked_fill(~seen[:, None, None], -torch.inf),
+            torch.einsum("bgrnd,bgsd->bgrns", asks, text_key).masked_fill(~seen[:, None, None], -torch.inf),
             torch.einsum("bgrnd,bgnjd->bgrnj", asks, keys).masked_fill(ancestors[:, None, None] < 0, -torch.inf),
         ],
         dim=-1,
     )
     to_text, to_path = scores.softmax(-1).to(value.dtype).split([size, path], dim=-1)
-    tree = torch.einsum("bgrns,bgsd->bgrnd", to_text, on_text[2])
+    tree = torch.einsum("bgrns,bgsd->bgrnd", to_text, text_value)
     tree = tree + torch.einsum("bgrnj,bgnjd->bgrnd", to_path, values)
     return torch.cat([text, tree.reshape(b, heads, nodes, d).to(text.dtype)], dim=2).transpose(1, 2)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -141,11 +142,11 @@ class StandaloneDrafter(Drafter):
         self.model: Any = lm.get_decoder()
         table = self.model.embed_tokens
         del table.weight
-        table.register_buffer("weight", embedding.detach(), persistent=False)
+        table.register_buffer("weight", embedding, persistent=False)
         self.lm_head = nn.Linear(head.shape[1], len(draft_vocab), bias=False)
         with torch.no_grad():
             self.lm_head.weight.copy_(head[draft_vocab])
-        self._whole_head = head.detach()  # no buffer: it is needed for checkpoints alone, in the target's memory
+        self._whole_head = head  # no buffer: it is needed for checkpoints alone, in the target's memory
         self._groups = self.config.num_attention_heads // self.config.num_key_value_heads
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
@@ -182,7 +183,8 @@ class StandaloneDrafter(Drafter):
         if model is not None:
             lm = _load(model)
             _check_fits(lm.config, parts, f"the model {model!r}")
-            embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+            tables = (lm.get_input_embeddings(), lm.get_output_embeddings())
+            embedding, head = (table.get_parameter("weight").detach() for table in tables)
         else:
             config = layer_config(parts)
             config.num_hidden_layers = num_layers
@@ -417,7 +419,8 @@ def _check_fits(config: PretrainedConfig, parts: TargetParts, name: str) -> None
 def _check_served(lm: Any) -> None:
     """Raise ValueError where an LM is not its layers, cached and masked by us, and its head: a probe and no name tells.
 
-    Serving's and training's passes over four tokens are compared with the model's own. Its attention is ours then.
+    Serving's and training's passes over four tokens are compared with the model's own. Its attention is ours then, and
+    its head a product with a weight.
     """
     name, tokens = type(lm).__name__, torch.arange(4, device=lm.device)[None]
     try:
@@ -431,16 +434,16 @@ def _check_served(lm: Any) -> None:
             causal = columns[:, :, None] >= columns[:, None, :]
             mask = grouped_mask(cache_mask(causal, past, int(columns.max()) + 1), groups)
             out = decoder(columns, mask, columns, past_key_values=cache, use_cache=True)
-            served.append(lm.lm_head(out.last_hidden_state))
+            served.append(F.linear(out.last_hidden_state, lm.lm_head.weight))
         # The first two as text, the others as a path that leaves it.
         ancestors, seen = torch.tensor([[[0, -1], [1, 0]]]), torch.ones(1, 1, 2, 2, dtype=torch.bool)
         out = decoder(tokens, seen.to(lm.device), tokens, ancestors=ancestors.to(lm.device), use_cache=False)
-        forms = {"serving": torch.cat(served, dim=1), "training": lm.lm_head(out.last_hidden_state)}
+        forms = {"serving": torch.cat(served, dim=1), "training": F.linear(out.last_hidden_state, lm.lm_head.weight)}
     except Exception as error:  # a model of other parts, or one that is called in another way
         raise ValueError(f"{name} has no layers that a standalone drafter could serve: {error}") from error
     for face, logits in forms.items():
         if not torch.allclose(logits, own, rtol=0, atol=1e-4 * float(own.abs().max())):
             raise ValueError(
-                f"{name} computes something else in {face}'s form, such as logits that are scaled or capped, or "
-                "attention with terms of its own; take another architecture"
+                f"{name} computes something else in {face}'s form, such as logits that are scaled, shifted or "
+                "capped, or attention with terms of its own; take another architecture"
             )
