@@ -22,7 +22,9 @@ from aurora_rl.policies import (
     TreeShape,
     Unroll,
 )
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing import check_drafter, check_engine, serve, tiny_target, tiny_trajectory, topk_form
+from aurora_rl.testing.drafters import _check_gradients, _check_paths, _check_swap
 from aurora_rl.trajectories import validate
 
 VOCAB = torch.arange(0, 32, 2).flip(0)  # not rising, and half of the tokens are outside
@@ -195,6 +197,60 @@ def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) ->
     target = tiny_target()
     with pytest.raises(AssertionError, match=message):
         check_drafter(make(kind, target), target)
+
+
+class CountsItsTree(MedusaDrafter):
+    def context_logits(self, batch, wanted: Tensor) -> Tensor:
+        trees = RecordedTrees.of(batch)
+        size = batch["rounds", "offset"].diff()
+        drafted_in = torch.repeat_interleave(torch.arange(len(size)), size)
+        of_context = torch.cat([size, size[drafted_in]]) if len(trees.depth) else size
+        return super().context_logits(batch, wanted) * (1 + 0.01 * of_context[wanted])[:, None]
+
+
+def test_scores_that_depend_on_other_branches_are_caught() -> None:
+    target = tiny_target()
+    trajectories = [tiny_trajectory(make(MedusaDrafter, target), shape=TreeShape(3, 2))]
+    _check_paths(make(MedusaDrafter, target), trajectories)
+    with pytest.raises(AssertionError, match="score of a node depends on other branches"):
+        _check_paths(make(CountsItsTree, target), trajectories)
+
+
+class KeepsALayerToItself(Eagle3Drafter):
+    """One of its parameters is trained and not published."""
+
+    def published(self) -> dict[str, Tensor]:
+        return {name: t for name, t in super().published().items() if name != "norm.weight"}
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        return super().stage({**weights, "norm.weight": self.norm.weight})
+
+
+def test_a_parameter_that_is_not_published_is_caught() -> None:
+    drafter = make(KeepsALayerToItself, tiny_target())
+    with pytest.raises(AssertionError, match="the parameter 'norm.weight' is not published"):
+        _check_gradients(drafter, [tiny_trajectory(drafter)], ())
+
+
+class DraftsWithTheOldWeights(MedusaDrafter):
+    """Serves with the heads that it began with, whatever is installed."""
+
+    def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_inference_mode_enabled():
+            (first,) = self.__dict__.setdefault("_first", (copy.deepcopy(self.lm_heads),))  # in a tuple: no submodule
+            return features, first[head](features.to(first[head].weight.dtype))
+        return super()._predict(head, features)
+
+
+def test_drafts_of_replaced_weights_are_caught() -> None:
+    target = tiny_target()
+    drafter = make(DraftsWithTheOldWeights, target)
+    for parameter in drafter.blocks.parameters():
+        parameter.data.zero_()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.tensor([3, 4, 5]), torch.tensor([7, 8])]
+    with pytest.raises(AssertionError, match="drafts made after a swap differ by .* nats"):
+        _check_swap(drafter, target, prompts, generator)
 
 
 @pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])

@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RotaryEmbedding
 
 from aurora_rl.policies.attention import KeysValues
@@ -442,11 +441,8 @@ class DFlashDrafter(Drafter):
                 raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
         if "sliding_attention" in (config.get("layer_types") or ()):
             raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
-        try:
-            own = Qwen3Config.from_dict(config)
-        except StrictDataclassError as error:  # of transformers, and no ValueError
-            raise ValueError(f"config.json: {error.__cause__ or error}") from error
-        check_rope(LlamaConfig.from_dict(config), parts)
+        own = Qwen3Config.from_dict(config)
+        check_rope(own, parts)
         depth = parts.config.num_hidden_layers
         if (made_for := _setting(config, "num_target_layers") or depth) != depth:
             raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")

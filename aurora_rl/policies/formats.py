@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 
 from aurora_rl.checkpoints import CheckpointError, read_folder, write_folder
 from aurora_rl.policies.drafter import Checkpoint, Drafter
@@ -75,6 +75,8 @@ def load_drafter(
         if kind is not None and not kind.recognizes(config):
             raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
         drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+    except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
+        raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     for name, value in options.items():

@@ -80,7 +80,7 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
     )
 
 
-def check_rope(config: LlamaConfig, parts: TargetParts) -> None:
+def check_rope(config: PretrainedConfig, parts: TargetParts) -> None:
     """Raise ValueError where a drafter's positions are not the target's: it would draft, and be wrong far into a text.
 
     Args:

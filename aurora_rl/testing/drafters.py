@@ -72,6 +72,7 @@ def check_drafter(
         _check_recorded(drafter, trajectories, shape)
     _check_unroll(drafter, trajectories)
     _check_packing(drafter, trajectories)
+    _check_paths(drafter, trajectories)
     _check_cache(drafter, trajectories)
     if any(parameter.requires_grad for parameter in drafter.parameters()):
         _check_gradients(drafter, trajectories, without_gradient)
@@ -190,6 +191,29 @@ def _check_packing(drafter: Drafter, trajectories: list[TensorDict]) -> None:
             _close(logits[valid[step]], one_by_one[valid[step]], atol),
             f"unroll at step {step} depends on the other trajectories of the batch",
         )
+
+
+def _check_paths(drafter: Drafter, trajectories: list[TensorDict]) -> None:
+    """A node's score must not depend on other branches: each path from a root to a leaf is scored as a tree alone."""
+    for trajectory in trajectories:
+        offset, anchors = trajectory["rounds", "offset"].tolist(), trajectory["rounds", "anchor"].tolist()
+        tokens, parents = trajectory["nodes", "tokens"], trajectory["nodes", "parents"].tolist()
+        paths, roots = [], []
+        for anchor, start, end in zip(anchors, offset, offset[1:], strict=False):
+            for leaf in set(range(start, end)) - {start + above for above in parents[start:end] if above >= 0}:
+                path = [leaf]
+                while parents[path[0]] >= 0:
+                    path.insert(0, start + parents[path[0]])
+                paths.append(path)
+                roots.append(anchor)
+        if not paths:
+            continue
+        alone = _with_chains(trajectory, roots, [tokens[path] for path in paths])
+        with torch.no_grad():
+            together, apart = drafter.score(pack([trajectory])), drafter.score(pack([alone]))
+        nodes = torch.tensor([node for path in paths for node in path])
+        atol = _COMPUTED[dtype_of(drafter)]
+        require(_close(together[nodes], apart, atol), "score of a node depends on other branches of its tree")
 
 
 def _check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
@@ -376,7 +400,11 @@ def _with_true_chains(trajectory: TensorDictBase, steps: int) -> TensorDictBase:
     """The trajectory with other rounds: from every anchor a chain of up to ``steps`` tokens of the text itself."""
     tokens, prompt = trajectory["spine", "tokens"], int(trajectory["spine", "prompt_length"])
     anchors = range(prompt - 1, len(tokens) - 1)
-    chains = [tokens[a + 1 : a + 1 + steps] for a in anchors]
+    return _with_chains(trajectory, anchors, [tokens[a + 1 : a + 1 + steps] for a in anchors])
+
+
+def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: Sequence[Tensor]) -> TensorDictBase:
+    """The trajectory with other rounds: from each anchor the chain beside it."""
     out = trajectory.clone()
     out["rounds", "anchor"] = torch.tensor(anchors)
     out["rounds", "offset"] = torch.tensor([0] + [len(c) for c in chains]).cumsum(0)

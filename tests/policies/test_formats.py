@@ -91,6 +91,7 @@ def change_config(folder: Path, **entries) -> None:
     [
         ({"hidden_size": 32, "vocab_size": 9}, "config.json: hidden_size is 32, the target has 16"),
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
+        ({"rms_norm_eps": "tiny"}, "config.json: .*rms_norm_eps"),
         ({"norm_before_residual": True}, "norm_before_residual is set, which this drafter has no form for"),
         ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
         ({"architectures": ["BertForMaskedLM"]}, r"no drafter is of architectures \['BertForMaskedLM'\]"),
