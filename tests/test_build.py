@@ -190,7 +190,7 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
         (tmp_path / "drafter" / "config.json").write_text(json.dumps({**document, **entries}))
 
     edit(hidden_size=64)
-    with pytest.raises(CheckpointError, match="drafter/config.json: hidden_size is 64, the target has 32"):
+    with pytest.raises(CheckpointError, match="drafter: config.json: hidden_size is 64, the target has 32"):
         build.drafter(config, target, [])
     edit(intermediate_size=128)
     with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
