@@ -403,7 +403,7 @@ def _with_true_chains(trajectory: TensorDictBase, steps: int) -> TensorDictBase:
     return _with_chains(trajectory, anchors, [tokens[a + 1 : a + 1 + steps] for a in anchors])
 
 
-def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: Sequence[Tensor]) -> TensorDictBase:
+def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: list[Tensor]) -> TensorDictBase:
     """The trajectory with other rounds: from each anchor the chain beside it."""
     out = trajectory.clone()
     out["rounds", "anchor"] = torch.tensor(anchors)
