@@ -433,7 +433,7 @@ def command(chain, sglang_models, tmp_path, *pairs):
     trajectories, weights = free_ports(2)
     return subprocess.run(
         [
-            *(sys.executable, "-m", "aurora_rl.cli", "flywheel", "engine.name=sglang"),
+            *(sys.executable, "-m", "aurora_rl.cli", "flywheel", "engine.name=sglang", "drafter.name=eagle3"),
             *(f"engine.url={chain.url}", f"engine.control={chain.control}", "engine.slots=4", "engine.max_length=480"),
             *(f"model={sglang_models / 'target'}", f"drafter.path={sglang_models / 'eagle3'}", "dtype=float32"),
             *("drafter.depth=3", "drafter.width=1", "drafter.num_nodes=3", f"traffic.path={traffic}"),
