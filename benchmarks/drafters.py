@@ -52,7 +52,12 @@ from aurora_rl.training import drafter_optimizers, train_on
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
-HYBRID = "hybrid"  # with n-grams: of what eagle3 has learned, so it is not trained again
+HYBRID = "hybrid"  # with n-grams: of what eagle3 has learned, so it is not trained again; "hybrid:medusa" of medusa's
+
+
+def learned(name: str) -> str:
+    """The drafter that learns in it."""
+    return name.partition(":")[2] or "eagle3" if name.startswith(HYBRID) else name
 
 
 class World:
@@ -76,8 +81,8 @@ class World:
 
     def trained(self, name: str) -> Drafter:
         """What the stream has made of it."""
-        if name == HYBRID:
-            return HybridDrafter(self.trained("eagle3"))
+        if name.startswith(HYBRID):
+            return HybridDrafter(self.trained(learned(name)))
         folder = self.work / name / "drafter"
         return load_drafter(folder, self.parts) if folder.exists() else self.drafter(name)
 
@@ -149,6 +154,13 @@ def learn(world: World, name: str, stream: list[TensorDict]) -> None:
     parameters = sum(p.numel() for p in drafter.parameters())
     result = {"parameters": parameters, "seconds": round(time.perf_counter() - began, 1), "curves": curves}
     (folder / "curve.json").write_text(json.dumps(result))
+
+
+def at_end(world: World, name: str, stream: list[TensorDict]) -> tuple[int, float]:
+    """The last point of a curve, of what the stream has made of a drafter."""
+    first = len(stream) - world.options.every
+    drafter = world.trained(name).to(world.dtype).eval().requires_grad_(False)
+    return first, replay(drafter, stream[first:], world.shape).acceptance_length
 
 
 def serve(world: World, name: str) -> dict[str, float | None]:
@@ -260,7 +272,7 @@ def main() -> None:
     names, domains = options.drafters.split(","), {}
     for path in (Path(name) for name in options.prompts.split(",")):
         world = World(options, path)
-        made = {name: world.drafter(name) for name in names if name != HYBRID}
+        made = {name: world.drafter(name) for name in map(learned, names)}
         layers = sorted({layer for drafter in made.values() for layer in drafter.feature_layers})
         asked = world.work / "layers.json"
         world.work.mkdir(parents=True, exist_ok=True)
@@ -277,8 +289,11 @@ def main() -> None:
             continue
         cells: dict[str, Any] = {}
         for name in names:
-            kept = json.loads((world.work / ("eagle3" if name == HYBRID else name) / "curve.json").read_text())
-            cells[name] = {"parameters": kept["parameters"], "curve": kept["curves"][name], **serve(world, name)}
+            kept = json.loads((world.work / learned(name) / "curve.json").read_text())
+            curve = kept["curves"].get(name) or [
+                at_end(world, name, of_layers(list(stream), recorded, made[learned(name)].feature_layers))
+            ]
+            cells[name] = {"parameters": kept["parameters"], "curve": curve, **serve(world, name)}
             print(world.name, name, {k: v for k, v in cells[name].items() if k != "curve"}, flush=True)
         domains[world.name] = {"drafters": cells, "transformers_prompt_lookup_speedup": prompt_lookup(load(world))}
     if options.until != "serve":
