@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -218,7 +217,7 @@ def _accepted(path: Sequence[Outcome]) -> int:
 
 
 def measure_rounds(
-    engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 6
+    engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 11
 ) -> dict[int, dict[TreeShape, float]]:
     """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
 
@@ -227,7 +226,8 @@ def measure_rounds(
         policy: a policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
         request: to put into each slot, again whenever it ends.
         shapes: to measure, within the policy's ``num_nodes``.
-        repeats: timings of each; the least counts, which other work on the machine disturbs least.
+        repeats: timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
+            drifts, or that does other work now and then, hardly changes.
 
     Returns:
         Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
@@ -263,7 +263,7 @@ def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, 
 def _time_rounds(
     engine: Engine, policy: DrafterPolicy, waiting: list[Request], shapes: Sequence[TreeShape], repeats: int
 ) -> dict[TreeShape, float]:
-    """Least seconds of a round of each shape, with as many slots occupied as there are requests."""
+    """Seconds of a round of each shape, with as many slots occupied as there are requests."""
     env = SpecDecodeEnv(
         engine,
         lambda: waiting.pop() if waiting else None,
@@ -271,15 +271,17 @@ def _time_rounds(
         draft_mode=policy.shape.mode,
         on_completion=lambda completion: waiting.append(completion.request),
     )
-    td, least = env.reset(), dict.fromkeys(shapes, math.inf)
-    for _ in range(repeats):
-        # Shapes take turns, so that a machine whose speed drifts treats them alike.
-        for shape in shapes:
+    td = env.reset()
+    turns = torch.zeros(repeats, len(shapes), dtype=torch.float64)
+    for turn in turns:
+        for i, shape in enumerate(shapes):
             policy.shape, prefill = shape, engine.prefill_seconds
             began = time.perf_counter()
             _, td = env.step_and_maybe_reset(policy(td))
-            least[shape] = min(least[shape], time.perf_counter() - began - (engine.prefill_seconds - prefill))
+            turn[i] = time.perf_counter() - began - (engine.prefill_seconds - prefill)
+    whole = turns.sum(1, keepdim=True)
+    seconds = (turns / whole).median(0).values * whole.median()
     for slot in engine.store.occupied.tolist():
         engine.release(slot)
     policy.drafter.forget(torch.arange(engine.num_slots))
-    return least
+    return dict(zip(shapes, seconds.tolist(), strict=True))

@@ -3,9 +3,10 @@
     python benchmarks/drafters.py --prompts code.jsonl,sql.jsonl,math.jsonl --work runs/drafters
 
 For each file of prompts a stream is recorded once, with the features that any of the drafters read. Each drafter learns
-from it in order of arrival; its acceptance length is that of replay on the next requests, which it has not seen. In the
-end what it has become serves requests behind the stream, in turns with plain decoding, and transformers' prompt lookup
-is timed on them beside its plain `generate`. All that is there in --work already is not made again.
+from it in order of arrival; its acceptance length is that of replay on the next requests, which it has not seen, and
+the speedup to expect there is this length times a plain round's time over that of a round with drafts. In the end what
+it has become serves requests behind the stream, in turns with plain decoding, and transformers' prompt lookup is timed
+on them beside its plain `generate`. All that is there in --work already is not made again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from aurora_rl.training import drafter_optimizers, train_on
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
-HYBRID = "hybrid"  # with n-grams: of what eagle3 has learned, so it is not trained again; "hybrid:medusa" of medusa's
+HYBRID = "hybrid"  # of n-grams and what eagle3 has learned, which is not trained again; "hybrid:medusa" of medusa's
 
 
 def learned(name: str) -> str:
@@ -116,21 +117,20 @@ def of_layers(stream: Sequence[TensorDict], recorded: Sequence[int], wanted: Seq
     return out
 
 
-def learn(world: World, name: str, stream: list[TensorDict]) -> None:
+def learn(world: World, name: str, hybrids: Sequence[str], stream: list[TensorDict]) -> None:
     """The acceptance length on the next requests, after every so many learned from; kept with the drafter."""
     every, folder = world.options.every, world.work / name
     drafter = world.drafter(name)
     served = copy.deepcopy(drafter).to(world.dtype).eval().requires_grad_(False)
-    with_ngrams = HybridDrafter(served)
-    curves: dict[str, list[tuple[int, float]]] = {name: [], HYBRID: []}
+    candidates: dict[str, Drafter] = {name: served, **{hybrid: HybridDrafter(served) for hybrid in hybrids}}
+    curves: dict[str, list[tuple[int, float]]] = {candidate: [] for candidate in candidates}
 
     def evaluate(seen: int) -> None:
         ahead = stream[seen : seen + every]
         if drafter.formats:
             served.install(drafter.published())
-        curves[name].append((seen, replay(served, ahead, world.shape).acceptance_length))
-        if name == "eagle3":
-            curves[HYBRID].append((seen, replay(with_ngrams, ahead, world.shape).acceptance_length))
+        for candidate, drafter_of_it in candidates.items():
+            curves[candidate].append((seen, replay(drafter_of_it, ahead, world.shape).acceptance_length))
         print(f"{world.name} {name}: {seen} requests, acceptance length {curves[name][-1][1]:.3f}", flush=True)
 
     began = time.perf_counter()
@@ -156,14 +156,7 @@ def learn(world: World, name: str, stream: list[TensorDict]) -> None:
     (folder / "curve.json").write_text(json.dumps(result))
 
 
-def at_end(world: World, name: str, stream: list[TensorDict]) -> tuple[int, float]:
-    """The last point of a curve, of what the stream has made of a drafter."""
-    first = len(stream) - world.options.every
-    drafter = world.trained(name).to(world.dtype).eval().requires_grad_(False)
-    return first, replay(drafter, stream[first:], world.shape).acceptance_length
-
-
-def serve(world: World, name: str) -> dict[str, float | None]:
+def serve(world: World, name: str) -> dict[str, Any]:
     """Requests that come behind the stream, speculative and plain in turns."""
     options = world.options
     drafter = world.trained(name).to(options.device, world.dtype).eval().requires_grad_(False)
@@ -242,13 +235,18 @@ def plot(domains: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(domains), figsize=(5 * len(domains), 4), sharey=True, squeeze=False)
-    for axis, (domain, cells) in zip(axes[0], domains.items(), strict=True):
+    figure, axes = plt.subplots(
+        2, len(domains), figsize=(5 * len(domains), 7), sharex=True, sharey="row", squeeze=False
+    )
+    for (above, below), (domain, cells) in zip(axes.T, domains.items(), strict=True):
         for number, (name, cell) in enumerate(cells["drafters"].items()):
-            axis.plot(*zip(*cell["curve"], strict=True), label=name, color=f"C{number}")
-        axis.set_title(domain)
-        axis.set_xlabel("requests learned from")
+            above.plot(*zip(*cell["curve"], strict=True), label=name, color=f"C{number}")
+            below.plot(*zip(*cell["expected_speedup"], strict=True), color=f"C{number}")
+            below.plot(cell["expected_speedup"][-1][0], cell["speedup"], "o", color=f"C{number}")
+        above.set_title(domain)
+        below.set_xlabel("requests learned from")
     axes[0][0].set_ylabel("acceptance length on the next requests")
+    axes[1][0].set_ylabel("speedup: expected, and served (dots)")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -256,7 +254,7 @@ def plot(domains: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,hybrid")
+    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,hybrid,hybrid:medusa")
     parser.add_argument("--work", type=Path, default=Path("runs/drafters"))
     parser.add_argument("--requests", type=int, default=128, help="of each stream")
     parser.add_argument("--every", type=int, default=32, help="requests between two evaluations")
@@ -284,17 +282,18 @@ def main() -> None:
             continue
         for name, drafter in made.items():
             if not (world.work / name / "curve.json").exists():
-                learn(world, name, of_layers(list(stream), recorded, drafter.feature_layers))
+                hybrids = [other for other in names if other != name and learned(other) == name]
+                learn(world, name, hybrids, of_layers(list(stream), recorded, drafter.feature_layers))
         if options.until == "learn":
             continue
         cells: dict[str, Any] = {}
         for name in names:
             kept = json.loads((world.work / learned(name) / "curve.json").read_text())
-            curve = kept["curves"].get(name) or [
-                at_end(world, name, of_layers(list(stream), recorded, made[learned(name)].feature_layers))
-            ]
-            cells[name] = {"parameters": kept["parameters"], "curve": curve, **serve(world, name)}
-            print(world.name, name, {k: v for k, v in cells[name].items() if k != "curve"}, flush=True)
+            curve, served = kept["curves"][name], serve(world, name)
+            gain = served["plain_ms"] / served["round_ms"]
+            expected = [(seen, acceptance * gain) for seen, acceptance in curve]
+            cells[name] = {"parameters": kept["parameters"], "curve": curve, "expected_speedup": expected, **served}
+            print(world.name, name, served, flush=True)
         domains[world.name] = {"drafters": cells, "transformers_prompt_lookup_speedup": prompt_lookup(load(world))}
     if options.until != "serve":
         return

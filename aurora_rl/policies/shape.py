@@ -13,7 +13,7 @@ from aurora_rl.policies.drafter import TreeShape
 # A shape that promises this share of the best one's tokens per second is as good as the best; and what no speculation
 # has to promise to be preferred.
 _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
-# A chance of which nothing is known yet, and how many trials this guess is worth.
+# A chance of which nothing is known yet, and how many trials this guess is worth; the measured time, so many rounds.
 _GUESS, _WORTH = 0.25, 4
 # Trials that are left of what was measured, where it may not hold any more.
 _LEFT = 8
@@ -78,10 +78,10 @@ class ShapeController:
         deepest = max(shape.depth for shape in self._shapes)
         # [hits, trials] by depth.
         self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
-        # Live over measured seconds of plain and of speculative rounds; which kind ran last, and for how many rounds.
-        self._pace = [1.0, 1.0]
-        self._kind: int | None = None
-        self._run = _RECENT
+        # Live over measured seconds of plain and of speculative rounds, and of how many of each.
+        self._pace, self._timed = [1.0, 1.0], [0, 0]
+        self._kind, self._run = -1, 0  # which of the two ran last, and for how many rounds
+        self._resting = 0  # the number of occupied slots at which no speculation was best
         self._probing = 0  # trials that the probe still wants
         # Seconds: of plain decoding since the last draft, and what drafting had lost by then.
         self._since, self._lost = math.inf, 0.0
@@ -124,14 +124,21 @@ class ShapeController:
         drafting = [shape for shape in self._shapes if shape.depth]
         best = max(drafting, key=rates.__getitem__, default=self.plain)
         if rates[self.plain] < _PLAIN_ENOUGH * rates[best]:
-            # Of shapes that are as good the deepest: what is drafted is tried and recorded, hence learned from.
-            as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
-            return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
-        loss = max(self._lost, self._seconds(self.plain, occupied))
-        if not self._probing and self._since * _SHARE >= loss * self._patience:
-            self._probing, self._lost, self._patience = _PROBE, 0.0, min(2 * self._patience, _PATIENCE)
+            # While nothing is drafted only the paces change, and to follow them back and forth would cost a catch-up of
+            # the drafter's cache each time.
+            if self._probing or self._resting != occupied:
+                # Of shapes that are as good the deepest: what is drafted is tried and recorded, hence learned from.
+                as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
+                return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
+        elif not self._probing:
+            self._resting = occupied
+        if not self._probing:
+            if self._since * _SHARE < max(self._lost, self._seconds(self.plain, occupied)) * self._patience:
+                return self.plain
+            self._resting, self._probing, self._lost = 0, _PROBE, 0.0
+            self._patience = min(2 * self._patience, _PATIENCE)
             self._doubt()
-        return best if self._probing else self.plain
+        return best
 
     def observe(
         self,
@@ -211,15 +218,16 @@ class ShapeController:
     def _keep_pace(self, shape: TreeShape, occupied: int, seconds: float) -> None:
         kind = int(shape.depth > 0)
         if kind != self._kind:
-            # The first kind of all carries the other along at once: nothing live is known of either.
-            self._kind, self._run = kind, 0 if self._kind is not None else _RECENT
+            self._kind, self._run = kind, 0
         self._run += 1
         if kind and self._run == 1:
             return  # the drafter's cache caught up, as it does in no round that follows
+        self._timed[kind] += 1
         old = self._pace[kind]
         # Clipped: one round that the machine held up says little about the others.
-        self._pace[kind] += (min(seconds / self._measured(shape, occupied), 4 * old) - old) / _RECENT
-        if self._run > _RECENT:
+        live = min(seconds / self._measured(shape, occupied), 4 * old)
+        self._pace[kind] += (live - old) / min(self._timed[kind] + _WORTH, _RECENT)
+        if self._run > _RECENT or not self._timed[1 - kind]:
             # What changes soon after the kind did is the difference between the two; what changes later, such as the
             # machine's other work, is taken to change both.
             self._pace[1 - kind] *= self._pace[kind] / old

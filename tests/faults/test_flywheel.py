@@ -92,7 +92,7 @@ def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
     flywheel = start("flywheel", ENDLESS)
     flywheel.wait_for("train")
     flywheel.process.kill()
-    wait(lambda: not flywheel.children, seconds=15)
+    wait(lambda: not flywheel.children)
     (over,) = flywheel.events("learner_done")  # and what it learned is kept
     assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
 
@@ -108,7 +108,7 @@ def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: 
     assert alive(pid)
     shell.kill()
     shell.wait()
-    wait(lambda: not alive(pid), seconds=15)
+    wait(lambda: not alive(pid))
     shell.stdout.close()
     assert MetricsReader(tmp_path / "run" / "metrics.jsonl").new() == []  # it never came to listen
 
