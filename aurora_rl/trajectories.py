@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aurora_rl.trees import reorder_depth_first
 
-RULES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
+RULE_CODES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
 # How the drafter chose a tree's nodes: its likeliest, or draws, whose siblings are independent or all different.
 DRAFT_MODES = ("topk", "sampled", "sampled_without_replacement")
 # What stands for "hidden", beside it, where an engine gives the target's likeliest tokens and not its states.
@@ -114,7 +114,7 @@ class Sampling:
             "top_k": torch.tensor(self.top_k),
             "top_p": torch.tensor(self.top_p, dtype=torch.float32),
             "seed": torch.tensor(self.seed),
-            "rule": torch.tensor(RULES.index(self.rule)),
+            "rule": torch.tensor(RULE_CODES.index(self.rule)),
             "draft_mode": torch.tensor(DRAFT_MODES.index(self.draft_mode)),
         }
 
@@ -334,7 +334,7 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     local = torch.arange(len(parents)) - torch.repeat_interleave(offset[:-1], offset.diff())
     if bool(((parents < -1) | (parents >= local)).any()):
         raise ValueError("nodes.parents must point to an earlier node of the same tree or to the root (-1)")
-    for name, allowed in (("rule", RULES), ("draft_mode", DRAFT_MODES)):
+    for name, allowed in (("rule", RULE_CODES), ("draft_mode", DRAFT_MODES)):
         if not 0 <= int(get(("sampling", name))) < len(allowed):
             raise ValueError(f"sampling.{name} must index {allowed}, got {int(get(('sampling', name)))}")
 

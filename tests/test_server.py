@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -520,6 +522,23 @@ def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
     # The same drafts as a server that measured nothing, hence the same acceptance.
     assert serving.run().finished == fresh.run().finished
     serving.check_texts()
+
+
+def test_measured_costs_are_those_of_undisturbed_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(tmp_path, waiting := requests(1), eagle(), slots=1)
+    policy, shapes = serving.policy, ShapeController.candidates(TreeShape(DEPTH))
+    clock, rounds, forward = [0.0], itertools.count(), policy.forward
+
+    def timed(td: TensorDict) -> TensorDict:
+        number = next(rounds)
+        # A machine that slows down, holds up a round in nine, and hurries another.
+        clock[0] += (1 + policy.shape.depth) * (1 + number / 200) * {4: 5.0, 6: 0.3}.get(number % 9, 1.0)
+        return forward(td)
+
+    monkeypatch.setattr(policy, "forward", timed)
+    monkeypatch.setattr("aurora_rl.server.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    seconds = measure_rounds(serving.engine, policy, waiting[0], shapes)[1]
+    assert [seconds[shape] / seconds[shapes[0]] for shape in shapes] == pytest.approx([1, 2, 3, 4], rel=0.05)
 
 
 # ---- weights from the wire --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.sampling import SamplingBatch, SamplingParams
 from aurora_rl.envs.verification import get_rule
-from aurora_rl.trajectories import RULES, Sampling, TrajectoryRecorder
+from aurora_rl.trajectories import RULE_CODES, Sampling, TrajectoryRecorder
 from aurora_rl.trees import accepted_path, valid_nodes
 
 
@@ -110,9 +110,9 @@ class SpecDecodeEnv(EnvBase):
                 f"the rule {rule!r} would change the text of trees drawn by {draft_mode!r}; it needs "
                 f"draft_mode {' or '.join(self.rule.draft_modes)}"
             )
-        if record and rule not in RULES:
+        if record and rule not in RULE_CODES:
             raise ValueError(
-                f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULES)}; set record=False"
+                f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULE_CODES)}; set record=False"
             )
         self._requests, self._decode, self._on_completion = requests, decode, on_completion
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)

@@ -16,7 +16,7 @@ from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.trajectories import DRAFT_MODES, RULES
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES
 from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.
@@ -91,7 +91,7 @@ class _Draws:
         out = torch.zeros_like(self.q[self.context, self.row])
         for code in self._rule.unique().tolist():
             here = (self._rule == code).nonzero().flatten()
-            out = out.index_copy(0, here, of(get_rule(RULES[code])(), here).to(out.dtype))
+            out = out.index_copy(0, here, of(get_rule(RULE_CODES[code])(), here).to(out.dtype))
         return out
 
 

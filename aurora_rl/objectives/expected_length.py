@@ -21,7 +21,7 @@ from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.trajectories import RULES
+from aurora_rl.trajectories import RULE_CODES
 
 
 @register_objective("expected_length")
@@ -161,7 +161,7 @@ class ExpectedLengthLoss(Objective):
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:
-            by_code = torch.tensor([get_rule(name).needs_q for name in RULES], device=request.device)
+            by_code = torch.tensor([get_rule(name).needs_q for name in RULE_CODES], device=request.device)
             rejects = by_code[batch["sampling", "rule"][request]]
         if not bool(rejects.any()):
             return matched, top1

@@ -13,7 +13,8 @@ from aurora_rl.policies.drafter import TreeShape
 # A shape that promises this share of the best one's tokens per second is as good as the best; and what no speculation
 # has to promise to be preferred.
 _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
-# A chance of which nothing is known yet, and how many trials this guess is worth; the measured time, so many rounds.
+# A chance of which nothing is known yet, and how many trials this guess is worth; a time measured at start is worth as
+# many rounds.
 _GUESS, _WORTH = 0.25, 4
 # Trials that are left of what was measured, where it may not hold any more.
 _LEFT = 8
@@ -39,9 +40,10 @@ class ShapeController:
     A round takes the time measured for its shape and number of occupied slots, times the pace of the live rounds of its
     kind (plain or speculative), which context lengths and the machine's other work change.
 
-    Where no speculation is best, a probe drafts for a few rounds now and then, so that a drafter that improved is
-    found: soon after :meth:`swapped`, otherwise at growing intervals, and in either case not before what the last one
-    lost, a plain round at least, is a fiftieth of the time of plain decoding since.
+    Where no speculation is best it stays so until the number of occupied slots changes, or a probe, which drafts for a
+    few rounds now and then, finds a drafter that improved: soon after :meth:`swapped`, otherwise at growing intervals,
+    and in either case not before what the last one lost, a plain round at least, is a fiftieth of the time of plain
+    decoding since.
 
     Args:
         costs: seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.

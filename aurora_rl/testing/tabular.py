@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.target import TargetParts
-from aurora_rl.trajectories import DRAFT_MODES, RULES, pack
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, pack
 
 VOCAB = 3
 Text = tuple[int, ...]
@@ -246,7 +246,7 @@ def tree_trajectory(
                 "top_k": torch.tensor(0),
                 "top_p": torch.tensor(1.0),
                 "seed": torch.tensor(0),
-                "rule": torch.tensor(RULES.index(rule)),
+                "rule": torch.tensor(RULE_CODES.index(rule)),
                 "draft_mode": torch.tensor(DRAFT_MODES.index(mode)),
             },
         },

@@ -19,7 +19,7 @@ from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.slot_cache import SlotCache
 from aurora_rl.testing import tiny_target
-from aurora_rl.trajectories import RULES, accepted_per_round, pack, validate
+from aurora_rl.trajectories import RULE_CODES, accepted_per_round, pack, validate
 
 # So few tokens that random trees are often right, and wide random weights so that texts do not repeat one token.
 VOCAB = 8
@@ -558,7 +558,7 @@ def test_sampled_text_is_that_of_plain_sampling() -> None:
         check(world, world.run(make(world)), truths)
     for id, completion in world.completions.items():
         recorded, sampling = completion.trajectory["sampling"], SAMPLING[id]
-        assert RULES[recorded["rule"]] == ("sample_and_match" if sampling.temperature else "greedy")
+        assert RULE_CODES[recorded["rule"]] == ("sample_and_match" if sampling.temperature else "greedy")
         assert (int(recorded["top_k"]), int(recorded["seed"])) == (sampling.top_k, sampling.seed)
         assert float(recorded["temperature"]) == pytest.approx(sampling.temperature)
 

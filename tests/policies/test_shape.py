@@ -192,7 +192,7 @@ def test_what_drafting_really_costs_is_learned_from_windows_of_plain_decoding() 
 
 
 def test_a_machine_whose_speed_wanders_does_not_bring_drafts_back_and_forth() -> None:
-    # One draft in thirty is accepted, which would pay for what was measured at start, but not for what a live round takes.
+    # One draft in thirty is accepted: enough for the costs that were measured at start, not for those of live rounds.
     serving = simulation(costs(1.0, 1.02), likeliest=0.03)
     plain = 0.0
     for turn in range(80):

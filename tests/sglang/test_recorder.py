@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sglang.recorder import EngineRound, FeatureStore, TrajectoryAssembler, parents_of, request_number
 from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.trajectories import DRAFT_MODES, RULES, Sampling
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds
 
 def sampling_of(trajectory):
     s = trajectory["sampling"]
-    rule, mode = RULES[int(s["rule"])], DRAFT_MODES[int(s["draft_mode"])]
+    rule, mode = RULE_CODES[int(s["rule"])], DRAFT_MODES[int(s["draft_mode"])]
     return Sampling(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]), int(s["seed"]), rule, mode)
 
 

@@ -22,7 +22,7 @@ from aurora_rl.policies.formats import load_drafter
 from aurora_rl.recordings import Recording, record
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangEngine, SGLangError, free_ports
-from aurora_rl.trajectories import RULES, validate
+from aurora_rl.trajectories import RULE_CODES, validate
 
 pytestmark = pytest.mark.sglang
 
@@ -173,7 +173,7 @@ def test_both_engines_record_the_same(kind, request, model, drafter, hello, lear
             assert answer.tokens.tolist() == ours["spine", "tokens"][len(answer.request.prompt) :].tolist()
             assert answer.rounds == len(trajectory["rounds", "anchor"])
             compared += assert_same_rounds(trajectory, ours)
-            assert RULES[int(trajectory["sampling", "rule"])] == "greedy"
+            assert RULE_CODES[int(trajectory["sampling", "rule"])] == "greedy"
             assert float(trajectory["sampling", "temperature"]) == 0.0
         assert compared > 30
         assert sum(int(t["nodes", "accepted"].sum()) for t in theirs) > 10
