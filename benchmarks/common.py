@@ -58,12 +58,16 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores" + (", AVX512_BF16" if "avx512_bf16" in flags else "")
 
 
+def _without_folders(argument: str) -> str:
+    return ",".join(Path(part).name if "/" in part else part for part in argument.split(","))
+
+
 def write_result(script: str, options: argparse.Namespace, figures: dict) -> None:
     """Print the figures and keep them with hardware, versions and command."""
     packages = ("torch", "transformers", "torchrl", "tensordict")
     result = {
         "command": " ".join(
-            ["python", f"benchmarks/{Path(script).name}", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+            ["python", f"benchmarks/{Path(script).name}", *(_without_folders(a) for a in sys.argv[1:])]
         ),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": processor(),
