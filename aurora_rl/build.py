@@ -125,7 +125,21 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
         config: names a checkpoint, or the architecture of an untrained drafter.
         target: the loaded target, before an engine has it.
         prompts: first prompts, for the draft vocabulary of an untrained drafter; may be empty.
+
+    Raises:
+        ConfigError: settings that do not fit, such as trees deeper than the drafter drafts.
+        ValueError: a checkpoint that does not fit the target.
     """
+    made = _made(config, target, prompts)
+    if config.drafter.depth > made.max_depth:
+        raise ConfigError(
+            f"drafter.depth={config.drafter.depth} is more than the {made.max_depth} nodes that this drafter drafts "
+            "one behind the other; set it to that, or start a deeper drafter by drafter.options"
+        )
+    return made
+
+
+def _made(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
     settings, made = config.drafter, _drafter_class(config)
     if settings.path is not None:
         return load_drafter(settings.path, target.parts, made, options=settings.options)

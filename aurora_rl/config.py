@@ -68,7 +68,7 @@ class DrafterConfig:
     name: str = "hybrid"
     """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the architecture is told beside, such as learned=medusa of hybrid."""
+    """What the architecture is told beside, such as learned=eagle3 of hybrid."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
     vocab_size: int = 8192

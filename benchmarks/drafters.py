@@ -53,12 +53,12 @@ from aurora_rl.training import drafter_optimizers, train_on
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
-HYBRID = "hybrid"  # of n-grams and what eagle3 has learned, which is not trained again; "hybrid:medusa" of medusa's
+HYBRID = "hybrid:"  # of n-grams and what the drafter named behind it has learned, which is not trained again
 
 
 def learned(name: str) -> str:
     """The drafter that learns in it."""
-    return name.partition(":")[2] or "eagle3" if name.startswith(HYBRID) else name
+    return name.removeprefix(HYBRID)
 
 
 class World:
@@ -254,7 +254,7 @@ def plot(domains: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,hybrid,hybrid:medusa")
+    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,hybrid:eagle3,hybrid:medusa")
     parser.add_argument("--work", type=Path, default=Path("runs/drafters"))
     parser.add_argument("--requests", type=int, default=128, help="of each stream")
     parser.add_argument("--every", type=int, default=32, help="requests between two evaluations")

@@ -177,12 +177,20 @@ def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: build.Ta
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 
+def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target: build.Target) -> None:
+    config.drafter.depth = 5
+    with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
+        build.drafter(config, target, [])
+    config.drafter.options = {"learned_options": {"num_heads": 5}}
+    assert build.drafter(config, target, []).max_depth == 5
+
+
 def test_a_drafter_for_another_model_names_what_does_not_match(
     config: Config, target: build.Target, tmp_path: Path
 ) -> None:
-    made = build.drafter(config, target, [])
-    save_drafter(made, tmp_path / "drafter")
-    config.drafter.path = str(tmp_path / "drafter")
+    config.drafter.options = {"learned": "eagle3"}
+    save_drafter(build.drafter(config, target, []), tmp_path / "drafter")
+    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}  # the file says what learned
     build.drafter(config, target, [])
     document = json.loads((tmp_path / "drafter" / "config.json").read_text())
 
@@ -227,5 +235,5 @@ def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
     with learner(config, tmp_path) as second:
         assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
     config.drafter.vocab_size = 32
-    with pytest.raises(CheckpointError, match="tensor 'learned.lm_head.weight'"), learner(config, tmp_path):
+    with pytest.raises(CheckpointError, match="tensor 'learned.lm_heads.0.weight'"), learner(config, tmp_path):
         pass

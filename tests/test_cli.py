@@ -312,7 +312,7 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    config = load_config(overrides=[*pairs, "drafter.vocab_size=64"])
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
     target = build.load(config)
     made = build.drafter(config, target, [])
     save_drafter(made, tmp_path / "ours")
@@ -338,7 +338,7 @@ def test_export_says_what_it_cannot_do(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    config = load_config(overrides=[*pairs, "drafter.vocab_size=64"])
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
     save_drafter(build.drafter(config, build.load(config), []), tmp_path / "ours")
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter

@@ -70,9 +70,9 @@ class HybridDrafter(Drafter):
     Example:
         >>> from aurora_rl.testing import tiny_target
         >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = HybridDrafter.from_target(parts, draft_vocab=torch.arange(16), learned="medusa")
+        >>> drafter = HybridDrafter.from_target(parts, draft_vocab=torch.arange(16), learned="eagle3")
         >>> type(drafter.learned).__name__, drafter.lookup
-        ('MedusaDrafter', 2)
+        ('Eagle3Drafter', 2)
     """
 
     draft_modes: ClassVar[tuple[str, ...]] = ("topk",)
@@ -95,7 +95,7 @@ class HybridDrafter(Drafter):
         *,
         draft_vocab: Tensor,
         feature_layers: tuple[int, ...] | None = None,
-        learned: str = "eagle3",
+        learned: str = "medusa",
         lookup: int = 2,
         learned_options: Mapping[str, Any] | None = None,
     ) -> Self:

@@ -104,7 +104,7 @@ def test_only_the_learned_drafter_is_published_and_saved() -> None:
     [
         ({"lookup": 0}, "lookup must be at least 1, got 0"),
         ({"learned": "medus"}, "no drafter is called 'medus'; did you mean 'medusa'"),
-        ({"learned_options": {"heads": 2}}, "Eagle3Drafter has no option 'heads'; it has fc_norm, norm_output"),
+        ({"learned_options": {"heads": 2}}, "MedusaDrafter has no option 'heads'; it has num_heads, num_layers"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
