@@ -167,7 +167,20 @@ def warp_logits(
     return scores.log_softmax(-1).view(logits.shape)
 
 
-def served_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def argmax(scores: Tensor) -> Tensor:
+    """Index of the largest of each row, the first of equals. `[..., V]` to `[...]` int64.
+
+    `Tensor.argmax` gives the same and takes, on a CPU in bfloat16, five to ten times as long.
+
+    >>> argmax(torch.tensor([[1.0, 3.0, 3.0]]))
+    tensor([1])
+    """
+    return scores.max(-1).indices
+
+
+def served_log_probs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tokens: Tensor | None = None
+) -> Tensor:
     """As `warp_logits`, and the point mass on the argmax where the temperature is 0.
 
     Args:
@@ -175,20 +188,25 @@ def served_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
         temperature: `[R]`, >= 0.
         top_k: `[R]` int64.
         top_p: `[R]`.
+        tokens: `[T]` int64, the only tokens asked for; None is all.
 
     Returns:
-        `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support.
+        `[R, T]` or `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support. Columns
+        that are left out keep their mass: rows of `[R, T]` sum to what the tokens have of it.
 
     >>> one = torch.ones(2)
     >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * one.long(), one).exp()
     tensor([[0.0000, 1.0000],
             [0.5000, 0.5000]])
     """
-    log_p = torch.full_like(logits, -math.inf, dtype=torch.promote_types(logits.dtype, torch.float32))
-    log_p.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    columns = torch.arange(logits.shape[-1], device=logits.device) if tokens is None else tokens
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p = torch.full((len(logits), len(columns)), -math.inf, dtype=dtype, device=logits.device)
+    log_p.masked_fill_(columns == argmax(logits)[:, None], 0.0)
     drawn = temperature > 0
     if bool(drawn.any()):
-        log_p[drawn] = warp(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn]).log_softmax(-1)
+        scores = warp(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn]).log_softmax(-1)
+        log_p[drawn] = scores if tokens is None else scores[:, tokens]
     return log_p
 
 

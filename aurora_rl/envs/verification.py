@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from aurora_rl.envs.sampling import SamplingBatch, gumbel, warp
+from aurora_rl.envs.sampling import SamplingBatch, argmax, gumbel, warp
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import last_accepted, repeated_siblings, walk
 
@@ -225,11 +225,11 @@ class Greedy(VerificationRule):
     ) -> Verdict:
         """See `VerificationRule.verify`."""
         check_shapes(logits, tokens, parents, valid)
-        return settle(logits.argmax(-1), tokens, parents, valid)
+        return settle(argmax(logits), tokens, parents, valid)
 
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
         """1 where the node carries the likeliest token, else 0. See `VerificationRule.acceptance`."""
-        right = tokens == p.argmax(-1)[context]
+        right = tokens == argmax(p)[context]
         return (right & ~repeated_siblings(context, tokens)).to(p.dtype)
 
 
@@ -271,13 +271,13 @@ class SampleAndMatch(VerificationRule):
 
         def choose(slots: Tensor, columns: Tensor, at: Tensor) -> Tensor:
             rows = logits[slots, columns]
-            choice = rows.argmax(-1)
+            choice = argmax(rows)
             drawn = (sampling.temperature[slots] > 0).nonzero()[:, 0]
             if len(drawn):
                 these = slots[drawn]
                 scores = warp(rows[drawn], sampling.temperature[these], sampling.top_k[these], sampling.top_p[these])
                 noise = gumbel(sampling.seed[these], at[drawn], logits.shape[-1])
-                choice[drawn] = (scores + noise).argmax(-1)
+                choice[drawn] = argmax(scores + noise)
             return choice
 
         return descend(choose, tokens, parents, valid, positions)

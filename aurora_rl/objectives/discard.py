@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_rl.envs.sampling import argmax
 from aurora_rl.objectives.contexts import TREE_KEYS, path_products
 from aurora_rl.objectives.divergences import Divergence, get_divergence
 from aurora_rl.objectives.objective import Objective, Values, register_objective
@@ -108,7 +109,7 @@ class DiscardSamplingLoss(Objective):
         wanted[nodes] = discarded
         log_q = log_softmax(self.drafter.context_logits(batch, wanted))
         log_p = self.target_log_probs(target_rows(batch, keys.node_hidden)[discarded], renormalize=self.renormalize)
-        agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean() if len(log_q) else log_q.new_zeros(())
+        agreement = (argmax(log_p) == argmax(log_q)).float().mean() if len(log_q) else log_q.new_zeros(())
         if self.top_k is not None and self.top_k < log_p.shape[-1]:
             least = log_p.topk(self.top_k, dim=-1).values[:, -1:]
             log_p = log_softmax(log_p.masked_fill(log_p < least, -torch.inf))

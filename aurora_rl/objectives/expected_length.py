@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_rl.envs.sampling import argmax
 from aurora_rl.envs.verification import get_rule
 from aurora_rl.objectives.contexts import (
     SAMPLING_KEYS,
@@ -157,7 +158,7 @@ class ExpectedLengthLoss(Objective):
         """Chance that each context accepts a draft from ``q``, and its likeliest token; each ``[X]``."""
         p = log_p.exp().to(log_q.dtype)
         matched = torch.linalg.vecdot(p, log_q.exp())
-        top1 = p.gather(-1, log_q.argmax(-1, keepdim=True))[:, 0]
+        top1 = p.gather(-1, argmax(log_q)[:, None])[:, 0]
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:

@@ -228,7 +228,7 @@ class Objective(LossModule):
         if greedy:
             temperature = torch.zeros_like(temperature)
         logits = target_logits(rows, self.head)
-        return served_log_probs(logits, temperature, top_k, top_p)[:, self.drafter.draft_vocab]
+        return served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab)
 
 
 class SumLoss(LossModule):

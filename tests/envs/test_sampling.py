@@ -12,7 +12,15 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from aurora_rl.envs import sampling
-from aurora_rl.envs.sampling import SamplingBatch, SamplingParams, gumbel, served_log_probs, uniform, warp_logits
+from aurora_rl.envs.sampling import (
+    SamplingBatch,
+    SamplingParams,
+    argmax,
+    gumbel,
+    served_log_probs,
+    uniform,
+    warp_logits,
+)
 from aurora_rl.envs.verification import SampleAndMatch
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,3 +296,20 @@ def test_served_law_of_greedy_and_sampled_rows() -> None:
         assert log_p[row].exp().nonzero().tolist() == [[int(logits[row].argmax())]] and float(log_p[row].max()) == 0.0
     for row in (1, 3):
         assert torch.equal(log_p[row], warp_logits(logits[row], temperature[row], top_k[row], top_p[row]))
+
+
+def test_served_log_probs_of_some_tokens_are_columns_of_all() -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(2)).double()
+    temperature, top_k = torch.tensor([0.0, 1.0, 0.7, 0.0, 2.0, 1.0]), torch.tensor([0, 0, 7, 3, 0, 12])
+    top_p, tokens = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.9, 0.8]), torch.tensor([39, 3, 17, int(logits[0].argmax())])
+    some = served_log_probs(logits, temperature, top_k, top_p, tokens)
+    assert torch.equal(some, served_log_probs(logits, temperature, top_k, top_p)[:, tokens])
+    assert some[0].tolist() == [-torch.inf] * 3 + [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_argmax_is_the_first_of_equals(dtype: torch.dtype) -> None:
+    """Text must not depend on which of two equal tokens a kernel meets first: plain decoding takes the lowest id."""
+    scores = torch.randint(0, 6, (64, 5000), generator=torch.Generator().manual_seed(0)).to(dtype)
+    first = [row.index(max(row)) for row in scores.tolist()]
+    assert argmax(scores).tolist() == first
