@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +16,14 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs.sampling import served_log_probs
+from aurora_rl.objectives.settings import check_names, nearest, settings_of
 from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
 
 _ENTRY_POINTS = "aurora_rl.objectives"
+# Arguments of the constructor that no configuration gives.
+_NOT_SETTINGS = ("drafter", "head", "reduction")
 
 
 class Values(NamedTuple):
@@ -337,8 +338,9 @@ def get_objective(name: str) -> type[Objective]:
     found = {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
     if name not in found:
         known = sorted({*OBJECTIVES, *found})
-        near = difflib.get_close_matches(name, known, 1, 0)[0]
-        raise ValueError(f"no objective is called {name!r}; did you mean {near!r}? There are {', '.join(known)}")
+        raise ValueError(
+            f"no objective is called {name!r}; did you mean {nearest(name, known)!r}? There are {', '.join(known)}"
+        )
     cls = found[name].load()
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise ValueError(f"the entry point {name!r} is {found[name].value}, which is no subclass of Objective")
@@ -355,11 +357,8 @@ def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
     if "name" not in settings:
         raise ValueError(f"an objective needs a name, got {dict(settings)}")
     cls = get_objective(str(settings["name"]))
-    known = [p for p in inspect.signature(cls).parameters if p not in ("drafter", "head", "reduction")]
-    for key in settings:
-        if key not in ("name", *known):
-            near = difflib.get_close_matches(str(key), known, 1, 0)[0]
-            raise ValueError(f"objective {cls.name!r} has no setting {key!r}; did you mean {near!r}?")
+    known = [name for name in settings_of(cls) if name not in _NOT_SETTINGS]
+    check_names({k: v for k, v in settings.items() if k != "name"}, known, f"objective {cls.name!r}")
     return cls
 
 

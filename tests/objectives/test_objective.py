@@ -217,6 +217,29 @@ def test_settings_are_checked_before_anything_is_made(settings: dict[str, Any], 
         check_settings(settings)
 
 
+def test_an_objective_that_passes_settings_on_has_those_of_its_parents(registry: dict[str, type[Objective]]) -> None:
+    @register_objective("focal")
+    class Focal(ImitationLoss):
+        def __init__(self, drafter: Drafter, head: Tensor, *, gamma: float = 1.0, **settings: Any) -> None:
+            super().__init__(drafter, head, **settings)
+            self.gamma = gamma
+
+    @register_objective("stubborn")
+    class Stubborn(Focal):
+        def __init__(self, drafter: Drafter, head: Tensor, *, zeal: float = 1.0) -> None:
+            super().__init__(drafter, head, steps=1)
+
+    assert check_settings({"name": "focal", "steps": 2, "gamma": 2.0, "weight": 0.5}) is Focal
+    (made,) = make_objectives([{"name": "focal", "steps": 2}], TabularDrafter(0), TabularTarget(0).head)
+    assert isinstance(made, Focal) and made.steps == 2
+    with pytest.raises(ValueError, match="objective 'focal' has no setting 'step'; did you mean 'steps'"):
+        check_settings({"name": "focal", "step": 2})
+    with pytest.raises(ValueError, match="objective 'focal' has no setting 'settings'"):
+        check_settings({"name": "focal", "settings": {}})
+    with pytest.raises(ValueError, match="objective 'stubborn' has no setting 'steps'"):
+        check_settings({"name": "stubborn", "steps": 2})
+
+
 def test_values_of_settings_are_checked_by_the_class() -> None:
     drafter, head = TabularDrafter(0), TabularTarget(0).head
     with pytest.raises(ValueError, match="imitation needs steps >= 1"):
