@@ -56,6 +56,18 @@ OBJECTIVES = {
     "none": (("objectives=[]",), "objectives is empty; name at least one"),
     "unknown": (("objectives=[{name: imitaton}]",), "no objective is called 'imitaton'; did you mean 'imitation'"),
     "unknown setting": (("objectives=[{name: discard, lambda: 1}]",), "objective 'discard' has no setting 'lambda'"),
+    "divergence": (
+        ("objectives=[{name: imitation, divergence: forwardkl}]",),
+        "objectives: objective 'imitation': no divergence is called 'forwardkl'; did you mean 'forward_kl'",
+    ),
+    "steps": (("objectives=[{name: imitation, steps: 0}]",), "'imitation': steps must be at least 1, got 0"),
+    "no integer": (("objectives=[{name: imitation, steps: three}]",), "steps must be an integer, got 'three'"),
+    "no number": (("objectives=[{name: imitation, weight: .nan}]",), "'imitation': weight must be finite, got nan"),
+    "clip": (("objectives=[{name: acceptance_reward, clip: -1}]",), "clip must be positive or null, got -1"),
+    "rule": (
+        ("objectives=[{name: imitation}, {name: expected_length, rule: typical}]",),
+        "objectives: objective 'expected_length': no verification rule is called 'typical'; choose one of",
+    ),
     "not sampled": (("objectives=[{name: acceptance_reward}]",), "drafter.mode is 'topk'; set drafter.mode=sampled"),
     "one chain": (
         ("objectives=[{name: acceptance_reward, baseline: group}]", *SAMPLED),
@@ -81,15 +93,6 @@ def test_objectives_are_checked_before_a_model_is_loaded(why: str, tmp_path: Pat
         build.check(config)
     with pytest.raises(ConfigError, match=message):
         build.learner(config, MetricsLog(tmp_path / "metrics.jsonl", "learner"), tmp_path)
-
-
-def test_values_of_settings_are_checked_before_the_wire_is_opened(config: Config, tmp_path: Path) -> None:
-    config.objectives = [{"name": "imitation", "steps": 0}]
-    with (
-        pytest.raises(ConfigError, match="objectives: imitation needs steps >= 1"),
-        learner(config, tmp_path),
-    ):
-        pass
 
 
 def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:

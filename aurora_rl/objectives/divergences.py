@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aurora_rl.objectives.settings import nearest
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 # exp of it is 0 in every dtype, and 0 times it is 0.
@@ -180,12 +182,15 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
     """The divergence of a name; a function is given back.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; the message names the nearest.
     """
     if not isinstance(divergence, str):
         return divergence
     if divergence not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {divergence!r}; there are {', '.join(sorted(DIVERGENCES))}")
+        raise ValueError(
+            f"no divergence is called {divergence!r}; did you mean {nearest(divergence, DIVERGENCES)!r}? "
+            f"There are {', '.join(sorted(DIVERGENCES))}"
+        )
     return DIVERGENCES[divergence]
 
 

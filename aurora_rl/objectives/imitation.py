@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -102,9 +103,9 @@ class ImitationLoss(Objective):
     acceptance.
 
     Raises:
-        ValueError: ``steps`` < 1, ``decay`` outside (0, 1], a negative ``regression``, an unknown divergence, weighting
-            or reduction; at the first batch, ``regression`` with a drafter whose unroll has no states, or with a target
-            whose outputs come without hidden states.
+        ValueError: ``steps`` < 1, ``decay`` outside (0, 1], ``regression`` negative or infinite, an unknown divergence,
+            weighting or reduction; at the first batch, ``regression`` with a drafter whose unroll has no states, or
+            with a target whose outputs come without hidden states.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -131,12 +132,14 @@ class ImitationLoss(Objective):
         weight: float = 1.0,
         reduction: str = "mean",
     ) -> None:
-        if steps < 1 or not 0 < decay <= 1:
-            raise ValueError(f"imitation needs steps >= 1 and 0 < decay <= 1, got steps {steps}, decay {decay}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {decay}")
         if weighting not in ("decay", "expected_length"):
-            raise ValueError(f"imitation's weighting must be 'decay' or 'expected_length', got {weighting!r}")
-        if not regression >= 0:
-            raise ValueError(f"imitation's regression must not be negative, got {regression}")
+            raise ValueError(f"weighting must be 'decay' or 'expected_length', got {weighting!r}")
+        if not 0 <= regression < math.inf:
+            raise ValueError(f"regression must be finite and not negative, got {regression}")
         super().__init__(drafter, head, weight=weight, reduction=reduction)
         self.divergence, self.renormalize = get_divergence(divergence), renormalize
         self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression

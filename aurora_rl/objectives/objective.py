@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs.sampling import served_log_probs
-from aurora_rl.objectives.settings import check_names, nearest, settings_of
+from aurora_rl.objectives.settings import check, nearest, settings_of
 from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
@@ -52,6 +54,9 @@ class Objective(LossModule):
     :attr:`reads` names the first form; the other stands for it, in the same groups. ``values`` that takes them by
     ``target_rows`` or ``context_rows`` knows both.
 
+    A constructor checks its settings and asks nothing of the drafter: configurations are checked by making the
+    objective on a stand-in, before a model is loaded.
+
     Args:
         drafter: its parameters learn.
         head: ``[V, H]``, the target's output head, frozen.
@@ -86,8 +91,8 @@ class Objective(LossModule):
     def __init__(self, drafter: Drafter, head: Tensor, *, weight: float = 1.0, reduction: str = "mean") -> None:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        if not torch.isfinite(torch.tensor(float(weight))):
-            raise ValueError(f"{self.name}: weight must be finite, got {weight}")
+        if not math.isfinite(weight):
+            raise ValueError(f"weight must be finite, got {weight}")
         super().__init__()
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.register_buffer("head", head, persistent=False)
@@ -349,17 +354,16 @@ def get_objective(name: str) -> type[Objective]:
 
 
 def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
-    """The class that a mapping of name and settings asks for.
+    """The class that a mapping of name and settings asks for, which has been made once on a stand-in for a drafter.
 
     Raises:
-        ValueError: no name, an unknown name or an unknown setting; the message names the nearest.
+        ValueError: no name, an unknown name or setting, or a value that the class refuses; the message names it and
+            what would have been right.
     """
-    if "name" not in settings:
-        raise ValueError(f"an objective needs a name, got {dict(settings)}")
-    cls = get_objective(str(settings["name"]))
-    known = [name for name in settings_of(cls) if name not in _NOT_SETTINGS]
-    check_names({k: v for k, v in settings.items() if k != "name"}, known, f"objective {cls.name!r}")
-    return cls
+    # A constructor that asks more of its drafter than the stand-in has finds out when there is one.
+    with contextlib.suppress(AttributeError):
+        _make(settings, cast(Drafter, nn.ParameterList([torch.zeros(1)])), torch.zeros(1, 1))
+    return get_objective(settings["name"])
 
 
 def make_objectives(settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: Tensor) -> list[Objective]:
@@ -371,13 +375,18 @@ def make_objectives(settings: Sequence[Mapping[str, Any]], drafter: Drafter, hea
         head: see :class:`Objective`.
 
     Raises:
-        ValueError: see :func:`check_settings`; also what the classes say of the values.
+        ValueError: see :func:`check_settings`.
     """
-    made = []
-    for each in settings:
-        cls = check_settings(each)
-        try:
-            made.append(cls(drafter, head, **{str(k): v for k, v in each.items() if k != "name"}))
-        except TypeError as error:
-            raise ValueError(f"objective {cls.name!r}: {error}") from error
-    return made
+    return [_make(each, drafter, head) for each in settings]
+
+
+def _make(settings: Mapping[str, Any], drafter: Drafter, head: Tensor) -> Objective:
+    if not isinstance(settings.get("name"), str):
+        raise ValueError(f"an objective needs a name, got {dict(settings)}")
+    cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    check(arguments, {name: kind for name, kind in settings_of(cls).items() if name not in _NOT_SETTINGS}, what)
+    try:
+        return cls(drafter, head, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from error

@@ -1,15 +1,26 @@
-"""Settings of a configuration: which keywords a class or function takes."""
+"""Settings of a configuration: which keywords a class or function takes, and of which types."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    NoneType: "null",
+    Mapping: "a mapping",
+    Callable: "a function",
+}
 
 
-def settings_of(target: Callable[..., Any]) -> list[str]:
-    """Keywords that a function or a class's constructor takes.
+def settings_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Keywords that a function or a class's constructor takes, each with its type; ``Any`` where it has none.
 
     A constructor that takes ``**settings`` is taken to pass them to its parent, whose keywords count too.
 
@@ -19,15 +30,19 @@ def settings_of(target: Callable[..., Any]) -> list[str]:
         >>> class Child(Parent):
         ...     def __init__(self, drafter, *, gamma: float = 1.0, **settings) -> None: ...
         >>> settings_of(Child)
-        ['drafter', 'gamma', 'steps']
+        {'drafter': typing.Any, 'gamma': <class 'float'>, 'steps': <class 'int'>}
     """
-    found: list[str] = []
+    found: dict[str, Any] = {}
     for function in _chain(target):
         parameters = inspect.signature(function).parameters.values()
-        kinds = {p.name: p.kind for p in parameters}
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        found += [name for name, kind in kinds.items() if kind not in variadic and name not in ("self", *found)]
-        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+        try:
+            types = get_type_hints(function)
+        except NameError:  # a type that is imported for checkers alone
+            types = {}
+        for p in parameters:
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self":
+                found.setdefault(p.name, types.get(p.name, Any))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
 
@@ -50,19 +65,37 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), 1, 0)[0]
 
 
-def check_names(settings: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    """Refuse a setting that does not exist.
+def check(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
+    """Refuse settings that do not exist, and values of another type.
 
     Args:
         settings: name to value.
-        known: names that there are.
+        known: name to type, see :func:`settings_of`.
         what: has the settings, for the message.
 
     Raises:
-        ValueError: an unknown setting; the message names the nearest.
+        ValueError: the message names the setting, and the nearest that there is or the type.
     """
-    names = list(known)
-    for key in settings:
-        if key not in names:
-            cure = f"did you mean {nearest(str(key), names)!r}?" if names else "it has none"
+    for key, value in settings.items():
+        if key not in known:
+            cure = f"did you mean {nearest(str(key), known)!r}?" if known else "it has none"
             raise ValueError(f"{what} has no setting {key!r}; {cure}")
+        if not _fits(value, known[key]):
+            wanted = " or ".join(_NAMES.get(get_origin(kind) or kind, str(kind)) for kind in _kinds(known[key]))
+            raise ValueError(f"{what}: {key} must be {wanted}, got {value!r}")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a type allows."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return any(_is(value, get_origin(kind) or kind) for kind in _kinds(hint))
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (int, float):  # 1 is a number too; true is none, though Python's bool is an int
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    # Any, a Literal or a type variable is for the class to judge.
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)

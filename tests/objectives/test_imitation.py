@@ -192,10 +192,11 @@ def test_a_drafter_with_fewer_steps_ends_the_loss(medusa_trajectories: list[Tens
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps >= 1 and 0 < decay <= 1, got steps 0"),
-        ({"decay": 0.0}, "got steps 3, decay 0.0"),
-        ({"decay": 1.5}, "got steps 3, decay 1.5"),
-        ({"divergence": "forwardkl"}, "unknown divergence 'forwardkl'; there are cross_entropy, forward_kl"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"decay": 0.0}, r"decay must lie in \(0, 1\], got 0.0"),
+        ({"decay": 1.5}, r"decay must lie in \(0, 1\], got 1.5"),
+        ({"regression": math.inf}, "regression must be finite and not negative, got inf"),
+        ({"divergence": "forwardkl"}, "no divergence is called 'forwardkl'; did you mean 'forward_kl'[?] There are cr"),
         ({"reduction": "average"}, "'mean', 'sum' or 'none', got 'average'"),
     ],
 )

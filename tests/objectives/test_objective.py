@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,7 @@ def test_entry_points(registry: dict[str, type[Objective]], monkeypatch: pytest.
     ("settings", "message"),
     [
         ({}, "an objective needs a name, got {}"),
+        ({"name": 3}, "an objective needs a name, got {'name': 3}"),
         ({"name": "discrad"}, "did you mean 'discard'"),
         ({"name": "imitation", "step": 3}, "objective 'imitation' has no setting 'step'; did you mean 'steps'"),
         ({"name": "imitation", "reduction": "sum"}, "has no setting 'reduction'"),
@@ -240,14 +242,54 @@ def test_an_objective_that_passes_settings_on_has_those_of_its_parents(registry:
         check_settings({"name": "stubborn", "steps": 2})
 
 
-def test_values_of_settings_are_checked_by_the_class() -> None:
-    drafter, head = TabularDrafter(0), TabularTarget(0).head
-    with pytest.raises(ValueError, match="imitation needs steps >= 1"):
-        make_objectives([{"name": "imitation", "steps": 0}], drafter, head)
-    with pytest.raises(ValueError, match="weight must be finite, got nan"):
-        make_objectives([{"name": "imitation", "weight": float("nan")}], drafter, head)
-    with pytest.raises(ValueError, match="objective 'imitation': '<' not supported"):
-        make_objectives([{"name": "imitation", "steps": "three"}], drafter, head)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "imitation", "divergence": "forwardkl"}, "no divergence is called 'forwardkl'; did you mean 'forw"),
+        ({"name": "imitation", "steps": 0}, "steps must be at least 1, got 0"),
+        ({"name": "imitation", "steps": "three"}, "steps must be an integer, got 'three'"),
+        ({"name": "imitation", "steps": 2.5}, "steps must be an integer, got 2.5"),
+        ({"name": "imitation", "steps": True}, "steps must be an integer, got True"),
+        ({"name": "imitation", "renormalize": "no"}, "renormalize must be true or false, got 'no'"),
+        ({"name": "imitation", "weighting": "foo"}, "weighting must be 'decay' or 'expected_length', got 'foo'"),
+        ({"name": "imitation", "weight": math.nan}, "weight must be finite, got nan"),
+        ({"name": "imitation", "weight": "heavy"}, "weight must be a number, got 'heavy'"),
+        ({"name": "acceptance_reward", "clip": -1}, "clip must be positive or null, got -1"),
+        ({"name": "acceptance_reward", "clip": "no"}, "clip must be a number or null, got 'no'"),
+        ({"name": "acceptance_reward", "baseline": "loo"}, "must be 'none', 'leave_one_out' or 'group', got 'loo'"),
+        ({"name": "expected_length", "rule": "typical"}, "no verification rule is called 'typical'; choose one of"),
+        ({"name": "discard", "divergence": "forwardkl"}, "did you mean 'forward_kl'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_settings_are_checked_before_anything_is_made(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^objective '{settings['name']}': .*{message}"):
+        check_settings(settings)
+    with pytest.raises(ValueError, match=f"^objective '{settings['name']}': .*{message}"):
+        make_objectives([settings], TabularDrafter(0), TabularTarget(0).head)
+
+
+def test_what_is_right_is_not_refused() -> None:
+    for kind, settings in SETTINGS:
+        assert check_settings({"name": kind.name, **settings}) is kind
+    assert check_settings({"name": "imitation", "weight": 1}) is ImitationLoss  # YAML's 1 is a number too
+    assert check_settings({"name": "acceptance_reward", "clip": None}) is AcceptanceRewardLoss
+
+
+def test_a_constructor_that_reads_its_drafter_is_checked_later(registry: dict[str, type[Objective]]) -> None:
+    @register_objective("sized")
+    class Sized(ImitationLoss):
+        def __init__(self, drafter: Drafter, head: Tensor, *, top_k: Unresolvable = 1) -> None:  # type: ignore[name-defined] # noqa: F821
+            super().__init__(drafter, head)
+            next(drafter.parameters())
+            if top_k > len(drafter.draft_vocab):
+                raise ValueError(f"top_k must be at most {len(drafter.draft_vocab)}, got {top_k}")
+
+    assert check_settings({"name": "sized", "top_k": 9}) is Sized
+    with pytest.raises(ValueError, match="objective 'sized': top_k must be at most 3, got 9"):
+        make_objectives([{"name": "sized", "top_k": 9}], TabularDrafter(0), TabularTarget(0).head)
+    with pytest.raises(ValueError, match="objective 'sized': '>' not supported between instances of 'str'"):
+        make_objectives([{"name": "sized", "top_k": "x"}], TabularDrafter(0), TabularTarget(0).head)
 
 
 # ---- sums ---------------------------------------------------------------------------------------------------------
