@@ -315,13 +315,14 @@ def register_objective(name: str) -> Callable[[_O], _O]:
         name: of the objective; its loss is "loss_<name>".
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: another class has the name. One that is defined again, as a notebook's is, replaces itself.
     """
 
     def register(cls: _O) -> _O:
+        known, new = (f"{c.__module__}.{c.__qualname__}" for c in (OBJECTIVES.get(name, cls), cls))
+        if known != new:
+            raise ValueError(f"the objective name {name!r} belongs to {known}; choose another for {new}")
         cls.name = name
-        if OBJECTIVES.setdefault(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"the objective name {name!r} belongs to {OBJECTIVES[name].__qualname__}; choose another")
         OBJECTIVES[name] = cls
         return cls
 

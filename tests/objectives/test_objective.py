@@ -180,8 +180,21 @@ def test_names(registry: dict[str, type[Objective]]) -> None:
     assert get_objective("discard") is DiscardSamplingLoss
     with pytest.raises(ValueError, match="no objective is called 'imitaton'; did you mean 'imitation'[?]"):
         get_objective("imitaton")
-    with pytest.raises(ValueError, match="'imitation' belongs to ImitationLoss; choose another"):
-        register_objective("imitation")(type("Usurper", (ImitationLoss,), {}))
+
+
+@pytest.mark.parametrize("qualname", ["Usurper", "ImitationLoss"])  # the second is the built-in's, of another module
+def test_a_name_that_is_taken(registry: dict[str, type[Objective]], qualname: str) -> None:
+    usurper = type(qualname, (DiscardSamplingLoss,), {"__module__": "theirs"})
+    owner = "aurora_rl.objectives.imitation.ImitationLoss"
+    with pytest.raises(ValueError, match=f"'imitation' belongs to {owner}; choose another for theirs.{qualname}"):
+        register_objective("imitation")(usurper)
+    assert registry["imitation"] is ImitationLoss and usurper.name == "discard"
+
+
+def test_a_class_that_is_defined_again_replaces_itself(registry: dict[str, type[Objective]]) -> None:
+    cells = [type("Mine", (ImitationLoss,), {"__module__": "__main__"}) for _ in range(2)]
+    assert [register_objective("mine")(cell) for cell in cells] == cells
+    assert get_objective("mine") is cells[1] and cells[1].name == "mine"
 
 
 def test_entry_points(registry: dict[str, type[Objective]], monkeypatch: pytest.MonkeyPatch) -> None:
