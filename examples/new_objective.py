@@ -13,9 +13,8 @@ from pathlib import Path
 import matplotlib
 import torch
 from common import arguments, open_stream
-from tensordict import TensorDictBase
 
-from aurora_rl.objectives import ImitationLoss, Values, make_objectives, overlap, register_objective, target_rows
+from aurora_rl.objectives import ImitationLoss, make_objectives, overlap, register_objective
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.testing import check_objective
@@ -30,12 +29,11 @@ class FocalImitationLoss(ImitationLoss):
         super().__init__(drafter, head, **settings)
         self.gamma = gamma
 
-    def values(self, batch: TensorDictBase) -> Values:
-        found = super().values(batch)
-        unroll = self.drafter.unroll(batch, self.steps)
-        log_p = self.target_log_probs(target_rows(batch, self.tensor_keys.hidden), renormalize=True)
+    def position_weights(self, batch, unroll, log_p):
         missed = torch.stack([1 - overlap(log_p, log_softmax(logits)) for logits in unroll.logits])
-        return found._replace(weight=found.weight * missed.detach() ** self.gamma)
+        # Of equal distributions it may round to less than 0.
+        focus = missed.detach().clamp(min=0) ** self.gamma
+        return focus * super().position_weights(batch, unroll, log_p)
 
 
 def main() -> None:

@@ -10,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from aurora_rl.config import load_config
+from aurora_rl.objectives import ImitationLoss, objective
+from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.sglang.engine import free_ports
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import pack
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -82,6 +87,45 @@ def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_p
     out = run("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))
     assert re.findall(r"^(\w+): 8 requests", out, re.MULTILINE) == ["imitation", "focal_imitation"]
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def focal(monkeypatch: pytest.MonkeyPatch) -> type[ImitationLoss]:
+    monkeypatch.setattr(objective, "OBJECTIVES", dict(objective.OBJECTIVES))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return runpy.run_path(str(EXAMPLES / "new_objective.py"))["FocalImitationLoss"]
+
+
+def test_the_documented_objective_is_that_of_the_example() -> None:
+    code = (EXAMPLES / "new_objective.py").read_text()
+    lines = "@register_objective" + code.split("@register_objective")[1].split("\n\ndef main")[0]
+    assert f"```python\n{lines}```" in (EXAMPLES.parent / "docs" / "objectives.md").read_text()
+    assert lines.count("\n") < 20
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("weighting", ["decay", "expected_length"])
+def test_the_new_objective_weighs_by_what_is_missed(
+    focal: type[ImitationLoss], weighting: str, renormalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
+    settings = {"renormalize": renormalize, "steps": 2, "weighting": weighting}
+    (made,) = objective.make_objectives([{"name": "focal_imitation", "gamma": 2.0, **settings}], drafter, parts.head)
+    batch, unroll = pack([tiny_trajectory(drafter)]), drafter.unroll
+    calls: list[int] = []
+    monkeypatch.setattr(drafter, "unroll", lambda batch, steps: calls.append(steps) or unroll(batch, steps))
+    found = made.values(batch)
+    assert isinstance(made, focal) and calls == [2]
+
+    p = (batch["spine", "hidden"] @ parts.head.T).softmax(-1)[:, drafter.draft_vocab]
+    p = p / p.sum(-1, keepdim=True) if renormalize else p
+    missed = torch.stack([1 - torch.minimum(p, q.softmax(-1)).sum(-1) for q in unroll(batch, 2).logits])
+    plain = ImitationLoss(drafter, parts.head, **settings).values(batch)
+    torch.testing.assert_close(found.value, plain.value)
+    weight, expected = (torch.where(found.valid, w, 0.0) for w in (found.weight, plain.weight * missed**2))
+    torch.testing.assert_close(weight, expected)
+    assert not found.weight.requires_grad
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: path.name)

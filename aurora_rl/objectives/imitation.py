@@ -157,16 +157,29 @@ class ImitationLoss(Objective):
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        found = imitation(unroll, self.target_log_probs(rows, renormalize=self.renormalize), self.divergence)
-        value, steps = found.divergence, torch.arange(len(unroll.logits), device=unroll.valid.device)
-        if self.weighting == "decay":
-            weight = self.decay ** steps[:, None]
-        else:
-            weight = expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
+        log_p = self.target_log_probs(rows, renormalize=self.renormalize)
+        found = imitation(unroll, log_p, self.divergence)
+        value = found.divergence
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
         agreement = (found.agreement & unroll.valid).sum(1) / unroll.valid.sum(1).clamp(min=1)
+        weight = self.position_weights(batch, unroll, log_p)
         return Values(value, weight, unroll.valid, {"agreement": agreement})
+
+    def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
+        """How much each position counts, as ``weighting`` says; a subclass may dwell on what it likes.
+
+        Args:
+            batch: packed trajectories.
+            unroll: the drafter's predictions, ``J`` times ``[C, Vd]``.
+            log_p: ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
+
+        Returns:
+            Broadcasts to ``[J, C]``, detached; what stands at invalid positions is not looked at.
+        """
+        if self.weighting == "expected_length":
+            return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
+        return self.decay ** torch.arange(len(unroll.logits), device=unroll.valid.device)[:, None]
 
     @torch.no_grad()
     def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
