@@ -1,14 +1,19 @@
 """Divergences between the target's distribution and the drafter's: plain functions of log-probabilities, to minimise.
 
-Legend: ``p`` target, ``q`` drafter, ``Vd`` draft vocabulary, ``α = Σ min(p, q)`` their overlap.
+Legend: ``p`` target, ``q`` drafter, ``Vd`` draft vocabulary, ``α = Σ min(p, q)`` their overlap, ``s = Σ q 1[q < p]``.
 
-Every function takes ``log_p`` and ``log_q``, each ``[..., Vd]``, and gives ``[...]``. ``log_q`` is normalised over the
-draft vocabulary. ``log_p`` is a constant: no gradient flows. It may be −inf, as top-k and top-p leave it, and comes in
-one of two conventions:
+Every function takes ``log_p`` and ``log_q``, each ``[..., Vd]``, and gives ``[...]``, in nats where it is a logarithm.
+``log_q`` is normalised over the draft vocabulary. ``log_p`` is a constant: no gradient flows. It may be −inf, as top-k
+and top-p leave it, and comes in one of two conventions:
 
 - *renormalised* over the draft vocabulary: the drafter learns the target's preferences among the tokens that it has;
-- *not renormalised*: it sums to the mass that the draft vocabulary covers. Only so is ``α`` what rejection sampling
-  accepts; a KL then has the gradient of the renormalised one times that mass, and is offset by a constant.
+- *not renormalised*: it sums to the mass ``Σp`` that the draft vocabulary covers. Only so is ``α`` what rejection
+  sampling accepts. For the others, what was best is still best, but their least value is not 0 any more. The forward
+  KL's gradient is the renormalised one's times ``Σp``, so that positions count by how much of them can be drafted; the
+  reverse KL's is the same.
+
+A *gradient* is that in the logits of ``q``, entry ``i``: of a derivative ``g`` in ``q`` it is ``q_i (g_i − Σ q g)``.
+In the indicators a token of ``q = p`` counts half.
 
 Temperature, top-k and top-p belong into ``log_p`` and ``log_q`` before the call: what is served is what is compared.
 """
@@ -34,9 +39,11 @@ def _expect(p: Tensor, values: Tensor) -> Tensor:
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = Σ p (log p − log q), in nats. Its gradient in the logits of ``q`` is ``q − p`` (``q Σp − p``).
+    """KL(p || q) = Σ p (log p − log q). It is finite whatever ``p`` excludes: only tokens of ``p`` are asked for.
 
-    Hinton et al. 2015 (arXiv 1503.02531); the objective of EAGLE-3 and Aurora.
+    Gradient: ``q_i Σp − p_i``.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531); the objective of EAGLE-3 and Aurora.
 
     Example:
         >>> half = torch.tensor([0.5, 0.5]).log()
@@ -48,9 +55,12 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || p) = Σ q (log q − log p): it seeks a mode of ``p``. A token that ``p`` excludes costs ``1e4`` nats.
+    """KL(q || p) = Σ q (log q − log p): it seeks a mode of ``p``.
 
-    Gu et al. 2024, MiniLLM (arXiv 2306.08543).
+    Gradient: ``q_i (log q_i − log p_i − KL)``. A token that top-k or top-p excludes costs ``1e4`` nats times its ``q``,
+    which outweighs all else until ``q`` has left it.
+
+    Source: Gu et al. 2024, MiniLLM (arXiv 2306.08543); for drafters OSD (arXiv 2310.07177).
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
@@ -63,7 +73,13 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """β KL(p || m) + (1 − β) KL(q || m) with m = β p + (1 − β) q: bounded, and 0 only at p = q.
 
-    Agarwal et al. 2024, GKD (arXiv 2306.13649). Divided by β it tends to the forward KL as β → 0.
+    Gradient: ``(1 − β) q_i (log(q_i / m_i) − KL(q || m))``. On tokens that ``p`` excludes it stays bounded. Divided by
+    β it tends to the forward KL as β → 0.
+
+    Source: Agarwal et al. 2024, GKD (arXiv 2306.13649).
+
+    Raises:
+        ValueError: β outside (0, 1).
 
     Example:
         >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
@@ -77,9 +93,14 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """KL(p || λ p + (1 − λ) q): a forward KL that stays finite, λ = ``skew``.
+    """KL(p || m) with m = λ p + (1 − λ) q, λ = ``skew``: a forward KL of at most ``−log λ``, however small ``q``.
 
-    Ko et al. 2024, DistiLLM (arXiv 2402.03898).
+    Gradient: ``(1 − λ) q_i (Σ q p / m − p_i / m_i)``. As in the forward KL, tokens that ``p`` excludes ask for nothing.
+
+    Source: Ko et al. 2024, DistiLLM (arXiv 2402.03898).
+
+    Raises:
+        ValueError: λ outside [0, 1).
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
@@ -95,7 +116,12 @@ def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
 def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
     """α = Σ min(p, q), the chance that rejection sampling accepts a draft from ``q`` where p is not renormalised.
 
-    Leviathan et al. 2023 (arXiv 2211.17192). A metric, not to minimise.
+    A metric, not to minimise.
+
+    Gradient: ``q_i (1[q_i < p_i] − s)``, that of REINFORCE with the indicator as reward. It is 0 where the supports are
+    disjoint.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192).
 
     Example:
         >>> overlap(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()
@@ -105,7 +131,11 @@ def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1 − α: the chance of a rejection. Its gradient vanishes where ``q`` has nothing of ``p``.
+    """1 − α: the chance of a rejection; for two distributions half their L1 distance.
+
+    Gradient: ``−q_i (1[q_i < p_i] − s)``. No entry exceeds α: where supports hardly meet it teaches next to nothing.
+
+    Source: Leviathan et al. 2023 (arXiv 2211.17192), as the rate of rejection.
 
     Example:
         >>> total_variation(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()
@@ -115,21 +145,30 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """−log max(α, 1e-5): the gradient of total variation divided by α, so that bad positions are not forgotten.
+    """−log α: unlike total variation, it does not forget bad positions. For a point mass it is the cross entropy.
 
-    "LK-α" of arXiv 2602.23881. For a point mass it is the cross entropy.
+    Gradient: ``−q_i (1[q_i < p_i] − s) / α``, that of total variation over α. Supports that do not meet at all cost
+    about ``1e4`` nats and teach nothing.
+
+    Source: "LK-α" of arXiv 2602.23881.
 
     Example:
         >>> negative_log_overlap(torch.tensor([0.0, -torch.inf]), torch.tensor([0.25, 0.75]).log()).exp().item()
         4.0
     """
-    return -overlap(log_p, log_q).clamp(min=1e-5).log()
+    # In logarithms a small α keeps its gradient.
+    return -torch.minimum(log_p.detach(), log_q).clamp(min=_NEVER).logsumexp(-1)
 
 
 def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
     """KL far from ``p``, total variation near: w KL(p || q) + (1 − w)(1 − α), w = exp(−decay · α) held constant.
 
-    "LK-λ" of arXiv 2602.23881, with the overlap of each position.
+    Gradient: ``w (q_i Σp − p_i) − (1 − w) q_i (1[q_i < p_i] − s)``. Where supports are disjoint it is the forward KL's.
+
+    Source: "LK-λ" of arXiv 2602.23881, with the overlap of each position.
+
+    Raises:
+        ValueError: ``decay`` negative or infinite.
 
     Example:
         >>> half = torch.tensor([0.5, 0.5]).log()
@@ -144,6 +183,13 @@ def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """−log q(argmax p): what greedy verification accepts is the target's choice alone.
 
+    The choice is that among the draft vocabulary's tokens, in both conventions: where the target's own has no row, the
+    best that has is taught, though it would be rejected. Temperature, top-k and top-p of ``p`` change nothing.
+
+    Gradient: ``q_i − 1[i = argmax p]``.
+
+    Source: textbook; Medusa (arXiv 2401.10774) trains its heads by that of the text.
+
     Example:
         >>> cross_entropy(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()).exp().item()
         2.0
@@ -152,9 +198,14 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
-    """−Σ p log q over the ``k`` likeliest tokens of ``p``.
+    """−Σ p log q over the ``k`` likeliest tokens of ``p`` among the draft vocabulary's.
 
-    Zhang et al. 2025, HASS (arXiv 2408.15766).
+    Gradient: ``q_i P − p_i 1[i in top k]`` with ``P`` their mass: the forward KL's, where ``p`` has no more than ``k``.
+
+    Source: Zhang et al. 2025, HASS (arXiv 2408.15766).
+
+    Raises:
+        ValueError: ``k`` < 1.
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.25, 0.25, 0.5]).log()
@@ -168,8 +219,13 @@ def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
 def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1 − Σ p q: the chance that a draft sampled from ``q`` is not the token that the target draws.
 
-    What sample-and-match and target-only verification reject. Its optimum is all mass on argmax p: calibration is worth
-    nothing under these rules.
+    What sample-and-match and target-only verification reject, where p is not renormalised; renormalised, given that the
+    target draws a token that has a row. Its optimum is all mass on argmax p: calibration is worth nothing under these
+    rules.
+
+    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint.
+
+    Source: no paper; it is read off the rules (``aurora_rl.envs.verification``).
 
     Example:
         >>> missed_probability(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()

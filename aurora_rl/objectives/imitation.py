@@ -58,6 +58,8 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
     With ``c_i`` the drafter's probability of the window's token ``i``, smoothed to ``(1 + c_i) / 2``, the weight of
     step ``j`` is ``sum over m >= j of the product over i <= m of c_i``: how many of the tokens hang on this one.
 
+    Source: D-PACE (arXiv 2605.18810).
+
     Args:
         log_q: ``[J, C]``, the drafter's log-probability of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
         valid: ``[J, C]`` bool.

@@ -7,9 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import kl_div
 
-from aurora_rl.objectives.divergences import DIVERGENCES, forward_kl, overlap, total_variation
+from aurora_rl.objectives import divergences
+from aurora_rl.objectives.divergences import (
+    DIVERGENCES,
+    forward_kl,
+    negative_log_overlap,
+    overlap,
+    reverse_kl,
+    total_variation,
+)
 from aurora_rl.policies.drafter import log_softmax
 
 
@@ -104,6 +113,97 @@ def test_gradients_are_those_of_finite_differences(name: str, mass: float) -> No
     logits.requires_grad_(True)
     DIVERGENCES[name](log_p, logits.log_softmax(-1)).sum().backward()
     torch.testing.assert_close(logits.grad, numeric, rtol=1e-5, atol=1e-7)
+
+
+def rejected(p: Tensor, q: Tensor) -> Tensor:
+    """Total variation's, on which others build."""
+    below = (q < p).double()
+    return -q * (below - (q * below).sum(-1, keepdim=True))
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1, keepdim=True)
+
+
+def of_top_k(p: Tensor, k: int) -> Tensor:
+    return torch.zeros_like(p).scatter(-1, p.topk(k).indices, 1.0)
+
+
+def alpha(p: Tensor, q: Tensor) -> Tensor:
+    return torch.minimum(p, q).sum(-1, keepdim=True)
+
+
+# What the docstrings say, letter for letter.
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": lambda p, q: q * p.sum(-1, keepdim=True) - p,
+    "reverse_kl": lambda p, q: q * (q.log() - p.log() - kl(q, p)),
+    "jensen_shannon": lambda p, q: 0.5 * q * ((q / (p / 2 + q / 2)).log() - kl(q, p / 2 + q / 2)),
+    "skewed_kl": lambda p, q: 0.9 * q * ((q * p / (0.1 * p + 0.9 * q)).sum(-1, keepdim=True) - p / (0.1 * p + 0.9 * q)),
+    "total_variation": rejected,
+    "negative_log_overlap": lambda p, q: rejected(p, q) / alpha(p, q),
+    "hybrid_overlap": lambda p, q: (
+        (-3 * alpha(p, q)).exp() * (q * p.sum(-1, keepdim=True) - p) + (1 - (-3 * alpha(p, q)).exp()) * rejected(p, q)
+    ),
+    "cross_entropy": lambda p, q: q - of_top_k(p, 1),
+    "top_k_cross_entropy": lambda p, q: q * p.topk(10).values.sum(-1, keepdim=True) - p * of_top_k(p, 10),
+    "missed_probability": lambda p, q: -q * (p - (p * q).sum(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_are_those_of_the_docstrings(name: str, mass: float) -> None:
+    log_p, logits = draw(4, 13, mass)
+    logits.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(DIVERGENCES[name](log_p, logits.log_softmax(-1)).sum(), logits)
+    torch.testing.assert_close(gradient, GRADIENTS[name](log_p.exp(), logits.softmax(-1).detach()))
+
+
+def test_the_gradient_of_the_overlap_is_that_of_the_docstring() -> None:
+    log_p, logits = draw(4, 13)
+    logits.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(overlap(log_p, logits.log_softmax(-1)).sum(), logits)
+    torch.testing.assert_close(gradient, -rejected(log_p.exp(), logits.softmax(-1).detach()))
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "overlap"])
+def test_every_function_states_gradient_and_source(name: str) -> None:
+    documented = getattr(divergences, name).__doc__
+    assert "Gradient: ``" in documented and "Source: " in documented
+
+
+def test_conventions_of_the_kls() -> None:
+    """What the module says of a target that is not renormalised."""
+    (log_p, logits), (partial, _) = draw(4, 13), draw(4, 13, 0.7)
+    logits.requires_grad_(True)
+    for divergence, factor in ((forward_kl, 0.7), (reverse_kl, 1.0)):
+        whole, part = (
+            torch.autograd.grad(divergence(p, logits.log_softmax(-1)).sum(), logits)[0] for p in (log_p, partial)
+        )
+        torch.testing.assert_close(part, factor * whole)
+
+
+# ---- an overlap that hardly is ---------------------------------------------------------------------------------------
+
+
+def test_a_tiny_overlap_keeps_its_gradient() -> None:
+    log_p = torch.tensor([[1.0 - 1e-9, 1e-9, 0.0]], dtype=torch.float64).log()
+    logits = torch.tensor([[-19.41, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    assert overlap(log_p, logits.log_softmax(-1)).item() == pytest.approx(2e-9, rel=0.01)
+    value = negative_log_overlap(log_p, logits.log_softmax(-1))
+    torch.testing.assert_close(value, -overlap(log_p, logits.log_softmax(-1)).log())
+    assert torch.autograd.gradcheck(lambda z: negative_log_overlap(log_p, z.log_softmax(-1)), (logits,))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert gradient[0, 0] < -0.1  # it asks for the target's token
+
+
+def test_no_overlap_at_all_is_finite() -> None:
+    logits = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    log_p = torch.tensor([[0.0, *[-torch.inf] * 3], [-torch.inf] * 4], dtype=torch.float64)
+    value = negative_log_overlap(log_p, logits.log_softmax(-1))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert bool(value.isfinite().all()) and bool(gradient.isfinite().all())
+    assert bool(gradient[0].any()) and not bool(gradient[1].any())
 
 
 @pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"reverse_kl"}))
