@@ -64,6 +64,10 @@ OBJECTIVES = {
     "no integer": (("objectives=[{name: imitation, steps: three}]",), "steps must be an integer, got 'three'"),
     "no number": (("objectives=[{name: imitation, weight: .nan}]",), "'imitation': weight must be finite, got nan"),
     "clip": (("objectives=[{name: acceptance_reward, clip: -1}]",), "clip must be positive or null, got -1"),
+    "divergence's setting": (
+        ("objectives=[{name: imitation, divergence: {name: jensen_shannon, beta: 2}}]",),
+        r"objective 'imitation': divergence 'jensen_shannon': beta must lie in \(0, 1\), got 2",
+    ),
     "rule": (
         ("objectives=[{name: imitation}, {name: expected_length, rule: typical}]",),
         "objectives: objective 'expected_length': no verification rule is called 'typical'; choose one of",

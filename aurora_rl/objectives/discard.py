@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from aurora_rl.envs.sampling import argmax
 from aurora_rl.objectives.contexts import TREE_KEYS, path_products
-from aurora_rl.objectives.divergences import Divergence, get_divergence
+from aurora_rl.objectives.divergences import Divergence, get_divergence, wants_renormalized
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
@@ -30,7 +33,8 @@ class DiscardSamplingLoss(Objective):
     Args:
         drafter: its parameters learn.
         head: ``[V, H]``, the target's output head, frozen.
-        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, or such a function.
+        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
+            ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
         renormalize: see ``ImitationLoss``.
         top_k: compare over the target's likeliest tokens only, renormalised; None over all.
         weighting: of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or "decay",
@@ -61,8 +65,8 @@ class DiscardSamplingLoss(Objective):
         drafter: Drafter,
         head: Tensor,
         *,
-        divergence: str | Divergence = "forward_kl",
-        renormalize: bool = True,
+        divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+        renormalize: bool | None = None,
         top_k: int | None = None,
         weighting: str = "uniform",
         decay: float = 0.8,
@@ -76,7 +80,8 @@ class DiscardSamplingLoss(Objective):
         if weighting not in ("uniform", "reach", "decay"):
             raise ValueError(f"discard's weighting must be 'uniform', 'reach' or 'decay', got {weighting!r}")
         super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.divergence, self.renormalize, self.top_k = get_divergence(divergence), renormalize, top_k
+        self.divergence, self.top_k = get_divergence(divergence), top_k
+        self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
         self.weighting, self.decay = weighting, decay
 
     @property

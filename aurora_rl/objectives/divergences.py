@@ -20,12 +20,15 @@ Temperature, top-k and top-p belong into ``log_p`` and ``log_q`` before the call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aurora_rl.objectives.settings import nearest
+from aurora_rl.objectives.settings import check, nearest, settings_of
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,6 +89,8 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
         >>> jensen_shannon(p, q.clamp(min=-50)).exp().item()  # the most that two distributions can differ by
         2.0
     """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie in (0, 1), got {beta}")
     log_p = log_p.detach().clamp(min=_NEVER)
     p, q = log_p.exp(), log_q.exp()
     log_m = (beta * p + (1 - beta) * q).clamp(min=torch.finfo(q.dtype).tiny).log()
@@ -107,6 +112,8 @@ def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
         >>> bool(skewed_kl(p, q) < forward_kl(p, q))
         True
     """
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew must lie in [0, 1), got {skew}")
     log_p = log_p.detach().clamp(min=_NEVER)
     p = log_p.exp()
     mixed = skew * p + (1 - skew) * log_q.exp()
@@ -175,6 +182,8 @@ def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
         >>> hybrid_overlap(half, half).item()
         0.0
     """
+    if not 0 <= decay < math.inf:
+        raise ValueError(f"decay must be finite and not negative, got {decay}")
     variation = total_variation(log_p, log_q)
     weight = torch.exp(-decay * (1 - variation.detach()))
     return weight * forward_kl(log_p, log_q) + (1 - weight) * variation
@@ -212,6 +221,8 @@ def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
         >>> torch.allclose(top_k_cross_entropy(p, q, k=1), 0.5 * cross_entropy(p, q))
         True
     """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     best, index = log_p.detach().topk(min(k, log_p.shape[-1]), dim=-1)
     return -_expect(best.exp(), log_q.gather(-1, index))
 
@@ -234,20 +245,49 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 1 - _expect(log_p.detach().exp(), log_q.exp())
 
 
-def get_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence of a name; a function is given back.
+def get_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergence:
+    """The divergence of a name, or of a name and settings; a function is given back.
 
     Raises:
-        ValueError: an unknown name; the message names the nearest.
+        ValueError: an unknown name or setting, or a value out of range; the message names the nearest or what is right.
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> get_divergence({"name": "top_k_cross_entropy", "k": 1})(p, q) == top_k_cross_entropy(p, q, k=1)
+        tensor(True)
     """
-    if not isinstance(divergence, str):
+    if callable(divergence):
         return divergence
-    if divergence not in DIVERGENCES:
+    settings = {"name": divergence} if isinstance(divergence, str) else dict(divergence)
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a divergence needs a name, got {divergence}")
+    if name not in DIVERGENCES:
         raise ValueError(
-            f"no divergence is called {divergence!r}; did you mean {nearest(divergence, DIVERGENCES)!r}? "
+            f"no divergence is called {name!r}; did you mean {nearest(name, DIVERGENCES)!r}? "
             f"There are {', '.join(sorted(DIVERGENCES))}"
         )
-    return DIVERGENCES[divergence]
+    function, what = DIVERGENCES[name], f"divergence {name!r}"
+    if not settings:
+        return function
+    check(settings, {k: v for k, v in settings_of(function).items() if k not in ("log_p", "log_q")}, what)
+    chosen = partial(function, **settings)
+    try:
+        chosen(torch.zeros(1), torch.zeros(1))  # it checks its settings, and now is better than at the first batch
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    return chosen
+
+
+def wants_renormalized(divergence: Divergence) -> bool:
+    """Whether ``log_p`` is renormalised where nobody says: not for those that mean a chance of acceptance.
+
+    Example:
+        >>> wants_renormalized(forward_kl), wants_renormalized(get_divergence({"name": "hybrid_overlap", "decay": 1.0}))
+        (True, False)
+    """
+    function = divergence.func if isinstance(divergence, partial) else divergence
+    return function not in (total_variation, negative_log_overlap, hybrid_overlap, missed_probability)
 
 
 DIVERGENCES: dict[str, Divergence] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.objectives.contexts import SPINE_KEYS, windows
-from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence
+from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import target_rows
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
@@ -90,9 +92,12 @@ class ImitationLoss(Objective):
     Args:
         drafter: its parameters learn.
         head: ``[V, H]``, the target's output head, frozen.
-        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, or such a function.
+        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
+            ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
         renormalize: whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
-            share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied.
+            share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
+            asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the
+            missed probability), true for the others.
         steps: ``J``, depths to unroll.
         decay: weight of each further step.
         weighting: "decay", or "expected_length" for :func:`expected_length_weights` in place of powers of ``decay``.
@@ -125,8 +130,8 @@ class ImitationLoss(Objective):
         drafter: Drafter,
         head: Tensor,
         *,
-        divergence: str | Divergence = "forward_kl",
-        renormalize: bool = True,
+        divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+        renormalize: bool | None = None,
         steps: int = 3,
         decay: float = 0.8,
         weighting: str = "decay",
@@ -143,7 +148,8 @@ class ImitationLoss(Objective):
         if not 0 <= regression < math.inf:
             raise ValueError(f"regression must be finite and not negative, got {regression}")
         super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.divergence, self.renormalize = get_divergence(divergence), renormalize
+        self.divergence = get_divergence(divergence)
+        self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
         self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
 
     @property

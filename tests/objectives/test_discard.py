@@ -107,7 +107,7 @@ def test_it_scores_what_serving_drafted_from() -> None:
         (dict(top_k=0), "top_k must be at least 1 or null, got 0"),
         (dict(decay=0.0), r"decay must lie in \(0, 1\], got 0.0"),
         (dict(weighting="depth"), "weighting must be 'uniform', 'reach' or 'decay', got 'depth'"),
-        (dict(divergence="kl"), "unknown divergence 'kl'; there are cross_entropy"),
+        (dict(divergence="kl"), "no divergence is called 'kl'; did you mean"),
     ],
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:

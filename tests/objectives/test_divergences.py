@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from torch.nn.functional import kl_div
 from aurora_rl.objectives import divergences
 from aurora_rl.objectives.divergences import (
     DIVERGENCES,
+    Divergence,
     forward_kl,
+    get_divergence,
+    jensen_shannon,
     negative_log_overlap,
     overlap,
     reverse_kl,
+    top_k_cross_entropy,
     total_variation,
 )
 from aurora_rl.policies.drafter import log_softmax
@@ -241,3 +246,48 @@ def test_one_token_of_the_chain_rule_for_acceptance() -> None:
 def test_values_are_float32_or_wider(dtype: torch.dtype, computed: torch.dtype) -> None:
     logits = torch.randn(2, 5).to(dtype)
     assert log_softmax(logits).dtype == computed
+
+
+# ---- names and settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "function"),
+    [
+        ({"name": "jensen_shannon", "beta": 0.1}, lambda p, q: jensen_shannon(p, q, 0.1)),
+        ({"name": "skewed_kl", "skew": 0}, forward_kl),
+        ({"name": "hybrid_overlap", "decay": 0}, forward_kl),
+        ({"name": "top_k_cross_entropy", "k": 2}, lambda p, q: top_k_cross_entropy(p, q, 2)),
+        ({"name": "reverse_kl"}, reverse_kl),
+        ("reverse_kl", reverse_kl),
+        (reverse_kl, reverse_kl),
+    ],
+    ids=str,
+)
+def test_a_divergence_by_name_and_settings(settings: str | dict[str, Any] | Divergence, function: Divergence) -> None:
+    log_p, logits = draw(3, 7)
+    log_q = logits.log_softmax(-1)
+    torch.testing.assert_close(get_divergence(settings)(log_p, log_q), function(log_p, log_q))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.1}, "a divergence needs a name, got {'beta': 0.1}"),
+        ({"name": "jsd"}, "no divergence is called 'jsd'; did you mean"),
+        ({"name": "jensen_shannon", "bta": 0.1}, "'jensen_shannon' has no setting 'bta'; did you mean 'beta'"),
+        ({"name": "jensen_shannon", "log_p": 0.1}, "'jensen_shannon' has no setting 'log_p'"),
+        ({"name": "forward_kl", "beta": 0.1}, "'forward_kl' has no setting 'beta'; it has none"),
+        ({"name": "jensen_shannon", "beta": 1}, r"'jensen_shannon': beta must lie in \(0, 1\), got 1"),
+        ({"name": "jensen_shannon", "beta": math.nan}, r"beta must lie in \(0, 1\), got nan"),
+        ({"name": "skewed_kl", "skew": 1.0}, r"'skewed_kl': skew must lie in \[0, 1\), got 1.0"),
+        ({"name": "hybrid_overlap", "decay": math.inf}, "decay must be finite and not negative, got inf"),
+        ({"name": "hybrid_overlap", "decay": "fast"}, "'hybrid_overlap': decay must be a number, got 'fast'"),
+        ({"name": "top_k_cross_entropy", "k": 0}, "k must be at least 1, got 0"),
+        ({"name": "top_k_cross_entropy", "k": 2.5}, "k must be an integer, got 2.5"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_of_a_divergence(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_divergence(settings)

@@ -85,6 +85,23 @@ def test_with_every_divergence(divergence: str) -> None:
     )
 
 
+OVERLAPS = {"total_variation", "negative_log_overlap", "hybrid_overlap", "missed_probability"}
+
+
+@pytest.mark.parametrize("kind", [ImitationLoss, DiscardSamplingLoss])
+def test_overlaps_keep_the_mass_of_the_whole_vocabulary(kind: type[Objective]) -> None:
+    drafter, head = made()
+    batch = pack([tiny_trajectory(drafter)])
+    for name in DIVERGENCES:
+        default, whole, part = (
+            kind(drafter, head, divergence={"name": name}, **settings)(batch)[f"loss_{kind.name}"]
+            for settings in ({}, {"renormalize": False}, {"renormalize": True})
+        )
+        assert whole != part or name == "cross_entropy"
+        assert default == (whole if name in OVERLAPS else part)
+        assert kind(drafter, head, divergence=name, renormalize=name in OVERLAPS).renormalize == (name in OVERLAPS)
+
+
 # ---- mutants ----------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +280,9 @@ def test_an_objective_that_passes_settings_on_has_those_of_its_parents(registry:
         ({"name": "imitation", "steps": "three"}, "steps must be an integer, got 'three'"),
         ({"name": "imitation", "steps": 2.5}, "steps must be an integer, got 2.5"),
         ({"name": "imitation", "steps": True}, "steps must be an integer, got True"),
-        ({"name": "imitation", "renormalize": "no"}, "renormalize must be true or false, got 'no'"),
+        ({"name": "imitation", "renormalize": "no"}, "renormalize must be true or false or null, got 'no'"),
+        ({"name": "imitation", "divergence": {"name": "skewed_kl", "skew": 2}}, r"skew must lie in \[0, 1\), got 2"),
+        ({"name": "imitation", "divergence": 3}, "divergence must be a string or a mapping or a function, got 3"),
         ({"name": "imitation", "weighting": "foo"}, "weighting must be 'decay' or 'expected_length', got 'foo'"),
         ({"name": "imitation", "weight": math.nan}, "weight must be finite, got nan"),
         ({"name": "imitation", "weight": "heavy"}, "weight must be a number, got 'heavy'"),
