@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -44,7 +44,58 @@ class Values(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Objective(LossModule):
+class _Loss(LossModule):
+    """Entries that can be set and selected as those of TorchRL's losses can.
+
+    TorchRL's own ``select_out_keys`` leaves it to a hook, which fails at a batch that has not all of ``in_keys``, as
+    the other form of the target's outputs has not.
+    """
+
+    _out_keys: list[NestedKey] | None = None
+
+    @property
+    @abstractmethod
+    def _made_keys(self) -> list[NestedKey]:
+        """Entries that there are to select from."""
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that forward returns."""
+        return self._made_keys if self._out_keys is None else self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, keys: list[NestedKey]) -> None:
+        self._out_keys = keys
+
+    def select_out_keys(self, *out_keys: NestedKey) -> Self:
+        """Return these entries alone from now on.
+
+        Raises:
+            ValueError: an entry that there is not.
+        """
+        for key in out_keys:
+            if key not in self._made_keys:
+                raise ValueError(
+                    f"there is no entry {key!r} to select; there are {', '.join(map(str, self._made_keys))}"
+                )
+        self.out_keys = list(out_keys)
+        return self
+
+    def reset_out_keys(self) -> Self:
+        """Return every entry again."""
+        self._out_keys = None
+        return self
+
+    def _selected(self, out: Mapping[str, Tensor]) -> TensorDict:
+        return TensorDict(
+            {key: value for key, value in out.items() if self._out_keys is None or key in self._out_keys}, batch_size=[]
+        )
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """Called when keys are renamed; there is no value estimator."""
+
+
+class Objective(_Loss):
     """A loss on packed trajectories (``aurora_rl.trajectories.pack``) that teaches a drafter.
 
     A subclass gives :meth:`values`; registered by :func:`register_objective` it is known to configurations by its name.
@@ -56,6 +107,9 @@ class Objective(LossModule):
 
     A constructor checks its settings and asks nothing of the drafter: configurations are checked by making the
     objective on a stand-in, before a model is loaded.
+
+    It takes a batch and not its entries one by one (TorchRL's ``dispatch``): they have leading sizes of their own, from
+    which no batch size can be told, and which of them a batch has depends on the form of the target's outputs.
 
     Args:
         drafter: its parameters learn.
@@ -171,12 +225,8 @@ class Objective(LossModule):
         return ""
 
     @property
-    def out_keys(self) -> list[NestedKey]:
-        """Entries that forward returns."""
+    def _made_keys(self) -> list[NestedKey]:
         return [f"loss_{self.name}", *self.metrics]
-
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """Called when keys are renamed; there is no value estimator."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Loss and metrics of a packed batch.
@@ -197,7 +247,7 @@ class Objective(LossModule):
             # A batch without such positions: zero, of which a learner can still ask the gradient.
             loss = loss + next(self.drafter.parameters()).flatten()[:0].sum()
         out = {name: metric.detach() for name, metric in metrics.items()}
-        return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
+        return self._selected({f"loss_{self.name}": self.weight * loss, **out})
 
     @torch.no_grad()
     def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
@@ -237,7 +287,7 @@ class Objective(LossModule):
         return served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab)
 
 
-class SumLoss(LossModule):
+class SumLoss(_Loss):
     """Objectives that are learned together. Their losses are summed by whoever optimises, as TorchRL's are.
 
     A second objective of the same name, such as imitation by another divergence, has "_2" behind its entries.
@@ -272,8 +322,19 @@ class SumLoss(LossModule):
     def _parts(self) -> list[tuple[Objective, str]]:
         return [(o, s) for o, s in zip(self.objectives, self._suffixes, strict=True) if isinstance(o, Objective)]
 
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """There is no value estimator."""
+    def set_keys(self, **keys: NestedKey | None) -> None:
+        """Rename entries in every objective that has the key; None takes its default.
+
+        Raises:
+            ValueError: no objective has the key.
+        """
+        fields = [objective._AcceptedKeys.__dataclass_fields__ for objective, _ in self._parts()]
+        known = dict.fromkeys(name for names in fields for name in names)
+        for key in keys:
+            if key not in known:
+                raise ValueError(f"{key} is not an accepted tensordict key; the objectives have {', '.join(known)}")
+        for (objective, _), names in zip(self._parts(), fields, strict=True):
+            objective.set_keys(**{key: value for key, value in keys.items() if key in names})
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -285,17 +346,18 @@ class SumLoss(LossModule):
         raise AttributeError("the keys of a SumLoss are those of its objectives; set them there")
 
     @property
-    def out_keys(self) -> list[NestedKey]:
-        """Entries that forward returns."""
+    def _made_keys(self) -> list[NestedKey]:
         return [f"{key}{suffix}" for objective, suffix in self._parts() for key in objective.out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Losses and metrics of a packed batch; errors as of the objectives."""
-        out = TensorDict({}, batch_size=[])
-        for objective, suffix in self._parts():
-            for key, value in objective(tensordict).items():
-                out[f"{key}{suffix}"] = value
-        return out
+        return self._selected(
+            {
+                f"{key}{suffix}": value
+                for objective, suffix in self._parts()
+                for key, value in objective(tensordict).items()
+            }
+        )
 
 
 # ---- registry -------------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ import copy
 import importlib.metadata
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.objectives import (
@@ -30,6 +32,7 @@ from aurora_rl.objectives import (
 )
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
+from aurora_rl.testing.forms import topk_form
 from aurora_rl.testing.tabular import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
 
@@ -360,6 +363,58 @@ def test_a_sum_is_its_parts() -> None:
         SumLoss([])
     with pytest.raises(AttributeError, match="set them there"):
         loss.in_keys = []
+
+
+def test_entries_can_be_selected() -> None:
+    drafter, head = made()
+    trajectory = tiny_trajectory(drafter)
+    likeliest = pack([topk_form(trajectory, head, 5)])  # no batch of all in_keys
+    for batch in (pack([trajectory]), likeliest):
+        loss = DiscardSamplingLoss(drafter, head)
+        every = loss(batch)
+        assert loss.select_out_keys("loss_discard", "discarded") is loss
+        assert loss.out_keys == list(loss(batch).keys()) == ["loss_discard", "discarded"]
+        assert loss(batch)["loss_discard"] == every["loss_discard"]
+        assert list(SumLoss([loss])(batch).keys()) == ["loss_discard", "discarded"]
+        with pytest.raises(
+            ValueError, match="no entry 'loss_colour' to select; there are loss_discard, discarded, disc"
+        ):
+            loss.select_out_keys("loss_discard", "loss_colour")
+        assert list(copy.deepcopy(loss).reset_out_keys()(batch).keys()) == list(every.keys())
+
+        total = SumLoss([ImitationLoss(drafter, head), ImitationLoss(drafter, head)])
+        total.out_keys = ["loss_imitation", "loss_imitation_2"]  # as TorchRL's losses can be told
+        assert total.out_keys == list(total(batch).keys()) == ["loss_imitation", "loss_imitation_2"]
+        total.reset_out_keys().select_out_keys("agreement_2")
+        assert list(total(batch).keys()) == ["agreement_2"]
+
+
+def test_a_sum_renames_entries_of_its_objectives() -> None:
+    @dataclass
+    class Keys(Objective._AcceptedKeys):
+        teacher: NestedKey = ("spine", "teacher")
+
+    class Taught(ImitationLoss):
+        _AcceptedKeys = default_keys = Keys  # type: ignore[assignment, misc]
+
+    drafter, head = made()
+    first, second = ImitationLoss(drafter, head), Taught(drafter, head)
+    total = SumLoss([first, second])
+    total.set_keys(hidden=("teacher", "hidden"), teacher=("teacher", "tokens"))
+    assert first.tensor_keys.hidden == second.tensor_keys.hidden == ("teacher", "hidden")
+    assert second.tensor_keys.teacher == ("teacher", "tokens")  # type: ignore[attr-defined]
+    assert ("teacher", "hidden") in total.in_keys and ("spine", "hidden") not in total.in_keys
+    batch = pack([tiny_trajectory(drafter)])
+    expected = ImitationLoss(drafter, head)(batch)["loss_imitation"]
+    batch["teacher"] = {"hidden": batch["spine"].pop("hidden")}
+    torch.testing.assert_close(total(batch)["loss_imitation"], expected)
+    with pytest.raises(
+        ValueError, match="colour is not an accepted tensordict key; the objectives have hidden, node_h"
+    ):
+        total.set_keys(hidden=None, colour="red")
+    assert first.tensor_keys.hidden == ("teacher", "hidden")  # nothing is renamed if anything is wrong
+    total.set_keys(hidden=None)
+    assert first.tensor_keys.hidden == ("spine", "hidden")
 
 
 def test_a_missing_entry_is_named() -> None:
