@@ -24,6 +24,14 @@ from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
 
 _ENTRY_POINTS = "aurora_rl.objectives"
+# What a batch's groups come from, as the end of a sentence.
+_TREES = "an engine that drafts trees records it: serve with speculation (drafter.depth above 0, control.share below 1)"
+_SOURCES = {
+    "spine": "it is recorded with every request",
+    "rounds": _TREES,
+    "nodes": _TREES,
+    "sampling": "it is recorded with every request, as the engine was told to sample (SamplingParams)",
+}
 # Arguments of the constructor that no configuration gives.
 _NOT_SETTINGS = ("drafter", "head", "reduction")
 
@@ -215,14 +223,16 @@ class Objective(_Loss):
 
     def _supplier(self, key: NestedKey) -> str:
         """Where an entry would come from, as the end of a sentence."""
-        if key == self.tensor_keys.log_probs:
+        keys = self.tensor_keys
+        if key == keys.log_probs:
             return (
                 "; an engine that keeps the drafter's log-probabilities supplies it, such as the embedded one with "
                 "drafter.mode=sampled (one that drafts by argmax has none)"
             )
-        if key in (self.tensor_keys.hidden, self.tensor_keys.node_hidden):
+        if key in (keys.hidden, keys.node_hidden):
             return f"; an engine supplies it, or {', '.join(TOPK_ENTRIES)} in its place"
-        return ""
+        group = "nodes" if key == keys.accepted else key[0]
+        return f"; {_SOURCES[group]}" if group in _SOURCES else ""
 
     @property
     def _made_keys(self) -> list[NestedKey]:

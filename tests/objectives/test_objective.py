@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -429,6 +430,48 @@ def test_a_missing_entry_is_named() -> None:
     assert ("nodes", "behaviour") in loss.in_keys and torch.isfinite(loss(batch)["loss_acceptance_reward"])
     with pytest.raises(ValueError, match="colour"):
         loss.set_keys(colour="red")
+
+
+@pytest.mark.parametrize("kind", [ImitationLoss, DiscardSamplingLoss, ExpectedLengthLoss, AcceptanceRewardLoss])
+def test_whatever_is_missing_has_a_source(kind: type[Objective]) -> None:
+    drafter, head = made()
+    loss = kind(drafter, head)
+    whole = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"))])
+    trees = r"records it: serve with speculation \(drafter.depth above 0, control.share below 1\)$"
+    sources = {
+        **dict.fromkeys(loss.reads, "it is recorded with every request"),
+        **{key: trees for key in loss.reads if key[0] in ("rounds", "nodes")},
+        ("nodes", "log_probs"): "one that drafts by argmax has none",
+        ("spine", "hidden"): "an engine supplies it, or topk_ids",
+        ("nodes", "hidden"): "an engine supplies it, or topk_ids",
+    }
+    for key in set(loss.reads) - set(loss.optional_reads):
+        batch = whole.clone()
+        del batch[key]
+        with pytest.raises(ValueError, match=f"^objective '{kind.name}' needs {re.escape(str(key))} .*{sources[key]}"):
+            loss(batch)
+
+
+def test_the_source_of_a_renamed_entry() -> None:
+    drafter, head = made()
+    loss = DiscardSamplingLoss(drafter, head)
+    loss.set_keys(accepted="kept")
+    with pytest.raises(ValueError, match="'discard' needs kept in the batch, .*serve with speculation"):
+        loss(pack([tiny_trajectory(drafter)]))
+
+
+class NeedsAColour(ImitationLoss):
+    """Reads an entry that nothing here records."""
+
+    @property
+    def reads(self) -> list:
+        return [*super().reads, "colour"]
+
+
+def test_an_entry_of_unknown_source_is_named() -> None:
+    drafter, head = made()
+    with pytest.raises(ValueError, match="'imitation' needs colour in the batch, which has no such entry$"):
+        NeedsAColour(drafter, head)(pack([tiny_trajectory(drafter)]))
 
 
 @pytest.mark.parametrize("reduction", ["average", "", None])
