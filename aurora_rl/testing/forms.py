@@ -1,12 +1,14 @@
-"""The poorer form of a trajectory that engines without hidden states give."""
+"""The same trajectory in other forms: the poorer one that engines without hidden states give, and siblings reversed."""
 
 from __future__ import annotations
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
+from aurora_rl.trees import depth_first
 
 
 def topk_form(trajectory: TensorDictBase, head: Tensor, k: int) -> TensorDict:
@@ -38,3 +40,35 @@ def topk_form(trajectory: TensorDictBase, head: Tensor, k: int) -> TensorDict:
         for name, value in zip(TOPK_ENTRIES, (ids, best, tail), strict=True):
             out[part, name] = value
     return out
+
+
+def siblings_reversed(trajectory: TensorDict) -> TensorDict:
+    """The same trees with siblings in reverse order."""
+    out, offset = trajectory.clone(), trajectory["rounds", "offset"].tolist()
+    for first, last in zip(offset, offset[1:], strict=False):
+        parents, count = trajectory["nodes", "parents"][first:last], last - first
+        # Nodes counted from the end keep children behind parents only depth by depth: visit them in that order.
+        order = _reversed_depth_first(parents)
+        place = torch.full((count + 1,), -1)
+        place[order] = torch.arange(count)
+        for key in ("tokens", "log_probs", "accepted", "hidden"):
+            out["nodes", key][first:last] = trajectory["nodes", key][first:last][order]
+        out["nodes", "parents"][first:last] = place[parents[order]]
+    return out
+
+
+def _reversed_depth_first(parents: Tensor) -> Tensor:
+    """Depth-first order in which children come in reverse."""
+    order = depth_first(parents).tolist()
+    children: dict[int, list[int]] = {}
+    for node in order:
+        children.setdefault(int(parents[node]), []).append(node)
+    out: list[int] = []
+
+    def visit(node: int) -> None:
+        for child in reversed(children.get(node, [])):
+            out.append(child)
+            visit(child)
+
+    visit(-1)
+    return torch.tensor(out, dtype=torch.int64)

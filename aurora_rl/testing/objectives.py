@@ -1,38 +1,73 @@
-"""check_objective: what every objective promises, on a tiny model served in process."""
+"""check_objective: what every objective promises, on a tiny model served in process and on tables."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict
+from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import Objective
-from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, TargetParts
 from aurora_rl.testing.asserts import require
-from aurora_rl.testing.forms import topk_form
-from aurora_rl.testing.tiny import serve, tiny_target
+from aurora_rl.testing.estimators import check_expected_gradient
+from aurora_rl.testing.forms import siblings_reversed, topk_form
+from aurora_rl.testing.losses import refuses, total_loss
+from aurora_rl.testing.stand_ins import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
+from aurora_rl.testing.tiny import tiny_target
 from aurora_rl.trajectories import pack
-from aurora_rl.trees import depth_first
 
-# Of central differences at this step in float64, against the gradient along random directions.
-_STEP, _RELATIVE = 1e-5, 1e-4
+# Of central differences at this step in float64, against the gradient along random directions. So short that the kinks
+# of an overlap, min(p, q), hardly ever lie within it; rounding is at 1e-8.
+_STEP, _RELATIVE = 1e-7, 1e-4
+# What a request could have been served with in place of the first of these.
+_SERVED_OTHERWISE = {"temperature": 1.5, "top_k": 1, "top_p": 0.3}
+# On the target's logits: where it is all but certain, objectives that ask for all of p and for its argmax alone agree.
+_SHARPER = 4.0
 
 
 def check_objective(
-    make: Callable[[Drafter, Tensor, str], Objective], *, differentiable: bool = True, seed: int = 0
+    make: Callable[[Drafter, Tensor, str], Objective],
+    *,
+    differentiable: bool = True,
+    unbiased: bool = True,
+    follows_sampling: bool = True,
+    seed: int = 0,
 ) -> None:
     """Check the promises that a learner relies on; raises AssertionError naming the one that is broken.
 
-    A tiny target is served with an EAGLE-3 drafter: trees by top-k, or chains drawn at random for an objective that
-    declares so (``Objective.sampled``), under sample-and-match.
+    A tiny target is served with an EAGLE-3 drafter under sample-and-match, greedily, and by chains under rejection,
+    which an objective may refuse by a ValueError that names it. Trees are by top-k, or drawn at random for an objective
+    that declares so (``Objective.sampled``). On all of these:
+
+    - forward gives what it declares, reads what it declares, and leaves its input alone;
+    - what stands where the drafter has no prediction does not matter;
+    - the gradient is that of finite differences (not for sampled objectives, whose gradient is a score);
+    - reductions add up, and neighbours, their order and padding do not matter;
+    - the target's likeliest tokens say what its hidden states say, or are refused by a ValueError that names the
+      objective and 'hidden'.
+
+    On the first of them the order of siblings does not matter (not for sampled objectives, where later siblings hang on
+    a draw), what is declared of "sampling" counts, and losses stay finite where nothing or everything was accepted.
+    Which way they go with acceptance is every objective's own and not checked: imitation does not look at it.
+
+    Last, whether it leads to the target: a drafter that is the target has a smaller loss than one that says nothing
+    and than one that says the contrary. (A regulariser does not lead there alone and cannot pass.) For a sampled
+    objective, whose value says nothing: over all trees and outcomes of tables (``aurora_rl.testing.tabular``), the
+    expected gradient is that of the number of accepted nodes. ``make`` is given a table for a drafter then, which
+    scores trees and cannot unroll.
 
     Args:
         make: given a drafter, the target's head and a reduction, the objective.
         differentiable: False for an objective that holds a part of itself constant, such as a weight, so that its
             gradient is not the derivative of its value.
+        unbiased: False for a sampled objective that is biased on purpose, as by standardised rewards: then its
+            expected gradient need only have a positive cosine with the right one.
+        follows_sampling: False for an objective that reads temperature, top-k and top-p and sets them aside, such as
+            one that takes all requests as decoded greedily.
         seed: of weights, prompts and completions.
 
     Raises:
@@ -42,41 +77,38 @@ def check_objective(
         >>> from aurora_rl.objectives import ImitationLoss
         >>> check_objective(lambda drafter, head, reduction: ImitationLoss(drafter, head, reduction=reduction))
     """
-    torch.manual_seed(seed)
-    target = tiny_target()
-    parts = TargetParts.of(target)
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    parts = TargetParts.of(tiny_target())
+    drafter = gappy_drafter(parts, seed)
 
     def objective(reduction: str = "mean") -> Objective:
         return make(drafter, parts.head, reduction)
 
-    mode = "sampled" if objective().sampled else "topk"
-    prompts = [torch.randint(len(parts.head), (n,)) for n in (3, 1, 6)]
-    trajectories = serve(
-        drafter,
-        target,
-        prompts,
-        shape=TreeShape(3, 2, mode=mode),
-        max_new_tokens=8,
-        num_slots=2,
-        sampling=SamplingParams(temperature=1.0, seed=seed),
-    )
-    batch = pack(trajectories)
-    _check_forward(objective(), batch)
-    # A score function is not the derivative of its value either.
-    _check_gradient(objective(), batch, differences=differentiable and not objective().sampled)
-    _check_reductions(objective, trajectories)
-    if not objective().sampled:  # what hangs on a draw are its later siblings too
-        _check_siblings(objective("sum"), trajectories)
-    _check_extremes(objective(), trajectories)
-    _check_forms(objective("none"), trajectories)
-
-
-def _total(objective: Objective, batch: TensorDict) -> Tensor:
-    return torch.stack([value.sum() for key, value in objective(batch).items() if key.startswith("loss_")]).sum()
+    sampled = objective().sampled
+    # Copies: an objective that changes what it is given must not spoil the next check.
+    first, *others = copy.deepcopy(served_for_checks(seed, sampled=sampled))
+    learns = False
+    for served in (first, *others):
+        batch = pack(served.trajectories)
+        if served is not first and refuses(objective(), batch, f"a batch {served.how}"):
+            continue
+        try:
+            _check_forward(objective(), batch)
+            _check_gaps(objective("sum"), drafter, batch)
+            learns |= _check_gradient(objective(), batch, differences=differentiable and not sampled, seed=seed)
+            _check_reductions(objective, served.trajectories)
+            _check_forms(objective("none"), served.trajectories)
+        except AssertionError as error:
+            raise AssertionError(f"{error} ({served.how})") from error
+    require(learns, "no gradient reaches the drafter")  # in one batch there may be no reward
+    if not sampled:
+        _check_siblings(objective("sum"), first.trajectories)
+    if follows_sampling:
+        _check_sampling(objective(), pack(first.trajectories))
+    _check_extremes(objective(), first.trajectories)
+    if sampled:
+        check_expected_gradient(make, unbiased=unbiased, seed=seed)
+    else:
+        _check_direction(make, parts, pack(first.trajectories))
 
 
 def _check_forward(objective: Objective, batch: TensorDict) -> None:
@@ -98,26 +130,53 @@ def _check_forward(objective: Objective, batch: TensorDict) -> None:
     told = {(key,) if isinstance(key, str) else tuple(key) for key in objective.in_keys}
     known = {(key,) if isinstance(key, str) else tuple(key) for key in keys}
     require(told <= known, f"in_keys name {sorted(told - known)}, which no batch has")
-    require(
-        torch.equal(_total(objective, batch.select(*told)), _total(objective, batch)), "in_keys miss entries that count"
-    )
+    _check_keys(objective, batch, objective.in_keys, "in_keys")
 
 
-def _check_gradient(objective: Objective, batch: TensorDict, *, differences: bool) -> None:
-    parameters = [p for p in objective.drafter.parameters() if p.requires_grad]
+def _check_keys(objective: Objective, batch: TensorDict, keys: list[NestedKey], name: str) -> None:
+    try:
+        alone = total_loss(objective, batch.select(*keys))
+    except (KeyError, ValueError) as error:
+        raise AssertionError(f"{name} miss an entry that is read: {error}") from error
+    require(torch.equal(alone, total_loss(objective, batch)), f"{name} miss entries that count")
+
+
+def _check_gaps(objective: Objective, drafter: GappyDrafter, batch: TensorDict) -> None:
+    found = []
+    for filler in (0.0, 1.0):
+        drafter.filler = filler
+        loss = total_loss(objective, batch)
+        found.append([loss.detach(), *_gradient(objective, loss)])
+    drafter.filler = 0.0
+    same = [torch.allclose(a, b) for a, b in zip(*found, strict=True)]
+    require(same[0], "the loss depends on what stands where the drafter has no prediction")
+    require(all(same), "the gradient depends on what stands where the drafter has no prediction")
+
+
+def _parameters(objective: Objective) -> list[Tensor]:
+    return [p for p in objective.drafter.parameters() if p.requires_grad]
+
+
+def _gradient(objective: Objective, loss: Tensor) -> list[Tensor]:
+    parameters = _parameters(objective)
+    gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)]
+
+
+def _check_gradient(objective: Objective, batch: TensorDict, *, differences: bool, seed: int) -> bool:
+    """Returns whether there is any."""
     require(not objective.head.requires_grad, "the target's head would learn")
-    gradient = torch.autograd.grad(_total(objective, batch), parameters, allow_unused=True)
-    found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)]
-    require(any(bool(g.any()) for g in found), "no gradient reaches the drafter")
-    for _ in range(3 if differences else 0):
-        direction = [torch.randn_like(p) for p in parameters]
+    parameters, found = _parameters(objective), _gradient(objective, total_loss(objective, batch))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2 if differences else 0):
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
         slope = float(sum((g * d).sum() for g, d in zip(found, direction, strict=True)))
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
                 for p, d in zip(parameters, direction, strict=True):
                     p.add_(d, alpha=sign * _STEP)
-                ends.append(float(_total(objective, batch)))
+                ends.append(float(total_loss(objective, batch)))
                 for p, d in zip(parameters, direction, strict=True):
                     p.sub_(d, alpha=sign * _STEP)
         measured = (ends[0] - ends[1]) / (2 * _STEP)
@@ -125,81 +184,71 @@ def _check_gradient(objective: Objective, batch: TensorDict, *, differences: boo
             abs(measured - slope) <= _RELATIVE * max(abs(slope), 1.0),
             f"the gradient along a direction is {slope:.6g}, finite differences give {measured:.6g}",
         )
+    return any(bool(g.any()) for g in found)
+
+
+def _check_reductions(objective: Callable[[str], Objective], trajectories: list[TensorDict]) -> None:
+    every = pack(trajectories)
+    total = total_loss(objective("sum"), every)
+    require(torch.allclose(total_loss(objective("none"), every), total), "the values of 'none' do not add up to 'sum'")
+    alone = torch.stack([total_loss(objective("sum"), pack([t])) for t in trajectories]).sum()
+    require(torch.allclose(alone, total), "a trajectory counts differently alone and beside others: padding is read")
+    turned = total_loss(objective("sum"), pack(trajectories[::-1]))
+    require(torch.allclose(turned, total), "the order of the trajectories matters")
 
 
 def _check_forms(objective: Objective, trajectories: list[TensorDict]) -> None:
     """With every token among the likeliest, the top-k form says what hidden states say."""
     likeliest = pack([topk_form(t, objective.head, len(objective.head)) for t in trajectories])
-    try:
-        got = objective(likeliest)
-    except (KeyError, ValueError):
-        return  # it names what it needs
-    expected = objective(pack(trajectories))
+    if refuses(objective, likeliest, "a batch with the target's likeliest tokens", naming="hidden"):
+        return
     require(
-        all(torch.allclose(got[key], expected[key]) for key in expected.keys() if key.startswith("loss_")),
+        torch.allclose(total_loss(objective, likeliest), total_loss(objective, pack(trajectories))),
         "the target's likeliest tokens and its hidden states give different losses",
     )
-    told = objective.keys_of(likeliest)
-    require(torch.equal(_total(objective, likeliest.select(*told)), _total(objective, likeliest)), "keys_of misses one")
-
-
-def _check_reductions(objective: Callable[[str], Objective], trajectories: list[TensorDict]) -> None:
-    every = pack(trajectories)
-    total = _total(objective("sum"), every)
-    require(torch.allclose(_total(objective("none"), every), total), "the values of 'none' do not add up to 'sum'")
-    alone = torch.stack([_total(objective("sum"), pack([t])) for t in trajectories]).sum()
-    require(torch.allclose(alone, total), "a trajectory counts differently alone and beside others: padding is read")
-    turned = _total(objective("sum"), pack(trajectories[::-1]))
-    require(torch.allclose(turned, total), "the order of the trajectories matters")
+    _check_keys(objective, likeliest, objective.keys_of(likeliest), "keys_of a batch with the likeliest tokens")
 
 
 def _check_siblings(objective: Objective, trajectories: list[TensorDict]) -> None:
-    turned = [_turned(t) for t in trajectories]
+    turned = [siblings_reversed(t) for t in trajectories]
     require(
-        torch.allclose(_total(objective, pack(turned)), _total(objective, pack(trajectories))),
+        torch.allclose(total_loss(objective, pack(turned)), total_loss(objective, pack(trajectories))),
         "the order of siblings matters, under a rule to which it does not",
     )
 
 
-def _turned(trajectory: TensorDict) -> TensorDict:
-    """The same trees with siblings in reverse order."""
-    out, offset = trajectory.clone(), trajectory["rounds", "offset"].tolist()
-    for first, last in zip(offset, offset[1:], strict=False):
-        parents, count = trajectory["nodes", "parents"][first:last], last - first
-        # Nodes counted from the end keep children behind parents only depth by depth: visit them in that order.
-        order = _reversed_depth_first(parents)
-        place = torch.full((count + 1,), -1)
-        place[order] = torch.arange(count)
-        for key in ("tokens", "log_probs", "accepted", "hidden"):
-            out["nodes", key][first:last] = trajectory["nodes", key][first:last][order]
-        out["nodes", "parents"][first:last] = place[parents[order]]
-    return out
-
-
-def _reversed_depth_first(parents: Tensor) -> Tensor:
-    """Depth-first order in which children come in reverse."""
-    order = depth_first(parents).tolist()
-    children: dict[int, list[int]] = {}
-    for node in order:
-        children.setdefault(int(parents[node]), []).append(node)
-    out: list[int] = []
-
-    def visit(node: int) -> None:
-        for child in reversed(children.get(node, [])):
-            out.append(child)
-            visit(child)
-
-    visit(-1)
-    return torch.tensor(out, dtype=torch.int64)
+def _check_sampling(objective: Objective, batch: TensorDict) -> None:
+    before = objective(batch)
+    for name, value in _SERVED_OTHERWISE.items():
+        if ("sampling", name) in objective.in_keys:
+            changed = batch.clone()
+            changed["sampling", name].fill_(value)
+            after = objective(changed)
+            same = all(torch.equal(after[key], before[key]) for key in before.keys())
+            require(not same, f"in_keys name ('sampling', {name!r}), and nothing changes with it")
 
 
 def _check_extremes(objective: Objective, trajectories: list[TensorDict]) -> None:
     for accepted, what in ((False, "nothing was accepted"), (True, "every node was accepted")):
         batch = pack(trajectories)
-        batch["nodes", "accepted"] = torch.full_like(batch["nodes", "accepted"], accepted)
-        total = _total(objective, batch)
+        batch["nodes", "accepted"].fill_(accepted)
+        total = total_loss(objective, batch)
         require(bool(torch.isfinite(total)), f"the loss is {float(total.detach())} where {what}")
-        total.backward()
-        finite = all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in objective.drafter.parameters())
+        finite = all(bool(torch.isfinite(g).all()) for g in _gradient(objective, total))
         require(finite, f"a gradient is not finite where {what}")
-        objective.zero_grad()
+
+
+def _check_direction(make: Callable[[Drafter, Tensor, str], Objective], parts: TargetParts, batch: TensorDict) -> None:
+    drafter = EchoDrafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
+    drafter.head = _SHARPER * parts.head
+
+    def loss(factor: float) -> float:
+        drafter.factor = factor
+        return float(total_loss(make(drafter, drafter.head, "mean"), batch).detach())
+
+    target, even, contrary = loss(1), loss(0), loss(-1)
+    require(
+        target < min(even, contrary),
+        f"it does not lead to the target: the loss of a drafter that is the target is {target:.4g}, of one that says "
+        f"nothing {even:.4g}, of one that says the contrary {contrary:.4g}",
+    )

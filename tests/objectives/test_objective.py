@@ -1,4 +1,4 @@
-"""The objective seam: conformance of all objectives, mutants that the check must catch, names, settings and sums."""
+"""The objective seam: conformance of all objectives, names, settings and sums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from aurora_rl.objectives import (
     ImitationLoss,
     Objective,
     SumLoss,
-    Values,
     check_settings,
     get_objective,
     make_objectives,
@@ -60,6 +58,8 @@ def test_every_objective_keeps_its_promises(kind: type[Objective], settings: dic
     check_objective(
         lambda drafter, head, reduction: kind(drafter, head, reduction=reduction, **settings),
         differentiable=settings.get("weighting") != "expected_length",
+        unbiased=settings.get("baseline") != "group",
+        follows_sampling=settings.get("rule") != "greedy",
     )
 
 
@@ -104,86 +104,6 @@ def test_overlaps_keep_the_mass_of_the_whole_vocabulary(kind: type[Objective]) -
         assert whole != part or name == "cross_entropy"
         assert default == (whole if name in OVERLAPS else part)
         assert kind(drafter, head, divergence=name, renormalize=name in OVERLAPS).renormalize == (name in OVERLAPS)
-
-
-# ---- mutants ----------------------------------------------------------------------------------------------------
-
-
-class ChangesItsInput(ImitationLoss):
-    def values(self, batch: TensorDictBase) -> Values:
-        batch["spine", "features"].mul_(1.5)
-        return super().values(batch)
-
-
-class ForgetsAKey(ImitationLoss):
-    @property
-    def reads(self) -> list:
-        return [key for key in super().reads if key != ("spine", "prompt_length")]
-
-
-class DetachesHalf(ImitationLoss):
-    def values(self, batch: TensorDictBase) -> Values:
-        found = super().values(batch)
-        return found._replace(value=0.5 * found.value + 0.5 * found.value.detach())
-
-
-class ReadsItsNeighbours(ImitationLoss):
-    def values(self, batch: TensorDictBase) -> Values:
-        found = super().values(batch)
-        return found._replace(value=found.value + 0.1 * found.value.roll(1, 1))
-
-
-class TrustsTheFirstSibling(DiscardSamplingLoss):
-    def _weights(self, batch: TensorDictBase, trees) -> Tensor:
-        return torch.arange(len(trees.parent)).double()
-
-
-class DividesByTheAccepted(DiscardSamplingLoss):
-    def values(self, batch: TensorDictBase) -> Values:
-        found = super().values(batch)
-        return found._replace(value=found.value / batch["nodes", "accepted"].sum())
-
-
-class TrustsTheLikeliest(ImitationLoss):
-    """Reads one form rightly and the other wrongly."""
-
-    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
-        found = super().target_log_probs(rows, renormalize=renormalize)
-        return found if "hidden" in rows.keys() else 1.1 * found
-
-
-class ReportsWhatItDoesNotGive(ImitationLoss):
-    @property
-    def metrics(self) -> list[str]:
-        return ["agreement", "temperature"]
-
-
-class KnowsHiddenStatesOnly(ImitationLoss):
-    def values(self, batch: TensorDictBase) -> Values:
-        found = super().values(batch)
-        return found._replace(weight=found.weight * batch[self.tensor_keys.hidden].norm(dim=-1))
-
-
-def test_an_objective_may_know_one_form_only() -> None:
-    check_objective(lambda drafter, head, reduction: KnowsHiddenStatesOnly(drafter, head, reduction=reduction))
-
-
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        (ChangesItsInput, "forward changes its input"),
-        (ForgetsAKey, "prompt_length|in_keys miss"),
-        (DetachesHalf, "finite differences give"),
-        (ReadsItsNeighbours, "alone and beside others"),
-        (TrustsTheFirstSibling, "alone and beside others|order of siblings"),
-        (DividesByTheAccepted, "alone and beside others|where nothing was accepted"),
-        (TrustsTheLikeliest, "likeliest tokens and its hidden states give different losses"),
-        (ReportsWhatItDoesNotGive, "out_keys are"),
-    ],
-)
-def test_the_check_catches(mutant: type[Objective], message: str) -> None:
-    with pytest.raises((AssertionError, KeyError), match=message):
-        check_objective(lambda drafter, head, reduction: mutant(drafter, head, reduction=reduction))
 
 
 # ---- names and settings -----------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""The expected gradient of an objective that learns from draws: over all that can be drawn, and all that can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aurora_rl.objectives import Objective
+from aurora_rl.policies import Drafter
+from aurora_rl.testing.asserts import require
+from aurora_rl.testing.losses import refuses, total_loss
+from aurora_rl.testing.tabular import (
+    TabularDrafter,
+    TabularTarget,
+    chance_of,
+    drawn_trees,
+    exact_gradient,
+    outcomes_of,
+    reach_of,
+    table_gradient,
+    tree_trajectory,
+)
+from aurora_rl.trajectories import pack
+
+# Rule, draft mode and temperature. One that is neither 0 nor 1 tells who takes p as it was served.
+_SERVED = (
+    ("sample_and_match", "sampled", 0.7),
+    ("greedy", "sampled", 0.0),
+    ("rejection", "sampled", 0.7),
+    ("rejection_without_replacement", "sampled_without_replacement", 0.7),
+)
+# A chain, and the smallest tree in which something hangs on a draw both below it and beside it.
+_PARENTS = ((-1, 0), (-1, -1, 0))
+# Sums of a few hundred terms in float64 differ by less; recorded log-probabilities are in float32, which shows squared.
+_SAME = 1 - 1e-9
+# Of a direction that may be biased: more than what rounding leaves of a gradient of zero.
+_LEADS = 1e-3
+
+
+def check_expected_gradient(make: Callable[[Drafter, Tensor, str], Objective], *, unbiased: bool, seed: int) -> None:
+    """Compare with the gradient of the expected number of accepted nodes, rule by rule, on tables.
+
+    An objective may refuse a rule, a draft mode or a chain by a ValueError that names it.
+
+    Args:
+        make: see :func:`~aurora_rl.testing.check_objective`.
+        unbiased: whether the directions have to be the same, or only to agree.
+        seed: of the tables.
+
+    Raises:
+        AssertionError: a direction is wrong, or everything is refused.
+    """
+    judged = 0
+    for rule, mode, temperature in _SERVED:
+        for parents in _PARENTS:
+            drafter, target = TabularDrafter(seed), TabularTarget(seed, temperature)
+            distinct, batches = mode == "sampled_without_replacement", []
+            for tree in drawn_trees(parents, distinct):
+                drawn = chance_of(drafter, tree, distinct).detach()
+                log_probs = [drafter.log_q(text[:-1])[text[-1]].item() for text in tree.texts]
+                for accepted, follows in outcomes_of(tree, reach_of(drafter, target, tree, rule)):
+                    if follows > 0:
+                        trajectory = tree_trajectory(
+                            tree, target, rule=rule, mode=mode, accepted=accepted, log_probs=log_probs
+                        )
+                        batches.append((pack([trajectory]), drawn * follows))
+            objective, what = make(drafter, target.head, "sum"), f"trees {parents} served by {rule}"
+            if refuses(objective, batches[0][0], what):
+                continue
+            judged += 1
+            expected = torch.stack([chance * total_loss(objective, batch) for batch, chance in batches]).sum()
+            _, truth = exact_gradient(drafter, target, parents, rule=rule, distinct=distinct)
+            found = -table_gradient(drafter, expected)
+            cosine = float(torch.cosine_similarity(found.flatten(), truth.flatten(), 0))
+            require(
+                cosine > (_SAME if unbiased else _LEADS),
+                f"{what}: minus the expected gradient has a cosine of {cosine:.4f} with that of the expected number of "
+                f"accepted nodes, not {'1' if unbiased else 'a positive one'}",
+            )
+    require(judged > 0, "every rule is refused")

@@ -1,0 +1,399 @@
+"""check_objective names what an objective breaks: one mutant, or more, for each of its promises."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from aurora_rl.objectives import (
+    AcceptanceRewardLoss,
+    DiscardSamplingLoss,
+    ExpectedLengthLoss,
+    ImitationLoss,
+    Objective,
+    Values,
+)
+from aurora_rl.testing import check_objective
+from aurora_rl.trees import sibling_ranks
+
+TEMPERATURE, ACCEPTED = ("sampling", "temperature"), ("nodes", "accepted")
+
+
+def check(kind: type[Objective], *, settings: dict[str, Any] | None = None, **declared: bool) -> None:
+    check_objective(
+        lambda drafter, head, reduction: kind(drafter, head, reduction=reduction, **(settings or {})), **declared
+    )
+
+
+def of_tokens(batch: TensorDictBase, of_requests: Tensor) -> Tensor:
+    """``[C]``, of the completion tokens, from a value of every request."""
+    return of_requests.repeat_interleave(batch["spine", "offset"].diff() - batch["spine", "prompt_length"])
+
+
+# ---- what forward gives and reads -----------------------------------------------------------------------------------
+
+
+class ChangesItsInput(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        batch["spine", "features"].mul_(1.5)
+        return super().values(batch)
+
+
+class CallsItsLossOtherwise(ImitationLoss):
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        return ["loss_other", *self.metrics]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        return super().forward(tensordict).rename_key_("loss_imitation", "loss_other")
+
+
+class ReportsWhatItDoesNotGive(ImitationLoss):
+    @property
+    def metrics(self) -> list[str]:
+        return ["agreement", "temperature"]
+
+
+class DividesByTheTemperature(ImitationLoss):
+    @property
+    def reads(self) -> list[NestedKey]:
+        return [*super().reads, TEMPERATURE]
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(weight=found.weight / of_tokens(batch, batch[TEMPERATURE]))
+
+
+class DropsItsGraph(ImitationLoss):
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        return super().forward(tensordict).detach()
+
+
+class KeepsTheMeanOfEveryStep(ImitationLoss):
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super().forward(tensordict)
+        return out.set("loss_imitation", out["loss_imitation"].expand(3))
+
+
+class NamesWhatNoBatchHas(ImitationLoss):
+    @property
+    def reads(self) -> list[NestedKey]:
+        return [*super().reads, *self.optional_reads]
+
+    @property
+    def optional_reads(self) -> list[NestedKey]:
+        return [("spine", "colour")]
+
+
+class ForgetsAKey(ImitationLoss):
+    @property
+    def reads(self) -> list[NestedKey]:
+        return [key for key in super().reads if key != ("spine", "prompt_length")]
+
+
+class TakesWhatItFinds(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(weight=found.weight * (2 if ACCEPTED in batch.keys(True) else 1))
+
+
+class IgnoresTheTemperature(ExpectedLengthLoss):
+    def served_log_probs(
+        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
+    ) -> Tensor:
+        batch = batch.clone()
+        batch[TEMPERATURE] = torch.ones_like(batch[TEMPERATURE])
+        return super().served_log_probs(batch, rows, request, greedy=greedy)
+
+
+# ---- positions that do not count ------------------------------------------------------------------------------------
+
+
+class CountsEveryPosition(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(valid=torch.ones_like(found.valid))
+
+
+class NormalisesOverPositions(ImitationLoss):
+    """What it adds is zero, and its gradient is not."""
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found, last = super().values(batch), self.drafter.unroll(batch, self.steps).logits[-1]
+        spread = last.logsumexp(0).mean()
+        return found._replace(value=found.value + spread - spread.detach())
+
+
+# ---- gradients and sums ---------------------------------------------------------------------------------------------
+
+
+class TrainsTheHead(ImitationLoss):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.head.requires_grad_()
+
+
+class LearnsNothing(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=torch.ones_like(found.value))
+
+
+class DetachesHalf(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=0.5 * found.value + 0.5 * found.value.detach())
+
+
+class HalvesItsSum(ImitationLoss):
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super().forward(tensordict)
+        return out.set("loss_imitation", out["loss_imitation"] * (0.5 if self.reduction == "sum" else 1))
+
+
+class ReadsItsNeighbours(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=found.value + 0.1 * torch.where(found.valid, found.value, 0.0).roll(1, 1))
+
+
+class TakesRequestsForPlaces(ImitationLoss):
+    """Right while requests are numbered in their order."""
+
+    @property
+    def reads(self) -> list[NestedKey]:
+        return [*super().reads, "request"]
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found, request = super().values(batch), batch["request"]
+        prompt = batch["spine", "prompt_length"][request - request[0]]
+        return found._replace(weight=found.weight * of_tokens(batch, prompt))
+
+
+class TrustsTheFirstSibling(DiscardSamplingLoss):
+    def _weights(self, batch: TensorDictBase, trees: Any) -> Tensor:
+        return 1 / (1 + sibling_ranks(trees.parent).double())
+
+
+# ---- the extremes of acceptance -------------------------------------------------------------------------------------
+
+
+class ScalesItsMean(ImitationLoss):
+    """By something of the accept bits."""
+
+    @property
+    def reads(self) -> list[NestedKey]:
+        return [*super().reads, ACCEPTED]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super().forward(tensordict)
+        if self.reduction == "mean":
+            out["loss_imitation"] = self.scaled(out["loss_imitation"], tensordict[ACCEPTED].double())
+        return out
+
+    def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DividesByTheAccepted(ScalesItsMean):
+    def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
+        return loss / accepted.sum()
+
+
+class DividesByTheRejected(ScalesItsMean):
+    def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
+        return loss / (1 - accepted).sum()
+
+
+class TakesARootOfTheRejected(ScalesItsMean):
+    def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
+        return (loss * (1 - accepted).sum()).sqrt()
+
+
+# ---- the target's likeliest tokens ----------------------------------------------------------------------------------
+
+
+class TrustsTheLikeliest(ImitationLoss):
+    """Reads one form rightly and the other wrongly."""
+
+    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
+        found = super().target_log_probs(rows, renormalize=renormalize)
+        return found if "hidden" in rows.keys() else 1.1 * found
+
+
+class ForgetsTheTail(ImitationLoss):
+    def keys_of(self, batch: TensorDictBase) -> list[NestedKey]:
+        return [key for key in super().keys_of(batch) if key[-1] != "tail_log_prob"]
+
+
+class KnowsHiddenStatesOnly(ImitationLoss):
+    refusal: Exception = ValueError("objective 'imitation' needs ('spine', 'hidden')")
+
+    def values(self, batch: TensorDictBase) -> Values:
+        if self.tensor_keys.hidden not in batch.keys(True):
+            raise self.refusal
+        found = super().values(batch)
+        return found._replace(weight=found.weight * batch[self.tensor_keys.hidden].norm(dim=-1))
+
+
+def test_an_objective_may_know_one_form_only() -> None:
+    check(KnowsHiddenStatesOnly)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        KeyError("objective 'imitation' needs ('spine', 'hidden')"),
+        ValueError("there is no ('spine', 'hidden')"),
+        ValueError("objective 'imitation' cannot learn from this"),
+    ],
+    ids=repr,
+)
+def test_it_has_to_say_so(refusal: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KnowsHiddenStatesOnly, "refusal", refusal)
+    message = f"likeliest tokens ends in {refusal!r}, and not in a ValueError that names 'imitation' and hidden"
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check(KnowsHiddenStatesOnly)
+
+
+class RefusesRejectionWithoutAWord(ImitationLoss):
+    @property
+    def reads(self) -> list[NestedKey]:
+        return [*super().reads, ("sampling", "rule")]
+
+    def values(self, batch: TensorDictBase) -> Values:
+        if bool((batch["sampling", "rule"] > 1).any()):
+            raise ValueError("no")
+        return super().values(batch)
+
+
+# ---- where it leads -------------------------------------------------------------------------------------------------
+
+
+class LeadsAway(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=-found.value)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "promise"),
+    [
+        (ChangesItsInput, "forward changes its input"),
+        (CallsItsLossOtherwise, "forward returns no 'loss_imitation'"),
+        (ReportsWhatItDoesNotGive, "out_keys are ['loss_imitation', 'agreement', 'temperature'], forward gave"),
+        (DividesByTheTemperature, "loss_imitation is not finite (served by greedy at temperature 0.0)"),
+        (DropsItsGraph, "loss_imitation: losses carry gradients and metrics do not"),
+        (KeepsTheMeanOfEveryStep, "the mean of a loss is not a scalar"),
+        (NamesWhatNoBatchHas, "in_keys name [('spine', 'colour')], which no batch has"),
+        (ForgetsAKey, "in_keys miss an entry that is read"),
+        (TakesWhatItFinds, "in_keys miss entries that count"),
+        (IgnoresTheTemperature, "in_keys name ('sampling', 'temperature'), and nothing changes with it"),
+        (CountsEveryPosition, "the loss depends on what stands where the drafter has no prediction"),
+        (NormalisesOverPositions, "the gradient depends on what stands where the drafter has no prediction"),
+        (TrainsTheHead, "the target's head would learn"),
+        (LearnsNothing, "no gradient reaches the drafter"),
+        (DetachesHalf, "finite differences give"),
+        (HalvesItsSum, "the values of 'none' do not add up to 'sum'"),
+        (ReadsItsNeighbours, "a trajectory counts differently alone and beside others: padding is read"),
+        (TakesRequestsForPlaces, "the order of the trajectories matters"),
+        (TrustsTheFirstSibling, "the order of siblings matters, under a rule to which it does not"),
+        (DividesByTheAccepted, "the loss is inf where nothing was accepted"),
+        (DividesByTheRejected, "the loss is inf where every node was accepted"),
+        (TakesARootOfTheRejected, "a gradient is not finite where every node was accepted"),
+        (TrustsTheLikeliest, "the target's likeliest tokens and its hidden states give different losses"),
+        (ForgetsTheTail, "keys_of a batch with the likeliest tokens miss an entry that is read"),
+        (RefusesRejectionWithoutAWord, "a batch served by rejection at temperature 0.7 ends in ValueError('no')"),
+        (LeadsAway, "it does not lead to the target"),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "",
+)
+def test_the_check_catches(mutant: type[Objective], promise: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(promise)):
+        check(mutant)
+
+
+# ---- policy gradients -----------------------------------------------------------------------------------------------
+
+
+class LearnsWhatIsRejected(AcceptanceRewardLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=-found.value)
+
+
+class RewardsEveryDraw(AcceptanceRewardLoss):
+    def _credit(self, draws: Any, reach: Tensor, accepted: Tensor) -> Tensor:
+        return torch.ones_like(reach)
+
+
+class RewardsANodeForItselfAlone(AcceptanceRewardLoss):
+    def _credit(self, draws: Any, reach: Tensor, accepted: Tensor) -> Tensor:
+        return reach
+
+
+class TrustsTheAcceptBits(AcceptanceRewardLoss):
+    """As if no rule looked at the drafter's distribution."""
+
+    def _draws(self, batch: TensorDictBase) -> Any:
+        draws = super()._draws(batch)
+        draws.needs_q = torch.zeros_like(draws.needs_q)
+        return draws
+
+
+class ScalesByTheTemperature(AcceptanceRewardLoss):
+    """And so learns nothing from what was decoded greedily."""
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=found.value * batch[TEMPERATURE].max())
+
+
+class TakesAllAsDrawnWithReplacement(AcceptanceRewardLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        batch = batch.clone()
+        batch["sampling", "draft_mode"] = torch.ones_like(batch["sampling", "draft_mode"])
+        return super().values(batch)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "settings", "what"),
+    [
+        (LearnsWhatIsRejected, {}, "trees (-1, 0) served by sample_and_match"),
+        (RewardsEveryDraw, {}, "trees (-1, 0) served by sample_and_match"),
+        (RewardsANodeForItselfAlone, {}, "trees (-1, 0) served by sample_and_match"),
+        (ScalesByTheTemperature, {}, "trees (-1, 0) served by greedy"),
+        (TrustsTheAcceptBits, {"reward": "recorded"}, "trees (-1, 0) served by rejection"),
+        (TakesAllAsDrawnWithReplacement, {}, "trees (-1, -1, 0) served by rejection_without_replacement"),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "",
+)
+def test_the_check_catches_a_policy_gradient(mutant: type[Objective], settings: dict[str, Any], what: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(f"{what}: minus the expected gradient has a cosine of ")):
+        check(mutant, settings=settings)
+
+
+def test_a_bias_has_to_be_declared_and_may_not_lead_away() -> None:
+    settings = {"baseline": "group"}
+    with pytest.raises(AssertionError, match=re.escape("of the expected number of accepted nodes, not 1")):
+        check(AcceptanceRewardLoss, settings=settings)
+    with pytest.raises(AssertionError, match=re.escape("of the expected number of accepted nodes, not a positive one")):
+        check(LearnsWhatIsRejected, settings=settings, unbiased=False)
+
+
+class RefusesTables(AcceptanceRewardLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        if batch["spine", "features"].shape[1] > 1:
+            return super().values(batch)
+        raise ValueError("objective 'acceptance_reward' needs features of width 2 or more")
+
+
+def test_not_everything_may_be_refused() -> None:
+    with pytest.raises(AssertionError, match="every rule is refused"):
+        check(RefusesTables)
