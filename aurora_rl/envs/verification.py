@@ -228,8 +228,12 @@ class Greedy(VerificationRule):
         return settle(argmax(logits), tokens, parents, valid)
 
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
-        """1 where the node carries the likeliest token, else 0. See `VerificationRule.acceptance`."""
-        right = tokens == argmax(p)[context]
+        """1 where the node carries the likeliest token, else 0. See `VerificationRule.acceptance`.
+
+        Over a draft vocabulary `p` is taken for the point mass that greedy decoding serves.
+        """
+        # A row of zeros is of a target whose choice lies outside the draft vocabulary.
+        right = (tokens == argmax(p)[context]) & (p[context, tokens] > 0)
         return (right & ~repeated_siblings(context, tokens)).to(p.dtype)
 
 

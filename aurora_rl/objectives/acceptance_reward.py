@@ -44,11 +44,14 @@ def before(context: Tensor, values: Tensor) -> Tensor:
         >>> before(torch.tensor([0, 0, 3, 0]), torch.tensor([1.0, 2.0, 5.0, 4.0]))
         tensor([0., 1., 0., 3.])
     """
-    order = context.argsort(stable=True)
-    sums = values[order].cumsum(0) - values[order]
-    first = sibling_ranks(context)[order] == 0
-    base = sums[first].repeat_interleave(torch.diff(first.nonzero().flatten(), append=order.new_tensor([len(order)])))
-    return torch.empty_like(sums).index_copy(0, order, sums - base)
+    # Context by context, not as differences of a sum over the whole batch: in float32 those lose what stands apart.
+    rank, out = sibling_ranks(context), torch.zeros_like(values)
+    sums = values.new_zeros(int(context.max()) + 1 if len(context) else 0)
+    for turn in range(int(rank.max()) + 1 if len(rank) else 0):
+        here = (rank == turn).nonzero().flatten()
+        out = out.index_copy(0, here, sums[context[here]])
+        sums = sums.index_add(0, context[here], values[here])
+    return out
 
 
 class _Draws:
@@ -116,7 +119,7 @@ class AcceptanceRewardLoss(Objective):
             if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
             direction, since a branch is part of its own mean, of low variance).
         clip: None is REINFORCE, right for trees of the current weights. Otherwise the importance ratio from the
-            recorded log-probabilities is clipped to ``1 ± clip``, node by node.
+            recorded log-probabilities is clipped to ``1 ± clip``, node by node; ``grad R`` is weighed with it too.
         max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
         weight: factor on the loss, see :class:`Objective`.
         reduction: see :class:`Objective`; positions are the trees, in one group.
@@ -157,15 +160,13 @@ class AcceptanceRewardLoss(Objective):
         reduction: str = "mean",
     ) -> None:
         if reward not in ("expected", "recorded"):
-            raise ValueError(f"acceptance_reward's reward must be 'expected' or 'recorded', got {reward!r}")
+            raise ValueError(f"reward must be 'expected' or 'recorded', got {reward!r}")
         if baseline not in ("none", "leave_one_out", "group"):
-            raise ValueError(
-                f"acceptance_reward's baseline must be 'none', 'leave_one_out' or 'group', got {baseline!r}"
-            )
+            raise ValueError(f"baseline must be 'none', 'leave_one_out' or 'group', got {baseline!r}")
         if clip is not None and not clip > 0:
-            raise ValueError(f"acceptance_reward's clip must be positive or null, got {clip}")
+            raise ValueError(f"clip must be positive or null, got {clip}")
         if max_staleness is not None and max_staleness < 0:
-            raise ValueError(f"acceptance_reward's max_staleness must not be negative, got {max_staleness}")
+            raise ValueError(f"max_staleness must not be negative, got {max_staleness}")
         super().__init__(drafter, head, weight=weight, reduction=reduction)
         self.reward, self.baseline, self.clip, self.max_staleness = reward, baseline, clip, max_staleness
         self.register_buffer("newest", torch.tensor(-1))
@@ -201,6 +202,7 @@ class AcceptanceRewardLoss(Objective):
 
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
+        self.expect_nodes(batch)
         draws = self._draws(batch)
         trees, rounds = draws.trees, slice(draws.trees.num_rounds)
         acceptance = draws.by_rule(
@@ -213,17 +215,21 @@ class AcceptanceRewardLoss(Objective):
         credit = self._credit(draws, reach.detach(), accepted)
         # REINFORCE is the ratio to the weights' own draws, whose gradient is the score.
         behaviour = draws.log_q.detach() if self.clip is None else draws.given_siblings(recorded)
-        gain = clipped_gain(draws.log_q, behaviour, credit, torch.inf if self.clip is None else self.clip)
+        clip = torch.inf if self.clip is None else self.clip
+        gain = clipped_gain(draws.log_q, behaviour, credit, clip)
         if self.reward == "expected":
-            gain = gain + torch.where(draws.needs_q, reach - reach.detach(), 0.0)
+            # grad R is averaged over the behaviour's draws too, and takes the same ratio, clipped on both sides.
+            ratio = (draws.log_q.detach() - behaviour).exp().clamp(1 - clip, 1 + clip)
+            gain = gain + torch.where(draws.needs_q, ratio * (reach - reach.detach()), 0.0)
 
         drafted = batch["rounds", "offset"].diff() > 0
         fresh = self._fresh(batch["rounds", "policy_version"], drafted)
         valid = drafted & fresh
+        tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         metrics = {
             "expected_accepted": _mean(subtree_sums(trees, reach)[rounds][valid]),
             "accepted": _mean(subtree_sums(trees, accepted)[rounds][valid]),
-            "ratio": _mean((draws.log_q - draws.given_siblings(recorded)).exp()),
+            "ratio": _mean((draws.log_q - draws.given_siblings(recorded)).exp()[fresh[tree]]),
             "stale": _mean((~fresh[drafted]).to(reach.dtype)),
         }
         return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
@@ -287,6 +293,11 @@ class AcceptanceRewardLoss(Objective):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' does not hold for rejection on trees, where a node's "
                 "acceptance depends on its siblings; set reward='expected', or serve chains (drafter.width=1)"
+            )
+        if self.clip is not None and bool(draws.needs_q.any()):
+            raise ValueError(
+                f"objective {self.name!r}: reward='recorded' with clip={self.clip} does not hold for rejection, whose "
+                "accept bits depend on the weights that drew them; set reward='expected', or clip=null"
             )
 
     def _check_baseline(self, draws: _Draws) -> None:
@@ -353,13 +364,16 @@ def _standardised(trees: RecordedTrees, below: Tensor) -> Tensor:
         branch[here] = branch[parent[here] - trees.num_rounds]
     top = (depth == 1).nonzero().flatten()
     root, value = parent[top], below[top]
-    count, mean, square = (
-        below.new_zeros(trees.num_rounds).index_add(0, root, part) for part in (torch.ones_like(value), value, value**2)
-    )
-    mean, square = mean / count.clamp(min=1), square / count.clamp(min=1)
-    deviation = (square - mean**2).clamp(min=0).sqrt()
+
+    def mean(of: Tensor) -> Tensor:
+        """Over the branches of each root, at each branch."""
+        count, total = (below.new_zeros(trees.num_rounds).index_add(0, root, x) for x in (torch.ones_like(of), of))
+        return (total / count.clamp(min=1))[root]
+
+    # The mean is taken off before squaring: the difference of two mean squares is noise where branches are alike.
+    apart = value - mean(value)
     score = torch.zeros_like(below)
-    score[top] = (value - mean[root]) / (deviation[root] + 1e-6)
+    score[top] = apart / (mean(apart**2).sqrt() + 1e-6)
     return score[branch]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -21,6 +22,30 @@ TREE_KEYS: list[NestedKey] = [
 
 SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
 """What ``Objective.served_log_probs`` reads of a batch."""
+
+
+def completion_tokens(batch: TensorDictBase) -> Tensor:
+    """The tokens of all completions, ``[C]`` int64, those that the rows of ("spine", "hidden") predict.
+
+    Example:
+        >>> spine = {"tokens": [5, 6, 7, 8, 9], "offset": [0, 3, 5], "prompt_length": [1, 1]}
+        >>> completion_tokens(TensorDict({"spine": {k: torch.tensor(v) for k, v in spine.items()}}))
+        tensor([6, 7, 9])
+    """
+    offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+    place = torch.arange(int(offset[-1]), device=offset.device)
+    return batch["spine", "tokens"][place >= torch.repeat_interleave(offset[:-1] + prompt, offset.diff())]
+
+
+def completion_requests(batch: TensorDictBase) -> Tensor:
+    """The request of every completion token, ``[C]`` int64.
+
+    Example:
+        >>> spine = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
+        >>> completion_requests(TensorDict({"spine": spine}))
+        tensor([0, 0, 1])
+    """
+    return torch.repeat_interleave(batch["spine", "offset"].diff() - batch["spine", "prompt_length"])
 
 
 def windows(steps: Tensor) -> Tensor:

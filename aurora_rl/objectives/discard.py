@@ -11,8 +11,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.envs.sampling import argmax
-from aurora_rl.objectives.contexts import TREE_KEYS, path_products
-from aurora_rl.objectives.divergences import Divergence, get_divergence, wants_renormalized
+from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products
+from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
@@ -36,7 +36,9 @@ class DiscardSamplingLoss(Objective):
         divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
             ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
         renormalize: see ``ImitationLoss``.
-        top_k: compare over the target's likeliest tokens only, renormalised; None over all.
+        target: see ``ImitationLoss``.
+        top_k: compare over the target's likeliest tokens only (renormalised where ``renormalize`` says so); None over
+            all. Not with the reverse KL, to which every token that the drafter gives a chance counts.
         weighting: of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or "decay",
             ``decay ** depth``.
         decay: see ``weighting``.
@@ -67,6 +69,7 @@ class DiscardSamplingLoss(Objective):
         *,
         divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
         renormalize: bool | None = None,
+        target: str = "model",
         top_k: int | None = None,
         weighting: str = "uniform",
         decay: float = 0.8,
@@ -74,13 +77,20 @@ class DiscardSamplingLoss(Objective):
         reduction: str = "mean",
     ) -> None:
         if top_k is not None and top_k < 1:
-            raise ValueError(f"discard's top_k must be at least 1 or null, got {top_k}")
+            raise ValueError(f"top_k must be at least 1 or null, got {top_k}")
         if not 0 < decay <= 1:
-            raise ValueError(f"discard's decay must lie in (0, 1], got {decay}")
+            raise ValueError(f"decay must lie in (0, 1], got {decay}")
         if weighting not in ("uniform", "reach", "decay"):
-            raise ValueError(f"discard's weighting must be 'uniform', 'reach' or 'decay', got {weighting!r}")
+            raise ValueError(f"weighting must be 'uniform', 'reach' or 'decay', got {weighting!r}")
+        if target not in ("model", "served"):
+            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
         super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.divergence, self.top_k = get_divergence(divergence), top_k
+        self.divergence, self.served, self.top_k = get_divergence(divergence), target == "served", top_k
+        if top_k is not None and self.divergence is reverse_kl:
+            raise ValueError(
+                f"top_k={top_k} leaves out tokens that the reverse KL charges to the drafter; set top_k=null, or "
+                "divergence=forward_kl"
+            )
         self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
         self.weighting, self.decay = weighting, decay
 
@@ -89,7 +99,8 @@ class DiscardSamplingLoss(Objective):
         """See :attr:`Objective.reads`."""
         keys = self.tensor_keys
         along_paths = [keys.hidden] if self.weighting == "reach" else []
-        return [*TREE_KEYS, keys.accepted, keys.log_probs, keys.node_hidden, *along_paths]
+        served = SAMPLING_KEYS if self.served else []
+        return [*TREE_KEYS, keys.accepted, keys.log_probs, keys.node_hidden, *along_paths, *served]
 
     @property
     def optional_reads(self) -> list[NestedKey]:
@@ -103,6 +114,7 @@ class DiscardSamplingLoss(Objective):
 
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
+        self.expect_nodes(batch)
         keys, trees = self.tensor_keys, RecordedTrees.of(batch)
         nodes = slice(trees.num_rounds, None)
         predicted = (trees.root[nodes] >= 0) & (trees.depth[nodes] < self.drafter.max_depth)
@@ -113,15 +125,23 @@ class DiscardSamplingLoss(Objective):
         wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
         wanted[nodes] = discarded
         log_q = log_softmax(self.drafter.context_logits(batch, wanted))
-        log_p = self.target_log_probs(target_rows(batch, keys.node_hidden)[discarded], renormalize=self.renormalize)
+        log_p, covered = self.target_law(
+            batch,
+            target_rows(batch, keys.node_hidden)[discarded],
+            trees.request[wanted],
+            served=self.served,
+            renormalize=self.renormalize,
+        )
         agreement = (argmax(log_p) == argmax(log_q)).float().mean() if len(log_q) else log_q.new_zeros(())
         if self.top_k is not None and self.top_k < log_p.shape[-1]:
             least = log_p.topk(self.top_k, dim=-1).values[:, -1:]
-            log_p = log_softmax(log_p.masked_fill(log_p < least, -torch.inf))
+            log_p = log_p.masked_fill(log_p < least, -torch.inf)
+            if self.renormalize:
+                log_p = log_softmax(log_p)
         metrics = {"discarded": discarded.sum().to(agreement.dtype), "discard_agreement": agreement}
         weight = self._weights(batch, trees)[discarded]
         value = self.divergence(log_p, log_q)[None]
-        return Values(value, weight, torch.ones_like(value, dtype=torch.bool), metrics)
+        return Values(value, weight, covered[None], metrics)
 
     @torch.no_grad()
     def _weights(self, batch: TensorDictBase, trees: RecordedTrees) -> Tensor:

@@ -13,6 +13,8 @@ from aurora_rl.objectives.contexts import (
     SAMPLING_KEYS,
     SPINE_KEYS,
     TREE_KEYS,
+    completion_requests,
+    completion_tokens,
     path_products,
     subtree_sums,
     windows,
@@ -20,7 +22,7 @@ from aurora_rl.objectives.contexts import (
 from aurora_rl.objectives.divergences import overlap
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.policies.drafter import Drafter, log_softmax
+from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.trajectories import RULE_CODES
 
@@ -32,8 +34,9 @@ class ExpectedLengthLoss(Objective):
     A context accepts a draft from ``q`` with chance ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
     sample-and-match, ``q(argmax p)`` under greedy verification, with ``p`` as it was served. A path of contexts then
     has ``Σ over depths of the product of α`` accepted on average, given that what was accepted are the tokens of the
-    path. For deterministic top-k drafting it is a relaxation: there a context accepts with ``p(argmax q)``, whose own
-    expected length, which has no gradient, is the metric beside it.
+    path. For deterministic top-k drafting it is a relaxation. The true value, which has no gradient, is the metric
+    beside it: of windows of text, how many of the drafter's likeliest tokens are the text's before the first that is
+    not, from every anchor; of recorded trees, the nodes that were accepted.
 
     Args:
         drafter: its parameters learn.
@@ -41,12 +44,13 @@ class ExpectedLengthLoss(Objective):
         rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
         contexts: "text" takes windows of the committed text, drafted from every position of the completion as the
             training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a tree counts by the
-            mean over its root-to-leaf paths, each weighed by the target's probability of its tokens.
+            mean over its root-to-leaf paths, each weighed by the target's probability of its tokens, at temperature 1
+            whatever was served: so that no path of a greedy request weighs nothing.
         steps: depths of a window of text; the trees have their own.
         weight: factor on the loss, see :class:`Objective`.
         reduction: see :class:`Objective`; positions are windows or trees, in one group.
 
-    The metrics are "expected_length" and "top1_length", of a chain of the drafter's likeliest tokens.
+    The metrics are "expected_length", and "top1_length" (of text) or "accepted_length" (of trees).
 
     Raises:
         ValueError: ``steps`` < 1, an unknown rule, contexts or reduction.
@@ -88,38 +92,42 @@ class ExpectedLengthLoss(Objective):
         served = [*SAMPLING_KEYS, self.tensor_keys.hidden, *([] if self.rule else [("sampling", "rule")])]
         if self.contexts == "text":
             return [*SPINE_KEYS, *served]
-        return [*TREE_KEYS, *served, self.tensor_keys.node_hidden]
+        return [*TREE_KEYS, *served, self.tensor_keys.node_hidden, self.tensor_keys.accepted]
 
     @property
     def metrics(self) -> list[str]:
         """See :attr:`Objective.metrics`."""
-        return ["expected_length", "top1_length"]
+        return ["expected_length", self._true_length]
+
+    @property
+    def _true_length(self) -> str:
+        return "top1_length" if self.contexts == "text" else "accepted_length"
 
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
-        length, top1, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
+        length, true, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
         metrics = {
             name: torch.where(valid, part, 0.0).sum() / valid.sum().clamp(min=1)
-            for name, part in (("expected_length", length), ("top1_length", top1))
+            for name, part in (("expected_length", length), (self._true_length, true))
         }
         return Values(-length[None], length.new_ones(()), valid[None], metrics)
 
     def _text(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the window from every completion token: expected length, that of likeliest tokens, validity; ``[C]``."""
-        unroll = self.drafter.unroll(batch, self.steps)
-        count = batch["spine", "offset"].diff() - batch["spine", "prompt_length"]
-        request = torch.repeat_interleave(count)
+        """Of the window from every completion token, ``[C]``: expected length, true length, validity."""
+        unroll, request = self.drafter.unroll(batch, self.steps), completion_requests(batch)
         rows = target_rows(batch, self.tensor_keys.hidden)
         log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
-        found = [self._acceptance(batch, log_p, log_softmax(logits), request) for logits in unroll.logits]
+        row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
+        chance = [self._acceptance(batch, log_p, log_softmax(logits), request) for logits in unroll.logits]
+        right = [(argmax(logits) == row).to(log_p.dtype) for logits in unroll.logits]
         relaxed, top1 = (
-            windows(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0)
-            for part in zip(*found, strict=True)
+            windows(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0) for part in (chance, right)
         )
         return relaxed, top1, unroll.valid[0]
 
     def _trees(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every recorded tree, ``[R]``, likewise."""
+        """Of every recorded tree, ``[R]``: expected length, accepted nodes, validity."""
+        self.expect_nodes(batch)
         keys, trees = self.tensor_keys, RecordedTrees.of(batch)
         rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
@@ -129,14 +137,14 @@ class ExpectedLengthLoss(Objective):
         request = trees.request[drawn_from]
         log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
         log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
-        found = self._acceptance(batch, log_p, log_q, request)
-        share = self._share_of_leaves(batch, trees, rows, context)
-        relaxed, top1 = (
-            # A node counts with the chance that all contexts before it accept, on the paths that lead through it.
-            subtree_sums(trees, path_products(trees, part[context])[nodes] * share)[rounds]
-            for part in found
-        )
-        return relaxed, top1, batch["rounds", "offset"].diff() > 0
+        # Where the drafter predicts nothing (below its depth, before the first pair) nothing is accepted of it.
+        predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]
+        chance = torch.where(predicted, self._acceptance(batch, log_p, log_q, request), 0.0)
+        # A node counts with the chance that all contexts before it accept, on the paths that lead through it.
+        passed = path_products(trees, chance[context])[nodes] * self._share_of_leaves(batch, trees, rows, context)
+        relaxed = subtree_sums(trees, passed)[rounds]
+        accepted = subtree_sums(trees, batch[keys.accepted].to(relaxed.dtype))[rounds]
+        return relaxed, accepted, batch["rounds", "offset"].diff() > 0
 
     @torch.no_grad()
     def _share_of_leaves(
@@ -152,18 +160,14 @@ class ExpectedLengthLoss(Objective):
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         return (below[trees.num_rounds :] / below[tree].clamp(min=torch.finfo(below.dtype).tiny)).to(log_p.dtype)
 
-    def _acceptance(
-        self, batch: TensorDictBase, log_p: Tensor, log_q: Tensor, request: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Chance that each context accepts a draft from ``q``, and its likeliest token; each ``[X]``."""
-        p = log_p.exp().to(log_q.dtype)
-        matched = torch.linalg.vecdot(p, log_q.exp())
-        top1 = p.gather(-1, argmax(log_q)[:, None])[:, 0]
+    def _acceptance(self, batch: TensorDictBase, log_p: Tensor, log_q: Tensor, request: Tensor) -> Tensor:
+        """Chance that each context accepts a draft from ``q``, ``[X]``."""
+        matched = torch.linalg.vecdot(log_p.exp().to(log_q.dtype), log_q.exp())
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:
             by_code = torch.tensor([get_rule(name).needs_q for name in RULE_CODES], device=request.device)
             rejects = by_code[batch["sampling", "rule"][request]]
         if not bool(rejects.any()):
-            return matched, top1
-        return torch.where(rejects, overlap(log_p.to(log_q.dtype), log_q), matched), top1
+            return matched
+        return torch.where(rejects, overlap(log_p.to(log_q.dtype), log_q), matched)

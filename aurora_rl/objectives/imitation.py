@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.objectives.contexts import SPINE_KEYS, windows
+from aurora_rl.objectives.contexts import SAMPLING_KEYS, SPINE_KEYS, completion_requests, completion_tokens, windows
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
 from aurora_rl.objectives.objective import Objective, Values, register_objective
 from aurora_rl.objectives.target import target_rows
@@ -98,6 +98,9 @@ class ImitationLoss(Objective):
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
             asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the
             missed probability), true for the others.
+        target: "model", the target's distribution at temperature 1; or "served", as each request was: after its
+            temperature, top-k and top-p, the point mass where it was decoded greedily. Positions where the draft
+            vocabulary has none of the served mass do not count then.
         steps: ``J``, depths to unroll.
         decay: weight of each further step.
         weighting: "decay", or "expected_length" for :func:`expected_length_weights` in place of powers of ``decay``.
@@ -111,8 +114,8 @@ class ImitationLoss(Objective):
 
     Raises:
         ValueError: ``steps`` < 1, ``decay`` outside (0, 1], ``regression`` negative or infinite, an unknown divergence,
-            weighting or reduction; at the first batch, ``regression`` with a drafter whose unroll has no states, or
-            with a target whose outputs come without hidden states.
+            target, weighting or reduction; at the first batch, ``regression`` with a drafter whose unroll has no
+            states, or with a target whose outputs come without hidden states.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -132,6 +135,7 @@ class ImitationLoss(Objective):
         *,
         divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
         renormalize: bool | None = None,
+        target: str = "model",
         steps: int = 3,
         decay: float = 0.8,
         weighting: str = "decay",
@@ -143,6 +147,8 @@ class ImitationLoss(Objective):
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {decay}")
+        if target not in ("model", "served"):
+            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
         if weighting not in ("decay", "expected_length"):
             raise ValueError(f"weighting must be 'decay' or 'expected_length', got {weighting!r}")
         if not 0 <= regression < math.inf:
@@ -150,12 +156,13 @@ class ImitationLoss(Objective):
         super().__init__(drafter, head, weight=weight, reduction=reduction)
         self.divergence = get_divergence(divergence)
         self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
+        self.served = target == "served"
         self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
 
     @property
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
-        return [*SPINE_KEYS, self.tensor_keys.hidden]
+        return [*SPINE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
 
     @property
     def metrics(self) -> list[str]:
@@ -165,14 +172,16 @@ class ImitationLoss(Objective):
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        log_p = self.target_log_probs(rows, renormalize=self.renormalize)
-        found = imitation(unroll, log_p, self.divergence)
+        log_p, covered = self.target_law(
+            batch, rows, completion_requests(batch), served=self.served, renormalize=self.renormalize
+        )
+        found, valid = imitation(unroll, log_p, self.divergence), unroll.valid & covered
         value = found.divergence
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
-        agreement = (found.agreement & unroll.valid).sum(1) / unroll.valid.sum(1).clamp(min=1)
+        agreement = (found.agreement & valid).sum(1) / valid.sum(1).clamp(min=1)
         weight = self.position_weights(batch, unroll, log_p)
-        return Values(value, weight, unroll.valid, {"agreement": agreement})
+        return Values(value, weight, valid, {"agreement": agreement})
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
         """How much each position counts, as ``weighting`` says; a subclass may dwell on what it likes.
@@ -192,11 +201,7 @@ class ImitationLoss(Objective):
     @torch.no_grad()
     def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
         """Log-probability of every completion token at every step, ``[J, C]``; −inf where it has no row."""
-        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
-        place = torch.arange(int(offset[-1]), device=offset.device) - torch.repeat_interleave(
-            offset[:-1] + prompt, offset.diff()
-        )
-        row = draft_rows(self.drafter.draft_vocab, batch["spine", "tokens"][place >= 0])
+        row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
         picked = [log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0] for logits in unroll.logits]
         return torch.stack(picked).masked_fill(row < 0, -torch.inf)
 

@@ -32,6 +32,8 @@ _SOURCES = {
     "nodes": _TREES,
     "sampling": "it is recorded with every request, as the engine was told to sample (SamplingParams)",
 }
+# Batches in a row without a single drafted node before that is an error.
+_NO_NODES = 20
 # Arguments of the constructor that no configuration gives.
 _NOT_SETTINGS = ("drafter", "head", "reduction")
 
@@ -159,6 +161,7 @@ class Objective(_Loss):
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.register_buffer("head", head, persistent=False)
         self._in_keys: list[NestedKey] | None = None
+        self._without_nodes: int | None = 0  # batches so far; None where there were nodes
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
@@ -259,6 +262,25 @@ class Objective(_Loss):
         out = {name: metric.detach() for name, metric in metrics.items()}
         return self._selected({f"loss_{self.name}": self.weight * loss, **out})
 
+    def expect_nodes(self, batch: TensorDictBase) -> None:
+        """For an objective that learns from trees: look whether there are any.
+
+        Batches of plain decoding are nothing, as long as some have drafts.
+
+        Raises:
+            ValueError: no node in any of the first twenty-one batches.
+        """
+        if self._without_nodes is None or len(batch["nodes", "tokens"]):
+            self._without_nodes = None
+            return
+        self._without_nodes += 1
+        if self._without_nodes > _NO_NODES:
+            raise ValueError(
+                f"objective {self.name!r} learns from drafted nodes, and the first {self._without_nodes} batches have "
+                "none; serve with speculation (drafter.depth above 0, control.share below 1), and with "
+                "drafter.adaptive=false if drafts do not pay there yet"
+            )
+
     @torch.no_grad()
     def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
         """The target's log-probabilities at temperature 1 on the draft vocabulary.
@@ -295,6 +317,32 @@ class Objective(_Loss):
             temperature = torch.zeros_like(temperature)
         logits = target_logits(rows, self.head)
         return served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab)
+
+    @torch.no_grad()
+    def target_law(
+        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, served: bool, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What the drafter is compared with.
+
+        Args:
+            batch: packed trajectories.
+            rows: ``[X]``, the target's outputs, see ``target_rows``.
+            request: ``[X]`` int64, the request of each row.
+            served: after the request's temperature, top-k and top-p, the point mass where it was decoded greedily;
+                otherwise at temperature 1.
+            renormalize: over the draft vocabulary.
+
+        Returns:
+            Log-probabilities ``[X, Vd]``; and ``[X]`` bool, whether the draft vocabulary has any of the mass. Rows
+            without are uniform.
+        """
+        if not served:
+            log_p = self.target_log_probs(rows, renormalize=renormalize)
+            return log_p, torch.ones(len(log_p), dtype=torch.bool, device=log_p.device)
+        log_p = self.served_log_probs(batch, rows, request)
+        covered = log_p.amax(-1) > -torch.inf
+        log_p = log_p.masked_fill(~covered[:, None], -math.log(log_p.shape[-1]))
+        return log_softmax(log_p) if renormalize else log_p, covered
 
 
 class SumLoss(_Loss):

@@ -17,7 +17,8 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.llm import GRPOLoss
 
 from aurora_rl.objectives import AcceptanceRewardLoss
-from aurora_rl.objectives.acceptance_reward import before, clipped_gain
+from aurora_rl.objectives.acceptance_reward import _standardised, before, clipped_gain
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing.tabular import (
     TEXTS,
     VOCAB,
@@ -247,6 +248,65 @@ def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
         items.append((tree_trajectory(DrawnTree((-1,), (token,)), target, rule="rejection"), q[row]))
     truth = table_gradient(drafter, torch.minimum(p[[0, 2]], q).sum())
     torch.testing.assert_close(-table_gradient(drafter, expectation(items, loss)), truth, atol=1e-10, rtol=0)
+
+
+def test_greedy_accepts_nothing_where_the_choice_has_no_row() -> None:
+    """p over the draft vocabulary is a row of zeros then, whose argmax means nothing."""
+    target = TabularTarget(4, 0.0)
+    others = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
+    drafter = TabularDrafter(4, draft_vocab=others)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
+    assert float(AcceptanceRewardLoss(drafter, target.head)(batch)["expected_accepted"]) == 0.0
+
+
+@pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
+def test_an_unclipped_ratio_corrects_a_draw_of_older_weights(rule: str) -> None:
+    old, drafter, target = TabularDrafter(11), TabularDrafter(12), TabularTarget(11)
+    items = []
+    for tree in drawn_trees((-1,)):
+        recorded = [float(old.log_q(())[tree.tokens[0]].detach())]
+        items.append(
+            (tree_trajectory(tree, target, rule=rule, log_probs=recorded), chance_of(old, tree, False).detach())
+        )
+    loss = AcceptanceRewardLoss(drafter, target.head, clip=1e6, reduction="none")
+    got, expected = -table_gradient(drafter, expectation(items, loss)), exact(drafter, target, (-1,), rule, "sampled")
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
+def test_the_ratio_of_grad_r_is_clipped_too() -> None:
+    drafter, target = TabularDrafter(12), TabularTarget(11)
+    q, p = drafter.log_q(()).exp(), target.p(())
+    token = int((q > p).nonzero()[0])  # accepted with p / q: grad R counts
+    recorded = float(drafter.log_q(())[token].detach()) - 3.0  # a ratio of e^3
+    batch = pack([tree_trajectory(DrawnTree((-1,), (token,)), target, rule="rejection", log_probs=[recorded])])
+    got = table_gradient(drafter, AcceptanceRewardLoss(drafter, target.head, clip=0.2)(batch)["loss_acceptance_reward"])
+    # The score's gain is clipped to a constant, so that grad R at the bound of the ratio is all there is.
+    expected = table_gradient(drafter, -1.2 * p[token] / q[token])
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_bits_of_older_weights_are_refused_under_rejection() -> None:
+    target = TabularTarget(0)
+    batch = pack([tree_trajectory(DrawnTree(CHAIN2, (0, 1)), target, rule="rejection")])
+    with pytest.raises(ValueError, match="reward='recorded' with clip=0.2 does not hold for rejection"):
+        AcceptanceRewardLoss(TabularDrafter(0), target.head, reward="recorded", clip=0.2)(batch)
+
+
+def test_siblings_are_summed_as_well_in_float32() -> None:
+    """A large batch must not cost the digits of a single context."""
+    first = 1 - torch.logspace(-5, -1, 20_000, dtype=torch.float64)
+    values, context = torch.stack([first, 1 - first], 1).flatten(), torch.arange(20_000).repeat_interleave(2)
+    exact_sums = before(context, values)
+    torch.testing.assert_close(before(context, values.float()).double(), exact_sums, atol=1e-7, rtol=0)
+
+
+def test_branches_that_are_nearly_alike_are_standardised_in_float32() -> None:
+    target = TabularTarget(5)
+    batch = pack([tree_trajectory(DrawnTree(BUSH, (0, 1, 2)), target, rule="sample_and_match")])
+    trees, below = RecordedTrees.of(batch), torch.tensor([3.0, 3.0001, 3.0002])
+    expected = torch.tensor([-1.2247, 0.0, 1.2247])
+    torch.testing.assert_close(_standardised(trees, below), expected, atol=0.05, rtol=0)
 
 
 def test_sums_over_earlier_siblings() -> None:

@@ -17,10 +17,10 @@ REJECTED = [(1,), (0, 2), (1, 0)]
 
 
 def loss_of(
-    drafter: TabularDrafter, target: TabularTarget, log_probs: list[float] | None = None, **settings
+    drafter: TabularDrafter, judge: TabularTarget, log_probs: list[float] | None = None, **settings
 ) -> torch.Tensor:
-    batch = pack([tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED, log_probs=log_probs)])
-    return DiscardSamplingLoss(drafter, target.head, reduction="sum", **settings)(batch)["loss_discard"]
+    batch = pack([tree_trajectory(TREE, judge, rule="sample_and_match", accepted=ACCEPTED, log_probs=log_probs)])
+    return DiscardSamplingLoss(drafter, judge.head, reduction="sum", **settings)(batch)["loss_discard"]
 
 
 def kl(drafter: TabularDrafter, target: TabularTarget, text: tuple[int, ...]) -> torch.Tensor:
@@ -55,6 +55,39 @@ def test_the_targets_likeliest_tokens_alone() -> None:
         expected = expected + (p * (p.log() - drafter.log_q(text)[best.indices])).sum()
     torch.testing.assert_close(loss_of(drafter, target, top_k=2), expected)
     torch.testing.assert_close(loss_of(drafter, target, top_k=VOCAB), loss_of(drafter, target))
+
+
+def test_likeliest_tokens_keep_their_mass_where_nothing_is_renormalised() -> None:
+    drafter, target = TabularDrafter(2), TabularTarget(2)
+    expected = torch.zeros((), dtype=torch.float64)
+    for text in REJECTED:
+        p, best = target.p(text).max(), int(target.p(text).argmax())
+        expected = expected + p * (p.log() - drafter.log_q(text)[best])
+    torch.testing.assert_close(loss_of(drafter, target, top_k=1, renormalize=False), expected)
+    assert loss_of(drafter, target, top_k=1, renormalize=True) != expected
+
+
+def test_the_served_law_may_be_learned() -> None:
+    drafter, cold = TabularDrafter(2), TabularTarget(2, 0.5)
+    torch.testing.assert_close(
+        loss_of(drafter, cold, target="served"), sum(kl(drafter, cold, text) for text in REJECTED)
+    )
+    greedy = TabularTarget(2, 0.0)
+    expected = sum(-drafter.log_q(text)[int(greedy.p(text).argmax())] for text in REJECTED)
+    torch.testing.assert_close(loss_of(drafter, greedy, target="served"), expected)
+
+
+def test_contexts_whose_served_token_has_no_row_do_not_count() -> None:
+    greedy = TabularTarget(2, 0.0)
+    missing = int(greedy.p(REJECTED[0]).argmax())
+    vocab = torch.tensor([t for t in range(VOCAB) if t != missing])
+    drafter, rest = TabularDrafter(2, draft_vocab=vocab), [t for t in REJECTED if int(greedy.p(t).argmax()) != missing]
+    assert 0 < len(rest) < len(REJECTED)
+    row = {int(token): place for place, token in enumerate(vocab)}
+    expected = sum(-drafter.log_q(text)[row[int(greedy.p(text).argmax())]] for text in rest)
+    for renormalize in (True, False):
+        got = loss_of(drafter, greedy, target="served", renormalize=renormalize, divergence="cross_entropy")
+        torch.testing.assert_close(got, expected)
 
 
 def test_nodes_of_others_do_not_count() -> None:
@@ -106,6 +139,8 @@ def test_it_scores_what_serving_drafted_from() -> None:
     [
         (dict(top_k=0), "top_k must be at least 1 or null, got 0"),
         (dict(decay=0.0), r"decay must lie in \(0, 1\], got 0.0"),
+        (dict(target="serving"), "target must be 'model' or 'served', got 'serving'"),
+        (dict(top_k=4, divergence="reverse_kl"), "top_k=4 leaves out tokens that the reverse KL charges"),
         (dict(weighting="depth"), "weighting must be 'uniform', 'reach' or 'decay', got 'depth'"),
         (dict(divergence="kl"), "no divergence is called 'kl'; did you mean"),
     ],

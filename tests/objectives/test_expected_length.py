@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import ExpectedLengthLoss
-from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.testing import serve, tiny_target
+from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.testing import serve, tiny_target, tiny_trajectory
 from aurora_rl.testing.tabular import (
     VOCAB,
     DrawnTree,
@@ -82,6 +84,7 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
     unroll, logits = drafter.unroll(batch, steps), batch["spine", "hidden"] @ parts.head.T
     greedy = temperature == 0 or rule == "greedy"
     p = torch.nn.functional.one_hot(logits.argmax(-1), 32).double() if greedy else (logits / temperature).softmax(-1)
+    text = [t for b in batch["spine", "tokens"].split([10, 7]) for t in b[-6:].tolist()]
     expected, sure = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
     for start in range(12):
         end = 6 if start < 6 else 12
@@ -90,9 +93,9 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
             at = start + j
             q = unroll.logits[j][at].softmax(-1)
             a = torch.minimum(p[at, vocab], q).sum() if rule == "rejection" else (p[at, vocab] * q).sum()
-            reached, certain = reached * a, certain * p[at, vocab][q.argmax()]
+            reached, certain = reached * a, certain * (int(vocab[q.argmax()]) == text[at])
             expected[start] += reached.detach()
-            sure[start] += certain
+            sure[start] += certain  # what a chain of likeliest tokens has accepted of this very text
     torch.testing.assert_close(got.detach(), expected)
     out = ExpectedLengthLoss(drafter, parts.head, rule=rule, steps=steps)(batch)
     valid = unroll.valid[0]
@@ -140,4 +143,36 @@ def test_a_vocabulary_without_the_targets_choice_accepts_nothing_greedily() -> N
     drafter = TabularDrafter(4, draft_vocab=others)
     batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
     out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(batch)
-    assert float(out["expected_length"]) == float(out["top1_length"]) == 0.0
+    assert float(out["expected_length"]) == 0.0
+
+
+def test_beside_trees_stands_what_was_accepted() -> None:
+    drafter, target = TabularDrafter(5), TabularTarget(5)
+    made = [
+        tree_trajectory(DrawnTree((-1, 0, -1), (0, 1, 2)), target, rule="sample_and_match", accepted=accepted)
+        for accepted in ([True, True, False], [False, False, True], [False, False, False], [True, False, False])
+    ]
+    out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(pack(made))
+    assert float(out["accepted_length"]) == 1.0
+
+
+def test_what_the_drafter_cannot_predict_counts_for_nothing() -> None:
+    """Medusa with two heads in a tree of four levels: below the second there is nothing of it to accept."""
+    parts = TargetParts.of(tiny_target())
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16), num_heads=2).double()
+    deep = tiny_trajectory(EagleDrafter.from_target(parts, draft_vocab=torch.arange(16)), shape=TreeShape(4, 2))
+    batch = pack([deep])
+    loss = ExpectedLengthLoss(drafter, parts.head, contexts="trees", reduction="sum")
+    whole = loss(batch)["loss_expected_length"]
+    logits = drafter.context_logits
+
+    def poisoned(of: TensorDict, wanted: Tensor) -> Tensor:
+        trees, found = RecordedTrees.of(of), logits(of, wanted)
+        return (
+            found.masked_fill((trees.depth >= 2)[wanted][:, None], 7.0)
+            + torch.randn_like(found) * ((trees.depth >= 2)[wanted][:, None])
+        )
+
+    drafter.context_logits = poisoned  # type: ignore[method-assign]
+    assert bool((RecordedTrees.of(batch).depth >= 2).any())
+    torch.testing.assert_close(loss(batch)["loss_expected_length"], whole)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from aurora_rl.envs.sampling import SamplingParams, warp_logits
+from aurora_rl.objectives.contexts import SAMPLING_KEYS
 from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
 from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape, Unroll
@@ -278,3 +280,23 @@ def test_regression_needs_states(trajectories: list[TensorDict], monkeypatch: py
     monkeypatch.setattr(drafter, "unroll", lambda batch, steps: whole(batch, steps)._replace(states=None))
     with pytest.raises(ValueError, match="'imitation': regression needs a drafter whose unroll has states"):
         ImitationLoss(drafter, head, regression=1.0)(pack(trajectories))
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(0.3, top_k=1, seed=1), SamplingParams(0.7, top_p=0.1, seed=1)])
+def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: SamplingParams) -> None:
+    drafter, head = make()
+    recorded = tiny_trajectory(drafter, sampling=sampling)
+    batch = pack([recorded])
+    settings = dict(divergence="total_variation", steps=1, reduction="none")
+    served = ImitationLoss(drafter, head, target="served", **settings)
+    got = 1 - served(batch)["loss_imitation"][0]
+    logits = recorded["spine", "hidden"] @ head.T
+    p = warp_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p).exp()[:, drafter.draft_vocab]
+    unroll = drafter.unroll(batch, 1)
+    counts = unroll.valid[0] & (p.sum(-1) > 0)
+    expected = torch.minimum(p, unroll.logits[0].softmax(-1)).sum(-1)
+    assert 0 < int(counts.sum()) < len(counts)  # somewhere the draft vocabulary has nothing of the nucleus
+    torch.testing.assert_close(got[counts], expected[counts])
+    model = 1 - ImitationLoss(drafter, head, **settings)(batch)["loss_imitation"][0]
+    assert (model - got)[counts].abs().max() > 0.01
+    assert set(served.in_keys) - set(ImitationLoss(drafter, head, **settings).in_keys) == set(SAMPLING_KEYS)

@@ -71,14 +71,23 @@ def test_requests_that_nothing_was_drafted_for(kind: type[Objective], settings: 
     shape = TreeShape(0, mode="sampled" if kind.sampled else "topk")
     batch = pack([tiny_trajectory(drafter, shape=shape, request=i) for i in range(2)])
     assert not len(batch["nodes", "tokens"])
-    for _ in range(25):  # more than an objective with a limit on staleness waits for fresh trees
+    from_text = kind is ImitationLoss or (kind is ExpectedLengthLoss and settings.get("contexts") != "trees")
+    for _ in range(20):
         value = loss(batch)[f"loss_{kind.name}"]
         value.backward()
     gradients = [p.grad for p in drafter.parameters() if p.grad is not None]
     assert bool(torch.isfinite(value)) and gradients and all(bool(torch.isfinite(g).all()) for g in gradients)
     # The text teaches all the same; trees, of which there are none, do not.
-    from_text = kind is ImitationLoss or (kind is ExpectedLengthLoss and settings.get("contexts") != "trees")
     assert any(bool(g.any()) for g in gradients) == from_text
+    if not from_text:
+        with pytest.raises(ValueError, match=f"'{kind.name}' learns from drafted nodes, and the first 21 batches have"):
+            loss(batch)
+        # Once there were some, plain decoding may last as long as it does not pay.
+        drafted = pack([tiny_trajectory(drafter, shape=TreeShape(2, 2, mode=shape.mode))])
+        fresh = kind(drafter, head, **settings)
+        fresh(drafted)
+        for _ in range(25):
+            fresh(batch)
 
 
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
