@@ -33,6 +33,7 @@ class LiveView:
         self._total, self._learner = total, learner
         self._told: set[str] = set()
         self._loss: float | None = None
+        self._skipped = 0
         self._gate: dict[str, Any] | None = None
         # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
         self._accepted: Counter[int] = Counter()
@@ -40,16 +41,21 @@ class LiveView:
 
     def follow(self) -> list[str]:
         """Read what is new in the log. Returns what the user must be told, each thing once."""
+        told: list[str] = []
         for event in self._reader.new():
             if event["event"] == "train":
                 self._loss = event["loss"]
+            elif event["event"] == "step_skipped":
+                if not self._skipped:
+                    told.append(f"the learner skipped a step, and goes on: {event['reason']}")
+                self._skipped = event["skipped"]
             elif event["event"] == "gate":
                 self._gate = event
             elif event["event"] == "request":
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
                 if event["coverage"] is not None:
                     self._coverage.append(event["coverage"])
-        told, state = [], self._learner()
+        state = self._learner()
         died = f"the learner {state}" if state.startswith("died") else None
         for name, news in (("refused", self._serving.refused), ("learner_died", died)):
             if news is not None and news not in self._told:
@@ -103,7 +109,7 @@ class LiveView:
             ("version · swaps", f"{server.version} · {len(server.swap_ms)}"),
             ("queue · dropped", f"{self._serving.queued} · {self._serving.dropped}"),
             ("learner", self._serving.refused or self._learner()),
-            ("learner loss", show(self._loss, 3)),
+            ("learner loss · skipped steps", f"{show(self._loss, 3)} · {self._skipped}"),
             ("gate", gate or "–"),
         ]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.buffer import trajectory_buffer
 from aurora_rl.policies import Drafter
 from aurora_rl.trajectories import pack
+
+logger = logging.getLogger(__name__)
 
 
 def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
@@ -87,6 +90,7 @@ def train_on(
     replay: int = 4,
     autocast: bool = False,
     seed: int = 0,
+    max_skipped: int = 20,
 ) -> Iterator[tuple[int, float, TensorDictBase]]:
     """Learn from a recorded stream as a learner does from one that arrives.
 
@@ -101,18 +105,27 @@ def train_on(
         replay: replayed batches for each new one.
         autocast: see there.
         seed: of the replay.
+        max_skipped: steps in a row whose loss or gradient is not finite. Such a step is skipped, with a warning.
 
     Yields:
-        After each new batch and its replays: trajectories seen, the last step's loss, and what it returned.
+        After each new batch and its replays: trajectories seen, the last step's loss, and what it returned; NaN and
+        nothing as long as every step was skipped.
 
     Raises:
-        FloatingPointError: see :func:`train_step`.
+        FloatingPointError: more skipped steps in a row.
     """
     buffer = trajectory_buffer(len(stream), batch_size, seed)
+    value, out, skipped = math.nan, TensorDict(), 0
     for first in range(0, len(stream) - batch_size + 1, batch_size):
         new = [stream[index] for index in range(first, first + batch_size)]
         buffer.extend(new)
-        value, out = train_step(loss, optimizers, pack(new), autocast=autocast)
-        for _ in range(replay):
-            value, out = train_step(loss, optimizers, buffer.sample(), autocast=autocast)
+        for batch in (pack(new), *(buffer.sample() for _ in range(replay))):
+            try:
+                value, out = train_step(loss, optimizers, batch, autocast=autocast)
+                skipped = 0
+            except FloatingPointError as error:
+                skipped += 1
+                logger.warning("a step was skipped after %d trajectories: %s", first, error)
+                if skipped > max_skipped:
+                    raise
         yield first + batch_size, value, out

@@ -44,7 +44,7 @@ def test_the_view_shows_the_run(made: SimpleNamespace) -> None:
     made.view.follow()
     assert made.view.line() == (
         "requests 20/40 | acceptance length 2.00 at depth 2 | tokens/s plain · speculative 10.0 · 15.0 | speedup 1.50"
-        " | version · swaps 3 · 2 | queue · dropped 4 · 1 | learner running | learner loss 1.234"
+        " | version · swaps 3 · 2 | queue · dropped 4 · 1 | learner running | learner loss · skipped steps 1.234 · 0"
         " | gate +0.071 published"
     )
     console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"))
@@ -101,6 +101,15 @@ def test_what_goes_wrong_is_told_and_logged_once(made: SimpleNamespace) -> None:
         ("refused", "hello mismatch: x"),
         ("learner_died", "the learner died with status -9, serving goes on"),
     ]
+
+
+def test_a_skipped_step_is_told_once_and_counted(made: SimpleNamespace) -> None:
+    for skipped in (1, 2):
+        made.log.write("step_skipped", reason="loss is nan", steps=5, skipped=skipped)
+    assert made.view.follow() == ["the learner skipped a step, and goes on: loss is nan"]
+    made.log.write("step_skipped", reason="loss is inf", steps=5, skipped=3)
+    assert made.view.follow() == []
+    assert "learner loss · skipped steps – · 3" in made.view.line()
 
 
 def test_every() -> None:

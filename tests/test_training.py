@@ -70,6 +70,25 @@ def test_a_step_that_is_not_finite_is_not_taken(bad: float) -> None:
     assert loss.weight.tolist() == [1.0, 1.0]
 
 
+def test_learning_from_a_recording_passes_over_such_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    class Flawed(Seen):
+        def forward(self, batch: TensorDictBase) -> TensorDict:
+            self.values = (float("nan"), 1.0) if len(self.batches) in self.bad else (1.0, 2.0)
+            return super().forward(batch)
+
+    loss = Flawed()
+    optimizer, loss.bad = torch.optim.SGD(loss.parameters(), lr=0.0), {0, 3, 4}
+    losses = [v for _, v, _ in train_on(stream(8), loss, [optimizer], replay=3, max_skipped=2)]  # type: ignore[arg-type]
+    assert losses == [3.0, 3.0] and len(loss.batches) == 8
+    assert [r.message[:43] for r in caplog.records] == [
+        f"a step was skipped after {n} trajectories: lo" for n in (0, 0, 4)
+    ]
+    loss.bad = set(range(8, 16))
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        list(train_on(stream(8), loss, [optimizer], replay=3, max_skipped=2))  # type: ignore[arg-type]
+    assert len(loss.batches) == 11
+
+
 def test_muon_has_the_matrices_and_adam_the_rest() -> None:
     drafter, _ = made()
     muon, adam = drafter_optimizers(drafter, muon_lr=0.1, adam_lr=0.2)
