@@ -128,7 +128,7 @@ def bench_objectives(
         stream = [found[index] for index in range(count)]
         target = build.load(config)
         for variant, seed in missing:
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.process_time()
 
             def tell(seen: int, acceptance: float, variant: str = variant, seed: int = seed) -> None:
                 say(f"{recording.name} {variant} seed {seed}: {seen} requests, acceptance length {acceptance:.3f}")
@@ -146,6 +146,7 @@ def bench_objectives(
                 "replay": config.learner.replay,
                 "tree": {k: getattr(config.drafter, k) for k in ("name", "depth", "width", "num_nodes", "mode")},
                 "seconds": round(time.monotonic() - began, 1),
+                "cpu_seconds": round(time.process_time() - spent, 1),  # whatever else the machine did
                 "curve": [[seen, round(acceptance, 4)] for seen, acceptance in curve],
             }
             part = _result(out, recording, variant, seed).with_suffix(".part")

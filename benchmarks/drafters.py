@@ -2,11 +2,12 @@
 
     python benchmarks/drafters.py --prompts code.jsonl,sql.jsonl,math.jsonl --work runs/drafters
 
-For each file of prompts a stream is recorded once, with the features that any of the drafters read. Each drafter learns
-from it in order of arrival; its acceptance length is that of replay on the next requests, which it has not seen, and
-the speedup to expect there is this length times a plain round's time over that of a round with drafts. In the end what
-it has become serves requests behind the stream, in turns with plain decoding, and transformers' prompt lookup is timed
-on them beside its plain `generate`. All that is there in --work already is not made again.
+For each file of prompts (without any, for the built-in generator's) a stream is recorded once, with the features that
+any of the drafters read. Each drafter learns from it in order of arrival; its acceptance length is that of replay on the
+next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over that
+of a round with drafts. In the end what it has become serves requests behind the stream, in turns with plain decoding,
+and transformers' prompt lookup is timed on them beside its plain `generate`. All that is there in --work already is not
+made again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from aurora_rl.policies import (
 from aurora_rl.recordings import Recording, record
 from aurora_rl.server import InferenceServer, measure_rounds
 from aurora_rl.throughput import ControlWindows
-from aurora_rl.traffic import read_jsonl
+from aurora_rl.traffic import generate, read_jsonl
 from aurora_rl.training import drafter_optimizers, train_on
 
 # What each learns by; EAGLE's paper asks for its feature regression.
@@ -64,12 +65,13 @@ def learned(name: str) -> str:
 class World:
     """The target, the drafters to compare and the prompts of a domain."""
 
-    def __init__(self, options, domain: Path) -> None:
-        self.options, self.domain, self.name = options, domain, domain.stem
+    def __init__(self, options, domain: Path | None) -> None:
+        self.options, self.name = options, domain.stem if domain else "generated"
         self.dtype = default_dtype(options.device)
         self.model, self.tokenizer = load_target("smollm2", dtype=self.dtype, device=options.device)
         self.parts = TargetParts.of(self.model)
-        prompts = read_jsonl(str(domain), limit=options.requests + options.live)
+        count = options.requests + options.live
+        prompts = read_jsonl(str(domain), limit=count) if domain else generate(count)
         self.ids = [encode_chat(self.tokenizer, p.messages) for p in prompts]
         self.prompts = prompts[options.requests :]
         self.shape = TreeShape(options.depth, options.width, options.nodes)
@@ -268,7 +270,7 @@ def main() -> None:
     options = parse(parser)
     torch.set_num_threads(options.threads)
     names, domains = options.drafters.split(","), {}
-    for path in (Path(name) for name in options.prompts.split(",")):
+    for path in [Path(name) for name in options.prompts.split(",")] if options.prompts else [None]:
         world = World(options, path)
         made = {name: world.drafter(name) for name in map(learned, names)}
         layers = sorted({layer for drafter in made.values() for layer in drafter.feature_layers})
