@@ -3,11 +3,11 @@
     python benchmarks/drafters.py --prompts code.jsonl,sql.jsonl,math.jsonl --work runs/drafters
 
 For each file of prompts (without any, for the built-in generator's) a stream is recorded once, with the features that
-any of the drafters read. Each drafter learns from it in order of arrival; its acceptance length is that of replay on the
-next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over that
-of a round with drafts. In the end what it has become serves requests behind the stream, in turns with plain decoding,
-and transformers' prompt lookup is timed on them beside its plain `generate`. All that is there in --work already is not
-made again.
+any of the drafters read. Each drafter learns from it in order of arrival; its acceptance length is that of replay on
+the next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over
+that of a round with drafts. In the end what it has become serves requests behind the stream, in turns with plain
+decoding, and transformers' prompt lookup is timed on them beside its plain `generate`. All that is there in --work
+already is not made again.
 """
 
 from __future__ import annotations

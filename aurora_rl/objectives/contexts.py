@@ -28,6 +28,7 @@ def completion_tokens(batch: TensorDictBase) -> Tensor:
     """The tokens of all completions, ``[C]`` int64, those that the rows of ("spine", "hidden") predict.
 
     Example:
+        >>> from tensordict import TensorDict
         >>> spine = {"tokens": [5, 6, 7, 8, 9], "offset": [0, 3, 5], "prompt_length": [1, 1]}
         >>> completion_tokens(TensorDict({"spine": {k: torch.tensor(v) for k, v in spine.items()}}))
         tensor([6, 7, 9])
@@ -41,6 +42,7 @@ def completion_requests(batch: TensorDictBase) -> Tensor:
     """The request of every completion token, ``[C]`` int64.
 
     Example:
+        >>> from tensordict import TensorDict
         >>> spine = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
         >>> completion_requests(TensorDict({"spine": spine}))
         tensor([0, 0, 1])
