@@ -2,7 +2,9 @@
 
 Drafter and target are tables over three tokens (`aurora_rl.testing.tabular`). Trees of two chains of two are drawn from
 the drafter, and every estimator's mean over them is compared with the derivative of the expected number of accepted
-nodes, which enumeration gives. Then each estimator alone trains a drafter that imitation has warmed up.
+nodes, which enumeration gives. Then each estimator alone trains a drafter that imitation has warmed up. Last, a small
+model is really served: an EAGLE-3 drafter learns by the policy gradient alone from what each of its versions drafted,
+and is measured on other prompts.
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ import argparse
 
 import torch
 from common import write_result
+from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.objectives import AcceptanceRewardLoss
+from aurora_rl.envs import SamplingParams
+from aurora_rl.objectives import AcceptanceRewardLoss, ImitationLoss
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.testing import serve, tiny_target
 from aurora_rl.testing.tabular import (
     DrawnTree,
     TabularDrafter,
@@ -27,6 +33,7 @@ from aurora_rl.testing.tabular import (
     table_gradient,
     tree_trajectory,
 )
+from aurora_rl.trajectories import pack
 
 PARENTS = (-1, -1, 0, 1)
 ESTIMATORS = {
@@ -75,6 +82,42 @@ def estimate(
     return -table_gradient(drafter, expectation(items, loss))
 
 
+def served(rule: str, steps: int) -> dict:
+    """Accepted nodes a round on unseen prompts, expected and counted: untrained, warm, and by the policy gradient."""
+    torch.manual_seed(0)
+    target = tiny_target()
+    parts = TargetParts.of(target)
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(len(parts.head))).double()
+    losses = {
+        "imitation": ImitationLoss(drafter, parts.head),
+        "acceptance_reward": AcceptanceRewardLoss(drafter, parts.head),
+    }
+
+    def serve_some(seed: int, count: int) -> TensorDict:
+        generator = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(len(parts.head), (4,), generator=generator) for _ in range(count)]
+        shape, sampling = TreeShape(3, 2, 6, mode="sampled"), SamplingParams(0.3, seed=1000 * seed)
+        return pack(
+            serve(drafter, target, prompts, shape=shape, max_new_tokens=16, num_slots=8, sampling=sampling, rule=rule)
+        )
+
+    def accepted() -> dict[str, float]:
+        found = losses["acceptance_reward"](serve_some(1, 64))
+        return {key: round(float(found[key]), 3) for key in ("expected_accepted", "accepted")}
+
+    stages, seed = {"untrained": accepted()}, 100
+    for name, count in (("imitation", steps // 2), ("acceptance_reward", steps)):
+        optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-3)
+        for _ in range(count):
+            seed += 1
+            optimizer.zero_grad()
+            losses[name](serve_some(seed, 16))[f"loss_{name}"].backward()
+            optimizer.step()
+        stages[f"after {count} steps of {name}"] = accepted()
+    print(rule, stages, flush=True)
+    return {"rule": rule, **stages}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", default="4,16,64,256,1024")
@@ -82,6 +125,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=32, help="rounds of a training step")
+    parser.add_argument("--served-steps", type=int, default=60, help="of the policy gradient on the served model")
     parser.add_argument("--name")
     options = parser.parse_args()
     generator, counts = torch.Generator().manual_seed(0), [int(c) for c in options.counts.split(",")]
@@ -120,6 +164,7 @@ def main() -> None:
     figures = {
         "tree": PARENTS, "worlds": options.worlds, "repeats": options.repeats, "cosines": cosines,
         "training": {"steps": options.steps, "rounds_a_step": options.rounds, "results": training},
+        "served": [served(rule, options.served_steps) for rule in ("sample_and_match", "rejection")],
     }  # fmt: skip
     write_result(__file__, options, figures)
 
