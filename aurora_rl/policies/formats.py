@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,10 +79,23 @@ def load_drafter(
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    for name, value in options.items():
-        if name in drafter.options and drafter.options[name] != value:
-            raise CheckpointError(f"{folder}: option {name} is {drafter.options[name]!r} there, {value!r} is asked for")
+    for name, there, asked in _differing(drafter.options, options):
+        raise CheckpointError(f"{folder}: option {name} is {there!r} there, {asked!r} is asked for")
     return drafter
+
+
+def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that are asked for and are others there: name, of a nested one its path, and both values.
+
+    None asks for nothing: it stands for a default, which may have been worked out of the target.
+    """
+    for name, value in asked.items():
+        if name not in there or value is None:
+            continue
+        if isinstance(value, Mapping) and isinstance(there[name], Mapping):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in _differing(there[name], value))
+        elif there[name] != value:
+            yield name, there[name], value
 
 
 def _local(source: str | Path) -> Path:

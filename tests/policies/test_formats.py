@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_rl.checkpoints import CheckpointError
-from aurora_rl.policies import Drafter, Eagle3Drafter, HybridDrafter, MedusaDrafter, NgramDrafter, TargetParts
+from aurora_rl.policies import (
+    Drafter,
+    Eagle3Drafter,
+    HybridDrafter,
+    MedusaDrafter,
+    NgramDrafter,
+    TargetParts,
+    get_drafter,
+)
 from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -202,6 +210,36 @@ def test_other_architectures_come_back_from_their_folder(
     read = load_drafter(tmp_path / "drafter", parts, make)
     batch = pack([tiny_trajectory(drafter)])
     assert type(read) is make and torch.equal(read.score(batch), drafter.score(batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hybrid", {"learned_options": {"num_heads": 6}}),
+        ("hybrid", {"learned": "eagle3", "lookup": 3, "learned_options": {"fc_norm": True}}),
+        ("hybrid", {"learned_options": None}),
+        ("eagle3", {"norm_output": True}),
+        ("medusa", {"num_heads": 6}),
+        ("dflash", {"block_size": 4, "mask_token_id": None}),
+        ("standalone", {"num_layers": 3}),
+    ],
+)
+def test_a_run_loads_what_it_started_with_by_the_same_options(
+    parts: TargetParts, tmp_path: Path, name: str, options: dict
+) -> None:
+    """What the server of a flywheel saves, its learner reads."""
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8), **options)
+    save_drafter(drafter, tmp_path / "drafter")
+    read = load_drafter(tmp_path / "drafter", parts, type(drafter), options=options)
+    assert read.options == drafter.options
+
+
+def test_a_nested_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> None:
+    save_drafter(HybridDrafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="option learned_options.num_heads is 4 there, 6 is asked for"):
+        load_drafter(
+            tmp_path / "drafter", parts, HybridDrafter, options={"learned_options": {"num_heads": 6, "num_layers": 1}}
+        )
 
 
 def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> None:
