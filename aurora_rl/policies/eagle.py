@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_rope, layer_config
+from aurora_rl.policies.target import TargetParts, layer_config, refuse_own_rope, settle_rope
 
 # Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
 _TOKEN_SHARE = 0.5
@@ -82,7 +82,12 @@ class EagleDrafter(RecurrentDrafter):
 
     @classmethod
     def from_target(
-        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+        cls,
+        parts: TargetParts,
+        *,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...] | None = None,
+        rope: str = "target",
     ) -> Self:
         """A day-0 drafter in float32 that predicts the feature it was given.
 
@@ -94,9 +99,12 @@ class EagleDrafter(RecurrentDrafter):
         those out of them are zero, since what they add belongs to a residual stream of another scale (1.00 at day 0
         with them).
 
+        The option ``rope`` is for :meth:`read`: "own" takes a checkpoint with other rotary settings than the target's.
+
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head.
+            ValueError: ``feature_layers`` is another than the input of the target's head, ``rope`` than "target".
         """
+        refuse_own_rope(rope)
         last = (parts.config.num_hidden_layers,)
         if feature_layers not in (None, last):
             raise ValueError(f"EAGLE reads what the target's head reads, feature_layers={last}, got {feature_layers}")
@@ -209,7 +217,7 @@ class EagleDrafter(RecurrentDrafter):
         own = LlamaConfig.from_dict(config)
         if own.num_hidden_layers != 1:
             raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
-        check_rope(own, parts)
+        settle_rope(own, config, parts, options.get("rope", "target"))
         if config.get("bias") is False:  # as the authors trained their later ones
             tensors.setdefault("fc.bias", torch.zeros(own.hidden_size))
         tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row

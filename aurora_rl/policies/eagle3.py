@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from aurora_rl.policies.drafter import Checkpoint
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_rope, default_feature_layers, layer_config
+from aurora_rl.policies.target import TargetParts, default_feature_layers, layer_config, refuse_own_rope, settle_rope
 from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 
 
@@ -92,12 +92,19 @@ class Eagle3Drafter(RecurrentDrafter):
         feature_layers: tuple[int, ...] | None = None,
         fc_norm: bool = False,
         norm_output: bool = False,
+        rope: str = "target",
     ) -> Self:
         """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
         input. Pieces that the target does not have in this form start at random.
+
+        The option ``rope`` is for :meth:`read`: "own" takes a checkpoint with other rotary settings than the target's.
+
+        Raises:
+            ValueError: ``rope`` is another than "target".
         """
+        refuse_own_rope(rope)
         drafter = cls(
             layer_config(parts),
             embedding=parts.embedding.float(),
@@ -212,7 +219,7 @@ class Eagle3Drafter(RecurrentDrafter):
         own = LlamaConfig.from_dict(
             {**config, "max_position_embeddings": longest, "num_target_layers": parts.config.num_hidden_layers}
         )
-        check_rope(own, parts)
+        settle_rope(own, config, parts, options.get("rope", "target"))
         rows = config.get("draft_vocab_size") or own.vocab_size
         if "d2t" not in tensors and rows == own.vocab_size:
             tensors["d2t"] = torch.zeros(rows, dtype=torch.int64)  # every token has a row

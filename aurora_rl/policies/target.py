@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+# In config.json: the rotary settings are not the target's, and are meant so.
+_OWN_ROPE = "aurora_rl_rope"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +86,58 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
     )
 
 
-def check_rope(config: PretrainedConfig, parts: TargetParts) -> None:
+def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> None:
     """Raise ValueError where a drafter's positions are not the target's: it would draft, and be wrong far into a text.
 
     Args:
         config: read from the drafter's ``config.json``.
         parts: the target's.
+        cure: what the message adds.
     """
     mine, targets = (_rope(of) for of in (config, parts.config))
     if mine != targets:
         raise ValueError(
             f"config.json: rope_parameters are {mine}, the target has {targets}; was the drafter made for another "
-            "target, or were they left out of the file?"
+            f"target, or were they left out of the file?{cure}"
         )
+
+
+def settle_rope(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, rope: str) -> None:
+    """Check the positions of a drafter whose layer computes its own: they may be others than the target's if meant so.
+
+    A drafter must be served with the positions that it was trained with. Authors of EAGLE train with base 10000 for any
+    target and leave rotary settings out of their files, as engines read them too. Settings that a file states, and that
+    are not the target's, are most often of another target: they are refused unless the option says "own", or the file
+    itself that this was so when it was read before.
+
+    Args:
+        config: read from the drafter's ``config.json``; marked where its positions are its own.
+        entries: of that file.
+        parts: the target's.
+        rope: the option.
+
+    Raises:
+        ValueError: positions of another target, or another option than "target" and "own".
+    """
+    if rope not in ("target", "own"):
+        raise ValueError(f"the option rope must be target or own, got {rope!r}")
+    if _rope(config) == _rope(parts.config):
+        return
+    if not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
+        logger.warning(
+            "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
+            _rope(config),
+            _rope(parts.config),
+        )
+    elif "own" not in (rope, entries.get(_OWN_ROPE)):
+        check_rope(config, parts, " If it was trained with them, set drafter.options={rope: own}")
+    setattr(config, _OWN_ROPE, "own")
+
+
+def refuse_own_rope(rope: str) -> None:
+    """Raise ValueError where a drafter that starts from the target is asked for positions of its own."""
+    if rope != "target":
+        raise ValueError(f"the option rope={rope!r} is for a checkpoint, drafter.path; a new drafter has the target's")
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:

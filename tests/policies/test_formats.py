@@ -164,6 +164,55 @@ def test_a_public_checkpoint_loads_as_its_authors_wrote_it(
     assert torch.equal(read.score(batch), drafter.score(batch))
 
 
+@pytest.fixture
+def llama3() -> TargetParts:
+    """Of a target with the base of Llama 3."""
+    model = tiny_target(dtype=torch.float32)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    return TargetParts.of(model)
+
+
+def test_the_authors_files_keep_the_rope_that_they_were_trained_with(
+    parts: TargetParts, llama3: TargetParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))  # base 10000
+    save_drafter(drafter, tmp_path / "theirs")
+    entries = {  # those of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B: no rotary settings
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 32, "max_position_embeddings": 2048,
+        "model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1,
+        "pad_token_id": 0, "rms_norm_eps": drafter.config.rms_norm_eps, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": 32,
+        "draft_vocab_size": 8, "head_dim": 4,
+    }  # fmt: skip
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(entries))
+    read = load_drafter(tmp_path / "theirs", llama3)
+    assert "the default of its authors, {'rope_theta': 10000.0, 'rope_type': 'default'}" in caplog.text
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
+    # Once read, it is known to be its own: a run and an export hand it on as it was.
+    save_drafter(read, tmp_path / "again")
+    again = load_drafter(tmp_path / "again", llama3)
+    assert torch.equal(again.score(batch), drafter.score(batch))
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle"])
+def test_rope_that_a_file_states_is_the_targets_or_asked_for(
+    parts: TargetParts, llama3: TargetParts, tmp_path: Path, name: str
+) -> None:
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8))
+    save_drafter(drafter, tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="'rope_theta': 10000.0.* set drafter.options={rope: own}"):
+        load_drafter(tmp_path / "drafter", llama3)
+    read = load_drafter(tmp_path / "drafter", llama3, options={"rope": "own"})
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
+    with pytest.raises(CheckpointError, match="the option rope must be target or own, got 'mine'"):
+        load_drafter(tmp_path / "drafter", llama3, options={"rope": "mine"})
+    with pytest.raises(ValueError, match="rope='own' is for a checkpoint"):
+        get_drafter(name).from_target(parts, draft_vocab=torch.arange(8), rope="own")
+
+
 def test_a_pickle_of_anything_but_tensors_is_refused(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     folder = saved[1]
     (folder / "model.safetensors").unlink()
