@@ -25,7 +25,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape,
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_rope
+from aurora_rl.policies.target import TargetParts, check_captured, check_rope
 from aurora_rl.trajectories import pad_rows
 
 
@@ -327,12 +327,8 @@ class DFlashDrafter(Drafter):
         Raises:
             ValueError: SGLang cannot capture one of the features.
         """
-        for layer in self.feature_layers:
-            if layout == "sglang" and not 0 < layer < self.num_target_layers:
-                raise ValueError(
-                    f"feature_layers has {layer}; SGLang captures what lies between two layers, 1.."
-                    f"{self.num_target_layers - 1} of this target"
-                )
+        if layout == "sglang":  # whose DFlash has no place for the embedding
+            check_captured(self.feature_layers, self.num_target_layers, lowest=1)
         tensors = self.published()
         config: dict[str, Any] = {
             **self.config.to_dict(),

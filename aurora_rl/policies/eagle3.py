@@ -16,7 +16,14 @@ from transformers import LlamaConfig
 from aurora_rl.policies.drafter import Checkpoint
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, default_feature_layers, layer_config, refuse_own_rope, settle_rope
+from aurora_rl.policies.target import (
+    TargetParts,
+    check_captured,
+    default_feature_layers,
+    layer_config,
+    refuse_own_rope,
+    settle_rope,
+)
 from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 
 
@@ -172,6 +179,8 @@ class Eagle3Drafter(RecurrentDrafter):
         """
         if bool((self.draft_vocab.diff() < 0).any()):
             raise ValueError("the draft vocabulary is not rising, as EAGLE-3's files need it")
+        if layout != "hf":
+            check_captured(self.feature_layers, self.config.num_target_layers)
         known = torch.zeros(self.vocab_size, dtype=torch.bool)
         known[self.draft_vocab.cpu()] = True
         config: dict[str, Any] = {

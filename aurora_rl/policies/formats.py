@@ -75,6 +75,7 @@ def load_drafter(
         if kind is not None and not kind.recognizes(config):
             raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
         drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+        _check_layers(drafter, config, parts)
     except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
     except (ValueError, KeyError) as error:
@@ -82,6 +83,19 @@ def load_drafter(
     for name, there, asked in _differing(drafter.options, options):
         raise CheckpointError(f"{folder}: option {name} is {there!r} there, {asked!r} is asked for")
     return drafter
+
+
+def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:
+    """Raise ValueError where a drafter that reads features was made for a target of other layers."""
+    depth = parts.config.num_hidden_layers
+    if drafter.feature_layers and (made_for := config.get("num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    for layer in drafter.feature_layers:
+        if not 0 <= layer <= depth:
+            raise ValueError(
+                f"config.json: the drafter reads what enters layer {layer}, and the target has 0..{depth}, the last of "
+                "them its head; was the drafter made for another target?"
+            )
 
 
 def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

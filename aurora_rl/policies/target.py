@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,24 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
     """Rotary settings without those that stand for their default."""
     settings = {"rope_type": "default", **(config.rope_parameters or {})}
     return {name: value for name, value in sorted(settings.items()) if value is not None}
+
+
+def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
+    """Raise ValueError where engines cannot capture the features, or would join them in another order.
+
+    Args:
+        feature_layers: ids by the layer that a state enters.
+        num_target_layers: decoder layers of the target.
+        lowest: that the engine captures; 0 is the embedding.
+    """
+    for layer in feature_layers:
+        if not lowest <= layer < num_target_layers:
+            raise ValueError(
+                f"feature_layers has {layer}; engines capture what enters a layer, {lowest}..{num_target_layers - 1} "
+                "of this target"
+            )
+    if sorted(set(feature_layers)) != list(feature_layers):
+        raise ValueError(f"feature_layers must rise, got {tuple(feature_layers)}: engines join states in that order")
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:

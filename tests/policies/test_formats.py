@@ -283,6 +283,48 @@ def test_a_run_loads_what_it_started_with_by_the_same_options(
     assert read.options == drafter.options
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eagle3", "num_target_layers is 3, the target has 5"),
+        ("eagle", "num_target_layers is 3, the target has 5"),
+        ("dflash", "num_target_layers is 3, the target has 5"),
+        ("medusa", r"Medusa reads what the target's head reads, feature_layers=\(5,\), got \(3,\)"),
+    ],
+)
+def test_a_drafter_of_a_target_of_other_layers_is_refused(
+    parts: TargetParts, tmp_path: Path, name: str, message: str
+) -> None:
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    deeper = TargetParts.of(tiny_target(num_layers=5, dtype=torch.float32))
+    with pytest.raises(CheckpointError, match=message):
+        load_drafter(tmp_path / "drafter", deeper)
+
+
+def test_a_standalone_drafter_serves_targets_of_any_depth(parts: TargetParts, tmp_path: Path) -> None:
+    save_drafter(get_drafter("standalone").from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    load_drafter(tmp_path / "drafter", TargetParts.of(tiny_target(num_layers=5, dtype=torch.float32)))
+
+
+def test_layers_that_the_target_lacks_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
+    change_config(saved[1], eagle_config={"eagle_aux_hidden_state_layer_ids": [40, 41]})
+    with pytest.raises(CheckpointError, match=r"reads what enters layer 41, and the target has 0\.\.3"):
+        load_drafter(saved[1], parts)
+
+
+@pytest.mark.parametrize("layout", ["sglang", "vllm"])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [((1, 3), "feature_layers has 3"), ((2, 1), "must rise"), ((1, 1), "must rise"), ((1, 9), "feature_layers has 9")],
+)
+def test_layers_that_engines_cannot_capture_are_not_exported(
+    parts: TargetParts, tmp_path: Path, layers: tuple[int, ...], message: str, layout: str
+) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=layers)
+    with pytest.raises(CheckpointError, match=message):
+        save_drafter(drafter, tmp_path / "drafter", layout)
+
+
 def test_a_nested_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> None:
     save_drafter(HybridDrafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
     with pytest.raises(CheckpointError, match="option learned_options.num_heads is 4 there, 6 is asked for"):
