@@ -15,18 +15,28 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter
 from aurora_rl.policies.registry import recognized
 from aurora_rl.policies.target import TargetParts
 
+_FILES = ("config.json", "model.safetensors")
+
 
 def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> None:
     """Write a drafter.
 
     Args:
         drafter: the drafter.
-        folder: replaced if it is there.
+        folder: replaced if it holds a drafter.
         layout: one of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: the drafter has no such format, or the layout cannot say what it is.
+        CheckpointError: the drafter has no such format, or the layout cannot say what it is, or the folder holds
+            something else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
+        raise CheckpointError(
+            f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
+            "or a new folder"
+        )
     layout = layout or next(iter(drafter.formats), "any")
     if layout not in drafter.formats:
         raise CheckpointError(

@@ -344,6 +344,20 @@ def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> N
     assert not (tmp_path / "drafter").exists()
 
 
+def test_only_a_drafter_is_replaced(saved: tuple[Eagle3Drafter, Path], tmp_path: Path) -> None:
+    drafter, folder = saved
+    (tmp_path / "precious").mkdir()
+    save_drafter(drafter, tmp_path / "precious")  # empty
+    save_drafter(drafter, folder)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("mine")
+    with pytest.raises(CheckpointError, match="thesis holds other things than a drafter .*which would be lost"):
+        save_drafter(drafter, tmp_path / "thesis")
+    with pytest.raises(CheckpointError, match="config.json is a file; name a folder"):
+        save_drafter(drafter, tmp_path / "thesis" / "config.json")
+    assert (tmp_path / "thesis" / "config.json").read_text() == "mine"
+
+
 def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing is neither a folder nor a repository of the hub"):
