@@ -6,7 +6,7 @@ Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -163,6 +163,16 @@ class Eagle3Drafter(RecurrentDrafter):
     def _head(self, states: Tensor) -> Tensor:
         return self.lm_head(states)
 
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`Drafter.stage`. Another draft vocabulary must rise: it could not be saved at the end of the run."""
+        install, before = super().stage(weights), self.draft_vocab
+        vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
+        if not torch.equal(vocab, before):
+            _check_rising(vocab)
+        return install
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def write(self, layout: str) -> Checkpoint:
@@ -177,8 +187,7 @@ class Eagle3Drafter(RecurrentDrafter):
         Raises:
             ValueError: the layout cannot say what this drafter is.
         """
-        if bool((self.draft_vocab.diff() < 0).any()):
-            raise ValueError("the draft vocabulary is not rising, as EAGLE-3's files need it")
+        _check_rising(self.draft_vocab)
         if layout != "hf":
             check_captured(self.feature_layers, self.config.num_target_layers)
         known = torch.zeros(self.vocab_size, dtype=torch.bool)
@@ -248,14 +257,7 @@ class Eagle3Drafter(RecurrentDrafter):
             norm_output=bool(config.get("norm_output")),
         )
         drafter.install(tensors)
-        vocab = drafter.draft_vocab
-        if len(falls := (vocab.diff() < 0).nonzero().flatten()):
-            row = int(falls[0])
-            raise ValueError(
-                f"tensor 'd2t' is not rising: row {row} is token {int(vocab[row])}, row {row + 1} token "
-                f"{int(vocab[row + 1])}; whoever reads 't2d' in its place would take the rows for other tokens"
-            )
-        if known is not None and not torch.equal(known.nonzero().flatten(), vocab):
+        if known is not None and not torch.equal(known.nonzero().flatten(), drafter.draft_vocab):
             raise ValueError("tensors 't2d' and 'd2t' name different draft vocabularies")
         return drafter
 
@@ -270,6 +272,16 @@ _OTHER_NAMES = {
     "aux_norm_high": "fc_norm.2",
     "draft_id_to_target_id": "d2t",
 }
+
+
+def _check_rising(draft_vocab: Tensor) -> None:
+    """Raise ValueError where the rows of the draft head are not in the order of their tokens, as files need them."""
+    if len(falls := (draft_vocab.diff() < 0).nonzero().flatten()):
+        row = int(falls[0])
+        raise ValueError(
+            f"tensor 'd2t' is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "
+            f"{int(draft_vocab[row + 1])}; whoever reads 't2d' in its place would take the rows for other tokens"
+        )
 
 
 def _our_name(name: str) -> str:

@@ -239,6 +239,14 @@ def test_bad_draft_maps_are_named(saved: tuple[Eagle3Drafter, Path], parts: Targ
             load_drafter(folder, parts)
 
 
+def test_a_map_that_could_not_be_saved_is_refused_at_the_swap(parts: TargetParts) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 11, 30]))
+    weights = {**drafter.published(), "d2t": torch.tensor([2, 11, 7, 30]) - torch.arange(4)}
+    with pytest.raises(ValueError, match="is not rising: row 1 is token 11"):
+        drafter.install(weights)
+    assert drafter.draft_vocab.tolist() == [2, 7, 11, 30]
+
+
 @pytest.mark.parametrize("options", [{}, {"fc_norm": True}, {"norm_output": True}])
 def test_settings_of_eagle_3_1_are_kept(parts: TargetParts, tmp_path: Path, options: dict) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), **options)
