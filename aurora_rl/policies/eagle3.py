@@ -166,7 +166,7 @@ class Eagle3Drafter(RecurrentDrafter):
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`. Another draft vocabulary must rise: it could not be saved at the end of the run."""
+        """See :meth:`Drafter.stage`. Another draft vocabulary must rise: it could not be saved otherwise."""
         install, before = super().stage(weights), self.draft_vocab
         vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
         if not torch.equal(vocab, before):

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from torch import Tensor
 
 from aurora_rl.checkpoints import CheckpointError, read_folder, write_folder
 from aurora_rl.policies.drafter import Checkpoint, Drafter
@@ -16,6 +18,8 @@ from aurora_rl.policies.registry import recognized
 from aurora_rl.policies.target import TargetParts
 
 _FILES = ("config.json", "model.safetensors")
+# Entries of config.json, or of the objects in it, that name layers of the target.
+_ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
 
 
 def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> None:
@@ -73,6 +77,7 @@ def load_drafter(
     folder = _local(source)
     tensors, config = read_folder(folder, "config.json")
     try:
+        _check_types(tensors, config)
         # A folder that several could have written is of the class that is asked for; a hybrid has no form of its own.
         found = kind if kind is not None and kind.formats and kind.recognizes(config) else recognized(config)
         for name in found.target_sizes:
@@ -88,11 +93,38 @@ def load_drafter(
         _check_layers(drafter, config, parts)
     except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # of an entry that no check above knows
+        raise CheckpointError(
+            f"{folder}: config.json lacks an entry, or has one of another type: {type(error).__name__}: {error}"
+        ) from error
     for name, there, asked in _differing(drafter.options, options):
         raise CheckpointError(f"{folder}: option {name} is {there!r} there, {asked!r} is asked for")
     return drafter
+
+
+def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
+    """Raise ValueError naming the first part of a folder that is of another type than any drafter has there."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json must hold an object, got {config!r}")
+    for name in ("eagle_config", "dflash_config", "options"):
+        if not isinstance(config.get(name, {}), dict | None):
+            raise ValueError(f"config.json: {name} must be an object, got {config[name]!r}")
+    nested = [config, config.get("eagle_config") or {}, config.get("dflash_config") or {}]
+    for names, kind in ((_ID_LISTS, int), (("architectures",), str)):
+        for name, value in ((name, entries.get(name)) for entries in nested for name in names):
+            if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+                raise ValueError(f"config.json: {name} must be a list of {kind.__name__}, got {value!r}")
+    for name in ("d2t", "draft_id_to_target_id", "token_map"):
+        tensor = tensors.get(name)
+        if tensor is not None and (
+            tensor.dtype not in (torch.int64, torch.int32) or tensor.dim() != 1 or not len(tensor)
+        ):
+            raise ValueError(
+                f"tensor {name!r} must hold an integer for each row of the draft head, got {tuple(tensor.shape)} of "
+                f"{tensor.dtype}"
+            )
 
 
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:

@@ -366,6 +366,62 @@ def test_only_a_drafter_is_replaced(saved: tuple[Eagle3Drafter, Path], tmp_path:
     assert (tmp_path / "thesis" / "config.json").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "entries", "message"),
+    [
+        ("eagle3", {"architectures": [3]}, r"architectures must be a list of str, got \[3\]"),
+        ("eagle3", {"architectures": "LlamaForCausalLMEagle3"}, "architectures must be a list of str"),
+        ("eagle3", {"eagle_config": "none"}, "eagle_config must be an object, got 'none'"),
+        (
+            "eagle3",
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", 2]}},
+            "eagle_aux_hidden_state_layer_ids must be a list of int",
+        ),
+        ("dflash", {"dflash_config": "none"}, "dflash_config must be an object"),
+        ("dflash", {"dflash_config": {"target_layer_ids": 1}}, "target_layer_ids must be a list of int, got 1"),
+        ("medusa", {"options": None}, "lacks an entry, or has one of another type: TypeError"),
+        ("medusa", {"options": {"num_wings": 2}}, "lacks an entry, or has one of another type: .*num_wings"),
+        ("medusa", {"options": {"num_heads": "4"}}, "lacks an entry, or has one of another type: TypeError"),
+        ("medusa", {"feature_layers": None}, "lacks an entry, or has one of another type: TypeError"),
+    ],
+)
+def test_malformed_entries_are_named(
+    parts: TargetParts, tmp_path: Path, name: str, entries: dict, message: str
+) -> None:
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    change_config(tmp_path / "drafter", **entries)
+    with pytest.raises(CheckpointError, match=f"drafter: .*{message}"):
+        load_drafter(tmp_path / "drafter", parts)
+
+
+@pytest.mark.parametrize("document", ["[1]", "null", '"drafter"'])
+def test_a_document_of_another_type_is_named(
+    saved: tuple[Eagle3Drafter, Path], parts: TargetParts, document: str
+) -> None:
+    (saved[1] / "config.json").write_text(document)
+    with pytest.raises(CheckpointError, match="config.json must hold an object"):
+        load_drafter(saved[1], parts)
+
+
+@pytest.mark.parametrize(
+    "offsets", [torch.zeros(4), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(4, dtype=torch.bool), torch.zeros(0)]
+)
+def test_a_draft_map_of_another_type_is_named(
+    saved: tuple[Eagle3Drafter, Path], parts: TargetParts, offsets: torch.Tensor
+) -> None:
+    rewrite(saved[1], d2t=offsets)
+    with pytest.raises(CheckpointError, match="tensor 'd2t' must hold an integer for each row"):
+        load_drafter(saved[1], parts)
+
+
+def test_a_token_map_outside_the_vocabulary_is_named(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(4))
+    save_drafter(drafter, tmp_path / "drafter", "vllm")
+    rewrite(tmp_path / "drafter", token_map=torch.tensor([0, 1, 2, 99]))
+    with pytest.raises(CheckpointError, match="tensor 'token_map' points outside .* row 3 is token 99"):
+        load_drafter(tmp_path / "drafter", parts, layout="vllm")
+
+
 def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing is neither a folder nor a repository of the hub"):
