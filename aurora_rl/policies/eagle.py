@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
-from aurora_rl.policies.registry import register_drafter
+from aurora_rl.policies.registry import OWN_NAME, register_drafter
 from aurora_rl.policies.target import TargetParts, layer_config, refuse_own_rope, settle_rope
 
 # Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
@@ -197,7 +197,7 @@ class EagleDrafter(RecurrentDrafter):
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
         """See :meth:`Drafter.recognizes`; the authors' own files name Llama, of one layer."""
         name = (config.get("architectures") or [""])[0]
-        alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config
+        alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config and OWN_NAME not in config
         return name == "LlamaForCausalLMEagle" or (name == "LlamaForCausalLM" and alone)
 
     @classmethod

@@ -314,6 +314,14 @@ def test_a_standalone_drafter_serves_targets_of_any_depth(parts: TargetParts, tm
     load_drafter(tmp_path / "drafter", TargetParts.of(tiny_target(num_layers=5, dtype=torch.float32)))
 
 
+def test_a_standalone_drafter_of_one_layer_is_no_eagle(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = get_drafter("standalone").from_target(parts, draft_vocab=torch.arange(8), num_layers=1)
+    save_drafter(drafter, tmp_path / "drafter")
+    assert type(load_drafter(tmp_path / "drafter", parts)) is type(drafter)
+    with pytest.raises(CheckpointError, match="config.json is of StandaloneDrafter, and EagleDrafter is asked for"):
+        load_drafter(tmp_path / "drafter", parts, get_drafter("eagle"))
+
+
 def test_layers_that_the_target_lacks_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     change_config(saved[1], eagle_config={"eagle_aux_hidden_state_layer_ids": [40, 41]})
     with pytest.raises(CheckpointError, match=r"reads what enters layer 41, and the target has 0\.\.3"):
