@@ -18,7 +18,14 @@ from transformers import LlamaConfig
 from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
-from aurora_rl.policies.target import TargetParts, layer_config, refuse_own_rope, settle_rope
+from aurora_rl.policies.target import (
+    TargetParts,
+    layer_config,
+    refuse_own_rope,
+    settle_rope,
+    targets_entries,
+    written_config,
+)
 
 # Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
 _TOKEN_SHARE = 0.5
@@ -181,10 +188,9 @@ class EagleDrafter(RecurrentDrafter):
         SGLang passes it over with a warning in its log.
         """
         config: dict[str, Any] = {
-            **self.config.to_dict(),
+            **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["LlamaForCausalLMEagle" if layout == "sglang" else "LlamaForCausalLM"],
             "bias": True,
-            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
         }
         tensors = self.published()
         if not bool(tensors["d2t"].any()) and len(tensors["d2t"]) == self.vocab_size:
@@ -214,7 +220,7 @@ class EagleDrafter(RecurrentDrafter):
         for entry in _UNSUPPORTED:
             if config.get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        own = LlamaConfig.from_dict(config)
+        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
         if own.num_hidden_layers != 1:
             raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
         settle_rope(own, config, parts, options.get("rope", "target"))

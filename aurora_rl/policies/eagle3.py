@@ -23,6 +23,8 @@ from aurora_rl.policies.target import (
     layer_config,
     refuse_own_rope,
     settle_rope,
+    targets_entries,
+    written_config,
 )
 from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 
@@ -193,10 +195,9 @@ class Eagle3Drafter(RecurrentDrafter):
         known = torch.zeros(self.vocab_size, dtype=torch.bool)
         known[self.draft_vocab.cpu()] = True
         config: dict[str, Any] = {
-            **self.config.to_dict(),
+            **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": len(self.draft_vocab),
-            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in self.feature_layers]},
             **{name: True for name, on in self.options.items() if on},
         }
@@ -232,11 +233,7 @@ class Eagle3Drafter(RecurrentDrafter):
         for entry in _UNSUPPORTED:
             if config.get(entry) or (config.get("eagle_config") or {}).get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        # Files are often cut to the length of their training; positions are computed here, as far as the target's go.
-        longest = parts.config.max_position_embeddings
-        own = LlamaConfig.from_dict(
-            {**config, "max_position_embeddings": longest, "num_target_layers": parts.config.num_hidden_layers}
-        )
+        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
         settle_rope(own, config, parts, options.get("rope", "target"))
         rows = config.get("draft_vocab_size") or own.vocab_size
         if "d2t" not in tensors and rows == own.vocab_size:

@@ -33,7 +33,7 @@ from aurora_rl.policies.drafter import (
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees, true_chains
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
-from aurora_rl.policies.target import TargetParts, layer_config
+from aurora_rl.policies.target import TargetParts, layer_config, written_config
 from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
 from aurora_rl.trajectories import pad_rows
 
@@ -319,8 +319,7 @@ class StandaloneDrafter(Drafter):
         head[self.draft_vocab] = tensors[_HEAD]
         tensors |= {_EMBEDDING: self.model.embed_tokens.weight.detach(), _HEAD: head}
         config = {
-            **self.config.to_dict(),
-            "dtype": str(head.dtype).removeprefix("torch."),
+            **written_config(self.config, head.dtype),
             "tie_word_embeddings": False,  # the head learns, the embedding does not
             OWN_NAME: "standalone",  # a Llama of one layer would pass for an EAGLE of its authors
         }

@@ -78,12 +78,39 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
             "num_hidden_layers": 1,
             "rms_norm_eps": target.rms_norm_eps,
             "rope_parameters": target.rope_parameters,
-            "max_position_embeddings": target.max_position_embeddings,
             "vocab_size": target.vocab_size,
             "tie_word_embeddings": False,
-            "num_target_layers": target.num_hidden_layers,
+            **targets_entries(parts),
         }
     )
+
+
+def targets_entries(parts: TargetParts) -> dict[str, Any]:
+    """Entries of a drafter's configuration that are the target's, whatever a file says.
+
+    Files are often cut to the length of their training; positions are computed here, as far as the target's go.
+    """
+    target = parts.config
+    ends = {name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        "max_position_embeddings": target.max_position_embeddings,
+        "num_target_layers": target.num_hidden_layers,
+        **{name: value for name, value in ends.items() if value is not None},
+    }
+
+
+def written_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` holds of a configuration, for engines on transformers 5 and 4.
+
+    The latter look for ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, and would fall back to base 10000.
+    """
+    name = str(dtype).removeprefix("torch.")
+    written = {**config.to_dict(), "dtype": name, "torch_dtype": name}
+    rope = dict(written.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # not where each type of layer has its own, for which the older form has no place
+        written["rope_theta"] = rope.pop("rope_theta")
+        written["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return written
 
 
 def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> None:

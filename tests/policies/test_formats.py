@@ -322,6 +322,27 @@ def test_a_standalone_drafter_of_one_layer_is_no_eagle(parts: TargetParts, tmp_p
         load_drafter(tmp_path / "drafter", parts, get_drafter("eagle"))
 
 
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "dflash", "standalone"])
+def test_older_engines_read_rope_and_dtype_too(tmp_path: Path, name: str) -> None:
+    model = tiny_target(dtype=torch.float32)
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    model.config.rope_parameters = {"rope_theta": 500000.0, **scaling}
+    model.config.eos_token_id = 7
+    parts = TargetParts.of(model)
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, scaling)
+    assert config["rope_parameters"] == {"rope_theta": 500000.0, **scaling}
+    assert config["torch_dtype"] == config["dtype"] == "float32" and config["eos_token_id"] == 7
+    change_config(tmp_path / "drafter", max_position_embeddings=512 if name == "standalone" else 64)
+    read = load_drafter(tmp_path / "drafter", parts)
+    assert read.config.rope_parameters == model.config.rope_parameters
+    assert read.config.max_position_embeddings == 512
+
+
 def test_layers_that_the_target_lacks_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     change_config(saved[1], eagle_config={"eagle_aux_hidden_state_layer_ids": [40, 41]})
     with pytest.raises(CheckpointError, match=r"reads what enters layer 41, and the target has 0\.\.3"):
