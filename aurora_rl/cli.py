@@ -172,7 +172,7 @@ def _bench(config: Config, arguments: argparse.Namespace) -> int:
 
 def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--drafter", required=True, help="folder such as RUN_DIR/drafter, or hub id")
-    command.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it is there")
+    command.add_argument("--out", type=Path, required=True, help="folder to write; a drafter in it is replaced")
     command.add_argument("--to", required=True, help="sglang, vllm or hf (what the architecture's authors publish)")
     command.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
@@ -186,7 +186,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
 
     # Sizes and positions are checked against the target, and written as the target has them.
     target = build.load(config)
-    drafter = load_drafter(arguments.drafter, target.parts, layout=arguments.layout)
+    drafter = load_drafter(arguments.drafter, target.parts, layout=arguments.layout, options=config.drafter.options)
     save_drafter(drafter.to(build.dtype_of(config)), arguments.out, arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0

@@ -25,7 +25,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape,
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_rope
+from aurora_rl.policies.target import TargetParts, check_captured, check_rope, targets_entries, written_config
 from aurora_rl.trajectories import pad_rows
 
 
@@ -327,17 +327,12 @@ class DFlashDrafter(Drafter):
         Raises:
             ValueError: SGLang cannot capture one of the features.
         """
-        for layer in self.feature_layers:
-            if layout == "sglang" and not 0 < layer < self.num_target_layers:
-                raise ValueError(
-                    f"feature_layers has {layer}; SGLang captures what lies between two layers, 1.."
-                    f"{self.num_target_layers - 1} of this target"
-                )
+        if layout == "sglang":  # whose DFlash has no place for the embedding
+            check_captured(self.feature_layers, self.num_target_layers, lowest=1)
         tensors = self.published()
         config: dict[str, Any] = {
-            **self.config.to_dict(),
+            **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["DFlashDraftModel"],
-            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
             "block_size": self.block_size,
             "num_target_layers": self.num_target_layers,
             "dflash_config": {
@@ -367,7 +362,7 @@ class DFlashDrafter(Drafter):
                 raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
         if "sliding_attention" in (config.get("layer_types") or ()):
             raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
-        own = Qwen3Config.from_dict(config)
+        own = Qwen3Config.from_dict({**config, **targets_entries(parts)})
         check_rope(own, parts)
         depth = parts.config.num_hidden_layers
         if (made_for := _setting(config, "num_target_layers") or depth) != depth:
@@ -433,9 +428,9 @@ def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
         num_hidden_layers=num_layers,
         rms_norm_eps=target.rms_norm_eps,
         rope_parameters=target.rope_parameters,
-        max_position_embeddings=target.max_position_embeddings,
         vocab_size=target.vocab_size,
         tie_word_embeddings=False,
+        **targets_entries(parts),
     )
 
 

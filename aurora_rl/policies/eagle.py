@@ -17,8 +17,15 @@ from transformers import LlamaConfig
 
 from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
-from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_rope, layer_config
+from aurora_rl.policies.registry import OWN_NAME, register_drafter
+from aurora_rl.policies.target import (
+    TargetParts,
+    layer_config,
+    refuse_own_rope,
+    settle_rope,
+    targets_entries,
+    written_config,
+)
 
 # Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
 _TOKEN_SHARE = 0.5
@@ -82,7 +89,12 @@ class EagleDrafter(RecurrentDrafter):
 
     @classmethod
     def from_target(
-        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+        cls,
+        parts: TargetParts,
+        *,
+        draft_vocab: Tensor,
+        feature_layers: tuple[int, ...] | None = None,
+        rope: str = "target",
     ) -> Self:
         """A day-0 drafter in float32 that predicts the feature it was given.
 
@@ -94,9 +106,12 @@ class EagleDrafter(RecurrentDrafter):
         those out of them are zero, since what they add belongs to a residual stream of another scale (1.00 at day 0
         with them).
 
+        The option ``rope`` is for :meth:`read`: "own" takes a checkpoint with other rotary settings than the target's.
+
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head.
+            ValueError: ``feature_layers`` is another than the input of the target's head, ``rope`` than "target".
         """
+        refuse_own_rope(rope)
         last = (parts.config.num_hidden_layers,)
         if feature_layers not in (None, last):
             raise ValueError(f"EAGLE reads what the target's head reads, feature_layers={last}, got {feature_layers}")
@@ -173,10 +188,9 @@ class EagleDrafter(RecurrentDrafter):
         SGLang passes it over with a warning in its log.
         """
         config: dict[str, Any] = {
-            **self.config.to_dict(),
+            **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["LlamaForCausalLMEagle" if layout == "sglang" else "LlamaForCausalLM"],
             "bias": True,
-            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
         }
         tensors = self.published()
         if not bool(tensors["d2t"].any()) and len(tensors["d2t"]) == self.vocab_size:
@@ -189,7 +203,7 @@ class EagleDrafter(RecurrentDrafter):
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
         """See :meth:`Drafter.recognizes`; the authors' own files name Llama, of one layer."""
         name = (config.get("architectures") or [""])[0]
-        alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config
+        alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config and OWN_NAME not in config
         return name == "LlamaForCausalLMEagle" or (name == "LlamaForCausalLM" and alone)
 
     @classmethod
@@ -206,10 +220,10 @@ class EagleDrafter(RecurrentDrafter):
         for entry in _UNSUPPORTED:
             if config.get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        own = LlamaConfig.from_dict(config)
+        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
         if own.num_hidden_layers != 1:
             raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
-        check_rope(own, parts)
+        settle_rope(own, config, parts, options.get("rope", "target"))
         if config.get("bias") is False:  # as the authors trained their later ones
             tensors.setdefault("fc.bias", torch.zeros(own.hidden_size))
         tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row

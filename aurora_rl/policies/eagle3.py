@@ -6,7 +6,7 @@ Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +16,16 @@ from transformers import LlamaConfig
 from aurora_rl.policies.drafter import Checkpoint
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_rope, default_feature_layers, layer_config
+from aurora_rl.policies.target import (
+    TargetParts,
+    check_captured,
+    default_feature_layers,
+    layer_config,
+    refuse_own_rope,
+    settle_rope,
+    targets_entries,
+    written_config,
+)
 from aurora_rl.policies.vllm_format import from_vllm, to_vllm
 
 
@@ -92,12 +101,19 @@ class Eagle3Drafter(RecurrentDrafter):
         feature_layers: tuple[int, ...] | None = None,
         fc_norm: bool = False,
         norm_output: bool = False,
+        rope: str = "target",
     ) -> Self:
         """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
         input. Pieces that the target does not have in this form start at random.
+
+        The option ``rope`` is for :meth:`read`: "own" takes a checkpoint with other rotary settings than the target's.
+
+        Raises:
+            ValueError: ``rope`` is another than "target".
         """
+        refuse_own_rope(rope)
         drafter = cls(
             layer_config(parts),
             embedding=parts.embedding.float(),
@@ -149,6 +165,16 @@ class Eagle3Drafter(RecurrentDrafter):
     def _head(self, states: Tensor) -> Tensor:
         return self.lm_head(states)
 
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`Drafter.stage`. Another draft vocabulary must rise: it could not be saved otherwise."""
+        install, before = super().stage(weights), self.draft_vocab
+        vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
+        if not torch.equal(vocab, before):
+            _check_rising(vocab)
+        return install
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def write(self, layout: str) -> Checkpoint:
@@ -163,15 +189,15 @@ class Eagle3Drafter(RecurrentDrafter):
         Raises:
             ValueError: the layout cannot say what this drafter is.
         """
-        if bool((self.draft_vocab.diff() < 0).any()):
-            raise ValueError("the draft vocabulary is not rising, as EAGLE-3's files need it")
+        _check_rising(self.draft_vocab)
+        if layout != "hf":
+            check_captured(self.feature_layers, self.config.num_target_layers)
         known = torch.zeros(self.vocab_size, dtype=torch.bool)
         known[self.draft_vocab.cpu()] = True
         config: dict[str, Any] = {
-            **self.config.to_dict(),
+            **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": len(self.draft_vocab),
-            "dtype": str(self.fc.weight.dtype).removeprefix("torch."),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in self.feature_layers]},
             **{name: True for name, on in self.options.items() if on},
         }
@@ -207,12 +233,8 @@ class Eagle3Drafter(RecurrentDrafter):
         for entry in _UNSUPPORTED:
             if config.get(entry) or (config.get("eagle_config") or {}).get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        # Files are often cut to the length of their training; positions are computed here, as far as the target's go.
-        longest = parts.config.max_position_embeddings
-        own = LlamaConfig.from_dict(
-            {**config, "max_position_embeddings": longest, "num_target_layers": parts.config.num_hidden_layers}
-        )
-        check_rope(own, parts)
+        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
+        settle_rope(own, config, parts, options.get("rope", "target"))
         rows = config.get("draft_vocab_size") or own.vocab_size
         if "d2t" not in tensors and rows == own.vocab_size:
             tensors["d2t"] = torch.zeros(rows, dtype=torch.int64)  # every token has a row
@@ -232,14 +254,7 @@ class Eagle3Drafter(RecurrentDrafter):
             norm_output=bool(config.get("norm_output")),
         )
         drafter.install(tensors)
-        vocab = drafter.draft_vocab
-        if len(falls := (vocab.diff() < 0).nonzero().flatten()):
-            row = int(falls[0])
-            raise ValueError(
-                f"tensor 'd2t' is not rising: row {row} is token {int(vocab[row])}, row {row + 1} token "
-                f"{int(vocab[row + 1])}; whoever reads 't2d' in its place would take the rows for other tokens"
-            )
-        if known is not None and not torch.equal(known.nonzero().flatten(), vocab):
+        if known is not None and not torch.equal(known.nonzero().flatten(), drafter.draft_vocab):
             raise ValueError("tensors 't2d' and 'd2t' name different draft vocabularies")
         return drafter
 
@@ -254,6 +269,16 @@ _OTHER_NAMES = {
     "aux_norm_high": "fc_norm.2",
     "draft_id_to_target_id": "d2t",
 }
+
+
+def _check_rising(draft_vocab: Tensor) -> None:
+    """Raise ValueError where the rows of the draft head are not in the order of their tokens, as files need them."""
+    if len(falls := (draft_vocab.diff() < 0).nonzero().flatten()):
+        row = int(falls[0])
+        raise ValueError(
+            f"tensor 'd2t' is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "
+            f"{int(draft_vocab[row + 1])}; whoever reads 't2d' in its place would take the rows for other tokens"
+        )
 
 
 def _our_name(name: str) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from torch import Tensor
 
 from aurora_rl.checkpoints import CheckpointError, read_folder, write_folder
 from aurora_rl.policies.drafter import Checkpoint, Drafter
 from aurora_rl.policies.registry import recognized
 from aurora_rl.policies.target import TargetParts
+
+_FILES = ("config.json", "model.safetensors")
+# Entries of config.json, or of the objects in it, that name layers of the target.
+_ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
 
 
 def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> None:
@@ -21,12 +27,20 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
 
     Args:
         drafter: the drafter.
-        folder: replaced if it is there.
+        folder: replaced if it holds a drafter.
         layout: one of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: the drafter has no such format, or the layout cannot say what it is.
+        CheckpointError: the drafter has no such format, or the layout cannot say what it is, or the folder holds
+            something else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
+        raise CheckpointError(
+            f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
+            "or a new folder"
+        )
     layout = layout or next(iter(drafter.formats), "any")
     if layout not in drafter.formats:
         raise CheckpointError(
@@ -63,6 +77,7 @@ def load_drafter(
     folder = _local(source)
     tensors, config = read_folder(folder, "config.json")
     try:
+        _check_types(tensors, config)
         # A folder that several could have written is of the class that is asked for; a hybrid has no form of its own.
         found = kind if kind is not None and kind.formats and kind.recognizes(config) else recognized(config)
         for name in found.target_sizes:
@@ -75,14 +90,68 @@ def load_drafter(
         if kind is not None and not kind.recognizes(config):
             raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
         drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+        _check_layers(drafter, config, parts)
     except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    for name, value in options.items():
-        if name in drafter.options and drafter.options[name] != value:
-            raise CheckpointError(f"{folder}: option {name} is {drafter.options[name]!r} there, {value!r} is asked for")
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # of an entry that no check above knows
+        raise CheckpointError(
+            f"{folder}: config.json lacks an entry, or has one of another type: {type(error).__name__}: {error}"
+        ) from error
+    for name, there, asked in _differing(drafter.options, options):
+        raise CheckpointError(f"{folder}: option {name} is {there!r} there, {asked!r} is asked for")
     return drafter
+
+
+def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
+    """Raise ValueError naming the first part of a folder that is of another type than any drafter has there."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json must hold an object, got {config!r}")
+    for name in ("eagle_config", "dflash_config", "options"):
+        if not isinstance(config.get(name, {}), dict | None):
+            raise ValueError(f"config.json: {name} must be an object, got {config[name]!r}")
+    nested = [config, config.get("eagle_config") or {}, config.get("dflash_config") or {}]
+    for names, kind in ((_ID_LISTS, int), (("architectures",), str)):
+        for name, value in ((name, entries.get(name)) for entries in nested for name in names):
+            if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+                raise ValueError(f"config.json: {name} must be a list of {kind.__name__}, got {value!r}")
+    for name in ("d2t", "draft_id_to_target_id", "token_map"):
+        tensor = tensors.get(name)
+        if tensor is not None and (
+            tensor.dtype not in (torch.int64, torch.int32) or tensor.dim() != 1 or not len(tensor)
+        ):
+            raise ValueError(
+                f"tensor {name!r} must hold an integer for each row of the draft head, got {tuple(tensor.shape)} of "
+                f"{tensor.dtype}"
+            )
+
+
+def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:
+    """Raise ValueError where a drafter that reads features was made for a target of other layers."""
+    depth = parts.config.num_hidden_layers
+    if drafter.feature_layers and (made_for := config.get("num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    for layer in drafter.feature_layers:
+        if not 0 <= layer <= depth:
+            raise ValueError(
+                f"config.json: the drafter reads what enters layer {layer}, and the target has 0..{depth}, the last of "
+                "them its head; was the drafter made for another target?"
+            )
+
+
+def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that are asked for and are others there: name, of a nested one its path, and both values.
+
+    None asks for nothing: it stands for a default, which may have been worked out of the target.
+    """
+    for name, value in asked.items():
+        if name not in there or value is None:
+            continue
+        if isinstance(value, Mapping) and isinstance(there[name], Mapping):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in _differing(there[name], value))
+        elif there[name] != value:
+            yield name, there[name], value
 
 
 def _local(source: str | Path) -> Path:

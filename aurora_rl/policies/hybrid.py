@@ -171,5 +171,5 @@ class HybridDrafter(Drafter):
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str | None, **options: Any) -> Self:
         """See :meth:`Drafter.read`: a learned drafter, of whichever architecture, with n-grams added."""
         kind = recognized(checkpoint.config)
-        learned = kind.read(checkpoint, parts, layout or kind.formats[0], **options.get("learned_options", {}))
+        learned = kind.read(checkpoint, parts, layout or kind.formats[0], **options.get("learned_options") or {})
         return cls(learned, options.get("lookup", 2))

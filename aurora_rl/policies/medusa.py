@@ -101,13 +101,23 @@ class MedusaDrafter(Drafter):
         num_heads: int = 4,
         num_layers: int = 1,
     ) -> Self:
-        """A day-0 drafter in float32 whose every head is the target's own: its rows, behind residual blocks at zero."""
+        """A day-0 drafter in float32 whose every head is the target's own: its rows, behind residual blocks at zero.
+
+        Raises:
+            ValueError: ``feature_layers`` is another than the input of the target's head.
+        """
         config = parts.config
+        last = (config.num_hidden_layers,)
+        if feature_layers not in (None, last):
+            raise ValueError(
+                f"Medusa reads what the target's head reads, feature_layers={last}, got {feature_layers}; was the "
+                "drafter made for another target?"
+            )
         drafter = cls(
             config.hidden_size,
             config.vocab_size,
             draft_vocab=draft_vocab,
-            feature_layers=feature_layers or (config.num_hidden_layers,),
+            feature_layers=last,
             num_heads=num_heads,
             num_layers=num_layers,
         )

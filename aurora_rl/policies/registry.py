@@ -12,6 +12,8 @@ from aurora_rl.policies.drafter import Drafter
 D = TypeVar("D", bound=type[Drafter])
 _DRAFTERS: dict[str, type[Drafter]] = {}
 _ENTRY_POINTS = "aurora_rl.drafters"
+OWN_NAME = "aurora_rl_drafter"
+"""Entry of a ``config.json`` that names the drafter where the architectures, those of engines, would not tell it."""
 
 
 def register_drafter(name: str) -> Callable[[D], D]:
@@ -81,7 +83,9 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
         >>> recognized({"architectures": ["LlamaForCausalLMEagle3"]}).__name__
         'Eagle3Drafter'
     """
-    for name in available_drafters():
+    # Known names only: a file from elsewhere must not say what is imported.
+    names, own = available_drafters(), config.get(OWN_NAME)
+    for name in [own] if own in names else names:
         if (kind := get_drafter(name)).formats and kind.recognizes(config):
             return kind
     raise ValueError(

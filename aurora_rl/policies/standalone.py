@@ -32,8 +32,8 @@ from aurora_rl.policies.drafter import (
 )
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees, true_chains
-from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, layer_config
+from aurora_rl.policies.registry import OWN_NAME, register_drafter
+from aurora_rl.policies.target import TargetParts, layer_config, written_config
 from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
 from aurora_rl.trajectories import pad_rows
 
@@ -319,9 +319,9 @@ class StandaloneDrafter(Drafter):
         head[self.draft_vocab] = tensors[_HEAD]
         tensors |= {_EMBEDDING: self.model.embed_tokens.weight.detach(), _HEAD: head}
         config = {
-            **self.config.to_dict(),
-            "dtype": str(head.dtype).removeprefix("torch."),
+            **written_config(self.config, head.dtype),
             "tie_word_embeddings": False,  # the head learns, the embedding does not
+            OWN_NAME: "standalone",  # a Llama of one layer would pass for an EAGLE of its authors
         }
         if self.draft_vocab.tolist() != list(range(self.vocab_size)):
             config[_DRAFT_VOCAB] = self.draft_vocab.tolist()
@@ -340,6 +340,7 @@ class StandaloneDrafter(Drafter):
             ValueError: names the first entry or tensor that does not fit the target or the class.
         """
         entries = dict(checkpoint.config)
+        entries.pop(OWN_NAME, None)
         vocab = torch.tensor(entries.pop(_DRAFT_VOCAB, range(len(parts.head))))
         check_draft_vocab(vocab, len(parts.head), f"config.json: {_DRAFT_VOCAB}")
         if "model_type" not in entries:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+# In config.json: the rotary settings are not the target's, and are meant so.
+_OWN_ROPE = "aurora_rl_rope"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,33 +78,117 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
             "num_hidden_layers": 1,
             "rms_norm_eps": target.rms_norm_eps,
             "rope_parameters": target.rope_parameters,
-            "max_position_embeddings": target.max_position_embeddings,
             "vocab_size": target.vocab_size,
             "tie_word_embeddings": False,
-            "num_target_layers": target.num_hidden_layers,
+            **targets_entries(parts),
         }
     )
 
 
-def check_rope(config: PretrainedConfig, parts: TargetParts) -> None:
+def targets_entries(parts: TargetParts) -> dict[str, Any]:
+    """Entries of a drafter's configuration that are the target's, whatever a file says.
+
+    Files are often cut to the length of their training; positions are computed here, as far as the target's go.
+    """
+    target = parts.config
+    ends = {name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        "max_position_embeddings": target.max_position_embeddings,
+        "num_target_layers": target.num_hidden_layers,
+        **{name: value for name, value in ends.items() if value is not None},
+    }
+
+
+def written_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` holds of a configuration, for engines on transformers 5 and 4.
+
+    The latter look for ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, and would fall back to base 10000.
+    """
+    name = str(dtype).removeprefix("torch.")
+    written = {**config.to_dict(), "dtype": name, "torch_dtype": name}
+    rope = dict(written.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # not where each type of layer has its own, for which the older form has no place
+        written["rope_theta"] = rope.pop("rope_theta")
+        written["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return written
+
+
+def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> None:
     """Raise ValueError where a drafter's positions are not the target's: it would draft, and be wrong far into a text.
 
     Args:
         config: read from the drafter's ``config.json``.
         parts: the target's.
+        cure: what the message adds.
     """
     mine, targets = (_rope(of) for of in (config, parts.config))
     if mine != targets:
         raise ValueError(
             f"config.json: rope_parameters are {mine}, the target has {targets}; was the drafter made for another "
-            "target, or were they left out of the file?"
+            f"target, or were they left out of the file?{cure}"
         )
+
+
+def settle_rope(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, rope: str) -> None:
+    """Check the positions of a drafter whose layer computes its own: they may be others than the target's if meant so.
+
+    A drafter must be served with the positions that it was trained with. Authors of EAGLE train with base 10000 for any
+    target and leave rotary settings out of their files, as engines read them too. Settings that a file states, and that
+    are not the target's, are most often of another target: they are refused unless the option says "own", or the file
+    itself that this was so when it was read before.
+
+    Args:
+        config: read from the drafter's ``config.json``; marked where its positions are its own.
+        entries: of that file.
+        parts: the target's.
+        rope: the option.
+
+    Raises:
+        ValueError: positions of another target, or another option than "target" and "own".
+    """
+    if rope not in ("target", "own"):
+        raise ValueError(f"the option rope must be target or own, got {rope!r}")
+    if _rope(config) == _rope(parts.config):
+        return
+    if not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
+        logger.warning(
+            "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
+            _rope(config),
+            _rope(parts.config),
+        )
+    elif "own" not in (rope, entries.get(_OWN_ROPE)):
+        check_rope(config, parts, " If it was trained with them, set drafter.options={rope: own}")
+    setattr(config, _OWN_ROPE, "own")
+
+
+def refuse_own_rope(rope: str) -> None:
+    """Raise ValueError where a drafter that starts from the target is asked for positions of its own."""
+    if rope != "target":
+        raise ValueError(f"the option rope={rope!r} is for a checkpoint, drafter.path; a new drafter has the target's")
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
     """Rotary settings without those that stand for their default."""
     settings = {"rope_type": "default", **(config.rope_parameters or {})}
     return {name: value for name, value in sorted(settings.items()) if value is not None}
+
+
+def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
+    """Raise ValueError where engines cannot capture the features, or would join them in another order.
+
+    Args:
+        feature_layers: ids by the layer that a state enters.
+        num_target_layers: decoder layers of the target.
+        lowest: that the engine captures; 0 is the embedding.
+    """
+    for layer in feature_layers:
+        if not lowest <= layer < num_target_layers:
+            raise ValueError(
+                f"feature_layers has {layer}; engines capture what enters a layer, {lowest}..{num_target_layers - 1} "
+                "of this target"
+            )
+    if sorted(set(feature_layers)) != list(feature_layers):
+        raise ValueError(f"feature_layers must rise, got {tuple(feature_layers)}: engines join states in that order")
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:

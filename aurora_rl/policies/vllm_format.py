@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aurora_rl.policies.drafter import check_draft_vocab
+
 _LAYERS = "eagle_aux_hidden_state_layer_ids"
 _Shapes = dict[str, tuple[int, ...]]
 
@@ -132,6 +134,7 @@ def _medusa_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
 
 def _medusa_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
     ids = tensors.pop("token_map", torch.arange(config["vocab_size"]))
+    check_draft_vocab(ids, config["vocab_size"], "tensor 'token_map'")
     known = {
         "architectures": ["MedusaDrafter"],
         "vocab_size": config["vocab_size"],

@@ -248,7 +248,7 @@ def test_sglang_captures_between_layers_only(
     layers: tuple[int, ...], ids: list[int], parts: TargetParts, tmp_path: Path
 ) -> None:
     made = drafter(feature_layers=layers)
-    with pytest.raises(CheckpointError, match=r"feature_layers has [03]; SGLang captures .* 1..2 of this target"):
+    with pytest.raises(CheckpointError, match=r"feature_layers has [03]; engines capture .* 1..2 of this target"):
         save_drafter(made, tmp_path / "drafter", "sglang")
     save_drafter(made, tmp_path / "drafter", "hf")
     config = json.loads((tmp_path / "drafter" / "config.json").read_text())

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_rl.checkpoints import CheckpointError
-from aurora_rl.policies import Drafter, Eagle3Drafter, HybridDrafter, MedusaDrafter, NgramDrafter, TargetParts
+from aurora_rl.policies import (
+    Drafter,
+    Eagle3Drafter,
+    HybridDrafter,
+    MedusaDrafter,
+    NgramDrafter,
+    TargetParts,
+    get_drafter,
+)
 from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -156,6 +164,55 @@ def test_a_public_checkpoint_loads_as_its_authors_wrote_it(
     assert torch.equal(read.score(batch), drafter.score(batch))
 
 
+@pytest.fixture
+def llama3() -> TargetParts:
+    """Of a target with the base of Llama 3."""
+    model = tiny_target(dtype=torch.float32)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    return TargetParts.of(model)
+
+
+def test_the_authors_files_keep_the_rope_that_they_were_trained_with(
+    parts: TargetParts, llama3: TargetParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))  # base 10000
+    save_drafter(drafter, tmp_path / "theirs")
+    entries = {  # those of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B: no rotary settings
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 32, "max_position_embeddings": 2048,
+        "model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1,
+        "pad_token_id": 0, "rms_norm_eps": drafter.config.rms_norm_eps, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": 32,
+        "draft_vocab_size": 8, "head_dim": 4,
+    }  # fmt: skip
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(entries))
+    read = load_drafter(tmp_path / "theirs", llama3)
+    assert "the default of its authors, {'rope_theta': 10000.0, 'rope_type': 'default'}" in caplog.text
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
+    # Once read, it is known to be its own: a run and an export hand it on as it was.
+    save_drafter(read, tmp_path / "again")
+    again = load_drafter(tmp_path / "again", llama3)
+    assert torch.equal(again.score(batch), drafter.score(batch))
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle"])
+def test_rope_that_a_file_states_is_the_targets_or_asked_for(
+    parts: TargetParts, llama3: TargetParts, tmp_path: Path, name: str
+) -> None:
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8))
+    save_drafter(drafter, tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="'rope_theta': 10000.0.* set drafter.options={rope: own}"):
+        load_drafter(tmp_path / "drafter", llama3)
+    read = load_drafter(tmp_path / "drafter", llama3, options={"rope": "own"})
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
+    with pytest.raises(CheckpointError, match="the option rope must be target or own, got 'mine'"):
+        load_drafter(tmp_path / "drafter", llama3, options={"rope": "mine"})
+    with pytest.raises(ValueError, match="rope='own' is for a checkpoint"):
+        get_drafter(name).from_target(parts, draft_vocab=torch.arange(8), rope="own")
+
+
 def test_a_pickle_of_anything_but_tensors_is_refused(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
     folder = saved[1]
     (folder / "model.safetensors").unlink()
@@ -182,6 +239,14 @@ def test_bad_draft_maps_are_named(saved: tuple[Eagle3Drafter, Path], parts: Targ
             load_drafter(folder, parts)
 
 
+def test_a_map_that_could_not_be_saved_is_refused_at_the_swap(parts: TargetParts) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 11, 30]))
+    weights = {**drafter.published(), "d2t": torch.tensor([2, 11, 7, 30]) - torch.arange(4)}
+    with pytest.raises(ValueError, match="is not rising: row 1 is token 11"):
+        drafter.install(weights)
+    assert drafter.draft_vocab.tolist() == [2, 7, 11, 30]
+
+
 @pytest.mark.parametrize("options", [{}, {"fc_norm": True}, {"norm_output": True}])
 def test_settings_of_eagle_3_1_are_kept(parts: TargetParts, tmp_path: Path, options: dict) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), **options)
@@ -204,6 +269,107 @@ def test_other_architectures_come_back_from_their_folder(
     assert type(read) is make and torch.equal(read.score(batch), drafter.score(batch))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hybrid", {"learned_options": {"num_heads": 6}}),
+        ("hybrid", {"learned": "eagle3", "lookup": 3, "learned_options": {"fc_norm": True}}),
+        ("hybrid", {"learned_options": None}),
+        ("eagle3", {"norm_output": True}),
+        ("medusa", {"num_heads": 6}),
+        ("dflash", {"block_size": 4, "mask_token_id": None}),
+        ("standalone", {"num_layers": 3}),
+    ],
+)
+def test_a_run_loads_what_it_started_with_by_the_same_options(
+    parts: TargetParts, tmp_path: Path, name: str, options: dict
+) -> None:
+    """What the server of a flywheel saves, its learner reads."""
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8), **options)
+    save_drafter(drafter, tmp_path / "drafter")
+    read = load_drafter(tmp_path / "drafter", parts, type(drafter), options=options)
+    assert read.options == drafter.options
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eagle3", "num_target_layers is 3, the target has 5"),
+        ("eagle", "num_target_layers is 3, the target has 5"),
+        ("dflash", "num_target_layers is 3, the target has 5"),
+        ("medusa", r"Medusa reads what the target's head reads, feature_layers=\(5,\), got \(3,\)"),
+    ],
+)
+def test_a_drafter_of_a_target_of_other_layers_is_refused(
+    parts: TargetParts, tmp_path: Path, name: str, message: str
+) -> None:
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    deeper = TargetParts.of(tiny_target(num_layers=5, dtype=torch.float32))
+    with pytest.raises(CheckpointError, match=message):
+        load_drafter(tmp_path / "drafter", deeper)
+
+
+def test_a_standalone_drafter_serves_targets_of_any_depth(parts: TargetParts, tmp_path: Path) -> None:
+    save_drafter(get_drafter("standalone").from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    load_drafter(tmp_path / "drafter", TargetParts.of(tiny_target(num_layers=5, dtype=torch.float32)))
+
+
+def test_a_standalone_drafter_of_one_layer_is_no_eagle(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = get_drafter("standalone").from_target(parts, draft_vocab=torch.arange(8), num_layers=1)
+    save_drafter(drafter, tmp_path / "drafter")
+    assert type(load_drafter(tmp_path / "drafter", parts)) is type(drafter)
+    with pytest.raises(CheckpointError, match="config.json is of StandaloneDrafter, and EagleDrafter is asked for"):
+        load_drafter(tmp_path / "drafter", parts, get_drafter("eagle"))
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "dflash", "standalone"])
+def test_older_engines_read_rope_and_dtype_too(tmp_path: Path, name: str) -> None:
+    model = tiny_target(dtype=torch.float32)
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    model.config.rope_parameters = {"rope_theta": 500000.0, **scaling}
+    model.config.eos_token_id = 7
+    parts = TargetParts.of(model)
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, scaling)
+    assert config["rope_parameters"] == {"rope_theta": 500000.0, **scaling}
+    assert config["torch_dtype"] == config["dtype"] == "float32" and config["eos_token_id"] == 7
+    change_config(tmp_path / "drafter", max_position_embeddings=512 if name == "standalone" else 64)
+    read = load_drafter(tmp_path / "drafter", parts)
+    assert read.config.rope_parameters == model.config.rope_parameters
+    assert read.config.max_position_embeddings == 512
+
+
+def test_layers_that_the_target_lacks_are_named(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
+    change_config(saved[1], eagle_config={"eagle_aux_hidden_state_layer_ids": [40, 41]})
+    with pytest.raises(CheckpointError, match=r"reads what enters layer 41, and the target has 0\.\.3"):
+        load_drafter(saved[1], parts)
+
+
+@pytest.mark.parametrize("layout", ["sglang", "vllm"])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [((1, 3), "feature_layers has 3"), ((2, 1), "must rise"), ((1, 1), "must rise"), ((1, 9), "feature_layers has 9")],
+)
+def test_layers_that_engines_cannot_capture_are_not_exported(
+    parts: TargetParts, tmp_path: Path, layers: tuple[int, ...], message: str, layout: str
+) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=layers)
+    with pytest.raises(CheckpointError, match=message):
+        save_drafter(drafter, tmp_path / "drafter", layout)
+
+
+def test_a_nested_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> None:
+    save_drafter(HybridDrafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="option learned_options.num_heads is 4 there, 6 is asked for"):
+        load_drafter(
+            tmp_path / "drafter", parts, HybridDrafter, options={"learned_options": {"num_heads": 6, "num_layers": 1}}
+        )
+
+
 def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=(0, 2))
     with pytest.raises(CheckpointError, match="Eagle3Drafter has no format 'gguf'; it has sglang, vllm, hf"):
@@ -213,6 +379,76 @@ def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="NgramDrafter has no format 'any'; it has none"):
         save_drafter(NgramDrafter(32), tmp_path / "drafter")
     assert not (tmp_path / "drafter").exists()
+
+
+def test_only_a_drafter_is_replaced(saved: tuple[Eagle3Drafter, Path], tmp_path: Path) -> None:
+    drafter, folder = saved
+    (tmp_path / "precious").mkdir()
+    save_drafter(drafter, tmp_path / "precious")  # empty
+    save_drafter(drafter, folder)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("mine")
+    with pytest.raises(CheckpointError, match="thesis holds other things than a drafter .*which would be lost"):
+        save_drafter(drafter, tmp_path / "thesis")
+    with pytest.raises(CheckpointError, match="config.json is a file; name a folder"):
+        save_drafter(drafter, tmp_path / "thesis" / "config.json")
+    assert (tmp_path / "thesis" / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "message"),
+    [
+        ("eagle3", {"architectures": [3]}, r"architectures must be a list of str, got \[3\]"),
+        ("eagle3", {"architectures": "LlamaForCausalLMEagle3"}, "architectures must be a list of str"),
+        ("eagle3", {"eagle_config": "none"}, "eagle_config must be an object, got 'none'"),
+        (
+            "eagle3",
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", 2]}},
+            "eagle_aux_hidden_state_layer_ids must be a list of int",
+        ),
+        ("dflash", {"dflash_config": "none"}, "dflash_config must be an object"),
+        ("dflash", {"dflash_config": {"target_layer_ids": 1}}, "target_layer_ids must be a list of int, got 1"),
+        ("medusa", {"options": None}, "lacks an entry, or has one of another type: TypeError"),
+        ("medusa", {"options": {"num_wings": 2}}, "lacks an entry, or has one of another type: .*num_wings"),
+        ("medusa", {"options": {"num_heads": "4"}}, "lacks an entry, or has one of another type: TypeError"),
+        ("medusa", {"feature_layers": None}, "lacks an entry, or has one of another type: TypeError"),
+    ],
+)
+def test_malformed_entries_are_named(
+    parts: TargetParts, tmp_path: Path, name: str, entries: dict, message: str
+) -> None:
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    change_config(tmp_path / "drafter", **entries)
+    with pytest.raises(CheckpointError, match=f"drafter: .*{message}"):
+        load_drafter(tmp_path / "drafter", parts)
+
+
+@pytest.mark.parametrize("document", ["[1]", "null", '"drafter"'])
+def test_a_document_of_another_type_is_named(
+    saved: tuple[Eagle3Drafter, Path], parts: TargetParts, document: str
+) -> None:
+    (saved[1] / "config.json").write_text(document)
+    with pytest.raises(CheckpointError, match="config.json must hold an object"):
+        load_drafter(saved[1], parts)
+
+
+@pytest.mark.parametrize(
+    "offsets", [torch.zeros(4), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(4, dtype=torch.bool), torch.zeros(0)]
+)
+def test_a_draft_map_of_another_type_is_named(
+    saved: tuple[Eagle3Drafter, Path], parts: TargetParts, offsets: torch.Tensor
+) -> None:
+    rewrite(saved[1], d2t=offsets)
+    with pytest.raises(CheckpointError, match="tensor 'd2t' must hold an integer for each row"):
+        load_drafter(saved[1], parts)
+
+
+def test_a_token_map_outside_the_vocabulary_is_named(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(4))
+    save_drafter(drafter, tmp_path / "drafter", "vllm")
+    rewrite(tmp_path / "drafter", token_map=torch.tensor([0, 1, 2, 99]))
+    with pytest.raises(CheckpointError, match="tensor 'token_map' points outside .* row 3 is token 99"):
+        load_drafter(tmp_path / "drafter", parts, layout="vllm")
 
 
 def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest.MonkeyPatch) -> None:
