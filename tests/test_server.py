@@ -535,6 +535,21 @@ def test_a_drafter_that_cannot_forget_loses_every_request_and_the_texts_stay(tmp
     assert all("RuntimeError('cannot forget')" in event["fault"] for event in faults)
 
 
+def test_a_drafter_that_fails_slots_together_only_loses_them_and_is_named(tmp_path: Path) -> None:
+    class Alone(Oracle):
+        def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+            if len(slots) > 1:
+                raise RuntimeError("one at a time")
+            return super().propose(slots, shape, generator)
+
+    waiting = requests(2, budget=22)
+    serving = Serving(tmp_path, waiting, Alone(waiting), slots=2)
+    serving.run()
+    serving.check_texts()
+    assert [event["request"] for event in serving.events("drafter_fault")] == [0, 1]
+    assert {event["speculative_rounds"] for event in serving.events("request")} == {1}
+
+
 def test_without_a_server_a_drafters_own_error_comes_through(tmp_path: Path) -> None:
     waiting = requests(1, budget=22)
     serving = Serving(tmp_path, waiting, Broken(waiting, 0, "raises"))

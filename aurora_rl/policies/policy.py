@@ -153,6 +153,9 @@ class DrafterPolicy(TensorDictModuleBase):
             self._forget(slots)
             for slot in slots[~self._refused[slots]]:
                 self._fill(draft, slot[None])
+            if not bool(self._refused[slots].any()):
+                # It fails slots together only: that would come again each round, and cost all their caches.
+                self._refuse(slots, error)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
         """Put sound trees into the rows of ``draft``.
@@ -168,13 +171,12 @@ class DrafterPolicy(TensorDictModuleBase):
             raise ValueError(f"tokens, parents, log_probs and mask are {shapes}, not [{len(slots)}, 0..{most}]")
         dtypes = (tokens.dtype, parents.dtype, mask.dtype)
         if dtypes != (torch.int64, torch.int64, torch.bool) or not log_probs.is_floating_point():
-            dtypes_given = ", ".join(map(str, (*dtypes, log_probs.dtype)))
-            raise ValueError(
-                f"tokens, parents, mask and log_probs are {dtypes_given}, not int64, int64, bool and float"
-            )
+            names = ", ".join(map(str, (*dtypes, log_probs.dtype)))
+            raise ValueError(f"tokens, parents, mask and log_probs are {names}, not int64, int64, bool and float")
         vocab_size, repeats = self.drafter.vocab_size, self.shape.mode == "sampled"
         whole = (valid_nodes(tokens, parents, mask, vocab_size, repeats=repeats) == mask).all(1)
-        for row in (~whole).nonzero().flatten().tolist():
+        if not bool(whole.all()):
+            row = int((~whole).nonzero()[0])
             fault = tree_fault(tokens[row], parents[row], mask[row], vocab_size, repeats=repeats)
             raise ValueError(f"slot {int(slots[row])}: malformed tree: {fault}")
         if not bool((log_probs[mask] <= 0).all()):
@@ -183,9 +185,8 @@ class DrafterPolicy(TensorDictModuleBase):
         if "q" in draft:
             nodes = (*tokens.shape, len(self.drafter.draft_vocab))
             if q is None or q.shape != nodes:
-                raise ValueError(
-                    f"q is {None if q is None else tuple(q.shape)}, not {nodes}, in mode {self.shape.mode}"
-                )
+                shape = None if q is None else tuple(q.shape)
+                raise ValueError(f"q is {shape}, not {nodes}, in mode {self.shape.mode}")
             total = q[mask].float().sum(-1)
             if not bool((q[mask] >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
                 raise ValueError("q has a row that is no distribution: a number below 0, not a number, or a sum not 1")
