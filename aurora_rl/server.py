@@ -148,11 +148,21 @@ class InferenceServer(Figures):
 
     def _fault(self, slot: int, fault: str) -> None:
         """A slot's request goes on without speculation."""
-        request = self.env.request_of(slot)
+        request = self.env.request_of(slot).id
+        self.note_fault(fault, request, f"request {request} goes on without speculation")
+
+    def note_fault(self, fault: str, request: int | None, outcome: str) -> None:
+        """Count and log that the drafter failed, and warn of the first time.
+
+        Args:
+            fault: what it did.
+            request: which it failed; None where it failed before there were any.
+            outcome: what is done about it.
+        """
         self.drafter_faults += 1
-        self._log.write("drafter_fault", request=request.id, version=self.version, fault=fault)
+        self._log.write("drafter_fault", request=request, version=self.version, fault=fault)
         if self.drafter_faults == 1:
-            logger.warning("request %d goes on without speculation: %s", request.id, fault)
+            logger.warning("%s: %s", outcome, fault)
 
     def _swap(self) -> None:
         """Swap in the newest weights between two rounds, once they are ready."""
@@ -167,9 +177,10 @@ class InferenceServer(Figures):
         began = time.perf_counter()
         try:
             staged.result()()
-        except ValueError as error:
-            self._receiver.reject(version, str(error))
-            self._log.write("swap_failed", version=version, reason=str(error))
+        except Exception as error:  # whatever a drafter does, the requests are served
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            self._receiver.reject(version, reason)
+            self._log.write("swap_failed", version=version, reason=reason)
             return
         milliseconds = (time.perf_counter() - began) * 1e3
         self.swap_ms.append(milliseconds)
@@ -216,6 +227,10 @@ def _accepted(path: Sequence[Outcome]) -> int:
     return sum(outcome in ("likeliest", "sibling") for outcome in path)
 
 
+class DrafterFault(Exception):
+    """A drafter failed before there was a request that could go on without it."""
+
+
 def measure_rounds(
     engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 11
 ) -> dict[int, dict[TreeShape, float]]:
@@ -231,11 +246,23 @@ def measure_rounds(
 
     Returns:
         Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
+
+    Raises:
+        DrafterFault: the drafter failed; the slots are free again.
     """
     kept, slots = policy.shape, engine.num_slots
     powers = [2**i for i in range(slots.bit_length())]
-    seconds = {count: _time_rounds(engine, policy, [request] * count, shapes, repeats) for count in (*powers, slots)}
-    policy.shape, engine.prefill_seconds = kept, 0.0
+
+    def give_up(slot: int, fault: str) -> None:
+        raise DrafterFault(fault)
+
+    policy.on_fault = give_up  # until a server takes over
+    try:
+        seconds = {n: _time_rounds(engine, policy, [request] * n, shapes, repeats) for n in (*powers, slots)}
+    finally:
+        for slot in engine.store.occupied.tolist():
+            engine.release(slot)
+        policy.shape, policy.on_fault, engine.prefill_seconds = kept, None, 0.0
 
     def dearer(shape: TreeShape) -> list[TreeShape]:
         return [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
@@ -283,5 +310,4 @@ def _time_rounds(
     seconds = (turns / whole).median(0).values * whole.median()
     for slot in engine.store.occupied.tolist():
         engine.release(slot)
-    policy.drafter.forget(torch.arange(engine.num_slots))
     return dict(zip(shapes, seconds.tolist(), strict=True))

@@ -17,10 +17,10 @@ from aurora_rl.conversations import Conversations
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import embedded_model_path, stop_token_ids
-from aurora_rl.policies import Drafter, DrafterPolicy
+from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.formats import save_drafter
 from aurora_rl.policies.shape import ShapeController
-from aurora_rl.server import InferenceServer, cost_table, measure_rounds
+from aurora_rl.server import DrafterFault, InferenceServer, cost_table, measure_rounds
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangEngine, SGLangError, reserved_context
 from aurora_rl.sglang.server import RemoteServer
@@ -102,7 +102,7 @@ class EmbeddedServing(Serving):
             shape=tree,
             generator=torch.Generator(device).manual_seed(config.seed),
         )
-        shapes = None
+        shapes, fault = None, None
         if config.drafter.adaptive:
             usual = Request(
                 0,
@@ -111,9 +111,13 @@ class EmbeddedServing(Serving):
                 SamplingParams(config.temperature, config.top_k, config.top_p),
             )
             tried = ShapeController.candidates(tree, chains=not made.min_depth)
-            costs = measure_rounds(engine, policy, usual, tried)
-            log.write("costs", round_ms=cost_table(costs))
-            shapes = ShapeController(costs)
+            try:
+                costs = measure_rounds(engine, policy, usual, tried)
+            except DrafterFault as error:
+                fault, policy.shape = error, TreeShape(0, mode=tree.mode)
+            else:
+                log.write("costs", round_ms=cost_table(costs))
+                shapes = ShapeController(costs)
         env = SpecDecodeEnv(
             engine,
             requests,
@@ -137,6 +141,8 @@ class EmbeddedServing(Serving):
             receiver=self._receiver,
             note=requests.completed,
         )
+        if fault is not None:
+            self.server.note_fault(str(fault), None, "every request is served without speculation")
 
     def _completed(self, completion: Completion) -> None:
         self.server.completed(completion)

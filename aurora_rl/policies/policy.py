@@ -36,7 +36,7 @@ class DrafterPolicy(TensorDictModuleBase):
 
     Attributes:
         on_fault: called with a slot and what is wrong, where the drafter fails or its tree is malformed: the slot's
-            request goes on without speculation. None, the default, raises instead.
+            request goes on without speculation. None, the default, raises the drafter's own error instead.
         speculate: False emits empty trees: plain decoding.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
     """
@@ -94,7 +94,7 @@ class DrafterPolicy(TensorDictModuleBase):
             put()
             self.version = version
             if self.rebuild_on_install:
-                self.drafter.forget(torch.arange(self._store.num_slots))
+                self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
         return install
 
@@ -122,8 +122,8 @@ class DrafterPolicy(TensorDictModuleBase):
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
-            self.drafter.forget(fresh.nonzero().flatten())
             self._refused &= ~fresh
+            self._forget(fresh.nonzero().flatten())
         # An empty cache has no older rows: what is put into it now is of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -136,50 +136,82 @@ class DrafterPolicy(TensorDictModuleBase):
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.
         slots = ((store.lengths > 1) & ~self._refused).nonzero().flatten()
-        if self.speculate and self.shape.depth and len(slots) and (proposal := self._propose(slots)) is not None:
-            rows, width = slots.to(device), proposal.tokens.shape[1]
-            tokens[rows, :width] = proposal.tokens
-            parents[rows, :width] = proposal.parents
-            log_probs[rows, :width] = proposal.log_probs
-            mask[rows, :width] = True if proposal.mask is None else proposal.mask
-            if "q" in draft:
-                assert proposal.q is not None  # sampled
-                at = (rows[:, None, None], torch.arange(width, device=device)[:, None], self.drafter.draft_vocab)
-                draft["q"][at] = proposal.q.float()
-            self._refuse_malformed(tokens, parents, mask)
+        if self.speculate and self.shape.depth and len(slots):
+            self._fill(draft, slots)
         return TensorDict(draft, batch_size=shape[:1])
 
-    def _propose(self, slots: Tensor) -> Proposal | None:
-        """The drafter's trees; None where it failed."""
+    def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
+        """Draft for the slots, whatever the drafter does: rows of those that it fails stay empty."""
         try:
             self._catch_up(slots)
-            proposal = self.drafter.propose(slots, self.shape, self._generator)
-            shapes = [tuple(part.shape) for part in proposal[:3]]
-            if len(set(shapes)) > 1 or shapes[0][0] != len(slots) or shapes[0][1] > self.num_nodes:
-                raise ValueError(f"tokens, parents and log_probs are {shapes}, not [{len(slots)}, 0..{self.num_nodes}]")
+            self._write(draft, slots, self.drafter.propose(slots, self.shape, self._generator))
         except Exception as error:  # whatever a drafter does, the requests are served
-            if self.on_fault is None:
-                raise
-            for slot in slots.tolist():
-                self._refuse(slot, f"{type(self.drafter).__name__} failed: {error!r}")
-            self.drafter.forget(slots)  # what the failed call left in the cache
-            return None
-        return proposal
+            if len(slots) == 1 or self.on_fault is None:
+                self._refuse(slots, error)
+                return
+            # Whose fault it was shows when each is asked alone, without what the failed call left in the cache.
+            self._forget(slots)
+            for slot in slots[~self._refused[slots]]:
+                self._fill(draft, slot[None])
+            if not bool(self._refused[slots].any()):
+                # It fails slots together only: that would come again each round, and cost all their caches.
+                self._refuse(slots, error)
 
-    def _refuse_malformed(self, tokens: Tensor, parents: Tensor, mask: Tensor) -> None:
-        """Empty the trees that verification would cut, and draft no more for their requests."""
+    def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
+        """Put sound trees into the rows of ``draft``.
+
+        Raises:
+            ValueError: something that verification, or the record of it, would stumble over; no tree is written then.
+        """
+        tokens, parents, log_probs, q, mask = proposal
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        shapes = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)]
+        most = self.num_nodes
+        if len(set(shapes)) > 1 or shapes[0] not in [(len(slots), nodes) for nodes in range(most + 1)]:
+            raise ValueError(f"tokens, parents, log_probs and mask are {shapes}, not [{len(slots)}, 0..{most}]")
+        dtypes = (tokens.dtype, parents.dtype, mask.dtype)
+        if dtypes != (torch.int64, torch.int64, torch.bool) or not log_probs.is_floating_point():
+            names = ", ".join(map(str, (*dtypes, log_probs.dtype)))
+            raise ValueError(f"tokens, parents, mask and log_probs are {names}, not int64, int64, bool and float")
         vocab_size, repeats = self.drafter.vocab_size, self.shape.mode == "sampled"
         whole = (valid_nodes(tokens, parents, mask, vocab_size, repeats=repeats) == mask).all(1)
-        for slot in (~whole).nonzero().flatten().tolist():
-            tree = (tokens[slot], parents[slot], mask[slot])
-            self._refuse(slot, f"malformed tree: {tree_fault(*tree, vocab_size, repeats=repeats)}")
-            mask[slot] = False
+        if not bool(whole.all()):
+            row = int((~whole).nonzero()[0])
+            fault = tree_fault(tokens[row], parents[row], mask[row], vocab_size, repeats=repeats)
+            raise ValueError(f"slot {int(slots[row])}: malformed tree: {fault}")
+        if not bool((log_probs[mask] <= 0).all()):
+            raise ValueError("a log-probability is above 0 or not a number")
+        rows, width = slots.to(draft["tokens"].device), tokens.shape[1]
+        if "q" in draft:
+            nodes = (*tokens.shape, len(self.drafter.draft_vocab))
+            if q is None or q.shape != nodes:
+                shape = None if q is None else tuple(q.shape)
+                raise ValueError(f"q is {shape}, not {nodes}, in mode {self.shape.mode}")
+            total = q[mask].float().sum(-1)
+            if not bool((q[mask] >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
+                raise ValueError("q has a row that is no distribution: a number below 0, not a number, or a sum not 1")
+            columns = torch.arange(width, device=rows.device)[:, None]
+            draft["q"][rows[:, None, None], columns, self.drafter.draft_vocab] = q.float()
+        draft["tokens"][rows, :width] = tokens
+        draft["parents"][rows, :width] = parents
+        draft["log_probs"][rows, :width] = log_probs.float()
+        draft["mask"][rows, :width] = mask
 
-    def _refuse(self, slot: int, fault: str) -> None:
+    def _forget(self, slots: Tensor) -> None:
+        """Empty the drafter's cache for the slots; requests of those that it cannot empty are drafted for no more."""
+        try:
+            self.drafter.forget(slots)
+        except Exception as error:
+            self._refuse(slots[~self._refused[slots]], error)
+        self._cache_version[slots] = self.version
+
+    def _refuse(self, slots: Tensor, error: Exception) -> None:
+        """Draft no more for the requests of the slots."""
         if self.on_fault is None:
-            raise ValueError(f"{type(self.drafter).__name__}, slot {slot}: {fault}")
-        self._refused[slot] = True
-        self.on_fault(slot, fault)
+            raise error
+        self._refused[slots] = True
+        for slot in slots.tolist():
+            self.on_fault(slot, f"{type(self.drafter).__name__} failed: {error!r}")
 
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs that the store has and it has not."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from aurora_rl.policies.drafter import Drafter
+
+logger = logging.getLogger(__name__)
 
 D = TypeVar("D", bound=type[Drafter])
 _DRAFTERS: dict[str, type[Drafter]] = {}
@@ -66,7 +69,7 @@ def get_drafter(name: str) -> type[Drafter]:
         point = found[name]
     try:
         cls = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module does when it is imported
         raise ValueError(f"the drafter {name!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Drafter)):
         raise ValueError(f"the drafter {name!r} is {point.value}, which is no subclass of aurora_rl.policies.Drafter")
@@ -86,7 +89,12 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
     # Known names only: a file from elsewhere must not say what is imported.
     names, own = available_drafters(), config.get(OWN_NAME)
     for name in [own] if own in names else names:
-        if (kind := get_drafter(name)).formats and kind.recognizes(config):
+        try:
+            kind = get_drafter(name)
+        except ValueError as error:  # some installed package's, which need not be the one that is asked for
+            logger.warning("%s; its checkpoints are not recognized", error)
+            continue
+        if kind.formats and kind.recognizes(config):
             return kind
     raise ValueError(
         f"config.json: no drafter is of architectures {config.get('architectures')}; there are "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, Proposal, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target
 
 SHAPE = TreeShape(3, 2, 6)
@@ -180,3 +182,33 @@ def test_sampled_drafts_carry_the_law_that_they_were_drawn_from(mode: str) -> No
     torch.testing.assert_close(of_token.log(), draft["log_probs"])
     again = policy.draft(torch.zeros(3, 1, dtype=torch.bool))
     assert not torch.equal(again["tokens"], draft["tokens"])  # it explores
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda q: None, r"q is None, not \(3, 6, 20\), in mode sampled"),
+        (lambda q: q[:, :1], r"q is \(3, 1, 20\), not \(3, 6, 20\)"),
+        (lambda q: q * 0.5, "q has a row that is no distribution"),
+        (lambda q: q * torch.nan, "q has a row that is no distribution"),
+    ],
+)
+def test_a_law_that_verification_cannot_compare_with_is_the_drafters_fault(
+    spoil: Callable[[Tensor], Tensor | None], message: str
+) -> None:
+    serving, faults = Serving([4, 2, 9]), []
+    drafter = copy.deepcopy(serving.drafter)
+    policy = DrafterPolicy(
+        drafter, serving.engine.store, num_nodes=6, shape=TreeShape(3, 2, mode="sampled"), vocab_size=32
+    )
+    propose = drafter.propose
+
+    def spoiled(*args: Any) -> Proposal:
+        proposal = propose(*args)
+        return proposal._replace(q=spoil(proposal.q))
+
+    drafter.propose = spoiled
+    with pytest.raises(ValueError, match=message):
+        policy.draft(torch.zeros(3, 1, dtype=torch.bool))
+    policy.on_fault = lambda slot, fault: faults.append(slot)
+    assert not policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].any() and faults == [0, 1, 2]

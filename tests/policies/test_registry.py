@@ -1,0 +1,54 @@
+"""Drafters by name: those here, those of installed packages, and broken ones of these."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from types import ModuleType
+
+import pytest
+
+from aurora_rl.policies import Eagle3Drafter, NgramDrafter, available_drafters, get_drafter, registry
+from aurora_rl.policies.registry import recognized
+
+MODULE = "test_registry_module"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> type[NgramDrafter]:
+    """Entry points of installed packages: one that works, whose class is returned, and broken ones."""
+
+    class Theirs(NgramDrafter):
+        pass
+
+    def points(group: str) -> list[EntryPoint]:
+        assert group == "aurora_rl.drafters"
+        named = {"theirs": f"{MODULE}:Theirs", "a_counter": "collections:Counter", "a_ghost": "no_such_module:Ghost"}
+        return [EntryPoint(name, value, group) for name, value in named.items()]
+
+    module = ModuleType(MODULE)
+    module.Theirs = Theirs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    monkeypatch.setattr(registry, "entry_points", points)
+    return Theirs
+
+
+def test_entry_points(installed: type[NgramDrafter]) -> None:
+    assert {"theirs", "a_counter", "a_ghost", "eagle3"} <= set(available_drafters())
+    assert get_drafter("theirs") is installed
+    with pytest.raises(ValueError, match="did you mean 'theirs'"):
+        get_drafter("thiers")
+    with pytest.raises(ValueError, match="'a_counter' is collections:Counter, which is no subclass"):
+        get_drafter("a_counter")
+    with pytest.raises(ValueError, match="'a_ghost' cannot be imported: No module named 'no_such_module'"):
+        get_drafter("a_ghost")
+
+
+def test_a_broken_entry_point_keeps_no_other_drafter_from_being_read(
+    installed: type[NgramDrafter], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert recognized({"architectures": ["LlamaForCausalLMEagle3"]}) is Eagle3Drafter
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2 and "'a_counter' is" in warned[0] and "'a_ghost' cannot be imported" in warned[1]
+    with pytest.raises(ValueError, match=r"no drafter is of architectures \['Unheard'\]"):
+        recognized({"architectures": ["Unheard"]})
