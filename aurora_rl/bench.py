@@ -199,20 +199,25 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     curves = mean_curves(results)
     recordings = sorted({recording for recording, _ in curves})
+    columns = min(len(recordings), 4)
+    rows = -(-len(recordings) // columns)
     figure, axes = plt.subplots(
-        1, len(recordings), figsize=(5 * len(recordings), 4), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(4 * columns, 3.5 * rows), sharey=True, squeeze=False, layout="constrained"
     )
     # A variant has one colour in all panels, and stands in the legend also where the first panel lacks it.
     colours = {variant: f"C{number}" for number, variant in enumerate(sorted({variant for _, variant in curves}))}
     lines = {}
-    for axis, recording in zip(axes[0], recordings, strict=True):
+    for axis, recording in zip(axes.flat, recordings, strict=False):
         for (of, variant), curve in curves.items():
             if of == recording:
                 points = zip(*((seen, mean) for seen, mean, _ in curve), strict=True)
                 (lines[variant],) = axis.plot(*points, color=colours[variant])
         axis.set_title(recording)
         axis.set_xlabel("requests learned from")
-    axes[0][0].set_ylabel("acceptance length on the next requests")
+    for axis in axes.flat[len(recordings) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("acceptance length on the next requests")
     figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=120)
     plt.close(figure)
