@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import TransformersEngine
@@ -178,9 +178,90 @@ class ScoresWithoutGradient(MedusaDrafter):
         return super().score(batch)
 
 
+class LearnsInTheTarget(MedusaDrafter):
+    """Its last head is the target's own."""
+
+    @classmethod
+    def from_target(cls, parts: TargetParts, *, draft_vocab: Tensor, **options) -> LearnsInTheTarget:
+        drafter = super().from_target(parts, draft_vocab=torch.arange(len(parts.head)), **options)
+        drafter.lm_heads[-1].weight = nn.Parameter(parts.head)
+        return drafter
+
+
+class SaysUniform(MedusaDrafter):
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
+        uniform = None if proposal.q is None else torch.full_like(proposal.q, 1 / len(self.draft_vocab))
+        return proposal._replace(q=uniform)
+
+
+class HalvesItsLaw(MedusaDrafter):
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
+        return proposal._replace(q=None if proposal.q is None else proposal.q / 2)
+
+
+class DrawsOnItsOwn(MedusaDrafter):
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        return super().propose(slots, shape)
+
+
+class DrawsAlwaysTheSame(MedusaDrafter):
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        return super().propose(slots, shape, torch.Generator().manual_seed(0))
+
+
+class TakesAnyMap(MedusaDrafter):
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        return super().stage({**weights, "d2t": self.published()["d2t"]} if "d2t" in weights else weights)
+
+
+class InstallsWhileItStages(MedusaDrafter):
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        put = super().stage(weights)
+        put()
+        return put
+
+
+class KeepsTheCallersTensors(MedusaDrafter):
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        put = super().stage(weights)
+
+        def install() -> None:
+            put()
+            for name, parameter in self.named_parameters():
+                parameter.data = weights[name].to(parameter.dtype)
+
+        return install
+
+
+class KnowsNoFolder(MedusaDrafter):
+    @classmethod
+    def recognizes(cls, config) -> bool:
+        return False
+
+
+class LosesItsOptions(MedusaDrafter):
+    @classmethod
+    def read(cls, checkpoint, parts: TargetParts, layout: str, **options) -> LosesItsOptions:
+        drafter = super().read(checkpoint, parts, layout, **options)
+        drafter.options = {}
+        return drafter
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (LearnsInTheTarget, "no gradient may reach the target, and 'lm_heads.3.weight' shares its memory"),
+        (SaysUniform, "q of a drawn token is not exp\\(log_probs\\)"),
+        (HalvesItsLaw, "a row of q does not sum to 1"),
+        (DrawsOnItsOwn, "ignores the generator: one seed gave two trees"),
+        (DrawsAlwaysTheSame, "draws nothing: seeds do not matter"),
+        (TakesAnyMap, "install takes weights whose tensor 'd2t' is missing, misshapen, unknown or false"),
+        (InstallsWhileItStages, "proposals change when weights are staged, and not only when they are installed"),
+        (KeepsTheCallersTensors, "proposals change with the tensors that were given to stage"),
+        (KnowsNoFolder, "recognizes is false for the drafter's own folder"),
+        (LosesItsOptions, "options change to {} by way of the format"),
         (FeaturesOneEarly, "differs by .* nats from what serving recorded .*feature t with token t \\+ 1"),
         (RowsShifted, "unroll at step 0 .* differs by .* nats from the score of a chain of the true tokens"),
         (EverythingValid, "must be invalid: nothing is before it"),

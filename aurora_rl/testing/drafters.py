@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.envs import SamplingParams
-from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape, load_drafter, save_drafter
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.tiny import cast, dtype_of, serve
 from aurora_rl.trajectories import pack
@@ -52,6 +56,7 @@ def check_drafter(
     if dtype not in _COMPUTED:
         raise ValueError(f"check_drafter needs a drafter in float64 or float32, got {dtype}")
     generator = torch.Generator().manual_seed(seed)
+    _check_apart(drafter, target)  # copies are apart, whatever the originals are
     drafter = copy.deepcopy(drafter)
     drafter.install(_moved(drafter.published(), generator))
     target = cast(copy.deepcopy(target), dtype)
@@ -66,10 +71,12 @@ def check_drafter(
     plain = served(TreeShape(0))
     for shape in shapes:
         _check_proposals(drafter, plain, shape, vocab_size)
-    sampled = (TreeShape(3, 2, mode="sampled"), TreeShape(3, 2, mode="sampled_without_replacement"))
-    for shape in (*(s for s in sampled if s.mode in drafter.draft_modes), *shapes):
+    for shape in shapes:
         trajectories = served(shape)
         _check_recorded(drafter, trajectories, shape)
+    for shape in (TreeShape(3, 2, mode=mode) for mode in drafter.draft_modes if mode != "topk"):
+        _check_draws(drafter, plain, shape, seed)
+        _check_recorded(drafter, served(shape), shape)
     _check_unroll(drafter, trajectories)
     _check_packing(drafter, trajectories)
     _check_paths(drafter, trajectories)
@@ -77,8 +84,42 @@ def check_drafter(
     if any(parameter.requires_grad for parameter in drafter.parameters()):
         _check_gradients(drafter, trajectories, without_gradient)
         _check_weights(drafter, trajectories, generator)
+        _check_staging(drafter, trajectories, generator)
         _check_swap(drafter, target, prompts, generator)
     _check_saved(drafter, TargetParts.of(target), trajectories)
+
+
+def _check_apart(drafter: Drafter, target: PreTrainedModel) -> None:
+    targets = {parameter.untyped_storage().data_ptr() for parameter in target.parameters()}
+    learned = [*drafter.named_parameters(), *drafter.published().items()]
+    for name, tensor in learned:
+        require(
+            tensor.untyped_storage().data_ptr() not in targets,
+            f"no gradient may reach the target, and {name!r} shares its memory; clone it in from_target, or register "
+            "it as a buffer that is not persistent",
+        )
+
+
+def _check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, seed: int) -> None:
+    """Nodes are drawn with the generator, from the law that is handed on with them."""
+    slots, what = _filled(drafter, trajectories), f"propose with {shape}"
+
+    def drawn(seed: int) -> Proposal:
+        return drafter.propose(slots, shape, torch.Generator().manual_seed(seed))
+
+    first, again, others = drawn(seed), drawn(seed), [drawn(seed + i) for i in range(1, 5)]
+    require(torch.equal(first.tokens, again.tokens), f"{what} ignores the generator: one seed gave two trees")
+    differ = any(not torch.equal(first.tokens, other.tokens) for other in others)
+    require(differ, f"{what} draws nothing: seeds do not matter")
+    nodes = (*first.tokens.shape, len(drafter.draft_vocab))
+    require(first.q is not None and first.q.shape == nodes, f"{what}: q is not {nodes}")
+    assert first.q is not None
+    row = (first.tokens[:, :, None] == drafter.draft_vocab).int().argmax(-1, keepdim=True)
+    total, of_token = first.q.sum(-1), first.q.gather(-1, row)[:, :, 0]
+    require(_close(total, torch.ones_like(total), 1e-4), f"{what}: a row of q does not sum to 1")
+    require(
+        _close(of_token, first.log_probs.exp().to(of_token), 1e-4), f"{what}: q of a drawn token is not exp(log_probs)"
+    )
 
 
 def _check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
@@ -298,13 +339,14 @@ def _check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: 
         *(({n: t for n, t in moved.items() if n != name}, name) for name in before),
         *(({**moved, name: tensor[:-1]}, name) for name, tensor in before.items()),
         ({**moved, "no.such.tensor": moved[last]}, "no.such.tensor"),
+        *([({**moved, "d2t": moved["d2t"] + drafter.vocab_size}, "d2t")] if "d2t" in moved else []),
     ):
         try:
             drafter.install(broken)
         except ValueError as error:
             require(repr(name) in str(error), f"install refuses the tensor {name!r} without naming it: {error}")
         else:
-            raise AssertionError(f"install takes weights whose tensor {name!r} is missing, misshapen or unknown")
+            raise AssertionError(f"install takes weights whose tensor {name!r} is missing, misshapen, unknown or false")
         unchanged(f"when weights are refused for {name!r}")
 
     drafter.install({name: t.double() if t.is_floating_point() else t for name, t in moved.items()})
@@ -314,6 +356,29 @@ def _check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: 
     require(not torch.equal(drafter.score(batch).detach(), scored), "score does not change with the weights")
     drafter.install(before)
     unchanged("when other weights were installed in between")
+
+
+def _check_staging(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
+    """Staging is for beside the rounds, and what was given is the caller's again after the swap."""
+    old, shape = {name: tensor.clone() for name, tensor in drafter.published().items()}, TreeShape(3, 2)
+
+    def drafts() -> Proposal:
+        return drafter.propose(_filled(drafter, trajectories), shape)
+
+    def same(before: Proposal, why: str) -> None:
+        after = drafts()
+        equal = all(_close(a.double(), b.double(), 0.0) for a, b in zip(before[:3], after[:3], strict=True))
+        require(equal, f"proposals change {why}")
+
+    before, given = drafts(), _moved(old, generator)
+    put = drafter.stage(given)
+    same(before, "when weights are staged, and not only when they are installed")
+    put()
+    after = drafts()
+    for tensor in given.values():
+        tensor.zero_()
+    same(after, "with the tensors that were given to stage, after they were installed: they are not copied")
+    drafter.install(old)
 
 
 def _check_swap(
@@ -346,20 +411,44 @@ def _check_swap(
 
 
 def _check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict]) -> None:
-    batch = pack(trajectories)
-    scored = drafter.score(batch).detach()
-    rising = bool((drafter.draft_vocab.diff() > 0).all())  # some formats hold no others
-    for layout in drafter.formats if rising else ():
-        read = type(drafter).read(drafter.write(layout), parts, layout, **drafter.options)
-        require(read.feature_layers == drafter.feature_layers, f"feature_layers change by way of the format {layout!r}")
-        for name, tensor in read.published().items():
-            require(
-                name in drafter.published() and torch.equal(tensor, drafter.published()[name].to(tensor)),
-                f"the published tensor {name!r} changes by way of the format {layout!r}",
-            )
-        with torch.no_grad():
-            again = read.to(dtype_of(drafter)).score(batch)
-        require(_close(again, scored, 5e-3), f"score changes by way of the format {layout!r}")
+    rising = bool((drafter.draft_vocab.diff() > 0).all())
+    for layout in drafter.formats:
+        try:
+            _check_format(drafter, parts, trajectories, layout)
+        except CheckpointError as error:
+            require(not rising, f"the format {layout!r} cannot be written: {error}")
+            # Some formats hold no other maps than rising ones; any weights go with one.
+            sorted_ = copy.deepcopy(drafter)
+            vocab = drafter.draft_vocab.sort().values
+            sorted_.install({**drafter.published(), "d2t": vocab - torch.arange(len(vocab))})
+            _check_format(sorted_, parts, trajectories, layout)
+
+
+def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict], layout: str) -> None:
+    """By way of real files.
+
+    Raises:
+        CheckpointError: the drafter cannot be written in the format.
+    """
+    kind, way, batch = type(drafter), f"by way of the format {layout!r}", pack(trajectories)
+    with tempfile.TemporaryDirectory() as folder:
+        save_drafter(drafter, Path(folder) / "saved", layout)
+        config = json.loads((Path(folder) / "saved" / "config.json").read_text())
+        require(kind.recognizes(config), f"recognizes is false for the drafter's own folder, {way}")
+        try:
+            read = load_drafter(Path(folder) / "saved", parts, kind, layout=layout, options=drafter.options)
+        except CheckpointError as error:
+            raise AssertionError(f"the drafter's own folder cannot be read {way}: {error}") from error
+    require(dict(read.options) == dict(drafter.options), f"options change to {dict(read.options)} {way}")
+    require(read.feature_layers == drafter.feature_layers, f"feature_layers change {way}")
+    for name, tensor in read.published().items():
+        require(
+            name in drafter.published() and torch.equal(tensor, drafter.published()[name].to(tensor)),
+            f"the published tensor {name!r} changes {way}",
+        )
+    with torch.no_grad():
+        again, scored = read.to(dtype_of(drafter)).score(batch), drafter.score(batch)
+    require(_close(again, scored, 5e-3), f"score changes {way}")
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from aurora_rl.policies import NgramDrafter, TreeShape
 from aurora_rl.policies.ngram import continuations, ngram_tree
-from aurora_rl.testing import check_drafter, tiny_target
 
 texts = st.lists(st.integers(0, 2), max_size=20)  # few tokens, so that runs come again
 
@@ -64,10 +63,6 @@ def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: 
     assert sorted(chance[p] for p in paths) == sorted(chance.values(), reverse=True)[: len(paths)][::-1]
     for path, log_prob in zip(paths, tree.log_probs, strict=True):
         assert log_prob == pytest.approx(math.log(float(search([*text, *path[:-1]])[path[-1]])))
-
-
-def test_it_keeps_the_promises_of_drafters() -> None:
-    check_drafter(NgramDrafter(32), tiny_target())
 
 
 def test_a_slot_without_a_match_has_no_nodes() -> None:
