@@ -262,7 +262,7 @@ def test_values_are_float32_or_wider(dtype: torch.dtype, computed: torch.dtype) 
         ("reverse_kl", reverse_kl),
         (reverse_kl, reverse_kl),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_divergence_by_name_and_settings(settings: str | dict[str, Any] | Divergence, function: Divergence) -> None:
     log_p, logits = draw(3, 7)
