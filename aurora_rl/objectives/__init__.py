@@ -5,11 +5,9 @@ from aurora_rl.objectives.discard import DiscardSamplingLoss
 from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, overlap
 from aurora_rl.objectives.expected_length import ExpectedLengthLoss
 from aurora_rl.objectives.imitation import ImitationLoss, ImitationValues, imitation
-from aurora_rl.objectives.objective import (
+from aurora_rl.objectives.objective import Objective, SumLoss, Values
+from aurora_rl.objectives.registry import (
     OBJECTIVES,
-    Objective,
-    SumLoss,
-    Values,
     check_settings,
     get_objective,
     make_objectives,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aurora_rl.envs.verification import VerificationRule, get_rule
 from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
-from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees

@@ -13,7 +13,8 @@ from torch import Tensor
 from aurora_rl.envs.sampling import argmax
 from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products
 from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
-from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees

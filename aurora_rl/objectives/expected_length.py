@@ -20,7 +20,8 @@ from aurora_rl.objectives.contexts import (
     windows,
 )
 from aurora_rl.objectives.divergences import overlap
-from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees

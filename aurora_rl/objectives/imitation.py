@@ -15,7 +15,8 @@ from torch import Tensor
 
 from aurora_rl.objectives.contexts import SAMPLING_KEYS, SPINE_KEYS, completion_requests, completion_tokens, windows
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
-from aurora_rl.objectives.objective import Objective, Values, register_objective
+from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import target_rows
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
 

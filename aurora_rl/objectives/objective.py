@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,12 +16,10 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs.sampling import served_log_probs
-from aurora_rl.objectives.settings import check, nearest, settings_of
 from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
 
-_ENTRY_POINTS = "aurora_rl.objectives"
 # What a batch's groups come from, as the end of a sentence.
 _TREES = "an engine that drafts trees records it: serve with speculation (drafter.depth above 0, control.share below 1)"
 _SOURCES = {
@@ -34,8 +30,6 @@ _SOURCES = {
 }
 # Batches in a row without a single drafted node before that is an error.
 _NO_NODES = 20
-# Arguments of the constructor that no configuration gives.
-_NOT_SETTINGS = ("drafter", "head", "reduction")
 
 
 class Values(NamedTuple):
@@ -354,6 +348,7 @@ class SumLoss(_Loss):
         objectives: at least one, of one drafter.
 
     Example:
+        >>> from aurora_rl.objectives import make_objectives
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
         >>> from aurora_rl.testing import tiny_target, tiny_trajectory
         >>> from aurora_rl.trajectories import pack
@@ -416,98 +411,3 @@ class SumLoss(_Loss):
                 for key, value in objective(tensordict).items()
             }
         )
-
-
-# ---- registry -------------------------------------------------------------------------------------------------------
-
-OBJECTIVES: dict[str, type[Objective]] = {}
-
-_O = TypeVar("_O", bound=type[Objective])
-
-
-def register_objective(name: str) -> Callable[[_O], _O]:
-    """Class decorator: make an objective available by name in configurations.
-
-    A package makes its own known without being imported first by an entry point of the group
-    ``aurora_rl.objectives`` whose name is the objective's and whose value its class.
-
-    Args:
-        name: of the objective; its loss is "loss_<name>".
-
-    Raises:
-        ValueError: another class has the name. One that is defined again, as a notebook's is, replaces itself.
-    """
-
-    def register(cls: _O) -> _O:
-        known, new = (f"{c.__module__}.{c.__qualname__}" for c in (OBJECTIVES.get(name, cls), cls))
-        if known != new:
-            raise ValueError(f"the objective name {name!r} belongs to {known}; choose another for {new}")
-        cls.name = name
-        OBJECTIVES[name] = cls
-        return cls
-
-    return register
-
-
-def get_objective(name: str) -> type[Objective]:
-    """The class of a registered objective or entry point.
-
-    Raises:
-        ValueError: there is none of the name; the message names the nearest.
-
-    Example:
-        >>> get_objective("imitation").__name__
-        'ImitationLoss'
-    """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    found = {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
-    if name not in found:
-        known = sorted({*OBJECTIVES, *found})
-        raise ValueError(
-            f"no objective is called {name!r}; did you mean {nearest(name, known)!r}? There are {', '.join(known)}"
-        )
-    cls = found[name].load()
-    if not (isinstance(cls, type) and issubclass(cls, Objective)):
-        raise ValueError(f"the entry point {name!r} is {found[name].value}, which is no subclass of Objective")
-    cls.name = name
-    return cls
-
-
-def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
-    """The class that a mapping of name and settings asks for, which has been made once on a stand-in for a drafter.
-
-    Raises:
-        ValueError: no name, an unknown name or setting, or a value that the class refuses; the message names it and
-            what would have been right.
-    """
-    # A constructor that asks more of its drafter than the stand-in has finds out when there is one.
-    with contextlib.suppress(AttributeError):
-        _make(settings, cast(Drafter, nn.ParameterList([torch.zeros(1)])), torch.zeros(1, 1))
-    return get_objective(settings["name"])
-
-
-def make_objectives(settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: Tensor) -> list[Objective]:
-    """Objectives from a list of mappings: a name each, and the class's keyword arguments.
-
-    Args:
-        settings: such as ``[{"name": "imitation", "steps": 3}]``.
-        drafter: see :class:`Objective`.
-        head: see :class:`Objective`.
-
-    Raises:
-        ValueError: see :func:`check_settings`.
-    """
-    return [_make(each, drafter, head) for each in settings]
-
-
-def _make(settings: Mapping[str, Any], drafter: Drafter, head: Tensor) -> Objective:
-    if not isinstance(settings.get("name"), str):
-        raise ValueError(f"an objective needs a name, got {dict(settings)}")
-    cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"
-    arguments = {key: value for key, value in settings.items() if key != "name"}
-    check(arguments, {name: kind for name, kind in settings_of(cls).items() if name not in _NOT_SETTINGS}, what)
-    try:
-        return cls(drafter, head, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from error
