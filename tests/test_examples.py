@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aurora_rl.config import load_config
-from aurora_rl.objectives import ImitationLoss, objective
+from aurora_rl.objectives import ImitationLoss, registry
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.sglang.engine import free_ports
 from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -91,7 +91,7 @@ def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_p
 
 @pytest.fixture
 def focal(monkeypatch: pytest.MonkeyPatch) -> type[ImitationLoss]:
-    monkeypatch.setattr(objective, "OBJECTIVES", dict(objective.OBJECTIVES))
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
     monkeypatch.syspath_prepend(EXAMPLES)
     return runpy.run_path(str(EXAMPLES / "new_objective.py"))["FocalImitationLoss"]
 

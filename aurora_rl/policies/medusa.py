@@ -202,7 +202,10 @@ class MedusaDrafter(Drafter):
     def write(self, layout: str) -> Checkpoint:
         """See :meth:`Drafter.write`. "vllm" is what ``MedusaModel`` loads (``vllm_format``); SGLang has no Medusa."""
         ours = super().write("aurora_rl")
-        return Checkpoint(*to_vllm(*ours)) if layout == "vllm" else ours
+        if layout != "vllm":
+            return ours
+        # A subclass's heads are laid out as these are.
+        return Checkpoint(*to_vllm(ours.tensors, {**ours.config, "architectures": [MedusaDrafter.__name__]}))
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:

@@ -393,8 +393,11 @@ def test_broken_weights_never_change_the_text() -> None:
     world = World(wanted)
     made = drafter()
     policy = DrafterPolicy(made, world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES))
+    faults: list[str] = []
+    policy.on_fault = lambda slot, fault: faults.append(fault)
     policy.install({k: v if k == "d2t" else v * torch.nan for k, v in made.published().items()}, 1)
     check(world, world.run(policy), [Truth.of(r) for r in wanted])
+    assert len(faults) == len(wanted) and all("a log-probability is above 0 or not a number" in f for f in faults)
 
 
 def test_a_budget_that_fills_the_slot_and_the_widest_trees() -> None:

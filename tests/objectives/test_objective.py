@@ -26,9 +26,9 @@ from aurora_rl.objectives import (
     check_settings,
     get_objective,
     make_objectives,
-    objective,
     register_objective,
 )
+from aurora_rl.objectives import registry as by_name
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
 from aurora_rl.testing.forms import topk_form
@@ -120,8 +120,8 @@ def test_overlaps_keep_the_mass_of_the_whole_vocabulary(kind: type[Objective]) -
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type[Objective]]:
-    fresh = dict(objective.OBJECTIVES)
-    monkeypatch.setattr(objective, "OBJECTIVES", fresh)
+    fresh = dict(by_name.OBJECTIVES)
+    monkeypatch.setattr(by_name, "OBJECTIVES", fresh)
     return fresh
 
 
@@ -158,7 +158,7 @@ def test_entry_points(registry: dict[str, type[Objective]], monkeypatch: pytest.
     module = type(importlib)("test_entry_points_module")
     module.Theirs = type("Theirs", (ImitationLoss,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "test_entry_points_module", module)
-    monkeypatch.setattr(objective, "entry_points", points)
+    monkeypatch.setattr(by_name, "entry_points", points)
     assert get_objective("theirs").name == "theirs"
     with pytest.raises(ValueError, match="entry point 'broken' is collections:Counter, which is no subclass"):
         get_objective("broken")
