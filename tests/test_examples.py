@@ -111,7 +111,7 @@ def test_the_new_objective_weighs_by_what_is_missed(
     parts = TargetParts.of(tiny_target())
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
     settings = {"renormalize": renormalize, "steps": 2, "weighting": weighting}
-    (made,) = objective.make_objectives([{"name": "focal_imitation", "gamma": 2.0, **settings}], drafter, parts.head)
+    (made,) = registry.make_objectives([{"name": "focal_imitation", "gamma": 2.0, **settings}], drafter, parts.head)
     batch, unroll = pack([tiny_trajectory(drafter)]), drafter.unroll
     calls: list[int] = []
     monkeypatch.setattr(drafter, "unroll", lambda batch, steps: calls.append(steps) or unroll(batch, steps))
