@@ -267,6 +267,37 @@ def test_acceptance_is_the_exact_probability_given_the_tree() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def target_only(p: list[Fraction], children: list[int], coin: Fraction) -> int | list[Fraction]:
+    """A step of SGLang's rule, at thresholds of 1: one coin for all siblings, against what their p adds up to.
+
+    Returns the place of the child that is accepted, or else the law of the token that is drawn instead.
+    """
+    total = Fraction(0)
+    for place, token in enumerate(children):
+        total += p[token]
+        if coin < total:
+            return place
+    return [Fraction(0) if token in children else chance / (1 - total) for token, chance in enumerate(p)]
+
+
+@pytest.mark.parametrize("children", [[], [0], [2, 1], [1, 0], [3, 0, 2]])
+def test_target_only_has_the_law_of_sample_and_match(children: list[int]) -> None:
+    """So trajectories of SGLang, which verifies by it, are recorded as of sample-and-match."""
+    p, sides = [Fraction(n, 12) for n in (1, 5, 2, 4)], 12
+    taken, delivered = [Fraction(0)] * len(children), [Fraction(0)] * len(p)
+    for side in range(sides):
+        found = target_only(p, children, Fraction(2 * side + 1, 2 * sides))
+        if isinstance(found, int):
+            taken[found] += Fraction(1, sides)
+            delivered[children[found]] += Fraction(1, sides)
+        else:
+            delivered = [sum_ + chance / sides for sum_, chance in zip(delivered, found, strict=True)]
+    assert delivered == p and taken == [p[token] for token in children]
+    law, context = torch.tensor([[float(chance) for chance in p]]), torch.zeros(len(children), dtype=torch.int64)
+    expected = SampleAndMatch().acceptance(law, None, torch.tensor(children, dtype=torch.int64), context)
+    assert expected.tolist() == pytest.approx([float(chance) for chance in taken])
+
+
 def coin_per_sibling(r: Round) -> Verdict:
     """Each child is accepted on a coin of its own; if none is, the bonus is drawn as if nothing had been refused."""
     accepted, column = torch.zeros_like(r.valid), torch.zeros_like(r.rows)
