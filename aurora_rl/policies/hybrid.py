@@ -170,6 +170,8 @@ class HybridDrafter(Drafter):
     @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str | None, **options: Any) -> Self:
         """See :meth:`Drafter.read`: a learned drafter, of whichever architecture, with n-grams added."""
-        kind = recognized(checkpoint.config)
+        kind, name = recognized(checkpoint.config), options.get("learned")
+        if name is not None and not get_drafter(name).recognizes(checkpoint.config):
+            raise ValueError(f"config.json is of {kind.__name__}, and learned={name} is asked for")
         learned = kind.read(checkpoint, parts, layout or kind.formats[0], **options.get("learned_options") or {})
         return cls(learned, options.get("lookup", 2))

@@ -92,6 +92,9 @@ def test_only_the_learned_drafter_is_published_and_saved() -> None:
     parts = TargetParts.of(tiny_target())
     read = HybridDrafter.read(checkpoint, parts, "sglang", lookup=3)
     assert isinstance(read.learned, Eagle3Drafter) and read.lookup == 3
+    with pytest.raises(ValueError, match="config.json is of Eagle3Drafter, and learned=medusa is asked for"):
+        HybridDrafter.read(checkpoint, parts, "sglang", learned="medusa")
+    assert isinstance(HybridDrafter.read(checkpoint, parts, "sglang", learned="eagle3").learned, Eagle3Drafter)
 
 
 @pytest.mark.parametrize(
