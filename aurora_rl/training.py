@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -119,7 +120,7 @@ def train_on(
     for first in range(0, len(stream) - batch_size + 1, batch_size):
         new = [stream[index] for index in range(first, first + batch_size)]
         buffer.extend(new)
-        for batch in (pack(new), *(buffer.sample() for _ in range(replay))):
+        for batch in chain([pack(new)], (buffer.sample() for _ in range(replay))):
             try:
                 value, out = train_step(loss, optimizers, batch, autocast=autocast)
                 skipped = 0
