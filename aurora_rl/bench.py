@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,9 +42,12 @@ def learning_curve(
     *,
     seed: int,
     every: int,
-    tell: Callable[[int, float], None],
-) -> list[tuple[int, float]]:
+    tell: Callable[[int, str, float], None],
+) -> dict[str, list[tuple[int, float]]]:
     """Acceptance length on the next requests of a stream, after every so many learned from.
+
+    Likeliest drafts are evaluated always, since that is what is served by default; sampled ones beside them where the
+    configuration samples.
 
     Args:
         config: drafter, learner and shape settings.
@@ -56,22 +59,25 @@ def learning_curve(
         tell: called with each point as it comes.
 
     Returns:
-        (requests learned from, acceptance length).
+        (requests learned from, acceptance length) by the mode of the drafts.
     """
     prompts = [t["spine", "tokens"][: int(t["spine", "prompt_length"])].tolist() for t in stream[:64]]
     config = replace(config, seed=seed)
     drafter = build.drafter(config, target, prompts)
-    dtype, shape, settings = build.dtype_of(config), build.shape(config), config.learner
+    dtype, settings, served_shape = build.dtype_of(config), config.learner, build.shape(config)
+    shapes = {mode: replace(served_shape, mode=mode) for mode in dict.fromkeys(("topk", served_shape.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, target.parts.head.float()))
     optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     served = copy.deepcopy(drafter).to(dtype).eval().requires_grad_(False)
-    curve: list[tuple[int, float]] = []
+    curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
     def evaluate(seen: int) -> None:
         served.install(drafter.published())
         ahead = [stream[index] for index in range(seen, min(seen + every, len(stream)))]
-        curve.append((seen, replay(served, ahead, shape).acceptance_length))
-        tell(*curve[-1])
+        for mode, shape in shapes.items():
+            acceptance = replay(served, ahead, shape).acceptance_length
+            curves[mode].append((seen, acceptance))
+            tell(seen, mode, acceptance)
 
     evaluate(0)
     steps = train_on(
@@ -86,7 +92,7 @@ def learning_curve(
     for seen, _, _ in steps:
         if seen % every == 0:
             evaluate(seen)
-    return curve
+    return curves
 
 
 def bench_objectives(
@@ -130,11 +136,11 @@ def bench_objectives(
         for variant, seed in missing:
             began, spent = time.monotonic(), time.process_time()
 
-            def tell(seen: int, acceptance: float, variant: str = variant, seed: int = seed) -> None:
-                say(f"{recording.name} {variant} seed {seed}: {seen} requests, acceptance length {acceptance:.3f}")
+            def tell(seen: int, mode: str, acceptance: float, variant: str = variant, seed: int = seed) -> None:
+                say(f"{recording.name} {variant} seed {seed}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
 
             try:
-                curve = learning_curve(config, target, stream, VARIANTS[variant], seed=seed, every=every, tell=tell)
+                curves = learning_curve(config, target, stream, VARIANTS[variant], seed=seed, every=every, tell=tell)
             except ValueError as error:
                 raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
             result = {
@@ -144,10 +150,10 @@ def bench_objectives(
                 "objectives": VARIANTS[variant],
                 "requests": count,
                 "replay": config.learner.replay,
-                "tree": {k: getattr(config.drafter, k) for k in ("name", "depth", "width", "num_nodes", "mode")},
+                "tree": {k: getattr(config.drafter, k) for k in ("name", "depth", "width", "num_nodes")},
                 "seconds": round(time.monotonic() - began, 1),
                 "cpu_seconds": round(time.process_time() - spent, 1),  # whatever else the machine did
-                "curve": [[seen, round(acceptance, 4)] for seen, acceptance in curve],
+                "curves": {mode: [[seen, round(a, 4)] for seen, a in curve] for mode, curve in curves.items()},
             }
             part = _result(out, recording, variant, seed).with_suffix(".part")
             part.write_text(json.dumps(result, indent=1) + "\n")
@@ -162,12 +168,14 @@ def _result(out: Path, recording: Path, variant: str, seed: int) -> Path:
     return out / f"{recording.name}-{variant}-{seed}.json"
 
 
-def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
-    """By recording and variant: requests learned from, mean acceptance length and its spread (max − min) over seeds."""
-    points: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[tuple[int, float, float]]]:
+    """By recording, mode of the evaluated drafts and variant: requests learned from, mean acceptance length and its
+    spread (max − min) over seeds."""
+    points: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        for seen, acceptance in result["curve"]:
-            points[result["recording"], result["variant"]][seen].append(acceptance)
+        for mode, curve in result["curves"].items():
+            for seen, acceptance in curve:
+                points[result["recording"], mode, result["variant"]][seen].append(acceptance)
     return {
         key: [(seen, sum(a) / len(a), max(a) - min(a)) for seen, a in sorted(curve.items())]
         for key, curve in sorted(points.items())
@@ -176,12 +184,12 @@ def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list
 
 def _rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     curves = mean_curves(results)
-    seeds = {key: sum((r["recording"], r["variant"]) == key for r in results) for key in curves}
+    seeds = Counter((r["recording"], r["variant"]) for r in results)
     at = sorted({seen for curve in curves.values() for seen, _, _ in curve})
-    rows = [["recording", "objectives", "seeds", *(str(seen) for seen in at)]]
-    for (recording, variant), curve in curves.items():
+    rows = [["recording", "drafts", "objectives", "seeds", *(str(seen) for seen in at)]]
+    for (recording, mode, variant), curve in curves.items():
         cells = {seen: f"{mean:.3f}" + (f" ± {spread / 2:.3f}" if spread else "") for seen, mean, spread in curve}
-        rows.append([recording, variant, str(seeds[recording, variant]), *(cells.get(seen, "–") for seen in at)])
+        rows.append([recording, mode, variant, str(seeds[recording, variant]), *(cells.get(seen, "–") for seen in at)])
     return rows
 
 
@@ -198,23 +206,23 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     curves = mean_curves(results)
-    recordings = sorted({recording for recording, _ in curves})
-    columns = min(len(recordings), 4)
-    rows = -(-len(recordings) // columns)
+    panels = sorted({(recording, mode) for recording, mode, _ in curves})
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(4 * columns, 3.5 * rows), sharey=True, squeeze=False, layout="constrained"
     )
     # A variant has one colour in all panels, and stands in the legend also where the first panel lacks it.
-    colours = {variant: f"C{number}" for number, variant in enumerate(sorted({variant for _, variant in curves}))}
+    colours = {variant: f"C{number}" for number, variant in enumerate(sorted({variant for _, _, variant in curves}))}
     lines = {}
-    for axis, recording in zip(axes.flat, recordings, strict=False):
-        for (of, variant), curve in curves.items():
-            if of == recording:
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for (recording, mode, variant), curve in curves.items():
+            if (recording, mode) == panel:
                 points = zip(*((seen, mean) for seen, mean, _ in curve), strict=True)
                 (lines[variant],) = axis.plot(*points, color=colours[variant])
-        axis.set_title(recording)
+        axis.set_title(f"{panel[0]}, {panel[1]} drafts")
         axis.set_xlabel("requests learned from")
-    for axis in axes.flat[len(recordings) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel("acceptance length on the next requests")

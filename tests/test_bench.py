@@ -48,8 +48,9 @@ def test_curves_table_and_plot_and_only_missing_runs_are_made(
     assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", ",".join(names)) == 0
     for name in names:
         result = json.loads((tmp_path / f"topk-{name}-0.json").read_text())
-        assert [seen for seen, _ in result["curve"]] == [0, 4, 8]
-        assert all(1 <= acceptance <= 5 for _, acceptance in result["curve"])
+        assert list(result["curves"]) == ["topk"]
+        assert [seen for seen, _ in result["curves"]["topk"]] == [0, 4, 8]
+        assert all(1 <= acceptance <= 5 for _, acceptance in result["curves"]["topk"])
         assert result["objectives"] == VARIANTS[name]
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(names)
@@ -58,11 +59,12 @@ def test_curves_table_and_plot_and_only_missing_runs_are_made(
     assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "forward_kl", "--seeds", "2") == 0
     assert "forward_kl seed 1" in (out := capsys.readouterr().out) and "seed 0" not in out
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())
-    assert "| topk | forward_kl | 2 |" in (tmp_path / "table.md").read_text()
-    # A sampled stream has a table row of its own, and the policy gradient learns from it with its draft vocabulary.
+    assert "| topk | topk | forward_kl | 2 |" in (tmp_path / "table.md").read_text()
+    # A sampled stream is evaluated by both modes, and the policy gradient learns from it with its draft vocabulary.
     more = ("--variants", "policy_gradient", f"drafter.path={streams['sampled'].with_name('drafter-day0')}")
     assert bench(tiny_folder, streams["sampled"], tmp_path, *more, "drafter.mode=sampled") == 0
-    assert (tmp_path / "sampled-policy_gradient-0.json").exists()
+    curves = json.loads((tmp_path / "sampled-policy_gradient-0.json").read_text())["curves"]
+    assert set(curves) == {"topk", "sampled"} and curves["topk"] != curves["sampled"]
 
 
 def test_what_cannot_be_measured_is_an_error(
@@ -78,7 +80,7 @@ def test_what_cannot_be_measured_is_an_error(
 
 
 def test_mean_and_spread_over_seeds() -> None:
-    runs = [{"recording": "r", "variant": "v", "curve": [[0, 1.0], [4, a]]} for a in (1.2, 1.5, 1.8)]
+    runs = [{"recording": "r", "variant": "v", "curves": {"topk": [[0, 1.0], [4, a]]}} for a in (1.2, 1.5, 1.8)]
     ((key, curve),) = mean_curves(runs).items()
-    assert key == ("r", "v") and curve[0] == (0, 1.0, 0.0)
+    assert key == ("r", "topk", "v") and curve[0] == (0, 1.0, 0.0)
     assert curve[1][0] == 4 and curve[1][1:] == pytest.approx((1.5, 0.6))
