@@ -169,8 +169,7 @@ def _result(out: Path, recording: Path, variant: str, seed: int) -> Path:
 
 
 def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[tuple[int, float, float]]]:
-    """By recording, mode of the evaluated drafts and variant: requests learned from, mean acceptance length and its
-    spread (max − min) over seeds."""
+    """By recording, mode of drafts and variant: requests learned from, mean acceptance length and spread over seeds."""
     points: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         for mode, curve in result["curves"].items():

@@ -90,7 +90,9 @@ class ExpectedLengthLoss(Objective):
     @property
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
-        served = [*SAMPLING_KEYS, self.tensor_keys.hidden, *([] if self.rule else [("sampling", "rule")])]
+        served = [self.tensor_keys.hidden, *([] if self.rule else [("sampling", "rule")])]
+        if self.rule != "greedy":
+            served += SAMPLING_KEYS
         if self.contexts == "text":
             return [*SPINE_KEYS, *served]
         return [*TREE_KEYS, *served, self.tensor_keys.node_hidden, self.tensor_keys.accepted]

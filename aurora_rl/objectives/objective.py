@@ -301,15 +301,20 @@ class Objective(_Loss):
             batch: packed trajectories.
             rows: ``[X]``, the target's outputs, see ``target_rows``.
             request: ``[X]`` int64, the request of each row.
-            greedy: take every request as decoded greedily.
+            greedy: take every request as decoded greedily, and read nothing of "sampling".
 
         Returns:
             ``[X, Vd]``, not renormalised; the point mass on the argmax where the request was decoded greedily.
         """
-        temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
-        if greedy:
-            temperature = torch.zeros_like(temperature)
         logits = target_logits(rows, self.head)
+        if greedy:
+            temperature, top_k, top_p = (
+                logits.new_zeros(len(logits)),
+                torch.zeros_like(request),
+                logits.new_ones(len(logits)),
+            )
+        else:
+            temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
         return served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab)
 
     @torch.no_grad()

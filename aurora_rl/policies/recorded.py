@@ -49,6 +49,25 @@ class RecordedTrees(NamedTuple):
             parent=torch.where(parents < 0, drafted_in, len(rounds) + above),
         )
 
+    @property
+    def ends(self) -> Tensor:
+        """``[M]`` int64, one past the last node of the subtree of each, among all nodes of the batch.
+
+        Node ``j`` is node ``i`` or an ancestor of it where ``j <= i < ends[j]``.
+
+        Raises:
+            ValueError: a tree whose nodes are not depth-first, so that no interval holds a subtree.
+        """
+        size = torch.ones_like(self.depth)
+        for depth in range(int(self.depth.max()) if len(self.depth) else 0, 0, -1):
+            here = (self.depth[self.num_rounds :] == depth).nonzero().flatten()
+            size.index_add_(0, self.parent[here], size[self.num_rounds + here])
+        node = torch.arange(len(self.parent), device=self.parent.device)
+        ends, above = node + size[self.num_rounds :], self.parent - self.num_rounds
+        if bool(((above >= 0) & (ends > ends[above.clamp(min=0)])).any()):
+            raise ValueError("('nodes', 'parents') is not depth-first; lay trees with trees.reorder_depth_first")
+        return ends
+
 
 def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, Tensor]:
     """The batch with other rounds: behind every anchor a chain of the tokens that the text goes on with.

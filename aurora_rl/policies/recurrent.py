@@ -211,12 +211,23 @@ class RecurrentDrafter(Drafter):
         return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. One pass for each depth, over all contexts of that depth in the batch."""
+        """See :meth:`Drafter.context_logits`.
+
+        One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the spine, then the
+        request's trees sorted by anchor, each depth-first. A spine key is seen by the contexts whose root is not before
+        it, a node's key by the nodes from itself to the end of its subtree.
+        """
         trees, requests = RecordedTrees.of(batch), len(batch["spine", "offset"]) - 1
         _, x, residual, spine = self._read_spine(batch)
         every = torch.arange(x.shape[1], device=x.device)
         place = torch.zeros_like(trees.depth)  # of a context among those of its depth
-        carried, branch, predicted, order = residual, None, [], []
+        of_request = batch["rounds", "offset"][batch["rounds", "request_offset"]]
+        first = of_request[trees.request[trees.num_rounds :]]
+        column = torch.arange(len(first), device=x.device) - first  # of a node among those of its request
+        end = pad_rows(trees.ends - first, of_request)[:, None]
+        columns = torch.arange(end.shape[2], device=x.device)
+        keys = tuple(torch.cat([s, s.new_zeros(requests, len(columns), *s.shape[2:])], dim=1) for s in spine)
+        carried, predicted, order = residual, [], []
         for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
             here = (trees.depth == level).nonzero().flatten()
             place[here] = torch.arange(len(here), device=here.device)
@@ -226,20 +237,21 @@ class RecurrentDrafter(Drafter):
             offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             real = torch.arange(int(counts.max()), device=here.device) < counts[:, None]
             position = pad_rows(root + level, offset)
+            seen, mask = spine, every <= pad_rows(root, offset)[:, :, None]
             if level == 0:
                 read, stream = (pad_rows(part[request, root], offset) for part in (x, residual))
             else:
-                # Each node reads what it was drawn from, and sees its ancestors' keys.
-                above = place[trees.parent[here - trees.num_rounds]]
-                tokens = pad_rows(batch["nodes", "tokens"][here - trees.num_rounds], offset)
+                nodes = here - trees.num_rounds
+                # Each node reads what it was drawn from.
+                tokens, above = pad_rows(batch["nodes", "tokens"][nodes], offset), place[trees.parent[nodes]]
                 read, stream = self._enter(self._embed(tokens), pad_rows(carried[above], offset))
-                own = tuple(part[:, :, None] for part in self._layer.self_attn.keys_values(read, position))
-                if branch is not None:
-                    seen = (pad_rows(part[above], offset) for part in branch)
-                    own = tuple(torch.cat([s, o], dim=2) for s, o in zip(seen, own, strict=True))
-                branch = (own[0][real], own[1][real])
-            mask = every <= pad_rows(root, offset)[:, :, None]
-            carried = self._carried(self._layer(read, stream, position, spine, mask, own if level else None)[real])
+                own = self._layer.self_attn.keys_values(read, position)
+                # Out of place: the depths before need their keys for their gradients.
+                at = request, len(every) + column[nodes]
+                keys = tuple(k.index_put(at, o[real]) for k, o in zip(keys, own, strict=True))
+                itself = pad_rows(column[nodes], offset)[:, :, None]
+                seen, mask = (keys[0], keys[1]), torch.cat([mask, (columns <= itself) & (itself < end)], dim=2)
+            carried = self._carried(self._layer(read, stream, position, seen, mask, None)[real])
             asked = wanted[here]
             predicted.append(self._head(self._read_by_head(carried[asked])))
             order.append(here[asked])

@@ -34,7 +34,6 @@ def check_objective(
     *,
     differentiable: bool = True,
     unbiased: bool = True,
-    follows_sampling: bool = True,
     seed: int = 0,
 ) -> None:
     """Check the promises that a learner relies on; raises AssertionError naming the one that is broken.
@@ -66,8 +65,6 @@ def check_objective(
             gradient is not the derivative of its value.
         unbiased: False for a sampled objective that is biased on purpose, as by standardised rewards: then its
             expected gradient need only have a positive cosine with the right one.
-        follows_sampling: False for an objective that reads temperature, top-k and top-p and sets them aside, such as
-            one that takes all requests as decoded greedily.
         seed: of weights, prompts and completions.
 
     Raises:
@@ -102,8 +99,7 @@ def check_objective(
     require(learns, "no gradient reaches the drafter")  # in one batch there may be no reward
     if not sampled:
         _check_siblings(objective("sum"), first.trajectories)
-    if follows_sampling:
-        _check_sampling(objective(), pack(first.trajectories))
+    _check_sampling(objective(), pack(first.trajectories))
     _check_extremes(objective(), first.trajectories)
     if sampled:
         check_expected_gradient(make, unbiased=unbiased, seed=seed)

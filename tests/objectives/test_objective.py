@@ -59,7 +59,6 @@ def test_every_objective_keeps_its_promises(kind: type[Objective], settings: dic
         lambda drafter, head, reduction: kind(drafter, head, reduction=reduction, **settings),
         differentiable=settings.get("weighting") != "expected_length",
         unbiased=settings.get("baseline") != "group",
-        follows_sampling=settings.get("rule") != "greedy",
     )
 
 
