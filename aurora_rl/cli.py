@@ -186,7 +186,14 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
 
     # Sizes and positions are checked against the target, and written as the target has them.
     target = build.load(config)
-    drafter = load_drafter(arguments.drafter, target.parts, layout=arguments.layout, options=config.drafter.options)
+    settings = config.drafter
+    drafter = load_drafter(
+        arguments.drafter,
+        target.parts,
+        layout=arguments.layout,
+        options=settings.options,
+        made_for=settings.made_for,
+    )
     save_drafter(drafter.to(build.dtype_of(config)), arguments.out, arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
