@@ -311,6 +311,11 @@ class Drafter(nn.Module, ABC):
         return config.get("architectures") == [cls.__name__]
 
     @classmethod
+    def saved_as(cls, options: Mapping[str, Any]) -> type[Drafter] | None:
+        """The class whose folders a drafter with these options is kept in; None where the folder has to tell."""
+        return cls
+
+    @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
         """The drafter for a target, float32, of what :meth:`write` wrote or an engine's user has.
 

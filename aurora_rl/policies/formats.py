@@ -86,8 +86,9 @@ def load_drafter(
     try:
         _check_types(tensors, config)
         trained_for = config.pop(_MADE_FOR, None)  # not the class's to keep
-        # A folder that several could have written is of the class that is asked for; a hybrid has no form of its own.
-        found = kind if kind is not None and kind.formats and kind.recognizes(config) else recognized(config)
+        # A folder that several could have written is of the class that is asked for.
+        asked = None if kind is None else kind.saved_as(options)
+        found = asked if asked is not None and asked.recognizes(config) else recognized(config)
         for name in found.target_sizes:
             mine = getattr(parts.config, name)
             if config.get(name, mine) != mine:
