@@ -142,14 +142,16 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
 def _made(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
     settings, made = config.drafter, _drafter_class(config)
     if settings.path is not None:
-        return load_drafter(settings.path, target.parts, made, options=settings.options)
+        return load_drafter(settings.path, target.parts, made, options=settings.options, made_for=settings.made_for)
     torch.manual_seed(config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
     try:
-        return made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
+        started = made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"drafter.name={settings.name}: {error}") from error
+    started.made_for = target.parts.fingerprint
+    return started
 
 
 def _drafter_class(config: Config) -> type[Drafter]:

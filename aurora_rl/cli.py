@@ -173,7 +173,7 @@ def _bench(config: Config, arguments: argparse.Namespace) -> int:
 def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--drafter", required=True, help="folder such as RUN_DIR/drafter, or hub id")
     command.add_argument("--out", type=Path, required=True, help="folder to write; a drafter in it is replaced")
-    command.add_argument("--to", required=True, help="sglang, vllm or hf (what the architecture's authors publish)")
+    command.add_argument("--to", required=True, help="sglang, vllm, hf (its authors' own), or another of its formats")
     command.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
     command.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
@@ -182,11 +182,21 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
     from aurora_rl import build
-    from aurora_rl.policies import load_drafter, save_drafter
+    from aurora_rl.policies import get_drafter, load_drafter, save_drafter
 
     # Sizes and positions are checked against the target, and written as the target has them.
     target = build.load(config)
-    drafter = load_drafter(arguments.drafter, target.parts, layout=arguments.layout, options=config.drafter.options)
+    settings = config.drafter
+    # Drafters that have names recognize their folders. Of others only the user may say what is imported.
+    kind = get_drafter(settings.name) if ":" in settings.name else None
+    drafter = load_drafter(
+        arguments.drafter,
+        target.parts,
+        kind,
+        layout=arguments.layout,
+        options=settings.options,
+        made_for=settings.made_for,
+    )
     save_drafter(drafter.to(build.dtype_of(config)), arguments.out, arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0

@@ -71,6 +71,8 @@ class DrafterConfig:
     """What the architecture is told beside, such as learned=eagle3 of hybrid."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
+    made_for: str = "target"
+    """target refuses a checkpoint that was trained for other weights than the target's; any starts from it."""
     vocab_size: int = 8192
     """Rows of the draft head."""
     feature_layers: list[int] | None = None
@@ -272,6 +274,8 @@ def _check(config: Config) -> None:
     for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
         if not 0 <= OmegaConf.select(tree, key) < math.inf:
             raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
+    if config.drafter.made_for not in ("target", "any"):
+        raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
     _check_engine(config)
     for key in ("wire.trajectories", "wire.weights"):
         address = OmegaConf.select(tree, key)

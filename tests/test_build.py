@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,18 @@ def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target
         build.drafter(config, target, [])
     config.drafter.options = {"learned_options": {"num_heads": 5}}
     assert build.drafter(config, target, []).max_depth == 5
+
+
+def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
+    config: Config, target: build.Target, tmp_path: Path
+) -> None:
+    save_drafter(build.drafter(config, target, []), tmp_path / "drafter")
+    config.drafter.path = str(tmp_path / "drafter")
+    newer = replace(target, parts=replace(target.parts, head=target.parts.head + 0.1))
+    with pytest.raises(CheckpointError, match="the drafter was trained for others"):
+        build.drafter(config, newer, [])
+    config.drafter.made_for = "any"
+    assert build.drafter(config, newer, []).made_for == newer.parts.fingerprint
 
 
 def test_a_drafter_for_another_model_names_what_does_not_match(

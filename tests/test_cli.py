@@ -342,6 +342,26 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     assert f"Eagle3Drafter for {tiny_folder} written to {tmp_path / 'vllm'} (vllm)" in capsys.readouterr().out
 
 
+def test_export_of_a_class_that_the_library_does_not_know(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other_heads.py").write_text(
+        "from aurora_rl.policies import MedusaDrafter\nclass OtherHeads(MedusaDrafter):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    named = [*pairs, "drafter.name=other_heads:OtherHeads"]
+    config = load_config(overrides=[*named, "drafter.vocab_size=64"])
+    save_drafter(build.drafter(config, build.load(config), []), tmp_path / "ours")
+    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
+    assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
+    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    assert "OtherHeads for" in capsys.readouterr().out
+    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
+    assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [

@@ -131,6 +131,8 @@ class Drafter(nn.Module, ABC):
         formats: names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: entries of a checkpoint's ``config.json`` that must be the target's.
         options: what :meth:`from_target` was given beside its own arguments.
+        made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in its folder; None where it is
+            not known.
     """
 
     max_depth: float = math.inf
@@ -143,6 +145,7 @@ class Drafter(nn.Module, ABC):
     vocab_size: int
     cached: Tensor
     options: Mapping[str, Any] = MappingProxyType({})
+    made_for: str | None = None
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -306,6 +309,11 @@ class Drafter(nn.Module, ABC):
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` is of a drafter of this class, in whichever of its :attr:`formats`."""
         return config.get("architectures") == [cls.__name__]
+
+    @classmethod
+    def saved_as(cls, options: Mapping[str, Any]) -> type[Drafter] | None:
+        """The class whose folders a drafter with these options is kept in; None where the folder has to tell."""
+        return cls
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:

@@ -18,6 +18,8 @@ from aurora_rl.policies.registry import recognized
 from aurora_rl.policies.target import TargetParts
 
 _FILES = ("config.json", "model.safetensors")
+# In config.json: `Drafter.made_for`. Engines pass over entries that they do not know.
+_MADE_FOR = "aurora_rl_made_for"
 # Entries of config.json, or of the objects in it, that name layers of the target.
 _ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
 
@@ -50,6 +52,8 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
         tensors, config = drafter.write(layout)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    if drafter.made_for is not None:
+        config = {**config, _MADE_FOR: drafter.made_for}
     write_folder(folder, tensors, {"config.json": config})
 
 
@@ -60,8 +64,9 @@ def load_drafter(
     *,
     layout: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
+    made_for: str = "target",
 ) -> Drafter:
-    """Read a drafter for a target, in float32.
+    """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.made_for``.
 
     Args:
         source: a folder, or the id of a repository on the Hugging Face hub.
@@ -69,6 +74,8 @@ def load_drafter(
         kind: the class; None takes the one that recognizes ``config.json``.
         layout: one of the class's ``formats``; None takes the first.
         options: see ``Drafter.read``.
+        made_for: "target" refuses a folder that says that it was trained for other weights than the target's; "any"
+            starts from it, as from that of an earlier state of the target.
 
     Raises:
         CheckpointError: files are missing or broken, or the drafter was made for another target; names the first
@@ -78,8 +85,10 @@ def load_drafter(
     tensors, config = read_folder(folder, "config.json")
     try:
         _check_types(tensors, config)
-        # A folder that several could have written is of the class that is asked for; a hybrid has no form of its own.
-        found = kind if kind is not None and kind.formats and kind.recognizes(config) else recognized(config)
+        trained_for = config.pop(_MADE_FOR, None)  # not the class's to keep
+        # A folder that several could have written is of the class that is asked for.
+        asked = None if kind is None else kind.saved_as(options)
+        found = asked if asked is not None and asked.recognizes(config) else recognized(config)
         for name in found.target_sizes:
             mine = getattr(parts.config, name)
             if config.get(name, mine) != mine:
@@ -91,6 +100,12 @@ def load_drafter(
             raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
         drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
         _check_layers(drafter, config, parts)
+        drafter.made_for = parts.fingerprint
+        if made_for != "any" and trained_for not in (None, drafter.made_for):
+            raise ValueError(
+                f"config.json: {_MADE_FOR} is {trained_for!r}, the target's weights are {drafter.made_for!r}: the "
+                "drafter was trained for others. To start from it nevertheless, set drafter.made_for=any"
+            )
     except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
     except ValueError as error:

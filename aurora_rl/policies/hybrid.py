@@ -168,10 +168,19 @@ class HybridDrafter(Drafter):
         return True
 
     @classmethod
+    def saved_as(cls, options: Mapping[str, Any]) -> type[Drafter] | None:
+        """See :meth:`Drafter.saved_as`: the learned drafter's class, where it is named."""
+        name = options.get("learned")
+        return None if name is None else get_drafter(name)
+
+    @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str | None, **options: Any) -> Self:
         """See :meth:`Drafter.read`: a learned drafter, of whichever architecture, with n-grams added."""
-        kind, name = recognized(checkpoint.config), options.get("learned")
-        if name is not None and not get_drafter(name).recognizes(checkpoint.config):
-            raise ValueError(f"config.json is of {kind.__name__}, and learned={name} is asked for")
+        kind = cls.saved_as(options)
+        if kind is None or not kind.recognizes(checkpoint.config):
+            found = recognized(checkpoint.config)
+            if kind is not None:
+                raise ValueError(f"config.json is of {found.__name__}, and learned={options['learned']} is asked for")
+            kind = found
         learned = kind.read(checkpoint, parts, layout or kind.formats[0], **options.get("learned_options") or {})
         return cls(learned, options.get("lookup", 2))

@@ -98,5 +98,5 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
             return kind
     raise ValueError(
         f"config.json: no drafter is of architectures {config.get('architectures')}; there are "
-        f"{', '.join(available_drafters())}"
+        f"{', '.join(available_drafters())}, and any that drafter.name=package.module:Class names"
     )

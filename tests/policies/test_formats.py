@@ -455,3 +455,52 @@ def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing is neither a folder nor a repository of the hub"):
         load_drafter("nobody/nothing", parts)
+
+
+def tuned(part: str) -> TargetParts:
+    """Of the tiny target, further trained in one place."""
+    model = tiny_target(dtype=torch.float32)
+    model.get_parameter(part).add_(0.01 * torch.randn_like(model.get_parameter(part)))
+    return TargetParts.of(model)
+
+
+@pytest.mark.parametrize("part", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "medusa", "dflash", "standalone", "hybrid"])
+def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
+    parts: TargetParts, tmp_path: Path, name: str, part: str
+) -> None:
+    drafter, other = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tuned(part)
+    drafter.made_for = parts.fingerprint
+    for layout in drafter.formats:
+        if layout == "sglang" and name == "dflash":
+            continue  # whose default layers are too few in a tiny target
+        folder = tmp_path / layout
+        save_drafter(drafter, folder, layout)
+        wrong = (
+            f"{folder}: config.json: aurora_rl_made_for is '{parts.fingerprint}', the target's weights are "
+            f"'{other.fingerprint}': .* set drafter.made_for=any"
+        )
+        with pytest.raises(CheckpointError, match=wrong):
+            load_drafter(folder, other, type(drafter), layout=layout)
+        assert load_drafter(folder, parts, type(drafter), layout=layout).made_for == parts.fingerprint
+        # From then on it is the other target's.
+        read = load_drafter(folder, other, type(drafter), layout=layout, made_for="any")
+        save_drafter(read, tmp_path / "again", layout)
+        load_drafter(tmp_path / "again", other, type(drafter), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_same_target_in_another_dtype_is_the_same(parts: TargetParts, tmp_path: Path, dtype: torch.dtype) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))
+    drafter.made_for = parts.fingerprint
+    save_drafter(drafter, tmp_path / "drafter")
+    load_drafter(tmp_path / "drafter", TargetParts.of(tiny_target(dtype=dtype)))
+
+
+def test_a_folder_that_names_no_target_is_read_and_named_when_saved(
+    saved: tuple[Eagle3Drafter, Path], tmp_path: Path
+) -> None:
+    other = tuned("lm_head.weight")
+    assert "aurora_rl_made_for" not in json.loads((saved[1] / "config.json").read_text())
+    save_drafter(load_drafter(saved[1], other), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["aurora_rl_made_for"] == other.fingerprint

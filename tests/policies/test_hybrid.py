@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_rl.policies import Eagle3Drafter, HybridDrafter, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.checkpoints import CheckpointError
+from aurora_rl.policies import (
+    Eagle3Drafter,
+    HybridDrafter,
+    MedusaDrafter,
+    TargetParts,
+    TreeShape,
+    load_drafter,
+    save_drafter,
+)
 from aurora_rl.policies.hybrid import merge_chain
 from aurora_rl.policies.ngram import Tree
-from aurora_rl.testing import tiny_target
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import pack
 
 
 @st.composite
@@ -95,6 +106,29 @@ def test_only_the_learned_drafter_is_published_and_saved() -> None:
     with pytest.raises(ValueError, match="config.json is of Eagle3Drafter, and learned=medusa is asked for"):
         HybridDrafter.read(checkpoint, parts, "sglang", learned="medusa")
     assert isinstance(HybridDrafter.read(checkpoint, parts, "sglang", learned="eagle3").learned, Eagle3Drafter)
+
+
+class OtherHeads(MedusaDrafter):
+    """A learned drafter that has no name, only its import path."""
+
+
+def test_a_learned_drafter_that_only_its_path_names_is_saved_and_read(tmp_path: Path) -> None:
+    parts, options = TargetParts.of(tiny_target()), {"learned": f"{__name__}:OtherHeads", "lookup": 3}
+    drafter = HybridDrafter.from_target(parts, draft_vocab=torch.arange(20), **options)
+    save_drafter(drafter, tmp_path / "drafter")
+    read = load_drafter(tmp_path / "drafter", parts, HybridDrafter, options=options)
+    assert isinstance(read, HybridDrafter) and type(read.learned) is OtherHeads and read.options == drafter.options
+    batch = pack([tiny_trajectory(drafter.double())])
+    assert torch.equal(read.double().score(batch), drafter.score(batch))
+    with pytest.raises(
+        CheckpointError, match=r"\['OtherHeads'\]; there are .* drafter.name=package.module:Class names"
+    ):
+        load_drafter(tmp_path / "drafter", parts, HybridDrafter)
+    save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(20)), tmp_path / "drafter")
+    with pytest.raises(
+        CheckpointError, match="config.json is of MedusaDrafter, and learned=.*:OtherHeads is asked for"
+    ):
+        load_drafter(tmp_path / "drafter", parts, HybridDrafter, options=options)
 
 
 @pytest.mark.parametrize(
