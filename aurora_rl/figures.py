@@ -20,7 +20,7 @@ class Figures(ABC):
         finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
         swap_ms: milliseconds that serving stood still at each swap.
         versions: versions of weights that have drafted.
-        drafter_faults: requests that went on without speculation since the drafter failed or its tree was malformed.
+        drafter_faults: requests that went on without the drafter, which failed or whose tree was malformed.
     """
 
     def __init__(self, version: int) -> None:

@@ -54,7 +54,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
     table.add_row("dropped trajectories", show(summary["dropped_trajectories"]))
     if summary["drafter_faults"]:
-        table.add_row("served without drafts, for a fault", show(summary["drafter_faults"]))
+        table.add_row("served without the drafter, for a fault", show(summary["drafter_faults"]))
     table.add_row("duration", f"{summary['duration_s']:.0f} s")
     return table
 

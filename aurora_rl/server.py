@@ -97,6 +97,9 @@ class InferenceServer(Figures):
         if self._shapes is not None:
             if policy.speculate:
                 outcomes = _outcomes(done)
+                if policy.shape.free:
+                    # Where n-grams found nothing is no less a trial of them.
+                    outcomes += [["undrafted"] for _ in range(occupied - len(outcomes))]
                 judged = [path[: policy.shape.depth] for path in outcomes]
                 # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
                 below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
@@ -116,8 +119,8 @@ class InferenceServer(Figures):
             self.policy.shape = shape
             acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
             self._log.write(
-                "shape", depth=shape.depth, width=shape.width, nodes=shape.budget, acceptance=acceptance,
-                occupied=self.env.num_active,
+                "shape", depth=shape.depth, width=shape.width, nodes=shape.budget, free=shape.free,
+                acceptance=acceptance, occupied=self.env.num_active,
             )  # fmt: skip
 
     def completed(self, completion: Completion) -> None:
@@ -147,9 +150,9 @@ class InferenceServer(Figures):
         self._recording += time.perf_counter() - began
 
     def _fault(self, slot: int, fault: str) -> None:
-        """A slot's request goes on without speculation."""
+        """A slot's request goes on without the drafter."""
         request = self.env.request_of(slot).id
-        self.note_fault(fault, request, f"request {request} goes on without speculation")
+        self.note_fault(fault, request, f"request {request} goes on without the drafter")
 
     def note_fault(self, fault: str, request: int | None, outcome: str) -> None:
         """Count and log that the drafter failed, and warn of the first time.
@@ -265,7 +268,8 @@ def measure_rounds(
         policy.shape, policy.on_fault, engine.prefill_seconds = kept, None, 0.0
 
     def dearer(shape: TreeShape) -> list[TreeShape]:
-        return [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
+        deeper = [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
+        return [s for s in deeper if shape.free or not shape.depth or not s.free]
 
     # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
     return {
@@ -275,14 +279,16 @@ def measure_rounds(
 
 
 def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
-    """What :func:`measure_rounds` returns, for a log: milliseconds, shapes by depth and width.
+    """What :func:`measure_rounds` returns, for a log: milliseconds, shapes by depth and width, and whether free.
 
     Example:
         >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
         {1: {'0x1': 20.0, '3x2': 31.2}}
     """
     return {
-        count: {f"{shape.depth}x{shape.width}": round(s * 1e3, 3) for shape, s in by_shape.items()}
+        count: {
+            f"{shape.depth}x{shape.width}{' free' * shape.free}": round(s * 1e3, 3) for shape, s in by_shape.items()
+        }
         for count, by_shape in costs.items()
     }
 

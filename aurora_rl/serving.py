@@ -110,7 +110,7 @@ class EmbeddedServing(Serving):
                 config.max_new_tokens,
                 SamplingParams(config.temperature, config.top_k, config.top_p),
             )
-            tried = ShapeController.candidates(tree, chains=not made.min_depth)
+            tried = ShapeController.candidates(tree, free=made.min_depth > 0)
             try:
                 costs = measure_rounds(engine, policy, usual, tried)
             except DrafterFault as error:

@@ -525,6 +525,106 @@ def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: P
     assert rounds.pop(1) == 2 and set(rounds.values()) == {6}
 
 
+class Guess(Broken):
+    """Its drafts from the text are the right next token and a wrong one, or fail too."""
+
+    min_depth = DEPTH
+    calls = 0
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        assert not shape.free
+        return super().propose(slots, shape, generator)
+
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+        self.calls += 1
+        if self._how == "twins":
+            return Proposal(torch.tensor([[7, 7]]), torch.tensor([[-1, -1]]), torch.zeros(1, 2))
+        (known,) = {tuple(t) for t in self._texts if t[: len(text)] == list(text)}
+        right, behind = known[len(text) : len(text) + 2]
+        tokens = torch.tensor([[right, (behind + 1) % VOCAB]])
+        return Proposal(tokens, torch.tensor([[-1, 0]]), torch.full((1, 2), -torch.inf))
+
+
+@pytest.mark.parametrize("how", ["raises", "cycle"])
+def test_a_request_that_the_drafter_fails_goes_on_with_its_drafts_from_the_text(tmp_path: Path, how: str) -> None:
+    waiting = requests(6, budget=22)
+    serving = Serving(tmp_path, waiting, Guess(waiting, 1, how), slots=2)
+    server = serving.run()
+    serving.check_texts()
+    (fault,) = serving.events("drafter_fault")
+    assert fault["request"] == 1 and FAULTS[how] in fault["fault"] and server.drafter_faults == 1
+    accepted = {event["request"]: event["accepted"] for event in serving.events("request")}
+    # The prefill delivers a token, two rounds of the oracle four each, then every round the right token and the bonus.
+    assert accepted.pop(1) == {"1": 7, "3": 2}
+    assert all("1" not in rounds for rounds in accepted.values())
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_hybrid_whose_learned_half_raises_serves_n_grams(tmp_path: Path, free: bool) -> None:
+    waiting, hybrid = requests(6, budget=40), HybridDrafter(eagle())
+    called = []
+
+    def raises(*args: object) -> None:
+        called.append(args)
+        raise RuntimeError("no more ideas")
+
+    hybrid.learned.propose = hybrid.learned.extend = raises
+    serving = Serving(tmp_path, waiting, hybrid, slots=2)
+    serving.policy.shape = TreeShape(DEPTH, 1, DEPTH, free=free)
+    server = serving.run()
+    serving.check_texts()
+    # Alone, n-grams need nothing of the learned half; beside it, each request meets its fault once.
+    faulty = [] if free else list(range(6))
+    assert sorted(event["request"] for event in serving.events("drafter_fault")) == faulty
+    assert server.drafter_faults == len(faulty) and bool(called) != free
+    assert sum(rounds * int(accepted) for event in serving.events("request")
+               for accepted, rounds in event["accepted"].items()) > 20  # fmt: skip
+
+
+def test_a_drafter_whose_drafts_from_the_text_fail_too_goes_silent(tmp_path: Path) -> None:
+    waiting = requests(6, budget=22)
+    drafter = Guess(waiting, 1, "twins")
+    serving = Serving(tmp_path, waiting, drafter, slots=2)
+    serving.run()
+    serving.check_texts()
+    faults = serving.events("drafter_fault")
+    assert [event["request"] for event in faults] == [1, 1] and drafter.calls == 1
+    assert {e["request"]: e["speculative_rounds"] for e in serving.events("request")}[1] == 2
+
+
+def test_drafts_from_the_text_alone_let_the_cache_be_and_it_catches_up(tmp_path: Path) -> None:
+    waiting = requests(2, budget=22)
+    serving = Serving(tmp_path, waiting, Guess(waiting, 1, "none"), slots=2)
+    serving.policy.shape = TreeShape(2, 1, 2, free=True)
+    for _ in range(3):
+        serving.server.step()
+    assert serving.policy.drafter.cached.tolist() == [0, 0]
+    assert [r.tokens for r in serving.server.rounds] == [4] * 3  # two slots, the right token and the bonus
+    serving.policy.shape = TreeShape(DEPTH)
+    serving.server.step()
+    assert serving.server.rounds[-1].tokens == 2 * (DEPTH + 1)
+    serving.run()
+    serving.check_texts()
+
+
+def test_finding_nothing_is_a_trial_of_drafts_from_the_text(tmp_path: Path) -> None:
+    class Finds(Guess):
+        def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+            if len(text) % 2:
+                return Proposal(*torch.zeros(2, 1, 0, dtype=torch.int64), torch.zeros(1, 0))
+            return super().from_text(text, shape)
+
+    free = TreeShape(2, 1, 2, free=True)
+    shapes = ShapeController({1: {TreeShape(0): 1.0, free: 1e-3}}, memory=10**9)
+    waiting = requests(1, budget=22)
+    serving = Serving(tmp_path, waiting, Finds(waiting, 0, "none"), shapes=shapes)
+    server = serving.run()
+    serving.check_texts()
+    hits, trials = shapes._free[0]
+    found = sum(round_.tokens == 2 for round_ in server.rounds)
+    assert trials == pytest.approx(len(server.rounds)) and 0 < found < trials and hits == pytest.approx(found, abs=1)
+
+
 def test_a_drafter_that_cannot_forget_loses_every_request_and_the_texts_stay(tmp_path: Path) -> None:
     waiting = requests(6, budget=22)
     serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises, and cannot forget"), slots=2)

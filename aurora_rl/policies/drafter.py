@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -35,6 +35,7 @@ class TreeShape:
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
             many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
             tokens that differ.
+        free: only what the drafter proposes without a pass of its own, see :meth:`Drafter.from_text`.
 
     Raises:
         ValueError: depth, width or mode out of range, or a budget that cannot hold one path.
@@ -44,6 +45,7 @@ class TreeShape:
     width: int = 1
     num_nodes: int | None = None
     mode: str = "topk"
+    free: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in DRAFT_MODES:
@@ -202,6 +204,20 @@ class Drafter(nn.Module, ABC):
             shape: the tree.
             generator: of the draws where the shape's mode samples; None takes PyTorch's own.
         """
+
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal | None:
+        """Draft for one slot from its text alone: without a pass, and whatever the cache holds.
+
+        It is what a shape that is ``free`` asks for, and what a request goes on with where :meth:`propose` failed it.
+
+        Args:
+            text: all tokens of the request so far.
+            shape: the tree.
+
+        Returns:
+            Nodes ``[1, n]``; None, the default, where the drafter has no such nodes (``min_depth`` is 0).
+        """
+        return None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

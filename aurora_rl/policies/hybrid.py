@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -137,6 +137,11 @@ class HybridDrafter(Drafter):
             tree = Tree(*row)
             trees.append(merge_chain(tree, chain, shape.most_nodes) if chain else tree)
         return padded(trees, drafted.tokens.device)
+
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+        """See :meth:`Drafter.from_text`: a tree of n-grams, with log-probabilities of −inf as in merged trees."""
+        proposal = padded([ngram_tree(text, shape)], self.draft_vocab.device)
+        return proposal._replace(log_probs=torch.full_like(proposal.log_probs, -math.inf))
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ class DrafterPolicy(TensorDictModuleBase):
 
     Attributes:
         on_fault: called with a slot and what is wrong, where the drafter fails or its tree is malformed: the slot's
-            request goes on without speculation. None, the default, raises the drafter's own error instead.
+            request goes on with what the drafter proposes from the text, or without speculation where that is nothing
+            or fails too. None, the default, raises the drafter's own error instead.
         speculate: False emits empty trees: plain decoding.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
     """
@@ -66,7 +67,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
-        self._refused = torch.zeros(store.num_slots, dtype=torch.bool)
+        # Of slots' requests: whether the drafter failed them, and whether its drafts from the text did.
+        self._refused, self._mute = torch.zeros(2, store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -123,6 +125,7 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self._refused &= ~fresh
+            self._mute &= ~fresh
             self._forget(fresh.nonzero().flatten())
         # An empty cache has no older rows: what is put into it now is of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
@@ -135,9 +138,14 @@ class DrafterPolicy(TensorDictModuleBase):
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.
-        slots = ((store.lengths > 1) & ~self._refused).nonzero().flatten()
-        if self.speculate and self.shape.depth and len(slots):
-            self._fill(draft, slots)
+        ready = store.lengths > 1
+        if self.speculate and self.shape.depth:
+            slots = (ready & ~self._refused).nonzero().flatten()
+            if len(slots) and not self.shape.free:
+                self._fill(draft, slots)
+            # Those that the drafter failed just now are among them.
+            for slot in (ready & ~self._mute & (self._refused | self.shape.free)).nonzero().flatten():
+                self._fill_from_text(draft, slot)
         return TensorDict(draft, batch_size=shape[:1])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
@@ -156,6 +164,17 @@ class DrafterPolicy(TensorDictModuleBase):
             if not bool(self._refused[slots].any()):
                 # It fails slots together only: that would come again each round, and cost all their caches.
                 self._refuse(slots, error)
+
+    def _fill_from_text(self, draft: dict[str, Tensor], slot: Tensor) -> None:
+        """Draft for a slot without the drafter's cache, which catches up when it is wanted again."""
+        text = self._store.tokens[slot, : self._store.lengths[slot]].tolist()
+        try:
+            proposal = self.drafter.from_text(text, self.shape)
+            if proposal is not None:
+                self._write(draft, slot[None], proposal)
+        except Exception as error:  # whatever a drafter does, the requests are served
+            self._mute[slot] = True
+            self._refuse(slot[None], error)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
         """Put sound trees into the rows of ``draft``.
@@ -199,7 +218,7 @@ class DrafterPolicy(TensorDictModuleBase):
         draft["mask"][rows, :width] = mask
 
     def _forget(self, slots: Tensor) -> None:
-        """Empty the drafter's cache for the slots; requests of those that it cannot empty are drafted for no more."""
+        """Empty the drafter's cache for the slots; requests of those that it cannot empty are refused."""
         try:
             self.drafter.forget(slots)
         except Exception as error:
@@ -207,7 +226,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self._cache_version[slots] = self.version
 
     def _refuse(self, slots: Tensor, error: Exception) -> None:
-        """Draft no more for the requests of the slots."""
+        """Report the fault, and let the drafter's cache and passes be for the requests of the slots."""
         if self.on_fault is None:
             raise error
         self._refused[slots] = True

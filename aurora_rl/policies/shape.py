@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 from aurora_rl.policies.drafter import TreeShape
@@ -16,6 +17,8 @@ _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
 # A chance of which nothing is known yet, and how many trials this guess is worth; a time measured at start is worth as
 # many rounds.
 _GUESS, _WORTH = 0.25, 4
+# What n-grams are hoped to do where little is known of them: trying them costs next to nothing.
+_HOPE = 0.75
 # Trials that are left of what was measured, where it may not hold any more.
 _LEFT = 8
 # Rounds over which the pace of live rounds is averaged, and how many rounds' time a loss counts up to.
@@ -23,6 +26,9 @@ _RECENT, _LOSS = 64, 32
 # Trials of a probe; the share of plain decoding's time that probes may lose; and how many times longer than that they
 # wait at most where they keep finding nothing.
 _PROBE, _SHARE, _PATIENCE = 24, 0.02, 8
+
+# Kinds of rounds, each of which has a pace in common.
+_PLAIN, _DRAFTER, _FREE = range(3)
 
 Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
 """At the end of an accepted path: which child was accepted, or that none was, or that none was drafted."""
@@ -37,8 +43,12 @@ class ShapeController:
     have had, and a round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. A depth that was
     not tried is taken to be as good as the one before it, and is tried if that would pay.
 
+    Shapes that are ``free`` of the drafter's passes (n-grams alone) have a chance by depth of their own, in which to
+    draft nothing is a miss. It fades in every round towards a hope, so that they are tried first and again now and
+    then. The best of them takes the place of no speculation in what follows, wherever it is faster.
+
     A round takes the time measured for its shape and number of occupied slots, times the pace of the live rounds of its
-    kind (plain or speculative), which context lengths and the machine's other work change.
+    kind (plain, drafter's or free), which context lengths and the machine's other work change.
 
     Where no speculation is best it stays so until the number of occupied slots changes, or a probe, which drafts for a
     few rounds now and then, finds a drafter that improved: soon after :meth:`swapped`, otherwise at growing intervals,
@@ -67,7 +77,7 @@ class ShapeController:
     """
 
     def __init__(self, costs: Mapping[int, Mapping[TreeShape, float]], *, memory: int = 400) -> None:
-        self._costs, self._occupancies, self._fade = costs, sorted(costs), 1 - 1 / memory
+        self._costs, self._occupancies, self._memory = costs, sorted(costs), memory
         self._shapes = list(costs[self._occupancies[0]]) if costs else []
         plain = [shape for shape in self._shapes if not shape.depth]
         if len(plain) != 1 or any(set(by_shape) != set(self._shapes) for by_shape in costs.values()):
@@ -80,23 +90,25 @@ class ShapeController:
         deepest = max(shape.depth for shape in self._shapes)
         # [hits, trials] by depth.
         self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
-        # Live over measured seconds of plain and of speculative rounds, and of how many of each.
-        self._pace, self._timed = [1.0, 1.0], [0, 0]
-        self._kind, self._run = -1, 0  # which of the two ran last, and for how many rounds
-        self._resting = 0  # the number of occupied slots at which no speculation was best
+        self._free = [[0.0, 0.0] for _ in range(deepest)]  # the same of free shapes
+        # Live over measured seconds of plain, of drafter's and of free rounds, and of how many of each.
+        self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
+        self._kind, self._run = -1, 0  # which of the three ran last, and for how many rounds
+        self._resting = 0  # the number of occupied slots at which it was best to leave the drafter alone
         self._probing = 0  # trials that the probe still wants
-        # Seconds: of plain decoding since the last draft, and what drafting had lost by then.
+        # Seconds: of rounds without the drafter since the last one with it, and what drafting had lost by then.
         self._since, self._lost = math.inf, 0.0
         self._patience = 1
         self._below = 0.0  # nodes accepted below the shape's depth, of a slot that was drafted for
 
     @staticmethod
-    def candidates(most: TreeShape, *, chains: bool = True) -> list[TreeShape]:
+    def candidates(most: TreeShape, *, free: bool = False) -> list[TreeShape]:
         """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a bare chain.
 
         Args:
             most: the widest and deepest.
-            chains: whether bare chains are among them; not for a drafter that another's nodes are merged into.
+            free: whether the drafter has nodes without a pass. Chains of them alone are then among the shapes, and the
+                drafter's bare chains are not, as others' nodes are merged into them.
 
         Example:
             >>> [(s.depth, s.width, s.budget) for s in ShapeController.candidates(TreeShape(2, width=4, num_nodes=5))]
@@ -105,13 +117,16 @@ class ShapeController:
         shapes = [replace(most, depth=0)]
         for depth in range(1, most.depth + 1):
             # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
-            if chains and most.width > 1 and most.mode == "topk":
-                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
+            if free or (most.width > 1 and most.mode == "topk"):
+                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth, free=free))
             shapes.append(replace(most, depth=depth))
         return shapes
 
     def acceptance(self, shape: TreeShape) -> list[float]:
         """The chances ``a[1], a[2], ...`` of a shape, as they are estimated now."""
+        if shape.free:
+            tried = self._free[: shape.depth]
+            return list(accumulate(tried, lambda guess, counts: _estimate(counts, guess), initial=_HOPE))[1:]
         likeliest, sibling, drafted, passed = _GUESS, _GUESS, 1.0, []
         for d in range(shape.depth):
             likeliest = _estimate(self._likeliest[d], likeliest)
@@ -122,21 +137,23 @@ class ShapeController:
 
     def choose(self, occupied: int) -> TreeShape:
         """The shape of the next round, of so many occupied slots."""
-        rates = {shape: self._tokens(shape) / self._seconds(shape, occupied) for shape in self._shapes}
-        drafting = [shape for shape in self._shapes if shape.depth]
-        best = max(drafting, key=rates.__getitem__, default=self.plain)
-        if rates[self.plain] < _PLAIN_ENOUGH * rates[best]:
-            # While nothing is drafted only the paces change, and to follow them back and forth would cost a catch-up of
-            # the drafter's cache each time.
+        rates = {shape: self._rate(shape, occupied) for shape in self._shapes}
+        drafting, rest = [shape for shape in self._shapes if _kind(shape) == _DRAFTER], self._rest(occupied)
+        best = max(drafting, key=rates.__getitem__, default=rest)
+        if rates[rest] < _PLAIN_ENOUGH * rates[best]:
+            # While the drafter rests mostly the paces change, and to follow them back and forth would cost a catch-up
+            # of its cache each time.
             if self._probing or self._resting != occupied:
                 # Of shapes that are as good the deepest: what is drafted is tried and recorded, hence learned from.
                 as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
                 return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
         elif not self._probing:
+            if rest.free and self._free[0][1] < _LEFT:
+                return rest  # a hope, which a few rounds confirm or not
             self._resting = occupied
         if not self._probing:
             if self._since * _SHARE < max(self._lost, self._seconds(self.plain, occupied)) * self._patience:
-                return self.plain
+                return rest
             self._resting, self._probing, self._lost = 0, _PROBE, 0.0
             self._patience = min(2 * self._patience, _PATIENCE)
             self._doubt()
@@ -160,17 +177,23 @@ class ShapeController:
             below: nodes that were accepted below the shape's depth, of all slots: n-grams' (``HybridDrafter``).
         """
         self._keep_pace(shape, occupied, seconds)
-        if not shape.depth:
+        _fade(self._free, self._memory)
+        if _kind(shape) != _DRAFTER:
             self._since += seconds
+            for path in outcomes:
+                for counts, outcome in zip(self._free, path, strict=False):
+                    _count(counts, outcome == "likeliest")
             return
         plain = self._seconds(self.plain, occupied)
         accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
         tokens = 1 + accepted / occupied
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
-        # Both kinds at their pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
+        # Each kind at its pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
         spent = seconds if self._run == 1 else self._seconds(shape, occupied)
         # A profit is not saved up, and a long loss is not held for ever against weights to come.
-        self._lost, limit = max(self._lost + spent - tokens * plain, 0.0), _LOSS * plain
+        # What the best without the drafter would have taken for as many tokens.
+        instead = tokens / self._rate(self._rest(occupied), occupied)
+        self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * plain
         if self._lost > limit:
             self._lost = limit
             self._doubt()
@@ -178,8 +201,7 @@ class ShapeController:
         self._probing = max(self._probing - len(outcomes), 0)
         if not self._probing and not self._lost:
             self._patience = 1
-        for counts in (*self._likeliest, *self._siblings, *self._drafted):
-            counts[:] = [self._fade * count for count in counts]
+        _fade((*self._likeliest, *self._siblings, *self._drafted), self._memory)
         for path in outcomes:
             for d, outcome in enumerate(path):
                 if shape.width > 1:
@@ -198,16 +220,26 @@ class ShapeController:
         for counts in (*self._likeliest, *self._siblings):
             counts[:] = [count * min(_LEFT / max(counts[1], 1e-9), 1.0) for count in counts]
 
+    def _rest(self, occupied: int) -> TreeShape:
+        """The best of the shapes that leave the drafter alone."""
+        free = [shape for shape in self._shapes if shape.free]
+        best = max(free, key=lambda shape: self._rate(shape, occupied), default=self.plain)
+        enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(best, occupied)
+        return self.plain if enough else best
+
+    def _rate(self, shape: TreeShape, occupied: int) -> float:
+        return self._tokens(shape) / self._seconds(shape, occupied)
+
     def _tokens(self, shape: TreeShape) -> float:
         reach = tokens = 1.0
         for passed in self.acceptance(shape):
             reach *= passed
             tokens += reach
         # What n-grams add below the tree is taken to be the same for every depth of it.
-        return tokens + self._below if shape.depth else tokens
+        return tokens + self._below if _kind(shape) == _DRAFTER else tokens
 
     def _seconds(self, shape: TreeShape, occupied: int) -> float:
-        return self._pace[shape.depth > 0] * self._measured(shape, occupied)
+        return self._pace[_kind(shape)] * self._measured(shape, occupied)
 
     def _measured(self, shape: TreeShape, occupied: int) -> float:
         """Seconds at start; between two measured numbers of slots, on the line through them."""
@@ -218,21 +250,33 @@ class ShapeController:
         return self._costs[low][shape] * (1 - share) + self._costs[high][shape] * share
 
     def _keep_pace(self, shape: TreeShape, occupied: int, seconds: float) -> None:
-        kind = int(shape.depth > 0)
+        kind = _kind(shape)
         if kind != self._kind:
             self._kind, self._run = kind, 0
         self._run += 1
-        if kind and self._run == 1:
+        if kind == _DRAFTER and self._run == 1:
             return  # the drafter's cache caught up, as it does in no round that follows
         self._timed[kind] += 1
         old = self._pace[kind]
         # Clipped: one round that the machine held up says little about the others.
         live = min(seconds / self._measured(shape, occupied), 4 * old)
         self._pace[kind] += (live - old) / min(self._timed[kind] + _WORTH, _RECENT)
-        if self._run > _RECENT or not self._timed[1 - kind]:
-            # What changes soon after the kind did is the difference between the two; what changes later, such as the
-            # machine's other work, is taken to change both.
-            self._pace[1 - kind] *= self._pace[kind] / old
+        for other, timed in enumerate(self._timed):
+            if other != kind and (self._run > _RECENT or not timed):
+                # What changes soon after the kind did is the difference between them; what changes later, such as the
+                # machine's other work, is taken to change all.
+                self._pace[other] *= self._pace[kind] / old
+
+
+def _kind(shape: TreeShape) -> int:
+    if not shape.depth:
+        return _PLAIN
+    return _FREE if shape.free else _DRAFTER
+
+
+def _fade(table: Sequence[list[float]], memory: int) -> None:
+    for counts in table:
+        counts[:] = [(1 - 1 / memory) * count for count in counts]
 
 
 def _count(counts: list[float], hit: bool) -> None:

@@ -95,6 +95,15 @@ def test_both_propose_in_one_tree_under_one_budget() -> None:
     assert drafter.propose(slots, TreeShape(0)).tokens.shape == (2, 0)
 
 
+def test_n_grams_alone_need_the_text_only() -> None:
+    drafter = made()  # no cache at all
+    proposal = drafter.from_text([25, 26, 27, 28, 25, 26], TreeShape(3, 1, 3, free=True))
+    assert proposal.tokens.tolist() == [[27, 28, 25]] and proposal.parents.tolist() == [[-1, 0, 1]]
+    assert proposal.log_probs.tolist() == [[-math.inf] * 3]  # the learned drafter did not draw them
+    assert drafter.from_text([1, 2, 3], TreeShape(3)).tokens.shape == (1, 0)
+    assert drafter.learned.from_text([1, 2, 1, 2], TreeShape(3)) is None
+
+
 def test_only_the_learned_drafter_is_published_and_saved() -> None:
     drafter = made()
     assert drafter.published().keys() == drafter.learned.published().keys()

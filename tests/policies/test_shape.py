@@ -215,6 +215,78 @@ def test_one_round_that_the_machine_held_up_changes_nothing() -> None:
     assert shapes.choose(1) == TreeShape(2)
 
 
+CHAIN, ALONE = TreeShape(1), TreeShape(1, 1, 1, free=True)
+
+
+@dataclass
+class TwoHalves(Simulation):
+    """A learned half that is accepted with chance ``likeliest``, and n-grams, which cost less, with chance ``free``."""
+
+    free: float = 0.0
+
+    def path(self, shape: TreeShape) -> list[Outcome]:
+        if not shape.free:
+            return super().path(shape)
+        return ["likeliest"] if self.dice.random() < self.free else ["undrafted"]
+
+
+def two_halves(**drafter: float) -> TwoHalves:
+    table = {1: {NONE: 1.0, ALONE: 1.02, CHAIN: 1.15}}
+    return TwoHalves(ShapeController(table), table, **drafter)
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "free", "usual"),
+    [
+        (0.3, 0.3, ALONE),  # 1.3 / 1.15 against 1.3 / 1.02
+        (0.9, 0.3, CHAIN),  # 1.9 / 1.15 against 1.27
+        (0.9, 0.9, ALONE),
+        (0.1, 0.0, NONE),
+    ],
+)
+def test_n_grams_alone_where_they_deliver_most(likeliest: float, free: float, usual: TreeShape) -> None:
+    serving = two_halves(likeliest=likeliest, free=free)
+    serving.run(200)
+    chosen = serving.run(2000)
+    assert chosen.most_common(1)[0][0] == usual and chosen[usual] > 1400
+    best = max(1.0, (1 + free) / 1.02, (1 + likeliest) / 1.15)
+    assert serving.tokens / serving.seconds > 0.96 * best
+
+
+def test_a_half_that_improves_or_fails_takes_or_loses_its_turn() -> None:
+    serving = two_halves(likeliest=0.1, free=0.3)
+    assert serving.run(1000).most_common(1)[0][0] == ALONE
+    serving.likeliest = 0.9
+    serving.shapes.swapped()
+    serving.run(600)
+    assert serving.run(300).most_common(1)[0][0] == CHAIN
+    serving.likeliest = 0.1
+    assert serving.run(1500).most_common(1)[0][0] == ALONE
+    serving.free = 0.0
+    serving.run(1500)
+    assert serving.run(1000).most_common(1)[0][0] == NONE
+    serving.free = 0.4  # other traffic, which repeats itself: nobody tells
+    assert serving.run(1000).most_common(1)[0][0] == ALONE
+
+
+def test_the_halves_are_measured_apart() -> None:
+    shapes = ShapeController({1: {NONE: 1.0, ALONE: 1.0, CHAIN: 2.0}}, memory=10**9)
+    hits: list[list[Outcome]] = [["likeliest"]] * 300
+    shapes.observe(ALONE, 1000, 3.0, [*hits, *[["refused"]] * 100, *[["undrafted"]] * 600])  # type: ignore[list-item]
+    assert shapes.acceptance(ALONE) == pytest.approx([(300 + 4 * 0.75) / 1004])
+    assert shapes.acceptance(CHAIN) == [0.25]  # the guess
+    shapes.observe(CHAIN, 1000, 1.0, [["likeliest"]] * 800 + [["refused"]] * 200)
+    assert shapes.acceptance(CHAIN) == pytest.approx([801 / 1004])
+    assert shapes.acceptance(ALONE) == pytest.approx([303 / 1004])
+
+
+def test_candidates_with_n_grams_alone() -> None:
+    found = ShapeController.candidates(TreeShape(2, width=2, num_nodes=4), free=True)
+    assert [(s.depth, s.width, s.budget, s.free) for s in found] == [
+        (0, 2, 0, False), (1, 1, 1, True), (1, 2, 2, False), (2, 1, 2, True), (2, 2, 4, False),
+    ]  # fmt: skip
+
+
 def test_nothing_to_choose_from() -> None:
     assert ShapeController({1: {NONE: 1.0}}).choose(1) == NONE
 
