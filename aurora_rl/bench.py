@@ -55,7 +55,8 @@ def learning_curve(
         stream: in order of arrival.
         objectives: names and settings.
         seed: of the drafter's start and of replay.
-        every: requests between two evaluations, each on as many requests that were not learned from yet.
+        every: requests between two evaluations, each on as many requests that were not learned from yet; a multiple of
+            ``learner.batch_size``.
         tell: called with each point as it comes.
 
     Returns:
@@ -81,7 +82,7 @@ def learning_curve(
 
     evaluate(0)
     steps = train_on(
-        stream[: len(stream) - every],
+        stream[: (len(stream) - every) // every * every],  # up to the last evaluation
         loss,
         optimizers,
         batch_size=settings.batch_size,
@@ -119,13 +120,16 @@ def bench_objectives(
         say: takes a line of progress.
 
     Raises:
-        ConfigError: an unknown variant, a recording that is too short, or one that a variant cannot learn from.
+        ConfigError: an unknown variant, a recording that is too short or that a variant cannot learn from, or batches
+            that do not end at the evaluations.
     """
     for variant in variants:
         if variant not in VARIANTS:
             raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join(VARIANTS)}")
     found = Recording(recording)
     count = min(len(found), limit or len(found))
+    if every % config.learner.batch_size:
+        raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
     if count < 2 * every:
         raise ConfigError(f"--recording {recording} has {count} trajectories; at least {2 * every} are needed")
     out.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,8 @@ def test_what_cannot_be_measured_is_an_error(
 ) -> None:
     for more, message in (
         (["--variants", "forward_lk"], "unknown 'forward_lk'; there are forward_kl"),
-        (["--every", "7"], "has 12 trajectories; at least 14 are needed"),
+        (["--every", "8"], "has 12 trajectories; at least 16 are needed"),
+        (["--every", "6"], "--every 6 must be a multiple of learner.batch_size=4"),
         (["--variants", "policy_gradient"], "serve with drafter.mode=sampled"),
     ):
         assert bench(tiny_folder, streams["topk"], tmp_path, *more) == 2

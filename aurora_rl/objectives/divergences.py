@@ -54,7 +54,9 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
         0.0
     """
     log_p = log_p.detach()
-    return _expect(log_p.exp(), log_p.clamp(min=_NEVER) - log_q)
+    p = log_p.exp()
+    # Two sums and no difference of rows: half the memory to write.
+    return _expect(p, log_p.clamp(min=_NEVER)) - _expect(p, log_q)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ class RecurrentDrafter(Drafter):
         end = pad_rows(trees.ends - first, of_request)[:, None]
         columns = torch.arange(end.shape[2], device=x.device)
         keys = tuple(torch.cat([s, s.new_zeros(requests, len(columns), *s.shape[2:])], dim=1) for s in spine)
-        carried, predicted, order = residual, [], []
+        carried, states, order = residual, [], []
         for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
             here = (trees.depth == level).nonzero().flatten()
             place[here] = torch.arange(len(here), device=here.device)
@@ -253,11 +253,12 @@ class RecurrentDrafter(Drafter):
                 seen, mask = (keys[0], keys[1]), torch.cat([mask, (columns <= itself) & (itself < end)], dim=2)
             carried = self._carried(self._layer(read, stream, position, seen, mask, None)[real])
             asked = wanted[here]
-            predicted.append(self._head(self._read_by_head(carried[asked])))
+            states.append(self._read_by_head(carried[asked]))
             order.append(here[asked])
-        if not predicted:
+        if not states:
             return x.new_zeros(0, len(self.draft_vocab))
-        return torch.cat(predicted)[torch.cat(order).argsort()]
+        # Put in order before the head: a state is shorter than its logits.
+        return self._head(torch.cat(states)[torch.cat(order).argsort()])
 
 
 def _next_row(x: Tensor) -> Tensor:
