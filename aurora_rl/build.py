@@ -166,6 +166,10 @@ def _drafter_class(config: Config) -> type[Drafter]:
             f"drafter.name={settings.name} drafts in mode {' or '.join(made.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
+    if config.engine.name == "sglang" and made.sglang_algorithm is None:
+        raise ConfigError(
+            f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+        )
     return made
 
 

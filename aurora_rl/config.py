@@ -309,7 +309,5 @@ def _check_engine(config: Config) -> None:
         raise ConfigError("engine.url and engine.control go together: a running server and the address of its plugin")
     if engine.url is not None and config.drafter.path is None:
         raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
-    if config.drafter.name not in ("eagle3", "eagle"):
-        raise ConfigError(f"engine.name=sglang serves drafter.name=eagle3 or eagle, got {config.drafter.name!r}")
     if config.drafter.mode != "topk":
         raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")

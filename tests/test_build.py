@@ -87,6 +87,10 @@ OBJECTIVES = {
         ("drafter.mode=sampled", "objectives=[{name: imitation}]"),
         "drafter.name=hybrid drafts in mode topk, not drafter.mode=sampled; set drafter.name=eagle3",
     ),
+    "not in SGLang": (
+        ("engine.name=sglang", "drafter.name=medusa"),
+        "drafter.name=medusa is none that SGLang has; with engine.name=sglang set drafter.name=eagle3",
+    ),
 }  # fmt: skip
 
 

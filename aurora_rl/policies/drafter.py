@@ -132,6 +132,8 @@ class Drafter(nn.Module, ABC):
         draft_modes: modes of :class:`TreeShape` that it can draft in.
         formats: names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: entries of a checkpoint's ``config.json`` that must be the target's.
+        sglang_algorithm: SGLang's ``--speculative-algorithm`` for its folders of the format "sglang"; None where SGLang
+            does not serve it.
         options: what :meth:`from_target` was given beside its own arguments.
         made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in its folder; None where it is
             not known.
@@ -142,6 +144,7 @@ class Drafter(nn.Module, ABC):
     draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
     target_sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size")
+    sglang_algorithm: ClassVar[str | None] = None
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
     vocab_size: int

@@ -63,6 +63,7 @@ class EagleDrafter(RecurrentDrafter):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("sglang", "hf")
+    sglang_algorithm: ClassVar[str | None] = "EAGLE"
     head: Tensor
 
     def __init__(

@@ -68,6 +68,7 @@ class Eagle3Drafter(RecurrentDrafter):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("sglang", "vllm", "hf")
+    sglang_algorithm: ClassVar[str | None] = "EAGLE3"
 
     def __init__(
         self,

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_rl.checkpoints import read_folder
+from aurora_rl.checkpoints import CheckpointError, read_folder
 from aurora_rl.collectors.hello import Hello
 from aurora_rl.envs import Request
+from aurora_rl.policies.registry import recognized
 from aurora_rl.sglang import ENVIRONMENT
 from aurora_rl.sglang.control import ControlError, ask
 
@@ -351,17 +352,23 @@ def drafter_arguments(drafter: Path, token_map: Path) -> list[str]:
 
     Args:
         drafter: its folder, in the format "sglang".
-        token_map: file to write the draft vocabulary of an EAGLE drafter to, where it is not the whole one; SGLang
-            reads it from there, not from the folder.
+        token_map: file to write the draft vocabulary to, where it is not the whole one and SGLang does not read it from
+            the folder, as it does for EAGLE3 alone.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint.
+        CheckpointError: the folder is not a checkpoint of a drafter that SGLang serves.
     """
     tensors, config = read_folder(drafter, "config.json")
-    eagle3 = "Eagle3" in config["architectures"][0]
-    arguments = ["--speculative-algorithm", "EAGLE3" if eagle3 else "EAGLE"]
-    arguments += ["--speculative-draft-model-path", str(drafter)]
-    if not eagle3 and "d2t" in tensors:
+    try:
+        algorithm = recognized(config).sglang_algorithm
+    except ValueError as error:
+        raise CheckpointError(f"{drafter}: {error}") from error
+    if algorithm is None:
+        raise CheckpointError(
+            f"{drafter}: config.json is of {recognized(config).__name__}, which SGLang does not serve"
+        )
+    arguments = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(drafter)]
+    if algorithm != "EAGLE3" and "d2t" in tensors:
         torch.save((tensors["d2t"] + torch.arange(len(tensors["d2t"]))).tolist(), token_map)
         arguments += ["--speculative-token-map", str(token_map)]
     return arguments

@@ -285,13 +285,15 @@ def request_number(rid: str) -> int:
 
 
 def parents_of(first_child: Sequence[int], next_sibling: Sequence[int]) -> list[int]:
-    """Parents of a tree's nodes, −1 for the root, from links that lead to later places.
+    """Parents of a tree's nodes, −1 for the root, from links that lead to later places; −2 where none leads.
 
-    >>> parents_of([1, 3, -1, -1], [-1, 2, -1, -1])  # root with children 1 and 2; 3 below 1
-    [-1, -1, 0]
+    >>> parents_of([1, 3, -1, -1, -1], [-1, 2, -1, -1, -1])  # root with children 1 and 2; 3 below 1; 4 below none
+    [-1, -1, 0, -2]
     """
-    parent = [0] * len(first_child)
+    parent = [0] + [-1] * (len(first_child) - 1)
     for node, (child, sibling) in enumerate(zip(first_child, next_sibling, strict=True)):
+        if parent[node] < 0:
+            continue
         if child >= 0:
             parent[child] = node
         if sibling >= 0:
@@ -302,7 +304,12 @@ def parents_of(first_child: Sequence[int], next_sibling: Sequence[int]) -> list[
 def _tree(drafted: EngineRound, path: Tensor, last: int) -> dict[str, Tensor]:
     """The nodes of a round, depth-first. Acceptance ends at the text's last token, at place ``last``."""
     above = torch.tensor(parents_of(drafted.first_child.tolist(), drafted.next_sibling.tolist()), dtype=torch.int64)
-    order, parents = reorder_depth_first(above)
+    # Where a child is certain it ties with its parent, and SGLang may keep it alone: no walk gets there.
+    kept = (above >= -1).nonzero().flatten()
+    place = torch.full((len(above) + 1,), -1)  # one slot more, for the root: -1 indexes it
+    place[kept] = torch.arange(len(kept))
+    order, parents = reorder_depth_first(place[above[kept]])
+    order = kept[order]
     accepted = torch.zeros(len(above), dtype=torch.bool)
     accepted[path[1 : last - int(drafted.anchor) + 1] - 1] = True
     nodes = {

@@ -127,6 +127,7 @@ def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=HEAD_SIZE,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # not the default: a lost one must show
         max_position_embeddings=512,
         initializer_range=0.07,
         bos_token_id=None,

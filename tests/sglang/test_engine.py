@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aurora_rl.checkpoints import CheckpointError
-from aurora_rl.policies import Eagle3Drafter, EagleDrafter, TargetParts, save_drafter
+from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, save_drafter
 from aurora_rl.sglang.engine import drafter_arguments
 from aurora_rl.testing import tiny_target
 
@@ -30,6 +30,13 @@ def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path
     if mapped:
         # As SGLang reads it.
         assert torch.tensor(torch.load(token_map, weights_only=True), dtype=torch.int64).tolist() == vocab.tolist()
+
+
+def test_a_folder_that_sglang_does_not_serve_is_named(tmp_path):
+    made = MedusaDrafter.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=WHOLE)
+    save_drafter(made, tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="drafter: config.json is of MedusaDrafter, which SGLang does not serve"):
+        drafter_arguments(tmp_path / "drafter", tmp_path / "token_map.pt")
 
 
 def test_a_folder_without_a_drafter_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,6 +174,40 @@ def test_acceptance_ends_with_the_text(drafter, out):
     assert int(out[0]["nodes", "accepted"][last].sum()) == 1
     before = int(out[0]["rounds", "offset"][-2])
     assert torch.equal(out[0]["nodes", "accepted"][:before], full["nodes", "accepted"][:before])
+
+
+def with_lost_nodes(drafted, at):
+    """The round with a node that no link leads to at a place, and a child of it behind."""
+
+    def moved(places):
+        return torch.where(places >= at, places + 2, places)
+
+    def spread(rows, filler):
+        return torch.cat([rows[:at], filler.expand(2, *rows.shape[1:]), rows[at:]])
+
+    child = spread(moved(drafted.first_child), torch.tensor(-1))
+    child[at] = at + 1
+    return replace(
+        drafted,
+        tokens=spread(drafted.tokens, torch.tensor(3)),
+        first_child=child,
+        next_sibling=spread(moved(drafted.next_sibling), torch.tensor(-1)),
+        path=moved(drafted.path),
+        joint_log_probs=torch.cat(
+            [drafted.joint_log_probs[: at - 1], -torch.ones(2), drafted.joint_log_probs[at - 1 :]]
+        ),
+        features=spread(drafted.features, torch.tensor(9.0)),
+        target={key: spread(rows, torch.tensor(9.0)) for key, rows in drafted.target.items()},
+    )
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_child_that_the_engine_kept_without_its_parent_is_left_out(drafter, out, at):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, rounds=[with_lost_nodes(each, at) for each in rounds_of(trajectory)])
+    records.close()
+    assert_same(out[0], without_first_round(trajectory))
 
 
 def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(drafter, out):
