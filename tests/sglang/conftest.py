@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -104,10 +106,18 @@ def eagle_tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
 
 
 @pytest.fixture(scope="session")
+def published_chain(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+    """A server that drafts chains of three by an EAGLE-3 folder as its authors publish them."""
+    with launch(3, 1, 3, "published") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
 def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `target`, a random Llama over bytes, and drafters that often say the same.
 
-    They are `eagle3` and `eagle`, and `eagle_whole` with a row for every token.
+    They are `eagle3` and `eagle`, `eagle_whole` with a row for every token, and `published`, which is `eagle3` as its
+    authors would have written it.
 
     Each token's head row is the embedding of another, drawn at random among the tokens that are even or odd as it is,
     and those with a row in the draft head are the even ones. So the target says what belongs to the last token unless
@@ -152,11 +162,46 @@ def sglang_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     _read_the_last_token(drafter)
     save_drafter(drafter, folder / "eagle3")
+    _publish(drafter, folder / "published")
     for name, vocab in (("eagle", torch.arange(0, VOCAB, 2)), ("eagle_whole", torch.arange(VOCAB))):
         eagle = EagleDrafter.from_target(TargetParts.of(target), draft_vocab=vocab)
         _pass_on_the_embedding(eagle)
         save_drafter(eagle, folder / name)
     return folder
+
+
+def _publish(drafter: Eagle3Drafter, folder: Path) -> None:
+    """Write the folder without the library, by the names and entries of public EAGLE-3 checkpoints.
+
+    They say nothing of RoPE and of layers. SGLang refuses those that are cut to a shorter context than it serves.
+    """
+    own = drafter.state_dict()
+    names = [
+        *(
+            "fc.weight",
+            "lm_head.weight",
+            "norm.weight",
+            "midlayer.hidden_norm.weight",
+            "midlayer.input_layernorm.weight",
+        ),
+        *("midlayer.post_attention_layernorm.weight", *(f"midlayer.self_attn.{x}_proj.weight" for x in "qkvo")),
+        *(f"midlayer.mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
+    ]
+    tokens = drafter.draft_vocab
+    tensors = {name: own[name].contiguous() for name in names}
+    tensors["d2t"] = tokens - torch.arange(len(tokens))
+    tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, tokens, True)
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "draft_vocab_size": len(tokens), "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN,
+        "max_position_embeddings": 512, "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 1,
+        "num_key_value_heads": 2, "pad_token_id": 0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": VOCAB,
+        "head_dim": HEAD_SIZE,
+    }  # fmt: skip
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.hello import Hello
 from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.policies import TargetParts, TreeShape
+from aurora_rl.policies import EagleDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats import load_drafter
 from aurora_rl.recordings import Recording, record
 from aurora_rl.sglang.control import ControlError
@@ -182,13 +182,16 @@ def test_both_engines_record_the_same(kind, request, model, drafter, hello, lear
         engine.detach()
 
 
-@pytest.mark.parametrize(("kind", "name"), [("chain", "eagle_whole"), ("tree", "eagle")])
-def test_eagle_drafts_the_same_in_both_engines_before_and_after_a_swap(
-    kind, name, request, model, parts, sglang_models, tmp_path
+@pytest.mark.parametrize(
+    ("server", "name"), [("eagle_chain", "eagle_whole"), ("eagle_tree", "eagle"), ("published_chain", "published")]
+)
+def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
+    server, name, request, model, parts, sglang_models, tmp_path
 ):
-    engine = request.getfixturevalue(f"eagle_{kind}")
+    """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
+    engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
-    learner = Learner(build.hello(parts, drafter, "eagle"))
+    learner = Learner(build.hello(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
     engine.attach(hello=learner.hello, trajectories=learner.trajectories, weights=learner.weights)
     try:
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
@@ -200,7 +203,7 @@ def test_eagle_drafts_the_same_in_both_engines_before_and_after_a_swap(
         new.install(weights)
         compared, accepted = [], 0
         for version, (served, asked) in enumerate(((drafter, before), (new, after))):
-            own = recorded_here(model, served, asked, SHAPES[kind], tmp_path / str(version))
+            own = recorded_here(model, served, asked, shape, tmp_path / str(version))
             theirs = learner.take(*(each.id for each in asked))
             accepted += sum(int(t["nodes", "accepted"].sum()) for t in theirs)
             compared.append(sum(assert_same_rounds(t, own[int(t["request"])]) for t in theirs))
