@@ -114,7 +114,8 @@ class EmbeddedServing(Serving):
             try:
                 costs = measure_rounds(engine, policy, usual, tried)
             except DrafterFault as error:
-                fault, policy.shape = error, TreeShape(0, mode=tree.mode)
+                fault = error
+                policy.shape = TreeShape(tree.depth, free=True) if made.min_depth else TreeShape(0, mode=tree.mode)
             else:
                 log.write("costs", round_ms=cost_table(costs))
                 shapes = ShapeController(costs)
@@ -142,7 +143,7 @@ class EmbeddedServing(Serving):
             note=requests.completed,
         )
         if fault is not None:
-            self.server.note_fault(str(fault), None, "every request is served without speculation")
+            self.server.note_fault(str(fault), None, "every request is served without the drafter")
 
     def _completed(self, completion: Completion) -> None:
         self.server.completed(completion)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from aurora_rl import build, cli
 from aurora_rl.config import ConfigError, load_config
 from aurora_rl.metrics import MetricsReader
-from aurora_rl.policies import NgramDrafter, save_drafter
+from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
 from aurora_rl.report import EMPTY_SUMMARY
 from aurora_rl.server import InferenceServer
 
@@ -128,9 +128,24 @@ def test_a_drafter_that_fails_before_serving_starts_leaves_plain_serving(
     run = tmp_path / "run"
     (fault,) = events(run, "drafter_fault")
     assert fault["request"] is None and "NgramDrafter failed: RuntimeError('no ideas at all')" in fault["fault"]
-    assert "every request is served without speculation: NgramDrafter failed" in caplog.text
+    assert "every request is served without the drafter: NgramDrafter failed" in caplog.text
     assert (summary(run)["requests"], summary(run)["failed"], summary(run)["drafter_faults"]) == (6, 0, 1)
     assert {event["speculative_rounds"] for event in events(run, "request")} == {0}
+
+
+def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no ideas at all")
+
+    monkeypatch.setattr(MedusaDrafter, "propose", fails)
+    assert cli.main(["serve", *arguments]) == 0
+    run = tmp_path / "run"
+    (fault,) = events(run, "drafter_fault")
+    assert fault["request"] is None and "no ideas at all" in fault["fault"]
+    assert (summary(run)["requests"], summary(run)["failed"], summary(run)["drafter_faults"]) == (6, 0, 1)
+    assert any(event["accepted"] for event in events(run, "request"))  # rounds by accepted drafts, where there were any
 
 
 def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
