@@ -424,7 +424,13 @@ def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
 
 
 def pad_rows(values: Tensor, offset: Tensor) -> Tensor:
-    """Packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, zeros behind each."""
+    """Packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, zeros behind each.
+
+    Example:
+        >>> pad_rows(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))
+        tensor([[1, 0],
+                [2, 3]])
+    """
     sizes = offset.diff()
     out = values.new_zeros(len(sizes), int(sizes.max()), *values.shape[1:])
     out[torch.arange(out.shape[1], device=offset.device) < sizes[:, None]] = values

@@ -39,6 +39,10 @@ class TreeShape:
 
     Raises:
         ValueError: depth, width or mode out of range, or a budget that cannot hold one path.
+
+    Example:
+        >>> TreeShape(depth=3, width=2).most_nodes, TreeShape(depth=3, width=2, num_nodes=8).budget
+        (10, 8)
     """
 
     depth: int
@@ -406,7 +410,12 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:
-    """Row of the draft head of each target token, −1 where it has none; any shape."""
+    """Row of the draft head of each target token, −1 where it has none; any shape.
+
+    Example:
+        >>> draft_rows(torch.tensor([9, 2, 5]), torch.tensor([5, 3, 9]))
+        tensor([ 2, -1,  0])
+    """
     order = draft_vocab.argsort()
     place = torch.searchsorted(draft_vocab[order], tokens).clamp(max=len(draft_vocab) - 1)
     row = order[place]

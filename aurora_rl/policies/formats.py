@@ -35,6 +35,16 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
     Raises:
         CheckpointError: the drafter has no such format, or the layout cannot say what it is, or the folder holds
             something else.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.policies import Eagle3Drafter
+        >>> from aurora_rl.testing import tiny_target
+        >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+        >>> with TemporaryDirectory() as folder:
+        ...     save_drafter(drafter, Path(folder), "vllm")
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['config.json', 'model.safetensors']
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
@@ -80,6 +90,16 @@ def load_drafter(
     Raises:
         CheckpointError: files are missing or broken, or the drafter was made for another target; names the first
             entry or tensor that does not match.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.policies import MedusaDrafter
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target())
+        >>> with TemporaryDirectory() as folder:
+        ...     save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)), Path(folder))
+        ...     type(load_drafter(folder, parts)).__name__
+        'MedusaDrafter'
     """
     folder = _local(source)
     tensors, config = read_folder(folder, "config.json")

@@ -58,6 +58,10 @@ def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | Non
         draft_vocab: ``[Vd]`` int64, target ids of the rows.
         shape: what to grow.
         generator: see :meth:`Drafter.propose`.
+
+    Example:
+        >>> type(grow(torch.arange(4), TreeShape(2, mode="sampled"))).__name__
+        'SampledGrowth'
     """
     return TopKGrowth(draft_vocab, shape) if shape.mode == "topk" else SampledGrowth(draft_vocab, shape, generator)
 

@@ -24,6 +24,14 @@ class RecordedTrees(NamedTuple):
             none, so that nothing can have been drafted from it.
         depth: ``[R + M]`` int64, 0 at a root.
         parent: ``[M]`` int64, the context that each node was drawn from.
+
+    Example:
+        >>> rounds = {"anchor": [4], "offset": [0, 3], "request_offset": [0, 1]}
+        >>> batch = TensorDict({"rounds": {name: torch.tensor(value) for name, value in rounds.items()}}, batch_size=[])
+        >>> batch["nodes", "parents"] = torch.tensor([-1, 0, -1])
+        >>> trees = RecordedTrees.of(batch)
+        >>> trees.depth, trees.parent, trees.ends
+        (tensor([0, 1, 2, 1]), tensor([0, 1, 0]), tensor([2, 2, 3]))
     """
 
     num_rounds: int

@@ -28,6 +28,12 @@ class TargetParts:
         head: ``[V, H]``, the output head; one tensor with ``embedding`` where they are tied.
         norm: ``[H]`` weight of the final norm, None where the decoder has none by that name.
         last_layer: parameters of the last decoder layer by name.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target())
+        >>> parts.head.shape, parts.fingerprint == TargetParts.of(tiny_target(dtype=torch.float32)).fingerprint
+        (torch.Size([32, 16]), True)
     """
 
     config: PretrainedConfig
