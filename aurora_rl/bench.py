@@ -42,6 +42,7 @@ def learning_curve(
     *,
     seed: int,
     every: int,
+    ahead: int,
     tell: Callable[[int, str, float], None],
 ) -> dict[str, list[tuple[int, float]]]:
     """Acceptance length on the next requests of a stream, after every so many learned from.
@@ -55,8 +56,8 @@ def learning_curve(
         stream: in order of arrival.
         objectives: names and settings.
         seed: of the drafter's start and of replay.
-        every: requests between two evaluations, each on as many requests that were not learned from yet; a multiple of
-            ``learner.batch_size``.
+        every: requests between two evaluations, a multiple of ``learner.batch_size``.
+        ahead: requests of an evaluation, the next of the stream, which were not learned from yet.
         tell: called with each point as it comes.
 
     Returns:
@@ -74,15 +75,15 @@ def learning_curve(
 
     def evaluate(seen: int) -> None:
         served.install(drafter.published())
-        ahead = [stream[index] for index in range(seen, min(seen + every, len(stream)))]
+        coming = [stream[index] for index in range(seen, seen + ahead)]
         for mode, shape in shapes.items():
-            acceptance = replay(served, ahead, shape).acceptance_length
+            acceptance = replay(served, coming, shape).acceptance_length
             curves[mode].append((seen, acceptance))
             tell(seen, mode, acceptance)
 
     evaluate(0)
     steps = train_on(
-        stream[: (len(stream) - every) // every * every],  # up to the last evaluation
+        stream[: (len(stream) - ahead) // every * every],  # up to the last evaluation
         loss,
         optimizers,
         batch_size=settings.batch_size,
@@ -104,6 +105,7 @@ def bench_objectives(
     variants: Sequence[str],
     seeds: int,
     every: int,
+    ahead: int,
     limit: int | None,
     say: Callable[[str], None],
 ) -> None:
@@ -116,6 +118,7 @@ def bench_objectives(
         variants: names of :data:`VARIANTS`.
         seeds: runs of each variant.
         every: requests between two evaluations.
+        ahead: requests of an evaluation.
         limit: most requests of the recording.
         say: takes a line of progress.
 
@@ -130,8 +133,8 @@ def bench_objectives(
     count = min(len(found), limit or len(found))
     if every % config.learner.batch_size:
         raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
-    if count < 2 * every:
-        raise ConfigError(f"--recording {recording} has {count} trajectories; at least {2 * every} are needed")
+    if count < every + ahead:
+        raise ConfigError(f"--recording {recording} has {count} trajectories; at least {every + ahead} are needed")
     out.mkdir(parents=True, exist_ok=True)
     missing = [(v, s) for s in range(seeds) for v in variants if not _result(out, recording, v, s).exists()]
     if missing:
@@ -144,7 +147,9 @@ def bench_objectives(
                 say(f"{recording.name} {variant} seed {seed}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
 
             try:
-                curves = learning_curve(config, target, stream, VARIANTS[variant], seed=seed, every=every, tell=tell)
+                curves = learning_curve(
+                    config, target, stream, VARIANTS[variant], seed=seed, every=every, ahead=ahead, tell=tell
+                )
             except ValueError as error:
                 raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
             result = {
@@ -153,6 +158,7 @@ def bench_objectives(
                 "seed": seed,
                 "objectives": VARIANTS[variant],
                 "requests": count,
+                "ahead": ahead,
                 "replay": config.learner.replay,
                 "tree": {k: getattr(config.drafter, k) for k in ("name", "depth", "width", "num_nodes")},
                 "seconds": round(time.monotonic() - began, 1),

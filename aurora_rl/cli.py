@@ -140,6 +140,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--variants", default="forward_kl,discard", help="names, comma-separated")
     command.add_argument("--seeds", type=int, default=1)
     command.add_argument("--every", type=int, default=40, help="requests between two evaluations")
+    command.add_argument("--ahead", type=int, default=40, help="requests of an evaluation: the next to come")
     command.add_argument("--limit", type=int, help="most requests of the recording")
     command.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
     command.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
@@ -161,6 +162,7 @@ def _bench(config: Config, arguments: argparse.Namespace) -> int:
         variants=arguments.variants.split(","),
         seeds=arguments.seeds,
         every=arguments.every,
+        ahead=arguments.ahead,
         limit=arguments.limit,
         say=lambda line: print(line, flush=True),
     )

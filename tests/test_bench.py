@@ -37,7 +37,7 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def bench(folder: Path, stream: Path, out: Path, *more: str) -> int:
-    common = ["bench", "objectives", "--recording", str(stream), "--out", str(out), "--every", "4"]
+    common = ["bench", "objectives", "--recording", str(stream), "--out", str(out), "--every", "4", "--ahead", "4"]
     return main([*common, *more, f"model={folder}", *PAIRS])
 
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_an_error(
 ) -> None:
     for more, message in (
         (["--variants", "forward_lk"], "unknown 'forward_lk'; there are forward_kl"),
-        (["--every", "8"], "has 12 trajectories; at least 16 are needed"),
+        (["--every", "8", "--ahead", "5"], "has 12 trajectories; at least 13 are needed"),
         (["--every", "6"], "--every 6 must be a multiple of learner.batch_size=4"),
         (["--variants", "policy_gradient"], "serve with drafter.mode=sampled"),
     ):
