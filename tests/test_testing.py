@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from aurora_rl.policies import (
     DrafterPolicy,
     Eagle3Drafter,
     EagleDrafter,
+    HybridDrafter,
     MedusaDrafter,
     Proposal,
     TargetParts,
@@ -24,7 +25,8 @@ from aurora_rl.policies import (
 )
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing import check_drafter, check_engine, serve, tiny_target, tiny_trajectory, topk_form
-from aurora_rl.testing.drafters import _check_gradients, _check_paths, _check_swap
+from aurora_rl.testing.drafter_training import check_gradients, check_paths
+from aurora_rl.testing.drafter_weights import check_swap
 from aurora_rl.trajectories import validate
 
 VOCAB = torch.arange(0, 32, 2).flip(0)  # not rising, and half of the tokens are outside
@@ -249,9 +251,28 @@ class LosesItsOptions(MedusaDrafter):
         return drafter
 
 
+class ForgetsItsTextDrafts(HybridDrafter):
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> None:
+        return None
+
+
+class RepeatsSiblings(HybridDrafter):
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+        tokens = torch.full((1, min(2, shape.most_nodes)), 3)
+        return Proposal(tokens, torch.full_like(tokens, -1), torch.full(tokens.shape, -torch.inf))
+
+
+class ClaimsItsNGrams(HybridDrafter):
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+        return Proposal(self.draft_vocab[:1][None], torch.tensor([[-1]]), torch.zeros(1, 1))
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (ForgetsItsTextDrafts, "from_text is not there, min_depth says otherwise"),
+        (RepeatsSiblings, "from_text with .*: two siblings carry the same token"),
+        (ClaimsItsNGrams, "from_text gives log-probabilities above -inf"),
         (LearnsInTheTarget, "no gradient may reach the target, and 'lm_heads.3.weight' shares its memory"),
         (SaysUniform, "q of a drawn token is not exp\\(log_probs\\)"),
         (HalvesItsLaw, "a row of q does not sum to 1"),
@@ -292,9 +313,9 @@ class CountsItsTree(MedusaDrafter):
 def test_scores_that_depend_on_other_branches_are_caught() -> None:
     target = tiny_target()
     trajectories = [tiny_trajectory(make(MedusaDrafter, target), shape=TreeShape(3, 2))]
-    _check_paths(make(MedusaDrafter, target), trajectories)
+    check_paths(make(MedusaDrafter, target), trajectories)
     with pytest.raises(AssertionError, match="score of a node depends on other branches"):
-        _check_paths(make(CountsItsTree, target), trajectories)
+        check_paths(make(CountsItsTree, target), trajectories)
 
 
 class KeepsALayerToItself(Eagle3Drafter):
@@ -310,7 +331,7 @@ class KeepsALayerToItself(Eagle3Drafter):
 def test_a_parameter_that_is_not_published_is_caught() -> None:
     drafter = make(KeepsALayerToItself, tiny_target())
     with pytest.raises(AssertionError, match="the parameter 'norm.weight' is not published"):
-        _check_gradients(drafter, [tiny_trajectory(drafter)], ())
+        check_gradients(drafter, [tiny_trajectory(drafter)], ())
 
 
 class DraftsWithTheOldWeights(MedusaDrafter):
@@ -331,7 +352,7 @@ def test_drafts_of_replaced_weights_are_caught() -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.tensor([3, 4, 5]), torch.tensor([7, 8])]
     with pytest.raises(AssertionError, match="drafts made after a swap differ by .* nats"):
-        _check_swap(drafter, target, prompts, generator)
+        check_swap(drafter, target, prompts, generator)
 
 
 @pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
