@@ -14,7 +14,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.hello import Hello
-from aurora_rl.collectors.sink import TrajectorySink
-from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.sglang.control import ControlError, ControlServer
-from aurora_rl.sglang.recorder import EngineRound, TargetRows, TrajectoryAssembler, request_number
+from aurora_rl.sglang.recorder import EngineRound, TargetRows
+from aurora_rl.sglang.requests import sampling_of, unwanted
+from aurora_rl.sglang.session import Session
 from aurora_rl.sglang.weights import SwapError, load_drafter
-from aurora_rl.trajectories import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -39,70 +37,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
 _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
-_ROTATION = 1 << 30
 _TOLD_SWAPS = 256
-
-
-class Session:
-    """From ``attach`` to ``detach``: the ends of the wire, the records, and the version that drafts.
-
-    Args:
-        fields: of the request; see :data:`ATTACH`.
-        exact: whether what the target's head reads is seen in every round.
-
-    Raises:
-        ControlError: a field is missing, unknown or of the wrong type.
-        OSError: an address is malformed.
-    """
-
-    def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
-        for name, kind in ATTACH.items():
-            if not isinstance(fields.get(name), kind):
-                raise ControlError(f"attach needs {name}, got {fields.get(name)!r}")
-        if unknown := set(fields) - set(ATTACH):
-            raise ControlError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
-        if not 0 <= fields["capture_rate"] <= 1:
-            raise ControlError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
-        self.hello = Hello.from_meta(fields["hello"])
-        self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
-        self.recording, self.error = True, ""
-        # A captured graph runs none of the functions that it was captured from: what the head reads stays unseen then.
-        self.exact = exact
-        self.version = fields["version"]
-        self.sink = TrajectorySink(fields["trajectories"], hello=self.hello, capacity=fields["queue"])
-        self.receiver = WeightReceiver(fields["weights"], hello=self.hello, version=self.version)
-        self.records = TrajectoryAssembler(
-            self.sink.extend, max_bytes=fields["max_bytes"], store_bytes=fields["store_bytes"]
-        )
-        self.swap_ms: list[float] = []
-        self.flush_due = True  # texts in the prefix cache have no features here
-        self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
-
-    def fail(self, reason: str) -> None:
-        """Switch recording off; serving goes on."""
-        logger.warning("recording is off: %s", reason)
-        self.recording, self.error = False, reason
-
-    def close(self) -> None:
-        """Send what can be sent and end."""
-        self.records.close()
-        self.background.shutdown()
-        self.sink.close(2.0)
-        self.receiver.close()
-
-
-ATTACH: dict[str, type | tuple[type, ...]] = {
-    "trajectories": str,  # address of the learner's collector
-    "weights": str,  # address of its publisher
-    "hello": dict,
-    "version": int,  # of the weights that the server was started with
-    "capture_rate": (int, float),  # share of requests to record
-    "queue": int,  # trajectories that wait for an absent learner
-    "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
-    "max_bytes": int,  # that requests on their way may hold
-    "store_bytes": int,  # of features of earlier texts, for prompts with a cached prefix
-}
-"""Fields of an ``attach`` request and their types."""
 
 
 class Plugin:
@@ -405,7 +340,7 @@ class Plugin:
             if getattr(req, _LEFT_OUT, False):  # decided at the first part of its prompt
                 continue
             if req.rid not in records:
-                reason = self._unwanted(session, req)
+                reason = unwanted(req, capture_rate=session.capture_rate, greedy_only=self._device == "cpu")
                 if reason is not None:
                     records.counts[reason] += 1
                 if reason is not None or not records.begin(req.rid, req.origin_input_ids, cached, session.version):
@@ -419,30 +354,6 @@ class Plugin:
             if head is not None and cached + count == len(req.origin_input_ids):
                 rows = _target_rows(session, head[0][i : i + 1], head[1][i : i + 1])
             records.prompt(req.rid, _to_host(hidden[part]), rows)
-
-    def _unwanted(self, session: Session, req: Any) -> str | None:
-        """Why a request is served without being learned from; None where it is learned from."""
-        params = req.sampling_params
-        if req.rid.startswith("HEALTH_CHECK"):
-            return "health_check"
-        if isinstance(params.custom_params, dict) and params.custom_params.get("aurora_rl") is False:
-            return "opt_out"
-        if len(req.output_ids):
-            return "retracted"
-        if params.logit_bias or params.frequency_penalty or params.presence_penalty or params.min_new_tokens:
-            return "penalty"
-        if params.repetition_penalty != 1.0:
-            return "penalty"
-        if req.grammar is not None or params.json_schema or params.regex or params.ebnf or params.structural_tag:
-            return "grammar"
-        if params.top_k != 1 and self._device == "cpu":
-            return "temperature"  # this engine answers with the argmax there, whatever was asked for
-        if getattr(params, "min_p", 0.0):
-            return "min_p"
-        # The same requests are chosen whenever the same ids come.
-        if request_number(req.rid) * 2654435761 % _ROTATION >= session.capture_rate * _ROTATION:
-            return "not_captured"
-        return None
 
     def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         self._seen["verify"] += 1
@@ -526,16 +437,7 @@ class Plugin:
                 if type(req.finished_reason).__name__ == "FINISH_ABORT":
                     session.records.drop(req.rid, "aborted")
                     continue
-                params = req.sampling_params
-                greedy = params.top_k == 1
-                sampling = Sampling(
-                    temperature=0.0 if greedy else params.temperature,
-                    top_k=0 if greedy or params.top_k >= _ROTATION else params.top_k,
-                    top_p=1.0 if greedy else params.top_p,
-                    seed=params.sampling_seed or 0,
-                    rule="greedy" if greedy else "sample_and_match",  # the law of SGLang's own rule, by other coins
-                )
-                session.records.finish(req.rid, req.output_ids_through_stop, sampling)
+                session.records.finish(req.rid, req.output_ids_through_stop, sampling_of(req))
 
 
 def _target_rows(session: Session, hidden: Tensor | None, logits: Tensor) -> TargetRows | None:

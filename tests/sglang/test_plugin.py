@@ -10,7 +10,8 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.hello import Hello
 from aurora_rl.sglang import plugin as plugin_module
 from aurora_rl.sglang.control import ControlError
-from aurora_rl.sglang.plugin import ATTACH, Plugin, Session
+from aurora_rl.sglang.plugin import Plugin
+from aurora_rl.sglang.session import ATTACH, Session
 
 HEAD, VOCAB = torch.arange(12.0).view(6, 2), torch.tensor([0, 2, 5])
 HELLO = Hello(1, "t", checksum({"head": HEAD}), (2, 4), checksum({"draft_vocab": VOCAB}), "eagle3")
