@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -22,13 +23,16 @@ from aurora_rl.policies.target import TargetParts
 
 # Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
 _LONGEST, _SHORTEST = 4, 2
+# Occurrences that count. An older one has less than a part in four billion of the weight; after a thousand repetitions
+# it is too little for a float.
+_COUNTED = 32
 
 
-def continuations(text: Sequence[int]) -> dict[int, float]:
+def continuations(text: Sequence[int] | np.ndarray) -> dict[int, float]:
     """Probabilities of the next token by how the text went on after its last tokens before.
 
     The longest run of four to two last tokens that occurred earlier counts. The latest occurrence has twice the weight
-    of the one before it, and so on, so that it is never outvoted.
+    of the one before it, and so on, so that it is never outvoted; 32 occurrences count.
 
     Args:
         text: tokens, at least the last of which are looked for.
@@ -40,21 +44,20 @@ def continuations(text: Sequence[int]) -> dict[int, float]:
         >>> continuations([1, 2, 3, 1, 2, 4, 1, 2])
         {4: 0.6666666666666666, 3: 0.3333333333333333}
     """
-
-    def agreeing(end: int) -> int:
-        """How many tokens before ``end``, itself included, are those at the end of the text."""
-        size = 1
-        while size < _LONGEST and size <= end and text[end - size] == text[-1 - size]:
-            size += 1
-        return size
-
-    sizes = {end: agreeing(end) for end, token in enumerate(text[:-1]) if token == text[-1]}
-    longest = max(sizes.values(), default=0)
-    if longest < _SHORTEST:
+    tokens = np.asarray(text, dtype=np.int64)
+    # Where the last token stood before; then, of these places, where the one before it did too, and so on.
+    ends, size = np.flatnonzero(tokens[:-1] == tokens[-1:]), 1
+    while len(ends) and size < _LONGEST:
+        longer = ends[ends >= size]
+        longer = longer[tokens[longer - size] == tokens[-1 - size]]
+        if not len(longer):
+            break
+        ends, size = longer, size + 1
+    if size < _SHORTEST:
         return {}
     weights: dict[int, float] = {}
-    for age, end in enumerate(end for end in reversed(sizes) if sizes[end] == longest):
-        weights[text[end + 1]] = weights.get(text[end + 1], 0.0) + 0.5**age
+    for age, token in enumerate(reversed(tokens[ends[-_COUNTED:] + 1].tolist())):
+        weights[token] = weights.get(token, 0.0) + 0.5**age
     total = sum(weights.values())
     return {token: w / total for token, w in sorted(weights.items(), key=lambda item: -item[1])}
 
@@ -73,7 +76,7 @@ class Tree(NamedTuple):
     log_probs: list[float]
 
 
-def ngram_tree(text: Sequence[int], shape: TreeShape) -> Tree:
+def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
     """The likeliest nodes behind a text, by :func:`continuations` of it and of each path.
 
     Args:
@@ -85,26 +88,27 @@ def ngram_tree(text: Sequence[int], shape: TreeShape) -> Tree:
         [4, 5, 3]
     """
     tree = Tree([], [], [])
-    # (negative joint log-probability, order of arrival, parent, token, log-probability, path)
-    open_nodes: list[tuple[float, int, int, int, float, list[int]]] = []
+    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before it)
+    open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
     arrived = 0
 
-    def grow(parent: int, joint: float, path: list[int]) -> None:
+    def grow(parent: int, joint: float, before: np.ndarray) -> None:
         nonlocal arrived
-        for token, probability in list(continuations([*text, *path]).items())[: shape.width]:
+        for token, probability in list(continuations(before).items())[: shape.width]:
             log_prob = math.log(probability)
-            heapq.heappush(open_nodes, (joint - log_prob, arrived, parent, token, log_prob, [*path, token]))
+            heapq.heappush(open_nodes, (joint - log_prob, arrived, parent, token, log_prob, before))
             arrived += 1
 
+    tokens = np.asarray(text, dtype=np.int64)
     if shape.depth:
-        grow(-1, 0.0, [])
+        grow(-1, 0.0, tokens)
     while open_nodes and len(tree.tokens) < shape.budget:
-        joint, _, parent, token, log_prob, path = heapq.heappop(open_nodes)
+        joint, _, parent, token, log_prob, before = heapq.heappop(open_nodes)
         tree.tokens.append(token)
         tree.parents.append(parent)
         tree.log_probs.append(log_prob)
-        if len(path) < shape.depth:
-            grow(len(tree.tokens) - 1, joint, path)
+        if len(before) + 1 - len(tokens) < shape.depth:
+            grow(len(tree.tokens) - 1, joint, np.append(before, token))
     return tree
 
 
@@ -157,7 +161,7 @@ class NgramDrafter(Drafter):
 
     def allocate(self, num_slots: int, max_length: int) -> None:
         """See :meth:`Drafter.allocate`."""
-        self._text: list[list[int]] = [[] for _ in range(num_slots)]
+        self._text = [np.zeros(0, dtype=np.int64)] * num_slots
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
@@ -167,12 +171,12 @@ class NgramDrafter(Drafter):
 
     def hold(self, slots: Tensor, tokens: Tensor, num_new: Tensor) -> None:
         """What :meth:`extend` does but for counting, for a drafter that counts already."""
-        held, rows = self.cached[slots].tolist(), tokens.tolist()
+        held, rows = self.cached[slots].tolist(), tokens.cpu().numpy()
         for slot, before, row, count in zip(slots.tolist(), held, rows, num_new.tolist(), strict=True):
             # What is held ends with the first token of the new pairs.
-            self._text[slot] = self._text[slot][:before] + row[: count + 1]
+            self._text[slot] = np.concatenate([self._text[slot][:before], row[: count + 1]])
 
-    def text(self, slot: int) -> list[int]:
+    def text(self, slot: int) -> np.ndarray:
         """The tokens of a slot's pairs, from the first of all on."""
         return self._text[slot][: int(self.cached[slot]) + 1]
 

@@ -45,6 +45,13 @@ def test_one_token_alone_is_no_match() -> None:
     assert continuations([3, 4, 3]) == {} == continuations([])
 
 
+def test_a_long_text_that_repeats_itself_is_drafted_for() -> None:
+    """The weight of what followed more than a thousand occurrences ago is no float above 0."""
+    text = [1, 2, 3, 4, 9] + [1, 2, 3, 4, 5] * 1100 + [1, 2, 3, 4]
+    assert continuations(text) == {5: 1.0}
+    assert ngram_tree(text, TreeShape(2, 2, 4)).tokens == [5, 1]
+
+
 @given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9))
 def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: int, budget: int) -> None:
     tree = ngram_tree(text, TreeShape(depth, width, budget))
