@@ -150,6 +150,10 @@ def _made(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
         started = made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"drafter.name={settings.name}: {error}") from error
+    if not isinstance(started, Drafter):
+        raise ConfigError(f"drafter.name={settings.name}: from_target gave {started!r} and no drafter")
+    # What started it belongs to its checkpoint, also where its class does not say so.
+    started.options = started.options or settings.options
     started.made_for = target.parts.fingerprint
     return started
 
@@ -158,9 +162,12 @@ def _drafter_class(config: Config) -> type[Drafter]:
     settings = config.drafter
     try:
         made = get_drafter(settings.name)
-        made.check_options(settings.options)
     except ValueError as error:
         raise ConfigError(f"drafter.name: {error}") from error
+    try:
+        made.check_options(settings.options)
+    except ValueError as error:
+        raise ConfigError(f"drafter.options: {error}") from error
     if settings.mode not in made.draft_modes:
         raise ConfigError(
             f"drafter.name={settings.name} drafts in mode {' or '.join(made.draft_modes)}, not drafter.mode="
@@ -199,7 +206,7 @@ def hello(parts: TargetParts, made: Drafter, name: str) -> Hello:
         schema=SCHEMA,
         target=parts.digest,
         head_checksum=checksum({"head": parts.head}),
-        feature_layers=made.feature_layers,
+        feature_layers=tuple(made.feature_layers),
         draft_map_checksum=checksum({"draft_vocab": made.draft_vocab}),
         drafter=name,
     )

@@ -190,7 +190,8 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
     target = build.load(config)
     settings = config.drafter
     # Drafters that have names recognize their folders. Of others only the user may say what is imported.
-    kind = get_drafter(settings.name) if ":" in settings.name else None
+    name = str(settings.options.get("learned", settings.name))
+    kind = get_drafter(settings.name) if ":" in name else None
     drafter = load_drafter(
         arguments.drafter,
         target.parts,
@@ -199,7 +200,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         options=settings.options,
         made_for=settings.made_for,
     )
-    save_drafter(drafter.to(build.dtype_of(config)), arguments.out, arguments.to)
+    save_drafter(drafter.to(build.dtype_of(config)), arguments.out.resolve(), arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
 

@@ -215,7 +215,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near[0]!r}?")
         try:
             merged = OmegaConf.merge(merged, given)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
         config = OmegaConf.to_object(merged)
@@ -276,6 +276,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
     if config.drafter.made_for not in ("target", "any"):
         raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
+    layers = config.drafter.feature_layers or []
+    if sorted(set(layers)) != list(layers):
+        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
     _check_engine(config)
     for key in ("wire.trajectories", "wire.weights"):
         address = OmegaConf.select(tree, key)

@@ -129,7 +129,13 @@ def test_device_and_dtype(config: Config) -> None:
         ("drafter.name=no_such_module:X", "drafter.name: the drafter 'no_such_module:X' cannot be imported"),
         ("drafter.name=aurora_rl.config:Config", "is no subclass of aurora_rl.policies.Drafter"),
         ("drafter.name=medua", "drafter.name: no drafter is called 'medua'; did you mean 'medusa'"),
-        ("drafter.options={heads: 3}", "drafter.name: HybridDrafter has no option 'heads'; it has learned, lookup"),
+        (
+            "drafter.name=aurora_rl.policies:Drafter",
+            "is aurora_rl.policies:Drafter, which lacks allocate, context_logits",
+        ),
+        ("drafter.options={heads: 3}", "drafter.options: HybridDrafter has no setting 'heads'; did you mean 'learned'"),
+        ("drafter.options={lookup: 2.5}", "drafter.options: HybridDrafter: lookup must be an integer, got 2.5"),
+        ("drafter.options={learned: 5}", "drafter.options: HybridDrafter: learned must be a string, got 5"),
         ("device=warp", "device='warp' cannot be used here"),
         ("traffic.path=/nowhere.jsonl", "cannot read requests from /nowhere.jsonl"),
         ("traffic.requests=99999999", "asked for 99999999 requests; the generator has"),
@@ -233,6 +239,54 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
         build.drafter(config, target, [])
     config.drafter.path = str(tmp_path)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        build.drafter(config, target, [])
+
+
+THEIRS = """
+from aurora_rl.policies import MedusaDrafter
+
+class Narrow(MedusaDrafter):
+    formats = ("aurora_rl",)
+
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None, heads: int = 2):
+        made = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
+        made.options = {}  # forgets to say them
+        return made
+
+class Returnless(Narrow):
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None):
+        super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers)
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_drafters.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_what_started_a_drafter_is_in_its_folder(config: Config, target: build.Target, tmp_path: Path) -> None:
+    config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
+    started = build.drafter(config, target, [])
+    save_drafter(started, tmp_path / "drafter")
+    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}
+    read = build.drafter(config, target, [])
+    assert read.published().keys() == started.published().keys() and read.max_depth == 3
+    with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
+        config.drafter.options = {"heads": 2.5}
+        build.check(config)
+    assert build.hello(target.parts, read, "mine").feature_layers == (3,)
+    read.feature_layers = [3]  # type: ignore[assignment]
+    assert build.hello(target.parts, read, "mine").feature_layers == (3,)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_class_that_makes_no_drafter_is_named(config: Config, target: build.Target) -> None:
+    config.drafter.name = "their_drafters:Returnless"
+    with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
         build.drafter(config, target, [])
 
 

@@ -67,6 +67,8 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
         ("engine.slots", "expected key=value, got 'engine.slots'; for example engine.slots=2"),
         ("engine.slots=two", "engine.slots=two: Value 'two' of type 'str' could not be converted to Integer"),
         ("engine.slots=null", "engine.slots=null: Incompatible value 'None'"),
+        ("drafter.options=[1]", r"drafter.options=\[1\]: "),
+        ("drafter.feature_layers=[1,1]", r"drafter.feature_layers must rise, .* got \[1, 1\]"),
         ("engine.slots=0", "engine.slots must be at least 1, got 0"),
         ("max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
         ("traffic.limit=0", "traffic.limit must be at least 1 or null, got 0"),

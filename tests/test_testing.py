@@ -29,7 +29,7 @@ from aurora_rl.testing.drafter_training import check_gradients, check_paths
 from aurora_rl.testing.drafter_weights import check_swap
 from aurora_rl.trajectories import validate
 
-VOCAB = torch.arange(0, 32, 2).flip(0)  # not rising, and half of the tokens are outside
+VOCAB = torch.arange(0, 32, 2)  # half of the tokens are outside
 
 
 def make(kind: type[Drafter], target: PreTrainedModel) -> Drafter:
@@ -115,6 +115,35 @@ def test_check_needs_a_dtype_that_tells_mistakes_from_rounding() -> None:
     target = tiny_target(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="float64 or float32, got torch.bfloat16"):
         check_drafter(make(MedusaDrafter, target), target)
+
+
+class ForgetsTheDistant(Eagle3Drafter):
+    """Its serving cache has a window that its training does not have."""
+
+    def _spine(self, slots, end):
+        keys, values = (part.clone() for part in super()._spine(slots, end))
+        keys[:, : max(end - 16, 0)] = values[:, : max(end - 16, 0)] = 0
+        return keys, values
+
+
+class SaysNoDepth(MedusaDrafter):
+    """It has four heads, and does not say so."""
+
+    @property
+    def max_depth(self) -> float:
+        return float("inf")
+
+    @max_depth.setter
+    def max_depth(self, depth: float) -> None:
+        pass
+
+
+class ListsItsLayers(Eagle3Drafter):
+    """Lists and tuples differ on the wire."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.feature_layers = list(self.feature_layers)
 
 
 class FeaturesOneEarly(Eagle3Drafter):
@@ -284,6 +313,9 @@ class ClaimsItsNGrams(HybridDrafter):
         (KnowsNoFolder, "recognizes is false for the drafter's own folder"),
         (LosesItsOptions, "options change to {} by way of the format"),
         (FeaturesOneEarly, "differs by .* nats from what serving recorded .*feature t with token t \\+ 1"),
+        (ListsItsLayers, "feature_layers is no tuple of integers"),
+        (SaysNoDepth, "a chain of 4 nodes, max_depth is inf"),
+        (ForgetsTheDistant, "from what serving recorded"),
         (RowsShifted, "unroll at step 0 .* differs by .* nats from the score of a chain of the true tokens"),
         (EverythingValid, "must be invalid: nothing is before it"),
         (DraftingMovesTheState, "proposals change when asked for again"),

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_rl.objectives.settings import check, nearest, settings_of
+from aurora_rl.settings import check, nearest, settings_of
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from aurora_rl.objectives.objective import Objective
-from aurora_rl.objectives.settings import check, nearest, settings_of
 from aurora_rl.policies.drafter import Drafter
+from aurora_rl.settings import check, nearest, settings_of
 
 _ENTRY_POINTS = "aurora_rl.objectives"
 # Arguments of the constructor that no configuration gives.

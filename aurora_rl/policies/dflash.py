@@ -25,7 +25,15 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape,
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts, check_captured, check_rope, targets_entries, written_config
+from aurora_rl.policies.target import (
+    TargetParts,
+    check_captured,
+    check_heads_stated,
+    check_layers_rise,
+    check_rope,
+    targets_entries,
+    written_config,
+)
 from aurora_rl.trajectories import pad_rows
 
 
@@ -362,6 +370,7 @@ class DFlashDrafter(Drafter):
                 raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
         if "sliding_attention" in (config.get("layer_types") or ()):
             raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
+        check_heads_stated(config)
         own = Qwen3Config.from_dict({**config, **targets_entries(parts)})
         check_rope(own, parts)
         depth = parts.config.num_hidden_layers
@@ -371,6 +380,7 @@ class DFlashDrafter(Drafter):
         if mask_token_id is None:
             raise ValueError("config.json: mask_token_id is missing; set the option of the same name")
         layers = _setting(config, "target_layer_ids")
+        check_layers_rise(layers or ())
         tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
         drafter = cls(
             own,

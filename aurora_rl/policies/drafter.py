@@ -6,7 +6,6 @@ Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from aurora_rl.inference_modules import stage
 from aurora_rl.policies.recorded import RecordedTrees, true_chains
 from aurora_rl.policies.target import TargetParts
+from aurora_rl.settings import check, settings_of
 from aurora_rl.trajectories import DRAFT_MODES
 
 
@@ -128,7 +128,7 @@ class Drafter(nn.Module, ABC):
 
     Attributes:
         feature_layers: the target's layer ids that make the features, see ``TransformersEngine``; may be empty.
-        draft_vocab: ``[Vd]`` int64, the target token of each row of the draft head.
+        draft_vocab: ``[Vd]`` int64, the target token of each row of the draft head, rising.
         vocab_size: of the target.
         cached: ``[B]`` int64 on the CPU, pairs held for each slot.
         max_depth: deepest node that the drafter can propose.
@@ -158,12 +158,10 @@ class Drafter(nn.Module, ABC):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Raise ValueError naming the first of ``options`` that :meth:`from_target` does not take."""
+        """Raise ValueError naming the first option that :meth:`from_target` does not take, or of another type."""
         own = ("parts", "draft_vocab", "feature_layers")
-        known = [name for name in inspect.signature(cls.from_target).parameters if name not in own]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{cls.__name__} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        known = {name: kind for name, kind in settings_of(cls.from_target).items() if name not in own}
+        check(options, known, cls.__name__)
 
     @classmethod
     @abstractmethod
@@ -294,7 +292,7 @@ class Drafter(nn.Module, ABC):
 
         Raises:
             ValueError: names the first tensor that is missing, unknown or of another shape, or a ``d2t`` that is no
-                map into the target's vocabulary; nothing is changed then.
+                rising map into the target's vocabulary; nothing is changed then.
         """
         old = self.draft_vocab
         check_weights(self.published(), weights)
@@ -356,7 +354,7 @@ class Drafter(nn.Module, ABC):
             parts,
             draft_vocab=torch.arange(len(_draft_map(tensors))),
             feature_layers=tuple(config["feature_layers"]),
-            **config["options"],
+            **{**options, **config["options"]},
         )
         drafter.install(tensors)
         return drafter
@@ -369,7 +367,7 @@ def _draft_map(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Raise ValueError naming the first tensor by which ``given`` differs from ``expected`` in name or shape."""
+    """Raise ValueError naming the first tensor by which ``given`` differs from ``expected`` in name, shape or kind."""
     for name, tensor in expected.items():
         if name not in given:
             raise ValueError(f"tensor {name!r} {tuple(tensor.shape)} is missing; was it written for another drafter?")
@@ -378,13 +376,16 @@ def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None
                 f"tensor {name!r} has shape {tuple(given[name].shape)}, this drafter needs {tuple(tensor.shape)}; "
                 "was it written for another target or draft vocabulary?"
             )
+        if given[name].is_floating_point() != tensor.is_floating_point():
+            wanted = "floating-point numbers" if tensor.is_floating_point() else "integers"
+            raise ValueError(f"tensor {name!r} is {given[name].dtype}, this drafter needs {wanted}")
     unknown = next((name for name in given if name not in expected), None)
     if unknown is not None:
         raise ValueError(f"tensor {unknown!r} is unknown to this drafter; it has {sorted(expected)}")
 
 
 def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
-    """Raise ValueError where the rows of a draft head are no map into the target's vocabulary.
+    """Raise ValueError where the rows of a draft head are no rising map into the target's vocabulary.
 
     Args:
         draft_vocab: ``[Vd]`` int64, the target token of each row.
@@ -402,6 +403,13 @@ def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 
     if bool((count > 1).any()):
         token = int(known[count > 1][0])
         raise ValueError(f"{name} gives token {token} more than one row; every row needs a token of its own")
+    falls = (draft_vocab.diff() < 0).nonzero().flatten()
+    if len(falls):
+        row = int(falls[0])
+        raise ValueError(
+            f"{name} is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "
+            f"{int(draft_vocab[row + 1])}; whoever knows only which tokens have a row would take them for others"
+        )
 
 
 def log_softmax(logits: Tensor) -> Tensor:

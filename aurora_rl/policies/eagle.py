@@ -20,9 +20,10 @@ from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 from aurora_rl.policies.target import (
     TargetParts,
+    check_heads_stated,
     layer_config,
-    refuse_own_rope,
-    settle_rope,
+    refuse_own_attention,
+    settle_attention,
     targets_entries,
     written_config,
 )
@@ -95,7 +96,7 @@ class EagleDrafter(RecurrentDrafter):
         *,
         draft_vocab: Tensor,
         feature_layers: tuple[int, ...] | None = None,
-        rope: str = "target",
+        attention: str = "target",
     ) -> Self:
         """A day-0 drafter in float32 that predicts the feature it was given.
 
@@ -107,12 +108,13 @@ class EagleDrafter(RecurrentDrafter):
         those out of them are zero, since what they add belongs to a residual stream of another scale (1.00 at day 0
         with them).
 
-        The option ``rope`` is for :meth:`read`: "own" takes a checkpoint with other rotary settings than the target's.
+        The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
+        the target's.
 
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head, ``rope`` than "target".
+            ValueError: ``feature_layers`` is another than the input of the target's head, ``attention`` than "target".
         """
-        refuse_own_rope(rope)
+        refuse_own_attention(attention)
         last = (parts.config.num_hidden_layers,)
         if feature_layers not in (None, last):
             raise ValueError(f"EAGLE reads what the target's head reads, feature_layers={last}, got {feature_layers}")
@@ -221,10 +223,11 @@ class EagleDrafter(RecurrentDrafter):
         for entry in _UNSUPPORTED:
             if config.get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
+        check_heads_stated(config)
         own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
         if own.num_hidden_layers != 1:
             raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
-        settle_rope(own, config, parts, options.get("rope", "target"))
+        settle_attention(own, config, parts, options.get("attention", "target"))
         if config.get("bias") is False:  # as the authors trained their later ones
             tensors.setdefault("fc.bias", torch.zeros(own.hidden_size))
         tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row

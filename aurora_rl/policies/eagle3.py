@@ -6,7 +6,7 @@ Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,10 +19,12 @@ from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import (
     TargetParts,
     check_captured,
+    check_heads_stated,
+    check_layers_rise,
     default_feature_layers,
     layer_config,
-    refuse_own_rope,
-    settle_rope,
+    refuse_own_attention,
+    settle_attention,
     targets_entries,
     written_config,
 )
@@ -102,19 +104,20 @@ class Eagle3Drafter(RecurrentDrafter):
         feature_layers: tuple[int, ...] | None = None,
         fc_norm: bool = False,
         norm_output: bool = False,
-        rope: str = "target",
+        attention: str = "target",
     ) -> Self:
         """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
         input. Pieces that the target does not have in this form start at random.
 
-        The option ``rope`` is for :meth:`read`: "own" takes a checkpoint with other rotary settings than the target's.
+        The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
+        the target's.
 
         Raises:
-            ValueError: ``rope`` is another than "target".
+            ValueError: ``attention`` is another than "target".
         """
-        refuse_own_rope(rope)
+        refuse_own_attention(attention)
         drafter = cls(
             layer_config(parts),
             embedding=parts.embedding.float(),
@@ -166,16 +169,6 @@ class Eagle3Drafter(RecurrentDrafter):
     def _head(self, states: Tensor) -> Tensor:
         return self.lm_head(states)
 
-    # ---- weights ----------------------------------------------------------------------------------------------------
-
-    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`. Another draft vocabulary must rise: it could not be saved otherwise."""
-        install, before = super().stage(weights), self.draft_vocab
-        vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
-        if not torch.equal(vocab, before):
-            _check_rising(vocab)
-        return install
-
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def write(self, layout: str) -> Checkpoint:
@@ -190,7 +183,6 @@ class Eagle3Drafter(RecurrentDrafter):
         Raises:
             ValueError: the layout cannot say what this drafter is.
         """
-        _check_rising(self.draft_vocab)
         if layout != "hf":
             check_captured(self.feature_layers, self.config.num_target_layers)
         known = torch.zeros(self.vocab_size, dtype=torch.bool)
@@ -199,7 +191,7 @@ class Eagle3Drafter(RecurrentDrafter):
             **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": len(self.draft_vocab),
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in self.feature_layers]},
+            "eagle_config": {_LAYERS: [layer - 1 for layer in self.feature_layers]},
             **{name: True for name, on in self.options.items() if on},
         }
         tensors = {**self.published(), "t2d": known}
@@ -225,7 +217,7 @@ class Eagle3Drafter(RecurrentDrafter):
         Raises:
             ValueError: names the first entry or tensor that does not fit the target or the class.
         """
-        if layout == "vllm":
+        if layout == "vllm" or _LAYERS in checkpoint.config:  # of engines, vLLM alone looks for them at the top level
             checkpoint = Checkpoint(*from_vllm(*checkpoint))
         config = checkpoint.config
         tensors = {_our_name(name): tensor for name, tensor in checkpoint.tensors.items()}
@@ -234,14 +226,18 @@ class Eagle3Drafter(RecurrentDrafter):
         for entry in _UNSUPPORTED:
             if config.get(entry) or (config.get("eagle_config") or {}).get(entry):
                 raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
+        check_heads_stated(config)
         own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
-        settle_rope(own, config, parts, options.get("rope", "target"))
+        if own.num_hidden_layers != 1:
+            raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
+        settle_attention(own, config, parts, options.get("attention", "target"))
+        check_layers_rise(tuple((config.get("eagle_config") or {}).get(_LAYERS) or ()))
         rows = config.get("draft_vocab_size") or own.vocab_size
         if "d2t" not in tensors and rows == own.vocab_size:
             tensors["d2t"] = torch.zeros(rows, dtype=torch.int64)  # every token has a row
         if "d2t" not in tensors:
             raise ValueError(f"tensor 'd2t' is missing, and draft_vocab_size is {rows} of {own.vocab_size} tokens")
-        layers = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        layers = (config.get("eagle_config") or {}).get(_LAYERS)
         drafter = cls(
             own,
             embedding=parts.embedding.float(),
@@ -260,6 +256,7 @@ class Eagle3Drafter(RecurrentDrafter):
         return drafter
 
 
+_LAYERS = "eagle_aux_hidden_state_layer_ids"
 # Settings of other EAGLE-3 drafters that change what is computed.
 _UNSUPPORTED = ("norm_before_fc", "norm_before_residual", "bias", "attention_bias", "mlp_bias")
 _OTHER_NAMES = {
@@ -270,16 +267,6 @@ _OTHER_NAMES = {
     "aux_norm_high": "fc_norm.2",
     "draft_id_to_target_id": "d2t",
 }
-
-
-def _check_rising(draft_vocab: Tensor) -> None:
-    """Raise ValueError where the rows of the draft head are not in the order of their tokens, as files need them."""
-    if len(falls := (draft_vocab.diff() < 0).nonzero().flatten()):
-        row = int(falls[0])
-        raise ValueError(
-            f"tensor 'd2t' is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "
-            f"{int(draft_vocab[row + 1])}; whoever reads 't2d' in its place would take the rows for other tokens"
-        )
 
 
 def _our_name(name: str) -> str:

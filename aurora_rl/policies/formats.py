@@ -13,13 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from aurora_rl.checkpoints import CheckpointError, read_folder, write_folder
-from aurora_rl.policies.drafter import Checkpoint, Drafter
+from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab
 from aurora_rl.policies.registry import recognized
 from aurora_rl.policies.target import TargetParts
 
 _FILES = ("config.json", "model.safetensors")
 # In config.json: `Drafter.made_for`. Engines pass over entries that they do not know.
 _MADE_FOR = "aurora_rl_made_for"
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Entries of config.json, or of the objects in it, that name layers of the target.
 _ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
 
@@ -59,6 +60,8 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
             f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
         )
     try:
+        # Files name the tokens that have a row, in places without their order.
+        check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
         tensors, config = drafter.write(layout)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
@@ -119,6 +122,9 @@ def load_drafter(
         if kind is not None and not kind.recognizes(config):
             raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
         drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+        check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
+        if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
+            raise ValueError(f"config.json: draft_vocab_size is {rows}, the draft map has {len(drafter.draft_vocab)}")
         _check_layers(drafter, config, parts)
         drafter.made_for = parts.fingerprint
         if made_for != "any" and trained_for not in (None, drafter.made_for):
@@ -160,6 +166,12 @@ def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
                 f"tensor {name!r} must hold an integer for each row of the draft head, got {tuple(tensor.shape)} of "
                 f"{tensor.dtype}"
             )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            if tensor.dtype not in _WEIGHTS:
+                raise ValueError(f"tensor {name!r} is {tensor.dtype}, quantized without a scale; save it in bfloat16")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"tensor {name!r} holds values that are not finite; was its training interrupted?")
 
 
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:

@@ -101,6 +101,8 @@ class HybridDrafter(Drafter):
     ) -> Self:
         """A day-0 drafter of the architecture that ``learned`` names, with options of its own, and n-grams."""
         kind, settings = get_drafter(learned), learned_options or {}
+        if not kind.formats or issubclass(kind, HybridDrafter):
+            raise ValueError(f"learned={learned} names a drafter that does not learn by itself")
         kind.check_options(settings)
         return cls(kind.from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, **settings), lookup)
 

@@ -215,7 +215,7 @@ class MedusaDrafter(Drafter):
     @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
         """See :meth:`Drafter.read`. The heads of other programs read the input of the target's output head."""
-        if layout == "vllm":
+        if layout == "vllm" or checkpoint.config.get("architectures") == ["MedusaModel"]:
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
         return super().read(checkpoint, parts, "aurora_rl", **options)

@@ -21,9 +21,6 @@ from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.trajectories import pad_rows
 
-# Columns behind the longest context: an `extend` of ragged slots writes its padding there.
-_SLACK = 64
-
 
 class DraftLayer(nn.Module):
     """A Llama decoder layer whose attention may read another thing than its residual stream.
@@ -96,7 +93,8 @@ class RecurrentDrafter(Drafter):
     def allocate(self, num_slots: int, max_length: int) -> None:
         """See :meth:`Drafter.allocate`."""
         weight, attention = self.fc.weight, self._layer.self_attn
-        shape = (num_slots, max_length + _SLACK, attention.num_key_heads, attention.head_dim)
+        # The last column is for padding.
+        shape = (num_slots, max_length + 1, attention.num_key_heads, attention.head_dim)
         self._cache = (weight.new_zeros(shape), weight.new_zeros(shape))
         self._state = weight.new_zeros(num_slots, self.config.hidden_size)
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
@@ -109,9 +107,10 @@ class RecurrentDrafter(Drafter):
         rows = slots.to(device)
         positions = self.cached[slots].to(device)[:, None] + torch.arange(width, device=device)
         x, residual = self._enter_at(tokens, features)
+        columns = positions.clamp(max=self._cache[0].shape[1] - 1)
         for cache, new in zip(self._cache, self._layer.self_attn.keys_values(x, positions), strict=True):
-            cache[rows[:, None], positions] = new
-        end = int(self.cached[slots].max()) + width
+            cache[rows[:, None], columns] = new
+        end = int((self.cached[slots] + num_new).max())
         mask = torch.arange(end, device=device) <= positions[:, :, None]
         out = self._layer(x, residual, positions, self._spine(slots, end), mask, None)
         last = (num_new - 1).to(device)[:, None, None].expand(-1, 1, out.shape[-1])

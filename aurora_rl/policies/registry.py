@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -30,8 +31,10 @@ def register_drafter(name: str) -> Callable[[D], D]:
     """
 
     def register(cls: D) -> D:
-        if _DRAFTERS.setdefault(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"the drafter name {name!r} belongs to {_DRAFTERS[name].__qualname__}; choose another")
+        known = _DRAFTERS.setdefault(name, cls)
+        # A module that is run again defines the same class again.
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the drafter name {name!r} belongs to {known.__module__}:{known.__qualname__}")
         _DRAFTERS[name] = cls
         return cls
 
@@ -60,7 +63,7 @@ def get_drafter(name: str) -> type[Drafter]:
     """
     if name in _DRAFTERS:
         return _DRAFTERS[name]
-    if ":" in name:
+    if ":" in name.strip(":"):
         point = EntryPoint(name=name, value=name, group=_ENTRY_POINTS)
     else:
         found = {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
@@ -78,6 +81,10 @@ def get_drafter(name: str) -> type[Drafter]:
         raise ValueError(f"the drafter {name!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Drafter)):
         raise ValueError(f"the drafter {name!r} is {point.value}, which is no subclass of aurora_rl.policies.Drafter")
+    if inspect.isabstract(cls):
+        raise ValueError(
+            f"the drafter {name!r} is {point.value}, which lacks {', '.join(sorted(cls.__abstractmethods__))}"
+        )
     return cls
 
 

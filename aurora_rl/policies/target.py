@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-# In config.json: the rotary settings are not the target's, and are meant so.
-_OWN_ROPE = "aurora_rl_rope"
+# In config.json: heads or rotary settings are not the target's, and are meant so.
+_OWN_ATTENTION = "aurora_rl_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,42 +153,65 @@ def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> 
         )
 
 
-def settle_rope(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, rope: str) -> None:
-    """Check the positions of a drafter whose layer computes its own: they may be others than the target's if meant so.
+def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, attention: str) -> None:
+    """Check heads and positions of a drafter whose layer has its own: they may be others than the target's if meant so.
 
-    A drafter must be served with the positions that it was trained with. Authors of EAGLE train with base 10000 for any
-    target and leave rotary settings out of their files, as engines read them too. Settings that a file states, and that
-    are not the target's, are most often of another target: they are refused unless the option says "own", or the file
-    itself that this was so when it was read before.
+    A drafter must be served as it was trained. Authors of EAGLE train with base 10000 for any target and leave rotary
+    settings out of their files, as engines read them too. Settings that a file states, and that are not the target's,
+    are most often of another target: they are refused unless the option says "own", or the file itself that this was so
+    when it was read before. Heads are compared since the shapes of tensors do not tell eight heads of two from four of
+    four.
 
     Args:
-        config: read from the drafter's ``config.json``; marked where its positions are its own.
+        config: read from the drafter's ``config.json``; marked where its attention is its own.
         entries: of that file.
         parts: the target's.
-        rope: the option.
+        attention: the option.
 
     Raises:
-        ValueError: positions of another target, or another option than "target" and "own".
+        ValueError: heads or positions of another target, or another option than "target" and "own".
     """
-    if rope not in ("target", "own"):
-        raise ValueError(f"the option rope must be target or own, got {rope!r}")
-    if _rope(config) == _rope(parts.config):
-        return
-    if not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
+    if attention not in ("target", "own"):
+        raise ValueError(f"the option attention must be target or own, got {attention!r}")
+    meant, cure = "own" in (attention, entries.get(_OWN_ATTENTION)), _CURE
+    heads = [f"{name} is {getattr(config, name)}, the target has {value}" for name, value in _heads(config, parts)]
+    if heads and not meant:
+        raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{cure}")
+    same_rope = _rope(config) == _rope(parts.config)
+    if not same_rope and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
         logger.warning(
             "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
             _rope(config),
             _rope(parts.config),
         )
-    elif "own" not in (rope, entries.get(_OWN_ROPE)):
-        check_rope(config, parts, " If it was trained with them, set drafter.options={rope: own}")
-    setattr(config, _OWN_ROPE, "own")
+    elif not meant:
+        check_rope(config, parts, cure)
+    if heads or not same_rope:
+        setattr(config, _OWN_ATTENTION, "own")
 
 
-def refuse_own_rope(rope: str) -> None:
-    """Raise ValueError where a drafter that starts from the target is asked for positions of its own."""
-    if rope != "target":
-        raise ValueError(f"the option rope={rope!r} is for a checkpoint, drafter.path; a new drafter has the target's")
+_CURE = " If it was trained with them, set drafter.options={attention: own}"
+
+
+def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]]:
+    """Entries of a layer's heads that are not the target's, with the target's."""
+    target = layer_config(parts)
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return [(name, getattr(target, name)) for name in names if getattr(config, name) != getattr(target, name)]
+
+
+def check_heads_stated(entries: Mapping[str, Any]) -> None:
+    """Raise ValueError where a ``config.json`` leaves it to a default how many heads there are."""
+    if entries.get("num_attention_heads") is None:
+        raise ValueError("config.json: num_attention_heads is missing, and tensors do not tell how many there are")
+
+
+def refuse_own_attention(attention: str) -> None:
+    """Raise ValueError where a drafter that starts from the target is asked for an attention of its own."""
+    if attention != "target":
+        raise ValueError(
+            f"the option attention={attention!r} is for a checkpoint, drafter.path; a new drafter has the target's"
+        )
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -211,6 +234,11 @@ def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, low
                 f"feature_layers has {layer}; engines capture what enters a layer, {lowest}..{num_target_layers - 1} "
                 "of this target"
             )
+    check_layers_rise(feature_layers)
+
+
+def check_layers_rise(feature_layers: Sequence[int]) -> None:
+    """Raise ValueError where engines would join the features in another order than they are given in."""
     if sorted(set(feature_layers)) != list(feature_layers):
         raise ValueError(f"feature_layers must rise, got {tuple(feature_layers)}: engines join states in that order")
 

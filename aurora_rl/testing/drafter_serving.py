@@ -39,7 +39,11 @@ def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeSha
 def check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
     """Trees within the shape, of tokens that the drafter has."""
     slots = filled(drafter, trajectories)
-    _check_nodes(drafter, drafter.propose(slots, shape), len(slots), shape, vocab_size, f"propose with {shape}")
+    proposal, what = drafter.propose(slots, shape), f"propose with {shape}"
+    _check_nodes(drafter, proposal, len(slots), shape, vocab_size, what)
+    if shape.width == 1 and proposal.mask is None:
+        drafted, most = proposal.tokens.shape[1], drafter.max_depth
+        require(drafted == min(shape.depth, most), f"{what}: a chain of {drafted} nodes, max_depth is {most}")
     empty = drafter.propose(slots, TreeShape(0)).tokens
     require(empty.shape == (len(slots), 0), f"propose at depth 0 gave {tuple(empty.shape)} and not no nodes")
 
@@ -116,6 +120,16 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     _extend(drafter, trajectories, slots, torch.zeros_like(lengths), middle)
     _extend(drafter, trajectories, slots, middle, lengths)
     same(slots, "when slots of unequal length are extended in one call, or beside empty slots")
+
+    # A slot that is all but full, beside one that catches up from its first pair: the padding has no room there.
+    longest = [trajectories[int(lengths.argmax())]] * 2
+    full = lengths.max().expand(2)
+    drafter.allocate(2, int(full[0]) + 1)
+    _extend(drafter, longest[:1], slots[:1], torch.tensor([0]), full[:1] - 1)
+    _extend(drafter, longest, slots[:2], torch.stack([full[0] - 1, torch.tensor(0)]), full)
+    got = drafter.propose(slots[:2], shape)
+    equal = all(close(a.double(), b.double(), atol) for a, b in zip(_nodes(got, 0), _nodes(got, 1), strict=True))
+    require(equal, "proposals change when a full slot is extended beside one that catches up")
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:

@@ -53,13 +53,15 @@ def check_drafter(
     if dtype not in COMPUTED:
         raise ValueError(f"check_drafter needs a drafter in float64 or float32, got {dtype}")
     generator = torch.Generator().manual_seed(seed)
+    _check_declared(drafter)
     _check_apart(drafter, target)  # copies are apart, whatever the originals are
     drafter = copy.deepcopy(drafter)
     drafter.install(moved(drafter.published(), generator))
     target = cast(copy.deepcopy(target), dtype)
     vocab_size = TargetParts.of(target).head.shape[0]
-    prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in (1, 7, 2, 4)]
-    shapes = (TreeShape(1), TreeShape(4), TreeShape(4, 2), TreeShape(3, 3, 9))
+    # One prompt is long: windows, and positions that are off by little, show far into a text.
+    prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in (1, 7, 2, 100)]
+    shapes = (TreeShape(1), TreeShape(6), TreeShape(4, 2), TreeShape(3, 3, 9))
 
     def served(shape: TreeShape) -> list[TensorDict]:
         sampling = SamplingParams(temperature=1.0, seed=seed)
@@ -85,6 +87,22 @@ def check_drafter(
         check_staging(drafter, trajectories, generator)
         check_swap(drafter, target, prompts, generator)
     check_saved(drafter, TargetParts.of(target), trajectories)
+
+
+def _check_declared(drafter: Drafter) -> None:
+    """What others read of a drafter is there, and of its type."""
+    layers, vocab = getattr(drafter, "feature_layers", None), getattr(drafter, "draft_vocab", None)
+    require(
+        isinstance(layers, tuple) and all(type(layer) is int for layer in layers),
+        f"feature_layers is no tuple of integers, but {layers!r}",
+    )
+    require(
+        isinstance(vocab, torch.Tensor) and vocab.dtype == torch.int64 and vocab.dim() == 1,
+        "draft_vocab is no int64 tensor [Vd]",
+    )
+    require(bool((drafter.draft_vocab.diff() > 0).all()), "draft_vocab does not rise")
+    size = getattr(drafter, "vocab_size", None)
+    require(type(size) is int, f"vocab_size is no integer, but {size!r}")
 
 
 def _check_apart(drafter: Drafter, target: PreTrainedModel) -> None:

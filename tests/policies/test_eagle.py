@@ -20,8 +20,8 @@ from aurora_rl.policies.registry import recognized
 from aurora_rl.testing import check_drafter, tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
-# Not rising, and half of the tokens are outside.
-VOCAB = torch.arange(0, 32, 2).flip(0)
+# Half of the tokens are outside.
+VOCAB = torch.arange(0, 32, 2)
 
 
 def drafter(vocab: Tensor = VOCAB, architecture: str = "llama") -> EagleDrafter:
@@ -240,7 +240,7 @@ def test_other_feature_layers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("d2t", "message"),
     [
-        (VOCAB.flip(0) - torch.arange(16), "'d2t' is another draft vocabulary"),
+        (VOCAB + 1 - torch.arange(16), "'d2t' is another draft vocabulary"),
         (torch.full((16,), 31), "'d2t' points outside the target's vocabulary of 32"),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_whole_llama_is_no_eagle() -> None:
         ({"attention_bias": True}, "attention_bias is set, which this drafter has no form for"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2, this drafter has one layer"),
         ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
-        ({"num_key_value_heads": 4}, r"'layers.0.self_attn.k_proj.weight' has shape \(8, 16\), .* needs \(16, 16\)"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4, the target has 2"),
     ],
 )
 def test_another_targets_drafter_is_refused_by_name(

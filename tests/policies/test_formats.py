@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ NAMES = {
     "midlayer.self_attn.k_proj.weight", "midlayer.self_attn.o_proj.weight", "midlayer.self_attn.q_proj.weight",
     "midlayer.self_attn.v_proj.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
 }  # fmt: skip
+
+
+# Of EAGLE-3 others than its own.
+LAYERS = {"eagle3": (0, 1, 2), "medusa": None}
 
 
 @pytest.fixture
@@ -103,8 +108,16 @@ def change_config(folder: Path, **entries) -> None:
         ({"norm_before_residual": True}, "norm_before_residual is set, which this drafter has no form for"),
         ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
         ({"architectures": ["BertForMaskedLM"]}, r"no drafter is of architectures \['BertForMaskedLM'\]"),
-        ({"num_key_value_heads": 4}, r"'midlayer.self_attn.k_proj.weight' has shape \(8, 32\), .* needs \(16, 32\)"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4, the target has 2; .*options={attention: own}"),
+        # Of the same shapes: only what the file says tells them.
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2},
+            "num_attention_heads is 8, the target has",
+        ),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, this drafter has one layer"),
+        ({"draft_vocab_size": 9}, "draft_vocab_size is 9, the draft map has 4"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1]}}, r"'fc.weight' has shape \(16, 32\)"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 0]}}, r"feature_layers must rise, got \(1, 0\)"),
     ],
 )
 def test_another_targets_drafter_is_refused_by_name(
@@ -202,15 +215,15 @@ def test_rope_that_a_file_states_is_the_targets_or_asked_for(
 ) -> None:
     drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8))
     save_drafter(drafter, tmp_path / "drafter")
-    with pytest.raises(CheckpointError, match="'rope_theta': 10000.0.* set drafter.options={rope: own}"):
+    with pytest.raises(CheckpointError, match="'rope_theta': 10000.0.* set drafter.options={attention: own}"):
         load_drafter(tmp_path / "drafter", llama3)
-    read = load_drafter(tmp_path / "drafter", llama3, options={"rope": "own"})
+    read = load_drafter(tmp_path / "drafter", llama3, options={"attention": "own"})
     batch = pack([tiny_trajectory(drafter)])
     assert torch.equal(read.score(batch), drafter.score(batch))
-    with pytest.raises(CheckpointError, match="the option rope must be target or own, got 'mine'"):
-        load_drafter(tmp_path / "drafter", llama3, options={"rope": "mine"})
-    with pytest.raises(ValueError, match="rope='own' is for a checkpoint"):
-        get_drafter(name).from_target(parts, draft_vocab=torch.arange(8), rope="own")
+    with pytest.raises(CheckpointError, match="the option attention must be target or own, got 'mine'"):
+        load_drafter(tmp_path / "drafter", llama3, options={"attention": "mine"})
+    with pytest.raises(ValueError, match="attention='own' is for a checkpoint"):
+        get_drafter(name).from_target(parts, draft_vocab=torch.arange(8), attention="own")
 
 
 def test_a_pickle_of_anything_but_tensors_is_refused(saved: tuple[Eagle3Drafter, Path], parts: TargetParts) -> None:
@@ -239,12 +252,80 @@ def test_bad_draft_maps_are_named(saved: tuple[Eagle3Drafter, Path], parts: Targ
             load_drafter(folder, parts)
 
 
-def test_a_map_that_could_not_be_saved_is_refused_at_the_swap(parts: TargetParts) -> None:
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 11, 30]))
-    weights = {**drafter.published(), "d2t": torch.tensor([2, 11, 7, 30]) - torch.arange(4)}
-    with pytest.raises(ValueError, match="is not rising: row 1 is token 11"):
-        drafter.install(weights)
-    assert drafter.draft_vocab.tolist() == [2, 7, 11, 30]
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "medusa", "dflash"])
+def test_a_map_that_does_not_rise_is_neither_written_nor_read_nor_swapped_in(
+    parts: TargetParts, tmp_path: Path, name: str
+) -> None:
+    kind, message = get_drafter(name), "is not rising: row 1 is token 11, row 2 token 7"
+    rising, falling = torch.tensor([2, 7, 11, 30]), torch.tensor([2, 11, 7, 30])
+    with pytest.raises(CheckpointError, match=message):
+        save_drafter(kind.from_target(parts, draft_vocab=falling), tmp_path / "never")
+    drafter = kind.from_target(parts, draft_vocab=rising)
+    with pytest.raises(ValueError, match=message):
+        drafter.install({**drafter.published(), "d2t": falling - torch.arange(4)})
+    assert torch.equal(drafter.draft_vocab, rising)
+    save_drafter(drafter, tmp_path / "drafter")
+    rewrite(tmp_path / "drafter", d2t=falling - torch.arange(4))
+    with pytest.raises(CheckpointError, match=message):
+        load_drafter(tmp_path / "drafter", parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), "'norm.weight' is torch.float8_e4m3fn, quantized without a scale"),
+        (lambda t: t.to(torch.int8), "'norm.weight' is torch.int8, this drafter needs floating-point numbers"),
+        (lambda t: t / 0, "'norm.weight' holds values that are not finite"),
+        (lambda t: t * torch.nan, "'norm.weight' holds values that are not finite"),
+    ],
+)
+def test_weights_that_are_none_are_named(
+    saved: tuple[Eagle3Drafter, Path], parts: TargetParts, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    folder = saved[1]
+    rewrite(folder, **{"norm.weight": change(load_file(folder / "model.safetensors")["norm.weight"])})
+    with pytest.raises(CheckpointError, match=message):
+        load_drafter(folder, parts)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "dflash"])
+def test_a_folder_that_does_not_say_its_heads_is_refused(parts: TargetParts, tmp_path: Path, name: str) -> None:
+    """Llama's default of 32 would cut the same tensors in another way."""
+    save_drafter(get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    del config["num_attention_heads"]
+    (tmp_path / "drafter" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="num_attention_heads is missing"):
+        load_drafter(tmp_path / "drafter", parts)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle"])
+def test_heads_of_its_own_are_taken_where_they_are_meant(parts: TargetParts, tmp_path: Path, name: str) -> None:
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8))
+    weights = drafter.published()
+    drafter.install({n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in weights.items()})
+    save_drafter(drafter, tmp_path / "drafter")
+    change_config(tmp_path / "drafter", num_attention_heads=8, num_key_value_heads=4, head_dim=2)
+    batch = pack([tiny_trajectory(drafter)])
+    with pytest.raises(CheckpointError, match="num_attention_heads is 8, the target has 4"):
+        load_drafter(tmp_path / "drafter", parts)
+    read = load_drafter(tmp_path / "drafter", parts, options={"attention": "own"})
+    assert not torch.allclose(read.score(batch), drafter.score(batch)), "heads are cut as the file says"
+    save_drafter(read, tmp_path / "again")
+    assert torch.equal(load_drafter(tmp_path / "again", parts).score(batch), read.score(batch))
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa"])
+def test_vllms_folders_are_told_by_what_they_say(parts: TargetParts, tmp_path: Path, name: str) -> None:
+    """Nobody says of a ``drafter.path`` in which layout it is."""
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(0, 32, 2), feature_layers=LAYERS[name])
+    save_drafter(drafter, tmp_path / "vllm", "vllm")
+    if name == "eagle3":  # as others write it: the layers at the top level alone
+        change_config(tmp_path / "vllm", eagle_config=None)
+    read = load_drafter(tmp_path / "vllm", parts)
+    batch = pack([tiny_trajectory(drafter)])
+    assert read.feature_layers == drafter.feature_layers
+    assert torch.equal(read.score(batch), drafter.score(batch))
 
 
 @pytest.mark.parametrize("options", [{}, {"fc_norm": True}, {"norm_output": True}])

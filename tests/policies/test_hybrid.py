@@ -145,7 +145,10 @@ def test_a_learned_drafter_that_only_its_path_names_is_saved_and_read(tmp_path: 
     [
         ({"lookup": 0}, "lookup must be at least 1, got 0"),
         ({"learned": "medus"}, "no drafter is called 'medus'; did you mean 'medusa'"),
-        ({"learned_options": {"heads": 2}}, "MedusaDrafter has no option 'heads'; it has num_heads, num_layers"),
+        ({"learned": "hybrid"}, "learned=hybrid names a drafter that does not learn by itself"),
+        ({"learned": "ngram"}, "learned=ngram names a drafter that does not learn by itself"),
+        ({"learned_options": {"heads": 2}}, "MedusaDrafter has no setting 'heads'; did you mean 'num_heads'"),
+        ({"learned_options": {"num_heads": "two"}}, "MedusaDrafter: num_heads must be an integer, got 'two'"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

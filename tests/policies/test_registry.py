@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from aurora_rl.policies import Eagle3Drafter, NgramDrafter, available_drafters, get_drafter, registry
-from aurora_rl.policies.registry import recognized
+from aurora_rl.policies.registry import recognized, register_drafter
 
 MODULE = "test_registry_module"
 
@@ -42,6 +42,23 @@ def test_entry_points(installed: type[NgramDrafter]) -> None:
         get_drafter("a_counter")
     with pytest.raises(ValueError, match="'a_ghost' cannot be imported: No module named 'no_such_module'"):
         get_drafter("a_ghost")
+
+
+def test_a_name_belongs_to_one_class() -> None:
+    class EagleDrafter(NgramDrafter):
+        pass
+
+    EagleDrafter.__qualname__ = "EagleDrafter"  # as one at the top of a user's module
+    with pytest.raises(ValueError, match="the drafter name 'eagle' belongs to aurora_rl.policies.eagle:EagleDrafter"):
+        register_drafter("eagle")(EagleDrafter)
+    kept = get_drafter("eagle")
+    assert register_drafter("eagle")(kept) is kept
+
+
+@pytest.mark.parametrize("name", ["mine:", ":Mine", "mine"])
+def test_names_that_lead_nowhere_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"no drafter is called '{name}'; did you mean"):
+        get_drafter(name)
 
 
 def test_a_broken_entry_point_keeps_no_other_drafter_from_being_read(

@@ -27,7 +27,7 @@ from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.testing import check_drafter, serve, tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
-VOCAB = torch.tensor([3, 30, 7, 12, 8, 1, 25, 0, 19, 31])
+VOCAB = torch.tensor([0, 1, 3, 7, 8, 12, 19, 25, 30, 31])
 SIZES = {
     "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 512, "initializer_range": 0.4,
@@ -245,6 +245,7 @@ def test_a_users_folder_with_a_tied_head_has_every_token(tmp_path: Path, parts: 
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
         ({"aurora_rl_draft_vocab": [3, 32]}, "aurora_rl_draft_vocab points outside the target's vocabulary of 32"),
         ({"aurora_rl_draft_vocab": [3, 3]}, "aurora_rl_draft_vocab gives token 3 more than one row"),
+        ({"aurora_rl_draft_vocab": [3, 1]}, "aurora_rl_draft_vocab is not rising: row 0 is token 3, row 1 token 1"),
         ({"model_type": "klingon"}, "klingon"),
         ({"model_type": "mistral", "sliding_window": 16}, "slides its attention over 16 tokens, .* a context of 512"),
         ({"num_key_value_heads": 4}, r"k_proj.weight' has shape \(8, 16\), this drafter needs \(16, 16\)"),
