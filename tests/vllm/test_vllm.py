@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aurora_rl.checkpoints import read_folder, write_folder
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats import save_drafter
-from aurora_rl.policies.vllm_format import to_vllm
 from aurora_rl.testing.tiny import serve
 
 pytestmark = pytest.mark.vllm
@@ -164,9 +163,7 @@ def agreement(served: dict[str, Any], drafter: Drafter, target: LlamaForCausalLM
 
 
 def test_an_eagle3_checkpoint_drafts_in_vllm_as_here(eagle3, target, prompts, vllm_serves, tmp_path):
-    save_drafter(eagle3, tmp_path / "ours")
-    tensors, config = to_vllm(*read_folder(tmp_path / "ours", "config.json"))
-    write_folder(tmp_path / "theirs", tensors, {"config.json": config})
+    save_drafter(eagle3, tmp_path / "theirs", "vllm")
     served = vllm_serves("eagle3", tmp_path / "theirs")
     assert served["layers"] == list(eagle3.feature_layers)
     equal = agreement(served, eagle3, target, prompts)
@@ -174,20 +171,14 @@ def test_an_eagle3_checkpoint_drafts_in_vllm_as_here(eagle3, target, prompts, vl
     assert {len(each["said"]) for rounds in served["rounds"] for each in rounds} == set(range(1, DEPTH + 2))
 
     # SGLang's ids in the place that vLLM reads: the comparison must be able to fail.
+    tensors, config = read_folder(tmp_path / "theirs", "config.json")
     write_folder(tmp_path / "off", tensors, {"config.json": config | {LAYER_IDS: config["eagle_config"][LAYER_IDS]}})
     equal = agreement(vllm_serves("eagle3", tmp_path / "off"), eagle3, target, prompts)
     assert sum(equal) < 0.7 * len(equal)
 
 
 def test_a_medusa_checkpoint_drafts_in_vllm_as_here(medusa, target, prompts, vllm_serves, tmp_path):
-    ours = {
-        "architectures": ["MedusaDrafter"],
-        "vocab_size": VOCAB,
-        "options": {"num_heads": DEPTH, "num_layers": 2},
-        "feature_layers": list(medusa.feature_layers),
-    }
-    tensors, config = to_vllm(medusa.published(), ours)
-    write_folder(tmp_path / "theirs", tensors, {"config.json": config})
+    save_drafter(medusa, tmp_path / "theirs", "vllm")
     served = vllm_serves("medusa", tmp_path / "theirs")
     equal = agreement(served, medusa, target, prompts)
     assert len(equal) > 50 and all(equal)
