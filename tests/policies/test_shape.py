@@ -303,3 +303,14 @@ def test_sampled_trees_are_not_compared_with_chains() -> None:
 def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]]) -> None:
     with pytest.raises(ValueError, match="one of them of depth 0; got .depth, width. by number"):
         ShapeController(table)
+
+
+def test_a_round_without_the_drafter_is_one_of_n_grams_or_plain() -> None:
+    most = TreeShape(3, width=4, num_nodes=4)
+    shapes = ShapeController.candidates(most, free=True)
+    with_n_grams = ShapeController({1: dict.fromkeys(shapes, 1.0)})
+    for shape in shapes[1:]:
+        without = with_n_grams.without_drafter(shape)
+        assert without in shapes and without.free and without.depth == shape.depth
+    learned_alone = ShapeController({1: dict.fromkeys(ShapeController.candidates(most), 1.0)})
+    assert learned_alone.without_drafter(most) == learned_alone.plain
