@@ -307,6 +307,9 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     step_until(made, lambda: made.events("candidate"))
     send(made, served[2:4])
     step_until(made, lambda: made.learner.version)
+    drain(made)
+    send(made, served[4:6])
+    drain(made)
     made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
     send(made, served[6:20])
     with pytest.raises(
@@ -316,7 +319,11 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     assert made.learner.skipped == 3
     kept = load_file(made.learner._checkpoint / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
-    assert all(bool(value.isfinite().all()) for value in made.drafter.state_dict().values())
+    # Those of the last good step, and not of the last that was published.
+    published = made.learner._serving
+    for name, value in made.drafter.state_dict().items():
+        assert bool(value.isfinite().all()) and torch.equal(kept[f"module.{name}"], value)
+    assert not torch.equal(kept["module.fc.weight"], published["fc.weight"])
 
 
 def test_what_was_learned_before_such_steps_is_kept_though_nothing_was_published_since(
