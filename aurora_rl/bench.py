@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "policy_gradient": [{"name": "imitation"}, {"name": "acceptance_reward", "weight": 0.3, "clip": 0.2}],
     "expected_length": [{"name": "imitation", "weight": 0.3}, {"name": "expected_length", "rule": "sample_and_match"}],
 }
-"""Objectives by the name of their row."""
+"""Objectives by the name of their row. The row "configured" is of those that the configuration names."""
+
+_CONFIGURED = "configured"
 
 
 def learning_curve(
@@ -44,7 +46,7 @@ def learning_curve(
     every: int,
     ahead: int,
     tell: Callable[[int, str, float], None],
-) -> dict[str, list[tuple[int, float]]]:
+) -> tuple[dict[str, list[tuple[int, float]]], int]:
     """Acceptance length on the next requests of a stream, after every so many learned from.
 
     Likeliest drafts are evaluated always, since that is what is served by default; sampled ones beside them where the
@@ -61,7 +63,7 @@ def learning_curve(
         tell: called with each point as it comes.
 
     Returns:
-        (requests learned from, acceptance length) by the mode of the drafts.
+        (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["spine", "tokens"][: int(t["spine", "prompt_length"])].tolist() for t in stream[:64]]
     config = replace(config, seed=seed)
@@ -82,6 +84,7 @@ def learning_curve(
             tell(seen, mode, acceptance)
 
     evaluate(0)
+    skipped: list[str] = []
     steps = train_on(
         stream[: (len(stream) - ahead) // every * every],  # up to the last evaluation
         loss,
@@ -90,11 +93,13 @@ def learning_curve(
         replay=settings.replay,
         autocast=dtype == torch.bfloat16,
         seed=seed,
+        max_skipped=settings.max_skipped,
+        on_skip=skipped.append,
     )
     for seen, _, _ in steps:
         if seen % every == 0:
             evaluate(seen)
-    return curves
+    return curves, len(skipped)
 
 
 def bench_objectives(
@@ -115,7 +120,7 @@ def bench_objectives(
         config: of the runs.
         recording: folder of a recorded stream.
         out: folder of the results, one file a run; its table and plot cover every recording that it has results of.
-        variants: names of :data:`VARIANTS`.
+        variants: names of :data:`VARIANTS`, or "configured" for the objectives of ``config``.
         seeds: runs of each variant.
         every: requests between two evaluations.
         ahead: requests of an evaluation.
@@ -123,20 +128,28 @@ def bench_objectives(
         say: takes a line of progress.
 
     Raises:
-        ConfigError: an unknown variant, a recording that is too short or that a variant cannot learn from, or batches
-            that do not end at the evaluations.
+        ConfigError: an unknown variant, a number below 1, objectives that no variant uses, a recording that is too
+            short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
+            was made with other settings.
     """
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join(VARIANTS)}")
+    _check_arguments(config, variants, seeds=seeds, every=every, ahead=ahead, limit=limit)
+    known = {**VARIANTS, _CONFIGURED: config.objectives}
     found = Recording(recording)
     count = min(len(found), limit or len(found))
     if every % config.learner.batch_size:
         raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
     if count < every + ahead:
         raise ConfigError(f"--recording {recording} has {count} trajectories; at least {every + ahead} are needed")
+    settings = _settings(config, every, ahead, count, found.digest(count))
+    missing = []
+    for seed in range(seeds):
+        for variant in dict.fromkeys(variants):
+            path = _result(out, recording, variant, seed)
+            if path.exists():
+                _check_reuse(path, {"objectives": known[variant], **settings}, say)
+            else:
+                missing.append((variant, seed))
     out.mkdir(parents=True, exist_ok=True)
-    missing = [(v, s) for s in range(seeds) for v in variants if not _result(out, recording, v, s).exists()]
     if missing:
         stream = [found[index] for index in range(count)]
         target = build.load(config)
@@ -147,8 +160,8 @@ def bench_objectives(
                 say(f"{recording.name} {variant} seed {seed}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
 
             try:
-                curves = learning_curve(
-                    config, target, stream, VARIANTS[variant], seed=seed, every=every, ahead=ahead, tell=tell
+                curves, skipped = learning_curve(
+                    config, target, stream, known[variant], seed=seed, every=every, ahead=ahead, tell=tell
                 )
             except ValueError as error:
                 raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
@@ -156,11 +169,8 @@ def bench_objectives(
                 "recording": recording.name,
                 "variant": variant,
                 "seed": seed,
-                "objectives": VARIANTS[variant],
-                "requests": count,
-                "ahead": ahead,
-                "replay": config.learner.replay,
-                "tree": {k: getattr(config.drafter, k) for k in ("name", "depth", "width", "num_nodes")},
+                "settings": {"objectives": known[variant], **settings},
+                "skipped": skipped,  # steps
                 "seconds": round(time.monotonic() - began, 1),
                 "cpu_seconds": round(time.process_time() - spent, 1),  # whatever else the machine did
                 "curves": {mode: [[seen, round(a, 4)] for seen, a in curve] for mode, curve in curves.items()},
@@ -172,6 +182,49 @@ def bench_objectives(
     (out / "table.md").write_text(_markdown(results))
     _plot(results, out / "curves.png")
     say(f"{len(results)} runs in {out}: table.md, curves.png")
+
+
+def _check_arguments(config: Config, variants: Sequence[str], **numbers: int | None) -> None:
+    """Raise ConfigError for what can be told before anything is read."""
+    for option, number in numbers.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"--{option} must be at least 1, got {number}")
+    for variant in variants:
+        if variant not in (*VARIANTS, _CONFIGURED):
+            raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join((*VARIANTS, _CONFIGURED))}")
+    if _CONFIGURED in variants:
+        build.check_objectives(config)
+    elif config.objectives != Config().objectives:
+        raise ConfigError(f"no variant learns by objectives={config.objectives}; add {_CONFIGURED!r} to --variants")
+
+
+def _settings(config: Config, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
+    """What a curve depends on beside its objectives and its seed, by the names that the user knows."""
+    drafter, learner = asdict(config.drafter), asdict(config.learner)
+    return {
+        "model": config.model,
+        "dtype": str(build.dtype_of(config)).removeprefix("torch."),
+        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("made_for", "adaptive")},  # these change none
+        **{f"learner.{k}": learner[k] for k in ("batch_size", "replay", "muon_lr", "adam_lr")},
+        "--every": every,
+        "--ahead": ahead,
+        "--limit": count,
+        "checksum of the recording": digest,
+    }
+
+
+def _check_reuse(path: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Raise ConfigError where a result was made with other settings."""
+    made = json.loads(path.read_text()).get("settings")
+    if made is None:
+        say(f"{path} does not say what it was made with, as results did not once; it is taken as it is")
+        return
+    for name, value in settings.items():
+        if made.get(name) != value:
+            raise ConfigError(
+                f"{path} was made with {name}={made.get(name)}, and this run has {name}={value}; name another folder "
+                "by --out"
+            )
 
 
 def _result(out: Path, recording: Path, variant: str, seed: int) -> Path:

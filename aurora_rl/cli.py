@@ -137,8 +137,8 @@ def _run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
 def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recording", type=Path, required=True, help="folder that learner.record=... filled")
     command.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the results")
-    command.add_argument("--variants", default="forward_kl,discard", help="names, comma-separated")
-    command.add_argument("--seeds", type=int, default=1)
+    command.add_argument("--variants", default="forward_kl,discard", help="names; configured is objectives=...")
+    command.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     command.add_argument("--every", type=int, default=40, help="requests between two evaluations")
     command.add_argument("--ahead", type=int, default=40, help="requests of an evaluation: the next to come")
     command.add_argument("--limit", type=int, help="most requests of the recording")
@@ -159,7 +159,7 @@ def _bench(config: Config, arguments: argparse.Namespace) -> int:
         config,
         arguments.recording,
         arguments.out,
-        variants=arguments.variants.split(","),
+        variants=[name.strip() for name in arguments.variants.split(",")],
         seeds=arguments.seeds,
         every=arguments.every,
         ahead=arguments.ahead,

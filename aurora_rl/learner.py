@@ -209,16 +209,20 @@ class Learner:
         """Leave a step out; what is learned stays as it was before it.
 
         Raises:
-            FloatingPointError: too many in a row.
+            FloatingPointError: too many in a row; what was learned up to them is saved.
         """
         self.skipped += 1
         self._skipped_in_a_row += 1
         self._log.write("step_skipped", reason=reason, steps=self.steps, skipped=self.skipped)
         if self._skipped_in_a_row > self._max_skipped:
+            # A step that was finite itself may have led to weights that are not.
+            if all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values()):
+                self.save()
+            there = self._checkpoint.exists()
+            kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had no finite loss and gradient (the last: {reason}); the "
-                f"last good training state is in {self._checkpoint}; lower the learning rate, or set "
-                "learner.max_skipped higher"
+                f"{self._skipped_in_a_row} steps in a row had no finite loss and gradient (the last: {reason}); "
+                f"{kept}; lower the learning rate, or set learner.max_skipped higher"
             )
 
     def _decide(self) -> None:

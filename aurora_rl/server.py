@@ -95,23 +95,27 @@ class InferenceServer(Figures):
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
         if self._shapes is not None:
-            if policy.speculate:
-                outcomes = _outcomes(done)
-                if policy.shape.free:
-                    # Where n-grams found nothing is no less a trial of them.
-                    outcomes += [["undrafted"] for _ in range(occupied - len(outcomes))]
-                judged = [path[: policy.shape.depth] for path in outcomes]
-                # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
-                below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
-                self._shapes.observe(policy.shape, occupied, seconds, judged, below)
-            else:
-                self._shapes.observe(self._shapes.plain, occupied, seconds)
+            self._observe(self._shapes, done, occupied, seconds)
         if control:
             seconds -= recording
             self.rounds.append(Round(True, occupied, 0, recording, completed))
         self.rounds.append(Round(not control, occupied, tokens, seconds, completed))
         self._windows.spent(seconds)
         return True
+
+    def _observe(self, shapes: ShapeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
+        """Book a round as what it was: slots whose requests the drafter failed are no trials of it."""
+        policy, shape, outcomes = self.policy, shapes.plain, []
+        if bool(policy.drafted.any()):
+            shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
+        elif bool(policy.from_text.any()):
+            shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.from_text)
+            # Where n-grams found nothing is no less a trial of them.
+            outcomes += [["undrafted"] for _ in range(int(policy.from_text.sum()) - len(outcomes))]
+        judged = [path[: shape.depth] for path in outcomes]
+        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
+        shapes.observe(shape, occupied, seconds, judged, below)
 
     def _reshape(self, shape: TreeShape) -> None:
         assert self._shapes is not None
@@ -207,16 +211,19 @@ def _named(weights: Any) -> dict[str, Tensor]:
     }
 
 
-def _outcomes(done: TensorDictBase) -> list[list[Outcome]]:
-    """What became of the drafts of a round, of each slot that has any, by depth."""
+def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
+    """What became of the drafts of a round, by depth, of each of the slots ``[B]`` bool that has any."""
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
-    likeliest = ~(siblings & (log_probs[:, None] > log_probs[:, :, None])).any(-1)
+    # N-grams' log-probabilities are all alike, and the likelier stands before its siblings.
+    before = torch.ones_like(siblings).tril(-1)
+    one, other = log_probs[:, :, None], log_probs[:, None]
+    likeliest = ~(siblings & ((other > one) | (other == one) & before)).any(-1)
     # Where a request ended inside the path, what lies behind its last token was not judged.
     judged = (verifier["bonus_token"] >= 0).tolist()
     out = []
-    for slot in mask.any(1).nonzero().flatten().tolist():
+    for slot in (mask.any(1) & slots.to(mask.device)).nonzero().flatten().tolist():
         path = verifier["accepted"][slot].nonzero().flatten()
         outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
         if judged[slot]:

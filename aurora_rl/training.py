@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.buffer import trajectory_buffer
+from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter
 from aurora_rl.trajectories import pack
 
@@ -92,6 +93,7 @@ def train_on(
     autocast: bool = False,
     seed: int = 0,
     max_skipped: int = 20,
+    on_skip: Callable[[str], None] = lambda reason: None,
 ) -> Iterator[tuple[int, float, TensorDictBase]]:
     """Learn from a recorded stream as a learner does from one that arrives.
 
@@ -107,6 +109,7 @@ def train_on(
         autocast: see there.
         seed: of the replay.
         max_skipped: steps in a row whose loss or gradient is not finite. Such a step is skipped, with a warning.
+        on_skip: called with the reason of each skipped step, for whoever counts them.
 
     Yields:
         After each new batch and its replays: trajectories seen, the last step's loss, and what it returned; NaN and
@@ -114,7 +117,11 @@ def train_on(
 
     Raises:
         FloatingPointError: more skipped steps in a row.
+        ValueError: the stream is shorter than a batch, or it has ended without a single drafted node and an objective
+            learns from nodes.
     """
+    if len(stream) < batch_size:
+        raise ValueError(f"the stream has {len(stream)} requests, fewer than the batch_size={batch_size} of a step")
     buffer = trajectory_buffer(len(stream), batch_size, seed)
     value, out, skipped = math.nan, TensorDict(), 0
     for first in range(0, len(stream) - batch_size + 1, batch_size):
@@ -126,7 +133,11 @@ def train_on(
                 skipped = 0
             except FloatingPointError as error:
                 skipped += 1
+                on_skip(str(error))
                 logger.warning("a step was skipped after %d trajectories: %s", first, error)
                 if skipped > max_skipped:
                     raise
         yield first + batch_size, value, out
+    for objective in loss.modules():
+        if isinstance(objective, Objective):
+            objective.check_nodes()

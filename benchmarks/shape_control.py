@@ -1,8 +1,9 @@
 """The shape controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
 
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
-weights are learned here: the useless drafter is the trained one with the rows of its draft head permuted, and the
-improving one is swapped in by steps between an untrained and a trained checkpoint of one draft vocabulary.
+weights are learned here: the useless drafter is the trained one with the rows of its draft heads permuted, and the
+improving one is swapped in by steps between an untrained and a trained checkpoint of one draft vocabulary. With
+``--drafter hybrid`` both are served with n-grams, and n-grams alone are a choice of the controller.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from aurora_rl.conversations import Conversations
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.formats import load_drafter
 from aurora_rl.policies.shape import ShapeController
 from aurora_rl.server import InferenceServer, cost_table, measure_rounds
@@ -47,6 +48,10 @@ class Script:
         pass
 
 
+def load(options: argparse.Namespace, folder: str, parts: TargetParts) -> Drafter:
+    return load_drafter(folder, parts, get_drafter(options.drafter) if options.drafter else None)
+
+
 def serve(
     options: argparse.Namespace,
     folder: Path,
@@ -59,7 +64,7 @@ def serve(
     """Serve the prompts in parts, each of a name, a number of requests and how many are in flight at once."""
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
-    drafter = load_drafter(options.trained, TargetParts.of(model))
+    drafter = load(options, options.trained, TargetParts.of(model))
     drafter.install(first)
     drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     source = Conversations(
@@ -70,7 +75,8 @@ def serve(
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
     most = TreeShape(options.depth, options.width, options.nodes)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=most.most_nodes, shape=most)
-    costs = measure_rounds(engine, policy, usual, ShapeController.candidates(most)) if adaptive else {}
+    tried = ShapeController.candidates(most, free=drafter.min_depth > 0)
+    costs = measure_rounds(engine, policy, usual, tried) if adaptive else {}
     ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
     asked = 0
 
@@ -107,7 +113,8 @@ def serve(
     while (here := part()) < len(parts) and server.step():
         if server.rounds[-1].speculative:
             shape = policy.shape
-            chosen[here][f"{shape.depth}x{shape.width}" if shape.depth else "none"] += 1
+            name = f"{shape.depth}x{shape.width}{' free' * shape.free}"  # as in the table of costs
+            chosen[here][name if shape.depth else "none"] += 1
     return {
         "controller": adaptive,
         **({"round_ms_at_start": cost_table(costs)} if adaptive else {}),
@@ -144,6 +151,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trained", required=True, help="trained drafter, such as RUN_DIR/drafter")
     parser.add_argument("--untrained", required=True, help="what it started from, such as RUN_DIR/drafter-day0")
+    parser.add_argument("--drafter", help="architecture to serve them as, such as hybrid; by default their own")
     parser.add_argument("--streams", default="useless,improving,batch")
     parser.add_argument("--slots", type=int, default=2, help="of the useless and the improving drafter")
     parser.add_argument("--depth", type=int, default=4)
@@ -154,12 +162,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, _ = load_target("smollm2", dtype=torch.float32, device="cpu")
     target = TargetParts.of(model)
-    trained, untrained = (
-        load_drafter(path, target).requires_grad_(False).published() for path in (options.trained, options.untrained)
-    )
-    del model
-    rows = torch.randperm(len(trained["d2t"]), generator=torch.Generator().manual_seed(0))
-    useless = {**trained, "lm_head.weight": trained["lm_head.weight"][rows]}
+    drafters = [load(options, folder, target).requires_grad_(False) for folder in (options.trained, options.untrained)]
+    trained, untrained = (drafter.published() for drafter in drafters)
+    rows = torch.randperm(len(drafters[0].draft_vocab), generator=torch.Generator().manual_seed(0))
+    del model, drafters
+    # Every matrix that has a row for each token of the draft vocabulary: one head, or one for every depth.
+    useless = {name: t[rows] if t.ndim == 2 and len(t) == len(rows) else t for name, t in trained.items()}
     improving = [blend(untrained, trained, share) for share in torch.linspace(0, 1, options.steps).tolist()]
     each = options.limit // (options.steps + 1)
     stages = ["useless", *(f"{share:.2f} of the way" for share in torch.linspace(0, 1, options.steps).tolist())]
@@ -193,7 +201,8 @@ def main() -> None:
                 result[f"{name}, {'controller' if adaptive else 'fixed shape'}"] = cell
                 print(name, cell, flush=True)
     shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
-    write_result(__file__, options, {"threads": options.threads, "most": shape, "streams": result})
+    figures_of_run = {"threads": options.threads, "drafter": options.drafter, "most": shape, "streams": result}
+    write_result(__file__, options, figures_of_run)
 
 
 if __name__ == "__main__":

@@ -307,6 +307,9 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     step_until(made, lambda: made.events("candidate"))
     send(made, served[2:4])
     step_until(made, lambda: made.learner.version)
+    drain(made)
+    send(made, served[4:6])
+    drain(made)
     made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
     send(made, served[6:20])
     with pytest.raises(
@@ -316,7 +319,39 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     assert made.learner.skipped == 3
     kept = load_file(made.learner._checkpoint / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
-    assert all(bool(value.isfinite().all()) for value in made.drafter.state_dict().values())
+    # Those of the last good step, and not of the last that was published.
+    published = made.learner._serving
+    for name, value in made.drafter.state_dict().items():
+        assert bool(value.isfinite().all()) and torch.equal(kept[f"module.{name}"], value)
+    assert not torch.equal(kept["module.fc.weight"], published["fc.weight"])
+
+
+def test_what_was_learned_before_such_steps_is_kept_though_nothing_was_published_since(
+    make: Make, served: list[TensorDict]
+) -> None:
+    made = make(max_skipped=2)
+    send(made, served[:4])
+    step_until(made, lambda: made.learner.steps == 2)
+    learned = {name: value.clone() for name, value in made.drafter.state_dict().items()}
+    assert not made.checkpoint.exists()
+    made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(made, served[4:20])
+    with pytest.raises(FloatingPointError, match="last good training state is in"):
+        drain(made)
+    again = make()
+    again.learner.resume(made.checkpoint)
+    assert (again.learner.seen, again.learner.steps) == (4, 2)
+    assert all(torch.equal(value, learned[name]) for name, value in again.drafter.state_dict().items())
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_good_state(make: Make, served: list[TensorDict]) -> None:
+    made = make(max_skipped=2)
+    with torch.no_grad():
+        made.drafter.fc.weight.fill_(math.inf)  # as a finite gradient and a learning rate far too high leave it
+    send(made, served[:20])
+    with pytest.raises(FloatingPointError, match="no good state was saved; lower the learning rate"):
+        drain(made)
+    assert not made.checkpoint.exists()
 
 
 def test_replay_is_owed_for_new_requests_only_and_does_not_pile_up(make: Make, served: list[TensorDict]) -> None:

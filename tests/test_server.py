@@ -420,10 +420,15 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
         },
         batch_size=[6],
     )
-    assert _outcomes(done) == [
+    assert _outcomes(done, torch.ones(6, dtype=torch.bool)) == [
         ["refused"], ["sibling", "refused"], ["sibling", "likeliest", "undrafted"], ["likeliest", "undrafted"],
         ["sibling"],
     ]  # fmt: skip
+    assert _outcomes(done, torch.arange(6) % 3 == 1) == [["sibling", "refused"], ["sibling"]]
+    # Of n-grams alone, whose log-probabilities are all alike, the first of siblings is the likelier.
+    done["draft", "log_probs"].fill_(-torch.inf)
+    assert _outcomes(done, torch.arange(6) == 2) == [["likeliest", "likeliest", "undrafted"]]
+    assert _outcomes(done, torch.arange(6) == 3) == [["sibling", "undrafted"]]
 
 
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
@@ -579,6 +584,64 @@ def test_a_hybrid_whose_learned_half_raises_serves_n_grams(tmp_path: Path, free:
     assert server.drafter_faults == len(faulty) and bool(called) != free
     assert sum(rounds * int(accepted) for event in serving.events("request")
                for accepted, rounds in event["accepted"].items()) > 20  # fmt: skip
+
+
+class Books(OnTime):
+    """Notes what it is told of each round; every shape takes the second, but for those that are to be avoided."""
+
+    def __init__(self, *shapes: TreeShape, avoid: Sequence[TreeShape] = ()) -> None:
+        ShapeController.__init__(self, {1: {shape: 10.0 if shape in avoid else 1.0 for shape in shapes}})
+        self.booked: list[tuple[TreeShape, list[list[str]]]] = []
+
+    def observe(self, shape: TreeShape, occupied: int, seconds: float, *outcomes: Any) -> None:
+        super().observe(shape, occupied, seconds, *outcomes)
+        self.booked.append((shape, outcomes[0]))
+
+
+NONE = TreeShape(0)
+
+
+def test_rounds_of_a_request_that_the_drafter_fails_are_booked_as_plain(tmp_path: Path) -> None:
+    waiting, chain = requests(3, budget=22), TreeShape(DEPTH)
+    books = Books(NONE, chain)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), shapes=books)
+    serving.run()
+    serving.check_texts()
+    # The oracle's six rounds; the two before the fault, and a round for each of the tokens that are left; six again.
+    assert [shape for shape, _ in books.booked] == [chain] * 8 + [NONE] * 14 + [chain] * 6
+    assert all(outcomes == [["likeliest"] * DEPTH] for _, outcomes in books.booked[:5])
+    assert all(outcomes == [] for shape, outcomes in books.booked if shape == NONE)
+
+
+def test_a_request_that_the_drafter_fails_is_no_trial_of_the_round_that_it_shares(tmp_path: Path) -> None:
+    waiting, chain = requests(2, budget=22), TreeShape(DEPTH)
+    books = Books(NONE, chain)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), slots=2, shapes=books)
+    serving.run()
+    serving.check_texts()
+    assert [(shape, len(outcomes)) for shape, outcomes in books.booked] == [
+        *[(chain, 2)] * 2, *[(chain, 1)] * 4, *[(NONE, 0)] * 10,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", [True, False])
+def test_n_grams_of_a_request_that_the_learned_half_fails_are_no_trial_of_it(tmp_path: Path, arm: bool) -> None:
+    waiting, hybrid = requests(3, budget=40), HybridDrafter(eagle())
+
+    def raises(*args: object) -> None:
+        raise RuntimeError("no more ideas")
+
+    hybrid.learned.propose = raises
+    tree, free = TreeShape(DEPTH, 2, DEPTH), TreeShape(DEPTH, 1, DEPTH, free=True)
+    books = Books(NONE, tree, *[free] * arm, avoid=(NONE, free))
+    serving = Serving(tmp_path, waiting, hybrid, shapes=books)
+    server = serving.run()
+    serving.check_texts()
+    assert serving.policy.shape == tree and server.drafter_faults == 3
+    assert sum(r.tokens for r in server.rounds) > len(server.rounds)  # n-grams were accepted
+    assert {shape for shape, _ in books.booked} == {free if arm else NONE}
+    assert books._likeliest == books._siblings == books._drafted == [[0.0, 0.0]] * DEPTH
+    assert (books._free[0][0] > 0) == arm
 
 
 def test_a_drafter_whose_drafts_from_the_text_fail_too_goes_silent(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torchrl.objectives import LossModule
 
-from aurora_rl.objectives import ImitationLoss
-from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.objectives import ImitationLoss, SumLoss, make_objectives
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.training import drafter_optimizers, train_on, train_step
 from aurora_rl.trajectories import pack
@@ -23,9 +23,9 @@ def made() -> tuple[Eagle3Drafter, ImitationLoss]:
     return drafter, ImitationLoss(drafter, parts.head.float(), steps=2)
 
 
-def stream(count: int) -> list[TensorDict]:
+def stream(count: int, depth: int = 3) -> list[TensorDict]:
     drafter, _ = made()
-    return [tiny_trajectory(drafter, request=i, max_new_tokens=4) for i in range(count)]
+    return [tiny_trajectory(drafter, request=i, max_new_tokens=4, shape=TreeShape(depth)) for i in range(count)]
 
 
 class Seen(nn.Module):
@@ -78,8 +78,10 @@ def test_learning_from_a_recording_passes_over_such_a_step(caplog: pytest.LogCap
 
     loss = Flawed()
     optimizer, loss.bad = torch.optim.SGD(loss.parameters(), lr=0.0), {0, 3, 4}
-    losses = [v for _, v, _ in train_on(stream(8), loss, [optimizer], replay=3, max_skipped=2)]  # type: ignore[arg-type]
-    assert losses == [3.0, 3.0] and len(loss.batches) == 8
+    reasons: list[str] = []
+    steps = train_on(stream(8), loss, [optimizer], replay=3, max_skipped=2, on_skip=reasons.append)  # type: ignore[arg-type]
+    assert [value for _, value, _ in steps] == [3.0, 3.0] and len(loss.batches) == 8
+    assert len(reasons) == 3 and all("loss is nan" in reason for reason in reasons)
     assert [r.message[:43] for r in caplog.records] == [
         f"a step was skipped after {n} trajectories: lo" for n in (0, 0, 4)
     ]
@@ -87,6 +89,30 @@ def test_learning_from_a_recording_passes_over_such_a_step(caplog: pytest.LogCap
     with pytest.raises(FloatingPointError, match="loss is nan"):
         list(train_on(stream(8), loss, [optimizer], replay=3, max_skipped=2))  # type: ignore[arg-type]
     assert len(loss.batches) == 11
+
+
+@pytest.mark.parametrize("settings", [{"name": "discard"}, {"name": "expected_length", "contexts": "trees"}])
+def test_a_recording_without_drafts_that_an_objective_needs_is_an_error_at_its_end(settings: dict[str, str]) -> None:
+    drafter, _ = made()
+    losses = SumLoss(
+        make_objectives([{"name": "imitation"}, settings], drafter, TargetParts.of(tiny_target()).head.float())
+    )
+    optimizers = drafter_optimizers(drafter, muon_lr=0.0, adam_lr=0.0)
+    steps = train_on(stream(8, depth=0), losses, optimizers, replay=1)
+    assert [next(steps)[0], next(steps)[0]] == [4, 8]
+    with pytest.raises(ValueError, match=f"'{settings['name']}' learns from drafted nodes, and the first 4 batches"):
+        next(steps)
+    # With drafts in the last request alone it is none, and imitation needs none.
+    late = [*stream(8, depth=0)[:7], stream(8)[7]]
+    assert len(list(train_on(late, losses, optimizers, replay=0))) == 2
+    assert len(list(train_on(stream(8, depth=0), made()[1], optimizers, replay=0))) == 2
+
+
+def test_a_stream_shorter_than_a_batch_is_an_error() -> None:
+    loss = Seen()
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match="3 requests, fewer than the batch_size=4"):
+        next(train_on(stream(3), loss, [optimizer]))  # type: ignore[arg-type]
 
 
 def test_muon_has_the_matrices_and_adam_the_rest() -> None:

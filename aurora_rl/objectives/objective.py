@@ -269,6 +269,14 @@ class Objective(_Loss):
             return
         self._without_nodes += 1
         if self._without_nodes > _NO_NODES:
+            self.check_nodes()
+
+    def check_nodes(self) -> None:
+        """Raise ValueError where the objective learns from trees and no batch so far had a node.
+
+        For the end of a recording, which may come before :meth:`expect_nodes` loses its patience.
+        """
+        if self._without_nodes:
             raise ValueError(
                 f"objective {self.name!r} learns from drafted nodes, and the first {self._without_nodes} batches have "
                 "none; serve with speculation (drafter.depth above 0, control.share below 1), and with "

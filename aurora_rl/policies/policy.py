@@ -39,6 +39,8 @@ class DrafterPolicy(TensorDictModuleBase):
             request goes on with what the drafter proposes from the text, or without speculation where that is nothing
             or fails too. None, the default, raises the drafter's own error instead.
         speculate: False emits empty trees: plain decoding.
+        drafted: ``[B]`` bool, slots that the drafter drafted for in the last call, if only an empty tree.
+        from_text: the same of its drafts from the text, which took the place of its own or were asked for alone.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
     """
 
@@ -69,6 +71,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self.on_fault: Callable[[int, str], None] | None = None
         # Of slots' requests: whether the drafter failed them, and whether its drafts from the text did.
         self._refused, self._mute = torch.zeros(2, store.num_slots, dtype=torch.bool)
+        self.drafted, self.from_text = torch.zeros(2, store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -139,10 +142,12 @@ class DrafterPolicy(TensorDictModuleBase):
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.
         ready = store.lengths > 1
+        self.drafted, self.from_text = torch.zeros(2, store.num_slots, dtype=torch.bool)
         if self.speculate and self.shape.depth:
             slots = (ready & ~self._refused).nonzero().flatten()
             if len(slots) and not self.shape.free:
                 self._fill(draft, slots)
+                self.drafted = ready & ~self._refused
             # Those that the drafter failed just now are among them.
             for slot in (ready & ~self._mute & (self._refused | self.shape.free)).nonzero().flatten():
                 self._fill_from_text(draft, slot)
@@ -172,6 +177,7 @@ class DrafterPolicy(TensorDictModuleBase):
             proposal = self.drafter.from_text(text, self.shape)
             if proposal is not None:
                 self._write(draft, slot[None], proposal)
+                self.from_text[slot] = True
         except Exception as error:  # whatever a drafter does, the requests are served
             self._mute[slot] = True
             self._refuse(slot[None], error)

@@ -135,6 +135,11 @@ class ShapeController:
             passed.append(drafted * (likeliest + (1 - likeliest) * sibling) if shape.width > 1 else likeliest)
         return passed
 
+    def without_drafter(self, shape: TreeShape) -> TreeShape:
+        """What a round of this shape is where the drafter failed every slot: n-grams alone, or plain without them."""
+        free = replace(shape, width=1, num_nodes=shape.depth, free=True)
+        return free if free in self._shapes else self.plain
+
     def choose(self, occupied: int) -> TreeShape:
         """The shape of the next round, of so many occupied slots."""
         rates = {shape: self._rate(shape, occupied) for shape in self._shapes}
@@ -173,7 +178,8 @@ class ShapeController:
             shape: that was drafted, whether or not it was the one chosen.
             occupied: slots that took part.
             seconds: wall time of the round.
-            outcomes: of each slot that was drafted for, by depth, as far as it was judged.
+            outcomes: of each slot that was drafted for, by depth, as far as it was judged. Slots that the drafter
+                failed are none of them, and a round that has no others is not of this shape (:meth:`without_drafter`).
             below: nodes that were accepted below the shape's depth, of all slots: n-grams' (``HybridDrafter``).
         """
         self._keep_pace(shape, occupied, seconds)
