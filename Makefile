@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help install flywheel bench test lint unit smollm2 faults sglang vllm
+.PHONY: help install flywheel bench test lint unit smollm2 faults sglang vllm stress
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,14 @@ sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
 
 vllm: $(STAMP) $(VLLM)/.installed  ## tests that run vLLM on the CPU; not in CI, and 3.5 GB the first time
 	AURORA_RL_REQUIRE=vllm $(BIN)/python -m pytest -m vllm tests/vllm
+
+ROUNDS ?= 20
+
+stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times with other random numbers; not in CI
+	for round in $$(seq $(ROUNDS)); do \
+		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
+		$(BIN)/python -m pytest -q -m faults || exit 1; \
+	done
 
 # An environment of its own: vLLM pins another transformers than SGLang. What torchvision and the others bring for CUDA
 # does not load beside a torch for CPU and ends the import of transformers; without them it goes on.
