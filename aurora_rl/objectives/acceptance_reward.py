@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from aurora_rl.trees import sibling_ranks
 # Batches in a row without a fresh round before that is an error.
 _NOTHING_FRESH = 20
 _WITHOUT_REPLACEMENT = DRAFT_MODES.index("sampled_without_replacement")
+# Of a sum of recorded float32 probabilities: less than this is lost to their rounding.
+_RESOLVED = 1e-5
 
 
 def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -55,6 +58,34 @@ def before(context: Tensor, values: Tensor) -> Tensor:
     return out
 
 
+def log_left(log_q: Tensor, context: Tensor, row: Tensor, distinct: Tensor) -> Tensor:
+    """Log of the mass that the earlier siblings of every node left, ``[M]``; 0 where ``distinct`` is false.
+
+    Summed over the tokens that are left: one less the sum of the others has neither value nor gradient where a token is
+    all but sure.
+
+    Args:
+        log_q: ``[C, Vd]``, normalised.
+        context: ``[M]`` int64, the row that each node was drawn from.
+        row: ``[M]`` int64, its column.
+        distinct: ``[M]`` bool, the same for all siblings, and their columns differ.
+
+    Example:
+        >>> log_q = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> log_left(log_q, torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([True, True])).exp()
+        tensor([1.0000, 0.5000])
+    """
+    rank, out = sibling_ranks(context), torch.zeros_like(log_q[context, row])
+    drawn = torch.zeros_like(log_q, dtype=torch.bool)
+    for turn in range(int(rank[distinct].max()) + 1 if bool(distinct.any()) else 0):
+        here = ((rank == turn) & distinct).nonzero().flatten()
+        place = context[here]
+        if turn:
+            out = out.index_copy(0, here, log_q[place].masked_fill(drawn[place], -torch.inf).logsumexp(-1))
+        drawn[place, row[here]] = True
+    return out
+
+
 class _Draws:
     """The nodes of a batch as draws from contexts.
 
@@ -82,13 +113,17 @@ class _Draws:
     ) -> None:
         self.trees, self.context, self.row, self.p, self.q = trees, context, row, p, log_q.exp()
         self._rule, self.without = rule, without
-        self.log_q = self.given_siblings(log_q[context, row])
+        self._log_left = log_left(log_q, context, row, without)
+        self.log_q = log_q[context, row] - self._log_left
         self.needs_q = self.by_rule(lambda rule, here: torch.full_like(self.log_q[here], float(rule.needs_q))) > 0
 
-    def given_siblings(self, log_q: Tensor) -> Tensor:
-        """Log-probabilities of the draws given their path, ``[M]``, as those given their earlier siblings too."""
-        taken = before(self.context, log_q.exp())
-        return torch.where(self.without, log_q - torch.log1p(-taken.clamp(max=1 - 1e-6)), log_q)
+    def given_siblings(self, recorded: Tensor) -> Tensor:
+        """Log-probabilities as recorded, given the path, ``[M]``, as those given the earlier siblings too."""
+        left = 1 - before(self.context, recorded.exp())
+        # Where float32 cannot say what was left, what is left now stands for it.
+        now = self._log_left.detach().clamp(max=math.log(_RESOLVED))
+        known = torch.where(left < _RESOLVED, now, left.clamp(min=_RESOLVED).log())
+        return torch.where(self.without, recorded - known, recorded)
 
     def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
         """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""

@@ -150,11 +150,12 @@ def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tenso
     """Probability that the drafter draws the tree, with its gradient."""
     total = torch.ones((), dtype=torch.float64)
     for parent in {-1, *tree.parents}:
-        q = drafter.log_q(tree.before(parent)).exp()
-        taken = torch.zeros((), dtype=torch.float64)
+        left = drafter.log_q(tree.before(parent)).exp()
         for child in tree.children(parent):
-            total = total * q[tree.tokens[child]] / (1 - taken if distinct else 1.0)
-            taken = taken + q[tree.tokens[child]]
+            token = tree.tokens[child]
+            total = total * left[token] / left.sum()
+            if distinct:
+                left = left * (torch.arange(VOCAB) != token)
     return total
 
 

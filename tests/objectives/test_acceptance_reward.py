@@ -85,6 +85,20 @@ def test_unbiased_by_enumeration(parents: tuple[int, ...], rule: str, mode: str,
     torch.testing.assert_close(estimated(drafter, target, parents, rule, mode), expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("gap", [8.0, 18.0, 40.0])
+@pytest.mark.parametrize("rule", ["sample_and_match", "rejection_without_replacement"])
+def test_distinct_siblings_of_a_drafter_that_is_all_but_sure(rule: str, gap: float) -> None:
+    """What the first sibling leaves is lost where it is taken from one."""
+    start = torch.zeros(len(TEXTS), VOCAB, dtype=torch.float64)
+    start[:, 0], start[:, 1] = gap, 0.5
+    drafter, target, mode = TabularDrafter(0, start=start), TabularTarget(0), "sampled_without_replacement"
+    assert gap < 18 or drafter.log_q(())[0].exp() > 1 - 1e-6
+    expected = exact(drafter, target, (-1, -1), rule, mode)
+    assert expected.abs().max() > 1e-2
+    got = estimated(drafter, target, (-1, -1), rule, mode)
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("parents", [BRANCHES, BUSH], ids=str)
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
