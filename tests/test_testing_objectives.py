@@ -329,12 +329,12 @@ class LearnsWhatIsRejected(AcceptanceRewardLoss):
 
 
 class RewardsEveryDraw(AcceptanceRewardLoss):
-    def _credit(self, draws: Any, reach: Tensor, accepted: Tensor) -> Tensor:
+    def _credit(self, draws: Any, reach: Tensor, *rest: Tensor) -> Tensor:
         return torch.ones_like(reach)
 
 
 class RewardsANodeForItselfAlone(AcceptanceRewardLoss):
-    def _credit(self, draws: Any, reach: Tensor, accepted: Tensor) -> Tensor:
+    def _credit(self, draws: Any, reach: Tensor, *rest: Tensor) -> Tensor:
         return reach
 
 

@@ -125,6 +125,14 @@ class _Draws:
         known = torch.where(left < _RESOLVED, now, left.clamp(min=_RESOLVED).log())
         return torch.where(self.without, recorded - known, recorded)
 
+    def joint(self, ratio: Tensor) -> Tensor:
+        """Product of a ratio over all draws that a node's acceptance hangs on, ``[M]``.
+
+        They are its own, its ancestors', and those of their earlier siblings and its own.
+        """
+        siblings = before(self.context, ratio.log()).exp()
+        return path_products(self.trees, ratio * siblings)[self.trees.num_rounds :]
+
     def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
         """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""
         out = torch.zeros_like(self.q[self.context, self.row])
@@ -145,7 +153,12 @@ class AcceptanceRewardLoss(Objective):
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
     may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
     accept bits, or of the indicators ``q < p``, is biased. On a chain the right one is ``1[q < p]`` times the accepted
-    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused.
+    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused, and the caller sees to it that
+    chains are of the current weights.
+
+    Trees may be of older weights, as replayed ones are: what a node has accepted counts with the ratio of the chances
+    that the current and the recorded log-probabilities give the draws that it hangs on, so the gradient is that of the
+    current weights for every rule and tree. For trees of the current weights all ratios are 1.
 
     Args:
         drafter: its parameters learn.
@@ -154,8 +167,9 @@ class AcceptanceRewardLoss(Objective):
         baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
             if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
             direction, since a branch is part of its own mean, of low variance).
-        clip: None is REINFORCE, right for trees of the current weights. Otherwise the importance ratio from the
-            recorded log-probabilities is clipped to ``1 ± clip``, node by node; ``grad R`` is weighed with it too.
+        clip: PPO's: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
+            gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
+            silences draws that have grown likelier and no others, so give one. None clips nothing.
         max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
         weight: factor on the loss, see :class:`Objective`.
         reduction: see :class:`Objective`; positions are the trees, in one group.
@@ -246,17 +260,18 @@ class AcceptanceRewardLoss(Objective):
         )
         reach = path_products(trees, acceptance)[trees.num_rounds :]
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
-        recorded = batch[self.tensor_keys.log_probs].to(reach.dtype)
 
-        credit = self._credit(draws, reach.detach(), accepted)
-        # REINFORCE is the ratio to the weights' own draws, whose gradient is the score.
-        behaviour = draws.log_q.detach() if self.clip is None else draws.given_siblings(recorded)
+        # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
+        behaviour = draws.given_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
+        ratio = (draws.log_q.detach() - behaviour).exp()
+        joint = draws.joint(ratio)
+        credit = self._credit(draws, reach.detach(), accepted, ratio, joint)
         clip = torch.inf if self.clip is None else self.clip
         gain = clipped_gain(draws.log_q, behaviour, credit, clip)
         if self.reward == "expected":
-            # grad R is averaged over the behaviour's draws too, and takes the same ratio, clipped on both sides.
-            ratio = (draws.log_q.detach() - behaviour).exp().clamp(1 - clip, 1 + clip)
-            gain = gain + torch.where(draws.needs_q, ratio * (reach - reach.detach()), 0.0)
+            # grad R is averaged over the behaviour's draws too; where it is clipped, on both sides.
+            held = joint if self.clip is None else ratio.clamp(1 - clip, 1 + clip)
+            gain = gain + torch.where(draws.needs_q, held * (reach - reach.detach()), 0.0)
 
         drafted = batch["rounds", "offset"].diff() > 0
         fresh = self._fresh(batch["rounds", "policy_version"], drafted)
@@ -265,7 +280,7 @@ class AcceptanceRewardLoss(Objective):
         metrics = {
             "expected_accepted": _mean(subtree_sums(trees, reach)[rounds][valid]),
             "accepted": _mean(subtree_sums(trees, accepted)[rounds][valid]),
-            "ratio": _mean((draws.log_q - draws.given_siblings(recorded)).exp()[fresh[tree]]),
+            "ratio": _mean(ratio[fresh[tree]]),
             "stale": _mean((~fresh[drafted]).to(reach.dtype)),
         }
         return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
@@ -298,16 +313,18 @@ class AcceptanceRewardLoss(Objective):
         )
 
     @torch.no_grad()
-    def _credit(self, draws: _Draws, reach: Tensor, accepted: Tensor) -> Tensor:
-        """What each node's score is weighed with, ``[M]``."""
+    def _credit(self, draws: _Draws, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
+        """What each node's score is weighed with beside its own ratio, ``[M]``."""
         trees, context, row = draws.trees, draws.context, draws.row
+        # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
+        share, own = (joint, ratio) if self.clip is None else (1.0, 1.0)
         if self.reward == "expected":
-            credit = _hanging(trees, context, reach)
+            credit = _hanging(trees, context, share * reach) / own
         else:
             self._check_recorded(draws)
             # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
             counts = (draws.q[context, row] < draws.p[context, row]).to(accepted.dtype)
-            credit = torch.where(draws.needs_q, counts, 1.0) * _hanging(trees, context, accepted)
+            credit = torch.where(draws.needs_q, counts, 1.0) * _hanging(trees, context, share * accepted) / own
         if self.baseline == "none" or not len(context):
             return credit
         self._check_baseline(draws)
@@ -333,7 +350,8 @@ class AcceptanceRewardLoss(Objective):
         if self.clip is not None and bool(draws.needs_q.any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' with clip={self.clip} does not hold for rejection, whose "
-                "accept bits depend on the weights that drew them; set reward='expected', or clip=null"
+                "accept bits depend on the weights that drew them; set reward='expected', or clip=null where the "
+                "current weights did"
             )
 
     def _check_baseline(self, draws: _Draws) -> None:

@@ -159,6 +159,11 @@ def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tenso
     return total
 
 
+def log_probs_of(drafter: TabularDrafter, tree: DrawnTree) -> list[float]:
+    """Log-probability of each node given its path, as a recording has it."""
+    return [float(drafter.log_q(text[:-1])[text[-1]].detach()) for text in tree.texts]
+
+
 def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
     """Chance that each node is accepted, by the definition of its rule and not by the library's, with its gradient."""
     out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
@@ -215,7 +220,7 @@ def tree_trajectory(
         rule: name of the verification rule.
         mode: draft mode.
         accepted: of each node; None accepts none.
-        log_probs: of each node, as recorded; None writes −1.
+        log_probs: of each node, as recorded, see :func:`log_probs_of`; None writes −1.
         version: of the drafter.
     """
     count = len(tree.tokens)
@@ -238,7 +243,7 @@ def tree_trajectory(
             "nodes": {
                 "tokens": torch.tensor(tree.tokens, dtype=torch.int64),
                 "parents": torch.tensor(tree.parents, dtype=torch.int64),
-                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count),
+                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count, dtype=torch.float64),
                 "accepted": torch.tensor(accepted if accepted is not None else [False] * count, dtype=torch.bool),
                 "hidden": torch.stack(hidden) if hidden else torch.zeros(0, VOCAB, dtype=torch.float64),
             },

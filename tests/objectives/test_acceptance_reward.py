@@ -29,6 +29,7 @@ from aurora_rl.testing.tabular import (
     drawn_trees,
     exact_gradient,
     expectation,
+    log_probs_of,
     outcomes_of,
     reach_of,
     table_gradient,
@@ -62,14 +63,21 @@ def estimated(
     rule: str,
     mode: str,
     bits: bool = False,
+    drew: TabularDrafter | None = None,
     **settings,
 ) -> Tensor:
-    """Minus the expected gradient of the loss, over all trees and, with ``bits``, all outcomes."""
-    distinct, items = mode == "sampled_without_replacement", []
+    """Minus the expected gradient of the loss, over all trees and, with ``bits``, all outcomes.
+
+    ``drew`` is what drew and recorded the trees, where that is not the drafter itself.
+    """
+    distinct, items, drew = mode == "sampled_without_replacement", [], drew or drafter
     for tree in drawn_trees(parents, distinct):
-        drawn = chance_of(drafter, tree, distinct).detach()
-        outcomes = outcomes_of(tree, reach_of(drafter, target, tree, rule)) if bits else [(None, torch.ones(()))]
-        items += [(tree_trajectory(tree, target, rule=rule, mode=mode, accepted=a), drawn * w) for a, w in outcomes]
+        drawn, log_probs = chance_of(drew, tree, distinct).detach(), log_probs_of(drew, tree)
+        outcomes = outcomes_of(tree, reach_of(drew, target, tree, rule)) if bits else [(None, torch.ones(()))]
+        items += [
+            (tree_trajectory(tree, target, rule=rule, mode=mode, accepted=a, log_probs=log_probs), drawn * w)
+            for a, w in outcomes
+        ]
     loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
     return -table_gradient(drafter, expectation(items, loss))
 
@@ -173,7 +181,7 @@ def test_samples_point_where_the_exact_gradient_does() -> None:
         for _ in range(20):
             drawn = law.multinomial(count, True, generator=generator).bincount(minlength=len(every)).double()
             items = [
-                (tree_trajectory(t, target, rule="sample_and_match"), n / count)
+                (tree_trajectory(t, target, rule="sample_and_match", log_probs=log_probs_of(drafter, t)), n / count)
                 for t, n in zip(every, drawn, strict=True) if n
             ]  # fmt: skip
             loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
@@ -192,7 +200,7 @@ def test_samples_point_where_the_exact_gradient_does() -> None:
 def test_group_scores_are_standardised_within_a_root() -> None:
     drafter, target = TabularDrafter(5), TabularTarget(5)
     tree = DrawnTree(BRANCHES, (0, 1, 2, 0))
-    batch = pack([tree_trajectory(tree, target, rule="sample_and_match")])
+    batch = pack([tree_trajectory(tree, target, rule="sample_and_match", log_probs=log_probs_of(drafter, tree))])
     loss = AcceptanceRewardLoss(drafter, target.head, baseline="group", reduction="sum")
     p = target.p(())
     branch = [p[0] * (1 + target.p((0,))[2]), p[1] * (1 + target.p((1,))[0])]
@@ -259,7 +267,10 @@ def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
     p, items = target.p(()), []
     q = drafter.log_q(()).exp()
     for row, token in enumerate((0, 2)):
-        items.append((tree_trajectory(DrawnTree((-1,), (token,)), target, rule="rejection"), q[row]))
+        drawn = DrawnTree((-1,), (token,))
+        items.append(
+            (tree_trajectory(drawn, target, rule="rejection", log_probs=[float(q[row].detach().log())]), q[row])
+        )
     truth = table_gradient(drafter, torch.minimum(p[[0, 2]], q).sum())
     torch.testing.assert_close(-table_gradient(drafter, expectation(items, loss)), truth, atol=1e-10, rtol=0)
 
@@ -273,19 +284,51 @@ def test_greedy_accepts_nothing_where_the_choice_has_no_row() -> None:
     assert float(AcceptanceRewardLoss(drafter, target.head)(batch)["expected_accepted"]) == 0.0
 
 
-@pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
-def test_an_unclipped_ratio_corrects_a_draw_of_older_weights(rule: str) -> None:
+@pytest.mark.parametrize("parents", [(-1,), CHAIN3, BRANCHES, BUSH], ids=str)
+@pytest.mark.parametrize(("rule", "mode", "temperature"), SERVED)
+def test_trees_of_older_weights_teach_as_much(
+    parents: tuple[int, ...], rule: str, mode: str, temperature: float
+) -> None:
+    """Replay brings them: their ratios make the gradient that of the current weights."""
+    old, drafter, target = TabularDrafter(11), TabularDrafter(12), TabularTarget(11, temperature)
+    expected = exact(drafter, target, parents, rule, mode)
+    for settings in ({}, {"baseline": "leave_one_out"} if mode == "sampled" and parents in (BRANCHES, BUSH) else {}):
+        got = estimated(drafter, target, parents, rule, mode, drew=old, **settings)
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("parents", [CHAIN3, BRANCHES], ids=str)
+def test_accept_bits_of_older_weights_teach_as_much(parents: tuple[int, ...]) -> None:
     old, drafter, target = TabularDrafter(11), TabularDrafter(12), TabularTarget(11)
-    items = []
-    for tree in drawn_trees((-1,)):
-        recorded = [float(old.log_q(())[tree.tokens[0]].detach())]
-        items.append(
-            (tree_trajectory(tree, target, rule=rule, log_probs=recorded), chance_of(old, tree, False).detach())
-        )
-    loss = AcceptanceRewardLoss(drafter, target.head, clip=1e6, reduction="none")
-    got, expected = -table_gradient(drafter, expectation(items, loss)), exact(drafter, target, (-1,), rule, "sampled")
-    assert expected.abs().max() > 0.01
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    got = estimated(drafter, target, parents, "sample_and_match", "sampled", bits=True, drew=old, reward="recorded")
+    torch.testing.assert_close(got, exact(drafter, target, parents, "sample_and_match", "sampled"), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode"), [("sample_and_match", "sampled"), ("rejection", "sampled"), SERVED[6][:2]], ids=str
+)
+def test_a_wide_clip_is_right_of_one_token_and_near_on_chains(rule: str, mode: str) -> None:
+    """PPO's ratio is a draw's own: of longer chains it is an approximation, for weights near those that drew."""
+    target = TabularTarget(11)
+    old = TabularDrafter(0, start=0.5 * target.table.log_softmax(-1))
+    moved = torch.randn(old.table.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drafter = TabularDrafter(0, start=old.table.detach() + 0.3 * moved)
+    for parents, least in (((-1,), 1 - 1e-9), (CHAIN2, 0.98), (CHAIN3, 0.98)):
+        got = estimated(drafter, target, parents, rule, mode, drew=old, clip=1e6).flatten()
+        expected = exact(drafter, target, parents, rule, mode).flatten()
+        assert torch.cosine_similarity(got, expected, 0) > least
+
+
+def test_a_clip_without_a_baseline_silences_what_has_grown() -> None:
+    """And nothing else, so that it may lead back; a baseline tells the draws that should grow from the others."""
+    drafter, target, old = TabularDrafter(6), TabularTarget(6), TabularDrafter(7)
+    got = estimated(drafter, target, (-1,), "sample_and_match", "sampled", drew=old, clip=0.1)[0]
+    q, before_ = drafter.log_q(()).exp(), old.log_q(()).exp()
+    grown = q / before_ > 1.1
+    assert grown.any() and not grown.all()
+    score = torch.eye(VOCAB, dtype=torch.float64) - q
+    kept = torch.where(grown, 0.0, q * target.p(()))
+    torch.testing.assert_close(got, (kept[:, None] * score).sum(0).detach(), atol=1e-10, rtol=0)
 
 
 def test_the_ratio_of_grad_r_is_clipped_too() -> None:
