@@ -269,9 +269,9 @@ class AcceptanceRewardLoss(Objective):
         clip = torch.inf if self.clip is None else self.clip
         gain = clipped_gain(draws.log_q, behaviour, credit, clip)
         if self.reward == "expected":
-            # grad R is averaged over the behaviour's draws too; where it is clipped, on both sides.
+            # grad R, where there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
             held = joint if self.clip is None else ratio.clamp(1 - clip, 1 + clip)
-            gain = gain + torch.where(draws.needs_q, held * (reach - reach.detach()), 0.0)
+            gain = gain + held * (reach - reach.detach())
 
         drafted = batch["rounds", "offset"].diff() > 0
         fresh = self._fresh(batch["rounds", "policy_version"], drafted)

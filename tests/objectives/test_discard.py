@@ -57,6 +57,27 @@ def test_the_targets_likeliest_tokens_alone() -> None:
     torch.testing.assert_close(loss_of(drafter, target, top_k=VOCAB), loss_of(drafter, target))
 
 
+@pytest.mark.parametrize("top_k", [5, 40])
+def test_more_likeliest_tokens_and_how_often_the_first_agree(top_k: int) -> None:
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(20)).double()
+    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
+    rejected = ~batch["nodes", "accepted"]
+    visited = torch.cat([torch.zeros(len(batch["rounds", "anchor"]), dtype=torch.bool), rejected])
+    log_q = drafter.context_logits(batch, visited).log_softmax(-1)
+    logits = (batch["nodes", "hidden"][rejected] @ parts.head.T)[:, :20]
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, scores in zip(log_q, logits, strict=True):
+        best = scores.topk(min(top_k, 20))
+        p = best.values.softmax(-1)
+        expected = expected + (p * (p.log() - row[best.indices])).sum()
+    out = DiscardSamplingLoss(drafter, parts.head, top_k=top_k, reduction="sum")(batch)
+    torch.testing.assert_close(out["loss_discard"], expected)
+    agree = (log_q.argmax(-1) == logits.argmax(-1)).double().mean()
+    assert 0 < agree < 0.5  # so that it is not its contrary's figure
+    torch.testing.assert_close(out["discard_agreement"].double(), agree)
+
+
 def test_likeliest_tokens_keep_their_mass_where_nothing_is_renormalised() -> None:
     drafter, target = TabularDrafter(2), TabularTarget(2)
     expected = torch.zeros((), dtype=torch.float64)
