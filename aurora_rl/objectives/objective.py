@@ -256,6 +256,27 @@ class Objective(_Loss):
         out = {name: metric.detach() for name, metric in metrics.items()}
         return self._selected({f"loss_{self.name}": self.weight * loss, **out})
 
+    def reset_parameters_recursive(self) -> None:
+        """Reset what learns of the drafter to random numbers, as TorchRL's losses reset their networks.
+
+        A drafter starts with parts of its target, which this does not give back; ``Drafter.from_target`` does.
+
+        Raises:
+            ValueError: a module with such parameters has no ``reset_parameters``; nothing has changed then.
+        """
+        resets = []
+        for name, module in self.drafter.named_modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                reset = getattr(module, "reset_parameters", None)
+                if reset is None:
+                    raise ValueError(
+                        f"objective {self.name!r} cannot reset its drafter: {type(module).__name__} {name!r} has no "
+                        f"reset_parameters; make a new one, {type(self.drafter).__name__}.from_target"
+                    )
+                resets.append(reset)
+        for reset in resets:
+            reset()
+
     def expect_nodes(self, batch: TensorDictBase) -> None:
         """For an objective that learns from trees: look whether there are any.
 
@@ -393,6 +414,10 @@ class SumLoss(_Loss):
                 raise ValueError(f"{key} is not an accepted tensordict key; the objectives have {', '.join(known)}")
         for (objective, _), names in zip(self._parts(), fields, strict=True):
             objective.set_keys(**{key: value for key, value in keys.items() if key in names})
+
+    def reset_parameters_recursive(self) -> None:
+        """Reset what learns of the drafter, see :meth:`Objective.reset_parameters_recursive`."""
+        self._parts()[0][0].reset_parameters_recursive()
 
     @property
     def in_keys(self) -> list[NestedKey]:
