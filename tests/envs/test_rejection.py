@@ -386,22 +386,34 @@ def test_q_is_needed() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def serve(rule: str, mode: str, temperature: float, count: int, slots: int, depth: int = 2) -> tuple[list, Tensor]:
+def serve(
+    rule: str,
+    mode: str,
+    temperature: float,
+    count: int,
+    slots: int,
+    depth: int = 2,
+    drawn: str | None = None,
+    speculate: bool = True,
+    with_q: bool = True,
+) -> tuple[list, Tensor]:
+    """Requests served to their end, and the law of their first token; ``drawn`` is the policy's own draft mode."""
     model = tiny_target(seed=4)
     drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(1, 13)).double().eval()
     engine = TransformersEngine(model, num_slots=slots, max_length=16, feature_layers=drafter.feature_layers)
     prompt = torch.tensor([3, 5, 9])
     waiting = [Request(i, prompt, 2, SamplingParams(temperature, seed=i)) for i in range(count)]
     done: list = []
-    shape = TreeShape(depth, 3, mode=mode)
+    shape = TreeShape(depth, 3, mode=drawn or mode)
     env = SpecDecodeEnv(
         engine, lambda: waiting.pop() if waiting else None, num_nodes=shape.budget, rule=rule, draft_mode=mode,
         on_completion=done.append,
     )  # fmt: skip
     policy = DrafterPolicy(
-        drafter, engine.store, num_nodes=shape.budget, shape=shape, vocab_size=engine.vocab_size,
-        generator=torch.Generator().manual_seed(1),
+        drafter, engine.store, num_nodes=shape.budget, shape=shape, generator=torch.Generator().manual_seed(1),
+        vocab_size=engine.vocab_size if with_q else None,
     )  # fmt: skip
+    policy.speculate = speculate
     td = env.reset()
     while len(done) < count:
         _, td = env.step_and_maybe_reset(policy(td))
@@ -441,6 +453,36 @@ def test_a_rule_refuses_trees_that_were_drawn_otherwise() -> None:
         ValueError, match="'rejection' would change the text of trees drawn by 'topk'; .* draft_mode sampled"
     ):
         serve("rejection", "topk", 1.0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode", "drawn"),
+    [
+        ("rejection", "sampled", "sampled_without_replacement"),
+        ("rejection", "sampled", "topk"),
+        ("sample_and_match", "sampled", "topk"),
+        ("sample_and_match", "topk", "sampled"),
+    ],
+)
+def test_trees_that_were_drawn_otherwise_than_the_environment_takes_them(rule: str, mode: str, drawn: str) -> None:
+    message = f"drawn by '{drawn}', and the environment was made with draft_mode='{mode}'; .*draft_mode=policy.shape"
+    with pytest.raises(ValueError, match=message):
+        serve(rule, mode, 1.0, 1, 1, drawn=drawn)
+
+
+def test_a_rule_refuses_trees_without_their_distribution() -> None:
+    with pytest.raises(
+        ValueError, match=r"'rejection' compares .* no \('draft', 'q'\); .*vocab_size=engine.vocab_size"
+    ):
+        serve("rejection", "sampled", 1.0, 1, 1, with_q=False)
+
+
+@pytest.mark.parametrize("drawn", ["sampled", "topk"])
+@pytest.mark.parametrize("with_q", [False, True])
+def test_rounds_decoded_plainly_need_neither_mode_nor_distribution(drawn: str, with_q: bool) -> None:
+    done, _ = serve("rejection", "sampled", 1.0, 3, 2, drawn=drawn, speculate=False, with_q=with_q)
+    plain_, _ = serve("sample_and_match", "topk", 1.0, 3, 2, speculate=False)
+    assert {c.request.id: c.tokens.tolist() for c in done} == {c.request.id: c.tokens.tolist() for c in plain_}
 
 
 def test_a_rule_without_a_code_is_not_recorded() -> None:
