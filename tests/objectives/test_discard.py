@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_rl.objectives import DiscardSamplingLoss
+from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.testing.tabular import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
@@ -129,6 +129,19 @@ def test_a_drafter_predicts_at_its_own_depths_only() -> None:
     out = DiscardSamplingLoss(drafter, parts.head)(batch)
     parents = batch["nodes", "parents"]
     assert int(out["discarded"]) == int((parents < 0).sum()) < len(parents)
+
+
+def test_before_the_first_pair_a_drafter_predicts_nothing() -> None:
+    """A drafter reads a token with the one before it; another engine may draft from the first token all the same."""
+    drafter, target = TabularDrafter(0), TabularTarget(0)
+    trajectory = tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)
+    trajectory["rounds", "anchor"] -= 1
+    trajectory["spine", "prompt_length"] -= 1
+    trajectory["spine", "hidden"] = trajectory["spine", "hidden"].repeat(2, 1)
+    batch = pack([trajectory])
+    out = DiscardSamplingLoss(drafter, target.head)(batch)
+    assert float(out["discarded"]) == 0.0 and float(out["loss_discard"].detach()) == 0.0
+    assert float(ExpectedLengthLoss(drafter, target.head, contexts="trees")(batch)["expected_length"]) == 0.0
 
 
 def test_it_scores_what_serving_drafted_from() -> None:

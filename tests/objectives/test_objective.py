@@ -423,6 +423,35 @@ def test_losses_can_be_copied_and_cast() -> None:
         assert copy.deepcopy(loss).float()(batch)[key].dtype == torch.float32
 
 
+# ---- a reset --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reset_is_of_what_learns() -> None:
+    drafter, head = made()
+    parts = make_objectives([{"name": "imitation"}, {"name": "discard"}], drafter, head)
+    kept = drafter.fc.weight.requires_grad_(False).clone()
+    learned = [p for p in drafter.parameters() if p.requires_grad]
+    for loss in (parts[0], SumLoss(parts)):
+        with torch.no_grad():
+            for parameter in learned:
+                parameter += 1000
+        loss.reset_parameters_recursive()
+        assert len(learned) > 3 and all(bool((p < 500).all()) for p in learned)
+        assert torch.equal(drafter.fc.weight, kept)
+
+
+def test_a_drafter_that_cannot_be_reset_stays_as_it_is() -> None:
+    drafter, head = made()
+    drafter.scales = torch.nn.ParameterList([torch.ones(2)])
+    before = copy.deepcopy(drafter.state_dict())
+    message = (
+        "'discard' cannot reset its drafter: ParameterList 'scales' has no reset_parameters; make a new one, Eagle3"
+    )
+    with pytest.raises(ValueError, match=message):
+        DiscardSamplingLoss(drafter, head).reset_parameters_recursive()
+    torch.testing.assert_close(dict(drafter.state_dict()), dict(before), atol=0, rtol=0)
+
+
 # ---- what is not a number, and what has the wrong form ---------------------------------------------------------------
 
 
