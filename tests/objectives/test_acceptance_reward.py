@@ -17,7 +17,8 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.llm import GRPOLoss
 
 from aurora_rl.objectives import AcceptanceRewardLoss
-from aurora_rl.objectives.acceptance_reward import _standardised, before, clipped_gain
+from aurora_rl.objectives.acceptance_reward import _standardised, clipped_gain
+from aurora_rl.objectives.draws import before
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing.tabular import (
