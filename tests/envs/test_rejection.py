@@ -381,6 +381,23 @@ def test_q_is_needed() -> None:
         Rejection().acceptance(torch.ones(1, 1), None, nodes[0], nodes[0])
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_rejection_that_only_rounding_brings_about_leaves_the_law(replacement: bool) -> None:
+    """Of equal distributions nothing is left to draw the bonus token from."""
+    p = torch.tensor([[[0.0, 0.5, 0.5]] * 2])
+    seen: list[Tensor] = []
+
+    def pick(residual: Tensor, column: Tensor) -> Tensor:
+        seen.append(residual)
+        return residual.argmax(-1)
+
+    coins = torch.ones(1, 1)  # a number just below 1 times the mass rounds to the mass
+    parts = torch.tensor([[1]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    verdict = reject(p, p[:, :1], *parts, coins, pick, replacement=replacement)
+    assert not verdict.accepted.any()
+    torch.testing.assert_close(seen[0], p[:, 0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the environment
 # ---------------------------------------------------------------------------------------------------------------------
