@@ -381,6 +381,13 @@ def test_q_is_needed() -> None:
         Rejection().acceptance(torch.ones(1, 1), None, nodes[0], nodes[0])
 
 
+def test_a_sibling_that_repeats_another_takes_nothing_from_those_behind_it() -> None:
+    """Refused with 0.8, the first leaves r = (0, 1/2, 1/2) and q = (0, 0.6, 0.4), which the second passes on."""
+    p, q = torch.tensor([[0.1, 0.5, 0.4]]), torch.tensor([[0.5, 0.3, 0.2]])
+    chances = RejectionWithoutReplacement().acceptance(p, q, torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(chances, torch.tensor([0.2, 0.0, 0.8 * 0.5 / 0.6]))
+
+
 @pytest.mark.parametrize("replacement", [True, False])
 def test_a_rejection_that_only_rounding_brings_about_leaves_the_law(replacement: bool) -> None:
     """Of equal distributions nothing is left to draw the bonus token from."""
