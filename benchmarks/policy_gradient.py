@@ -28,6 +28,7 @@ from aurora_rl.testing.tabular import (
     drawn_trees,
     exact_gradient,
     expectation,
+    log_probs_of,
     outcomes_of,
     reach_of,
     table_gradient,
@@ -75,7 +76,10 @@ def estimate(
 ) -> Tensor:
     """The estimated gradient of the expected number of accepted nodes."""
     items = [
-        (tree_trajectory(tree, target, rule=rule, accepted=accepted), torch.tensor(share))
+        (
+            tree_trajectory(tree, target, rule=rule, accepted=accepted, log_probs=log_probs_of(drafter, tree)),
+            torch.tensor(share),
+        )
         for tree, accepted, share in rounds
     ]
     loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)

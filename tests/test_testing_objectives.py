@@ -130,6 +130,14 @@ class NormalisesOverPositions(ImitationLoss):
         return found._replace(value=found.value + spread - spread.detach())
 
 
+class ReportsEveryPosition(ImitationLoss):
+    """Its loss is right, its metric reads what is not predicted."""
+
+    def values(self, batch: TensorDictBase) -> Values:
+        logits = self.drafter.unroll(batch, self.steps).logits
+        return super().values(batch)._replace(metrics={"agreement": torch.stack([step.mean() for step in logits])})
+
+
 # ---- gradients and sums ---------------------------------------------------------------------------------------------
 
 
@@ -155,6 +163,15 @@ class HalvesItsSum(ImitationLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         out = super().forward(tensordict)
         return out.set("loss_imitation", out["loss_imitation"] * (0.5 if self.reduction == "sum" else 1))
+
+
+class AveragesOverEveryPosition(ImitationLoss):
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super().forward(tensordict)
+        if self.reduction == "mean":
+            value, weight, valid, _ = self.values(tensordict)
+            out["loss_imitation"] = torch.where(valid, value * weight, 0.0).mean(1).sum()
+        return out
 
 
 class ReadsItsNeighbours(ImitationLoss):
@@ -184,8 +201,8 @@ class TrustsTheFirstSibling(DiscardSamplingLoss):
 # ---- the extremes of acceptance -------------------------------------------------------------------------------------
 
 
-class ScalesItsMean(ImitationLoss):
-    """By something of the accept bits."""
+class MindsTheAcceptBits(ImitationLoss):
+    """Does as it should unless all bits of several requests are the same."""
 
     @property
     def reads(self) -> list[NestedKey]:
@@ -193,27 +210,29 @@ class ScalesItsMean(ImitationLoss):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         out = super().forward(tensordict)
-        if self.reduction == "mean":
-            out["loss_imitation"] = self.scaled(out["loss_imitation"], tensordict[ACCEPTED].double())
+        if len(tensordict["spine", "prompt_length"]) > 1:
+            out["loss_imitation"] = self.scaled(out["loss_imitation"], tensordict[ACCEPTED])
         return out
 
     def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-class DividesByTheAccepted(ScalesItsMean):
+class DividesByWhetherAnyIsAccepted(MindsTheAcceptBits):
     def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
-        return loss / accepted.sum()
+        return loss / accepted.any()
 
 
-class DividesByTheRejected(ScalesItsMean):
+class DividesByWhetherAnyIsRejected(MindsTheAcceptBits):
     def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
-        return loss / (1 - accepted).sum()
+        return loss / (~accepted).any()
 
 
-class TakesARootOfTheRejected(ScalesItsMean):
+class TakesARootWhereNoneIsRejected(MindsTheAcceptBits):
+    """Of zero, whose gradient is infinite."""
+
     def scaled(self, loss: Tensor, accepted: Tensor) -> Tensor:
-        return (loss * (1 - accepted).sum()).sqrt()
+        return loss + (loss - loss.detach()).sqrt() if accepted.all() else loss
 
 
 # ---- the target's likeliest tokens ----------------------------------------------------------------------------------
@@ -282,6 +301,29 @@ class LeadsAway(ImitationLoss):
         return found._replace(value=-found.value)
 
 
+class LeadsAwayBehindTheFirstStep(ImitationLoss):
+    """By less than the first step leads there."""
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=torch.cat([found.value[:1], -0.2 * found.value[1:]]))
+
+
+class Spread(ImitationLoss):
+    """A regulariser: how far the drafter is from an even law."""
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        logits = torch.stack(self.drafter.unroll(batch, self.steps).logits)
+        return found._replace(value=-logits.log_softmax(-1).mean(-1))
+
+
+def test_a_term_of_a_sum_need_not_lead_to_the_target() -> None:
+    check(Spread, leads=False)
+    with pytest.raises(AssertionError, match="it does not lead to the target"):
+        check(Spread)
+
+
 @pytest.mark.parametrize(
     ("mutant", "promise"),
     [
@@ -304,13 +346,16 @@ class LeadsAway(ImitationLoss):
         (ReadsItsNeighbours, "a trajectory counts differently alone and beside others: padding is read"),
         (TakesRequestsForPlaces, "the order of the trajectories matters"),
         (TrustsTheFirstSibling, "the order of siblings matters, under a rule to which it does not"),
-        (DividesByTheAccepted, "the loss is inf where nothing was accepted"),
-        (DividesByTheRejected, "the loss is inf where every node was accepted"),
-        (TakesARootOfTheRejected, "a gradient is not finite where every node was accepted"),
+        (DividesByWhetherAnyIsAccepted, "the loss is inf where nothing was accepted"),
+        (DividesByWhetherAnyIsRejected, "the loss is inf where every node was accepted"),
+        (TakesARootWhereNoneIsRejected, "a gradient is not finite where every node was accepted"),
         (TrustsTheLikeliest, "the target's likeliest tokens and its hidden states give different losses"),
         (ForgetsTheTail, "keys_of a batch with the likeliest tokens miss an entry that is read"),
         (RefusesRejectionWithoutAWord, "a batch served by rejection at temperature 0.7 ends in ValueError('no')"),
+        (ReportsEveryPosition, "the metric 'agreement' depends on what stands where the drafter has no prediction"),
+        (AveragesOverEveryPosition, "'mean' is not the mean of each group over its valid positions"),
         (LeadsAway, "it does not lead to the target"),
+        (LeadsAwayBehindTheFirstStep, "in group 1"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
@@ -329,12 +374,12 @@ class LearnsWhatIsRejected(AcceptanceRewardLoss):
 
 
 class RewardsEveryDraw(AcceptanceRewardLoss):
-    def _credit(self, draws: Any, reach: Tensor, accepted: Tensor) -> Tensor:
+    def _credit(self, draws: Any, reach: Tensor, *rest: Tensor) -> Tensor:
         return torch.ones_like(reach)
 
 
 class RewardsANodeForItselfAlone(AcceptanceRewardLoss):
-    def _credit(self, draws: Any, reach: Tensor, accepted: Tensor) -> Tensor:
+    def _credit(self, draws: Any, reach: Tensor, *rest: Tensor) -> Tensor:
         return reach
 
 

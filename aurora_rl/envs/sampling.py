@@ -102,7 +102,8 @@ def _top_p(scores: Tensor, top_p: Tensor, width: int) -> Tensor:
     head = scores.topk(width, dim=-1).values.double()
     # In float64, so that the order in which a device adds never decides over a token at the edge.
     chance = (head - scores.double().logsumexp(-1, keepdim=True)).exp()
-    size = (chance.cumsum(-1) - chance < top_p[:, None]).sum(-1, keepdim=True)
+    # At least one, of rows that are not numbers too, which stay so.
+    size = (chance.cumsum(-1) - chance < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1)
     edge = head.gather(1, size - 1).to(scores.dtype)
     above, tied = scores > edge, scores == edge
     spare = size - above.sum(-1, keepdim=True)
@@ -192,7 +193,8 @@ def served_log_probs(
 
     Returns:
         `[R, T]` or `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support. Columns
-        that are left out keep their mass: rows of `[R, T]` sum to what the tokens have of it.
+        that are left out keep their mass: rows of `[R, T]` sum to what the tokens have of it. A row of logits that
+        has no finite largest is not a number throughout.
 
     >>> one = torch.ones(2)
     >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * one.long(), one).exp()
@@ -202,7 +204,8 @@ def served_log_probs(
     columns = torch.arange(logits.shape[-1], device=logits.device) if tokens is None else tokens
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p = torch.full((len(logits), len(columns)), -math.inf, dtype=dtype, device=logits.device)
-    log_p.masked_fill_(columns == argmax(logits)[:, None], 0.0)
+    best = logits.max(-1)
+    log_p.masked_fill_(columns == best.indices[:, None], 0.0).masked_fill_(~best.values.isfinite()[:, None], math.nan)
     drawn = temperature > 0
     if bool(drawn.any()):
         scores = warp(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn]).log_softmax(-1)

@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.sampling import SamplingBatch, SamplingParams
 from aurora_rl.envs.verification import get_rule
-from aurora_rl.trajectories import RULE_CODES, Sampling, TrajectoryRecorder
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling, TrajectoryRecorder
 from aurora_rl.trees import accepted_path, valid_nodes
 
 
@@ -64,7 +64,8 @@ class SpecDecodeEnv(EnvBase):
         num_nodes: ``N``, most nodes of a tree without its root.
         rule: name of the verification rule.
         draft_mode: how the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
-            the drafter's distribution, actions carry it as ("draft", "q").
+            the drafter's distribution, actions carry it as ("draft", "q"). An action that says how it was drawn, in
+            ("draft", "mode") as a policy's does, has to say this.
         stop_tokens: token ids that end a completion.
         decode: token ids to text; needed only by requests with stop strings.
         on_completion: called with each :class:`Completion` as it ends.
@@ -74,8 +75,9 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: wall time spent on trajectories so far.
 
     Raises:
-        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; or from a request
-            that the engine cannot hold or the rule cannot serve (see :meth:`check`).
+        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; from a request
+            that the engine cannot hold or the rule cannot serve (see :meth:`check`); or from an action that was drawn
+            in another mode, or lacks the distribution that the rule needs.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -292,11 +294,15 @@ class SpecDecodeEnv(EnvBase):
         # Columns that are padding in every slot are not computed.
         width = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 0
         tokens, parents, valid = tokens[:, :width], parents[:, :width], valid[:, :width]
+        if width:
+            self._check_draft(draft, rows[valid.any(1)])
 
         hidden = engine.verify(slots, tokens, parents, valid)
         roots = store.lengths[slots] - 1
         sampling = SamplingBatch(*(getattr(self._sampling, f.name)[rows] for f in fields(SamplingBatch)))
-        q = draft["q"][rows, :width] if self.rule.needs_q else None
+        q = None
+        if self.rule.needs_q:  # rounds that are decoded plainly may come without
+            q = draft["q"][rows, :width] if width else hidden.new_zeros(len(slots), 0, engine.vocab_size)
         verdict = self.rule.verify(engine.logits(hidden), tokens, parents, valid, roots.to(self.device), sampling, q)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
@@ -326,6 +332,22 @@ class SpecDecodeEnv(EnvBase):
         out["request"][rows] = torch.tensor([self._active[s].id for s in slots.tolist()], device=self.device)
         for slot in slots[ended | spent].tolist():
             self._finish(slot, bool(ended[slots.tolist().index(slot)]))
+
+    def _check_draft(self, draft: TensorDictBase, drafted: Tensor) -> None:
+        """Raise ValueError where the trees of these rows are not what the rule and the record take them for."""
+        mode = draft.get("mode", None)
+        for code in [] if mode is None else mode[drafted].unique().tolist():
+            if DRAFT_MODES[code] != self.draft_mode:
+                raise ValueError(
+                    f"the policy's trees are drawn by {DRAFT_MODES[code]!r}, and the environment was made with "
+                    f"draft_mode={self.draft_mode!r}; give both the same: "
+                    "SpecDecodeEnv(..., draft_mode=policy.shape.mode)"
+                )
+        if self.rule.needs_q and "q" not in draft.keys():
+            raise ValueError(
+                f"the rule {self.rule.name!r} compares with the drafter's distribution, and the action has no "
+                "('draft', 'q'); make the policy with it: DrafterPolicy(..., vocab_size=engine.vocab_size)"
+            )
 
     def _deliver(self, slots: Tensor, sequence: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How many tokens of path and bonus each slot delivers, and whether it ended there or spent its budget."""

@@ -234,7 +234,8 @@ class Greedy(VerificationRule):
         """
         # A row of zeros is of a target whose choice lies outside the draft vocabulary.
         right = (tokens == argmax(p)[context]) & (p[context, tokens] > 0)
-        return (right & ~repeated_siblings(context, tokens)).to(p.dtype)
+        first = (right & ~repeated_siblings(context, tokens)).to(p.dtype)
+        return torch.where(p[context, tokens].isnan(), torch.nan, first)
 
 
 @final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.envs.verification import VerificationRule, get_rule
 from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
+from aurora_rl.objectives.draws import Draws, before
 from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES
+from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.
@@ -38,67 +38,6 @@ def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: floa
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def before(context: Tensor, values: Tensor) -> Tensor:
-    """Sum of ``values`` over the earlier siblings of every node; both are ``[M]``.
-
-    Example:
-        >>> before(torch.tensor([0, 0, 3, 0]), torch.tensor([1.0, 2.0, 5.0, 4.0]))
-        tensor([0., 1., 0., 3.])
-    """
-    # Context by context, not as differences of a sum over the whole batch: in float32 those lose what stands apart.
-    rank, out = sibling_ranks(context), torch.zeros_like(values)
-    sums = values.new_zeros(int(context.max()) + 1 if len(context) else 0)
-    for turn in range(int(rank.max()) + 1 if len(rank) else 0):
-        here = (rank == turn).nonzero().flatten()
-        out = out.index_copy(0, here, sums[context[here]])
-        sums = sums.index_add(0, context[here], values[here])
-    return out
-
-
-class _Draws:
-    """The nodes of a batch as draws from contexts.
-
-    Attributes:
-        trees: where they stand.
-        context: ``[M]`` int64, the row of ``p`` and ``q`` that each node was drawn from.
-        row: ``[M]`` int64, its column.
-        p: ``[C, Vd]``, the served distribution.
-        q: ``[C, Vd]``, the drafter's, with gradients.
-        log_q: ``[M]``, log-probability of each draw given its earlier siblings, with gradients.
-        needs_q: ``[M]`` bool, whether its rule looks at ``q``.
-        without: ``[M]`` bool, whether its siblings were drawn without replacement.
-    """
-
-    def __init__(
-        self,
-        trees: RecordedTrees,
-        context: Tensor,
-        row: Tensor,
-        p: Tensor,
-        log_q: Tensor,
-        rule: Tensor,
-        *,
-        without: Tensor,
-    ) -> None:
-        self.trees, self.context, self.row, self.p, self.q = trees, context, row, p, log_q.exp()
-        self._rule, self.without = rule, without
-        self.log_q = self.given_siblings(log_q[context, row])
-        self.needs_q = self.by_rule(lambda rule, here: torch.full_like(self.log_q[here], float(rule.needs_q))) > 0
-
-    def given_siblings(self, log_q: Tensor) -> Tensor:
-        """Log-probabilities of the draws given their path, ``[M]``, as those given their earlier siblings too."""
-        taken = before(self.context, log_q.exp())
-        return torch.where(self.without, log_q - torch.log1p(-taken.clamp(max=1 - 1e-6)), log_q)
-
-    def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
-        """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""
-        out = torch.zeros_like(self.q[self.context, self.row])
-        for code in self._rule.unique().tolist():
-            here = (self._rule == code).nonzero().flatten()
-            out = out.index_copy(0, here, of(get_rule(RULE_CODES[code])(), here).to(out.dtype))
-        return out
-
-
 @register_objective("acceptance_reward")
 class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
@@ -110,7 +49,12 @@ class AcceptanceRewardLoss(Objective):
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
     may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
     accept bits, or of the indicators ``q < p``, is biased. On a chain the right one is ``1[q < p]`` times the accepted
-    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused.
+    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused, and the caller sees to it that
+    chains are of the current weights.
+
+    Trees may be of older weights, as replayed ones are: what a node has accepted counts with the ratio of the chances
+    that the current and the recorded log-probabilities give the draws that it hangs on, so the gradient is that of the
+    current weights for every rule and tree. For trees of the current weights all ratios are 1.
 
     Args:
         drafter: its parameters learn.
@@ -119,8 +63,9 @@ class AcceptanceRewardLoss(Objective):
         baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
             if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
             direction, since a branch is part of its own mean, of low variance).
-        clip: None is REINFORCE, right for trees of the current weights. Otherwise the importance ratio from the
-            recorded log-probabilities is clipped to ``1 ± clip``, node by node; ``grad R`` is weighed with it too.
+        clip: PPO's: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
+            gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
+            silences draws that have grown likelier and no others, so give one. None clips nothing.
         max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
         weight: factor on the loss, see :class:`Objective`.
         reduction: see :class:`Objective`; positions are the trees, in one group.
@@ -211,17 +156,18 @@ class AcceptanceRewardLoss(Objective):
         )
         reach = path_products(trees, acceptance)[trees.num_rounds :]
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
-        recorded = batch[self.tensor_keys.log_probs].to(reach.dtype)
 
-        credit = self._credit(draws, reach.detach(), accepted)
-        # REINFORCE is the ratio to the weights' own draws, whose gradient is the score.
-        behaviour = draws.log_q.detach() if self.clip is None else draws.given_siblings(recorded)
+        # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
+        behaviour = draws.given_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
+        ratio = (draws.log_q.detach() - behaviour).exp()
+        joint = draws.joint(ratio)
+        credit = self._credit(draws, reach.detach(), accepted, ratio, joint)
         clip = torch.inf if self.clip is None else self.clip
         gain = clipped_gain(draws.log_q, behaviour, credit, clip)
         if self.reward == "expected":
-            # grad R is averaged over the behaviour's draws too, and takes the same ratio, clipped on both sides.
-            ratio = (draws.log_q.detach() - behaviour).exp().clamp(1 - clip, 1 + clip)
-            gain = gain + torch.where(draws.needs_q, ratio * (reach - reach.detach()), 0.0)
+            # grad R, where there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
+            held = joint if self.clip is None else ratio.clamp(1 - clip, 1 + clip)
+            gain = gain + held * (reach - reach.detach())
 
         drafted = batch["rounds", "offset"].diff() > 0
         fresh = self._fresh(batch["rounds", "policy_version"], drafted)
@@ -230,12 +176,12 @@ class AcceptanceRewardLoss(Objective):
         metrics = {
             "expected_accepted": _mean(subtree_sums(trees, reach)[rounds][valid]),
             "accepted": _mean(subtree_sums(trees, accepted)[rounds][valid]),
-            "ratio": _mean((draws.log_q - draws.given_siblings(recorded)).exp()[fresh[tree]]),
+            "ratio": _mean(ratio[fresh[tree]]),
             "stale": _mean((~fresh[drafted]).to(reach.dtype)),
         }
         return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
-    def _draws(self, batch: TensorDictBase) -> _Draws:
+    def _draws(self, batch: TensorDictBase) -> Draws:
         """What was drawn, and the distributions that it is judged by, with gradients in the drafter."""
         keys, trees = self.tensor_keys, RecordedTrees.of(batch)
         request = trees.request[trees.num_rounds :]
@@ -258,21 +204,23 @@ class AcceptanceRewardLoss(Objective):
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
         context = (drawn_from.cumsum(0) - 1)[trees.parent]
-        return _Draws(
+        return Draws(
             trees, context, row, p, log_q, batch["sampling", "rule"][request], without=mode == _WITHOUT_REPLACEMENT
         )
 
     @torch.no_grad()
-    def _credit(self, draws: _Draws, reach: Tensor, accepted: Tensor) -> Tensor:
-        """What each node's score is weighed with, ``[M]``."""
+    def _credit(self, draws: Draws, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
+        """What each node's score is weighed with beside its own ratio, ``[M]``."""
         trees, context, row = draws.trees, draws.context, draws.row
+        # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
+        share, own = (joint, ratio) if self.clip is None else (1.0, 1.0)
         if self.reward == "expected":
-            credit = _hanging(trees, context, reach)
+            credit = _hanging(trees, context, share * reach) / own
         else:
             self._check_recorded(draws)
             # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
             counts = (draws.q[context, row] < draws.p[context, row]).to(accepted.dtype)
-            credit = torch.where(draws.needs_q, counts, 1.0) * _hanging(trees, context, accepted)
+            credit = torch.where(draws.needs_q, counts, 1.0) * _hanging(trees, context, share * accepted) / own
         if self.baseline == "none" or not len(context):
             return credit
         self._check_baseline(draws)
@@ -289,7 +237,7 @@ class AcceptanceRewardLoss(Objective):
 
     # ---- what a batch must be ---------------------------------------------------------------------------------------
 
-    def _check_recorded(self, draws: _Draws) -> None:
+    def _check_recorded(self, draws: Draws) -> None:
         if bool((sibling_ranks(draws.context) > 0)[draws.needs_q].any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' does not hold for rejection on trees, where a node's "
@@ -298,10 +246,11 @@ class AcceptanceRewardLoss(Objective):
         if self.clip is not None and bool(draws.needs_q.any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' with clip={self.clip} does not hold for rejection, whose "
-                "accept bits depend on the weights that drew them; set reward='expected', or clip=null"
+                "accept bits depend on the weights that drew them; set reward='expected', or clip=null where the "
+                "current weights did"
             )
 
-    def _check_baseline(self, draws: _Draws) -> None:
+    def _check_baseline(self, draws: Draws) -> None:
         if not bool((sibling_ranks(draws.context) > 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "

@@ -205,7 +205,9 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
         >>> cross_entropy(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()).exp().item()
         2.0
     """
-    return -log_q.gather(-1, log_p.max(-1, keepdim=True).indices)[..., 0]
+    best = log_p.max(-1, keepdim=True)
+    # Of what is not a number there is no largest.
+    return torch.where(best.values.isnan(), torch.nan, -log_q.gather(-1, best.indices))[..., 0]
 
 
 def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:

@@ -127,7 +127,7 @@ class Objective(_Loss):
         sampled: whether it needs nodes that the drafter drew at random.
 
     Raises:
-        ValueError: an unknown reduction, or a weight that is not finite.
+        ValueError: an unknown reduction, a weight that is not finite, or a class without a name.
     """
 
     @dataclass
@@ -151,6 +151,8 @@ class Objective(_Loss):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         if not math.isfinite(weight):
             raise ValueError(f"weight must be finite, got {weight}")
+        if getattr(self, "name", None) is None:
+            raise ValueError(f"{type(self).__name__} has no name; give it one by @register_objective(...)")
         super().__init__()
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.register_buffer("head", head, persistent=False)
@@ -203,8 +205,11 @@ class Objective(_Loss):
         """Entries that forward reads of this batch: :attr:`reads` in the form that it has.
 
         Raises:
-            ValueError: one is missing; the message names it and what would supply it.
+            ValueError: one is missing; the message names it and what would supply it. Or it is no batch.
         """
+        prompt_length = batch.get(("spine", "prompt_length"), None)
+        if prompt_length is not None and not prompt_length.ndim:
+            raise ValueError(f"objective {self.name!r} takes a batch, and this is one trajectory; give it pack([...])")
         there, outputs = batch.keys(include_nested=True), (self.tensor_keys.hidden, self.tensor_keys.node_hidden)
         found: list[NestedKey] = []
         for key in self.reads:
@@ -239,12 +244,18 @@ class Objective(_Loss):
         """Loss and metrics of a packed batch.
 
         Raises:
-            ValueError: the batch lacks something that the objective needs; the message names it and its source.
+            ValueError: the batch lacks something that the objective needs; the message names it and its source. Or the
+                shapes of value and valid are not one ``[G, X]``.
         """
         self.keys_of(tensordict)
         value, weight, valid, metrics = self.values(tensordict)
-        # Where a position is invalid the value may be infinite, and zero times that is not zero.
-        weighted = torch.where(valid, value * weight, 0.0)
+        if value.ndim != 2 or valid.shape != value.shape:
+            raise ValueError(
+                f"objective {self.name!r}: value and valid must both be [G, X], groups of positions, got "
+                f"{list(value.shape)} and {list(valid.shape)}; value[None] is one group"
+            )
+        # Where a position is invalid either may be infinite, and zero times that is not zero, in a gradient neither.
+        weighted = torch.where(valid, value, 0.0) * torch.where(valid, weight, 0.0)
         if self.reduction == "mean":
             # Groups keep their own mean, so that a batch of short completions is not dominated by the first step.
             loss = (weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
@@ -255,6 +266,27 @@ class Objective(_Loss):
             loss = loss + next(self.drafter.parameters()).flatten()[:0].sum()
         out = {name: metric.detach() for name, metric in metrics.items()}
         return self._selected({f"loss_{self.name}": self.weight * loss, **out})
+
+    def reset_parameters_recursive(self) -> None:
+        """Reset what learns of the drafter to random numbers, as TorchRL's losses reset their networks.
+
+        A drafter starts with parts of its target, which this does not give back; ``Drafter.from_target`` does.
+
+        Raises:
+            ValueError: a module with such parameters has no ``reset_parameters``; nothing has changed then.
+        """
+        resets = []
+        for name, module in self.drafter.named_modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                reset = getattr(module, "reset_parameters", None)
+                if reset is None:
+                    raise ValueError(
+                        f"objective {self.name!r} cannot reset its drafter: {type(module).__name__} {name!r} has no "
+                        f"reset_parameters; make a new one, {type(self.drafter).__name__}.from_target"
+                    )
+                resets.append(reset)
+        for reset in resets:
+            reset()
 
     def expect_nodes(self, batch: TensorDictBase) -> None:
         """For an objective that learns from trees: look whether there are any.
@@ -292,12 +324,16 @@ class Objective(_Loss):
             renormalize: over the draft vocabulary; otherwise rows sum to the mass that it covers.
 
         Returns:
-            ``[X, Vd]``.
+            ``[X, Vd]``, in the dtype of the drafter's log-probabilities.
         """
         vocab = self.drafter.draft_vocab
         if renormalize:
-            return log_softmax(target_logits(rows, self.head, vocab))
-        return log_softmax(target_logits(rows, self.head))[:, vocab]
+            return self._as_drafted(log_softmax(target_logits(rows, self.head, vocab)))
+        return self._as_drafted(log_softmax(target_logits(rows, self.head))[:, vocab])
+
+    def _as_drafted(self, log_p: Tensor) -> Tensor:
+        """In the dtype that :func:`log_softmax` gives of the drafter's logits; the head may have another."""
+        return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
 
     @torch.no_grad()
     def served_log_probs(
@@ -312,7 +348,8 @@ class Objective(_Loss):
             greedy: take every request as decoded greedily, and read nothing of "sampling".
 
         Returns:
-            ``[X, Vd]``, not renormalised; the point mass on the argmax where the request was decoded greedily.
+            ``[X, Vd]``, not renormalised, in the dtype of the drafter's log-probabilities; the point mass on the argmax
+            where the request was decoded greedily.
         """
         logits = target_logits(rows, self.head)
         if greedy:
@@ -323,7 +360,7 @@ class Objective(_Loss):
             )
         else:
             temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
-        return served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab)
+        return self._as_drafted(served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab))
 
     @torch.no_grad()
     def target_law(
@@ -347,7 +384,7 @@ class Objective(_Loss):
             log_p = self.target_log_probs(rows, renormalize=renormalize)
             return log_p, torch.ones(len(log_p), dtype=torch.bool, device=log_p.device)
         log_p = self.served_log_probs(batch, rows, request)
-        covered = log_p.amax(-1) > -torch.inf
+        covered = log_p.amax(-1) != -torch.inf  # what is not a number is to show in the loss
         log_p = log_p.masked_fill(~covered[:, None], -math.log(log_p.shape[-1]))
         return log_softmax(log_p) if renormalize else log_p, covered
 
@@ -401,6 +438,10 @@ class SumLoss(_Loss):
                 raise ValueError(f"{key} is not an accepted tensordict key; the objectives have {', '.join(known)}")
         for (objective, _), names in zip(self._parts(), fields, strict=True):
             objective.set_keys(**{key: value for key, value in keys.items() if key in names})
+
+    def reset_parameters_recursive(self) -> None:
+        """Reset what learns of the drafter, see :meth:`Objective.reset_parameters_recursive`."""
+        self._parts()[0][0].reset_parameters_recursive()
 
     @property
     def in_keys(self) -> list[NestedKey]:

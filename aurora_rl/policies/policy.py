@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aurora_rl.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
-from aurora_rl.trajectories import ContextStore
+from aurora_rl.trajectories import DRAFT_MODES, ContextStore
 from aurora_rl.trees import tree_fault, valid_nodes
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -62,6 +62,7 @@ class DrafterPolicy(TensorDictModuleBase):
             ("draft", "parents"),
             ("draft", "mask"),
             ("draft", "log_probs"),
+            ("draft", "mode"),
             "policy_version",
             "cache_version",
         ]
@@ -122,7 +123,8 @@ class DrafterPolicy(TensorDictModuleBase):
             is_init: ``[B, 1]`` bool, slots with a new request.
 
         Returns:
-            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``, and "q" ``[B, N, V]`` where it is asked for.
+            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``; "mode" ``[B]`` int64, how the tree was drawn,
+            an index into ``aurora_rl.trajectories.DRAFT_MODES``; and "q" ``[B, N, V]`` where it is asked for.
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
@@ -137,7 +139,8 @@ class DrafterPolicy(TensorDictModuleBase):
         parents = torch.full(shape, -1, device=device)
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
         log_probs = torch.zeros(shape, device=device)
-        draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs}
+        mode = torch.full(shape[:1], DRAFT_MODES.index(self.shape.mode), device=device)
+        draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs, "mode": mode}
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.

@@ -17,6 +17,7 @@ from aurora_rl.testing.tabular import (
     chance_of,
     drawn_trees,
     exact_gradient,
+    log_probs_of,
     outcomes_of,
     reach_of,
     table_gradient,
@@ -33,7 +34,7 @@ _SERVED = (
 )
 # A chain, and the smallest tree in which something hangs on a draw both below it and beside it.
 _PARENTS = ((-1, 0), (-1, -1, 0))
-# Sums of a few hundred terms in float64 differ by less; recorded log-probabilities are in float32, which shows squared.
+# Sums of a few hundred terms in float64 differ by less.
 _SAME = 1 - 1e-9
 # Of a direction that may be biased: more than what rounding leaves of a gradient of zero.
 _LEADS = 1e-3
@@ -59,7 +60,7 @@ def check_expected_gradient(make: Callable[[Drafter, Tensor, str], Objective], *
             distinct, batches = mode == "sampled_without_replacement", []
             for tree in drawn_trees(parents, distinct):
                 drawn = chance_of(drafter, tree, distinct).detach()
-                log_probs = [drafter.log_q(text[:-1])[text[-1]].item() for text in tree.texts]
+                log_probs = log_probs_of(drafter, tree)
                 for accepted, follows in outcomes_of(tree, reach_of(drafter, target, tree, rule)):
                     if follows > 0:
                         trajectory = tree_trajectory(

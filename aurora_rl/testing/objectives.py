@@ -34,6 +34,7 @@ def check_objective(
     *,
     differentiable: bool = True,
     unbiased: bool = True,
+    leads: bool = True,
     seed: int = 0,
 ) -> None:
     """Check the promises that a learner relies on; raises AssertionError naming the one that is broken.
@@ -43,9 +44,9 @@ def check_objective(
     that declares so (``Objective.sampled``). On all of these:
 
     - forward gives what it declares, reads what it declares, and leaves its input alone;
-    - what stands where the drafter has no prediction does not matter;
+    - what stands where the drafter has no prediction does not matter, to metrics neither;
     - the gradient is that of finite differences (not for sampled objectives, whose gradient is a score);
-    - reductions add up, and neighbours, their order and padding do not matter;
+    - reductions add up, a mean is over valid positions, and neighbours, their order and padding do not matter;
     - the target's likeliest tokens say what its hidden states say, or are refused by a ValueError that names the
       objective and 'hidden'.
 
@@ -53,11 +54,11 @@ def check_objective(
     a draw), what is declared of "sampling" counts, and losses stay finite where nothing or everything was accepted.
     Which way they go with acceptance is every objective's own and not checked: imitation does not look at it.
 
-    Last, whether it leads to the target: a drafter that is the target has a smaller loss than one that says nothing
-    and than one that says the contrary. (A regulariser does not lead there alone and cannot pass.) For a sampled
-    objective, whose value says nothing: over all trees and outcomes of tables (``aurora_rl.testing.tabular``), the
-    expected gradient is that of the number of accepted nodes. ``make`` is given a table for a drafter then, which
-    scores trees and cannot unroll.
+    Last, whether it leads to the target: in every group of values, such as every unroll step, a drafter that is the
+    target has a smaller loss than one that says nothing and than one that says the contrary. For a sampled objective,
+    whose value says nothing: over all trees and outcomes of tables (``aurora_rl.testing.tabular``), the expected
+    gradient is that of the number of accepted nodes. ``make`` is given a table for a drafter then, which scores trees
+    and cannot unroll.
 
     Args:
         make: given a drafter, the target's head and a reduction, the objective.
@@ -65,6 +66,8 @@ def check_objective(
             gradient is not the derivative of its value.
         unbiased: False for a sampled objective that is biased on purpose, as by standardised rewards: then its
             expected gradient need only have a positive cosine with the right one.
+        leads: False for a term that is only meant to be summed with another, such as a regulariser, and does not by
+            itself lead to the target.
         seed: of weights, prompts and completions.
 
     Raises:
@@ -101,9 +104,9 @@ def check_objective(
         _check_siblings(objective("sum"), first.trajectories)
     _check_sampling(objective(), pack(first.trajectories))
     _check_extremes(objective(), first.trajectories)
-    if sampled:
+    if leads and sampled:
         check_expected_gradient(make, unbiased=unbiased, seed=seed)
-    else:
+    elif leads:
         _check_direction(make, parts, pack(first.trajectories))
 
 
@@ -138,15 +141,21 @@ def _check_keys(objective: Objective, batch: TensorDict, keys: list[NestedKey], 
 
 
 def _check_gaps(objective: Objective, drafter: GappyDrafter, batch: TensorDict) -> None:
-    found = []
+    found, gradients = [], []
     for filler in (0.0, 1.0):
         drafter.filler = filler
-        loss = total_loss(objective, batch)
-        found.append([loss.detach(), *_gradient(objective, loss)])
+        found.append(objective(batch))
+        gradients.append(_gradient(objective, total_loss(objective, batch)))
     drafter.filler = 0.0
-    same = [torch.allclose(a, b) for a, b in zip(*found, strict=True)]
-    require(same[0], "the loss depends on what stands where the drafter has no prediction")
-    require(all(same), "the gradient depends on what stands where the drafter has no prediction")
+    for key, value in found[0].items():
+        what = "the loss" if key.startswith("loss_") else f"the metric {key!r}"
+        require(
+            torch.allclose(value, found[1][key]), f"{what} depends on what stands where the drafter has no prediction"
+        )
+    require(
+        all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True)),
+        "the gradient depends on what stands where the drafter has no prediction",
+    )
 
 
 def _parameters(objective: Objective) -> list[Tensor]:
@@ -187,6 +196,14 @@ def _check_reductions(objective: Callable[[str], Objective], trajectories: list[
     every = pack(trajectories)
     total = total_loss(objective("sum"), every)
     require(torch.allclose(total_loss(objective("none"), every), total), "the values of 'none' do not add up to 'sum'")
+    apart = objective("none")
+    counted = apart.values(every).valid.sum(1).clamp(min=1)
+    require(
+        torch.allclose(
+            total_loss(objective("mean"), every), (apart(every)[f"loss_{apart.name}"].sum(1) / counted).sum()
+        ),
+        "'mean' is not the mean of each group over its valid positions, summed over the groups",
+    )
     alone = torch.stack([total_loss(objective("sum"), pack([t])) for t in trajectories]).sum()
     require(torch.allclose(alone, total), "a trajectory counts differently alone and beside others: padding is read")
     turned = total_loss(objective("sum"), pack(trajectories[::-1]))
@@ -238,13 +255,16 @@ def _check_direction(make: Callable[[Drafter, Tensor, str], Objective], parts: T
     drafter = EchoDrafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
     drafter.head = _SHARPER * parts.head
 
-    def loss(factor: float) -> float:
+    def losses(factor: float) -> Tensor:
+        """Of every group, ``[G]``."""
         drafter.factor = factor
-        return float(total_loss(make(drafter, drafter.head, "mean"), batch).detach())
+        objective = make(drafter, drafter.head, "none")
+        return objective(batch)[f"loss_{objective.name}"].detach().sum(1)
 
-    target, even, contrary = loss(1), loss(0), loss(-1)
-    require(
-        target < min(even, contrary),
-        f"it does not lead to the target: the loss of a drafter that is the target is {target:.4g}, of one that says "
-        f"nothing {even:.4g}, of one that says the contrary {contrary:.4g}",
-    )
+    for group, (target, even, contrary) in enumerate(zip(losses(1), losses(0), losses(-1), strict=True)):
+        nothing = not (target or even or contrary)  # no valid position
+        require(
+            nothing or bool(target < min(even, contrary)),
+            f"it does not lead to the target: in group {group} the loss of a drafter that is the target is "
+            f"{target:.4g}, of one that says nothing {even:.4g}, of one that says the contrary {contrary:.4g}",
+        )

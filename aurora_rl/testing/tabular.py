@@ -150,12 +150,18 @@ def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tenso
     """Probability that the drafter draws the tree, with its gradient."""
     total = torch.ones((), dtype=torch.float64)
     for parent in {-1, *tree.parents}:
-        q = drafter.log_q(tree.before(parent)).exp()
-        taken = torch.zeros((), dtype=torch.float64)
+        left = drafter.log_q(tree.before(parent)).exp()
         for child in tree.children(parent):
-            total = total * q[tree.tokens[child]] / (1 - taken if distinct else 1.0)
-            taken = taken + q[tree.tokens[child]]
+            token = tree.tokens[child]
+            total = total * left[token] / left.sum()
+            if distinct:
+                left = left * (torch.arange(VOCAB) != token)
     return total
+
+
+def log_probs_of(drafter: TabularDrafter, tree: DrawnTree) -> list[float]:
+    """Log-probability of each node given its path, as a recording has it."""
+    return [float(drafter.log_q(text[:-1])[text[-1]].detach()) for text in tree.texts]
 
 
 def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
@@ -214,7 +220,7 @@ def tree_trajectory(
         rule: name of the verification rule.
         mode: draft mode.
         accepted: of each node; None accepts none.
-        log_probs: of each node, as recorded; None writes −1.
+        log_probs: of each node, as recorded, see :func:`log_probs_of`; None writes −1.
         version: of the drafter.
     """
     count = len(tree.tokens)
@@ -237,7 +243,7 @@ def tree_trajectory(
             "nodes": {
                 "tokens": torch.tensor(tree.tokens, dtype=torch.int64),
                 "parents": torch.tensor(tree.parents, dtype=torch.int64),
-                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count),
+                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count, dtype=torch.float64),
                 "accepted": torch.tensor(accepted if accepted is not None else [False] * count, dtype=torch.bool),
                 "hidden": torch.stack(hidden) if hidden else torch.zeros(0, VOCAB, dtype=torch.float64),
             },

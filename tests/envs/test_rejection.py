@@ -381,27 +381,63 @@ def test_q_is_needed() -> None:
         Rejection().acceptance(torch.ones(1, 1), None, nodes[0], nodes[0])
 
 
+def test_a_sibling_that_repeats_another_takes_nothing_from_those_behind_it() -> None:
+    """Refused with 0.8, the first leaves r = (0, 1/2, 1/2) and q = (0, 0.6, 0.4), which the second passes on."""
+    p, q = torch.tensor([[0.1, 0.5, 0.4]]), torch.tensor([[0.5, 0.3, 0.2]])
+    chances = RejectionWithoutReplacement().acceptance(p, q, torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(chances, torch.tensor([0.2, 0.0, 0.8 * 0.5 / 0.6]))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_rejection_that_only_rounding_brings_about_leaves_the_law(replacement: bool) -> None:
+    """Of equal distributions nothing is left to draw the bonus token from."""
+    p = torch.tensor([[[0.0, 0.5, 0.5]] * 2])
+    seen: list[Tensor] = []
+
+    def pick(residual: Tensor, column: Tensor) -> Tensor:
+        seen.append(residual)
+        return residual.argmax(-1)
+
+    coins = torch.ones(1, 1)  # a number just below 1 times the mass rounds to the mass
+    parts = torch.tensor([[1]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    verdict = reject(p, p[:, :1], *parts, coins, pick, replacement=replacement)
+    assert not verdict.accepted.any()
+    torch.testing.assert_close(seen[0], p[:, 0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the environment
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def serve(rule: str, mode: str, temperature: float, count: int, slots: int, depth: int = 2) -> tuple[list, Tensor]:
+def serve(
+    rule: str,
+    mode: str,
+    temperature: float,
+    count: int,
+    slots: int,
+    depth: int = 2,
+    drawn: str | None = None,
+    speculate: bool = True,
+    with_q: bool = True,
+) -> tuple[list, Tensor]:
+    """Requests served to their end, and the law of their first token; ``drawn`` is the policy's own draft mode."""
     model = tiny_target(seed=4)
     drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(1, 13)).double().eval()
     engine = TransformersEngine(model, num_slots=slots, max_length=16, feature_layers=drafter.feature_layers)
     prompt = torch.tensor([3, 5, 9])
     waiting = [Request(i, prompt, 2, SamplingParams(temperature, seed=i)) for i in range(count)]
     done: list = []
-    shape = TreeShape(depth, 3, mode=mode)
+    shape = TreeShape(depth, 3, mode=drawn or mode)
     env = SpecDecodeEnv(
         engine, lambda: waiting.pop() if waiting else None, num_nodes=shape.budget, rule=rule, draft_mode=mode,
         on_completion=done.append,
     )  # fmt: skip
     policy = DrafterPolicy(
-        drafter, engine.store, num_nodes=shape.budget, shape=shape, vocab_size=engine.vocab_size,
-        generator=torch.Generator().manual_seed(1),
+        drafter, engine.store, num_nodes=shape.budget, shape=shape, generator=torch.Generator().manual_seed(1),
+        vocab_size=engine.vocab_size if with_q else None,
     )  # fmt: skip
+    policy.speculate = speculate
     td = env.reset()
     while len(done) < count:
         _, td = env.step_and_maybe_reset(policy(td))
@@ -441,6 +477,36 @@ def test_a_rule_refuses_trees_that_were_drawn_otherwise() -> None:
         ValueError, match="'rejection' would change the text of trees drawn by 'topk'; .* draft_mode sampled"
     ):
         serve("rejection", "topk", 1.0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode", "drawn"),
+    [
+        ("rejection", "sampled", "sampled_without_replacement"),
+        ("rejection", "sampled", "topk"),
+        ("sample_and_match", "sampled", "topk"),
+        ("sample_and_match", "topk", "sampled"),
+    ],
+)
+def test_trees_that_were_drawn_otherwise_than_the_environment_takes_them(rule: str, mode: str, drawn: str) -> None:
+    message = f"drawn by '{drawn}', and the environment was made with draft_mode='{mode}'; .*draft_mode=policy.shape"
+    with pytest.raises(ValueError, match=message):
+        serve(rule, mode, 1.0, 1, 1, drawn=drawn)
+
+
+def test_a_rule_refuses_trees_without_their_distribution() -> None:
+    with pytest.raises(
+        ValueError, match=r"'rejection' compares .* no \('draft', 'q'\); .*vocab_size=engine.vocab_size"
+    ):
+        serve("rejection", "sampled", 1.0, 1, 1, with_q=False)
+
+
+@pytest.mark.parametrize("drawn", ["sampled", "topk"])
+@pytest.mark.parametrize("with_q", [False, True])
+def test_rounds_decoded_plainly_need_neither_mode_nor_distribution(drawn: str, with_q: bool) -> None:
+    done, _ = serve("rejection", "sampled", 1.0, 3, 2, drawn=drawn, speculate=False, with_q=with_q)
+    plain_, _ = serve("sample_and_match", "topk", 1.0, 3, 2, speculate=False)
+    assert {c.request.id: c.tokens.tolist() for c in done} == {c.request.id: c.tokens.tolist() for c in plain_}
 
 
 def test_a_rule_without_a_code_is_not_recorded() -> None:

@@ -17,7 +17,9 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.llm import GRPOLoss
 
 from aurora_rl.objectives import AcceptanceRewardLoss
-from aurora_rl.objectives.acceptance_reward import _standardised, before, clipped_gain
+from aurora_rl.objectives.acceptance_reward import _standardised, clipped_gain
+from aurora_rl.objectives.draws import before
+from aurora_rl.policies import TreeShape
 from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing.tabular import (
     TEXTS,
@@ -29,6 +31,7 @@ from aurora_rl.testing.tabular import (
     drawn_trees,
     exact_gradient,
     expectation,
+    log_probs_of,
     outcomes_of,
     reach_of,
     table_gradient,
@@ -62,14 +65,21 @@ def estimated(
     rule: str,
     mode: str,
     bits: bool = False,
+    drew: TabularDrafter | None = None,
     **settings,
 ) -> Tensor:
-    """Minus the expected gradient of the loss, over all trees and, with ``bits``, all outcomes."""
-    distinct, items = mode == "sampled_without_replacement", []
+    """Minus the expected gradient of the loss, over all trees and, with ``bits``, all outcomes.
+
+    ``drew`` is what drew and recorded the trees, where that is not the drafter itself.
+    """
+    distinct, items, drew = mode == "sampled_without_replacement", [], drew or drafter
     for tree in drawn_trees(parents, distinct):
-        drawn = chance_of(drafter, tree, distinct).detach()
-        outcomes = outcomes_of(tree, reach_of(drafter, target, tree, rule)) if bits else [(None, torch.ones(()))]
-        items += [(tree_trajectory(tree, target, rule=rule, mode=mode, accepted=a), drawn * w) for a, w in outcomes]
+        drawn, log_probs = chance_of(drew, tree, distinct).detach(), log_probs_of(drew, tree)
+        outcomes = outcomes_of(tree, reach_of(drew, target, tree, rule)) if bits else [(None, torch.ones(()))]
+        items += [
+            (tree_trajectory(tree, target, rule=rule, mode=mode, accepted=a, log_probs=log_probs), drawn * w)
+            for a, w in outcomes
+        ]
     loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
     return -table_gradient(drafter, expectation(items, loss))
 
@@ -85,6 +95,20 @@ def test_unbiased_by_enumeration(parents: tuple[int, ...], rule: str, mode: str,
     torch.testing.assert_close(estimated(drafter, target, parents, rule, mode), expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("gap", [8.0, 18.0, 40.0])
+@pytest.mark.parametrize("rule", ["sample_and_match", "rejection_without_replacement"])
+def test_distinct_siblings_of_a_drafter_that_is_all_but_sure(rule: str, gap: float) -> None:
+    """What the first sibling leaves is lost where it is taken from one."""
+    start = torch.zeros(len(TEXTS), VOCAB, dtype=torch.float64)
+    start[:, 0], start[:, 1] = gap, 0.5
+    drafter, target, mode = TabularDrafter(0, start=start), TabularTarget(0), "sampled_without_replacement"
+    assert gap < 18 or drafter.log_q(())[0].exp() > 1 - 1e-6
+    expected = exact(drafter, target, (-1, -1), rule, mode)
+    assert expected.abs().max() > 1e-2
+    got = estimated(drafter, target, (-1, -1), rule, mode)
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("parents", [BRANCHES, BUSH], ids=str)
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
@@ -95,6 +119,55 @@ def test_leave_one_out_keeps_it_unbiased(parents: tuple[int, ...], rule: str, bi
     settings = {"baseline": "leave_one_out", "reward": "recorded" if bits else "expected"}
     got = estimated(drafter, target, parents, rule, "sampled", bits=bits, **settings)
     torch.testing.assert_close(got, exact(drafter, target, parents, rule, "sampled"), atol=1e-10, rtol=0)
+
+
+def one_tree(
+    drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str, drew: TabularDrafter | None = None, **kw
+) -> TensorDict:
+    """A batch of one tree, as ``drew`` or the drafter itself recorded it."""
+    return pack([tree_trajectory(tree, target, rule=rule, log_probs=log_probs_of(drew or drafter, tree), **kw)])
+
+
+@pytest.mark.parametrize("tokens", [(0, 2), (2, 0), (0, 1, 2), (2, 0, 1)], ids=str)
+def test_leave_one_out_by_hand(tokens: tuple[int, ...]) -> None:
+    """Of different siblings one is accepted, so each one's score is weighed with its p less the mean of the others'."""
+    drafter, target = TabularDrafter(1), TabularTarget(1)
+    batch = one_tree(drafter, target, DrawnTree((-1,) * len(tokens), tokens), "sample_and_match")
+    loss = AcceptanceRewardLoss(drafter, target.head, baseline="leave_one_out")(batch)["loss_acceptance_reward"]
+    p, log_q = target.p(()), drafter.log_q(())
+    less = [p[t] - sum(p[u] for u in tokens if u != t) / (len(tokens) - 1) for t in tokens]
+    expected = -sum(w * log_q[t] for w, t in zip(less, tokens, strict=True))
+    torch.testing.assert_close(table_gradient(drafter, loss), table_gradient(drafter, expected), atol=1e-12, rtol=0)
+
+
+def test_leave_one_out_by_hand_under_rejection() -> None:
+    """Siblings compete there: a score is weighed with what hangs on it, less what the others would do as the first."""
+    drafter, target = TabularDrafter(1), TabularTarget(1)
+    tree = DrawnTree((-1, -1, -1), (0, 1, 2))
+    batch = one_tree(drafter, target, tree, "rejection")
+    reach = reach_of(drafter, target, tree, "rejection")
+    log_q, alone = drafter.log_q(()), (target.p(()) / drafter.log_q(()).exp()).clamp(max=1).detach()
+    others = (alone.sum() - alone) / 2
+    hanging = [sum(reach[j:]).detach() for j in range(3)]
+    expected = -sum(log_q[j] * (hanging[j] - others[j]) + reach[j] for j in range(3))
+    loss = AcceptanceRewardLoss(drafter, target.head, baseline="leave_one_out")(batch)["loss_acceptance_reward"]
+    torch.testing.assert_close(table_gradient(drafter, loss), table_gradient(drafter, expected), atol=1e-12, rtol=0)
+
+
+def test_leave_one_out_takes_variance_away_where_the_target_is_undecided() -> None:
+    """What siblings have accepted is nearly the same then, whichever they are."""
+    drafter, target = TabularDrafter(2), TabularTarget(2, temperature=3.0)
+
+    def variance(**settings: str) -> float:
+        loss, mean, square = AcceptanceRewardLoss(drafter, target.head, **settings), 0.0, 0.0
+        for tree in drawn_trees((-1, -1)):
+            out = loss(one_tree(drafter, target, tree, "sample_and_match"))
+            gradient = table_gradient(drafter, out["loss_acceptance_reward"])
+            drawn = chance_of(drafter, tree, False).detach()
+            mean, square = mean + drawn * gradient, square + drawn * (gradient**2).sum()
+        return float(square - (mean**2).sum())
+
+    assert variance(baseline="leave_one_out") < 0.5 * variance()
 
 
 @pytest.mark.parametrize("parents", [CHAIN2, CHAIN3, BRANCHES], ids=str)
@@ -159,7 +232,7 @@ def test_samples_point_where_the_exact_gradient_does() -> None:
         for _ in range(20):
             drawn = law.multinomial(count, True, generator=generator).bincount(minlength=len(every)).double()
             items = [
-                (tree_trajectory(t, target, rule="sample_and_match"), n / count)
+                (tree_trajectory(t, target, rule="sample_and_match", log_probs=log_probs_of(drafter, t)), n / count)
                 for t, n in zip(every, drawn, strict=True) if n
             ]  # fmt: skip
             loss = AcceptanceRewardLoss(drafter, target.head, reduction="none", **settings)
@@ -178,7 +251,7 @@ def test_samples_point_where_the_exact_gradient_does() -> None:
 def test_group_scores_are_standardised_within_a_root() -> None:
     drafter, target = TabularDrafter(5), TabularTarget(5)
     tree = DrawnTree(BRANCHES, (0, 1, 2, 0))
-    batch = pack([tree_trajectory(tree, target, rule="sample_and_match")])
+    batch = pack([tree_trajectory(tree, target, rule="sample_and_match", log_probs=log_probs_of(drafter, tree))])
     loss = AcceptanceRewardLoss(drafter, target.head, baseline="group", reduction="sum")
     p = target.p(())
     branch = [p[0] * (1 + target.p((0,))[2]), p[1] * (1 + target.p((1,))[0])]
@@ -205,6 +278,85 @@ def test_a_clipped_ratio_stops_what_has_moved_far_enough() -> None:
     torch.testing.assert_close(
         table_gradient(drafter, free), table_gradient(drafter, -ratio * target.p(())[1]), atol=1e-6, rtol=1e-6
     )
+
+
+def test_a_ratio_without_replacement_is_of_what_earlier_siblings_left() -> None:
+    drafter, old, target = TabularDrafter(6), TabularDrafter(7), TabularTarget(6)
+    tree, mode = DrawnTree((-1, -1), (0, 2)), "sampled_without_replacement"
+    batch = one_tree(drafter, target, tree, "sample_and_match", drew=old, mode=mode)
+    now, then = ([q[0], q[2] / (q[1] + q[2])] for q in (drafter.log_q(()).exp(), old.log_q(()).exp()))
+    ratio = [a / b for a, b in zip(now, then, strict=True)]
+    clipped = [not 0.8 < float(r.detach()) < 1.2 for r in ratio]
+    p = target.p(())
+    # What hangs on the first is what both have accepted; a gain that is clipped has no gradient.
+    credit = [p[0] + p[2], p[2]]
+    gains = [torch.minimum(r * c, r.clamp(0.8, 1.2) * c) for r, c in zip(ratio, credit, strict=True)]
+    out = AcceptanceRewardLoss(drafter, target.head, clip=0.2)(batch)
+    got, expected = (table_gradient(drafter, x) for x in (out["loss_acceptance_reward"], -sum(gains)))
+    assert any(clipped) and expected.any()
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(out["ratio"], sum(ratio).detach() / 2)
+
+
+def test_fresh_draws_of_a_sure_drafter_have_a_ratio_of_one_in_float32() -> None:
+    """A recorded log-probability of almost 0 does not say what it left."""
+    start = torch.zeros(len(TEXTS), VOCAB, dtype=torch.float64)
+    start[:, 0], start[:, 1] = 18.0, 0.5
+    drafter, target, mode = TabularDrafter(0, start=start), TabularTarget(0), "sampled_without_replacement"
+    batch = one_tree(drafter, target, DrawnTree((-1, -1), (0, 2)), "sample_and_match", mode=mode)
+    # As a drafter in float32 computes it.
+    batch["nodes", "log_probs"] = torch.tensor([18.0, 0.5, 0.0]).log_softmax(-1)[[0, 2]]
+    assert float(batch["nodes", "log_probs"][0].exp()) == 1.0
+    out = AcceptanceRewardLoss(drafter, target.head)(batch)
+    assert float(out["ratio"]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_figures_are_of_drafted_and_fresh_trees() -> None:
+    """Trees without nodes and stale ones would draw them down."""
+    drafter, old, target = TabularDrafter(7), TabularDrafter(8), TabularTarget(7)
+    bush = DrawnTree((-1, -1), (0, 1))
+    trajectories = [
+        tree_trajectory(
+            tree, target, rule="sample_and_match", accepted=accepted, version=version, log_probs=log_probs_of(old, tree)
+        )
+        for tree, accepted, version in [(bush, [False, True], 5), (DrawnTree((), ()), [], 5), (bush, [True, False], 3)]
+    ]
+    out = AcceptanceRewardLoss(drafter, target.head, max_staleness=1)(pack(trajectories))
+    torch.testing.assert_close(out["expected_accepted"], target.p(())[:2].sum())
+    assert float(out["accepted"]) == 1.0 and float(out["stale"]) == 0.5
+    ratio = (drafter.log_q(()) - old.log_q(())).exp()[:2].mean().detach()
+    torch.testing.assert_close(out["ratio"], ratio)
+    trajectories[2]["nodes", "log_probs"] += 1.0
+    torch.testing.assert_close(AcceptanceRewardLoss(drafter, target.head, max_staleness=1)(pack(trajectories)), out)
+
+
+def test_a_fresh_round_starts_the_count_of_stale_batches_anew() -> None:
+    drafter, target = TabularDrafter(7), TabularTarget(7)
+    old, new = (
+        pack([tree_trajectory(DrawnTree((-1,), (0,)), target, rule="sample_and_match", version=v)]) for v in (3, 5)
+    )
+    loss = AcceptanceRewardLoss(drafter, target.head, max_staleness=1)
+    for batch in [new, *[old] * 20, new, *[old] * 20]:
+        loss(batch)
+    with pytest.raises(ValueError, match="21 batches in a row"):
+        loss(old)
+
+
+def test_a_token_without_a_row_was_not_drawn_from_the_drafter() -> None:
+    drafter, target = TabularDrafter(9, draft_vocab=torch.tensor([0, 2])), TabularTarget(9)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (1,)), target, rule="sample_and_match")])
+    with pytest.raises(ValueError, match=r"not drawn from the drafter .* its token has no row.* \(drafter.path\)"):
+        AcceptanceRewardLoss(drafter, target.head)(batch)
+
+
+def test_baselines_are_refused_for_shapes_that_will_never_hold_siblings() -> None:
+    """A width of two with the nodes of one chain is a chain."""
+    settings = {"baseline": "leave_one_out"}
+    AcceptanceRewardLoss.check_served(settings, TreeShape(3, 2, 6, mode="sampled"))
+    with pytest.raises(ValueError, match="drafter.width=2 and drafter.num_nodes=3 hold one chain"):
+        AcceptanceRewardLoss.check_served(settings, TreeShape(3, 2, 3, mode="sampled"))
+    with pytest.raises(ValueError, match="needs independent siblings; set drafter.mode=sampled"):
+        AcceptanceRewardLoss.check_served(settings, TreeShape(3, 2, 6, mode="sampled_without_replacement"))
 
 
 def test_stale_rounds_are_left_out_and_counted() -> None:
@@ -245,7 +397,10 @@ def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
     p, items = target.p(()), []
     q = drafter.log_q(()).exp()
     for row, token in enumerate((0, 2)):
-        items.append((tree_trajectory(DrawnTree((-1,), (token,)), target, rule="rejection"), q[row]))
+        drawn = DrawnTree((-1,), (token,))
+        items.append(
+            (tree_trajectory(drawn, target, rule="rejection", log_probs=[float(q[row].detach().log())]), q[row])
+        )
     truth = table_gradient(drafter, torch.minimum(p[[0, 2]], q).sum())
     torch.testing.assert_close(-table_gradient(drafter, expectation(items, loss)), truth, atol=1e-10, rtol=0)
 
@@ -259,19 +414,51 @@ def test_greedy_accepts_nothing_where_the_choice_has_no_row() -> None:
     assert float(AcceptanceRewardLoss(drafter, target.head)(batch)["expected_accepted"]) == 0.0
 
 
-@pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
-def test_an_unclipped_ratio_corrects_a_draw_of_older_weights(rule: str) -> None:
+@pytest.mark.parametrize("parents", [(-1,), CHAIN3, BRANCHES, BUSH], ids=str)
+@pytest.mark.parametrize(("rule", "mode", "temperature"), SERVED)
+def test_trees_of_older_weights_teach_as_much(
+    parents: tuple[int, ...], rule: str, mode: str, temperature: float
+) -> None:
+    """Replay brings them: their ratios make the gradient that of the current weights."""
+    old, drafter, target = TabularDrafter(11), TabularDrafter(12), TabularTarget(11, temperature)
+    expected = exact(drafter, target, parents, rule, mode)
+    for settings in ({}, {"baseline": "leave_one_out"} if mode == "sampled" and parents in (BRANCHES, BUSH) else {}):
+        got = estimated(drafter, target, parents, rule, mode, drew=old, **settings)
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("parents", [CHAIN3, BRANCHES], ids=str)
+def test_accept_bits_of_older_weights_teach_as_much(parents: tuple[int, ...]) -> None:
     old, drafter, target = TabularDrafter(11), TabularDrafter(12), TabularTarget(11)
-    items = []
-    for tree in drawn_trees((-1,)):
-        recorded = [float(old.log_q(())[tree.tokens[0]].detach())]
-        items.append(
-            (tree_trajectory(tree, target, rule=rule, log_probs=recorded), chance_of(old, tree, False).detach())
-        )
-    loss = AcceptanceRewardLoss(drafter, target.head, clip=1e6, reduction="none")
-    got, expected = -table_gradient(drafter, expectation(items, loss)), exact(drafter, target, (-1,), rule, "sampled")
-    assert expected.abs().max() > 0.01
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    got = estimated(drafter, target, parents, "sample_and_match", "sampled", bits=True, drew=old, reward="recorded")
+    torch.testing.assert_close(got, exact(drafter, target, parents, "sample_and_match", "sampled"), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode"), [("sample_and_match", "sampled"), ("rejection", "sampled"), SERVED[6][:2]], ids=str
+)
+def test_a_wide_clip_is_right_of_one_token_and_near_on_chains(rule: str, mode: str) -> None:
+    """PPO's ratio is a draw's own: of longer chains it is an approximation, for weights near those that drew."""
+    target = TabularTarget(11)
+    old = TabularDrafter(0, start=0.5 * target.table.log_softmax(-1))
+    moved = torch.randn(old.table.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drafter = TabularDrafter(0, start=old.table.detach() + 0.3 * moved)
+    for parents, least in (((-1,), 1 - 1e-9), (CHAIN2, 0.98), (CHAIN3, 0.98)):
+        got = estimated(drafter, target, parents, rule, mode, drew=old, clip=1e6).flatten()
+        expected = exact(drafter, target, parents, rule, mode).flatten()
+        assert torch.cosine_similarity(got, expected, 0) > least
+
+
+def test_a_clip_without_a_baseline_silences_what_has_grown() -> None:
+    """And nothing else, so that it may lead back; a baseline tells the draws that should grow from the others."""
+    drafter, target, old = TabularDrafter(6), TabularTarget(6), TabularDrafter(7)
+    got = estimated(drafter, target, (-1,), "sample_and_match", "sampled", drew=old, clip=0.1)[0]
+    q, before_ = drafter.log_q(()).exp(), old.log_q(()).exp()
+    grown = q / before_ > 1.1
+    assert grown.any() and not grown.all()
+    score = torch.eye(VOCAB, dtype=torch.float64) - q
+    kept = torch.where(grown, 0.0, q * target.p(()))
+    torch.testing.assert_close(got, (kept[:, None] * score).sum(0).detach(), atol=1e-10, rtol=0)
 
 
 def test_the_ratio_of_grad_r_is_clipped_too() -> None:

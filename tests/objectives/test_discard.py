@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_rl.objectives import DiscardSamplingLoss
+from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.testing.tabular import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
@@ -55,6 +55,27 @@ def test_the_targets_likeliest_tokens_alone() -> None:
         expected = expected + (p * (p.log() - drafter.log_q(text)[best.indices])).sum()
     torch.testing.assert_close(loss_of(drafter, target, top_k=2), expected)
     torch.testing.assert_close(loss_of(drafter, target, top_k=VOCAB), loss_of(drafter, target))
+
+
+@pytest.mark.parametrize("top_k", [5, 40])
+def test_more_likeliest_tokens_and_how_often_the_first_agree(top_k: int) -> None:
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(20)).double()
+    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
+    rejected = ~batch["nodes", "accepted"]
+    visited = torch.cat([torch.zeros(len(batch["rounds", "anchor"]), dtype=torch.bool), rejected])
+    log_q = drafter.context_logits(batch, visited).log_softmax(-1)
+    logits = (batch["nodes", "hidden"][rejected] @ parts.head.T)[:, :20]
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, scores in zip(log_q, logits, strict=True):
+        best = scores.topk(min(top_k, 20))
+        p = best.values.softmax(-1)
+        expected = expected + (p * (p.log() - row[best.indices])).sum()
+    out = DiscardSamplingLoss(drafter, parts.head, top_k=top_k, reduction="sum")(batch)
+    torch.testing.assert_close(out["loss_discard"], expected)
+    agree = (log_q.argmax(-1) == logits.argmax(-1)).double().mean()
+    assert 0 < agree < 0.5  # so that it is not its contrary's figure
+    torch.testing.assert_close(out["discard_agreement"].double(), agree)
 
 
 def test_likeliest_tokens_keep_their_mass_where_nothing_is_renormalised() -> None:
@@ -108,6 +129,19 @@ def test_a_drafter_predicts_at_its_own_depths_only() -> None:
     out = DiscardSamplingLoss(drafter, parts.head)(batch)
     parents = batch["nodes", "parents"]
     assert int(out["discarded"]) == int((parents < 0).sum()) < len(parents)
+
+
+def test_before_the_first_pair_a_drafter_predicts_nothing() -> None:
+    """A drafter reads a token with the one before it; another engine may draft from the first token all the same."""
+    drafter, target = TabularDrafter(0), TabularTarget(0)
+    trajectory = tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)
+    trajectory["rounds", "anchor"] -= 1
+    trajectory["spine", "prompt_length"] -= 1
+    trajectory["spine", "hidden"] = trajectory["spine", "hidden"].repeat(2, 1)
+    batch = pack([trajectory])
+    out = DiscardSamplingLoss(drafter, target.head)(batch)
+    assert float(out["discarded"]) == 0.0 and float(out["loss_discard"].detach()) == 0.0
+    assert float(ExpectedLengthLoss(drafter, target.head, contexts="trees")(batch)["expected_length"]) == 0.0
 
 
 def test_it_scores_what_serving_drafted_from() -> None:

@@ -300,3 +300,28 @@ def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: Sampl
     model = 1 - ImitationLoss(drafter, head, **settings)(batch)["loss_imitation"][0]
     assert (model - got)[counts].abs().max() > 0.01
     assert set(served.in_keys) - set(ImitationLoss(drafter, head, **settings).in_keys) == set(SAMPLING_KEYS)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, top_k=2, seed=1)], ids=["greedy", "top_k"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_the_served_law_counts_where_the_draft_vocabulary_has_any_of_it(
+    sampling: SamplingParams, renormalize: bool
+) -> None:
+    drafter, head = make()
+    batch = pack([tiny_trajectory(drafter, request=i, sampling=sampling) for i in range(4)])
+    loss = ImitationLoss(drafter, head, target="served", renormalize=renormalize, steps=2, decay=1.0, reduction="none")
+    out, (logits, valid, _) = loss(batch), drafter.unroll(batch, 2)
+    law = (batch["spine", "hidden"] @ head.T).log_softmax(-1)
+    least = law.topk(sampling.top_k or 1, dim=-1).values[:, -1:]
+    p = law.masked_fill(law < least, -math.inf).softmax(-1)[:, drafter.draft_vocab]
+    covered = p.sum(-1) > 0
+    assert covered.any() and not covered.all()
+    p = (p / p.sum(-1, keepdim=True) if renormalize else p)[covered]
+    for step in range(2):
+        values, counts = out["loss_imitation"][step], valid[step] & covered
+        assert not values[~counts].any()
+        q = logits[step].log_softmax(-1)[covered]
+        expected = torch.special.xlogy(p, p).sum(-1) - (p * q).sum(-1)
+        torch.testing.assert_close(values[counts], expected[valid[step][covered]])
+        agree = (p.argmax(-1) == q.argmax(-1))[valid[step][covered]].double().mean()
+        torch.testing.assert_close(out["agreement"][step].double(), agree)

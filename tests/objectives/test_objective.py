@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import (
     DIVERGENCES,
     AcceptanceRewardLoss,
@@ -23,6 +25,7 @@ from aurora_rl.objectives import (
     ImitationLoss,
     Objective,
     SumLoss,
+    Values,
     check_settings,
     get_objective,
     make_objectives,
@@ -418,3 +421,157 @@ def test_losses_can_be_copied_and_cast() -> None:
         torch.testing.assert_close(copy.deepcopy(loss)(batch)[key], loss(batch)[key])
         assert "head" not in loss.state_dict()  # the target's, not to be saved with the drafter
         assert copy.deepcopy(loss).float()(batch)[key].dtype == torch.float32
+
+
+# ---- a reset --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reset_is_of_what_learns() -> None:
+    drafter, head = made()
+    parts = make_objectives([{"name": "imitation"}, {"name": "discard"}], drafter, head)
+    kept = drafter.fc.weight.requires_grad_(False).clone()
+    learned = [p for p in drafter.parameters() if p.requires_grad]
+    for loss in (parts[0], SumLoss(parts)):
+        with torch.no_grad():
+            for parameter in learned:
+                parameter += 1000
+        loss.reset_parameters_recursive()
+        assert len(learned) > 3 and all(bool((p < 500).all()) for p in learned)
+        assert torch.equal(drafter.fc.weight, kept)
+
+
+def test_a_drafter_that_cannot_be_reset_stays_as_it_is() -> None:
+    drafter, head = made()
+    drafter.scales = torch.nn.ParameterList([torch.ones(2)])
+    before = copy.deepcopy(drafter.state_dict())
+    message = (
+        "'discard' cannot reset its drafter: ParameterList 'scales' has no reset_parameters; make a new one, Eagle3"
+    )
+    with pytest.raises(ValueError, match=message):
+        DiscardSamplingLoss(drafter, head).reset_parameters_recursive()
+    torch.testing.assert_close(dict(drafter.state_dict()), dict(before), atol=0, rtol=0)
+
+
+# ---- what is not a number, and what has the wrong form ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=3), SamplingParams(1.0, top_p=0.9)],
+    ids=["greedy", "sampled", "top_k", "top_p"],
+)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *SETTINGS[:-1],  # recorded rewards do not ask the target
+        (ImitationLoss, {"target": "served"}),
+        (DiscardSamplingLoss, {"target": "served"}),
+        *((ImitationLoss, {"target": "served", "divergence": name}) for name in DIVERGENCES),
+    ],
+    ids=lambda x: x.name if isinstance(x, type) else str(x),
+)
+def test_a_target_that_is_not_a_number_shows_in_the_loss(
+    kind: type[Objective], settings: dict[str, Any], sampling: SamplingParams
+) -> None:
+    """So that the step is skipped and counted."""
+    drafter, head = made()
+    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"), sampling=sampling)])
+    batch["spine", "hidden"][2] = torch.nan
+    batch["nodes", "hidden"].fill_(torch.nan)
+    assert bool(kind(drafter, head, **settings)(batch)[f"loss_{kind.name}"].isnan())
+
+
+class InfiniteWhereItDoesNotCount(ImitationLoss):
+    """In its values or its weights."""
+
+    weights = False
+
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        value, weight = found.value, found.weight.expand_as(found.value)
+        if self.weights:
+            return found._replace(value=value, weight=torch.where(found.valid, weight, torch.inf))
+        return found._replace(value=torch.where(found.valid, value, torch.inf))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_is_infinite_at_invalid_positions_does_not_count(
+    weights: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InfiniteWhereItDoesNotCount, "weights", weights)
+    drafter, head = made()
+    batch = pack([tiny_trajectory(drafter)])
+    found = []
+    for kind in (InfiniteWhereItDoesNotCount, ImitationLoss):
+        loss = kind(drafter, head, reduction=reduction)(batch)["loss_imitation"]
+        learned = [p for p in drafter.parameters() if p.requires_grad]
+        found.append([loss.detach(), *torch.autograd.grad(loss, learned)])
+    assert bool(torch.isfinite(found[0][0]))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", [ImitationLoss, DiscardSamplingLoss, ExpectedLengthLoss, AcceptanceRewardLoss])
+def test_a_trajectory_is_no_batch(kind: type[Objective]) -> None:
+    drafter, head = made()
+    message = rf"objective '{kind.name}' takes a batch, and this is one trajectory; give it pack\(\[...\]\)"
+    with pytest.raises(ValueError, match=message):
+        kind(drafter, head)(tiny_trajectory(drafter))
+
+
+class Nameless(Objective):
+    """Not registered."""
+
+    @property
+    def reads(self) -> list:
+        return ImitationLoss.reads.fget(self)
+
+    def values(self, batch: TensorDictBase) -> Values:
+        raise NotImplementedError
+
+
+def test_an_objective_needs_a_name() -> None:
+    with pytest.raises(ValueError, match=r"Nameless has no name; give it one by @register_objective"):
+        Nameless(TabularDrafter(0), TabularTarget(0).head)
+
+
+class OfOneDimension(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(value=found.value[0], valid=found.valid[0])
+
+
+class OfTwoShapes(ImitationLoss):
+    def values(self, batch: TensorDictBase) -> Values:
+        found = super().values(batch)
+        return found._replace(valid=found.valid[:1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"), [(OfOneDimension, r"\[12\] and \[12\]"), (OfTwoShapes, r"\[3, 12\] and \[1, 12\]")]
+)
+def test_values_come_in_groups(kind: type[Objective], shapes: str) -> None:
+    drafter, head = made()
+    with pytest.raises(ValueError, match=rf"both be \[G, X\], groups of positions, got {shapes}; value\[None\] is one"):
+        kind(drafter, head)(pack([tiny_trajectory(drafter)]))
+
+
+@pytest.mark.parametrize(
+    ("drafts", "judges"),
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS, ids=lambda x: x.name if isinstance(x, type) else str(x))
+def test_the_head_may_have_another_dtype(
+    kind: type[Objective], settings: dict[str, Any], drafts: torch.dtype, judges: torch.dtype
+) -> None:
+    drafter, head = made()
+    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"))])
+    one, other = (
+        kind(drafter.to(dtype), head.to(of), **settings)(batch)[f"loss_{kind.name}"]
+        for dtype, of in ((torch.float64, torch.float64), (drafts, judges))
+    )
+    other.backward()
+    # Eight bits of a logit of 5 are off by 0.02 at most, and these losses by a few times that.
+    tolerance = 0.1 if judges == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(other.double(), one, atol=tolerance, rtol=tolerance)
