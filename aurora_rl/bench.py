@@ -28,7 +28,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "expected_length_weights": [{"name": "imitation", "weighting": "expected_length"}],
     "discard": [{"name": "imitation"}, {"name": "discard", "weight": 0.3}],
     "discard_reach": [{"name": "imitation"}, {"name": "discard", "weight": 0.3, "weighting": "reach"}],
-    "policy_gradient": [{"name": "imitation"}, {"name": "acceptance_reward", "weight": 0.3, "clip": 0.2}],
+    "policy_gradient": [{"name": "imitation"}, {"name": "acceptance_reward", "weight": 0.3}],
     "expected_length": [{"name": "imitation", "weight": 0.3}, {"name": "expected_length", "rule": "sample_and_match"}],
 }
 """Objectives by the name of their row. The row "configured" is of those that the configuration names."""
