@@ -1,4 +1,4 @@
-"""Where recorded trees stand in a batch: intervals of ancestors against paths walked one by one."""
+"""Where recorded trees stand in a batch: intervals of ancestors against paths walked one by one, passes counted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from aurora_rl.policies import TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.testing import serve, tiny_target
+from aurora_rl.trajectories import pack
 from aurora_rl.trees import reorder_depth_first
 
 
@@ -52,3 +55,20 @@ def test_no_interval_holds_the_subtrees_of_other_orders() -> None:
 
 def test_nothing_drafted() -> None:
     assert RecordedTrees.of(batch_of([[], []])).ends.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "passes"),
+    [("eagle3", "midlayer", 4), ("eagle", "layers.0", 4), ("dflash", "layers.0", 1), ("medusa", "lm_heads.0", 1)],
+)
+def test_a_pass_scores_all_nodes_of_a_depth_or_all_there_are(name: str, part: str, passes: int) -> None:
+    """However many trees, branches and requests there are: a path alone would take as many for its own nodes."""
+    target = tiny_target()
+    drafter = get_drafter(name).from_target(TargetParts.of(target), draft_vocab=torch.arange(0, 32, 2)).double()
+    prompts = [torch.arange(length) for length in (3, 9, 5)]
+    batch = pack(serve(drafter, target, prompts, shape=TreeShape(4, 3, 12), max_new_tokens=6))
+    assert int(RecordedTrees.of(batch).depth.max()) == 4 and len(batch["nodes", "tokens"]) > 50
+    counted = []
+    drafter.get_submodule(part).register_forward_hook(lambda *_: counted.append(1))
+    drafter.score(batch)
+    assert len(counted) == passes
