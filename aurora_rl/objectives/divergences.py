@@ -143,6 +143,7 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1 − α: the chance of a rejection; for two distributions half their L1 distance.
 
     Gradient: ``−q_i (1[q_i < p_i] − s)``. No entry exceeds α: where supports hardly meet it teaches next to nothing.
+    What ``q`` has on tokens that top-k or top-p exclude is rejected, and moves to those that are left.
 
     Source: Leviathan et al. 2023 (arXiv 2211.17192), as the rate of rejection.
 
@@ -213,7 +214,8 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
 def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
     """−Σ p log q over the ``k`` likeliest tokens of ``p`` among the draft vocabulary's.
 
-    Gradient: ``q_i P − p_i 1[i in top k]`` with ``P`` their mass: the forward KL's, where ``p`` has no more than ``k``.
+    Gradient: ``q_i P − p_i 1[i in top k]`` with ``P`` their mass: the forward KL's, where ``p`` has no more than ``k``
+    tokens that top-k and top-p leave. Those that they exclude have weight 0, among the ``k`` too.
 
     Source: Zhang et al. 2025, HASS (arXiv 2408.15766).
 
@@ -238,7 +240,8 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     target draws a token that has a row. Its optimum is all mass on argmax p: calibration is worth nothing under these
     rules.
 
-    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint.
+    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint. A token that top-k or top-p excludes is a
+    miss; a lower temperature of ``p`` only sharpens what is wanted anyway.
 
     Source: no paper; it is read off the rules (``aurora_rl.envs.verification``).
 
