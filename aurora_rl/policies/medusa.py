@@ -84,6 +84,8 @@ class MedusaDrafter(Drafter):
                 f"Medusa reads one feature layer and has at least one head, got layers {feature_layers} and {num_heads}"
                 " heads"
             )
+        if num_layers < 0:
+            raise ValueError(f"num_layers must not be negative, got {num_layers}; 0 is a head without blocks")
         super().__init__()
         self.feature_layers, self.vocab_size = tuple(feature_layers), vocab_size
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))

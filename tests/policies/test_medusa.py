@@ -112,6 +112,11 @@ def test_day_0_is_the_targets_own_head() -> None:
     torch.testing.assert_close(proposal.log_probs[0], logits.max().expand(3))
 
 
+def test_a_number_of_blocks_below_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_layers must not be negative, got -1"):
+        MedusaDrafter(16, 10, draft_vocab=torch.arange(4), feature_layers=(2,), num_layers=-1)
+
+
 @pytest.mark.parametrize(("layers", "heads"), [((1, 2), 4), ((), 4), ((3,), 0)])
 def test_one_feature_layer_and_some_heads_are_needed(layers: tuple[int, ...], heads: int) -> None:
     with pytest.raises(ValueError, match="reads one feature layer and has at least one head"):
