@@ -59,6 +59,7 @@ class InferenceServer(Figures):
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
+        self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
         policy.on_fault = self._fault
         # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -89,7 +90,12 @@ class InferenceServer(Figures):
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.finished)
         began = time.perf_counter()
-        done, self._td = env.step_and_maybe_reset(policy(self._td))
+        action = policy(self._td)
+        # A drafter that failed its slots together leaves the trees of each alone, for the last time.
+        asked = policy.drafted | policy.from_text | action["draft", "mask"].any(1).cpu()
+        for slot in env.engine.store.occupied.tolist():
+            self._asked.setdefault(env.request_of(slot).id, []).append(bool(asked[slot]))
+        done, self._td = env.step_and_maybe_reset(action)
         # Recording is a cost of speculation, in whichever round it happens.
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
@@ -132,7 +138,8 @@ class InferenceServer(Figures):
         began = time.perf_counter()
         domain, trajectory = self._note(completion), completion.trajectory
         assert trajectory is not None, "the server's environment records"
-        tokens, rounds = acceptance_length(trajectory)
+        asked = torch.tensor(self._asked.pop(completion.request.id))
+        tokens, rounds = acceptance_length(trajectory, asked)
         covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
         self.finished.append((tokens, rounds))
         accepted, drafted = accepted_per_round(trajectory)
