@@ -123,8 +123,9 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
     assert all(torch.equal(trajectory[key], before[key]) for key in before.keys(True, True))
 
     assert [part.tolist() for part in accepted_per_round(trajectory)] == [[2, 0], [4, 0]]
-    # The first round committed 3 tokens; the second drafted nothing and does not count.
-    assert acceptance_length(trajectory) == (3, 1)
+    # The first round committed 3 tokens, the second, without a tree, 1: it counts where drafts were asked for.
+    assert acceptance_length(trajectory, torch.tensor([True, False])) == (3, 1)
+    assert acceptance_length(trajectory, torch.tensor([True, True])) == (4, 2)
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from aurora_rl.policies.target import (
     targets_entries,
     written_config,
 )
-from aurora_rl.policies.vllm_format import from_vllm, to_vllm
+from aurora_rl.policies.vllm_format import LAYER_IDS, from_vllm, to_vllm
 
 
 class Eagle3Layer(DraftLayer):
@@ -191,7 +191,7 @@ class Eagle3Drafter(RecurrentDrafter):
             **written_config(self.config, self.fc.weight.dtype),
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": len(self.draft_vocab),
-            "eagle_config": {_LAYERS: [layer - 1 for layer in self.feature_layers]},
+            "eagle_config": {LAYER_IDS: [layer - 1 for layer in self.feature_layers]},
             **{name: True for name, on in self.options.items() if on},
         }
         tensors = {**self.published(), "t2d": known}
@@ -217,7 +217,7 @@ class Eagle3Drafter(RecurrentDrafter):
         Raises:
             ValueError: names the first entry or tensor that does not fit the target or the class.
         """
-        if layout == "vllm" or _LAYERS in checkpoint.config:  # of engines, vLLM alone looks for them at the top level
+        if layout == "vllm" or LAYER_IDS in checkpoint.config:  # of engines, vLLM alone looks for them at the top level
             checkpoint = Checkpoint(*from_vllm(*checkpoint))
         config = checkpoint.config
         tensors = {_our_name(name): tensor for name, tensor in checkpoint.tensors.items()}
@@ -231,13 +231,13 @@ class Eagle3Drafter(RecurrentDrafter):
         if own.num_hidden_layers != 1:
             raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
         settle_attention(own, config, parts, options.get("attention", "target"))
-        check_layers_rise(tuple((config.get("eagle_config") or {}).get(_LAYERS) or ()))
+        check_layers_rise(tuple((config.get("eagle_config") or {}).get(LAYER_IDS) or ()))
         rows = config.get("draft_vocab_size") or own.vocab_size
         if "d2t" not in tensors and rows == own.vocab_size:
             tensors["d2t"] = torch.zeros(rows, dtype=torch.int64)  # every token has a row
         if "d2t" not in tensors:
             raise ValueError(f"tensor 'd2t' is missing, and draft_vocab_size is {rows} of {own.vocab_size} tokens")
-        layers = (config.get("eagle_config") or {}).get(_LAYERS)
+        layers = (config.get("eagle_config") or {}).get(LAYER_IDS)
         drafter = cls(
             own,
             embedding=parts.embedding.float(),
@@ -256,7 +256,6 @@ class Eagle3Drafter(RecurrentDrafter):
         return drafter
 
 
-_LAYERS = "eagle_aux_hidden_state_layer_ids"
 # Settings of other EAGLE-3 drafters that change what is computed.
 _UNSUPPORTED = ("norm_before_fc", "norm_before_residual", "bias", "attention_bias", "mlp_bias")
 _OTHER_NAMES = {

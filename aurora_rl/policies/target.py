@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 logger = logging.getLogger(__name__)
 # In config.json: heads or rotary settings are not the target's, and are meant so.
 _OWN_ATTENTION = "aurora_rl_attention"
+_CURE = " If it was trained with them, set drafter.options={attention: own}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +174,10 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
     """
     if attention not in ("target", "own"):
         raise ValueError(f"the option attention must be target or own, got {attention!r}")
-    meant, cure = "own" in (attention, entries.get(_OWN_ATTENTION)), _CURE
+    meant = "own" in (attention, entries.get(_OWN_ATTENTION))
     heads = [f"{name} is {getattr(config, name)}, the target has {value}" for name, value in _heads(config, parts)]
     if heads and not meant:
-        raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{cure}")
+        raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{_CURE}")
     same_rope = _rope(config) == _rope(parts.config)
     if not same_rope and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
         logger.warning(
@@ -185,12 +186,9 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
             _rope(parts.config),
         )
     elif not meant:
-        check_rope(config, parts, cure)
+        check_rope(config, parts, _CURE)
     if heads or not same_rope:
         setattr(config, _OWN_ATTENTION, "own")
-
-
-_CURE = " If it was trained with them, set drafter.options={attention: own}"
 
 
 def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from aurora_rl.policies.drafter import check_draft_vocab
 
-_LAYERS = "eagle_aux_hidden_state_layer_ids"
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+"""Entry of an EAGLE-3's ``config.json`` that names the target's layers, in the top level or in ``eagle_config``."""
 _Shapes = dict[str, tuple[int, ...]]
 
 
@@ -88,10 +89,10 @@ _Files = tuple[dict[str, Tensor], dict[str, Any]]
 
 def _eagle3_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
     known, ids = dict(config), _target_ids(tensors)
-    if layers := (config.get("eagle_config") or {}).get(_LAYERS):
+    if layers := (config.get("eagle_config") or {}).get(LAYER_IDS):
         if sorted(set(layers)) != list(layers):
-            raise ValueError(f"config.json: {_LAYERS} must rise, got {layers}: vLLM joins states in that order")
-        known[_LAYERS] = [layer + 1 for layer in layers]
+            raise ValueError(f"config.json: {LAYER_IDS} must rise, got {layers}: vLLM joins states in that order")
+        known[LAYER_IDS] = [layer + 1 for layer in layers]
     if len(ids) == config["vocab_size"]:
         del tensors["d2t"]
         tensors["lm_head.weight"] = _tensor(tensors, "lm_head.weight")[ids.argsort()]
@@ -100,14 +101,14 @@ def _eagle3_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
 
 def _eagle3_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _Files:
     known = dict(config)
-    nested, layers = config.get("eagle_config") or {}, known.pop(_LAYERS, None)
-    if nested.get(_LAYERS) and not layers:
+    nested, layers = config.get("eagle_config") or {}, known.pop(LAYER_IDS, None)
+    if nested.get(LAYER_IDS) and not layers:
         raise ValueError(
-            f"config.json: {_LAYERS} stands in eagle_config only, where vLLM's model runners disagree on it (one takes "
-            "the ids as they are, the other its defaults); write at the top level which layers the states enter"
+            f"config.json: {LAYER_IDS} stands in eagle_config only, where vLLM's model runners disagree on it (one "
+            "takes the ids as they are, the other its defaults); write at the top level which layers the states enter"
         )
     if layers:
-        known["eagle_config"] = {**nested, _LAYERS: [layer - 1 for layer in layers]}
+        known["eagle_config"] = {**nested, LAYER_IDS: [layer - 1 for layer in layers]}
     every = torch.zeros(config["vocab_size"], dtype=torch.int64)  # offsets where each token has its row
     return {"d2t": every, **{_file_name(name): tensor for name, tensor in tensors.items()}}, known
 
@@ -191,7 +192,7 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
     rows = config.get("draft_vocab_size") or vocab
-    nested = (config.get("eagle_config") or {}).get(_LAYERS)
+    nested = (config.get("eagle_config") or {}).get(LAYER_IDS)
     # In this order vLLM counts the states that it joins, top-level ids not among them.
     joined = config.get("num_aux_hidden_states") or (len(nested) if nested else 3)
     width = config.get("target_hidden_size") or hidden

@@ -1,0 +1,197 @@
+"""A server on a tiny target, and a drafter that knows the texts which that target will say."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from aurora_rl.collectors.hello import Hello
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.metrics import MetricsLog, MetricsReader
+from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.shape import ShapeController
+from aurora_rl.server import InferenceServer
+from aurora_rl.testing import tiny_target
+from aurora_rl.throughput import ControlWindows
+
+VOCAB = 8
+LAYERS = (0, 1)
+DEPTH = 3
+LOCAL = "tcp://127.0.0.1:*"
+HELLO = Hello(1, "config", "head", LAYERS, "", "eagle3")
+
+
+# ---- requests, their texts, and a drafter that knows them -------------------------------------------------------
+
+
+def requests(count: int, budget: int = 24, length: int = 5) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    return [Request(i, torch.randint(0, VOCAB, (length + i % 3,), generator=generator), budget) for i in range(count)]
+
+
+@functools.cache
+def model():
+    return tiny_target(vocab_size=VOCAB)
+
+
+@functools.cache
+def text(prompt: tuple[int, ...], count: int) -> list[int]:
+    """The target's own greedy continuation."""
+    tokens = torch.tensor(prompt)[None]
+    mask = torch.ones_like(tokens)
+    out = model().generate(tokens, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def truth(request: Request) -> list[int]:
+    return text(tuple(request.prompt.tolist()), request.max_new_tokens)
+
+
+class Oracle(Drafter):
+    """Proposes what the target is going to say, and may sleep over it."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, known: Sequence[Request], nap: float = 0.0) -> None:
+        super().__init__()
+        self.feature_layers, self.nap = LAYERS, nap
+        self.draft_vocab = torch.arange(VOCAB)
+        # Beyond the budget too: what is drafted there is cut, not wrong.
+        self._texts = [r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.max_new_tokens + DEPTH + 1) for r in known]
+
+    @classmethod
+    def from_target(cls, parts: TargetParts, **options: object) -> Oracle:
+        raise NotImplementedError
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        for slot, row, count in zip(slots.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
+            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[1 : count + 1]
+        self.cached[slots] += num_new
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        time.sleep(self.nap)
+        rows = []
+        for slot in slots.tolist():
+            held = self._held[slot]  # all tokens but the first, which is in no pair
+            (known,) = {tuple(t) for t in self._texts if t[1 : 1 + len(held)] == held}
+            rows.append(known[1 + len(held) :][: shape.depth])
+        tokens = torch.tensor(rows)
+        return Proposal(tokens, torch.arange(-1, shape.depth - 1).expand_as(tokens), torch.zeros(tokens.shape))
+
+    def unroll(self, batch: TensorDictBase, steps: int):
+        raise NotImplementedError
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def published(self) -> dict[str, Tensor]:
+        return {}
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        raise NotImplementedError
+
+
+class Wrong(Oracle):
+    """Proposes what the target is not going to say."""
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        right = super().propose(slots, shape, generator)
+        return right._replace(tokens=(right.tokens + 1) % VOCAB)
+
+
+def eagle(seed: int = 0) -> Eagle3Drafter:
+    torch.manual_seed(seed)
+    made = Eagle3Drafter.from_target(TargetParts.of(model()), draft_vocab=torch.arange(6), feature_layers=LAYERS)
+    made = made.double().eval().requires_grad_(False)
+    for parameter in made.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.4)
+    return made
+
+
+# ---- a server on a tiny target ----------------------------------------------------------------------------------
+
+
+class Plain(ControlWindows):
+    """Never speculates."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 1)
+
+    @property
+    def speculate(self) -> bool:
+        return False
+
+
+NO_WINDOWS = functools.partial(ControlWindows, 0.0, 32)
+
+
+class Serving:
+    def __init__(
+        self,
+        folder: Path,
+        waiting: Sequence[Request],
+        drafter: Drafter,
+        *,
+        slots: int = 1,
+        windows: ControlWindows | None = None,
+        note: Callable[[Completion], str] | None = None,
+        depth: int = DEPTH,
+        **options: object,
+    ) -> None:
+        self.queue = list(waiting)
+        self.completions: list[Completion] = []
+        self._note = note
+        self.engine = TransformersEngine(
+            tiny_target(vocab_size=VOCAB), num_slots=slots, max_length=64, feature_layers=LAYERS
+        )
+        self.policy = DrafterPolicy(drafter, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth))
+        env = SpecDecodeEnv(
+            self.engine,
+            lambda: self.queue.pop(0) if self.queue else None,
+            num_nodes=DEPTH,
+            on_completion=lambda completion: self.server.completed(completion),
+        )
+        self._path = folder / "metrics.jsonl"
+        log = MetricsLog(self._path, "serve")
+        self.server = InferenceServer(
+            env, self.policy, windows=windows or NO_WINDOWS(), log=log, note=self._completed, **options
+        )
+
+    def _completed(self, completion: Completion) -> str:
+        self.completions.append(completion)
+        return self._note(completion) if self._note else "tiny"
+
+    def run(self) -> InferenceServer:
+        while self.server.step():
+            pass
+        return self.server
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in MetricsReader(self._path).new() if event["event"] == kind]
+
+    def check_texts(self) -> None:
+        for completion in self.completions:
+            assert completion.tokens.tolist() == truth(completion.request)
+
+
+class OnTime(ShapeController):
+    """Chains whose rounds take the given seconds by depth, whatever the clock says."""
+
+    def __init__(self, *by_depth: float) -> None:
+        super().__init__({1: {TreeShape(d): seconds for d, seconds in enumerate(by_depth)}})
+
+    def observe(self, shape: TreeShape, occupied: int, seconds: float, *outcomes: Any) -> None:
+        super().observe(shape, occupied, self._costs[1][shape], *outcomes)
