@@ -363,14 +363,16 @@ def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:
     return total[offset[1:]] - total[offset[:-1]], offset.diff()
 
 
-def acceptance_length(trajectory: TensorDictBase, speculative: Tensor) -> tuple[int, int]:
+def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = None) -> tuple[int, int]:
     """Tokens committed by speculative rounds (bonus token included) and the number of such rounds.
 
     Args:
         trajectory: of a request.
-        speculative: ``[R]`` bool, the rounds for which drafts were asked for. Whether a tree came of it does not
-            matter: n-grams may find nothing.
+        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None, where nobody noted them, takes those
+            with a tree: the same, but of a drafter that may find nothing (n-grams).
     """
+    if speculative is None:
+        speculative = accepted_per_round(trajectory)[1] > 0
     anchor, length = trajectory["rounds", "anchor"], len(trajectory["spine", "tokens"])
     committed = torch.cat([anchor[1:], anchor.new_tensor([length - 1])]) - anchor
     return int(committed[speculative].sum()), int(speculative.sum())

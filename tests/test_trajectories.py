@@ -124,7 +124,7 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
 
     assert [part.tolist() for part in accepted_per_round(trajectory)] == [[2, 0], [4, 0]]
     # The first round committed 3 tokens, the second, without a tree, 1: it counts where drafts were asked for.
-    assert acceptance_length(trajectory, torch.tensor([True, False])) == (3, 1)
+    assert acceptance_length(trajectory) == acceptance_length(trajectory, torch.tensor([True, False])) == (3, 1)
     assert acceptance_length(trajectory, torch.tensor([True, True])) == (4, 2)
 
 
