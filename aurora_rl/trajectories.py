@@ -368,8 +368,8 @@ def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = N
 
     Args:
         trajectory: of a request.
-        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None, where nobody noted them, takes those
-            with a tree: the same, but of a drafter that may find nothing (n-grams).
+        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None, where nobody noted them, takes
+            those with a tree: the same, but of a drafter that may find nothing (n-grams).
     """
     if speculative is None:
         speculative = accepted_per_round(trajectory)[1] > 0
