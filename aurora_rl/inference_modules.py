@@ -6,16 +6,22 @@ layout that the matrix kernels have to reorder each time; see benchmarks/decode.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import sdpa_mask
 
 GROUPED_ATTENTION = "aurora_rl_grouped"
+
+
+# Tensors that transformers hands to attention, and that are no terms of it.
+_NO_TERMS = ("position_ids", "cache_position")
 
 
 def grouped_attention(
@@ -23,33 +29,63 @@ def grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
     ancestors: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of grouped queries without repeating keys and values: the queries of a group share rows of one head.
 
     Args:
-        module: the attention module; unused, transformers passes it.
+        module: The attention module; unused, transformers passes it.
         query: ``[b, heads, T, d]``.
         key: ``[b, groups, L, d]``.
-        value: ``[b, groups, L, d]``.
-        attention_mask: ``[b, 1, heads / groups * T, L]`` bool, the ``T`` rows repeated for each head of a group.
-        scaling: factor on the scores.
-        ancestors: given where the pass is a text with trees behind it; this and the mask then are as of
+        value: ``[b, groups, L, dv]``.
+        attention_mask: ``[b, 1, T, L]`` bool, or with the ``T`` rows repeated for each head of a group (see
+            :func:`grouped_mask`), which saves every layer that copy. None is a causal mask.
+        scaling: Factor on the scores; None is ``d ** -0.5``.
+        ancestors: Given where the pass is a text with trees after it; this and the mask then are as of
             :func:`text_and_trees`.
-        **kwargs: what else transformers passes.
+        softcap: Bound on the absolute value of a score (Gemma 2), or None.
+        s_aux: ``[heads]``, a score of nothing for each head that the softmax counts too (the sinks of gpt-oss), or
+            None.
+        **kwargs: What else transformers passes.
 
     Returns:
-        ``[b, T, heads, d]`` and no weights.
+        ``[b, T, heads, dv]`` and no weights.
+
+    Raises:
+        TypeError: Tensors are passed that this attention does not know, which would be left out of it.
     """
+    if unknown := [name for name, term in kwargs.items() if isinstance(term, Tensor) and name not in _NO_TERMS]:
+        raise TypeError(f"attention has terms that {GROUPED_ATTENTION} does not know: {', '.join(unknown)}")
     if ancestors is not None:
+        assert attention_mask is not None and scaling is not None
         return text_and_trees(query, key, value, attention_mask[:, 0], ancestors, scaling), None
     b, heads, length, d = query.shape
-    query = query.reshape(b, key.shape[1], -1, d)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(b, heads, length, d).transpose(1, 2), None
+    per_group = heads // key.shape[1]
+    if attention_mask is None:
+        rows = torch.arange(key.shape[2], device=query.device)
+        attention_mask = (rows <= rows[-length:, None])[None, None].expand(b, -1, -1, -1)
+    if attention_mask.shape[2] != per_group * length:
+        attention_mask = grouped_mask(attention_mask[:, 0], per_group)
+    grouped = query.reshape(b, key.shape[1], -1, d)
+    if softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        scores = grouped @ key.transpose(2, 3) * (d**-0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        if s_aux is not None:
+            sinks = s_aux.to(scores.dtype).view(1, key.shape[1], per_group, 1).expand(b, -1, -1, length)
+            scores = torch.cat([scores, sinks.reshape(b, key.shape[1], -1, 1)], dim=-1)
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(-1, dtype=precise)[..., : key.shape[2]]
+        out = weights.to(value.dtype) @ value
+    return out.reshape(b, heads, length, -1).transpose(1, 2), None
 
 
 def text_and_trees(
@@ -94,6 +130,8 @@ def text_and_trees(
 
 
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+# So that a model in this form still takes what transformers' own code gives it: no mask, or one of padding.
+AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
 
 
 def grouped_mask(mask: Tensor, groups: int) -> Tensor:
@@ -111,11 +149,16 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
         super().__init__()
-        self.weight: Tensor | None = linear.weight
         self.bias = linear.bias
         self.packed = self.pack(linear.weight.detach())
-        if not keep_weight:
-            self.weight = None
+        if keep_weight:
+            self.register_parameter("weight", linear.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, unpacked at every call unless it was kept: some attention reads weights by itself."""
+        kept = self._parameters.get("weight")
+        return self.packed.to_dense() if kept is None else kept
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
@@ -151,14 +194,17 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
     return fused if torch.allclose(fused(probe), module(probe), rtol=tolerance, atol=tolerance) else None
 
 
+@torch.no_grad()
 def _join(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One linear layer whose outputs are those of ``layers``, end to end."""
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    """One linear layer whose outputs are those of ``layers``, end to end. They become views of it: no memory twice."""
     with torch.device("meta"):
-        joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=bias is not None)
+        joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=False)
+    sizes = [layer.out_features for layer in layers]
     joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    if bias is not None:
-        joined.bias = nn.Parameter(bias, requires_grad=False)
+    for layer, rows in zip(layers, joined.weight.split(sizes), strict=True):
+        layer.weight.data = rows
+    if layers[0].bias is not None:
+        joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
     return joined
 
 
@@ -192,9 +238,9 @@ class FusedDecoderLayer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache,
+        past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
         """``[b, T, H]`` to ``[b, T, H]``.
@@ -203,7 +249,7 @@ class FusedDecoderLayer(nn.Module):
             hidden_states: ``[b, T, H]``.
             attention_mask: see :func:`grouped_attention`.
             position_embeddings: cosines and sines, each ``[b, T, d]``.
-            past_key_values: the cache.
+            past_key_values: the cache, or None.
             **kwargs: what else transformers passes.
         """
         b, length, _ = hidden_states.shape
@@ -215,7 +261,9 @@ class FusedDecoderLayer(nn.Module):
         cos, sin = (part[:, :, None] for part in position_embeddings)
         first, second = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-        key, value = past_key_values.update(turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2), self._index)
+        key, value = turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self._index)
         query = turned[:, :, :heads].transpose(1, 2)
         out, _ = grouped_attention(self, query, key, value, attention_mask, self._scaling)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))
@@ -223,46 +271,90 @@ class FusedDecoderLayer(nn.Module):
         return hidden_states + self.down_proj(self.act_fn(gate) * up)
 
 
-def fuse_decoder_layers(layers: nn.ModuleList, groups: int) -> None:
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines, each ``[b, T, d]``, of states ``[b, T, H]`` at positions ``[b, T]``."""
+
+
+def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Callable[[], None] | None:
     """Replace, in place, the decoder layers that :class:`FusedDecoderLayer` computes the same as; leave the others.
 
     Args:
-        layers: of a model whose attention is :data:`GROUPED_ATTENTION`.
-        groups: heads that share a key head.
+        layers: Of a model whose attention is :data:`GROUPED_ATTENTION`.
+        rotary: The model's rotary embedding.
+        far: The last position that the model will be asked for.
+
+    Returns:
+        Puts the layers back that were replaced; None where there was none.
     """
+    replaced, alike = {}, {}
     for index, layer in enumerate(layers):
-        if (fused := _fused_layer(layer, groups)) is not None:
-            layers[index] = fused
+        kind = _kind(layer)
+        if kind not in alike:
+            alike[kind] = _can_be_fused(layer, rotary, far)
+        if alike[kind]:
+            replaced[index], layers[index] = layer, FusedDecoderLayer(layer)
+
+    def undo() -> None:
+        for index, layer in replaced.items():
+            layers[index] = layer
+
+    return undo if replaced else None
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Equal for layers that compute the same function of their weights: they are probed once."""
+    settings = tuple(
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str | type(None)) and key not in ("layer_idx", "training")
+    )
+    shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+    return type(layer), settings, shapes
 
 
 @torch.no_grad()
-def _fused_layer(layer: Any, groups: int) -> FusedDecoderLayer | None:
-    """The fused form of a layer, if there is one: as for norms, a probe and not the name tells."""
+def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
+    """Whether the fused form of a layer computes the same: as for norms, a probe and not the name tells.
+
+    It is made on a copy in float32, where nothing hides in rounding.
+    """
     try:
+        layer = copy.deepcopy(layer)
+        layer = layer if layer.self_attn.q_proj.weight.dtype == torch.float64 else layer.float()
+        weight = layer.self_attn.q_proj.weight
+        x = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        positions = torch.tensor([[0, 1, far // 2, far]], device=x.device)
+        arguments = dict(position_embeddings=rotary(x, positions), position_ids=positions, use_cache=False)
+        own = _outputs(layer, _projections(layer), x, arguments)
         fused = FusedDecoderLayer(layer)
-        weight, length = layer.self_attn.q_proj.weight, 3
-        generator = torch.Generator().manual_seed(0)
-        x, cos, sin = (
-            torch.randn(1, length, size, generator=generator).to(weight)
-            for size in (weight.shape[1], layer.self_attn.head_dim, layer.self_attn.head_dim)
-        )
-        mask = grouped_mask(torch.ones(1, length, length, dtype=torch.bool, device=x.device).tril(), groups)
-        same, given = (
-            form(
-                x,
-                attention_mask=mask,
-                position_embeddings=(cos, sin),
-                # An empty cache, of which this layer is the only one.
-                past_key_values=DynamicCache(),
-                position_ids=torch.arange(length, device=x.device)[None],
-                use_cache=True,
-            )
-            for form in (fused, layer)
-        )
+        ours = _outputs(fused, [fused.qkv_proj, fused.gate_up_proj], x, arguments)
     except Exception:  # a layer of other parts, or one that is called in another way
-        return None
-    scale = 16 * torch.finfo(x.dtype).eps * float(given.abs().max())
-    return fused if torch.allclose(same, given, rtol=0, atol=scale) else None
+        return False
+    scale = 16 * torch.finfo(x.dtype).eps * own.abs().amax(dim=(1, 2), keepdim=True)
+    return bool(((ours - own).abs() <= scale).all())
+
+
+def _projections(layer: Any) -> list[nn.Module]:
+    """The layers that :class:`FusedDecoderLayer` joins."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+
+
+def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What a layer gives, and what it gives where its projections are far larger: a clip or cap shows there."""
+
+    def run() -> Tensor:
+        out = layer(x, attention_mask=None, past_key_values=None, **arguments)
+        return out if isinstance(out, Tensor) else out[0]
+
+    usual = run()
+    hooks = [projection.register_forward_hook(lambda module, args, out: out * 64) for projection in projections]
+    try:
+        return torch.cat([usual, run()])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -1,87 +1,161 @@
 """A static KV cache for requests of unequal length, and the masks by which text and draft trees are read from it.
 
-Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass.
+Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass, ``L`` columns that the pass reads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from typing_extensions import override
 
 
-class SlotCache(Cache):
-    """Keys and values of every slot in one block, written at a place of our choosing.
+class KVShape(NamedTuple):
+    """Heads and head size of the keys, or of the values, of one layer."""
+
+    heads: int
+    head_dim: int
+
+
+class RecurrentStateError(ValueError):
+    """A model keeps a state that later tokens overwrite, so that it cannot be rolled back to the accepted node."""
+
+
+class _KeysAndValuesOnly(Cache):
+    """A cache that refuses what cannot be rolled back to an accepted node: convolution and recurrent states."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RecurrentStateError("it keeps a recurrent state, which cannot be rolled back to the accepted node")
+
+    update_conv_state = update_recurrent_state = has_previous_state = _refuse
+
+
+class ShapeRecorder(_KeysAndValuesOnly, DynamicCache):
+    """A growing cache that notes the shapes of what each layer writes.
+
+    Attributes:
+        shapes: Of each layer that has written, its keys' and its values' shape.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[int, tuple[KVShape, KVShape]] = {}
+
+    @override
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.shapes[layer_idx] = KVShape(*key_states.shape[1::2]), KVShape(*value_states.shape[1::2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def uniform_shapes(config: PretrainedConfig) -> dict[int, tuple[KVShape, KVShape]]:
+    """The shapes of a model whose layers are alike, as its configuration gives them."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = KVShape(config.num_key_value_heads, head_dim)
+    return {layer: (shape, shape) for layer in range(config.num_hidden_layers)}
+
+
+class SlotCache(_KeysAndValuesOnly):
+    """Keys and values of every slot in one block for each shape, written at a place of our choosing.
 
     Args:
-        config: the model's (text) configuration.
+        shapes: Of the keys and the values of each layer.
         num_slots: ``B``.
-        max_length: columns of a slot.
-        dtype: of keys and values.
-        device: where they live.
+        max_length: Columns of a slot.
+        dtype: Of keys and values.
+        device: Where they live.
     """
 
     def __init__(
-        self, config: PretrainedConfig, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Mapping[int, tuple[KVShape, KVShape]],
+        num_slots: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__(layers=[])
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (2, config.num_hidden_layers, num_slots, max_length, config.num_key_value_heads, head_dim)
-        self.block = torch.zeros(shape, dtype=dtype, device=device)
+        self._places: dict[int, list[tuple[KVShape, int]]] = {}
+        counts: dict[KVShape, int] = {}
+        for layer, pair in shapes.items():
+            self._places[layer] = []
+            for shape in pair:
+                self._places[layer].append((shape, counts.setdefault(shape, 0)))
+                counts[shape] += 1
+        self.blocks = {
+            shape: torch.zeros(count, num_slots, max_length, *shape, dtype=dtype, device=device)
+            for shape, count in counts.items()
+        }
+
+    @property
+    def columns(self) -> int:
+        """Columns of a slot."""
+        return next(iter(self.blocks.values())).shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys and values, in bytes."""
+        return sum(block.nbytes for block in self.blocks.values())
 
     def widen(self, columns: int) -> None:
         """Give every slot at least so many columns; what is held stays."""
-        if (more := columns - self.block.shape[3]) > 0:
-            self.block = F.pad(self.block, (0, 0, 0, 0, 0, more))
+        if (more := columns - self.columns) > 0:
+            self.blocks = {shape: F.pad(block, (0, 0, 0, 0, 0, more)) for shape, block in self.blocks.items()}
 
     def aim(self, slots: Tensor, columns: Tensor, end: int) -> None:
         """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
-        num_slots, max_length = self.block.shape[2:4]
-        self._flat = (slots[:, None].to(columns.device) * max_length + columns).flatten()
+        self._flat = (slots[:, None].to(columns.device) * self.columns + columns).flatten()
         first, last = int(slots[0]), int(slots[-1])
         # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
         run = slots.tolist() == list(range(first, last + 1))
         self._rows = slice(first, last + 1) if run else slots.to(columns.device)
         self._end = end
 
+    @override
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values, ``[b, heads, T, d]``, and return what the pass may read, ``[b, heads, end, d]``."""
         read = []
-        for part, states in enumerate((key_states, value_states)):
-            layer = self.block[part, layer_idx]
-            layer.view(-1, *layer.shape[2:]).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
-            read.append(layer[self._rows, : self._end].transpose(1, 2))
+        for (shape, index), states in zip(self._places[layer_idx], (key_states, value_states), strict=True):
+            held = self.blocks[shape][index]
+            held.view(-1, *shape).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
+            read.append(held[self._rows, : self._end].transpose(1, 2))
         return read[0], read[1]
 
     def move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:
         """Copy columns ``source`` to ``target`` (each ``[m]``) of ``slots`` (``[m]``) in all layers at once."""
-        self.block[:, :, slots, target] = self.block[:, :, slots, source]
+        for block in self.blocks.values():
+            block[:, slots, target] = block[:, slots, source]
 
+    @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that the pass reads; transformers asks only where it was given no positions."""
         return self._end
 
+    @override
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Key length and offset of the mask, of which transformers is given a finished one."""
         return self._end, 0
 
 
 def cache_mask(seen: Tensor, past: Tensor, end: int) -> Tensor:
-    """What the tokens of a pass may read of their slots' columns: all before ``past``, and some of those behind.
+    """What the tokens of a pass may read of their slots' columns: all before ``past``, and some of those after it.
 
     Args:
         seen: ``[b, T, W]`` bool, whether a token sees each of the ``W`` columns from ``past`` on.
         past: ``[b, 1]`` int64.
-        end: columns that the pass reads.
+        end: Columns ``L`` that the pass reads.
 
     Returns:
-        ``[b, T, end]`` bool.
+        ``[b, T, L]`` bool.
 
     Example:
         >>> cache_mask(torch.tensor([[[True, False], [False, True]]]), torch.tensor([[1]]), 4).int()
@@ -93,6 +167,26 @@ def cache_mask(seen: Tensor, past: Tensor, end: int) -> Tensor:
     inside = (column >= 0) & (column < width)
     index = column.clamp(0, width - 1)[:, None, :].expand(-1, seen.shape[1], -1)
     return torch.where(inside[:, None, :], seen.gather(2, index), (column < 0)[:, None, :])
+
+
+def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
+    """The position of the token in each column: a text lies in order, a tree by the depth of its nodes.
+
+    Args:
+        depth: ``[b, T]`` int64, of the pass's tokens, which are written from column ``past`` on.
+        past: ``[b, 1]`` int64.
+        end: Columns ``L`` that the pass reads.
+
+    Returns:
+        ``[b, L]`` int64; columns after the tree hold nothing and have some position.
+
+    Example:
+        >>> column_positions(torch.tensor([[0, 1, 1, 2]]), torch.tensor([[2]]), 6)
+        tensor([[0, 1, 2, 3, 3, 4]])
+    """
+    column = torch.arange(end, device=past.device) - past
+    index = column.clamp(0, depth.shape[1] - 1)
+    return past + torch.where(column < 0, column, depth.gather(1, index))
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:

@@ -104,26 +104,43 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     # Not the first ids alone: a padding token may have an embedding of zeros, and logits of zeros tell nothing.
     tokens = torch.arange(1, 5, device=model.device)[None] * max((vocab - 1) // 4, 1) % vocab
     out = model(tokens, use_cache=False)
-    hidden = model.get_decoder()(tokens, use_cache=False).last_hidden_state
+    hidden = decoder_of(model)(tokens, use_cache=False).last_hidden_state
     return hidden, out.logits
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The part of a causal LM that turns tokens into what its output head reads."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", decoder) if decoder is model else decoder
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a causal LM, under whichever name its family has them (``layers``, ``h``, ``blocks``).
 
     Raises:
-        ValueError: The decoder has no list of ``num_hidden_layers`` modules.
+        ValueError: The decoder has no list of ``num_hidden_layers`` modules, or several.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
         >>> len(decoder_layers(tiny_target()))
         3
     """
-    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
-    if len(lists) != 1:
+    count = model.config.get_text_config().num_hidden_layers
+    lists = {
+        name: module
+        for name, module in decoder_of(model).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    outermost = [lists[name] for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
         raise ValueError(
             f"{type(model).__name__} has no single list of {count} decoder layers that hidden states could be read "
             "from; serve it with engine.name=sglang"
         )
-    return lists[0]
+    return outermost[0]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that a model has, None where its configuration names no limit (BLOOM's ALiBi has none)."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,4 +1,4 @@
-"""The embedded engine: any Hugging Face causal LM that takes an SDPA-style mask, with a static KV cache per slot."""
+"""The embedded engine: a Hugging Face causal LM with ordinary attention, with a static KV cache per slot."""
 
 from __future__ import annotations
 
@@ -7,36 +7,62 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.exactness import ELSEWHERE, Exactness, Probe, UnsupportedModelError, takes_positions
 from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, grouped_mask, prepare_for_inference
-from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
+from aurora_rl.slot_cache import (
+    KVShape,
+    RecurrentStateError,
+    ShapeRecorder,
+    SlotCache,
+    cache_mask,
+    column_positions,
+    sliding_window,
+)
+from aurora_rl.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
-# A tree is written behind the committed tokens before any of it is accepted: columns of a slot for it.
+# A tree is written after the committed tokens before any of it is accepted: columns of a slot for it.
 _TREE_ROOM = 64
+# A prompt is read in chunks of so many scores (rows x heads x columns), so that memory stays linear in its length.
+_PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
+# The fastest first; what computes something else than the model is switched off.
+_FORMS = ("fused", "grouped", "sdpa", "eager")
+# Kinds of layers, in a configuration's `layer_types`, that attend to keys and values.
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class TransformersEngine(Engine):
     """Serve a Hugging Face causal LM by rounds of tree verification.
 
+    Any family is served whose layers attend to keys and values under a mask. Before it serves, the engine compares its
+    logits with those of the model's own, untouched forward (see :mod:`aurora_rl.envs.exactness`). A faster form that
+    disagrees is switched off; a model that disagrees in every form is refused.
+
     Args:
-        model: the target; it is put into inference form in place (see :func:`prepare_for_inference`).
-        num_slots: slots ``B``, each with its own KV and length.
-        max_length: most tokens of a slot, prompt, completion and tree; at most the model's context.
-        feature_layers: layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
+        model: The target; it is put into inference form in place (see :func:`prepare_for_inference`).
+        num_slots: Slots ``B``, each with its own KV and length.
+        max_length: Most tokens of a slot, prompt, completion and tree; at most the model's context.
+        feature_layers: Layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
             enters decoder layer ``l``, and ``num_hidden_layers`` the input of the output head.
 
+    Attributes:
+        exactness: In which form the model is run, and how near its logits are to the model's own.
+
     Raises:
-        ValueError: the model has no decoder layers that can be hooked, a layer id or ``max_length`` is out of range,
-            the model slides its attention window inside ``max_length``, or does more than its head to make logits.
+        ValueError: A layer id or ``max_length`` is out of range.
+        UnsupportedModelError: The model cannot be served exactly: it keeps a recurrent state, its rotary embedding
+            depends on the length of the pass, or its logits differ from its own in every form.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
         >>> engine = TransformersEngine(tiny_target(), num_slots=1, max_length=32, feature_layers=(0, 1))
+        >>> engine.exactness.form
+        'fused'
         >>> engine.prefill([0], [torch.tensor([5, 6, 7])])
         >>> none = torch.zeros(1, 0, dtype=torch.int64)
         >>> engine.verify(torch.tensor([0]), none, none, none.bool()).shape
@@ -46,43 +72,157 @@ class TransformersEngine(Engine):
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
     ) -> None:
-        config = model.config.get_text_config()
-        decoder = model.get_decoder()
-        layers = getattr(decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise ValueError(
-                f"{type(model).__name__} has no `layers` in its decoder that TransformersEngine could hook"
-            )
-        if not all(0 <= layer <= len(layers) for layer in feature_layers):
-            raise ValueError(f"feature_layers must be layer ids in 0..{len(layers)}, got {tuple(feature_layers)}")
-        if not 2 <= max_length <= config.max_position_embeddings:
-            raise ValueError(
-                f"max_length must lie in 2..{config.max_position_embeddings} (the model's context), got {max_length}"
-            )
-        window = sliding_window(config)
-        if window is not None and window < max_length:
-            raise ValueError(f"the model slides its attention over {window} tokens; set engine.max_length <= {window}")
-        self.model, self._decoder = model, decoder
-        self.vocab_size, self._feature_layers = config.vocab_size, tuple(feature_layers)
-        self._groups = config.num_attention_heads // config.num_key_value_heads
-        self._num_layers = len(layers)
-        device, dtype = model.device, model.dtype
-        self.store = ContextStore(
-            num_slots, max_length, config.hidden_size * len(feature_layers), config.hidden_size, dtype, device
-        )
-        model.set_attn_implementation(GROUPED_ATTENTION)
-        if not _head_is_linear(model, self._groups):
-            raise ValueError(
-                f"{type(model).__name__} scales or caps the logits behind its output head, which is not supported"
-            )
-        fuse_decoder_layers(layers, self._groups)
-        prepare_for_inference(model)
-        self._head = model.get_output_embeddings()  # after the call above, which replaces it
-        self._cache = SlotCache(config, num_slots, max_length + _TREE_ROOM, dtype, device)
+        config, name = model.config.get_text_config(), type(model).__name__
+        try:
+            self._layers = decoder_layers(model)
+            self._output = TargetHead.of(model)
+        except ValueError as error:
+            raise UnsupportedModelError(str(error)) from error
+        except Exception as error:  # whatever a forward raises that is called in another way
+            raise UnsupportedModelError(
+                f"{name} does not run on a plain text ({_reason(error)}); {ELSEWHERE}"
+            ) from error
+        context, count = context_length(config), len(self._layers)
+        if not all(0 <= layer <= count for layer in feature_layers):
+            raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
+        if not 2 <= max_length <= (context or max_length):
+            raise ValueError(f"max_length must lie in 2..{context} (the model's context), got {max_length}")
+        self.model, self._decoder, self._config = model, decoder_of(model), config
+        self._takes_positions, self._mask_kinds = takes_positions(model), _mask_kinds(config, name, max_length)
+        _freeze_positions(model, max_length)
+        self.vocab_size, self._num_layers = config.vocab_size, count
+        self._shapes = _kv_shapes(model)
+        self._groups = _uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
-        for layer in set(feature_layers) - {len(layers)}:
-            layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
+        self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
+        self._feature_layers: tuple[int, ...] = ()
+        self._place_alibi(max_length + _TREE_ROOM)
         self.prefill_seconds = 0.0
+        self.exactness = self._take_form(Probe(model, max_length), max_length)
+        self._feature_layers = tuple(feature_layers)
+        for layer in set(feature_layers) - {count}:
+            self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
+        self._allocate(num_slots, max_length, self._feature_size())
+        self.prefill_seconds = 0.0
+
+    def _allocate(self, num_slots: int, max_length: int, feature_size: int) -> None:
+        device, dtype = self.model.device, self.model.dtype
+        width = self._output.weight.shape[1]
+        self.store = ContextStore(num_slots, max_length, feature_size, width, dtype, device)
+        self._cache = SlotCache(self._shapes, num_slots, max_length + _TREE_ROOM, dtype, device)
+
+    def _feature_size(self) -> int:
+        """Width of the captured features, found by capturing some."""
+        self._allocate(1, 2, 0)
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        try:
+            _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, zero[None] == 0)
+        except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no features at layers {self._feature_layers} that a drafter could "
+                f"read ({_reason(error)}); take a drafter that reads none: drafter.name=ngram or standalone"
+            ) from error
+        return features.shape[-1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all slots' keys and values, in bytes."""
+        return self._cache.nbytes
+
+    # ---- the form in which the model is run -------------------------------------------------------------------------
+
+    def _take_form(self, probe: Probe, max_length: int) -> Exactness:
+        """Put the model into the fastest form whose logits are the model's own."""
+        switched_off: dict[str, str] = {}
+        for form in _FORMS:
+            undo = None
+            try:
+                undo = self._set_form(form, max_length)
+                if form == "fused" and undo is None:
+                    continue
+                error = self._disagreement(probe)
+            except Exception as raised:  # a forward that is called in another way fails with whatever error it meets
+                reason = _reason(raised)
+            else:
+                if error <= probe.tolerance:
+                    break
+                reason = f"its logits differ by {error:.2g} of their spread, {probe.tolerance:.1g} is rounding"
+            switched_off[form] = reason
+            if undo is not None:
+                undo()
+        else:
+            name = type(self.model).__name__
+            raise UnsupportedModelError(
+                f"{name} is not served exactly: {switched_off[_FORMS[-1]]} ({_FORMS[-1]} attention); {ELSEWHERE}"
+            )
+        prepare_for_inference(self.model)
+        error = self._disagreement(probe)
+        if error > probe.tolerance:
+            raise UnsupportedModelError(
+                f"the norms and linear layers of {type(self.model).__name__} compute something else in inference form: "
+                f"its logits differ by {error:.2g} of their spread; {ELSEWHERE}"
+            )
+        return Exactness(form, error, probe.tolerance, switched_off)
+
+    def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
+        """Change how attention is computed; returns what undoes "fused", None where no layer can be fused."""
+        self._form = form
+        implementation = GROUPED_ATTENTION if form in ("fused", "grouped") else form
+        if self._config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+        rotary = getattr(self._decoder, "rotary_emb", None)
+        if form == "fused" and rotary is not None:
+            return fuse_decoder_layers(self._layers, rotary, max_length - 1)
+        return None
+
+    def _disagreement(self, probe: Probe) -> float:
+        """How far this engine's logits are from the model's own on the probe.
+
+        Every row goes through all that a request meets: prefill, a tree with wrong nodes among the true ones,
+        the move of the accepted path, and a plain round after it, with slots of unequal length in one pass.
+        """
+        rows, length = probe.tokens.shape
+        self._allocate(rows, length, 0)
+        kinds, slots = self._mask_kinds, torch.arange(rows)
+        with probe.short_windows():
+            self._mask_kinds = _mask_kinds(self._config, type(self.model).__name__, length)
+            self._starts = probe.starts if self._takes_positions else None
+            try:
+                self.prefill(
+                    slots.tolist(), [text[: root + 1] for text, root in zip(probe.tokens, probe.roots, strict=True)]
+                )
+                after = probe.roots[:, None] + torch.arange(1, 4)
+                following = probe.tokens[slots[:, None], after].to(probe.tokens.device)
+                # Nodes 1 and 3 are the text; the others are other tokens, above, among and below them.
+                wrong = (following + 1) % self.vocab_size
+                tree = torch.stack([wrong[:, 0], following[:, 0], wrong[:, 1], following[:, 1], wrong[:, 2]], dim=1)
+                parents = torch.tensor([-1, -1, 1, 1, 0], device=tree.device).expand(rows, -1)
+                hidden = self.verify(slots, tree, parents, torch.ones_like(tree, dtype=torch.bool))
+                path = torch.tensor([1, 3, -1, -1, -1], device=tree.device).expand(rows, -1)
+                delivered = torch.cat([following, following], dim=1)
+                self.commit(slots, path, delivered, torch.full((rows,), 3))
+                none = tree[:, :0]
+                last = self.verify(slots, none, none, none.bool())
+            finally:
+                self._mask_kinds, self._starts = kinds, None
+        return probe.difference(self.logits(torch.cat([hidden[:, [0, 2, 4]], last], dim=1)), probe.logits)
+
+    def _place_alibi(self, max_length: int) -> None:
+        """Give BLOOM's ALiBi the positions of the columns: a tree's nodes lie in another order."""
+        original = getattr(self._decoder, "build_alibi_tensor", None)
+        if original is None:
+            return
+        device = self.model.device
+
+        def build(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+            if attention_mask.ndim == 2:  # not one of ours
+                return original(attention_mask, num_heads, dtype)
+            table = original(torch.ones(1, max_length, device=device), num_heads, dtype)[:, 0]
+            return table[:, self._columns].transpose(0, 1).flatten(0, 1)[:, None]
+
+        self._decoder.build_alibi_tensor = build
+
+    # ---- rounds -----------------------------------------------------------------------------------------------------
 
     def _capture(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -91,66 +231,95 @@ class TransformersEngine(Engine):
         return hook
 
     @torch.inference_mode()
-    def _forward(self, slots: Tensor, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass over ``tokens`` ``[b, T]``, the tree behind each slot's KV: hidden ``[b, T, H]``, features."""
+    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor) -> _Pass:
+        """One pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
+
+        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` which tokens it sees.
+        """
         device, width = tokens.device, tokens.shape[1]
-        past = (self.store.lengths[slots] - 1).clamp(min=0)
         end = int(past.max()) + width
         past = past.to(device)[:, None]
         self._cache.aim(slots, past + torch.arange(width, device=device), end)
-        mask = cache_mask(ancestors, past, end)
+        arguments = {}
+        if self._takes_positions:
+            # A node past the last position is never delivered, and a table of positions has no row for it.
+            positions = (past + depth).clamp(max=self.max_length - 1)
+            if self._starts is not None:
+                positions = positions + self._starts[slots, None].to(device)
+            arguments["position_ids"] = positions
+        else:
+            self._columns = column_positions(depth, past, end)
         hidden = self._decoder(
             input_ids=tokens,
-            position_ids=past + depth,
-            attention_mask=grouped_mask(mask, self._groups),
+            attention_mask=self._attention_mask(seen, depth, past, end),
             past_key_values=self._cache,
             use_cache=True,
+            **arguments,
         ).last_hidden_state
         self._captured[self._num_layers] = hidden
         # Empty columns first: a drafter may read no features at all.
         return hidden, torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
 
+    def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:
+        """The mask of a pass as the model takes it; by kind of layer where they do not all see the whole text."""
+        mask = cache_mask(seen, past, end)
+        if not self._mask_kinds:
+            return self._formed(mask)
+        query, key = (past + depth)[:, :, None], column_positions(depth, past, end)[:, None]
+        masks = {kind: self._formed(mask & sees(query, key)) for kind, sees in self._mask_kinds.items()}
+        return masks[None] if None in masks else masks
+
+    def _formed(self, mask: Tensor) -> Tensor:
+        """A mask ``[b, T, L]`` bool as attention of the engine's form reads it."""
+        if self._form == "eager":
+            dtype = self.model.dtype
+            zero = torch.zeros((), dtype=dtype, device=mask.device)
+            return torch.where(mask, zero, torch.finfo(dtype).min)[:, None]
+        return mask[:, None] if self._form == "sdpa" else grouped_mask(mask, self._groups)
+
+    @override
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
-        """See :meth:`Engine.prefill`. The last token of a prompt is left to be the root of the first round."""
+        # The last token of a prompt is left to be the root of the first round.
         began = time.perf_counter()
         for slot, prompt in zip(slots, prompts, strict=True):
             if not 1 <= len(prompt) < self.max_length:
                 raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
             prompt = prompt.to(self.store.tokens.device)
-            body = prompt[None, :-1]
-            if body.shape[1]:
-                self.store.lengths[slot] = 0
-                depth = torch.arange(body.shape[1], device=prompt.device)[None]
+            where, body = torch.tensor([slot]), prompt[:-1]
+            rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
+            for start, part in _chunks(body, max(16, min(rows, _PREFILL_ROWS))):
+                depth = torch.arange(len(part), device=prompt.device)[None]
                 causal = depth[:, :, None] >= depth[:, None, :]
-                _, features = self._forward(torch.tensor([slot]), body, depth, causal)
-                self.store.features[slot, : body.shape[1]] = features[0]
+                _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
+                self.store.features[slot, start : start + len(part)] = features[0]
             self.store.start(slot, prompt)
         self.prefill_seconds += time.perf_counter() - began
 
+    @override
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
-        """See :meth:`Engine.verify`.
+        """As :meth:`Engine.verify`.
 
         Raises:
-            ValueError: the tree has more nodes than a slot has room for behind its context.
+            ValueError: The tree has more nodes than a slot has room for after its context.
         """
         if tokens.shape[1] > _TREE_ROOM:  # it would run into the next slot's columns
             raise ValueError(f"a tree of {tokens.shape[1]} nodes exceeds the engine's {_TREE_ROOM}; lower num_nodes")
-        where = slots.to(tokens.device)
-        root = self.store.tokens[where, (self.store.lengths[slots] - 1).to(tokens.device)]
+        past = self.store.lengths[slots] - 1
+        root = self.store.tokens[slots.to(tokens.device), past.to(tokens.device)]
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)
         rows = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
-        hidden, self._features = self._forward(slots, rows, depth, ancestor_mask(parents, valid))
-        self._hidden = hidden
-        return hidden
+        self._hidden, self._features = self._forward(slots, past, rows, depth, ancestor_mask(parents, valid))
+        return self._hidden
 
+    @override
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """See :meth:`Engine.logits`."""
-        return self._head(hidden)
+        # The module and not its weight: prepare_for_inference replaces it by a faster one.
+        return self._output.finish(self.model.get_output_embeddings()(hidden))
 
+    @override
     @torch.inference_mode()
     def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
-        """See :meth:`Engine.commit`."""
         device = path.device
         place = torch.arange(path.shape[1], device=device).expand_as(path)
         moved = (path >= 0) & (path != place)
@@ -168,17 +337,107 @@ class TransformersEngine(Engine):
         self.store.append(slots, tokens, num_new, features, self._hidden[rows, columns])
         return features
 
+    @override
     def release(self, slot: int) -> None:
-        """See :meth:`Engine.release`."""
         self.store.release(slot)
 
 
-@torch.inference_mode()
-def _head_is_linear(model: PreTrainedModel, groups: int) -> bool:
-    """Whether the logits are what the output head makes of the decoder's output (Cohere scales them, Gemma 2 caps)."""
-    tokens = torch.arange(4, device=model.device)[None]  # not one alone: a padding token has logits of zero
-    mask = grouped_mask(torch.ones(1, 4, 4, dtype=torch.bool, device=model.device).tril(), groups)
-    given = model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
-    hidden = model.get_decoder()(tokens, attention_mask=mask, past_key_values=DynamicCache()).last_hidden_state
-    tolerance = 16 * torch.finfo(given.dtype).eps * float(given.abs().max())
-    return torch.allclose(model.get_output_embeddings()(hidden), given, rtol=0, atol=tolerance)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+_Pass = tuple[Tensor, Tensor]
+_Sees = Callable[[Tensor, Tensor], Tensor | bool]
+
+
+def _chunks(body: Tensor, rows: int) -> list[tuple[int, Tensor]]:
+    """Parts of a prompt of at most so many tokens, each with its first position."""
+    return [(start, body[start : start + rows]) for start in range(0, len(body), rows)]
+
+
+def _mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, _Sees]:
+    """What the layers of each kind see of the text before a token, from query and key positions.
+
+    Empty where all layers see the whole text; the key is None where all layers are of one kind that does not.
+
+    Raises:
+        UnsupportedModelError: Some layers are no attention over keys and values.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
+        raise UnsupportedModelError(
+            f"{name} has layers of the kind {', '.join(unknown)}, whose state cannot be rolled back to the accepted "
+            f"node of a tree; {ELSEWHERE}"
+        )
+    window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
+    kinds: dict[str | None, _Sees] = {}
+    if window is not None and window < max_length:
+        kinds["sliding_attention"] = lambda query, key: query - key < window
+    if chunk and chunk < max_length and "chunked_attention" in (types or ()):
+        kinds["chunked_attention"] = lambda query, key: query // chunk == key // chunk
+    if not kinds or types is None:
+        return dict.fromkeys([None] * len(kinds), next(iter(kinds.values()), _everything))
+    return {kind: kinds.get(kind, _everything) for kind in set(types)}
+
+
+def _everything(query: Tensor, key: Tensor) -> bool:
+    return True
+
+
+def _kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
+    """Shapes of keys and values of each layer, as the model writes them."""
+    name, recorder = type(model).__name__, ShapeRecorder()
+    tokens = torch.tensor([[1, 2]], device=model.device)
+    try:
+        with torch.inference_mode():
+            decoder_of(model)(input_ids=tokens, past_key_values=recorder, use_cache=True)
+        if not recorder.shapes:
+            raise RecurrentStateError("it keeps no keys and values of earlier tokens that slots could hold")
+    except RecurrentStateError as error:
+        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {ELSEWHERE}") from error
+    except Exception as error:  # whatever a forward raises that takes another cache
+        raise UnsupportedModelError(
+            f"{name} does not run with a cache of keys and values ({_reason(error)}); {ELSEWHERE}"
+        ) from error
+    return recorder.shapes
+
+
+def _uniform_groups(config: PretrainedConfig, shapes: dict[int, tuple[KVShape, KVShape]]) -> int:
+    """Query heads that share a key head; 1, where layers differ, lets attention repeat the mask itself."""
+    heads = {keys.heads for keys, _ in shapes.values()}
+    return config.num_attention_heads // heads.pop() if len(heads) == 1 else 1
+
+
+def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Keep attention from changing with the largest position of a pass: a neighbour's, or a draft's.
+
+    `dynamic` and `longrope` compute with other frequencies once a pass is longer than the original context; keys that
+    were cached before it stay as they were. Up to that length they are constant, and are served as such.
+
+    Raises:
+        UnsupportedModelError: ``max_length`` goes beyond the original context.
+    """
+    config = model.config.get_text_config()
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if not isinstance(kind, str) or ("dynamic" not in kind and kind != "longrope"):
+                continue
+            settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+            original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
+            if max_length > original:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has {kind} RoPE, whose frequencies change when a text grows beyond "
+                    f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
+                    f"(got {max_length})"
+                )
+            if layer_type is None:
+                module.rope_type = "default"
+            else:
+                kinds[layer_type] = "default"
+    floor = getattr(config, "floor_scale", None)
+    if floor and getattr(config, "attn_temperature_tuning", False) and max_length >= floor:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} scales attention by the length of its cache from position {floor} on, and a "
+            f"tree has no such length; set engine.max_length <= {floor - 1} (got {max_length})"
+        )

@@ -34,7 +34,7 @@ from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees, true_chains
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 from aurora_rl.policies.target import TargetParts, layer_config, written_config
-from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
+from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
 from aurora_rl.trajectories import pad_rows
 
 # Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
@@ -213,7 +213,9 @@ class StandaloneDrafter(Drafter):
         """See :meth:`Drafter.allocate`."""
         weight = self.lm_head.weight
         self._longest = max_length
-        self._cache = SlotCache(self.config, num_slots, max_length + _SLACK, weight.dtype, weight.device)
+        self._cache = SlotCache(
+            uniform_shapes(self.config), num_slots, max_length + _SLACK, weight.dtype, weight.device
+        )
         self._state = weight.new_zeros(num_slots, weight.shape[1])
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
@@ -240,7 +242,7 @@ class StandaloneDrafter(Drafter):
         causal = (row[:, None] >= row).expand(b, -1, -1)
         end = int((self.cached[slots] + num_new).max()) + 1
         # Padding goes behind the text, where the next pass writes; the last column of all is never read.
-        columns = (held + row).clamp(max=self._cache.block.shape[3] - 1)
+        columns = (held + row).clamp(max=self._cache.columns - 1)
         hidden = self._read(slots, tokens, held + row, columns, cache_mask(causal, held, end))
         self._state[slots.to(device)] = hidden[torch.arange(b, device=device), num_new.to(device)]
         self.cached[slots] += num_new
@@ -428,7 +430,7 @@ def _check_served(lm: Any) -> None:
         decoder, groups = lm.model, lm.config.num_attention_heads // lm.config.num_key_value_heads
         own = lm.eval()(tokens).logits
         lm.set_attn_implementation(GROUPED_ATTENTION)
-        cache, slot, served = SlotCache(lm.config, 1, 4, lm.dtype, lm.device), torch.tensor([0]), []
+        cache, slot, served = SlotCache(uniform_shapes(lm.config), 1, 4, lm.dtype, lm.device), torch.tensor([0]), []
         for columns in (tokens[:, :1], tokens[:, 1:]):
             past = columns[:, :1]
             cache.aim(slot, columns, int(columns.max()) + 1)

@@ -1,0 +1,193 @@
+"""The check that an engine makes before it serves: its logits against those of the model's own, untouched forward.
+
+Legend: ``R`` rows of the probe, ``n`` tokens of each, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from aurora_rl.inference_modules import GROUPED_ATTENTION
+from aurora_rl.target_head import context_length, decoder_of
+
+# Tokens of a row, and rows of the probe at most: these bound what the check costs on a large model.
+_LENGTH, _MOST_ROWS = 16, 6
+# Depth of the true path in the tree that is verified; one more token is decoded after it.
+_PATH = 2
+# While the probe runs, windows and chunks of attention are this short, so that its texts cross them.
+_WINDOW = 6
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+# Entries, outside of `rope_parameters`, of positions from which on something else is computed.
+_THRESHOLDS = ("original_max_position_embeddings",)
+
+
+ELSEWHERE = "serve it with engine.name=sglang"
+"""What to do with a model that is refused."""
+
+
+class UnsupportedModelError(ValueError):
+    """A model that an engine cannot serve exactly; the message names it, the reason and an engine that serves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """What the check found.
+
+    Attributes:
+        form: How the model is run: "fused" (decoder layers in fewer operations), "grouped" (its own layers with our
+            attention), "sdpa" or "eager" (transformers' attention).
+        error: How far the logits are from the model's own, see :meth:`Probe.difference`.
+        tolerance: What ``error`` may be: rounding in the model's dtype.
+        switched_off: Forms that were tried first and why each was switched off.
+    """
+
+    form: str
+    error: float
+    tolerance: float
+    switched_off: Mapping[str, str] = field(default_factory=dict)
+
+
+class Probe:
+    """Texts at telling positions, and what the untouched model says of them.
+
+    Rows start at position 0, at both sides of every threshold that the settings of the rotary embedding name, and at
+    the last positions that will be served. Their tokens are those of the largest embeddings and random others. The
+    model's attention windows are shortened meanwhile, so that these short texts cross them.
+
+    Args:
+        model: As it was loaded, before anything of it is replaced.
+        max_length: Most tokens of a slot.
+
+    Attributes:
+        tokens: ``[R, n]`` int64.
+        starts: ``[R]`` int64, the position of each row's first token.
+        roots: ``[R]`` int64, of each row the index of the token that is the root of its tree; they differ.
+        logits: ``[R, 4, V]``, of the model's own, at the root and the three tokens after it.
+        tolerance: Largest :meth:`difference` that is rounding: 8 times that of the model from itself, when it reads
+            the same text in passes of other sizes, and at least 4 times what rounding in each of its layers adds up to.
+
+    Raises:
+        UnsupportedModelError: The model is not causal, or its context has no room for a row.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+        config = model.config.get_text_config()
+        context = context_length(config) or max_length + _LENGTH
+        length = min(_LENGTH, context)
+        if length < 2 * (_PATH + 2):
+            raise UnsupportedModelError(f"a context of {context} tokens is too short to check the model's logits in")
+        self._config = config
+        self.takes_positions = takes_positions(model)
+        starts = {0}
+        if self.takes_positions:
+            starts |= {t - length // 2 for t in _thresholds(config) if t < max_length} | {max_length - length}
+        self.starts = torch.tensor(sorted({min(max(s, 0), context - length) for s in starts})[-_MOST_ROWS:])
+        if len(self.starts) == 1:  # two slots at least, of unequal length
+            self.starts = self.starts.repeat(2)
+        rows = torch.arange(len(self.starts))
+        self.tokens = _telling_tokens(model, len(rows), length)
+        self.roots = length - 2 - _PATH - rows % 3
+        with self.short_windows(), _eager(model):
+            whole = self._own(model, slice(None), length)
+            picked = self.roots[:, None] + torch.arange(_PATH + 2)
+            self.logits = whole[rows[:, None], picked]
+            # The same text in passes of other sizes.
+            cut = self._own(model, slice(None), length - 1)
+            alone = self._own(model, slice(1), length)
+        noise = max(self.difference(whole[:, : length - 1], cut), self.difference(whole[:1], alone))
+        if not noise <= 0.3:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} itself gives other logits for the same text in a pass of another size (by "
+                f"{noise:.1%} of their spread), so no tree can be verified: it is no causal language model, or "
+                f"its attention depends on the length of the pass; {ELSEWHERE}"
+            )
+        # Norms compute in float32 whatever the dtype. Two roundings a layer add up as a random walk does.
+        precision = max(torch.finfo(whole.dtype).eps, torch.finfo(torch.float32).eps)
+        self.tolerance = max(8 * noise, 4 * precision * (2 * config.num_hidden_layers) ** 0.5)
+
+    def _own(self, model: PreTrainedModel, rows: slice, length: int) -> Tensor:
+        """Logits ``[r, length, V]`` of the model's own forward, without a cache and without a mask."""
+        arguments: dict[str, Any] = {}
+        if self.takes_positions:
+            positions = self.starts[rows, None] + torch.arange(length)
+            arguments["position_ids"] = positions.to(model.device)
+        with torch.inference_mode():
+            return model(self.tokens[rows, :length], use_cache=False, **arguments).logits
+
+    @staticmethod
+    def difference(logits: Tensor, own: Tensor) -> float:
+        """Root mean square of the difference of logits ``[..., V]``, of the worst row, relative to the row's spread.
+
+        Rows are compared by their mean, which rounding hardly moves, and not by their worst logit, which it does.
+        """
+        gap = (logits.double() - own.double()).square().mean(-1).sqrt() / own.double().std(-1)
+        return float(gap.nan_to_num(nan=torch.inf).max())
+
+    @contextlib.contextmanager
+    def short_windows(self) -> Iterator[None]:
+        """Shorten the attention windows of the model's configuration, where it has any."""
+        kept = {name: value for name in _WINDOWS if (value := getattr(self._config, name, None)) is not None}
+        try:
+            for name, value in kept.items():
+                setattr(self._config, name, min(value, _WINDOW))
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self._config, name, value)
+
+
+@contextlib.contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model compute attention as its family defines it: others leave terms out (SDPA drops Gemma 2's cap)."""
+    kept = model.config._attn_implementation
+    if kept == GROUPED_ATTENTION:  # it is in inference form already, checked by the engine that put it there
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kept)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the decoder can be told the positions of its tokens; ALiBi has none."""
+    return "position_ids" in inspect.signature(decoder_of(model).forward).parameters
+
+
+def _thresholds(config: PretrainedConfig) -> set[int]:
+    """Positions from which on the model computes something else, as its rotary settings name them."""
+
+    def whole_numbers(settings: Any) -> Iterator[int]:
+        if isinstance(settings, Mapping):
+            for value in settings.values():
+                yield from whole_numbers(value)
+        elif isinstance(settings, int) and not isinstance(settings, bool) and settings > 1:
+            yield settings
+
+    rope = getattr(config, "rope_parameters", None)
+    return {*whole_numbers(rope), *(n for name in _THRESHOLDS for n in whole_numbers(getattr(config, name, None)))}
+
+
+@torch.inference_mode()
+def _telling_tokens(model: PreTrainedModel, rows: int, length: int) -> Tensor:
+    """``[rows, length]`` int64: random tokens, every second one of a large embedding (outliers), bos first."""
+    embedding, generator = model.get_input_embeddings().get_parameter("weight"), torch.Generator().manual_seed(0)
+    vocab = min(len(embedding), model.config.get_text_config().vocab_size)
+    ids = torch.arange(0, vocab, max(vocab // 4096, 1))
+    norms = embedding[ids.to(embedding.device)].float().norm(dim=-1).cpu()
+    large = ids[norms.argsort(descending=True)[:32]]
+    tokens = torch.randint(vocab, (rows, length), generator=generator)
+    tokens[:, 1::2] = large[torch.randint(len(large), (rows, length // 2), generator=generator)]
+    bos = model.config.get_text_config().bos_token_id
+    if isinstance(bos, int) and 0 <= bos < vocab:
+        tokens[:, 0] = bos
+    return tokens.to(model.device)
