@@ -85,7 +85,8 @@ def grouped_attention(
         precise = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(-1, dtype=precise)[..., : key.shape[2]]
         out = weights.to(value.dtype) @ value
-    return out.reshape(b, heads, length, -1).transpose(1, 2), None
+    # Some layers take a view of it, and the others would copy it themselves.
+    return out.reshape(b, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 def text_and_trees(

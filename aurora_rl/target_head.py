@@ -73,7 +73,7 @@ class TargetHead(nn.Module):
                 return head
         raise ValueError(
             f"{name} does more to make its logits than a linear head with a bias, a scale and a cap, "
-            "which aurora_rl cannot reproduce; serve it with engine.name=sglang"
+            "which aurora_rl cannot reproduce; engine.name=sglang may serve it"
         )
 
     def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -110,15 +110,21 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 def decoder_of(model: PreTrainedModel) -> Any:
     """The part of a causal LM that turns tokens into what its output head reads."""
-    decoder = model.get_decoder()
-    return getattr(model, "model", decoder) if decoder is model else decoder
+    candidates = (model.get_decoder(), getattr(model, "model", None), model.base_model)
+    lists = (part for part in candidates if part is not None and part is not model and _outermost_lists(part))
+    return next(lists, model.get_decoder())
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+    return [part for name, part in lists.items() if not any(name.startswith(f"{above}.") for above in lists)]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a causal LM, under whichever name its family has them (``layers``, ``h``, ``blocks``).
 
     Raises:
-        ValueError: The decoder has no list of ``num_hidden_layers`` modules, or several.
+        ValueError: The decoder has no list of modules, or several of ``num_hidden_layers``.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -126,18 +132,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         3
     """
     count = model.config.get_text_config().num_hidden_layers
-    lists = {
-        name: module
-        for name, module in decoder_of(model).named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
-    outermost = [lists[name] for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
+    lists = _outermost_lists(decoder_of(model))
+    if len(lists) > 1:
+        lists = [each for each in lists if len(each) == count]
+    if len(lists) != 1:
         raise ValueError(
             f"{type(model).__name__} has no single list of {count} decoder layers that hidden states could be read "
-            "from; serve it with engine.name=sglang"
+            "from; engine.name=sglang may serve it"
         )
-    return outermost[0]
+    return lists[0]
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -29,7 +29,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 _THRESHOLDS = ("original_max_position_embeddings",)
 
 
-ELSEWHERE = "serve it with engine.name=sglang"
+ELSEWHERE = "engine.name=sglang may serve it"
 """What to do with a model that is refused."""
 
 
@@ -83,7 +83,9 @@ class Probe:
         context = context_length(config) or max_length + _LENGTH
         length = min(_LENGTH, context)
         if length < 2 * (_PATH + 2):
-            raise UnsupportedModelError(f"a context of {context} tokens is too short to check the model's logits in")
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a context of {context} tokens, too short to check its logits in"
+            )
         self._config = config
         self.takes_positions = takes_positions(model)
         starts = {0}
@@ -124,11 +126,12 @@ class Probe:
 
     @staticmethod
     def difference(logits: Tensor, own: Tensor) -> float:
-        """Root mean square of the difference of logits ``[..., V]``, of the worst row, relative to the row's spread.
+        """Root mean square of the difference of logits ``[..., V]``, of the worst row, relative to the rows' spread.
 
         Rows are compared by their mean, which rounding hardly moves, and not by their worst logit, which it does.
         """
-        gap = (logits.double() - own.double()).square().mean(-1).sqrt() / own.double().std(-1)
+        spread = own.double().std(-1).mean()
+        gap = (logits.double() - own.double()).square().mean(-1).sqrt() / spread
         return float(gap.nan_to_num(nan=torch.inf).max())
 
     @contextlib.contextmanager
@@ -187,7 +190,7 @@ def _telling_tokens(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     large = ids[norms.argsort(descending=True)[:32]]
     tokens = torch.randint(vocab, (rows, length), generator=generator)
     tokens[:, 1::2] = large[torch.randint(len(large), (rows, length // 2), generator=generator)]
-    bos = model.config.get_text_config().bos_token_id
+    bos = getattr(model.config.get_text_config(), "bos_token_id", None)
     if isinstance(bos, int) and 0 <= bos < vocab:
         tokens[:, 0] = bos
     return tokens.to(model.device)

@@ -32,8 +32,11 @@ _TREE_ROOM = 64
 _PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
 # The fastest first; what computes something else than the model is switched off.
 _FORMS = ("fused", "grouped", "sdpa", "eager")
-# Kinds of layers, in a configuration's `layer_types`, that attend to keys and values.
-_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_SGLANG = "serve it with engine.name=sglang"
+# Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
+_LENGTHS = ("window_size", "keep_window_size")
+# Kinds of layers, in a configuration's `layer_types`, that attend to keys and values or keep nothing.
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 
 
 class TransformersEngine(Engine):
@@ -73,24 +76,24 @@ class TransformersEngine(Engine):
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
     ) -> None:
         config, name = model.config.get_text_config(), type(model).__name__
-        try:
-            self._layers = decoder_layers(model)
-            self._output = TargetHead.of(model)
-        except ValueError as error:
-            raise UnsupportedModelError(str(error)) from error
-        except Exception as error:  # whatever a forward raises that is called in another way
-            raise UnsupportedModelError(
-                f"{name} does not run on a plain text ({_reason(error)}); {ELSEWHERE}"
-            ) from error
-        context, count = context_length(config), len(self._layers)
-        if not all(0 <= layer <= count for layer in feature_layers):
-            raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
+        context = context_length(config)
         if not 2 <= max_length <= (context or max_length):
             raise ValueError(f"max_length must lie in 2..{context} (the model's context), got {max_length}")
         self.model, self._decoder, self._config = model, decoder_of(model), config
         self._takes_positions, self._mask_kinds = takes_positions(model), _mask_kinds(config, name, max_length)
         _freeze_positions(model, max_length)
-        self.vocab_size, self._num_layers = config.vocab_size, count
+        self.vocab_size = config.vocab_size
+        try:
+            self._layers, self._output = decoder_layers(model), TargetHead.of(model)
+            probe = Probe(model, max_length)
+        except Exception as error:  # whatever a forward raises that is called in another way
+            own = isinstance(error, ValueError) and name in str(error)
+            raise UnsupportedModelError(
+                str(error) if own else f"{name} does not run on a plain text ({_reason(error)}); {ELSEWHERE}"
+            ) from error
+        count = len(self._layers)
+        if not all(0 <= layer <= count for layer in feature_layers):
+            raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
         self._shapes = _kv_shapes(model)
         self._groups = _uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
@@ -98,7 +101,7 @@ class TransformersEngine(Engine):
         self._feature_layers: tuple[int, ...] = ()
         self._place_alibi(max_length + _TREE_ROOM)
         self.prefill_seconds = 0.0
-        self.exactness = self._take_form(Probe(model, max_length), max_length)
+        self.exactness = self._take_form(probe, max_length)
         self._feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
             self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
@@ -256,7 +259,7 @@ class TransformersEngine(Engine):
             use_cache=True,
             **arguments,
         ).last_hidden_state
-        self._captured[self._num_layers] = hidden
+        self._captured[len(self._layers)] = hidden
         # Empty columns first: a drafter may read no features at all.
         return hidden, torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
 
@@ -367,7 +370,7 @@ def _mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[st
     if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
         raise UnsupportedModelError(
             f"{name} has layers of the kind {', '.join(unknown)}, whose state cannot be rolled back to the accepted "
-            f"node of a tree; {ELSEWHERE}"
+            f"node of a tree; {_SGLANG}"
         )
     window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
     kinds: dict[str | None, _Sees] = {}
@@ -394,7 +397,7 @@ def _kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
         if not recorder.shapes:
             raise RecurrentStateError("it keeps no keys and values of earlier tokens that slots could hold")
     except RecurrentStateError as error:
-        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {ELSEWHERE}") from error
+        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {_SGLANG}") from error
     except Exception as error:  # whatever a forward raises that takes another cache
         raise UnsupportedModelError(
             f"{name} does not run with a cache of keys and values ({_reason(error)}); {ELSEWHERE}"
@@ -435,6 +438,13 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
                 module.rope_type = "default"
             else:
                 kinds[layer_type] = "default"
+    for name in _LENGTHS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and max_length > limit:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} attends to part of a text beyond {name}={limit} tokens, and finds it by the "
+                f"length of a pass; set engine.max_length <= {limit} (got {max_length})"
+            )
     floor = getattr(config, "floor_scale", None)
     if floor and getattr(config, "attn_temperature_tuning", False) and max_length >= floor:
         raise UnsupportedModelError(
