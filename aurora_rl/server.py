@@ -283,7 +283,9 @@ def measure_rounds(
 
     policy.on_fault = give_up  # until a server takes over
     try:
-        seconds = {n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in (*powers, slots)}
+        seconds = {
+            n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in (*powers, slots)
+        }
     finally:
         for slot in engine.store.occupied.tolist():
             engine.release(slot)

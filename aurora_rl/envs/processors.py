@@ -116,7 +116,8 @@ def generation_processors(
         stateful = name == "watermarking_config" and type(value) is not WatermarkingConfig
         if name not in (*_APPLIED, *_OF_SAMPLING) or stateful:
             raise ValueError(
-                f"the model's generation config sets {name}={value!r}, which cannot be applied to drafted tokens; {cure}"
+                f"the model's generation config sets {name}={value!r}, which cannot be applied when drafts are "
+                f"verified; {cure}"
             )
     sampled = {name: value for name, value in found.items() if name in _OF_SAMPLING}
     settings = copy.deepcopy(model.generation_config)
