@@ -86,6 +86,12 @@ def test_ignore_serves_raw_logits(serve: Serve) -> None:
     assert len(texts) == 3 and texts != generated
 
 
+def test_float16_is_served(serve: Serve) -> None:
+    texts, generated = serve({}, "dtype=float16", "drafter.name=eagle3", "drafter.vocab_size=64")
+    assert [len(text) for text in texts] == [len(text) for text in generated] and all(texts)
+    assert texts[0][:4] == generated[0][:4]  # further on, near-ties may fall the other way
+
+
 @pytest.mark.parametrize(
     ("fields", "pairs", "wrong"),
     [

@@ -140,7 +140,7 @@ def generation_processors(
             for processor in built
         )
 
-    # Whatever transformers refuses shows before anything is served: at this length every processor looks at its values.
+    # What transformers refuses shows before anything is served; at this length both forced tokens are tried, too.
     try:
         build(torch.tensor([0]), 1, torch.device("cpu"))(torch.zeros(1, 1).long(), torch.zeros(1, vocab_size))
     except Exception as error:  # whatever transformers raises: ValueError, TypeError, IndexError

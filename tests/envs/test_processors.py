@@ -297,7 +297,7 @@ def test_a_processor_gets_the_text_before_each_node_and_no_other() -> None:
     assert logits[0, :, 0].tolist() == list(range(6))
 
 
-def test_processors_are_made_for_each_request_and_leave_with_it() -> None:
+def test_processors_are_made_for_each_request() -> None:
     """The second request of a slot has its own budget: its last token is forced where its own budget ends."""
     model = target({"forced_eos_token_id": 0})
     engine = TransformersEngine(copy.deepcopy(model), num_slots=1, max_length=64, feature_layers=(0,))
@@ -393,8 +393,11 @@ def test_settings_of_sampling_leave_greedy_text_and_refuse_samples(field: str, v
 
 def test_ids_of_ends_beyond_the_vocabulary_are_left_out() -> None:
     """A tokenizer may have tokens that its model has no logits for."""
-    model = target({"exponential_decay_length_penalty": [2, 1.2]})
-    assert generation_processors(model, (STOP, VOCAB)) is not None
+    model, text = target({"exponential_decay_length_penalty": [2, 1.2]}), torch.zeros(1, 9, dtype=torch.int64)
+    processors_of = generation_processors(model, (STOP, VOCAB))
+    assert processors_of is not None
+    out = processors_of(Request(0, PROMPTS[0], BUDGET))(text, torch.ones(1, VOCAB))
+    assert (out > 1).nonzero().tolist() == [[0, STOP]]
 
 
 def test_what_a_config_changes_is_told_apart_from_what_it_says() -> None:
