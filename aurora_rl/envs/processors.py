@@ -127,12 +127,14 @@ def generation_processors(
     vocab_size = model.config.get_text_config().vocab_size
     ends = [token for token in stop_tokens if token < vocab_size]
 
-    def build(prompt: Tensor, max_new_tokens: int, device: torch.device) -> LogitsProcessorList:
+    make: Any = model._get_logits_processor
+
+    def build(prompt: Tensor, max_new_tokens: int, device: torch.device) -> Any:
         own = copy.copy(settings)
         own.max_length = len(prompt) + max_new_tokens
         own._eos_token_tensor = torch.tensor(ends, device=device) if ends else None
-        prompts = prompt.to(device)[None]
-        built = model._get_logits_processor(own, len(prompt), encoder_input_ids=prompts, device=str(device))
+        prompts: Any = prompt.to(device)[None]
+        built = make(own, len(prompt), encoder_input_ids=prompts, device=str(device))
         return LogitsProcessorList(
             _EncoderRepetitionPenalty(own.encoder_repetition_penalty, prompts)
             if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor)
@@ -183,7 +185,8 @@ def process(
         ``[b, n + 1, V]`` float32, in which `generate` calls processors as well; raw at invalid nodes.
     """
     scores = logits.to(torch.float32, copy=True)
-    trees = zip(texts, tokens.tolist(), parents.tolist(), valid.tolist(), processors, strict=True)
+    calls: Sequence[Any] = processors  # which transformers declares for tensor types that torch no longer makes
+    trees = zip(texts, tokens.tolist(), parents.tolist(), valid.tolist(), calls, strict=True)
     for row, (text, drafted, parent_of, real, own) in enumerate(trees):
         paths: dict[int, list[int]] = {0: []}  # drafted tokens from the root down to each column
         columns_at = defaultdict(list, {0: [0]})
@@ -202,6 +205,7 @@ class _EncoderRepetitionPenalty(EncoderRepetitionPenaltyLogitsProcessor):
     """The parent takes a prompt for each row; here all rows are nodes of one prompt's tree."""
 
     @override
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.encoder_input_ids = self.encoder_input_ids[:1].expand(len(scores), -1)
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        rows: Any = self.encoder_input_ids[:1].expand(len(scores), -1)
+        self.encoder_input_ids = rows
         return super().__call__(input_ids, scores)
