@@ -154,13 +154,16 @@ class Config:
     """Embedded model by name, hub id or folder of a Hugging Face causal LM."""
     device: str = "auto"
     dtype: str = "auto"
-    """float32, bfloat16, float64; auto is bfloat16 where the hardware has it."""
+    """float32, bfloat16, float16, float64; auto is bfloat16 where the hardware has it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     max_new_tokens: int = 96
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    generation_config: str = "auto"
+    """auto applies what the model's generation config does to its logits, such as repetition_penalty; ignore serves
+    them raw. Temperature, top-k, top-p and the token budget are those above in either case."""
     seed: int = 0
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
@@ -291,8 +294,10 @@ def _check(config: Config) -> None:
             "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{config.temperature}, {config.top_k}, {config.top_p}"
         )
-    if config.dtype not in ("auto", "float32", "bfloat16", "float64"):
-        raise ConfigError(f"dtype must be auto, float32, bfloat16 or float64, got {config.dtype!r}")
+    if config.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ConfigError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {config.dtype!r}")
+    if config.generation_config not in ("auto", "ignore"):
+        raise ConfigError(f"generation_config must be auto or ignore, got {config.generation_config!r}")
 
 
 def to_yaml(config: Config) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
@@ -94,6 +94,7 @@ def record(
     slots: int = 2,
     rule: str = "sample_and_match",
     stop_tokens: tuple[int, ...] = (),
+    processors: Callable[[Request], LogitsProcessorList] | None = None,
     seed: int = 0,
 ) -> None:
     """Serve requests in this process, and record those that are not there yet.
@@ -107,6 +108,7 @@ def record(
         slots: requests served side by side.
         rule: name of the verification rule.
         stop_tokens: ids that end a completion.
+        processors: logits processors of a request, see :class:`aurora_rl.envs.SpecDecodeEnv`.
         seed: of drafts that are sampled.
     """
     recorded = {int(trajectory["request"]) for trajectory in recording}
@@ -132,6 +134,7 @@ def record(
         rule=rule,
         draft_mode=shape.mode,
         stop_tokens=stop_tokens,
+        processors=processors,
         on_completion=keep,
     )
     generator = torch.Generator(model.device).manual_seed(seed)

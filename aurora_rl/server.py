@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
@@ -249,7 +250,13 @@ class DrafterFault(Exception):
 
 
 def measure_rounds(
-    engine: Engine, policy: DrafterPolicy, request: Request, shapes: Sequence[TreeShape], *, repeats: int = 11
+    engine: Engine,
+    policy: DrafterPolicy,
+    request: Request,
+    shapes: Sequence[TreeShape],
+    *,
+    repeats: int = 11,
+    processors: Callable[[Request], LogitsProcessorList] | None = None,
 ) -> dict[int, dict[TreeShape, float]]:
     """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
 
@@ -260,6 +267,7 @@ def measure_rounds(
         shapes: to measure, within the policy's ``num_nodes``.
         repeats: timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
             drifts, or that does other work now and then, hardly changes.
+        processors: those of the environment that will serve, since they take time at every node.
 
     Returns:
         Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
@@ -275,7 +283,9 @@ def measure_rounds(
 
     policy.on_fault = give_up  # until a server takes over
     try:
-        seconds = {n: _time_rounds(engine, policy, [request] * n, shapes, repeats) for n in (*powers, slots)}
+        seconds = {
+            n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in (*powers, slots)
+        }
     finally:
         for slot in engine.store.occupied.tolist():
             engine.release(slot)
@@ -308,7 +318,12 @@ def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, 
 
 
 def _time_rounds(
-    engine: Engine, policy: DrafterPolicy, waiting: list[Request], shapes: Sequence[TreeShape], repeats: int
+    engine: Engine,
+    policy: DrafterPolicy,
+    waiting: list[Request],
+    shapes: Sequence[TreeShape],
+    repeats: int,
+    processors: Callable[[Request], LogitsProcessorList] | None,
 ) -> dict[TreeShape, float]:
     """Seconds of a round of each shape, with as many slots occupied as there are requests."""
     env = SpecDecodeEnv(
@@ -316,6 +331,7 @@ def _time_rounds(
         lambda: waiting.pop() if waiting else None,
         num_nodes=policy.num_nodes,
         draft_mode=policy.shape.mode,
+        processors=processors,
         on_completion=lambda completion: waiting.append(completion.request),
     )
     td = env.reset()

@@ -14,7 +14,8 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.config import Config, ConfigError
 from aurora_rl.conversations import Conversations
-from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, generation_processors
+from aurora_rl.envs.processors import text_settings
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
@@ -88,6 +89,21 @@ class EmbeddedServing(Serving):
     ) -> None:
         greeting, device = build.hello(target.parts, made, config.drafter.name), build.device_of(config)
         tree = build.shape(config)
+        stop_tokens = stop_token_ids(target.model, target.tokenizer)
+        usual = Request(
+            0,
+            torch.tensor(requests.first_prompts(1)[0]),
+            config.max_new_tokens,
+            SamplingParams(config.temperature, config.top_k, config.top_p),
+        )
+        processors = None
+        if config.generation_config == "auto":
+            try:
+                processors = generation_processors(target.model, stop_tokens)
+                if processors is not None:
+                    processors(usual)
+            except ValueError as error:
+                raise ConfigError(f"model={config.model}: {error}") from error
         engine = TransformersEngine(
             target.model,
             num_slots=config.engine.slots,
@@ -104,15 +120,9 @@ class EmbeddedServing(Serving):
         )
         shapes, fault = None, None
         if config.drafter.adaptive:
-            usual = Request(
-                0,
-                torch.tensor(requests.first_prompts(1)[0]),
-                config.max_new_tokens,
-                SamplingParams(config.temperature, config.top_k, config.top_p),
-            )
             tried = ShapeController.candidates(tree, free=made.min_depth > 0)
             try:
-                costs = measure_rounds(engine, policy, usual, tried)
+                costs = measure_rounds(engine, policy, usual, tried, processors=processors)
             except DrafterFault as error:
                 fault = error
                 policy.shape = TreeShape(tree.depth, free=True) if made.min_depth else TreeShape(0, mode=tree.mode)
@@ -124,8 +134,9 @@ class EmbeddedServing(Serving):
             requests,
             num_nodes=tree.most_nodes,
             draft_mode=tree.mode,
-            stop_tokens=stop_token_ids(target.model, target.tokenizer),
+            stop_tokens=stop_tokens,
             decode=lambda tokens: str(target.tokenizer.decode(tokens)),
+            processors=processors,
             on_completion=self._completed,
         )
         with build.opening("wire.trajectories", config.wire.trajectories):
@@ -185,6 +196,12 @@ class SGLangServing(Serving):
         run_dir: Path,
     ) -> None:
         greeting, settings = build.hello(target.parts, made, config.drafter.name), config.engine
+        if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
+            values = ", ".join(f"{name}={value!r}" for name, value in found.items())
+            raise ConfigError(
+                f"model={config.model}: its generation config sets {values}, and SGLang verifies drafts without that; "
+                "set generation_config=ignore to serve raw logits, or engine.name=transformers"
+            )
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
         target.model.cpu()  # the server loads its own, on the device that this one leaves
         if build.device_of(config).type == "cuda":

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.envs import Request, SamplingParams, generation_processors
 from aurora_rl.gate import replay
 from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
@@ -82,6 +82,8 @@ def open_stream(
         for i, p in enumerate(prompts)
     ]
     recording = Recording(options.recording)
-    record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_token_ids(model, tokenizer))
+    stop_tokens = stop_token_ids(model, tokenizer)
+    processors = generation_processors(model, stop_tokens)
+    record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)
     stream, held_out = list(recording), max(len(recording) // 5, 1)
     return Stream(drafter, parts.head.float(), shape, stream[:-held_out], stream[-held_out:])

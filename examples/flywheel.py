@@ -14,7 +14,7 @@ import copy
 import torch
 
 from aurora_rl.collectors.buffer import trajectory_buffer
-from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine, generation_processors
 from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
@@ -45,6 +45,7 @@ def main() -> None:
     student = Eagle3Drafter.from_target(parts, draft_vocab=vocab).to(device)
     served = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
 
+    stop_tokens = stop_token_ids(model, tokenizer)
     # Serving: slots of an engine are an environment, the drafter is its policy.
     engine = TransformersEngine(model, num_slots=4, max_length=512, feature_layers=student.feature_layers)
     finished: list[Completion] = []
@@ -52,7 +53,8 @@ def main() -> None:
         engine,
         lambda: queue.pop(0) if queue else None,
         num_nodes=3,
-        stop_tokens=stop_token_ids(model, tokenizer),
+        stop_tokens=stop_tokens,
+        processors=generation_processors(model, stop_tokens),
         on_completion=finished.append,
     )
     policy = DrafterPolicy(served, engine.store, num_nodes=3, shape=TreeShape(depth=3))

@@ -15,7 +15,7 @@ import torch
 from common import arguments, open_stream
 
 from aurora_rl.collectors.buffer import trajectory_buffer
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine, generation_processors
 from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import DrafterPolicy, TreeShape
@@ -41,11 +41,13 @@ def main() -> None:
     queue = [Request(i, torch.tensor(p), options.max_new_tokens) for i, p in enumerate(new)]
     engine = TransformersEngine(model, num_slots=2, max_length=512, feature_layers=stream.drafter.feature_layers)
     finished: list = []
+    stop_tokens = stop_token_ids(model, tokenizer)
     env = SpecDecodeEnv(
         engine,
         lambda: queue.pop(0) if queue else None,
         num_nodes=shape.budget,
-        stop_tokens=stop_token_ids(model, tokenizer),
+        stop_tokens=stop_tokens,
+        processors=generation_processors(model, stop_tokens),
         on_completion=lambda completion: finished.append(completion.trajectory),
     )
     served = copy.deepcopy(stream.drafter).to(device, dtype).eval().requires_grad_(False)

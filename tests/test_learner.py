@@ -226,7 +226,7 @@ def test_what_the_gate_holds_back_is_not_learned_from_before_the_decision(make: 
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # autocast casts no norms' weights
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_candidate_reaches_an_engine_bit_for_bit(make: Make, served: list[TensorDict], dtype: torch.dtype) -> None:
     made = make(gate=2, publish_every=4, dtype=dtype, replay=2)
     send(made, served[:8])

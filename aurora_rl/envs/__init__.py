@@ -1,6 +1,7 @@
 """Serving as an environment: engines, verification rules, SpecDecodeEnv."""
 
 from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.processors import generation_processors
 from aurora_rl.envs.rejection import Rejection, RejectionWithoutReplacement
 from aurora_rl.envs.sampling import SamplingParams
 from aurora_rl.envs.spec_decode import Completion, Request, SpecDecodeEnv
@@ -19,6 +20,7 @@ __all__ = [
     "SpecDecodeEnv",
     "TransformersEngine",
     "VerificationRule",
+    "generation_processors",
     "get_rule",
     "register_rule",
 ]

@@ -13,8 +13,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
+from transformers import LogitsProcessorList
 
 from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.processors import process
 from aurora_rl.envs.sampling import SamplingBatch, SamplingParams
 from aurora_rl.envs.verification import get_rule
 from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling, TrajectoryRecorder
@@ -68,6 +70,9 @@ class SpecDecodeEnv(EnvBase):
             ("draft", "mode") as a policy's does, has to say this.
         stop_tokens: token ids that end a completion.
         decode: token ids to text; needed only by requests with stop strings.
+        processors: called with a request for the logits processors of transformers that its logits pass before they
+            are verified, as :func:`aurora_rl.envs.generation_processors` makes it; ValueError from it refuses the
+            request. A processor has to be a function of ``input_ids`` and ``scores`` alone. None serves raw logits.
         on_completion: called with each :class:`Completion` as it ends.
         record: whether completions carry their trajectory.
 
@@ -100,6 +105,7 @@ class SpecDecodeEnv(EnvBase):
         draft_mode: str = "topk",
         stop_tokens: tuple[int, ...] = (),
         decode: Callable[[list[int]], str] | None = None,
+        processors: Callable[[Request], LogitsProcessorList] | None = None,
         on_completion: Callable[[Completion], None] | None = None,
         record: bool = True,
     ) -> None:
@@ -118,6 +124,8 @@ class SpecDecodeEnv(EnvBase):
             )
         self._requests, self._decode, self._on_completion = requests, decode, on_completion
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
+        self._processors_for = processors
+        self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
         self._active: dict[int, Request] = {}
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
         self.recording_seconds = 0.0
@@ -187,6 +195,11 @@ class SpecDecodeEnv(EnvBase):
             )
         if request.stop and self._decode is None:
             raise ValueError(f"{where}: stop strings need the environment's `decode`")
+        if self._processors_for is not None:
+            try:
+                self._processors_for(request)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
 
     def request_of(self, slot: int) -> Request:
         """The request in an occupied slot."""
@@ -246,11 +259,14 @@ class SpecDecodeEnv(EnvBase):
             self._taken.append(request)
         for slot in slots:
             if self._active.pop(slot, None) is not None:
+                self._processors.pop(slot, None)
                 self.engine.release(slot)
         loaded = [(slot, self._taken.popleft()) for slot in slots[: len(self._taken)]]
         if loaded:
             self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
             self._active.update(loaded)
+            if self._processors_for is not None:
+                self._processors.update((slot, self._processors_for(request)) for slot, request in loaded)
             if self._recorder:
                 for slot, _ in loaded:
                     self._recorder.start(slot)
@@ -303,7 +319,12 @@ class SpecDecodeEnv(EnvBase):
         q = None
         if self.rule.needs_q:  # rounds that are decoded plainly may come without
             q = draft["q"][rows, :width] if width else hidden.new_zeros(len(slots), 0, engine.vocab_size)
-        verdict = self.rule.verify(engine.logits(hidden), tokens, parents, valid, roots.to(self.device), sampling, q)
+        logits = engine.logits(hidden)
+        occupied = slots.tolist()
+        if any(self._processors.get(slot) for slot in occupied):
+            texts = [store.tokens[slot, : int(store.lengths[slot])] for slot in occupied]
+            logits = process(logits, texts, tokens, parents, valid, [self._processors[slot] for slot in occupied])
+        verdict = self.rule.verify(logits, tokens, parents, valid, roots.to(self.device), sampling, q)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
         sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
@@ -419,6 +440,7 @@ class SpecDecodeEnv(EnvBase):
             )
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
+        self._processors.pop(slot, None)
         self.engine.release(slot)
         if self._on_completion:
             self._on_completion(Completion(request, tokens, ended, trajectory))

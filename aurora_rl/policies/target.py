@@ -73,10 +73,11 @@ class TargetParts:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the target's weights, whichever of bfloat16, float32 and float64 they are loaded in.
+        """Identity of the target's weights, in whichever dtype they are loaded.
 
-        A digest of rows of the head and the last decoder layer, in bfloat16. A target that was tuned further is another
-        one, also where its head stayed as it was.
+        A digest of rows of the head and the last decoder layer. A target that was tuned further is another one, also
+        where its head stayed as it was. Weights that are kept in float32 and loaded in float16 have a digest of their
+        own, as the two roundings differ.
         """
         found = hashlib.blake2b(digest_size=8)
         for weight in (self.head, *(self.last_layer[name] for name in sorted(self.last_layer))):
@@ -85,9 +86,10 @@ class TargetParts:
 
 
 def _few_rows(weight: Tensor) -> Tensor:
-    """About 64 rows ``[·, last size]`` from all over a weight, in bfloat16 on the CPU."""
+    """About 64 rows ``[·, last size]`` from all over a weight, as bfloat16 and float16 both have them, on the CPU."""
     rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
-    return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16)
+    # float16 has fewer digits of small weights than bfloat16.
+    return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
 
 
 def layer_config(parts: TargetParts) -> LlamaConfig:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 from aurora_rl.policies import TargetParts, choose_draft_vocab
 from aurora_rl.policies.target import default_feature_layers, token_prior
 from aurora_rl.testing import tiny_target
+from aurora_rl.testing.tiny import cast
 
 
 def test_parts_of_a_target() -> None:
@@ -28,6 +29,17 @@ def test_tied_weights_are_one_tensor() -> None:
     )  # fmt: skip
     parts = TargetParts.of(LlamaForCausalLM(config))
     assert parts.head.data_ptr() == parts.embedding.data_ptr()
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
+def test_the_fingerprint_is_that_of_the_file_in_whichever_dtype_it_is_loaded(kept: torch.dtype) -> None:
+    def loaded(dtype: torch.dtype) -> str:
+        target = tiny_target(dtype=torch.float32)
+        with torch.no_grad():
+            target.lm_head.weight.mul_(1e-4)  # weights of which float16 keeps fewer digits than bfloat16
+        return TargetParts.of(cast(cast(target, kept), dtype)).fingerprint
+
+    assert {loaded(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)} == {loaded(kept)}
 
 
 def test_a_head_with_a_bias_is_refused() -> None:
