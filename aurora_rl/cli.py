@@ -1,4 +1,4 @@
-"""The command line: ``aurora-rl flywheel | serve | learn | bench | export``."""
+"""The command line: ``aurora-rl flywheel | serve | learn | check | bench | export``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _HELP = {
     "flywheel": "serve traffic, learn from it in a second process, and swap the drafter while serving",
     "serve": "the serving half: needs a learner at wire.* to improve, and serves without one",
     "learn": "the training half: waits for a server's trajectories until it is interrupted",
+    "check": "whether the model is served exactly, which drafters start, memory and round times; starts nothing",
 }
 _READY_S = 300.0
 _END_S = 60.0
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "learn":
             return _learn(config, stop, arguments.parent)
+        if arguments.command == "check":
+            return _check(config)
         if arguments.command == "bench":
             return _bench(config, arguments)
         if arguments.command == "export":
@@ -129,6 +132,18 @@ def _run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
     except OSError as error:
         raise ConfigError(f"run_dir={str(folder)!r} cannot be used: {error.strerror}") from error
     return folder
+
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+
+
+def _check(config: Config) -> int:
+    import torch
+
+    from aurora_rl.check import check_model
+
+    torch.set_num_threads(config.engine.threads)
+    return 0 if check_model(config) else 1
 
 
 # ---- bench ----------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.packed = self.pack(linear.weight.detach())
         if keep_weight:
-            self.register_parameter("weight", linear.weight)
+            self._parameters["weight"] = linear.weight  # under the property of that name
 
     @property
     def weight(self) -> Tensor:

@@ -85,11 +85,11 @@ def load_target(
         device: where the weights go, such as `"cpu"` or `"cuda:0"`.
 
     Returns:
-        The model, whose attention takes the 4-D masks of tree verification (`sdpa`), and its tokenizer.
+        The model and its tokenizer.
 
     Raises:
         ModelError: nothing of that name, a folder with parts missing or damaged, weights that do not fill the
-            model, or an architecture that is not a causal language model served with `sdpa`.
+            model, or an architecture that is not a causal language model.
     """
     source, where = _resolve(model)
     with _quiet_transformers() if where.is_local else contextlib.nullcontext():
@@ -97,9 +97,7 @@ def load_target(
             # The config first: it is small, so a wrong name fails before gigabytes are fetched.
             AutoConfig.from_pretrained(source)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
             raise ModelError(f"cannot load model {model!r} from {where.tried}: {error}\n{where.cure}") from error
     target, report = loaded
