@@ -76,6 +76,39 @@ class TargetHead(nn.Module):
             "which aurora_rl cannot reproduce; serve it with engine.name=sglang"
         )
 
+    @classmethod
+    def like(cls, head: TargetHead | Tensor) -> TargetHead:
+        """Return a head that shares the tensors of another, or a plain one of a weight ``[V, H]``.
+
+        Casting or moving the result leaves ``head`` as it is.
+        """
+        if isinstance(head, Tensor):
+            return cls(head)
+        return cls(head.weight, head.bias, scale=head.scale, softcap=head.softcap)
+
+    def __len__(self) -> int:
+        """Return the size of the vocabulary, ``V``."""
+        return len(self.weight)
+
+    def rows(self, tokens: Tensor | None = None) -> Tensor:
+        """Return ``scale * weight``, ``[V, H]``, or its rows ``[T, H]`` of ``tokens``.
+
+        A drafter whose head is a plain matrix starts from these. It leaves out the bias and the cap.
+        """
+        weight = self.weight if tokens is None else self.weight[tokens.to(self.weight.device)]
+        return weight if self.scale == 1.0 else weight * self.scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that shapes the logits, by name, for checksums: "head" alone where the head is plain."""
+        found = {"head": self.weight}
+        if self.bias is not None:
+            found["bias"] = self.bias
+        if self.scale != 1.0:
+            found["scale"] = torch.tensor([self.scale])
+        if self.softcap is not None:
+            found["softcap"] = torch.tensor([self.softcap])
+        return found
+
     def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits ``[..., V]`` of ``hidden`` ``[..., H]``, or ``[..., T]`` of ``tokens`` ``[T]`` alone."""
         weight, bias = self.weight, self.bias
@@ -127,3 +160,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             "from; serve it with engine.name=sglang"
         )
     return lists[0]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that a model has, None where its configuration names no limit (BLOOM's ALiBi has none).
+
+    Example:
+        >>> from transformers import MptConfig
+        >>> context_length(MptConfig(max_seq_len=64))
+        64
+    """
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)

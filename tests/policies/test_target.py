@@ -15,7 +15,7 @@ def test_parts_of_a_target() -> None:
     target = tiny_target()
     parts = TargetParts.of(target)
     assert torch.equal(parts.embedding, target.model.embed_tokens.weight)
-    assert torch.equal(parts.head, target.lm_head.weight)
+    assert torch.equal(parts.head.weight, target.lm_head.weight)
     assert parts.norm is not None and torch.equal(parts.norm, target.model.norm.weight)
     assert torch.equal(parts.last_layer["mlp.up_proj.weight"], target.model.layers[2].mlp.up_proj.weight)
     assert parts.config.hidden_size == 16
@@ -27,7 +27,7 @@ def test_tied_weights_are_one_tensor() -> None:
         tie_word_embeddings=True,
     )  # fmt: skip
     parts = TargetParts.of(LlamaForCausalLM(config))
-    assert parts.head.data_ptr() == parts.embedding.data_ptr()
+    assert parts.head.weight.data_ptr() == parts.embedding.data_ptr()
 
 
 def test_a_head_with_a_bias_is_refused() -> None:
