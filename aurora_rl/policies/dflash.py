@@ -165,11 +165,11 @@ class DFlashDrafter(Drafter):
         if read_by is not None:
             self.hidden_norm.weight.copy_(read_by)
         for layer in self.layers:
-            copy_layer(layer, last)
+            copied = copy_layer(layer, last)
             own = dict(layer.named_parameters())
             for kind in ("q", "k"):
                 norm, projection = f"self_attn.{kind}_norm.weight", f"self_attn.{kind}_proj.weight"
-                if norm not in last and read_by is not None and projection in last:
+                if norm not in copied and read_by is not None and projection in last:
                     own[norm].fill_(_usual_size(last[projection], read_by))
 
     def _head_rows(self, draft_vocab: Tensor) -> Tensor:
@@ -437,7 +437,7 @@ def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
         intermediate_size=layer.intermediate_size,
         num_attention_heads=layer.num_attention_heads,
         num_key_value_heads=layer.num_key_value_heads,
-        head_dim=layer.head_dim,
+        head_dim=layer.head_dim or layer.hidden_size // layer.num_attention_heads,
         num_hidden_layers=num_layers,
         rms_norm_eps=layer.rms_norm_eps,
         rope_parameters=layer.rope_parameters,

@@ -416,8 +416,8 @@ def _check_fits(config: PretrainedConfig, parts: TargetParts, name: str) -> None
         )
     if (window := sliding_window(config)) is not None and (context is None or window < context):
         raise ValueError(
-            f"{name} slides its attention over {window} tokens, and the target has a context of {context or 'any length'}; "
-            "the drafter's cache has no windows"
+            f"{name} slides its attention over {window} tokens, and the target has a context of "
+            f"{context or 'any length'}; the drafter's cache has no windows"
         )
 
 

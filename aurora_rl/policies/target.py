@@ -101,7 +101,10 @@ class TargetParts:
         one, also where its head stayed as it was.
         """
         found = hashlib.blake2b(digest_size=8)
-        for weight in (*self.head.tensors().values(), *(self.parameters[name] for name in sorted(self.parameters))):
+        weights = list(self.head.tensors().items())
+        for name, weight in [*weights, *((name, self.parameters[name]) for name in sorted(self.parameters))]:
+            if name in ("scale", "softcap"):  # numbers that only their names tell apart
+                found.update(name.encode())
             found.update(_few_rows(weight).contiguous().view(torch.int16).numpy().tobytes())
         return found.hexdigest()
 
@@ -113,12 +116,21 @@ def _few_rows(weight: Tensor) -> Tensor:
 
 
 def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dict[str, Tensor], bool]:
-    """The final norm's weight, and of a decoder layer the norms' by their names in a Llama and whether outputs have one.
+    """Weights of the norms that a drafter starts from.
 
     Families name them differently, and give the same name to different ones: "post_attention_layernorm" is before the
     MLP in Llama and before the residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
+
+    Args:
+        model: The target.
+        layer: One of its decoder layers.
+
+    Returns:
+        The final norm's ``[H]``, None where the decoder ends without a norm; the layer's, by their names in a Llama
+        layer; and whether the layer normalises what its attention or its MLP adds to the residual stream.
     """
-    decoder, seen = model.get_decoder(), {}
+    decoder = model.get_decoder()
+    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         read = args[0] if args else kwargs.get("hidden_states")
@@ -132,7 +144,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
         if not isinstance(child, nn.ModuleList)
     ]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
@@ -144,7 +156,8 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     def reads(reader: nn.Module, module: nn.Module) -> bool:
         return reader in seen and seen[reader][0].data_ptr() == seen[module][1].data_ptr()
 
-    final, weights, on_outputs = None, {}, False
+    final, on_outputs = None, False
+    weights: dict[str, Tensor] = {}
     for child in decoder.children():
         if (found := weight(child)) is not None and seen[child][1].data_ptr() == last.data_ptr():
             final = found
@@ -164,7 +177,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     return final, weights, on_outputs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None:
     """Return what a norm (RMSNorm or LayerNorm, in whichever form it stores it) multiplies normalised inputs by.
 
@@ -192,12 +205,12 @@ def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None
         return None
     # Norms compute in float32 whatever the dtype.
     tolerance = 16 * max(torch.finfo(t).eps for t in (dtype, torch.float32)) * float(1 + got.abs().max())
-    same = any(form.shape == got.shape and torch.allclose(form, got, rtol=0, atol=tolerance) for form in forms)
-    return weight.clone() if same else None
+    same = any(form.shape == got.shape and float((form - got).abs().max()) <= tolerance for form in forms)
+    return weight if same else None
 
 
 @torch.no_grad()
-def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> None:
+def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
     """Start a drafter's layer from the target's last one, with the weights that have the same name and shape.
 
     An attention or MLP that cannot be copied whole adds nothing until it has learned: what it says at random would only
@@ -207,8 +220,12 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> None:
         layer: Its projections are named as in a Llama layer. Those of queries, keys and values may read twice as much,
             the embedding first (EAGLE-3): they start blind to it.
         last: See ``TargetParts.last_layer``.
+
+    Returns:
+        Names of the weights that were copied.
     """
-    copied, own = set(), dict(layer.named_parameters())
+    copied: set[str] = set()
+    own = dict(layer.named_parameters())
     for name, weight in last.items():
         if name in own and own[name].shape == weight.shape:
             own[name].copy_(weight)
@@ -221,6 +238,7 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> None:
         part = output.partition(".")[0]
         if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(part)):
             own[output].zero_()
+    return copied
 
 
 def layer_config(parts: TargetParts) -> LlamaConfig:
@@ -230,7 +248,9 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
     target compresses its keys (MLA), and rotary positions where it has learned ones or ALiBi.
     """
     target = parts.config
-    size, heads = target.hidden_size, target.num_attention_heads
+    size = target.hidden_size
+    # A Llama's heads divide its width.
+    heads = next(number for number in range(target.num_attention_heads, 0, -1) if size % number == 0)
     inner = getattr(target, "intermediate_size", None)
     head_dim = None if getattr(target, "kv_lora_rank", None) else getattr(target, "head_dim", None)
     return LlamaConfig.from_dict(
@@ -238,7 +258,7 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
             "hidden_size": size,
             "intermediate_size": inner if isinstance(inner, int) else 4 * size,
             "num_attention_heads": heads,
-            "num_key_value_heads": _key_heads(target),
+            "num_key_value_heads": _key_heads(target, heads),
             # Rotary positions turn pairs.
             "head_dim": head_dim or max(size // heads // 2, 1) * 2,
             "num_hidden_layers": 1,
@@ -251,9 +271,8 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
     )
 
 
-def _key_heads(config: PretrainedConfig) -> int:
-    """Key heads of a model; Falcon and GPTBigCode name them differently."""
-    heads = config.num_attention_heads
+def _key_heads(config: PretrainedConfig, heads: int) -> int:
+    """Key heads of a model where they divide ``heads``; Falcon and GPTBigCode name them differently."""
     found = getattr(config, "num_key_value_heads", None)
     if found is None and getattr(config, "new_decoder_architecture", False):
         found = config.num_kv_heads

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from tensordict import TensorDict
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aurora_rl.testing.tiny import cast
+from aurora_rl.trajectories import Sampling
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -94,3 +98,66 @@ def tiny_family(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0,
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return cast(model, dtype).eval().requires_grad_(False)
+
+
+class Texts(NamedTuple):
+    """Texts that a model sampled, and what it computes of them.
+
+    Attributes:
+        tokens: ``[n, S]`` int64.
+        hidden_states: ``num_hidden_layers + 1`` tensors ``[n, S, H]``: what enters each layer, and the head's input.
+        logits: ``[n, S, V]``.
+    """
+
+    tokens: Tensor
+    hidden_states: tuple[Tensor, ...]
+    logits: Tensor
+
+    def trajectories(self, feature_layers: Sequence[int], *, prompt_length: int = 4) -> list[TensorDict]:
+        """As serving would have recorded them without drafts, made without an engine: not every one serves all."""
+        none = torch.zeros(0, dtype=torch.int64)
+        trajectories = []
+        for request, tokens in enumerate(self.tokens):
+            states = [states[request, :-1] for states in self.hidden_states]
+            last = states[-1]
+            trajectories.append(
+                TensorDict(
+                    {
+                        "request": torch.tensor(request),
+                        "spine": {
+                            "tokens": tokens,
+                            "prompt_length": torch.tensor(prompt_length),
+                            "features": torch.cat([last[:, :0], *(states[layer] for layer in feature_layers)], dim=1),
+                            "hidden": last[prompt_length - 1 :],
+                        },
+                        "rounds": {
+                            "anchor": none,
+                            "offset": torch.zeros(1, dtype=torch.int64),
+                            "policy_version": none,
+                            "cache_version": none,
+                        },
+                        "nodes": {
+                            "tokens": none,
+                            "parents": none,
+                            "log_probs": torch.zeros(0),
+                            "accepted": none.bool(),
+                            "hidden": last[:0],
+                        },
+                        "sampling": Sampling(temperature=1.0, rule="sample_and_match").entries(),
+                    },
+                    batch_size=[],
+                )
+            )
+        return trajectories
+
+
+@torch.no_grad()
+def sampled_texts(model: PreTrainedModel, *, number: int, length: int, prompt_length: int = 4, seed: int = 0) -> Texts:
+    """Texts of random prompts at temperature 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(_SIZES["vocab_size"], (number, prompt_length), generator=generator)
+    for _ in range(length - prompt_length):
+        law = model(tokens, use_cache=False).logits[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(law, 1, generator=generator)], dim=1)
+    out: Any = model(tokens, use_cache=False, output_hidden_states=True)
+    return Texts(tokens, out.hidden_states, out.logits)
