@@ -19,6 +19,7 @@ from aurora_rl.config import Config, ConfigError
 from aurora_rl.gate import replay
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.recordings import Recording
+from aurora_rl.target_head import TargetHead
 from aurora_rl.training import drafter_optimizers, train_on
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -70,7 +71,7 @@ def learning_curve(
     drafter = build.drafter(config, target, prompts)
     dtype, settings, served_shape = build.dtype_of(config), config.learner, build.shape(config)
     shapes = {mode: replace(served_shape, mode=mode) for mode in dict.fromkeys(("topk", served_shape.mode))}
-    loss = SumLoss(make_objectives(objectives, drafter, target.parts.head.float()))
+    loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
     optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     served = copy.deepcopy(drafter).to(dtype).eval().requires_grad_(False)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}

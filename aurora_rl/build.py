@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from tensordict import TensorDictBase
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.collectors.buffer import trajectory_buffer
@@ -31,6 +30,7 @@ from aurora_rl.objectives import SumLoss, check_settings, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
 from aurora_rl.policies.formats import load_drafter, save_drafter
 from aurora_rl.recordings import Recording
+from aurora_rl.target_head import TargetHead, context_length
 from aurora_rl.traffic import Prompt, generate, read_jsonl
 from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import validate
@@ -100,8 +100,8 @@ def traffic(config: Config) -> list[Prompt]:
 
 def conversations(config: Config, target: Target, prompts: Sequence[Prompt]) -> Conversations:
     """The run's requests, in order."""
-    context = target.parts.config.max_position_embeddings
-    if config.engine.max_length > context:
+    context = context_length(target.parts.config)
+    if context is not None and config.engine.max_length > context:
         raise ConfigError(
             f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
             f"set engine.max_length={context} or less"
@@ -205,7 +205,7 @@ def hello(parts: TargetParts, made: Drafter, name: str) -> Hello:
     return Hello(
         schema=SCHEMA,
         target=parts.digest,
-        head_checksum=checksum({"head": parts.head}),
+        head_checksum=checksum(parts.head.tensors()),
         feature_layers=tuple(made.feature_layers),
         draft_map_checksum=checksum({"draft_vocab": made.draft_vocab}),
         drafter=name,
@@ -244,15 +244,15 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     del target
     greeting = hello(parts, made, config.drafter.name)
     made.to(device)
-    head: Tensor = parts.head.float()
+    head = TargetHead.like(parts.head).float()
     scratch = copy.deepcopy(made).to(dtype_of(config)).eval().requires_grad_(False)
 
     def check_one(trajectory: TensorDictBase) -> None:
         validate(
             trajectory,
-            vocab_size=parts.head.shape[0],
-            hidden_size=parts.head.shape[1],
-            feature_size=parts.head.shape[1] * len(made.feature_layers),
+            vocab_size=len(head),
+            hidden_size=head.weight.shape[1],
+            feature_size=head.weight.shape[1] * len(made.feature_layers),
         )
 
     try:

@@ -65,16 +65,52 @@ class TargetHead(nn.Module):
             raise ValueError(f"{name} has no output head (a weight of one row for each token)")
         hidden, logits = _probe(model)
         bias = getattr(output, "bias", None)
-        # Rounding of a product in the model's dtype, and of a scale or cap after it.
-        tolerance = 16 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-        for scale, softcap in itertools.product(*_candidates(model.config.get_text_config())):
-            head = cls(weight.detach(), None if bias is None else bias.detach(), scale=scale, softcap=softcap)
-            if torch.allclose(head(hidden), logits, rtol=0, atol=tolerance):
-                return head
+        bias = None if bias is None else bias.detach()
+        heads = [
+            cls(weight.detach(), bias, scale=scale, softcap=softcap)
+            for scale, softcap in itertools.product(*_candidates(model.config.get_text_config()))
+        ]
+        # The nearest and not the first that is near: a cap changes small logits by less than bfloat16 rounds.
+        gaps = [float((head(hidden) - logits).abs().max()) for head in heads]
+        if min(gaps) <= 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()):
+            return heads[gaps.index(min(gaps))]
         raise ValueError(
             f"{name} does more to make its logits than a linear head with a bias, a scale and a cap, "
             "which aurora_rl cannot reproduce; engine.name=sglang may serve it"
         )
+
+    @classmethod
+    def like(cls, head: TargetHead | Tensor) -> TargetHead:
+        """Return a head that shares the tensors of another, or a plain one of a weight ``[V, H]``.
+
+        Casting or moving the result leaves ``head`` as it is.
+        """
+        if isinstance(head, Tensor):
+            return cls(head)
+        return cls(head.weight, head.bias, scale=head.scale, softcap=head.softcap)
+
+    def __len__(self) -> int:
+        """Return the size of the vocabulary, ``V``."""
+        return len(self.weight)
+
+    def rows(self, tokens: Tensor | None = None) -> Tensor:
+        """Return ``scale * weight``, ``[V, H]``, or its rows ``[T, H]`` of ``tokens``.
+
+        A drafter whose head is a plain matrix starts from these. It leaves out the bias and the cap.
+        """
+        weight = self.weight if tokens is None else self.weight[tokens.to(self.weight.device)]
+        return weight if self.scale == 1.0 else weight * self.scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that shapes the logits, by name, for checksums: "head" alone where the head is plain."""
+        found = {"head": self.weight}
+        if self.bias is not None:
+            found["bias"] = self.bias
+        if self.scale != 1.0:
+            found["scale"] = torch.tensor([self.scale])
+        if self.softcap is not None:
+            found["softcap"] = torch.tensor([self.softcap])
+        return found
 
     def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits ``[..., V]`` of ``hidden`` ``[..., H]``, or ``[..., T]`` of ``tokens`` ``[T]`` alone."""
@@ -144,6 +180,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that a model has, None where its configuration names no limit (BLOOM's ALiBi has none)."""
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    """Positions that a model has, None where its configuration names no limit (BLOOM's ALiBi has none).
+
+    Example:
+        >>> from transformers import MptConfig
+        >>> context_length(MptConfig(max_seq_len=64))
+        64
+    """
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)

@@ -48,6 +48,7 @@ from aurora_rl.policies import (
 )
 from aurora_rl.recordings import Recording, record
 from aurora_rl.server import InferenceServer, measure_rounds
+from aurora_rl.target_head import TargetHead
 from aurora_rl.throughput import ControlWindows
 from aurora_rl.traffic import generate, read_jsonl
 from aurora_rl.training import drafter_optimizers, train_on
@@ -138,9 +139,8 @@ def learn(world: World, name: str, hybrids: Sequence[str], stream: list[TensorDi
     began = time.perf_counter()
     evaluate(0)
     if drafter.formats:
-        loss = SumLoss(
-            make_objectives([OBJECTIVES.get(name, {"name": "imitation"})], drafter, world.parts.head.float())
-        )
+        head = TargetHead.like(world.parts.head).float()
+        loss = SumLoss(make_objectives([OBJECTIVES.get(name, {"name": "imitation"})], drafter, head))
         optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
         steps = train_on(
             stream[:-every], loss, optimizers, replay=world.options.replay, autocast=world.dtype == torch.bfloat16

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs import Request, SamplingParams, generation_processors
@@ -18,6 +17,7 @@ from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats import save_drafter
 from aurora_rl.recordings import Recording, record
+from aurora_rl.target_head import TargetHead
 from aurora_rl.traffic import generate
 from aurora_rl.training import drafter_optimizers, train_on
 
@@ -38,7 +38,7 @@ class Stream:
     """A recorded stream and what learns from it."""
 
     drafter: Drafter
-    head: Tensor
+    head: TargetHead
     shape: TreeShape
     train: list[TensorDict]
     held_out: list[TensorDict]

@@ -25,10 +25,10 @@ class RecurrentDrafter(Drafter):
 
     def __init__(self, parts, draft_vocab, layer):
         super().__init__()
-        self.feature_layers, self.vocab_size = (layer,), len(parts.head)
-        self.cell = nn.GRUCell(parts.head.shape[1], parts.head.shape[1])
-        self.lm_head = nn.Linear(parts.head.shape[1], len(draft_vocab), bias=False)
-        self.lm_head.weight.data.copy_(parts.head[draft_vocab])
+        self.feature_layers, self.vocab_size, size = (layer,), len(parts.head), parts.config.hidden_size
+        self.cell = nn.GRUCell(size, size)
+        self.lm_head = nn.Linear(size, len(draft_vocab), bias=False)
+        self.lm_head.weight.data.copy_(parts.head.rows(draft_vocab))
         self.register_buffer("embedding", parts.embedding.float(), persistent=False)
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 

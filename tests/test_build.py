@@ -15,6 +15,7 @@ from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.config import Config, ConfigError, load_config
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies.formats import save_drafter
+from aurora_rl.target_head import TargetHead
 from aurora_rl.traffic import TrafficError, generate
 
 
@@ -208,7 +209,7 @@ def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
 ) -> None:
     save_drafter(build.drafter(config, target, []), tmp_path / "drafter")
     config.drafter.path = str(tmp_path / "drafter")
-    newer = replace(target, parts=replace(target.parts, head=target.parts.head + 0.1))
+    newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
     with pytest.raises(CheckpointError, match="the drafter was trained for others"):
         build.drafter(config, newer, [])
     config.drafter.made_for = "any"

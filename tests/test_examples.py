@@ -118,7 +118,7 @@ def test_the_new_objective_weighs_by_what_is_missed(
     found = made.values(batch)
     assert isinstance(made, focal) and calls == [2]
 
-    p = (batch["spine", "hidden"] @ parts.head.T).softmax(-1)[:, drafter.draft_vocab]
+    p = (batch["spine", "hidden"] @ parts.head.weight.T).softmax(-1)[:, drafter.draft_vocab]
     p = p / p.sum(-1, keepdim=True) if renormalize else p
     missed = torch.stack([1 - torch.minimum(p, q.softmax(-1)).sum(-1) for q in unroll(batch, 2).logits])
     plain = ImitationLoss(drafter, parts.head, **settings).values(batch)

@@ -109,7 +109,7 @@ class Knowing(Drafter):
 
     def __init__(self, world: World, numbers: Sequence[int], *, branches: bool) -> None:
         super().__init__()
-        self.feature_layers, self.vocab_size = LAYERS, world.parts.head.shape[0]
+        self.feature_layers, self.vocab_size = LAYERS, len(world.parts.head)
         self.draft_vocab = torch.arange(self.vocab_size)
         self._texts = [world.prompts[i].tolist() + world.answers[i] for i in numbers]
         self._branches, self._generator = branches, torch.Generator().manual_seed(5)

@@ -72,10 +72,10 @@ def test_topk_form_is_the_softmax_of_the_hidden_states(dtype: torch.dtype) -> No
     assert all(torch.equal(trajectory[key], before[key]) for key in before.keys(True, True))
     validate(got, vocab_size=32, feature_size=16, hidden_size=16)
     for part in ("spine", "nodes"):
-        p = (trajectory[part, "hidden"].to(head.dtype) @ head.T).softmax(-1)
+        p = (trajectory[part, "hidden"].to(head.weight.dtype) @ head.weight.T).softmax(-1)
         best = p.topk(3, dim=-1)
         assert torch.equal(got[part, "topk_ids"], best.indices)
-        assert got[part, "topk_log_probs"].dtype == head.dtype
+        assert got[part, "topk_log_probs"].dtype == head.weight.dtype
         torch.testing.assert_close(got[part, "topk_log_probs"].exp(), best.values)
         torch.testing.assert_close(got[part, "tail_log_prob"].exp(), 1 - best.values.sum(-1), atol=1e-5, rtol=0)
 
@@ -215,7 +215,7 @@ class LearnsInTheTarget(MedusaDrafter):
     @classmethod
     def from_target(cls, parts: TargetParts, *, draft_vocab: Tensor, **options) -> LearnsInTheTarget:
         drafter = super().from_target(parts, draft_vocab=torch.arange(len(parts.head)), **options)
-        drafter.lm_heads[-1].weight = nn.Parameter(parts.head)
+        drafter.lm_heads[-1].weight = nn.Parameter(parts.head.weight)
         return drafter
 
 

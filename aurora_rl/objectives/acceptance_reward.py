@@ -17,6 +17,7 @@ from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import sibling_ranks
 
@@ -58,7 +59,7 @@ class AcceptanceRewardLoss(Objective):
 
     Args:
         drafter: its parameters learn.
-        head: ``[V, H]``, the target's output head, frozen.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         reward: "expected" takes ``R`` from both distributions; "recorded" takes the accept bits.
         baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
             if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
@@ -96,7 +97,7 @@ class AcceptanceRewardLoss(Objective):
     def __init__(
         self,
         drafter: Drafter,
-        head: Tensor,
+        head: TargetHead | Tensor,
         *,
         reward: str = "expected",
         baseline: str = "none",

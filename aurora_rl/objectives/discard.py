@@ -18,6 +18,7 @@ from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.target_head import TargetHead
 
 
 @register_objective("discard")
@@ -33,7 +34,7 @@ class DiscardSamplingLoss(Objective):
 
     Args:
         drafter: its parameters learn.
-        head: ``[V, H]``, the target's output head, frozen.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
             ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
         renormalize: see ``ImitationLoss``.
@@ -66,7 +67,7 @@ class DiscardSamplingLoss(Objective):
     def __init__(
         self,
         drafter: Drafter,
-        head: Tensor,
+        head: TargetHead | Tensor,
         *,
         divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
         renormalize: bool | None = None,
@@ -149,7 +150,7 @@ class DiscardSamplingLoss(Objective):
         """Of every node, ``[M]``."""
         depth = trees.depth[trees.num_rounds :]
         if self.weighting != "reach":
-            return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(self.head.dtype)
+            return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(self.head.weight.dtype)
         parents = torch.zeros_like(trees.depth, dtype=torch.bool)
         parents[trees.parent] = True
         rows = context_rows(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)

@@ -25,6 +25,7 @@ from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import RULE_CODES
 
 
@@ -41,7 +42,7 @@ class ExpectedLengthLoss(Objective):
 
     Args:
         drafter: its parameters learn.
-        head: ``[V, H]``, the target's output head, frozen.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
         contexts: "text" takes windows of the committed text, drafted from every position of the completion as the
             training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a tree counts by the
@@ -70,7 +71,7 @@ class ExpectedLengthLoss(Objective):
     def __init__(
         self,
         drafter: Drafter,
-        head: Tensor,
+        head: TargetHead | Tensor,
         *,
         rule: str | None = None,
         contexts: str = "text",

@@ -19,6 +19,7 @@ from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import target_rows
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
+from aurora_rl.target_head import TargetHead
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
@@ -92,7 +93,7 @@ class ImitationLoss(Objective):
 
     Args:
         drafter: its parameters learn.
-        head: ``[V, H]``, the target's output head, frozen.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
             ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
         renormalize: whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
@@ -132,7 +133,7 @@ class ImitationLoss(Objective):
     def __init__(
         self,
         drafter: Drafter,
-        head: Tensor,
+        head: TargetHead | Tensor,
         *,
         divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
         renormalize: bool | None = None,

@@ -18,6 +18,7 @@ from torchrl.objectives import LossModule
 from aurora_rl.envs.sampling import served_log_probs
 from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
+from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import TOPK_ENTRIES
 
 # What a batch's groups come from, as the end of a sentence.
@@ -117,7 +118,7 @@ class Objective(_Loss):
 
     Args:
         drafter: its parameters learn.
-        head: ``[V, H]``, the target's output head, frozen.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         weight: factor on the loss, for sums of objectives.
         reduction: "mean" averages each group over its valid positions and adds the groups; "sum"; "none" gives
             ``[G, X]``, zero where invalid.
@@ -144,9 +145,11 @@ class Objective(_Loss):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     drafter: Drafter
-    head: Tensor
+    head: TargetHead
 
-    def __init__(self, drafter: Drafter, head: Tensor, *, weight: float = 1.0, reduction: str = "mean") -> None:
+    def __init__(
+        self, drafter: Drafter, head: TargetHead | Tensor, *, weight: float = 1.0, reduction: str = "mean"
+    ) -> None:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         if not math.isfinite(weight):
@@ -155,7 +158,7 @@ class Objective(_Loss):
             raise ValueError(f"{type(self).__name__} has no name; give it one by @register_objective(...)")
         super().__init__()
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
-        self.register_buffer("head", head, persistent=False)
+        self.head = TargetHead.like(head)
         self._in_keys: list[NestedKey] | None = None
         self._without_nodes: int | None = 0  # batches so far; None where there were nodes
 

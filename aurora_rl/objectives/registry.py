@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aurora_rl.objectives.objective import Objective
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.settings import check, nearest, settings_of
+from aurora_rl.target_head import TargetHead
 
 _ENTRY_POINTS = "aurora_rl.objectives"
 # Arguments of the constructor that no configuration gives.
@@ -85,7 +86,9 @@ def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
     return get_objective(settings["name"])
 
 
-def make_objectives(settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: Tensor) -> list[Objective]:
+def make_objectives(
+    settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: TargetHead | Tensor
+) -> list[Objective]:
     """Objectives from a list of mappings: a name each, and the class's keyword arguments.
 
     Args:
@@ -99,7 +102,7 @@ def make_objectives(settings: Sequence[Mapping[str, Any]], drafter: Drafter, hea
     return [_make(each, drafter, head) for each in settings]
 
 
-def _make(settings: Mapping[str, Any], drafter: Drafter, head: Tensor) -> Objective:
+def _make(settings: Mapping[str, Any], drafter: Drafter, head: TargetHead | Tensor) -> Objective:
     if not isinstance(settings.get("name"), str):
         raise ValueError(f"an objective needs a name, got {dict(settings)}")
     cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aurora_rl.policies.drafter import draft_rows
 from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import TOPK_ENTRIES
 
 # A tail of no mass is one that float32 cannot tell from 0. As its smallest number the tokens in it keep a finite logit,
@@ -103,12 +104,12 @@ def context_rows(
     )
 
 
-def target_logits(rows: TensorDictBase, head: Tensor, tokens: Tensor | None = None) -> Tensor:
+def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None = None) -> Tensor:
     """The target's logits at temperature 1, in the head's dtype; of the top-k form they are log-probabilities.
 
     Args:
         rows: of :func:`target_rows` or :func:`context_rows`.
-        head: ``[V, H]``, the output head.
+        head: The output head.
         tokens: ``[Vd]`` int64, the only tokens that are asked for, each once; None is all of the vocabulary.
 
     Returns:
@@ -117,15 +118,15 @@ def target_logits(rows: TensorDictBase, head: Tensor, tokens: Tensor | None = No
     Example:
         >>> rows = {"topk_ids": [[2, 0]], "topk_log_probs": [[-0.5, -1.5]], "tail_log_prob": [math.log(0.2)]}
         >>> rows = TensorDict({name: torch.tensor(value) for name, value in rows.items()}, batch_size=[1])
-        >>> target_logits(rows, torch.zeros(4, 8)).exp()  # tokens 1 and 3 share the tail
+        >>> target_logits(rows, TargetHead(torch.zeros(4, 8))).exp()  # tokens 1 and 3 share the tail
         tensor([[0.2231, 0.1000, 0.6065, 0.1000]])
     """
     if "hidden" in rows.keys():
-        return rows["hidden"].to(head.dtype) @ (head if tokens is None else head[tokens]).T
+        return head(rows["hidden"].to(head.weight.dtype), tokens)
     ids, log_probs, tail = (rows[name] for name in TOPK_ENTRIES)
-    width, others = len(head if tokens is None else tokens), max(len(head) - ids.shape[1], 1)
-    each = tail.to(head.dtype).clamp(min=_LEAST) - math.log(others)
+    width, others = len(head) if tokens is None else len(tokens), max(len(head) - ids.shape[1], 1)
+    each = tail.to(head.weight.dtype).clamp(min=_LEAST) - math.log(others)
     # One column more, for the ids that are not asked for.
     place = ids if tokens is None else draft_rows(tokens, ids)
     logits = each[:, None].repeat(1, width + 1)
-    return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(head.dtype))[:, :width]
+    return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(head.weight.dtype))[:, :width]

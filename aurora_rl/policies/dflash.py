@@ -28,9 +28,12 @@ from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.target import (
     TargetParts,
     check_captured,
+    check_fixed_rope,
     check_heads_stated,
     check_layers_rise,
     check_rope,
+    copy_layer,
+    layer_config,
     targets_entries,
     written_config,
 )
@@ -162,13 +165,11 @@ class DFlashDrafter(Drafter):
         if read_by is not None:
             self.hidden_norm.weight.copy_(read_by)
         for layer in self.layers:
+            copied = copy_layer(layer, last)
             own = dict(layer.named_parameters())
-            for name, weight in last.items():
-                if name in own and own[name].shape == weight.shape:
-                    own[name].copy_(weight)
             for kind in ("q", "k"):
                 norm, projection = f"self_attn.{kind}_norm.weight", f"self_attn.{kind}_proj.weight"
-                if norm not in last and read_by is not None and projection in last:
+                if norm not in copied and read_by is not None and projection in last:
                     own[norm].fill_(_usual_size(last[projection], read_by))
 
     def _head_rows(self, draft_vocab: Tensor) -> Tensor:
@@ -372,6 +373,7 @@ class DFlashDrafter(Drafter):
             raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
         check_heads_stated(config)
         own = Qwen3Config.from_dict({**config, **targets_entries(parts)})
+        check_fixed_rope(own)
         check_rope(own, parts)
         depth = parts.config.num_hidden_layers
         if (made_for := _setting(config, "num_target_layers") or depth) != depth:
@@ -418,27 +420,28 @@ def _setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
 
 def _targets(parts: TargetParts) -> dict[str, Any]:
     """What a drafter shares with its target."""
-    tied = parts.head.data_ptr() == parts.embedding.data_ptr()
+    head = parts.head.rows()
+    tied = head.data_ptr() == parts.embedding.data_ptr()
     return {
         "embedding": parts.embedding.float(),
-        "head": None if tied else parts.head.float(),
+        "head": None if tied else head.float(),
         "num_target_layers": parts.config.num_hidden_layers,
     }
 
 
 def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
     """Configuration of layers of the target's sizes and rotary settings."""
-    target = parts.config
+    layer = layer_config(parts)
     return Qwen3Config(
-        hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        num_attention_heads=layer.num_attention_heads,
+        num_key_value_heads=layer.num_key_value_heads,
+        head_dim=layer.head_dim or layer.hidden_size // layer.num_attention_heads,
         num_hidden_layers=num_layers,
-        rms_norm_eps=target.rms_norm_eps,
-        rope_parameters=target.rope_parameters,
-        vocab_size=target.vocab_size,
+        rms_norm_eps=layer.rms_norm_eps,
+        rope_parameters=layer.rope_parameters,
+        vocab_size=layer.vocab_size,
         tie_word_embeddings=False,
         **targets_entries(parts),
     )

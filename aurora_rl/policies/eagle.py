@@ -21,6 +21,7 @@ from aurora_rl.policies.registry import OWN_NAME, register_drafter
 from aurora_rl.policies.target import (
     TargetParts,
     check_heads_stated,
+    copy_layer,
     layer_config,
     refuse_own_attention,
     settle_attention,
@@ -121,7 +122,7 @@ class EagleDrafter(RecurrentDrafter):
         drafter = cls(
             layer_config(parts),
             embedding=parts.embedding.float(),
-            head=parts.head[draft_vocab].float(),
+            head=parts.head.rows(draft_vocab).float(),
             draft_vocab=draft_vocab,
             feature_layers=last,
         )
@@ -139,10 +140,7 @@ class EagleDrafter(RecurrentDrafter):
         nn.init.normal_(self.fc.weight[:, size:], std=0.02 * size**-0.5)
         self.fc.weight[:, size:] += torch.eye(size)
         nn.init.zeros_(self.fc.bias)
-        own = dict(layer.named_parameters())
-        for name, weight in last.items():
-            if name in own and own[name].shape == weight.shape:
-                own[name].copy_(weight)
+        copy_layer(layer, last)
         if parts.norm is not None:
             # A feature is the normalised state times the final norm's weight, and in its place comes the weight of the
             # norm before the projections. Where the former is 0 a feature says nothing.
@@ -236,7 +234,7 @@ class EagleDrafter(RecurrentDrafter):
         drafter = cls(
             own,
             embedding=parts.embedding.float(),
-            head=parts.head[draft_vocab].float(),
+            head=parts.head.rows(draft_vocab).float(),
             draft_vocab=draft_vocab,
             feature_layers=(parts.config.num_hidden_layers,),
         )

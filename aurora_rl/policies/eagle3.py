@@ -21,6 +21,7 @@ from aurora_rl.policies.target import (
     check_captured,
     check_heads_stated,
     check_layers_rise,
+    copy_layer,
     default_feature_layers,
     layer_config,
     refuse_own_attention,
@@ -109,7 +110,8 @@ class Eagle3Drafter(RecurrentDrafter):
         """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
-        input. Pieces that the target does not have in this form start at random.
+        input. Pieces that the target does not have in this form start
+        at random; where they are of its attention or its MLP, that adds nothing until it has learned.
 
         The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
         the target's.
@@ -134,16 +136,10 @@ class Eagle3Drafter(RecurrentDrafter):
         size = self.config.hidden_size
         nn.init.normal_(self.fc.weight, std=0.02 * size**-0.5)
         self.fc.weight[:, -size:] += torch.eye(size)
-        self.lm_head.weight.copy_(parts.head[self.draft_vocab])
+        self.lm_head.weight.copy_(parts.head.rows(self.draft_vocab))
         if parts.norm is not None:
             self.norm.weight.copy_(parts.norm)
-        own = dict(self.midlayer.named_parameters())
-        for name, weight in parts.last_layer.items():
-            if name in own and own[name].shape == weight.shape:
-                own[name].copy_(weight)
-            elif name in own and own[name].shape == (weight.shape[0], 2 * size):
-                own[name].zero_()
-                own[name][:, size:] = weight
+        copy_layer(self.midlayer, parts.last_layer)
         if "input_layernorm.weight" in parts.last_layer:
             self.midlayer.hidden_norm.weight.copy_(parts.last_layer["input_layernorm.weight"])
 

@@ -128,7 +128,7 @@ class MedusaDrafter(Drafter):
             for parameter in drafter.blocks.parameters():
                 parameter.zero_()
             for parameter in drafter.lm_heads.parameters():
-                parameter.copy_(parts.head[draft_vocab])
+                parameter.copy_(parts.head.rows(draft_vocab))
         return drafter
 
     @property

@@ -33,7 +33,14 @@ from aurora_rl.policies.drafter import (
 from aurora_rl.policies.growth import grow
 from aurora_rl.policies.recorded import RecordedTrees, true_chains
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
-from aurora_rl.policies.target import TargetParts, layer_config, written_config
+from aurora_rl.policies.target import (
+    TargetParts,
+    check_fixed_rope,
+    context_length,
+    copy_layer,
+    layer_config,
+    written_config,
+)
 from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
 from aurora_rl.trajectories import pad_rows
 
@@ -188,7 +195,7 @@ class StandaloneDrafter(Drafter):
         else:
             config = layer_config(parts)
             config.num_hidden_layers = num_layers
-            lm, embedding, head = _layers_of(config), parts.embedding.float(), parts.head
+            lm, embedding, head = _layers_of(config), parts.embedding.float(), parts.head.rows()
             _start_from(lm, parts)
         width = parts.embedding.shape[1]
         drafter = cls(lm, embedding=embedding, head=head, draft_vocab=draft_vocab, target_width=width)
@@ -397,24 +404,22 @@ def _start_from(lm: Any, parts: TargetParts) -> None:
     for layer in before:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    own = dict(last.named_parameters())
-    for name, weight in parts.last_layer.items():
-        if name in own and own[name].shape == weight.shape:
-            own[name].copy_(weight)
+    copy_layer(last, parts.last_layer)
 
 
 def _check_fits(config: PretrainedConfig, parts: TargetParts, name: str) -> None:
     """Raise ValueError where an LM cannot draft for a target, whatever its weights."""
-    vocab, context = len(parts.head), parts.config.max_position_embeddings
+    check_fixed_rope(config, name)
+    vocab, context = len(parts.head), context_length(parts.config)
     if config.vocab_size != vocab:
         raise ValueError(
             f"{name} has a vocabulary of {config.vocab_size} tokens, the target one of {vocab}; a standalone drafter "
             "needs the target's tokenizer"
         )
-    if (window := sliding_window(config)) is not None and window < context:
+    if (window := sliding_window(config)) is not None and (context is None or window < context):
         raise ValueError(
-            f"{name} slides its attention over {window} tokens, and the target has a context of {context}; "
-            "the drafter's cache has no windows"
+            f"{name} slides its attention over {window} tokens, and the target has a context of "
+            f"{context or 'any length'}; the drafter's cache has no windows"
         )
 
 

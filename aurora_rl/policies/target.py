@@ -13,9 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from aurora_rl.target_head import TargetHead, context_length, decoder_layers, decoder_of
+
 logger = logging.getLogger(__name__)
 # In config.json: heads or rotary settings are not the target's, and are meant so.
 _OWN_ATTENTION = "aurora_rl_attention"
+# Weights of a Llama layer that are taken as they are, among them those of outputs, and norms of heads.
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_PROJECTIONS = tuple(
+    f"{name}_proj.weight"
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+)
+_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+# Of the probe of a norm: far above every epsilon, and float16 holds its outliers.
+_PROBE_SIZE = 4096.0
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+# Kinds of rotary settings whose frequencies do not depend on the length of the pass.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+# Logits that `token_prior` holds at a time: 16 MB in float32.
+_PRIOR_LOGITS = 2**22
 _CURE = " If it was trained with them, set drafter.options={attention: own}"
 
 
@@ -24,44 +40,50 @@ class TargetParts:
     """Copies of frozen pieces of a target, to be taken before an engine puts the model into inference form.
 
     Attributes:
-        config: the target's (text) configuration.
+        config: The target's (text) configuration.
         embedding: ``[V, H]``.
-        head: ``[V, H]``, the output head; one tensor with ``embedding`` where they are tied.
-        norm: ``[H]`` weight of the final norm, None where the decoder has none by that name.
-        last_layer: parameters of the last decoder layer by name.
+        head: The output head; its weight and ``embedding`` are one tensor where they are tied.
+        norm: ``[H]``, what the final norm multiplies normalised states by; None where the decoder ends without a norm.
+        last_layer: Weights of the last decoder layer by their names in a Llama layer, those alone that a Llama layer
+            has in this form. Norms are what they multiply by: Gemma stores this less 1.
+        parameters: All parameters of the last decoder layer, by the family's own names.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
         >>> parts = TargetParts.of(tiny_target())
-        >>> parts.head.shape, parts.fingerprint == TargetParts.of(tiny_target(dtype=torch.float32)).fingerprint
+        >>> parts.head.weight.shape, parts.fingerprint == TargetParts.of(tiny_target(dtype=torch.float32)).fingerprint
         (torch.Size([32, 16]), True)
     """
 
     config: PretrainedConfig
     embedding: Tensor
-    head: Tensor
+    head: TargetHead
     norm: Tensor | None
     last_layer: dict[str, Tensor]
+    parameters: dict[str, Tensor]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TargetParts:
         """Read the parts of a Hugging Face causal LM.
 
         Raises:
-            ValueError: the model's head has a bias, which the layout of trajectories has no place for.
+            ValueError: The model has no list of decoder layers, its logits are none that :class:`TargetHead` makes, or
+                its embedding or head is of another width than its layers (as of OPT-350m).
         """
-        head, decoder = model.get_output_embeddings(), model.get_decoder()
-        if getattr(head, "bias", None) is not None:
-            raise ValueError(f"{type(model).__name__} has an output head with a bias, which is not supported")
-        norm = getattr(decoder, "norm", None)
-        last = {name: p.detach() for name, p in decoder.layers[-1].named_parameters()}
-        return cls(
-            config=model.config.get_text_config(),
-            embedding=model.get_input_embeddings().get_parameter("weight").detach(),
-            head=head.get_parameter("weight").detach(),
-            norm=norm.get_parameter("weight").detach() if isinstance(norm, nn.Module) else None,
-            last_layer=last,
-        )
+        config, layer = model.config.get_text_config(), decoder_layers(model)[-1]
+        embedding = model.get_input_embeddings().get_parameter("weight").detach()
+        head = TargetHead.of(model)
+        for name, width in (("embedding", embedding.shape[1]), ("output head", head.weight.shape[1])):
+            if width != config.hidden_size:
+                raise ValueError(
+                    f"{type(model).__name__} has an {name} of width {width} and layers of width {config.hidden_size}; "
+                    "drafters need them to be equal, so no drafter can be made for this target"
+                )
+        final, last, on_outputs = _norms(model, layer)
+        own = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+        # A projection whose output is normalised has another scale than one that adds to the residual stream.
+        last |= {name: own[name] for name in _PROJECTIONS if name in own and not (on_outputs and name in _OUTPUTS)}
+        return cls(config=config, embedding=embedding, head=head, norm=final, last_layer=last, parameters=own)
 
     @property
     def digest(self) -> str:
@@ -80,7 +102,10 @@ class TargetParts:
         own, as the two roundings differ.
         """
         found = hashlib.blake2b(digest_size=8)
-        for weight in (self.head, *(self.last_layer[name] for name in sorted(self.last_layer))):
+        weights = list(self.head.tensors().items())
+        for name, weight in [*weights, *((name, self.parameters[name]) for name in sorted(self.parameters))]:
+            if name in ("scale", "softcap"):  # numbers that only their names tell apart
+                found.update(name.encode())
             found.update(_few_rows(weight).contiguous().view(torch.int16).numpy().tobytes())
         return found.hexdigest()
 
@@ -92,24 +117,184 @@ def _few_rows(weight: Tensor) -> Tensor:
     return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
 
 
+def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dict[str, Tensor], bool]:
+    """Weights of the norms that a drafter starts from.
+
+    Families name them differently, and give the same name to different ones: "post_attention_layernorm" is before the
+    MLP in Llama and before the residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
+
+    Args:
+        model: The target.
+        layer: One of its decoder layers.
+
+    Returns:
+        The final norm's ``[H]``, None where the decoder ends without a norm; the layer's, by their names in a Llama
+        layer; and whether the layer normalises what its attention or its MLP adds to the residual stream.
+    """
+    decoder = decoder_of(model)
+    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        read = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(read, Tensor):
+            seen[module] = read, output
+
+    hooks = [
+        child.register_forward_hook(record, with_kwargs=True)
+        for parent in (decoder, layer)
+        for child in parent.children()
+        if not isinstance(child, nn.ModuleList)
+    ]
+    try:
+        with torch.no_grad():
+            last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def weight(module: nn.Module) -> Tensor | None:
+        return norm_weight(module, last.shape[-1], model.dtype) if module in seen else None
+
+    def reads(reader: nn.Module, module: nn.Module) -> bool:
+        return reader in seen and seen[reader][0].data_ptr() == seen[module][1].data_ptr()
+
+    final, on_outputs = None, False
+    weights: dict[str, Tensor] = {}
+    for child in decoder.children():
+        if (found := weight(child)) is not None and seen[child][1].data_ptr() == last.data_ptr():
+            final = found
+    for child in layer.children():
+        if (found := weight(child)) is None:
+            continue
+        readers = [name for name, reader in layer.named_children() if reads(reader, child)]
+        on_outputs |= not readers
+        for name in readers:
+            # What is not attention is the MLP, or its first projection.
+            norm = "input_layernorm.weight" if "att" in name.lower() else "post_attention_layernorm.weight"
+            weights[norm] = found
+    for name, module in layer.named_modules():
+        if name in _HEAD_NORMS:
+            found = norm_weight(module, module.get_parameter("weight").shape[-1], model.dtype)
+            weights |= {} if found is None else {f"{name}.weight": found}
+    return final, weights, on_outputs
+
+
+@torch.no_grad()
+def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None:
+    """Return what a norm (RMSNorm or LayerNorm, in whichever form it stores it) multiplies normalised inputs by.
+
+    Args:
+        norm: The module.
+        size: Width of its inputs, even.
+        dtype: Of its inputs.
+
+    Returns:
+        ``[size]``; None where the module is no norm of one vector.
+
+    Example:
+        >>> norm_weight(nn.LayerNorm(2), 2, torch.float32), norm_weight(nn.Linear(2, 2), 2, torch.float32)
+        (tensor([1., 1.]), None)
+    """
+    device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+    # Of mean 0 and root mean square 1, so that both kinds of norm divide by the factor, next to which epsilon vanishes.
+    sign = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(size // 2)
+    probe = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(sign)
+    try:
+        up, down, got = (norm(_PROBE_SIZE * x[None, None])[0, 0] for x in (sign, -sign, probe))
+        weight, bias = (up - down) / 2 * sign, (up + down) / 2
+        forms = [x / x.square().mean().sqrt() * weight + bias for x in (probe, probe - probe.mean())]
+    except Exception:  # a module that is called in another way, or that changes the width
+        return None
+    # Norms compute in float32 whatever the dtype.
+    tolerance = 16 * max(torch.finfo(t).eps for t in (dtype, torch.float32)) * float(1 + got.abs().max())
+    same = any(form.shape == got.shape and float((form - got).abs().max()) <= tolerance for form in forms)
+    return weight if same else None
+
+
+@torch.no_grad()
+def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
+    """Start a drafter's layer from the target's last one, with the weights that have the same name and shape.
+
+    An attention or MLP that cannot be copied whole adds nothing until it has learned: what it says at random would only
+    blur the residual stream.
+
+    Args:
+        layer: Its projections are named as in a Llama layer. Those of queries, keys and values may read twice as much,
+            the embedding first (EAGLE-3): they start blind to it.
+        last: See ``TargetParts.last_layer``.
+
+    Returns:
+        Names of the weights that were copied.
+    """
+    copied: set[str] = set()
+    own = dict(layer.named_parameters())
+    for name, weight in last.items():
+        if name in own and own[name].shape == weight.shape:
+            own[name].copy_(weight)
+            copied.add(name)
+        elif name in own and own[name].shape == (weight.shape[0], 2 * weight.shape[-1]):
+            own[name].zero_()
+            own[name][:, weight.shape[1] :] = weight
+            copied.add(name)
+    for output in _OUTPUTS:
+        part = output.partition(".")[0]
+        if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(part)):
+            own[output].zero_()
+    return copied
+
+
 def layer_config(parts: TargetParts) -> LlamaConfig:
-    """Configuration of one Llama layer of the target's sizes and rotary settings, for drafters that have one."""
+    """Configuration of one Llama layer of the target's sizes and rotary settings, for drafters that have one.
+
+    What the target has in no form that a Llama layer takes is replaced: attention has the usual head size where the
+    target compresses its keys (MLA), and rotary positions where it has learned ones or ALiBi.
+    """
     target = parts.config
+    size = target.hidden_size
+    # A Llama's heads divide its width.
+    heads = next(number for number in range(target.num_attention_heads, 0, -1) if size % number == 0)
+    inner = getattr(target, "intermediate_size", None)
+    head_dim = None if getattr(target, "kv_lora_rank", None) else getattr(target, "head_dim", None)
     return LlamaConfig.from_dict(
         {
-            "hidden_size": target.hidden_size,
-            "intermediate_size": target.intermediate_size,
-            "num_attention_heads": target.num_attention_heads,
-            "num_key_value_heads": target.num_key_value_heads,
-            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+            "hidden_size": size,
+            "intermediate_size": inner if isinstance(inner, int) else 4 * size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _key_heads(target, heads),
+            # Rotary positions turn pairs.
+            "head_dim": head_dim or max(size // heads // 2, 1) * 2,
             "num_hidden_layers": 1,
-            "rms_norm_eps": target.rms_norm_eps,
-            "rope_parameters": target.rope_parameters,
+            "rms_norm_eps": next((e for name in _EPSILONS if (e := getattr(target, name, None)) is not None), 1e-6),
+            "rope_parameters": _layer_rope(target),
             "vocab_size": target.vocab_size,
             "tie_word_embeddings": False,
             **targets_entries(parts),
         }
     )
+
+
+def _key_heads(config: PretrainedConfig, heads: int) -> int:
+    """Key heads of a model where they divide ``heads``; Falcon and GPTBigCode name them differently."""
+    found = getattr(config, "num_key_value_heads", None)
+    if found is None and getattr(config, "new_decoder_architecture", False):
+        found = config.num_kv_heads
+    elif found is None and getattr(config, "multi_query", False):
+        found = 1
+    return found if found and heads % found == 0 else heads
+
+
+def _layer_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary settings of a drafter's layer: the target's, as far as they are the same at every length of a pass.
+
+    Of settings by type of layer they are those of full attention, and the whole head is turned.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention") or next((v for v in rope.values() if isinstance(v, dict)), rope))
+    rope.pop("partial_rotary_factor", None)
+    theta = rope.get("rope_theta") or 10000.0
+    if rope.get("rope_type", "default") not in _FIXED_ROPE:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "default", **{name: v for name, v in rope.items() if v is not None}, "rope_theta": theta}
 
 
 def targets_entries(parts: TargetParts) -> dict[str, Any]:
@@ -118,12 +303,13 @@ def targets_entries(parts: TargetParts) -> dict[str, Any]:
     Files are often cut to the length of their training; positions are computed here, as far as the target's go.
     """
     target = parts.config
-    ends = {name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id")}
-    return {
-        "max_position_embeddings": target.max_position_embeddings,
+    names = ("bos_token_id", "eos_token_id")
+    entries = {
+        "max_position_embeddings": context_length(target),
+        **{name: getattr(target, name, None) for name in names},
         "num_target_layers": target.num_hidden_layers,
-        **{name: value for name, value in ends.items() if value is not None},
     }
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def written_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -148,11 +334,21 @@ def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> 
         parts: the target's.
         cure: what the message adds.
     """
-    mine, targets = (_rope(of) for of in (config, parts.config))
+    mine, targets = _rope(config), _rope(layer_config(parts))
     if mine != targets:
         raise ValueError(
             f"config.json: rope_parameters are {mine}, the target has {targets}; was the drafter made for another "
             f"target, or were they left out of the file?{cure}"
+        )
+
+
+def check_fixed_rope(config: PretrainedConfig, name: str = "config.json") -> None:
+    """Raise ValueError where rotary positions depend on the length of a pass: cached keys would not fit later ones."""
+    kind = _rope(config)["rope_type"]
+    if kind not in _FIXED_ROPE:
+        raise ValueError(
+            f"{name}: rope_type is {kind!r}, which turns keys by the length of the pass; drafters have "
+            f"{', '.join(_FIXED_ROPE)}"
         )
 
 
@@ -180,12 +376,14 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
     heads = [f"{name} is {getattr(config, name)}, the target has {value}" for name, value in _heads(config, parts)]
     if heads and not meant:
         raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{_CURE}")
-    same_rope = _rope(config) == _rope(parts.config)
+    check_fixed_rope(config)
+    targets = _rope(layer_config(parts))
+    same_rope = _rope(config) == targets
     if not same_rope and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
         logger.warning(
             "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
             _rope(config),
-            _rope(parts.config),
+            targets,
         )
     elif not meant:
         check_rope(config, parts, _CURE)
@@ -215,8 +413,9 @@ def refuse_own_attention(attention: str) -> None:
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary settings without those that stand for their default."""
-    settings = {"rope_type": "default", **(config.rope_parameters or {})}
+    """Rotary settings without those that stand for their default, or that a drafter's layer does not read."""
+    settings = {"rope_type": "default", **(getattr(config, "rope_parameters", None) or {})}
+    settings.pop("partial_rotary_factor", None)
     return {name: value for name, value in sorted(settings.items()) if value is not None}
 
 
@@ -262,12 +461,16 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
     On code prompts the best 4,096 tokens by this held 90% of the tokens that were then generated, the 4,096 lowest ids
     with the prompts' tokens 84%.
     """
-    vocab, device = model.get_input_embeddings().get_parameter("weight").shape[0], model.device
-    prior = torch.zeros(vocab, device=device)
+    head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
+    prior = torch.zeros(len(head), device=device)
+    # Logits of a few rows at a time: those of a whole prompt would take a megabyte a token at a vocabulary of 152k.
+    rows = max(_PRIOR_LOGITS // len(head), 1)
     for prompt in prompts:
         tokens = torch.tensor([prompt], device=device)
-        prior += model(tokens).logits[0].softmax(-1, dtype=torch.float32).sum(0)
-        prior += torch.bincount(tokens[0], minlength=vocab)
+        hidden = decoder(tokens, use_cache=False).last_hidden_state[0]
+        for part in hidden.split(rows):
+            prior += head(part).softmax(-1, dtype=torch.float32).sum(0)
+        prior += torch.bincount(tokens[0], minlength=len(head))
     return prior.cpu()
 
 

@@ -58,7 +58,7 @@ def check_drafter(
     drafter = copy.deepcopy(drafter)
     drafter.install(moved(drafter.published(), generator))
     target = cast(copy.deepcopy(target), dtype)
-    vocab_size = TargetParts.of(target).head.shape[0]
+    vocab_size = len(TargetParts.of(target).head)
     # One prompt is long: windows, and positions that are off by little, show far into a text.
     prompts = [torch.randint(vocab_size, (n,), generator=generator) for n in (1, 7, 2, 100)]
     shapes = (TreeShape(1), TreeShape(6), TreeShape(4, 2), TreeShape(3, 3, 9))

@@ -7,16 +7,17 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.policies.drafter import log_softmax
+from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import TOPK_ENTRIES
 from aurora_rl.trees import depth_first
 
 
-def topk_form(trajectory: TensorDictBase, head: Tensor, k: int) -> TensorDict:
+def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> TensorDict:
     """The trajectory with the target's likeliest tokens in place of its hidden states.
 
     Args:
         trajectory: with ("spine", "hidden") and ("nodes", "hidden"); stays as it is.
-        head: ``[V, H]``, the target's output head.
+        head: The target's output head; a weight ``[V, H]`` stands for a plain one.
         k: ``K``, tokens of a row, at most ``V``.
 
     Returns:
@@ -31,9 +32,9 @@ def topk_form(trajectory: TensorDictBase, head: Tensor, k: int) -> TensorDict:
         >>> topk_form(tiny_trajectory(drafter), parts.head, 4)["spine", "topk_ids"].shape
         torch.Size([12, 4])
     """
-    out = trajectory.clone()
+    out, head = trajectory.clone(), TargetHead.like(head)
     for part in ("spine", "nodes"):
-        log_p = log_softmax(out[part].pop("hidden").to(head.dtype) @ head.T)
+        log_p = log_softmax(head(out[part].pop("hidden").to(head.weight.dtype)))
         best, ids = log_p.topk(k, dim=-1)
         # Summed over the others: one less the sum of the best would lose a small tail to rounding.
         tail = log_p.scatter(1, ids, -float("inf")).logsumexp(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter, TargetParts
+from aurora_rl.target_head import TargetHead
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.estimators import check_expected_gradient
 from aurora_rl.testing.forms import siblings_reversed, topk_form
@@ -30,7 +31,7 @@ _SHARPER = 4.0
 
 
 def check_objective(
-    make: Callable[[Drafter, Tensor, str], Objective],
+    make: Callable[[Drafter, TargetHead, str], Objective],
     *,
     differentiable: bool = True,
     unbiased: bool = True,
@@ -170,7 +171,7 @@ def _gradient(objective: Objective, loss: Tensor) -> list[Tensor]:
 
 def _check_gradient(objective: Objective, batch: TensorDict, *, differences: bool, seed: int) -> bool:
     """Returns whether there is any."""
-    require(not objective.head.requires_grad, "the target's head would learn")
+    require(not any(t.requires_grad for t in objective.head.tensors().values()), "the target's head would learn")
     parameters, found = _parameters(objective), _gradient(objective, total_loss(objective, batch))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2 if differences else 0):
@@ -251,14 +252,16 @@ def _check_extremes(objective: Objective, trajectories: list[TensorDict]) -> Non
         require(finite, f"a gradient is not finite where {what}")
 
 
-def _check_direction(make: Callable[[Drafter, Tensor, str], Objective], parts: TargetParts, batch: TensorDict) -> None:
+def _check_direction(
+    make: Callable[[Drafter, TargetHead, str], Objective], parts: TargetParts, batch: TensorDict
+) -> None:
     drafter = EchoDrafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
-    drafter.head = _SHARPER * parts.head
+    drafter.head = _SHARPER * parts.head.weight
 
     def losses(factor: float) -> Tensor:
         """Of every group, ``[G]``."""
         drafter.factor = factor
-        objective = make(drafter, drafter.head, "none")
+        objective = make(drafter, TargetHead(drafter.head), "none")
         return objective(batch)[f"loss_{objective.name}"].detach().sum(1)
 
     for group, (target, even, contrary) in enumerate(zip(losses(1), losses(0), losses(-1), strict=True)):

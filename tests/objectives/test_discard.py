@@ -65,7 +65,7 @@ def test_more_likeliest_tokens_and_how_often_the_first_agree(top_k: int) -> None
     rejected = ~batch["nodes", "accepted"]
     visited = torch.cat([torch.zeros(len(batch["rounds", "anchor"]), dtype=torch.bool), rejected])
     log_q = drafter.context_logits(batch, visited).log_softmax(-1)
-    logits = (batch["nodes", "hidden"][rejected] @ parts.head.T)[:, :20]
+    logits = (batch["nodes", "hidden"][rejected] @ parts.head.weight.T)[:, :20]
     expected = torch.zeros((), dtype=torch.float64)
     for row, scores in zip(log_q, logits, strict=True):
         best = scores.topk(min(top_k, 20))

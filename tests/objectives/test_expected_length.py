@@ -81,7 +81,7 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
     )
     loss = ExpectedLengthLoss(drafter, parts.head, rule=rule, steps=steps, reduction="none")
     got = -loss(batch)["loss_expected_length"][0]
-    unroll, logits = drafter.unroll(batch, steps), batch["spine", "hidden"] @ parts.head.T
+    unroll, logits = drafter.unroll(batch, steps), batch["spine", "hidden"] @ parts.head.weight.T
     greedy = temperature == 0 or rule == "greedy"
     p = torch.nn.functional.one_hot(logits.argmax(-1), 32).double() if greedy else (logits / temperature).softmax(-1)
     text = [t for b in batch["spine", "tokens"].split([10, 7]) for t in b[-6:].tolist()]

@@ -59,7 +59,7 @@ def test_mean_averages_each_step_over_its_own_positions(trajectories: list[Tenso
     logits, valid, _ = drafter.unroll(batch, 3)
     assert values.shape == (3, 22)
     assert not values[~valid].any()
-    target = batch["spine", "hidden"] @ head[drafter.draft_vocab].T
+    target = batch["spine", "hidden"] @ head.weight[drafter.draft_vocab].T
     at = int(valid[2].nonzero()[0])
     p, q = target[at].softmax(-1), logits[2][at].softmax(-1)
     torch.testing.assert_close(values[2, at], 0.25 * (p * (p / q).log()).sum())
@@ -84,7 +84,7 @@ def test_any_divergence_in_either_convention(
     loss = ImitationLoss(drafter, head, divergence=divergence, renormalize=renormalize, steps=2, reduction="none")
     values = loss(batch)["loss_imitation"]
     logits, valid, _ = drafter.unroll(batch, 2)
-    p = (batch["spine", "hidden"] @ head.T).softmax(-1)[:, vocab]
+    p = (batch["spine", "hidden"] @ head.weight.T).softmax(-1)[:, vocab]
     if renormalize:
         p = p / p.sum(-1, keepdim=True)
     q = logits[0].softmax(-1)
@@ -166,7 +166,7 @@ def test_gradient_by_finite_differences(
 
 def test_the_head_is_frozen(trajectories: list[TensorDict]) -> None:
     drafter, head = make()
-    head = head.clone().requires_grad_(True)
+    head = head.weight.clone().requires_grad_(True)
     loss = ImitationLoss(drafter, head)
     loss(pack(trajectories))["loss_imitation"].backward()
     assert head.grad is None
@@ -290,7 +290,7 @@ def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: Sampl
     settings = dict(divergence="total_variation", steps=1, reduction="none")
     served = ImitationLoss(drafter, head, target="served", **settings)
     got = 1 - served(batch)["loss_imitation"][0]
-    logits = recorded["spine", "hidden"] @ head.T
+    logits = recorded["spine", "hidden"] @ head.weight.T
     p = warp_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p).exp()[:, drafter.draft_vocab]
     unroll = drafter.unroll(batch, 1)
     counts = unroll.valid[0] & (p.sum(-1) > 0)
@@ -311,7 +311,7 @@ def test_the_served_law_counts_where_the_draft_vocabulary_has_any_of_it(
     batch = pack([tiny_trajectory(drafter, request=i, sampling=sampling) for i in range(4)])
     loss = ImitationLoss(drafter, head, target="served", renormalize=renormalize, steps=2, decay=1.0, reduction="none")
     out, (logits, valid, _) = loss(batch), drafter.unroll(batch, 2)
-    law = (batch["spine", "hidden"] @ head.T).log_softmax(-1)
+    law = (batch["spine", "hidden"] @ head.weight.T).log_softmax(-1)
     least = law.topk(sampling.top_k or 1, dim=-1).values[:, -1:]
     p = law.masked_fill(law < least, -math.inf).softmax(-1)[:, drafter.draft_vocab]
     covered = p.sum(-1) > 0

@@ -24,6 +24,7 @@ from aurora_rl.objectives import (
     target_rows,
 )
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.target_head import TargetHead
 from aurora_rl.testing import serve, tiny_target, topk_form
 from aurora_rl.trajectories import pack
 
@@ -84,7 +85,7 @@ def test_logits_of_rows_by_hand() -> None:
         },
         batch_size=[2],
     )
-    head = torch.zeros(5, 2)
+    head = TargetHead(torch.zeros(5, 2))
     p = target_logits(rows, head).exp()
     torch.testing.assert_close(p, torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.5], [0.6, 0.0, 0.0, 0.4, 0.0]]))
     # Some tokens only, in an order of their own.

@@ -106,7 +106,7 @@ def path_states(made: EagleDrafter, tokens: Tensor, features: Tensor, root: int,
 @pytest.mark.parametrize("shape", [TreeShape(3), TreeShape(3, 3, 9)])
 def test_contexts_predict_what_their_path_alone_predicts(architecture: str, shape: TreeShape) -> None:
     made = moved(drafter(architecture=architecture))
-    head = TargetParts.of(tiny_target(architecture)).head[VOCAB]
+    head = TargetParts.of(tiny_target(architecture)).head.weight[VOCAB]
     sizes = [(4, 6), (2, 3), (9, 5)]
     trajectories = [
         tiny_trajectory(made, architecture=architecture, prompt_length=p, max_new_tokens=n, shape=shape)
@@ -209,7 +209,7 @@ def test_regression_brings_the_states_to_the_targets() -> None:
         loss(batch)["loss_imitation"].backward()
         optimizer.step()
     assert error() < 0.7 * before
-    assert torch.equal(made.head, head[VOCAB]), "the target's head is frozen"
+    assert torch.equal(made.head, head.weight[VOCAB]), "the target's head is frozen"
 
 
 @pytest.mark.parametrize(("architecture", "size"), [("llama", 20), ("qwen3", 32)])
@@ -276,7 +276,7 @@ def test_what_is_read_scores_as_what_was_written(
     read = load_drafter(tmp_path / "drafter", parts, layout=layout)
     assert isinstance(read, EagleDrafter) and read.published().keys() == made.published().keys()
     assert all(torch.equal(read.published()[name], tensor) for name, tensor in made.published().items())
-    assert torch.equal(read.head, parts.head[vocab]) and read.feature_layers == (3,)
+    assert torch.equal(read.head, parts.head.weight[vocab]) and read.feature_layers == (3,)
     batch = pack([tiny_trajectory(made)])
     assert torch.equal(read.score(batch), made.score(batch))
 
@@ -323,7 +323,7 @@ def test_a_drafter_as_the_authors_publish_it_is_read(parts: TargetParts, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = load_drafter(tmp_path, parts, layout="hf")
     assert isinstance(read, EagleDrafter) and not read.fc.bias.any()
-    assert torch.equal(read.embedding, parts.embedding) and torch.equal(read.head, parts.head)
+    assert torch.equal(read.embedding, parts.embedding) and torch.equal(read.head, parts.head.weight)
     assert read.fc.weight.dtype == torch.float32 and torch.equal(read.fc.weight, tensors["fc.weight"].float())
     (tmp_path / "config.json").write_text(json.dumps({**config, "bias": True}))
     with pytest.raises(CheckpointError, match="'fc.bias'.* is missing"):

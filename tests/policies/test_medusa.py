@@ -106,7 +106,7 @@ def test_day_0_is_the_targets_own_head() -> None:
     feature = torch.randn(16)
     drafter.allocate(1, 4)
     drafter.extend(torch.tensor([0]), torch.tensor([[1, 5]]), feature[None, None], torch.tensor([1]))
-    logits = (parts.head.float() @ feature)[vocab].log_softmax(-1)
+    logits = (parts.head.weight.float() @ feature)[vocab].log_softmax(-1)
     proposal = drafter.propose(torch.tensor([0]), TreeShape(3))
     assert proposal.tokens.tolist() == [[int(vocab[logits.argmax()])] * 3]
     torch.testing.assert_close(proposal.log_probs[0], logits.max().expand(3))

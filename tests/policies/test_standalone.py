@@ -211,7 +211,7 @@ def test_a_folder_is_a_plain_causal_lm(saved: Path, parts: TargetParts) -> None:
     tensors = load_file(saved / "model.safetensors")
     assert set(tensors) == set(AutoModelForCausalLM.from_pretrained(saved).state_dict())
     outside = torch.ones(32, dtype=torch.bool).index_fill(0, VOCAB, False)
-    assert torch.equal(tensors["lm_head.weight"][outside], parts.head[outside])
+    assert torch.equal(tensors["lm_head.weight"][outside], parts.head.weight[outside])
     assert torch.equal(tensors["lm_head.weight"][VOCAB], made_of_the_target().lm_head.weight.float())
 
 
