@@ -104,10 +104,12 @@ class EmbeddedServing(Serving):
         )
         shapes, fault = None, None
         if config.drafter.adaptive:
+            prompt = torch.tensor(requests.first_prompts(1)[0])
             usual = Request(
                 0,
-                torch.tensor(requests.first_prompts(1)[0]),
-                config.max_new_tokens,
+                prompt,
+                # A prompt with a budget of its own may leave less room than the configuration's.
+                min(config.max_new_tokens, config.engine.max_length - len(prompt)),
                 SamplingParams(config.temperature, config.top_k, config.top_p),
             )
             tried = ShapeController.candidates(tree, free=made.min_depth > 0)
@@ -127,6 +129,7 @@ class EmbeddedServing(Serving):
             stop_tokens=stop_token_ids(target.model, target.tokenizer),
             decode=lambda tokens: str(target.tokenizer.decode(tokens)),
             on_completion=self._completed,
+            on_refused=requests.refused,
         )
         with build.opening("wire.trajectories", config.wire.trajectories):
             self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)

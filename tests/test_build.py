@@ -157,7 +157,8 @@ def test_prompts_that_cannot_be_served(config: Config, target: build.Target, tmp
     prompts = build.check(config)
     assert build.conversations(config, target, prompts).total == 5
     config.engine.max_length = 40
-    with pytest.raises(TrafficError, match=r"prompt '.*' has \d+ tokens; with max_new_tokens=8 that exceeds"):
+    reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
+    with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
         build.conversations(config, target, prompts)
     config.engine.max_length = 513
     with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
@@ -167,8 +168,21 @@ def test_prompts_that_cannot_be_served(config: Config, target: build.Target, tmp
 def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
     target = build.load(config)
     target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ConfigError, match="the chat template of model .* refuses a conversation: no system role"):
+    with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
         build.conversations(config, target, generate(2))
+
+
+def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
+    target = build.load(config)
+    target.tokenizer.add_tokens([f"<beyond-{i}>" for i in range(60)])  # ids up to 318; the model knows 300
+    prompts = build.check(config)
+    beyond = replace(prompts[3], messages=({"role": "user", "content": "What is <beyond-59>?"},))
+    requests = build.conversations(config, target, [*prompts[:3], beyond, prompts[4]])
+    assert (
+        len(requests.failed) == 1 and "the tokenizer gives token 318, and the model knows 0..299" in requests.failed[0]
+    )
+    assert len(requests.first_prompts(64)) == 4
+    build.drafter(config, target, requests.first_prompts(64))  # the target reads them
 
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "hybrid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -660,6 +661,33 @@ def test_a_bad_request_is_named_and_changes_nothing(case: str) -> None:
     while env.num_active:  # serving goes on from where it was
         td = env.step_and_maybe_reset(plain(td))[1]
     assert {id: c.tokens.tolist() for id, c in world.completions.items()} == {r.id: Truth.of(r).tokens for r in good}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_that_is_handed_back_ends_no_other(case: str) -> None:
+    bad, message = BAD[case]
+    good = requests((5, 12), (3, 4), (4, 6))
+    refused: list[tuple[Request, str]] = []
+    world = World(
+        [bad, good[0], good[1], bad, bad, good[2], bad],
+        slots=2,
+        rule="greedy",
+        on_refused=lambda *both: refused.append(both),
+    )
+    world.run(plain)
+    assert [request for request, _ in refused] == [bad] * 4 and all(re.match(message, reason) for _, reason in refused)
+    assert {id: c.tokens.tolist() for id, c in world.completions.items()} == {r.id: Truth.of(r).tokens for r in good}
+
+
+@pytest.mark.parametrize("stop", [("",), ("a", ""), (3,), ("a", None)])
+def test_a_stop_string_that_every_text_or_none_has_is_refused(stop: tuple) -> None:
+    with pytest.raises(ValueError, match="request 9: stop has .*; give strings that are not empty"):
+        Request(9, torch.tensor([1]), 4, stop=stop)
+
+
+def test_a_string_is_one_stop_string() -> None:
+    assert Request(9, torch.tensor([1]), 4, stop="abc").stop == ("abc",) == Request(9, [], 4, stop=["abc"]).stop
+    assert Request(9, torch.tensor([1]), 4).stop == ()
 
 
 def test_the_largest_request_that_fits_is_served() -> None:
