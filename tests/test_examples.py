@@ -30,9 +30,10 @@ def run(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_collector_delivers_what_it_was_asked_for() -> None:
-    lines = run("collector.py").splitlines()
-    assert [line.split()[0] for line in lines] == ["16", "16", "16"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_collector_delivers_what_it_was_asked_for(processes: int) -> None:
+    lines = run("collector.py", "--processes", str(processes)).splitlines()
+    assert [line.split()[0] for line in lines] == [str(16 * processes)] * 3
     delivered = [float(re.search(r"and ([\d.]+) tokens", line).group(1)) for line in lines]
     assert all(1 <= value <= 4 for value in delivered)  # a bonus token, and at most the three accepted ones
 

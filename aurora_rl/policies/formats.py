@@ -72,20 +72,21 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
         ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
             asked for by name cannot serve it.
     """
-    # A run keeps what it serves here, whether or not another engine could serve it.
-    if layout == "sglang" and 0 in drafter.feature_layers:
-        raise ValueError(
-            f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot capture what enters layer 0; "
-            "start a drafter of layers from 1 on, such as drafter.feature_layers=[1,2] for a target of three layers"
-        )
-    layout = layout or next(iter(drafter.formats), "any")
+    asked, layout = layout, layout or next(iter(drafter.formats), "any")
     if layout not in drafter.formats:
         raise ValueError(
             f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
         )
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
-    return drafter.write(layout)
+    checkpoint = drafter.write(layout)
+    # Where no layout is asked for, a run keeps what it serves here, whether or not another engine could serve it.
+    if asked == "sglang" and 0 in drafter.feature_layers:
+        raise ValueError(
+            f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot capture what enters layer 0; "
+            "start a drafter of layers from 1 on, such as drafter.feature_layers=[1,2] for a target of three layers"
+        )
+    return checkpoint
 
 
 def load_drafter(
