@@ -42,6 +42,7 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     assert {key: event[key] for key in expected} == expected
     summary = server.summary(failed=2, duration_s=1.5)
     assert summary["acceptance_length"] == {"first": 4.0, "last": 4.0}
+    assert summary["domains"] == {"tiny": {"requests": 5, "tokens": 120, "acceptance_length": 4.0}}
     assert summary["speedup"] is None and summary["tokens_per_second"]["control"] is None  # no plain round was measured
 
 
