@@ -690,6 +690,25 @@ def test_a_string_is_one_stop_string() -> None:
     assert Request(9, torch.tensor([1]), 4).stop == ()
 
 
+def test_the_largest_tree_that_fits_is_verified_to_the_end_of_a_slot() -> None:
+    request = Request(0, torch.ones(4, dtype=torch.int64), 60)  # fills the slot, its last rounds too
+    most = TransformersEngine.max_nodes
+    world = World([request], slots=1, num_nodes=most)
+
+    def chain(td: TensorDictBase) -> TensorDictBase:
+        tokens = torch.zeros(1, most, dtype=torch.int64)
+        parents = torch.arange(-1, most - 1)[None]
+        td["draft"] = {"tokens": tokens, "parents": parents, "mask": torch.ones(1, most, dtype=torch.bool)}
+        return td
+
+    world.run(chain)
+    assert world.completions[0].tokens.tolist() == next_tokens((1,) * 4, request.sampling, "llama", 60)
+    with pytest.raises(
+        ValueError, match=f"num_nodes={most + 1} is more than the {most} nodes that the engine verifies"
+    ):
+        World([], num_nodes=most + 1)
+
+
 def test_the_largest_request_that_fits_is_served() -> None:
     request = Request(0, torch.ones(59, dtype=torch.int64), 5)
     world = World([request], slots=1)
