@@ -46,5 +46,6 @@ def test_the_whole_block_on_a_server(
     assert count == 1
     names = run(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     assert len(names["completion"].tokens) == 32 and int(names["trajectory"]["request"]) == 0
-    status = chain.status()
-    assert (status["attached"], status["version"], "'recorded': 1" in capsys.readouterr().out) == (False, 1, True)
+    printed = capsys.readouterr().out
+    assert "'recorded': 1," in printed and "'version': 1," in printed and "'swaps': 1," in printed
+    assert not chain.status()["attached"]
