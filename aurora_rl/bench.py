@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -105,8 +106,8 @@ def learning_curve(
 
 def bench_objectives(
     config: Config,
-    recording: Path,
-    out: Path,
+    recording: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     variants: Sequence[str],
     seeds: int,
@@ -133,6 +134,7 @@ def bench_objectives(
             short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
             was made with other settings.
     """
+    recording, out = Path(recording), Path(out)
     _check_arguments(config, variants, seeds=seeds, every=every, ahead=ahead, limit=limit)
     known = {**VARIANTS, _CONFIGURED: config.objectives}
     found = Recording(recording)
@@ -154,6 +156,8 @@ def bench_objectives(
     if missing:
         stream = [found[index] for index in range(count)]
         target = build.load(config)
+        # Another drafter's features may be as wide as this one's.
+        Recording(recording, build.drafter(config, target, []).feature_layers)
         for variant, seed in missing:
             began, spent = time.monotonic(), time.process_time()
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from tensordict import TensorDictBase
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,14 +20,14 @@ from aurora_rl.collectors.hello import Hello
 from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.config import Config, ConfigError
 from aurora_rl.conversations import Conversations
-from aurora_rl.envs import SamplingParams
+from aurora_rl.envs import Engine, SamplingParams
 from aurora_rl.gate import Gate
 from aurora_rl.learner import Learner
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target
 from aurora_rl.objectives import SumLoss, check_settings, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
-from aurora_rl.policies.formats import load_drafter, save_drafter
+from aurora_rl.policies.formats import load_drafter, save_drafter, written
 from aurora_rl.recordings import Recording
 from aurora_rl.target_head import TargetHead, context_length
 from aurora_rl.traffic import Prompt, generate, read_jsonl
@@ -106,16 +105,14 @@ def conversations(config: Config, target: Target, prompts: Sequence[Prompt]) -> 
             f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
             f"set engine.max_length={context} or less"
         )
-    try:
-        return Conversations(
-            prompts,
-            target.tokenizer,
-            max_new_tokens=config.max_new_tokens,
-            max_length=config.engine.max_length,
-            sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
-        )
-    except TemplateError as error:
-        raise ConfigError(f"the chat template of model {config.model!r} refuses a conversation: {error}") from error
+    return Conversations(
+        prompts,
+        target.tokenizer,
+        vocab_size=target.parts.config.vocab_size,
+        max_new_tokens=config.max_new_tokens,
+        max_length=config.engine.max_length,
+        sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+    )
 
 
 def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
@@ -136,6 +133,11 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
             f"drafter.depth={config.drafter.depth} is more than the {made.max_depth} nodes that this drafter drafts "
             "one behind the other; set it to that, or start a deeper drafter by drafter.options"
         )
+    if made.formats:
+        try:
+            written(made, "sglang" if config.engine.name == "sglang" else None)
+        except ValueError as error:  # which would come when it is first saved, after hours of learning
+            raise ConfigError(f"drafter.name={config.drafter.name} cannot be saved: {error}") from error
     return made
 
 
@@ -216,9 +218,17 @@ def shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
     settings = config.drafter
     try:
-        return TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode)
+        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
+    if config.engine.name == "transformers" and tree.most_nodes > Engine.max_nodes:
+        budget = "null" if settings.num_nodes is None else settings.num_nodes
+        raise ConfigError(
+            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
+            f"of {tree.most_nodes} nodes, and the engine verifies {Engine.max_nodes} at most; set drafter.num_nodes="
+            f"{Engine.max_nodes} or less"
+        )
+    return tree
 
 
 @contextmanager
@@ -264,6 +274,10 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
         optimizers = drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     except ValueError as error:
         raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
+    try:
+        recording = None if settings.record is None else Recording(settings.record, made.feature_layers)
+    except ValueError as error:
+        raise ConfigError(f"learner.record: {error}") from error
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
             collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
@@ -286,7 +300,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
             publish_every=settings.publish_every,
             max_skipped=settings.max_skipped,
             checkpoint=run_dir / "learner",
-            recording=None if settings.record is None else Recording(Path(settings.record)),
+            recording=recording,
         )
         if settings.resume is not None:
             result.resume(Path(settings.resume))

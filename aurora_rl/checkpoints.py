@@ -20,15 +20,27 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the fix."""
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read the folder can read, as the umask says.
+
+    Safetensors itself makes files that only their owner can read.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
     """Replace ``folder`` by one with ``model.safetensors`` and a JSON file for each document.
 
     A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
     """
+    folder = Path(folder)
     made, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
     shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
     made.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
+    save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
     for name, document in documents.items():
         (made / name).write_text(json.dumps(document, indent=2) + "\n")
     if folder.exists():
@@ -38,12 +50,13 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], documents: Mapping
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_folder(folder: Path, document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and one document of a folder that :func:`write_folder` made, or of one with PyTorch's ``.bin`` in place.
 
     Raises:
         CheckpointError: a file is missing or broken.
     """
+    folder = Path(folder)
     old = folder.with_name(f".{folder.name}-old")
     if old.exists() and not folder.exists():  # the writer was killed between its two renames
         folder = old
@@ -62,7 +75,10 @@ def read_folder(folder: Path, document: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def save_training_state(
-    folder: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    progress: Mapping[str, Any],
 ) -> None:
     """Write what a learner needs to go on: weights, optimizer states and its counters."""
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
@@ -72,7 +88,9 @@ def save_training_state(
     write_folder(folder, tensors, {"progress.json": dict(progress)})
 
 
-def load_training_state(folder: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+def load_training_state(
+    folder: str | os.PathLike[str], module: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
     """Restore what :func:`save_training_state` wrote and return the counters.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
+from collections import Counter
 from typing import Any
 
 from aurora_rl.throughput import Rates, Round, rates
@@ -18,6 +19,7 @@ class Figures(ABC):
     Attributes:
         rounds: every round of decoding so far.
         finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
+        domains: requests, tokens, and tokens and rounds of speculation, of the completed requests of each domain.
         swap_ms: milliseconds that serving stood still at each swap.
         versions: versions of weights that have drafted.
         drafter_faults: requests that went on without the drafter, which failed or whose tree was malformed.
@@ -26,6 +28,7 @@ class Figures(ABC):
     def __init__(self, version: int) -> None:
         self.rounds: list[Round] = []
         self.finished: list[tuple[int, int]] = []
+        self.domains: dict[str, Counter[str]] = {}
         self.swap_ms: list[float] = []
         self.versions: list[int] = [version]
         self.drafter_faults = 0
@@ -56,6 +59,26 @@ class Figures(ABC):
         tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
         return tokens / rounds if rounds else None
 
+    def finish(self, domain: str, tokens: int, speculative_tokens: int, speculative_rounds: int) -> None:
+        """Count a completed request: all its tokens, and those of its speculative rounds."""
+        self.finished.append((speculative_tokens, speculative_rounds))
+        self.domains.setdefault(domain, Counter()).update(
+            requests=1, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
+        )
+
+    def by_domain(self) -> dict[str, dict[str, Any]]:
+        """Requests, tokens and acceptance length of each domain by name; empty where no prompt has one."""
+        if not any(self.domains):
+            return {}
+        return {
+            domain: {
+                "requests": count["requests"],
+                "tokens": count["tokens"],
+                "acceptance_length": count["speculative"] / count["rounds"] if count["rounds"] else None,
+            }
+            for domain, count in sorted(self.domains.items())
+        }
+
     def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
         """The run in figures: what ``summary.json`` holds."""
         count = len(self.finished)
@@ -73,6 +96,7 @@ class Figures(ABC):
                 "first": self.acceptance(0, tenth) if count else None,
                 "last": self.acceptance(count - tenth, count) if count else None,
             },
+            "domains": self.by_domain(),
             "tokens_per_second": {"control": last.control, "speculative": last.speculative},
             "speedup": last.speedup,
             "dropped_trajectories": self.dropped,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aurora_rl.policies.drafter import Drafter, TreeShape
 from aurora_rl.policies.policy import DrafterPolicy
-from aurora_rl.trajectories import ContextStore
+from aurora_rl.trajectories import ContextStore, check_features
 from aurora_rl.trees import depths, walk
 
 
@@ -49,8 +49,14 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         drafter: its serving cache is used; give a copy of one that serves.
         trajectories: recorded requests.
         shape: the tree to draft at every round.
+
+    Raises:
+        ValueError: the features were recorded for another drafter.
     """
     n = len(trajectories)
+    for trajectory in trajectories:
+        if (hidden := trajectory.get(("spine", "hidden"), None)) is not None:
+            check_features(trajectory, drafter.feature_layers, hidden.shape[-1])
     longest = max(len(t["spine", "tokens"]) for t in trajectories)
     features = trajectories[0]["spine", "features"]
     device = drafter.draft_vocab.device

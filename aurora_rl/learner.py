@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -75,12 +76,12 @@ class Learner:
         replay: int,
         publish_every: int,
         max_skipped: int,
-        checkpoint: Path,
+        checkpoint: str | os.PathLike[str],
         recording: Recording | None = None,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
-        self._log, self._dtype, self._checkpoint = log, serving_dtype, checkpoint
+        self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
         self._recording = recording
@@ -100,7 +101,7 @@ class Learner:
             for name, t in self._drafter.published().items()
         }
 
-    def resume(self, folder: Path) -> None:
+    def resume(self, folder: str | os.PathLike[str]) -> None:
         """Go on from a training checkpoint; its weights are published, since an engine may have started over."""
         progress = load_training_state(folder, self._drafter, self._optimizers)
         if progress.get("draft_vocab") != self._draft_vocab():

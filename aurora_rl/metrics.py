@@ -27,8 +27,8 @@ class MetricsLog:
         lost: events that could not be written.
     """
 
-    def __init__(self, path: Path, source: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | os.PathLike[str], source: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._source, self.lost = source, 0
 
@@ -55,8 +55,8 @@ class MetricsReader:
         at_end: skip what it holds now.
     """
 
-    def __init__(self, path: Path, *, at_end: bool = False) -> None:
-        self._path = path
+    def __init__(self, path: str | os.PathLike[str], *, at_end: bool = False) -> None:
+        self._path = path = Path(path)
         self._offset = path.stat().st_size if at_end and path.exists() else 0
 
     def new(self) -> list[dict[str, Any]]:

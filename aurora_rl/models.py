@@ -75,7 +75,7 @@ def is_embedded_model_installed() -> bool:
 
 
 def load_target(
-    model: str, *, dtype: torch.dtype, device: str | torch.device
+    model: str | os.PathLike[str], *, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a target, frozen and in evaluation mode.
 
@@ -91,6 +91,7 @@ def load_target(
         ModelError: nothing of that name, a folder with parts missing or damaged, weights that do not fill the
             model, or an architecture that is not a causal language model.
     """
+    model = os.fspath(model)
     source, where = _resolve(model)
     with _quiet_transformers() if where.is_local else contextlib.nullcontext():
         try:

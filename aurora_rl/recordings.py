@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from aurora_rl.checkpoints import save_tensors
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+
+_LAYERS = "feature_layers"  # in the metadata of each file
 
 
 class Recording(Dataset[TensorDict]):
     """The trajectories of a folder.
 
     Args:
-        folder: of the recording; made by the first :meth:`append`.
+        folder: Folder of the recording; made by the first :meth:`append`.
+        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None where that is
+            not known.
+
+    Raises:
+        ValueError: The folder says that it was recorded for a drafter of other layers. Their features may have the same
+            width, and be something else.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -36,9 +46,27 @@ class Recording(Dataset[TensorDict]):
         (1, 7)
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._count = sum(1 for _ in folder.glob("[0-9]*.safetensors"))
+    def __init__(self, folder: str | os.PathLike[str], feature_layers: Sequence[int] | None = None) -> None:
+        self.folder = Path(folder)
+        self._count = sum(1 for _ in self.folder.glob("[0-9]*.safetensors"))
+        # As safetensors keeps it, in text.
+        self._layers = None if feature_layers is None else ",".join(map(str, feature_layers))
+        recorded = self._recorded_layers()
+        if None not in (recorded, self._layers) and recorded != self._layers:
+            raise ValueError(
+                f"{self.folder} was recorded for a drafter that reads layers {recorded or 'none'}, this one reads "
+                f"{self._layers or 'none'}; take the drafter that it was recorded with, or another folder"
+            )
+
+    def _recorded_layers(self) -> str | None:
+        """Layers that the first trajectory says that its features are of."""
+        if not self._count:
+            return None
+        try:
+            with safe_open(self._path(0), "pt") as file:
+                return (file.metadata() or {}).get(_LAYERS)
+        except (SafetensorError, OSError):
+            return None  # reading it names what is wrong
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.safetensors"
@@ -49,7 +77,7 @@ class Recording(Dataset[TensorDict]):
         flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
         path = self._path(self._count)
         part = path.with_suffix(".part")
-        save_file(flat, part)
+        save_tensors(flat, part, None if self._layers is None else {_LAYERS: self._layers})
         part.replace(path)
         self._count += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ EMPTY_SUMMARY: dict[str, Any] = {
     "swaps": 0,
     "swap_ms": {"p50": None, "max": None},
     "acceptance_length": {"first": None, "last": None},
+    "domains": {},
     "tokens_per_second": {"control": None, "speculative": None},
     "speedup": None,
     "dropped_trajectories": 0,
@@ -26,7 +28,7 @@ EMPTY_SUMMARY: dict[str, Any] = {
 """The keys of ``summary.json``; null where a thing was not measured."""
 
 
-def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+def write_summary(run_dir: str | os.PathLike[str], summary: dict[str, Any]) -> None:
     """Write ``summary.json``, numbers rounded to what the measurement carries."""
 
     def tidy(value: Any) -> Any:
@@ -34,7 +36,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
             return round(value, 4)
         return {k: tidy(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    (run_dir / "summary.json").write_text(json.dumps(tidy(summary), indent=2) + "\n")
+    (Path(run_dir) / "summary.json").write_text(json.dumps(tidy(summary), indent=2) + "\n")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -49,6 +51,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
     length, speed, swap = summary["acceptance_length"], summary["tokens_per_second"], summary["swap_ms"]
     table.add_row("requests", f"{summary['requests']} ({summary['failed']} failed)")
     table.add_row("acceptance length, first → last tenth", f"{show(length['first'])} → {show(length['last'])}")
+    if domains := summary["domains"]:
+        lengths = (f"{name or 'none'} {show(figures['acceptance_length'])}" for name, figures in domains.items())
+        table.add_row("acceptance length by domain", " · ".join(lengths))
     table.add_row("tokens/s plain · speculative", f"{show(speed['control'], 1)} · {show(speed['speculative'], 1)}")
     table.add_row("speedup, last quarter", show(summary["speedup"]))
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
@@ -60,7 +65,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def draw_report(
-    path: Path, finished: list[tuple[int, int]], rounds: list[Round], swaps: list[int], *, bins: int = 10
+    path: str | os.PathLike[str],
+    finished: list[tuple[int, int]],
+    rounds: list[Round],
+    swaps: list[int],
+    *,
+    bins: int = 10,
 ) -> None:
     """Draw acceptance length, swaps, and speedup over requests; tokens per second where nothing decoded plainly.
 

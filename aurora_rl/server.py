@@ -142,7 +142,7 @@ class InferenceServer(Figures):
         asked = torch.tensor(self._asked.pop(completion.request.id))
         tokens, rounds = acceptance_length(trajectory, asked)
         covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
-        self.finished.append((tokens, rounds))
+        self.finish(domain, len(completion.tokens), tokens, rounds)
         accepted, drafted = accepted_per_round(trajectory)
         self._log.write(
             "request",

@@ -90,10 +90,12 @@ class EmbeddedServing(Serving):
         greeting, device = build.hello(target.parts, made, config.drafter.name), build.device_of(config)
         tree = build.shape(config)
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
+        prompt = torch.tensor(requests.first_prompts(1)[0])
         usual = Request(
             0,
-            torch.tensor(requests.first_prompts(1)[0]),
-            config.max_new_tokens,
+            prompt,
+            # A prompt with a budget of its own may leave less room than the configuration's.
+            min(config.max_new_tokens, config.engine.max_length - len(prompt)),
             SamplingParams(config.temperature, config.top_k, config.top_p),
         )
         processors = None
@@ -138,6 +140,7 @@ class EmbeddedServing(Serving):
             decode=lambda tokens: str(target.tokenizer.decode(tokens)),
             processors=processors,
             on_completion=self._completed,
+            on_refused=requests.refused,
         )
         with build.opening("wire.trajectories", config.wire.trajectories):
             self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)

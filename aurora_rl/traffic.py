@@ -11,16 +11,19 @@ import os
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aurora_rl.envs.sampling import SamplingParams
 from aurora_rl.traffic_templates import POOLS, TEMPLATES
 
 Message = Mapping[str, str]
 
 _ROLES = ("system", "user", "assistant", "tool")
-_KEYS = ("messages", "id", "domain", "follow_ups")
+# As in OpenAI's requests, which give the budget either name.
+_BUDGETS, _SAMPLING = ("max_tokens", "max_completion_tokens"), ("temperature", "top_p", "top_k", "seed")
+_KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING)
 _DOMAINS = tuple(TEMPLATES)
 
 
@@ -37,12 +40,18 @@ class Prompt:
         domain: what the request is about; metrics are grouped by it. Empty where a file does not say.
         messages: the first turn, each message with `role` and `content`.
         follow_ups: what the user says next, each after the answer to the turn before.
+        max_tokens: token budget of each completion; None takes the configuration's.
+        sampling: those of temperature, top_p, top_k and seed that are other than the configuration's.
+        stop: strings that end a completion.
     """
 
     id: str
     domain: str
     messages: tuple[Message, ...]
     follow_ups: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
 
 
 # ---- from a file ------------------------------------------------------------------------------------------------
@@ -54,8 +63,10 @@ def read_jsonl(
     """Reads requests from a JSONL file.
 
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}` with, if wanted, an `id`, a `domain` and
-    `follow_ups`, a list of the user's further turns. Blank lines and other keys are skipped. The whole file is
-    checked, whatever the limit, so that a run never meets a bad line half way.
+    `follow_ups`, a list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`,
+    `top_k`, `seed` and `stop`, a string or a list of them, count before the configuration in every turn of the line;
+    null leaves them to it. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so
+    that a run never meets a bad line half way.
 
     Args:
         path: the file, UTF-8.
@@ -124,7 +135,34 @@ def _parse(line: bytes, number: int) -> Prompt:
     follow_ups = record.get("follow_ups", [])
     if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
         raise ValueError("'follow_ups' must be a list of strings that are not empty")
-    return Prompt(str(identifier), domain, _parse_messages(record.get("messages")), tuple(follow_ups))
+    sampling = {key: record[key] for key in _SAMPLING if record.get(key) is not None}
+    SamplingParams(**sampling)  # raises for what is out of range
+    return Prompt(
+        str(identifier),
+        domain,
+        _parse_messages(record.get("messages")),
+        tuple(follow_ups),
+        _parse_budget(record),
+        sampling,
+        _parse_stop(record.get("stop")),
+    )
+
+
+def _parse_budget(record: Mapping[str, Any]) -> int | None:
+    budgets = {key: record[key] for key in _BUDGETS if record.get(key) is not None}
+    for key, budget in budgets.items():
+        if type(budget) is not int or budget < 1:
+            raise ValueError(f"{key!r} must be an integer of at least 1, got {budget!r}")
+    if len(set(budgets.values())) > 1:
+        raise ValueError(f"{' and '.join(map(repr, budgets))} differ, and are names of one budget; give one of them")
+    return next(iter(budgets.values()), None)
+
+
+def _parse_stop(value: Any) -> tuple[str, ...]:
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError("'stop' must be a string or a list of strings that are not empty")
+    return tuple(strings)
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:
@@ -215,9 +253,9 @@ class _Template:
         chosen = {}
         for values, group in self._draws:
             left = list(values)
-            for field in group:
+            for entry in group:
                 index, digit = divmod(index, len(left))
-                chosen[field] = left.pop(digit)
+                chosen[entry] = left.pop(digit)
         return chosen
 
     def fill(self, values: Mapping[str, Any]) -> str:

@@ -378,6 +378,24 @@ def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = N
     return int(committed[speculative].sum()), int(speculative.sum())
 
 
+def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_size: int) -> None:
+    """Raise ValueError where the recorded features have another width than those that a drafter reads.
+
+    Args:
+        batch: A trajectory, or several as :func:`pack` lays them.
+        feature_layers: Layers that the drafter reads; where there are none, any features will do.
+        hidden_size: Width of one layer's states.
+    """
+    width, count = batch["spine", "features"].shape[-1], len(feature_layers)
+    if count and width != count * hidden_size:
+        recorded = f"{width // hidden_size} layers" if width % hidden_size == 0 else "another hidden size"
+        raise ValueError(
+            f"the recorded features are {width} wide, of {recorded}, and the drafter reads {count * hidden_size}, of "
+            f"{count} layers {tuple(feature_layers)}: record the requests again with this drafter, or take the drafter "
+            "that they were recorded with (drafter.name, drafter.path, drafter.feature_layers)"
+        )
+
+
 def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     """Lay trajectories end to end: a batch for objectives, with offsets and no padding.
 

@@ -162,14 +162,15 @@ def serve(world: World, name: str) -> dict[str, Any]:
     """Requests that come behind the stream, speculative and plain in turns."""
     options = world.options
     drafter = world.trained(name).to(options.device, world.dtype).eval().requires_grad_(False)
+    model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
     requests = Conversations(
         world.prompts,
         world.tokenizer,
+        vocab_size=model.config.get_text_config().vocab_size,
         max_new_tokens=options.max_new_tokens,
         max_length=1024,
         sampling=SamplingParams(),
     )
-    model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
     engine = TransformersEngine(model, num_slots=1, max_length=1024, feature_layers=drafter.feature_layers)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=world.shape.most_nodes, shape=world.shape)
     none, usual = replace(world.shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]), 64)

@@ -68,7 +68,12 @@ def serve(
     drafter.install(first)
     drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     source = Conversations(
-        prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
+        prompts(options),
+        tokenizer,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_new_tokens=options.max_new_tokens,
+        max_length=1024,
+        sampling=SamplingParams(),
     )
     usual = Request(0, torch.tensor(source.first_prompts(1)[0]), options.max_new_tokens)
     slots = max(in_flight for _, _, in_flight in parts)

@@ -42,7 +42,12 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         other = load_drafter(options.swap_to, parts).to(options.device, dtype)
         weights.insert(0, other.published())
     requests = Conversations(
-        prompts(options), tokenizer, max_new_tokens=options.max_new_tokens, max_length=1024, sampling=SamplingParams()
+        prompts(options),
+        tokenizer,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_new_tokens=options.max_new_tokens,
+        max_length=1024,
+        sampling=SamplingParams(),
     )
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
     shape = TreeShape(options.depth, options.width, options.nodes)

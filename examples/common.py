@@ -81,7 +81,7 @@ def open_stream(
         Request(i, torch.tensor(p), options.max_new_tokens, SamplingParams(temperature, seed=i))
         for i, p in enumerate(prompts)
     ]
-    recording = Recording(options.recording)
+    recording = Recording(options.recording, drafter.feature_layers)
     stop_tokens = stop_token_ids(model, tokenizer)
     processors = generation_processors(model, stop_tokens)
     record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from aurora_rl import build
 from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.config import Config, ConfigError, load_config
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies.formats import save_drafter
+from aurora_rl.recordings import Recording
 from aurora_rl.target_head import TargetHead
 from aurora_rl.traffic import TrafficError, generate
 
@@ -138,13 +140,19 @@ def test_device_and_dtype(config: Config) -> None:
         ("drafter.options={lookup: 2.5}", "drafter.options: HybridDrafter: lookup must be an integer, got 2.5"),
         ("drafter.options={learned: 5}", "drafter.options: HybridDrafter: learned must be a string, got 5"),
         ("device=warp", "device='warp' cannot be used here"),
+        (
+            "drafter.num_nodes=65",
+            "drafter.depth=4, drafter.width=4 and drafter.num_nodes=65 make trees of 65 nodes, and the engine verifies "
+            "64 at most; set drafter.num_nodes=64 or less",
+        ),
+        ("drafter.num_nodes=null; drafter.width=9; drafter.depth=9", "drafter.num_nodes=null make trees of 657 nodes"),
         ("traffic.path=/nowhere.jsonl", "cannot read requests from /nowhere.jsonl"),
         ("traffic.requests=99999999", "asked for 99999999 requests; the generator has"),
     ],
 )
 def test_what_is_wrong_is_found_before_the_model_is_loaded(pair: str, wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong):
-        build.check(load_config(overrides=["model=/never/read", "drafter.depth=4", pair]))
+        build.check(load_config(overrides=["model=/never/read", "drafter.depth=4", *pair.split("; ")]))
 
 
 def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
@@ -158,7 +166,8 @@ def test_prompts_that_cannot_be_served(config: Config, target: build.Target, tmp
     prompts = build.check(config)
     assert build.conversations(config, target, prompts).total == 5
     config.engine.max_length = 40
-    with pytest.raises(TrafficError, match=r"prompt '.*' has \d+ tokens; with max_new_tokens=8 that exceeds"):
+    reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
+    with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
         build.conversations(config, target, prompts)
     config.engine.max_length = 513
     with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
@@ -168,8 +177,21 @@ def test_prompts_that_cannot_be_served(config: Config, target: build.Target, tmp
 def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
     target = build.load(config)
     target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ConfigError, match="the chat template of model .* refuses a conversation: no system role"):
+    with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
         build.conversations(config, target, generate(2))
+
+
+def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
+    target = build.load(config)
+    target.tokenizer.add_tokens([f"<beyond-{i}>" for i in range(60)])  # ids up to 318; the model knows 300
+    prompts = build.check(config)
+    beyond = replace(prompts[3], messages=({"role": "user", "content": "What is <beyond-59>?"},))
+    requests = build.conversations(config, target, [*prompts[:3], beyond, prompts[4]])
+    assert (
+        len(requests.failed) == 1 and "the tokenizer gives token 318, and the model knows 0..299" in requests.failed[0]
+    )
+    assert len(requests.first_prompts(64)) == 4
+    build.drafter(config, target, requests.first_prompts(64))  # the target reads them
 
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "hybrid"])
@@ -202,6 +224,27 @@ def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target
         build.drafter(config, target, [])
     config.drafter.options = {"learned_options": {"num_heads": 5}}
     assert build.drafter(config, target, []).max_depth == 5
+
+
+def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: Config, target: build.Target) -> None:
+    config.drafter.name, config.drafter.feature_layers = "eagle3", [0, 1, 3]
+    with pytest.raises(
+        ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines capture"
+    ):
+        build.drafter(config, target, [])
+    config.drafter.feature_layers = [0, 1]
+    build.drafter(config, target, [])
+    config.engine.name = "sglang"
+    with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot capture what enters layer 0"):
+        build.drafter(config, target, [])
+
+
+def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
+    config.drafter.name, config.learner.record = "eagle3", str(tmp_path / "stream")
+    Recording(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
+    message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
+    with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
+        pass
 
 
 def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(

@@ -16,8 +16,10 @@ from aurora_rl.checkpoints import (
     save_training_state,
     write_folder,
 )
+from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.report import EMPTY_SUMMARY, draw_report, write_summary
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import pack
@@ -161,3 +163,19 @@ def test_broken_folders_say_so(tmp_path: Path, broken: str) -> None:
         CheckpointError, match="state is not a checkpoint: .*; give a folder with model.safetensors and progress.json"
     ):
         load_training_state(folder, drafter, optimizers)
+
+
+def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    drafter, optimizers = fresh(torch.float32)
+    save_training_state("state", drafter, optimizers, {"steps": 4})
+    assert load_training_state("state", drafter, optimizers) == {"steps": 4}
+    write_folder("folder", NEW, {"config.json": {"a": 1}})
+    tensors, config = read_folder("folder", "config.json")
+    assert torch.equal(tensors["x"], NEW["x"]) and config == {"a": 1}
+    MetricsLog("run/metrics.jsonl", "server").write("swap")
+    assert [event["event"] for event in MetricsReader("run/metrics.jsonl").new()] == ["swap"]
+    assert MetricsReader("run/metrics.jsonl", at_end=True).new() == []
+    write_summary("run", EMPTY_SUMMARY)
+    draw_report("run/report.png", [], [], [])
+    assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}

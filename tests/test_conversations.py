@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from aurora_rl.conversations import Conversations
+from aurora_rl.conversations import Conversations, turn_seed
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.traffic import Prompt, TrafficError
 
@@ -35,7 +37,8 @@ def prompt(id: str, text: str, *follow_ups: str, domain: str = "chat") -> Prompt
 
 
 def conversations(*prompts: Prompt, **options: object) -> Conversations:
-    defaults = {"max_new_tokens": 10, "max_length": 60, "sampling": SamplingParams(0.5, 7, 0.9, seed=100)}
+    sampling = SamplingParams(0.5, 7, 0.9, seed=100)
+    defaults = {"vocab_size": len(TOKENIZER), "max_new_tokens": 10, "max_length": 60, "sampling": sampling}
     return Conversations(prompts, TOKENIZER, **(defaults | options))
 
 
@@ -69,7 +72,7 @@ def test_follow_ups_come_after_the_answers_they_follow() -> None:
     assert source() is None  # the second turn cannot be asked yet
     source.completed(answer(first, "yes"))
     third = source()
-    assert read(third) == "<u>one<a>yes<u>more<a>" and third.id == 2 and third.sampling.seed == 102
+    assert read(third) == "<u>one<a>yes<u>more<a>" and third.id == 2
     source.completed(answer(second, "no"))
     assert source() is None  # q has no further turn
     source.completed(answer(third, "ok"))
@@ -79,12 +82,113 @@ def test_follow_ups_come_after_the_answers_they_follow() -> None:
     assert source() is None and source.failed == []
 
 
-def test_a_first_turn_that_does_not_fit_is_refused_before_anything_is_served() -> None:
-    fits, too_long = prompt("fits", "x" * 44), prompt("long", "x" * 45)  # 6 more for the template, 10 for the answer
+def fails_alone(fourth: Prompt, reason: str, **options: object) -> None:
+    """Of five prompts the fourth, with its follow-up, fails for the reason; the others keep their ids and seeds."""
+    good = [prompt(name, name) for name in "abcd"]
+    source = conversations(*good[:3], fourth, good[3], **options)
+    requests = [source() for _ in range(4)]
+    assert [read(r) for r in requests] == ["<u>a<a>", "<u>b<a>", "<u>c<a>", "<u>d<a>"] and source() is None
+    assert [(r.id, r.sampling.seed) for r in requests] == [(0, 100), (1, 101), (2, 102), (4, 104)]
+    assert len(source.failed) == 2 and source.total == 4 + len(source.failed)
+    assert all(re.fullmatch(f"prompt 'bad', turn 1: {reason}", failed) for failed in source.failed)
+
+
+def test_a_prompt_that_does_not_fit_fails_alone() -> None:
+    fits, too_long = prompt("fits", "x" * 44), prompt("bad", "x" * 45, "more")  # 6 for the template, 10 for the answer
     assert conversations(fits)() is not None
-    with pytest.raises(TrafficError, match="prompt 'long' has 51 tokens; with max_new_tokens=10 that exceeds "
-                                           "engine.max_length=60; shorten it"):  # fmt: skip
-        conversations(fits, too_long)
+    reason = "the prompt has 51 tokens; with max_new_tokens=10 that exceeds engine.max_length=60; shorten it.*"
+    fails_alone(too_long, reason)
+    with pytest.raises(TrafficError, match=f"none of the prompts can be served .2.; the first: prompt 'bad'.*{reason}"):
+        conversations(too_long, too_long)
+
+
+def test_a_prompt_with_tokens_that_the_model_lacks_fails_alone() -> None:
+    text = prompt("bad", "\xff", "more")  # its second byte has a higher id than any of the others'
+    assert max(TOKENIZER("\xff")["input_ids"]) == 128
+    fails_alone(text, "the tokenizer gives token 128, and the model knows 0..127; take the model's .*", vocab_size=128)
+
+
+@pytest.mark.parametrize(
+    ("raises", "reason"),
+    [("raise_exception('no such role')", "no such role"), ("m.content + 1", r"TypeError: can only concatenate .*")],
+)
+def test_a_prompt_that_the_chat_template_refuses_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, raises: str, reason: str
+) -> None:
+    template = (
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ " + raises + " }}{% endif %}{% endfor %}" + TEMPLATE
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    monkeypatch.setattr(TOKENIZER, "name_or_path", "a/model")
+    fails_alone(
+        prompt("bad", "bad", "more"), f"the chat template of model 'a/model' refuses the conversation: {reason}"
+    )
+    with pytest.raises(TrafficError, match="template of model 'a/model' refuses the conversation"):
+        conversations(prompt("p", "bad"))
+    source = conversations(prompt("p", "one", "bad"), prompt("q", "two"))
+    source.completed(answer(source(), "yes"))
+    assert len(source.failed) == 1 and source.failed[0].startswith("prompt 'p', turn 2: the chat template of")
+    assert read(source()) == "<u>two<a>"
+
+
+def test_a_prompt_without_tokens_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{% if messages[0].content != 'bad' %}" + TEMPLATE + "{% endif %}")
+    fails_alone(prompt("bad", "bad", "more"), "the prompt has no tokens.*")
+
+
+def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
+    source = conversations(prompt("p", "one", "more"), prompt("q", "two"))
+    source.refused(source(), "request 0: no room")
+    assert source.failed == ["prompt 'p', turn 1: request 0: no room"] * 2
+    assert read(source()) == "<u>two<a>" and source() is None
+
+
+def test_the_largest_seed_is_served() -> None:
+    source = conversations(prompt("p", "one", "more"), prompt("q", "two"), sampling=SamplingParams(seed=2**63 - 1))
+    first, second = source(), source()
+    assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
+    source.completed(answer(first, "yes"))
+    assert 0 <= source().sampling.seed < 2**63
+
+
+def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
+    def texts(order: list[int]) -> dict[str, int]:
+        """Seeds by text, where requests in flight are answered in this order."""
+        source = conversations(prompt("p", "one", "more", "enough"), prompt("q", "two", "again"), max_length=99)
+        flying, seeds = [source(), source()], {}
+        for place in order:
+            request = flying.pop(place)
+            seeds[read(request)] = request.sampling.seed
+            source.completed(answer(request, "yes"))
+            flying += [following] if (following := source()) else []
+        return seeds
+
+    seeds = texts([0, 0, 0, 0, 0])
+    assert seeds == texts([1, 1, 0, 0, 0]) == texts([0, 1, 1, 0, 0])
+    assert len(set(seeds.values())) == 5 and seeds["<u>one<a>"] == 100 and seeds["<u>two<a>"] == 101
+    # A documented function: whoever has the seed can serve a turn again.
+    assert seeds["<u>two<a>yes<u>again<a>"] == turn_seed(101, 1) == 2311744442912917512
+
+
+def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
+    asked = Prompt(
+        "p", "", ({"role": "user", "content": "one"},), ("more",), 50, {"temperature": 0, "seed": 7}, ("\n", "END")
+    )
+    short = Prompt("q", "", ({"role": "user", "content": "x" * 45},), max_tokens=9)
+    source = conversations(asked, short, prompt("r", "three"))
+    requests = [source(), source(), source()]
+    assert [r.max_new_tokens for r in requests] == [50, 9, 10]
+    assert [r.sampling for r in requests] == [
+        SamplingParams(0, 7, 0.9, seed=7),
+        SamplingParams(0.5, 7, 0.9, seed=101),
+        SamplingParams(0.5, 7, 0.9, seed=102),
+    ]
+    assert [r.stop for r in requests] == [("\n", "END"), (), ()]
+    source.completed(answer(requests[0], "yes"))
+    assert source.failed == [
+        "prompt 'p', turn 2: the prompt has 22 tokens; with max_tokens=50 that exceeds engine.max_length=60; "
+        "shorten it, or raise engine.max_length up to the model's context"
+    ]
 
 
 def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
@@ -92,7 +196,10 @@ def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
     first, second = source(), source()
     assert source.completed(answer(first, "y" * 8)) == "chat"  # 30 + 8 + 4 + 12 of the template: 54, and 10 to come
     assert source() is None
-    assert source.failed == ["prompt 'p', turn 2: 54 tokens do not fit"] * 2
+    assert len(source.failed) == 2 and set(source.failed) == {
+        "prompt 'p', turn 2: the prompt has 54 tokens; with max_new_tokens=10 that exceeds engine.max_length=60; "
+        "shorten it, or raise engine.max_length up to the model's context"
+    }
     source.completed(answer(second, "y"))
     last = source()
     assert read(last) == "<u>two<a>y<u>again<a>"  # other conversations go on

@@ -30,9 +30,10 @@ def run(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_collector_delivers_what_it_was_asked_for() -> None:
-    lines = run("collector.py").splitlines()
-    assert [line.split()[0] for line in lines] == ["16", "16", "16"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_collector_delivers_what_it_was_asked_for(processes: int) -> None:
+    lines = run("collector.py", "--processes", str(processes)).splitlines()
+    assert [line.split()[0] for line in lines] == [str(16 * processes)] * 3
     delivered = [float(re.search(r"and ([\d.]+) tokens", line).group(1)) for line in lines]
     assert all(1 <= value <= 4 for value in delivered)  # a bonus token, and at most the three accepted ones
 
@@ -42,6 +43,16 @@ def test_flywheel_serves_learns_and_swaps(smollm2_path: Path) -> None:
     out = run("flywheel.py", "--model", str(smollm2_path), "--requests", "8", "--round", "4", "--max-new-tokens", "12")
     versions = [int(v) for v in re.findall(r"^version (\d+): acceptance length [\d.]+", out, re.MULTILINE)]
     assert versions == list(range(len(versions))) and len(versions) >= 2
+
+
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2_path")
+def test_the_readme_s_example_prints_clean_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "readme.py").write_text(block)
+    runpy.run_path(str(tmp_path / "readme.py"))
+    out = capsys.readouterr().out
+    assert len(out.split()) > 5 and "<|" not in out
 
 
 TRAINING = {

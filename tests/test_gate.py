@@ -60,6 +60,14 @@ def test_replay_equals_what_was_served(
         assert result.acceptance_length > 1.2  # else the equality above says little
 
 
+def test_replay_names_features_of_another_drafter(drafters: dict) -> None:
+    medusa, eagle = drafters[MedusaDrafter, torch.float64], drafters[Eagle3Drafter, torch.float64]
+    served = serve(medusa, tiny_target(), PROMPTS[:1], shape=TreeShape(2), max_new_tokens=4)
+    message = r"features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers \(0, 1\): record the requests"
+    with pytest.raises(ValueError, match=message):
+        replay(copy.deepcopy(eagle), served, TreeShape(2))
+
+
 def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None:
     """The text is fixed, so a stream that one drafter served gives the other's rounds."""
     served_by, other, target = (

@@ -91,7 +91,9 @@ def test_default_dtype() -> None:
 # ---- what is missing or broken ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "~/missing-model", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", Path("/no/such/folder"), "./missing", "~/missing-model", "a/b/c", ""]
+)
 def test_a_path_that_leads_nowhere(name: str) -> None:
     with pytest.raises(models.ModelError, match=r"cannot load model .*: no such folder; name a Hugging Face folder"):
         load(name)

@@ -52,6 +52,15 @@ def test_what_is_not_there_or_broken_is_named(tmp_path: Path) -> None:
     assert len(Recording(tmp_path)) == 1
 
 
+def test_a_recording_says_which_layers_its_features_are_of(tmp_path: Path) -> None:
+    written = trajectories(1)[0]
+    Recording(tmp_path, (0, 1)).append(written)
+    assert same(Recording(str(tmp_path))[0], written)
+    assert len(Recording(tmp_path, (0, 1))) == 1
+    with pytest.raises(ValueError, match="recorded for a drafter that reads layers 0,1, this one reads 1,2; take the"):
+        Recording(tmp_path, (1, 2))  # as wide, and something else
+
+
 def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
     target, shape = tiny_target(), TreeShape(3, 2, mode="sampled")
     drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()

@@ -15,6 +15,10 @@ SUMMARY = {
     "swaps": 2,
     "swap_ms": {"p50": 1.23456789, "max": 2.0},
     "acceptance_length": {"first": 1.0, "last": 1.9},
+    "domains": {
+        "": {"requests": 1, "tokens": 9, "acceptance_length": None},
+        "chat": {"requests": 39, "tokens": 1000, "acceptance_length": 1.5},
+    },
     "tokens_per_second": {"control": 100.0, "speculative": 150.0},
     "speedup": 1.5,
     "dropped_trajectories": 0,
@@ -39,8 +43,14 @@ def test_the_summary_has_the_promised_keys_and_rounded_numbers(tmp_path: Path) -
     assert {k: list(v) for k, v in EMPTY_SUMMARY.items() if isinstance(v, dict)} == {
         "swap_ms": ["p50", "max"],
         "acceptance_length": ["first", "last"],
+        "domains": [],
         "tokens_per_second": ["control", "speculative"],
     }
+
+
+def test_domains_have_a_row_where_there_are_any() -> None:
+    assert "acceptance length by domain" in render(SUMMARY) and "none – · chat 1.50" in render(SUMMARY)
+    assert "by domain" not in render(EMPTY_SUMMARY)
 
 
 def test_what_was_not_measured_is_null_and_a_dash(tmp_path: Path) -> None:

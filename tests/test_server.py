@@ -42,6 +42,7 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     assert {key: event[key] for key in expected} == expected
     summary = server.summary(failed=2, duration_s=1.5)
     assert summary["acceptance_length"] == {"first": 4.0, "last": 4.0}
+    assert summary["domains"] == {"tiny": {"requests": 5, "tokens": 120, "acceptance_length": 4.0}}
     assert summary["speedup"] is None and summary["tokens_per_second"]["control"] is None  # no plain round was measured
 
 
@@ -125,7 +126,7 @@ def test_summary(tmp_path: Path) -> None:
     server = Serving(tmp_path, [], eagle()).server
     assert server.summary(failed=0, duration_s=0.0) == {
         "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
-        "acceptance_length": {"first": None, "last": None},
+        "acceptance_length": {"first": None, "last": None}, "domains": {},
         "tokens_per_second": {"control": None, "speculative": None}, "speedup": None,
         "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 0.0, "versions_served": [0],
@@ -139,7 +140,7 @@ def test_summary(tmp_path: Path) -> None:
     server.swap_ms, server.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
     assert server.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
-        "acceptance_length": {"first": 9 / 6, "last": 15 / 5},
+        "acceptance_length": {"first": 9 / 6, "last": 15 / 5}, "domains": {},
         "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5,
         "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 7.5, "versions_served": [0, 1, 2, 5],

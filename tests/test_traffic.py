@@ -41,6 +41,20 @@ def test_a_file_is_read_in_order(tmp_path: Path) -> None:
     ]
 
 
+def test_a_line_may_say_how_it_is_sampled(tmp_path: Path) -> None:
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 2**63 - 1}
+    lines: list[dict[str, Any]] = [
+        {"max_tokens": 7, **sampling, "stop": ["\n", "END"]},
+        {"max_completion_tokens": 7, "temperature": 0, "stop": "END"},
+        {"max_tokens": 3, "max_completion_tokens": 3, "seed": None, "stop": None},
+    ]
+    user = {"messages": [{"role": "user", "content": "Hi"}]}
+    prompts = read_jsonl(write(tmp_path, *(json.dumps(user | line) for line in lines)))
+    assert [p.max_tokens for p in prompts] == [7, 7, 3]
+    assert [p.sampling for p in prompts] == [sampling, {"temperature": 0}, {}]
+    assert [p.stop for p in prompts] == [("\n", "END"), ("END",), ()]
+
+
 def test_limit_and_shuffle(tmp_path: Path) -> None:
     path = write(tmp_path, *[GOOD] * 50)
     ids = [f"line-{n}" for n in range(1, 51)]
@@ -73,6 +87,20 @@ def message(**keys: Any) -> str:
         (GOOD.replace("{", '{"followups": [], ', 1), "unknown key 'followups'; did you mean 'follow_ups'"),
         (GOOD.replace("{", '{"follow_ups": [""], ', 1), "'follow_ups' must be a list of strings that are not empty"),
         (GOOD.replace("{", '{"follow_ups": "Why?", ', 1), "'follow_ups' must be a list of strings"),
+        (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
+        (GOOD.replace("{", '{"max_tokens": 0, ', 1), "'max_tokens' must be an integer of at least 1, got 0"),
+        (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "'max_completion_tokens' must be an integer"),
+        (
+            GOOD.replace("{", '{"max_tokens": 3, "max_completion_tokens": 4, ', 1),
+            "'max_tokens' and 'max_completion_tok",
+        ),
+        (GOOD.replace("{", '{"temperature": -1, ', 1), "temperature is -1; give a finite number >= 0"),
+        (GOOD.replace("{", '{"temperature": "hot", ', 1), "temperature is 'hot'; give a number"),
+        (GOOD.replace("{", '{"top_p": 0, ', 1), "top_p is 0; give a number with 0 < top_p <= 1"),
+        (GOOD.replace("{", '{"top_k": 1.5, ', 1), "top_k is 1.5; give an integer"),
+        (GOOD.replace("{", '{"seed": -1, ', 1), "seed is -1; give an integer with 0 <= seed < 2**63"),
+        (GOOD.replace("{", '{"stop": [""], ', 1), "'stop' must be a string or a list of strings that are not empty"),
+        (GOOD.replace("{", '{"stop": {}, ', 1), "'stop' must be a string or a list of strings that are not empty"),
         (GOOD.replace("{", '{"id": true, ', 1), "'id' must be a string or an integer, got a value of type bool"),
         (GOOD.replace("{", '{"domain": 3, ', 1), "'domain' must be a string, got a value of type int"),
         ('{"messages": ["Hi"]}', "message 0 must be an object with 'role' and 'content' and nothing else"),

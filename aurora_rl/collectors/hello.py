@@ -9,6 +9,15 @@ from aurora_rl.collectors.codec import CodecError
 
 __all__ = ["Hello"]
 
+_SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
+_CURES = {
+    "schema": "run the same version of aurora-rl on both sides",
+    "target": "set the same model on both sides",
+    "head_checksum": "set the same model and dtype on both sides",
+    "feature_layers": _SAME_DRAFTER,
+    "draft_map_checksum": f"their draft vocabularies differ; {_SAME_DRAFTER}, or the same drafter.vocab_size",
+    "drafter": "set the same drafter.name on both sides",
+}
 _MAX_TEXT = 256
 _MAX_LAYERS = 256
 
@@ -27,7 +36,7 @@ class Hello:
 
     >>> learner = Hello(1, "llama-3.1-8b", "ab12", (2, 16, 29), "", "eagle3")
     >>> engine = Hello.from_meta({**learner.to_meta(), "feature_layers": [2, 16, 30]})
-    >>> learner.mismatch(engine)
+    >>> learner.mismatch(engine).split("; ")[0]
     'hello mismatch: feature_layers is (2, 16, 29) at the learner and (2, 16, 30) at the engine'
     """
 
@@ -73,10 +82,11 @@ class Hello:
         The learner makes the comparison and sends the sentence back, so both sides show the same one.
 
         Returns:
-            One sentence that names the first field that differs and both values, or None where all agree.
+            One sentence that names the first field that differs, both values and what to do, or None where all agree.
         """
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             if ours != theirs:
-                return f"hello mismatch: {field.name} is {ours!r} at the learner and {theirs!r} at the engine"
+                found = f"hello mismatch: {field.name} is {ours!r} at the learner and {theirs!r} at the engine"
+                return f"{found}; {_CURES[field.name]}"
         return None

@@ -20,7 +20,10 @@ class Engine(ABC):
         store: tokens, features and hidden states of each slot; the engine appends to it.
         vocab_size: the target's vocabulary.
         prefill_seconds: wall time spent in :meth:`prefill` so far.
+        max_nodes: Most nodes of a slot's tree without its root.
     """
+
+    max_nodes: int = 64
 
     store: ContextStore
     vocab_size: int

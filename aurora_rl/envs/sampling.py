@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -38,14 +39,22 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Refuse what no sampler could serve."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} is {value!r}; give a number")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} is {value!r}; give an integer")
+        if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; give a number >= 0 (0 turns it off)")
+        if not 0 <= self.top_k < 2**63:
+            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 turns it off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; give a number with 0 <= seed < 2**63")
+            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -32,14 +32,25 @@ class Request:
         prompt: ``[P]`` int64 tokens, at least one.
         max_new_tokens: token budget of the completion, at least 1.
         sampling: temperature, top-k, top-p and seed.
-        stop: strings that end the completion; the text is cut at the token that completes one.
+        stop: strings that end the completion; the text is cut at the token that completes one. A string alone is one
+            stop string.
+
+    Raises:
+        ValueError: a stop string is empty, or is no string.
     """
 
     id: int
     prompt: Tensor
     max_new_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Take a string for one stop string, and refuse what every text or none would contain."""
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"request {self.id}: stop has {text!r}; give strings that are not empty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +85,18 @@ class SpecDecodeEnv(EnvBase):
             are verified, as :func:`aurora_rl.envs.generation_processors` makes it; ValueError from it refuses the
             request. A processor has to be a function of ``input_ids`` and ``scores`` alone. None serves raw logits.
         on_completion: called with each :class:`Completion` as it ends.
+        on_refused: called with each request that cannot be served (see :meth:`check`) and the reason; the next request
+            takes its place. None, the default, raises the reason as a ValueError.
         record: whether completions carry their trajectory.
 
     Attributes:
         recording_seconds: wall time spent on trajectories so far.
 
     Raises:
-        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; from a request
-            that the engine cannot hold or the rule cannot serve (see :meth:`check`); or from an action that was drawn
-            in another mode, or lacks the distribution that the rule needs.
+        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
+            nodes than the engine verifies; from a request that the engine cannot hold or the rule cannot serve (see
+            :meth:`check`); or from an action that was drawn in another mode, or lacks the distribution that the rule
+            needs.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -107,6 +121,7 @@ class SpecDecodeEnv(EnvBase):
         decode: Callable[[list[int]], str] | None = None,
         processors: Callable[[Request], LogitsProcessorList] | None = None,
         on_completion: Callable[[Completion], None] | None = None,
+        on_refused: Callable[[Request, str], None] | None = None,
         record: bool = True,
     ) -> None:
         store = engine.store
@@ -118,11 +133,16 @@ class SpecDecodeEnv(EnvBase):
                 f"the rule {rule!r} would change the text of trees drawn by {draft_mode!r}; it needs "
                 f"draft_mode {' or '.join(self.rule.draft_modes)}"
             )
+        if num_nodes > engine.max_nodes:
+            raise ValueError(
+                f"num_nodes={num_nodes} is more than the {engine.max_nodes} nodes that the engine verifies"
+            )
         if record and rule not in RULE_CODES:
             raise ValueError(
                 f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULE_CODES)}; set record=False"
             )
-        self._requests, self._decode, self._on_completion = requests, decode, on_completion
+        self._requests, self._decode = requests, decode
+        self._on_completion, self._on_refused = on_completion, on_refused
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._processors_for = processors
         self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
@@ -253,10 +273,16 @@ class SpecDecodeEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         flags = None if tensordict is None else tensordict.get("_reset", None)
         slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
-        # A bad request raises here, before anything changes; good ones taken along with it wait for the next reset.
+        # A bad request is refused here, before anything changes; good ones taken along with it wait for the next reset.
         while len(self._taken) < len(slots) and (request := self._requests()) is not None:
-            self.check(request)
-            self._taken.append(request)
+            try:
+                self.check(request)
+            except ValueError as error:
+                if self._on_refused is None:
+                    raise
+                self._on_refused(request, str(error))
+            else:
+                self._taken.append(request)
         for slot in slots:
             if self._active.pop(slot, None) is not None:
                 self._processors.pop(slot, None)
@@ -388,7 +414,7 @@ class SpecDecodeEnv(EnvBase):
             spent.append(done + counts[-1] >= request.max_new_tokens)
         return torch.tensor(counts), torch.tensor(ended), torch.tensor(spent)
 
-    def _stop_string(self, slot: int, new: list[int], stop: tuple[str, ...]) -> int | None:
+    def _stop_string(self, slot: int, new: list[int], stop: Sequence[str]) -> int | None:
         store = self.engine.store
         text = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].tolist()
         assert self._decode is not None  # `check` refuses stop strings without it

@@ -19,7 +19,7 @@ from aurora_rl.envs.sampling import served_log_probs
 from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 from aurora_rl.target_head import TargetHead
-from aurora_rl.trajectories import TOPK_ENTRIES
+from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 
 # What a batch's groups come from, as the end of a sentence.
 _TREES = "an engine that drafts trees records it: serve with speculation (drafter.depth above 0, control.share below 1)"
@@ -248,15 +248,21 @@ class Objective(_Loss):
 
         Raises:
             ValueError: the batch lacks something that the objective needs; the message names it and its source. Or the
-                shapes of value and valid are not one ``[G, X]``.
+                shapes of value and valid are not one ``[G, X]``, or weight does not broadcast to it or has a gradient;
+                or the features are not those that the drafter reads.
         """
-        self.keys_of(tensordict)
+        if ("spine", "features") in self.keys_of(tensordict):
+            try:
+                check_features(tensordict, self.drafter.feature_layers, self.head.shape[1])
+            except ValueError as error:
+                raise ValueError(f"objective {self.name!r}: {error}") from error
         value, weight, valid, metrics = self.values(tensordict)
         if value.ndim != 2 or valid.shape != value.shape:
             raise ValueError(
                 f"objective {self.name!r}: value and valid must both be [G, X], groups of positions, got "
                 f"{list(value.shape)} and {list(valid.shape)}; value[None] is one group"
             )
+        self._check_weight(weight, value)
         # Where a position is invalid either may be infinite, and zero times that is not zero, in a gradient neither.
         weighted = torch.where(valid, value, 0.0) * torch.where(valid, weight, 0.0)
         if self.reduction == "mean":
@@ -269,6 +275,20 @@ class Objective(_Loss):
             loss = loss + next(self.drafter.parameters()).flatten()[:0].sum()
         out = {name: metric.detach() for name, metric in metrics.items()}
         return self._selected({f"loss_{self.name}": self.weight * loss, **out})
+
+    def _check_weight(self, weight: Tensor, value: Tensor) -> None:
+        """Raise ValueError where the weights do not fit the values, or learn."""
+        sizes = zip(reversed(weight.shape), reversed(value.shape), strict=False)
+        if weight.ndim > value.ndim or any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(
+                f"objective {self.name!r}: weight must broadcast to value, {list(value.shape)}, got "
+                f"{list(weight.shape)}; a weight of each position is [X] or [1, X], one of each group [G, 1]"
+            )
+        if weight.requires_grad:
+            raise ValueError(
+                f"objective {self.name!r}: weight has a gradient, by which the drafter would learn to make it small; "
+                "detach it, and put what is to be learned into value"
+            )
 
     def reset_parameters_recursive(self) -> None:
         """Reset what learns of the drafter to random numbers, as TorchRL's losses reset their networks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,7 @@ _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
 
 
-def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> None:
+def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:
     """Write a drafter.
 
     Args:
@@ -43,10 +44,11 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
         >>> from aurora_rl.testing import tiny_target
         >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
         >>> with TemporaryDirectory() as folder:
-        ...     save_drafter(drafter, Path(folder), "vllm")
+        ...     save_drafter(drafter, folder, "vllm")
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['config.json', 'model.safetensors']
     """
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
@@ -54,15 +56,8 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
             f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
             "or a new folder"
         )
-    layout = layout or next(iter(drafter.formats), "any")
-    if layout not in drafter.formats:
-        raise CheckpointError(
-            f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
-        )
     try:
-        # Files name the tokens that have a row, in places without their order.
-        check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
-        tensors, config = drafter.write(layout)
+        tensors, config = written(drafter, layout)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if drafter.made_for is not None:
@@ -70,8 +65,32 @@ def save_drafter(drafter: Drafter, folder: Path, layout: str | None = None) -> N
     write_folder(folder, tensors, {"config.json": config})
 
 
+def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
+    """What :func:`save_drafter` would write.
+
+    Raises:
+        ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
+            asked for by name cannot serve it.
+    """
+    asked, layout = layout, layout or next(iter(drafter.formats), "any")
+    if layout not in drafter.formats:
+        raise ValueError(
+            f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
+        )
+    # Files name the tokens that have a row, in places without their order.
+    check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
+    checkpoint = drafter.write(layout)
+    # Where no layout is asked for, a run keeps what it serves here, whether or not another engine could serve it.
+    if asked == "sglang" and 0 in drafter.feature_layers:
+        raise ValueError(
+            f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot capture what enters layer 0; "
+            "start a drafter of layers from 1 on, such as drafter.feature_layers=[1,2] for a target of three layers"
+        )
+    return checkpoint
+
+
 def load_drafter(
-    source: str | Path,
+    source: str | os.PathLike[str],
     parts: TargetParts,
     kind: type[Drafter] | None = None,
     *,
@@ -100,7 +119,7 @@ def load_drafter(
         >>> from aurora_rl.testing import tiny_target
         >>> parts = TargetParts.of(tiny_target())
         >>> with TemporaryDirectory() as folder:
-        ...     save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)), Path(folder))
+        ...     save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)), folder)
         ...     type(load_drafter(folder, parts)).__name__
         'MedusaDrafter'
     """
@@ -201,7 +220,7 @@ def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[t
             yield name, there[name], value
 
 
-def _local(source: str | Path) -> Path:
+def _local(source: str | os.PathLike[str]) -> Path:
     """The folder, downloaded if ``source`` names none."""
     folder = Path(source)
     # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.

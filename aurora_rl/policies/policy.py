@@ -109,11 +109,35 @@ class DrafterPolicy(TensorDictModuleBase):
         self.stage(weights, version)()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the draft of every slot into ``tensordict``; rows of idle slots are empty."""
+        """Write the draft of every slot into ``tensordict``; rows of idle slots are empty.
+
+        Raises:
+            ValueError: It is of several environments, or of another than that of the store.
+        """
+        self._check_environment(tensordict)
         tensordict.set("draft", self.draft(tensordict["is_init"]))
         tensordict.set("policy_version", torch.full((self._store.num_slots,), self.version))
         tensordict.set("cache_version", self._cache_version.clone())
         return tensordict
+
+    def _check_environment(self, tensordict: TensorDictBase) -> None:
+        """Raise ValueError where the tensordict does not come from the environment whose engine has the store."""
+        cure = (
+            "a policy drafts for the one environment whose engine has its store, DrafterPolicy(drafter, engine.store, "
+            "...); docs/extending.md, several environments, has the recipe for more"
+        )
+        slots = self._store.num_slots
+        if tensordict["is_init"].shape != (slots, 1):
+            raise ValueError(
+                f"is_init is {list(tensordict['is_init'].shape)} and not [{slots}, 1], a row for each slot of the "
+                f"policy's store: {cure}"
+            )
+        position = tensordict.get(("observation", "position"), None)
+        if position is not None and not torch.equal(position.cpu(), self._store.lengths - 1):
+            raise ValueError(
+                f"the environment's slots stand at positions {position.tolist()}, those of the policy's store at "
+                f"{(self._store.lengths - 1).tolist()}: {cure}"
+            )
 
     @torch.inference_mode()
     def draft(self, is_init: Tensor) -> TensorDict:

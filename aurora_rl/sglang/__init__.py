@@ -5,7 +5,15 @@ Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (round
 talk by :mod:`control`.
 """
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aurora_rl.sglang.engine import SGLangCompletion, SGLangEngine, SGLangError
+
+__all__ = ["ENVIRONMENT", "SGLangCompletion", "SGLangEngine", "SGLangError", "register"]
 
 ENVIRONMENT = "AURORA_RL_SGLANG"
 """Environment variable of SGLang's processes: the address at which the plugin answers control requests."""
@@ -25,3 +33,12 @@ def register() -> None:
 
     for target, hook in Plugin(address).hooks().items():
         HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the client when it is asked for: each of SGLang's processes imports this module and needs none of it."""
+    if name in ("SGLangCompletion", "SGLangEngine", "SGLangError"):
+        from aurora_rl.sglang import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,7 @@ from aurora_rl.checkpoints import CheckpointError, read_folder
 from aurora_rl.collectors.hello import Hello
 from aurora_rl.envs import Request
 from aurora_rl.policies.registry import recognized
+from aurora_rl.policies.vllm_format import LAYER_IDS
 from aurora_rl.sglang import ENVIRONMENT
 from aurora_rl.sglang.control import ControlError, ask
 
@@ -73,18 +74,18 @@ class SGLangEngine:
         control: str | None = None,
         *,
         process: subprocess.Popen | None = None,
-        log: Path | None = None,
+        log: str | os.PathLike[str] | None = None,
     ) -> None:
         self.url, self.control = url.rstrip("/"), control
-        self._process, self._log = process, log
+        self._process, self._log = process, None if log is None else Path(log)
         self._argmax = False
 
     @classmethod
     def launch(
         cls,
-        model: str | Path,
+        model: str | os.PathLike[str],
         *,
-        drafter: str | Path | None = None,
+        drafter: str | os.PathLike[str] | None = None,
         depth: int = 3,
         width: int = 1,
         num_nodes: int = 4,
@@ -92,7 +93,7 @@ class SGLangEngine:
         max_length: int = 1024,
         dtype: str = "auto",
         device: str = "cpu",
-        log: Path | None = None,
+        log: str | os.PathLike[str] | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> SGLangEngine:
@@ -134,10 +135,10 @@ class SGLangEngine:
             command += ["--disable-cuda-graph", "--grammar-backend", "none", "--sleep-on-idle"]
             # Left to itself, the cache takes most of the machine's free memory.
             command += ["--max-total-tokens", str(2 * slots * context)]
-        path = log or Path(tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
+        path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
         if drafter is not None:
             command += [
-                *drafter_arguments(Path(drafter), path.with_suffix(".token_map.pt")),
+                *drafter_arguments(drafter, path.with_suffix(".token_map.pt")),
                 *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
                 *("--speculative-num-draft-tokens", str(num_nodes + 1)),
             ]
@@ -219,6 +220,8 @@ class SGLangEngine:
         }
         if sampling.top_k:
             params["top_k"] = sampling.top_k
+        if sampling.temperature > 0:
+            params["sampling_seed"] = sampling.seed
         if not learn:
             params["custom_params"] = {"aurora_rl": False}
         reply = self.post(
@@ -347,7 +350,7 @@ class SGLangEngine:
         self.close()
 
 
-def drafter_arguments(drafter: Path, token_map: Path) -> list[str]:
+def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathLike[str]) -> list[str]:
     """SGLang's arguments for a drafter.
 
     Args:
@@ -366,6 +369,11 @@ def drafter_arguments(drafter: Path, token_map: Path) -> list[str]:
     if algorithm is None:
         raise CheckpointError(
             f"{drafter}: config.json is of {recognized(config).__name__}, which SGLang does not serve"
+        )
+    if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
+        raise CheckpointError(
+            f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "
+            "from 1 on (drafter.feature_layers)"
         )
     arguments = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(drafter)]
     if algorithm != "EAGLE3" and "d2t" in tensors:

@@ -96,7 +96,7 @@ class RemoteServer(Figures):
         # Of a remote engine only what is answered is seen: between two answers all slots together made this one.
         self.rounds.append(Round(True, occupied, len(completion.tokens), now - self._last_completion, count))
         self._last_completion = now
-        self.finished.append((drafted, completion.rounds))
+        self.finish(domain, len(completion.tokens), drafted, completion.rounds)
         self._log.write(
             "request",
             request=completion.request.id,

@@ -37,7 +37,7 @@ class TabularDrafter(Drafter):
 
     def __init__(self, seed: int, draft_vocab: Tensor | None = None, start: Tensor | None = None) -> None:
         super().__init__()
-        self.feature_layers = (0,)
+        self.feature_layers = ()
         self.draft_vocab = torch.arange(VOCAB) if draft_vocab is None else draft_vocab
         generator = torch.Generator().manual_seed(seed)
         table = torch.randn(len(TEXTS), len(self.draft_vocab), generator=generator, dtype=torch.float64)

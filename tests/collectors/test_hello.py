@@ -26,6 +26,15 @@ def test_round_trip_through_json() -> None:
         ({"feature_layers": (2, 6)}, r"feature_layers is \(2, 5\) at the learner and \(2, 6\) at the engine"),
         ({"draft_map_checksum": ""}, "draft_map_checksum is 'map' at the learner and '' at the engine"),
         ({"drafter": "medusa"}, "drafter is 'eagle3'"),
+        ({"schema": 2}, "; run the same version of aurora-rl on both sides"),
+        ({"target": "other"}, "; set the same model on both sides"),
+        ({"head_checksum": "x"}, "; set the same model and dtype on both sides"),
+        ({"feature_layers": (2, 6)}, "; start both from one drafter: give serve and learn the same drafter.path"),
+        (
+            {"draft_map_checksum": ""},
+            "; their draft vocabularies differ; start both from one drafter: .* drafter.path, or",
+        ),
+        ({"drafter": "medusa"}, "; set the same drafter.name on both sides"),
     ],
 )
 def test_mismatch_names_the_first_field_and_both_values(changes: dict, says: str) -> None:

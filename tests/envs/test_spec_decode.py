@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -660,6 +661,52 @@ def test_a_bad_request_is_named_and_changes_nothing(case: str) -> None:
     while env.num_active:  # serving goes on from where it was
         td = env.step_and_maybe_reset(plain(td))[1]
     assert {id: c.tokens.tolist() for id, c in world.completions.items()} == {r.id: Truth.of(r).tokens for r in good}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_that_is_handed_back_ends_no_other(case: str) -> None:
+    bad, message = BAD[case]
+    good = requests((5, 12), (3, 4), (4, 6))
+    refused: list[tuple[Request, str]] = []
+    world = World(
+        [bad, good[0], good[1], bad, bad, good[2], bad],
+        slots=2,
+        rule="greedy",
+        on_refused=lambda *both: refused.append(both),
+    )
+    world.run(plain)
+    assert [request for request, _ in refused] == [bad] * 4 and all(re.match(message, reason) for _, reason in refused)
+    assert {id: c.tokens.tolist() for id, c in world.completions.items()} == {r.id: Truth.of(r).tokens for r in good}
+
+
+@pytest.mark.parametrize("stop", [("",), ("a", ""), (3,), ("a", None)])
+def test_a_stop_string_that_every_text_or_none_has_is_refused(stop: tuple) -> None:
+    with pytest.raises(ValueError, match="request 9: stop has .*; give strings that are not empty"):
+        Request(9, torch.tensor([1]), 4, stop=stop)
+
+
+def test_a_string_is_one_stop_string() -> None:
+    assert Request(9, torch.tensor([1]), 4, stop="abc").stop == ("abc",) == Request(9, [], 4, stop=["abc"]).stop
+    assert Request(9, torch.tensor([1]), 4).stop == ()
+
+
+def test_the_largest_tree_that_fits_is_verified_to_the_end_of_a_slot() -> None:
+    request = Request(0, torch.ones(4, dtype=torch.int64), 60)  # fills the slot, its last rounds too
+    most = TransformersEngine.max_nodes
+    world = World([request], slots=1, num_nodes=most)
+
+    def chain(td: TensorDictBase) -> TensorDictBase:
+        tokens = torch.zeros(1, most, dtype=torch.int64)
+        parents = torch.arange(-1, most - 1)[None]
+        td["draft"] = {"tokens": tokens, "parents": parents, "mask": torch.ones(1, most, dtype=torch.bool)}
+        return td
+
+    world.run(chain)
+    assert world.completions[0].tokens.tolist() == next_tokens((1,) * 4, request.sampling, "llama", 60)
+    with pytest.raises(
+        ValueError, match=f"num_nodes={most + 1} is more than the {most} nodes that the engine verifies"
+    ):
+        World([], num_nodes=most + 1)
 
 
 def test_the_largest_request_that_fits_is_served() -> None:

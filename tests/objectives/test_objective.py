@@ -32,7 +32,7 @@ from aurora_rl.objectives import (
     register_objective,
 )
 from aurora_rl.objectives import registry as by_name
-from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
 from aurora_rl.testing.forms import topk_form
 from aurora_rl.testing.tabular import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
@@ -554,6 +554,40 @@ def test_values_come_in_groups(kind: type[Objective], shapes: str) -> None:
     drafter, head = made()
     with pytest.raises(ValueError, match=rf"both be \[G, X\], groups of positions, got {shapes}; value\[None\] is one"):
         kind(drafter, head)(pack([tiny_trajectory(drafter)]))
+
+
+WEIGHTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "misshapen": (
+        lambda w: w.expand(3, 12).T,
+        r"weight must broadcast to value, \[3, 12\], got \[12, 3\]; a weight of",
+    ),
+    "too many": (lambda w: w.expand(3, 12)[None], r"weight must broadcast to value, \[3, 12\], got \[1, 3, 12\]"),
+    "learned": (lambda w: w.clone().requires_grad_(), "weight has a gradient, .*; detach it"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_fit_the_values_and_do_not_learn(case: str) -> None:
+    change, message = WEIGHTS[case]
+
+    class Weighted(ImitationLoss):
+        def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
+            return change(super().position_weights(batch, unroll, log_p))
+
+    drafter, head = made()
+    with pytest.raises(ValueError, match=rf"objective 'imitation': {message}"):
+        Weighted(drafter, head)(pack([tiny_trajectory(drafter)]))
+
+
+def test_features_of_another_drafter_are_named() -> None:
+    drafter, head = made()
+    other = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16), feature_layers=(1,))
+    batch = pack([tiny_trajectory(other.double())])
+    message = (
+        r"objective 'imitation': the recorded features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers"
+    )
+    with pytest.raises(ValueError, match=message):
+        ImitationLoss(drafter, head)(batch)
 
 
 @pytest.mark.parametrize(

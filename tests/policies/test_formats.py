@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensordict import TensorDict
 
 from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.policies import (
@@ -21,6 +23,8 @@ from aurora_rl.policies import (
     get_drafter,
 )
 from aurora_rl.policies.formats import load_drafter, save_drafter
+from aurora_rl.recordings import Recording
+from aurora_rl.sglang.engine import drafter_arguments
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
@@ -443,6 +447,41 @@ def test_layers_that_engines_cannot_capture_are_not_exported(
         save_drafter(drafter, tmp_path / "drafter", layout)
 
 
+def test_what_sglang_cannot_capture_is_kept_but_not_exported(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))
+    save_drafter(drafter, tmp_path / "run")
+    assert load_drafter(tmp_path / "run", parts).feature_layers == drafter.feature_layers == (0, 1)
+    message = r"reads layers \(0, 1\), and SGLang cannot capture what enters layer 0; .* drafter.feature_layers=\[1,2\]"
+    for each in (drafter, HybridDrafter(drafter)):
+        with pytest.raises(CheckpointError, match=message):
+            save_drafter(each, tmp_path / "sglang", "sglang")
+    assert not (tmp_path / "sglang").exists()
+    save_drafter(drafter, tmp_path / "vllm", "vllm")  # which can
+    with pytest.raises(
+        CheckpointError, match="run: the drafter reads what enters layer 0, which SGLang cannot capture"
+    ):
+        drafter_arguments(tmp_path / "run", tmp_path / "token_map.pt")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_says(
+    parts: TargetParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(umask)
+    try:
+        drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(8))
+        save_drafter(drafter, "drafter")  # a path may be a string
+        Recording("stream").append(TensorDict({"request": torch.tensor(1)}))
+    finally:
+        os.umask(before)
+    files = [*Path("drafter").iterdir(), *Path("stream").iterdir()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        ("config.json", "model.safetensors", "000000.safetensors"), 0o666 & ~umask
+    )
+    assert type(load_drafter("drafter", parts)) is MedusaDrafter
+
+
 def test_a_nested_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> None:
     save_drafter(HybridDrafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
     with pytest.raises(CheckpointError, match="option learned_options.num_heads is 4 there, 6 is asked for"):
@@ -556,7 +595,9 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
         if layout == "sglang" and name == "dflash":
             continue  # whose default layers are too few in a tiny target
         folder = tmp_path / layout
-        save_drafter(drafter, folder, layout)
+        # EAGLE-3's are those that a run keeps and SGLang cannot capture.
+        asked = None if (name, layout) == ("eagle3", "sglang") else layout
+        save_drafter(drafter, folder, asked)
         wrong = (
             f"{folder}: config.json: aurora_rl_made_for is '{parts.fingerprint}', the target's weights are "
             f"'{other.fingerprint}': .* set drafter.made_for=any"
@@ -566,7 +607,7 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
         assert load_drafter(folder, parts, type(drafter), layout=layout).made_for == parts.fingerprint
         # From then on it is the other target's.
         read = load_drafter(folder, other, type(drafter), layout=layout, made_for="any")
-        save_drafter(read, tmp_path / "again", layout)
+        save_drafter(read, tmp_path / "again", asked)
         load_drafter(tmp_path / "again", other, type(drafter), layout=layout)
 
 

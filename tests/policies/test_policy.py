@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torchrl.envs import SerialEnv
+from transformers import PreTrainedModel
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, Proposal, TargetParts, TreeShape
@@ -212,3 +215,65 @@ def test_a_law_that_verification_cannot_compare_with_is_the_drafters_fault(
         policy.draft(torch.zeros(3, 1, dtype=torch.bool))
     policy.on_fault = lambda slot, fault: faults.append(slot)
     assert not policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].any() and faults == [0, 1, 2]
+
+
+# ---- environments ---------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_another_environment_is_named_at_the_first_round() -> None:
+    serving, other = Serving([5, 7, 3]), Serving([5, 4, 3])
+    message = (
+        r"slots stand at positions \[4, 6, 2\], those of the policy's store at \[4, 3, 2\]: a policy drafts for the one"
+    )
+    with pytest.raises(ValueError, match=message):
+        other.policy(serving.td)
+    other.env.close()
+    serving.round()
+
+
+def test_several_environments_have_a_policy_each() -> None:
+    """Under SerialEnv, as docs/extending.md has it: each text is what its environment says alone."""
+    target = tiny_target()
+    drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(20)).double()
+    engines = [
+        TransformersEngine(tiny_target(), num_slots=2, max_length=40, feature_layers=drafter.feature_layers)
+        for _ in range(2)
+    ]
+    policies = [
+        DrafterPolicy(copy.deepcopy(drafter), engine.store, num_nodes=6, shape=SHAPE, version=i)
+        for i, engine in enumerate(engines)
+    ]
+    done: list[dict[int, list[int]]] = [{}, {}]
+
+    def environment(number: int) -> SpecDecodeEnv:
+        queue = [Request(i, torch.arange(3 + i + number) % 32, 9) for i in range(3)]
+        return SpecDecodeEnv(
+            engines[number],
+            lambda: queue.pop(0) if queue else None,
+            num_nodes=6,
+            on_completion=lambda c: done[number].update({c.request.id: c.tokens.tolist()}),
+        )
+
+    env = SerialEnv(2, [functools.partial(environment, number) for number in range(2)])
+    rollout = env.rollout(
+        20,
+        lambda td: torch.stack([policy(part) for policy, part in zip(policies, td.unbind(0), strict=True)]),
+        break_when_any_done=False,
+    )
+    assert rollout["policy_version"][:, 0].tolist() == [[0] * 20, [1] * 20]
+    assert bool(rollout["draft", "mask"].any(-1).any(-1).all())  # every slot was drafted for
+    for number, texts in enumerate(done):
+        assert texts == {i: said_by(target, torch.arange(3 + i + number) % 32, 9) for i in range(3)}
+    with pytest.raises(
+        ValueError, match=r"is_init is \[2, 2, 1\] and not \[2, 1\], a row .* docs/extending.md, several"
+    ):
+        policies[0](env.reset())
+    env.close()
+
+
+def said_by(target: PreTrainedModel, prompt: Tensor, count: int) -> list[int]:
+    text = prompt[None]
+    said = target.generate(
+        text, attention_mask=torch.ones_like(text), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return said[0, len(prompt) :].tolist()

@@ -20,7 +20,8 @@ PART, WHOLE = torch.tensor([2, 7, 11, 30]), torch.arange(32)
     ],
 )
 def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path, kind, vocab, algorithm, mapped):
-    made = kind.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=vocab)
+    layers = {"feature_layers": (1, 2)} if kind is Eagle3Drafter else {}
+    made = kind.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=vocab, **layers)
     save_drafter(made, tmp_path / "drafter", "sglang")
     token_map = tmp_path / "token_map.pt"
     arguments = drafter_arguments(tmp_path / "drafter", token_map)

@@ -86,6 +86,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
     summary = server.summary(failed=len(failed), duration_s=1.0)
     assert summary["requests"] == 7 and summary["acceptance_length"] == {"first": 4 / 3, "last": 4 / 3}
+    assert summary["domains"]["domain 5"] == {"requests": 1, "tokens": 5, "acceptance_length": 4 / 3}
     assert summary["speedup"] is None and summary["dropped_trajectories"] == 7
     assert sum(r.tokens for r in server.rounds) == 35 and all(r.seconds > 0 for r in server.rounds)
 
