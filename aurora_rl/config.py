@@ -306,9 +306,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
     if config.learner.buffer < config.learner.batch_size:
         raise ConfigError(
-            f"learner.buffer={config.learner.buffer} holds less than one step's learner.batch_size="
-            f"{config.learner.batch_size}, so that no step is ever taken; set learner.buffer={config.learner.batch_size}"
-            " or more"
+            f"learner.buffer={config.learner.buffer} is less than learner.batch_size={config.learner.batch_size}, so "
+            f"that no step would ever be taken; set learner.buffer={config.learner.batch_size} or more"
         )
     if config.drafter.made_for not in ("target", "any"):
         raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
@@ -339,7 +338,9 @@ def to_yaml(config: Config, *, run_dir: bool = True) -> str:
         run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
     """
     tree = OmegaConf.structured(config)
-    return OmegaConf.to_yaml(tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"]))
+    return OmegaConf.to_yaml(
+        tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"])
+    )
 
 
 def _check_engine(config: Config) -> None:

@@ -82,6 +82,11 @@ class Conversations:
         self._next_id += 1
         return request
 
+    def asked(self, request: int) -> tuple[Prompt, int]:
+        """Return the prompt of a request that is not completed yet, and its turn, counted from 0."""
+        prompt, _, turn = self._open[request]
+        return prompt, turn
+
     def completed(self, completion: Completion) -> str:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         prompt, messages, turn = self._open.pop(completion.request.id)

@@ -13,7 +13,7 @@ _PLAIN = str.maketrans({"–": "-", "—": "-", "·": "/", "→": "->", "…": "
 
 
 class SafeStream:
-    """A text stream whose writes always succeed.
+    r"""A text stream whose writes always succeed.
 
     Characters that its encoding lacks are replaced by plain ones. If the stream can no longer be written, as when the
     reader of a pipe has ended, the rest is lost: showing a run is no reason to end it.
@@ -27,7 +27,7 @@ class SafeStream:
         >>> stream = SafeStream(io.TextIOWrapper(raw, "ascii"))
         >>> print("1.0 → 2.0 · é", file=stream, flush=True)
         >>> raw.getvalue()
-        b'1.0 -> 2.0 / ?\\n'
+        b'1.0 -> 2.0 / ?\n'
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from aurora_rl import build
+from aurora_rl.answers import Answers
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.config import Config, ConfigError
@@ -32,9 +33,13 @@ class Serving(ABC):
 
     Attributes:
         server: steps until the traffic is served, and keeps the figures.
+        answers: what each request was answered, written to ``run_dir/answers.jsonl`` as it ends.
     """
 
     server: InferenceServer | RemoteServer
+
+    def __init__(self, target: build.Target, requests: Conversations, run_dir: Path) -> None:
+        self.answers = Answers(run_dir / "answers.jsonl", requests, target.tokenizer)
 
     @property
     @abstractmethod
@@ -75,7 +80,7 @@ def serving(
     """
     if config.engine.name == "sglang":
         return SGLangServing(config, target, requests, made, log, run_dir)
-    return EmbeddedServing(config, target, requests, made, log)
+    return EmbeddedServing(config, target, requests, made, log, run_dir)
 
 
 class EmbeddedServing(Serving):
@@ -84,8 +89,15 @@ class EmbeddedServing(Serving):
     server: InferenceServer
 
     def __init__(
-        self, config: Config, target: build.Target, requests: Conversations, made: Drafter, log: MetricsLog
+        self,
+        config: Config,
+        target: build.Target,
+        requests: Conversations,
+        made: Drafter,
+        log: MetricsLog,
+        run_dir: Path,
     ) -> None:
+        super().__init__(target, requests, run_dir)
         greeting, device = build.hello(target.parts, made, config.drafter.name), build.device_of(config)
         tree = build.shape(config)
         engine = TransformersEngine(
@@ -140,7 +152,7 @@ class EmbeddedServing(Serving):
             shapes=shapes,
             sink=self._sink,
             receiver=self._receiver,
-            note=requests.completed,
+            note=self.answers.completed,
         )
         if fault is not None:
             self.server.note_fault(str(fault), None, "every request is served without the drafter")
@@ -184,6 +196,7 @@ class SGLangServing(Serving):
         log: MetricsLog,
         run_dir: Path,
     ) -> None:
+        super().__init__(target, requests, run_dir)
         greeting, settings = build.hello(target.parts, made, config.drafter.name), config.engine
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
         target.model.cpu()  # the server loads its own, on the device that this one leaves
@@ -215,7 +228,7 @@ class SGLangServing(Serving):
                     depth=build.shape(config).depth,
                     stop_tokens=stop_tokens,
                     log=log,
-                    note=requests.completed,
+                    note=self.answers.completed,
                     failed=requests.failed.append,
                 )
             except BaseException:
