@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written; 2 for an error of the user's; 130 if interrupted.
     """
     output, errors = SafeStream(sys.stdout), SafeStream(sys.stderr)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):  # type: ignore[type-var]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         return _main(argv)
 
 

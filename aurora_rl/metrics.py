@@ -36,12 +36,12 @@ class JsonLines:
         """Append one line; ``fields`` are JSON values."""
         line = (json.dumps(fields) + "\n").encode()
         try:
-            whole, reason = os.write(self._file, line) == len(line), "the line was cut"
+            whole, reason = os.write(self._file, line) == len(line), ""
         except OSError as error:
-            whole, reason = False, error.strerror
+            whole, reason = False, f": {error.strerror}"
         if not whole:
             if not self.lost:
-                logger.warning("%s cannot be written (later lines are lost without a word): %s", self.path, reason)
+                logger.warning("%s cannot be written (later lines are lost without a word)%s", self.path, reason)
             self.lost += 1
 
     def close(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,16 @@ def test_broken_folders_say_so(tmp_path: Path, broken: str) -> None:
         CheckpointError, match="state is not a checkpoint: .*; give a folder with model.safetensors and progress.json"
     ):
         load_training_state(folder, drafter, optimizers)
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    write_folder(tmp_path / "state", OLD, {"progress.json": {"steps": 1}})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="state cannot be written: .*File too large"):
+            write_folder(tmp_path / "state", {"x": torch.zeros(10_000)}, {"progress.json": {"steps": 2}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert read_folder(tmp_path / "state", "progress.json")[1] == {"steps": 1}
