@@ -14,7 +14,8 @@ from aurora_rl.output import SafeStream
 )
 def test_characters_that_an_encoding_lacks_are_plain(encoding: str, text: str) -> None:
     raw = io.BytesIO()
-    print("1 → 2 · é", file=SafeStream(io.TextIOWrapper(raw, encoding)), end="", flush=True)
+    stream = SafeStream(io.TextIOWrapper(raw, encoding))
+    print("1 → 2 · é", file=stream, end="", flush=True)
     assert raw.getvalue().decode(encoding) == text
 
 
