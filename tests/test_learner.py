@@ -475,10 +475,12 @@ def test_what_cannot_be_written_does_not_end_learning(
     monkeypatch.setattr("aurora_rl.learner.save_training_state", full)
     made.learner._recording = SimpleNamespace(append=full)
     send(made, served[:12])
-    step_until(made, lambda: made.learner.version >= 1 and made.learner.unrecorded == 12)
+    drain(made)
     steps = made.learner.steps
-    send(made, served[12:16])
-    step_until(made, lambda: made.learner.steps > steps)
+    send(made, served[12:20])  # the gate judges on what comes after the candidate
+    step_until(made, lambda: made.learner.version >= 1 and made.learner.unrecorded == 20)
+    drain(made)
+    assert made.learner.steps > steps > 0
     assert {event["what"] for event in made.events("not_written")} == {"a trajectory", "the training state"}
     assert [r.message for r in caplog.records] == [
         "a trajectory was not written, and learning goes on: the disk is full"
