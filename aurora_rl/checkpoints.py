@@ -35,14 +35,21 @@ def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     """Replace ``folder`` by one with ``model.safetensors`` and a JSON file for each document.
 
     A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; names the folder, which is as it was.
     """
     folder = Path(folder)
     made, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
     shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
-    made.mkdir(parents=True)
-    save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
-    for name, document in documents.items():
-        (made / name).write_text(json.dumps(document, indent=2) + "\n")
+    try:
+        made.mkdir(parents=True)
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
+        for name, document in documents.items():
+            (made / name).write_text(json.dumps(document, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(made, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written: {error}") from error
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from aurora_rl.config import Config, ConfigError, load_config, to_yaml
+from aurora_rl.config import Config, ConfigError, load_config, nearest_key, to_yaml
 from aurora_rl.live import LiveView, every
-from aurora_rl.metrics import MetricsLog, MetricsReader
+from aurora_rl.metrics import JsonLines, MetricsLog, MetricsReader
+from aurora_rl.output import SafeStream, plain_console
 from aurora_rl.report import EMPTY_SUMMARY, draw_report, summary_table, write_summary
 
 _HELP = {
@@ -34,7 +39,7 @@ _END_S = 60.0
 
 
 class _Stop:
-    """What SIGINT and SIGTERM do.
+    """What SIGINT, SIGTERM and SIGHUP do.
 
     While a command starts they raise KeyboardInterrupt. Once it works, the first is a flag that loops look at, so that
     a round or a step ends whole, and a second one raises. However many come, one exception is raised.
@@ -47,12 +52,15 @@ class _Stop:
     def __init__(self) -> None:
         self.requested, self.working = False, False
         self._raised, self._held = False, False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            self._numbers.append(signal.SIGHUP)
+        for number in self._numbers:
             signal.signal(number, self._note)
 
     def ignore(self) -> None:
         """From here on they do nothing, up to the end of the process: what is left is short and must be whole."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -78,7 +86,18 @@ class _Stop:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``aurora-rl``; returns the exit status: 0, 2 for an error of the user's, 130 if interrupted."""
+    """Run ``aurora-rl``.
+
+    Returns:
+        The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
+        written; 2 for an error of the user's; 130 if interrupted.
+    """
+    output, errors = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="aurora-rl", description="Speculative decoding that learns while it serves.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _HELP.items():
@@ -92,11 +111,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_bench(bench.add_subparsers(dest="what", required=True).add_parser("objectives", help=text, description=text))
     text = "write a drafter as an engine loads it"
     _add_export(commands.add_parser("export", help=text, description=text))
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"unrecognized argument {unknown[0]}; put all key=value pairs next to each other")
+    if unknown:  # --slots 2
+        words = list(sys.argv[1:] if argv is None else argv)
+        option, _, value = unknown[0].partition("=")
+        value = value or next(iter(words[words.index(unknown[0]) + 1 :]), "...")
+        key = nearest_key(option.lstrip("-").replace("-", "_"))
+        parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {key}={value}")
     # Server and learner share the cores. OpenMP's threads spin between parallel regions unless told not to, and hold
     # the core that the other process waits for; read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    stop = _Stop()
+    stop, config = _Stop(), Config()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
@@ -116,6 +143,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        path = _write_traceback(error, config.run_dir, arguments.command)
+        print(f"aurora-rl: {type(error).__name__}: {_one_line(error)}; the traceback is in {path}", file=sys.stderr)
+        return 1
+
+
+def _write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:
+    """Write a traceback into the run's folder, or into a temporary file where that cannot take it."""
+    text = "".join(traceback.format_exception(error))
+    path = Path(run_dir or tempfile.mkdtemp(prefix="aurora-rl-")) / f"{command}-traceback.txt"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError:  # the run's folder is full, or gone
+        path = Path(tempfile.mkdtemp(prefix="aurora-rl-")) / path.name
+        path.write_text(text, encoding="utf-8")
+    return path
 
 
 def _one_line(error: Exception) -> str:
@@ -123,15 +166,52 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
-    folder = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}{suffix}")
-    config.run_dir = str(folder)
+def _new_run_dir(config: Config, document: str, *, suffix: str = "") -> Path:
+    """Make the folder of a run, with its configuration in ``document``, and note it in the configuration.
+
+    Raises:
+        ConfigError: the folder cannot be made, or holds something already.
+    """
+    folder = Path(config.run_dir or "runs")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / document).write_text(to_yaml(config))
+        if config.run_dir:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ConfigError(
+                    f"run_dir={config.run_dir!r} is not empty, and a run would overwrite what it holds; name a new "
+                    "folder, or leave run_dir out for runs/<time>"
+                )
+        else:
+            folder = _folder_of_now(folder, suffix)
+        config.run_dir = str(folder)
+        # "x": of two runs that find the folder empty at the same time, one is refused here.
+        with open(folder / document, "x", encoding="utf-8") as file:
+            file.write(to_yaml(config, run_dir=False))
     except OSError as error:
         raise ConfigError(f"run_dir={str(folder)!r} cannot be used: {error.strerror}") from error
     return folder
+
+
+def _folder_of_now(parent: Path, suffix: str) -> Path:
+    """Make a folder named by the time; runs of the same second get a number."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    while True:
+        folder = parent / next(names)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+@contextlib.contextmanager
+def _gone_if_refused(run_dir: Path) -> Iterator[None]:
+    """Remove a run's new folder if what the user asked for is refused, unless another process's log in it says why."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if not any(run_dir.glob("*.log")):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
@@ -227,7 +307,9 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    run_dir = _run_dir(config, "learner.yaml", suffix="-learner")
+    # A flywheel's learner shares its folder, where its configuration is already.
+    alone = parent is None
+    run_dir = _new_run_dir(config, "learner.yaml", suffix="-learner") if alone else Path(config.run_dir or "")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner")
     _limit_caches()
 
@@ -236,18 +318,27 @@ def _learn(config: Config, stop: _Stop, parent: int | None) -> int:
     from aurora_rl import build
 
     torch.set_num_threads(config.learner.threads)
-    learner = build.learner(config, log, run_dir)
+    with _gone_if_refused(run_dir) if alone else contextlib.nullcontext():
+        learner = build.learner(config, log, run_dir)
     stop.working = True
     log.write("learner_ready", pid=os.getpid())
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
     try:
-        while not stop.requested:
-            learner.step()
+        try:
+            while not stop.requested:
+                learner.step()
+        except FloatingPointError:
+            raise
+        except (ValueError, OSError) as error:  # of the program, not of its input: show where
+            raise RuntimeError(f"learning stopped: {type(error).__name__}: {_one_line(error)}") from error
         stop.ignore()
         learner.save()
     finally:
         learner.close()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
+    if learner.unrecorded:
+        print(f"aurora-rl: {config.learner.record} lacks {learner.unrecorded} trajectories", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -273,14 +364,14 @@ def _end_with(parent: int) -> None:
 
 def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
     """Serve the traffic, with a learner of our own or with whichever is at the other end of the wire."""
-    began, console = time.monotonic(), Console()
-    run_dir = _run_dir(config, "config.yaml")
+    began, console = time.monotonic(), plain_console()
+    run_dir = _new_run_dir(config, "config.yaml")
     log = MetricsLog(run_dir / "metrics.jsonl", "server")
-    # Two readers of what this run adds: the folder may hold an earlier run's events.
-    reader, events = (MetricsReader(run_dir / "metrics.jsonl", at_end=True) for _ in range(2))
+    reader = MetricsReader(run_dir / "metrics.jsonl")
     child: subprocess.Popen | None = None
     serving: Any = None
     requests: Any = None
+    outputs = _Outputs()
     try:
         import torch
 
@@ -288,16 +379,17 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         from aurora_rl.serving import serving as build_serving
 
         torch.set_num_threads(config.engine.threads)
-        prompts = build.check(config)
-        console.print(f"loading {config.model} · run folder {run_dir}")
-        target = build.load(config)
-        requests = build.conversations(config, target, prompts)
-        day0 = run_dir / "drafter-day0" if spawn_learner else None
-        made, theirs = build.first_drafter(config, target, requests, day0)
-        if spawn_learner:
-            with stop.held():
-                child = _spawn(theirs, run_dir)
-        serving = build_serving(config, target, requests, made, log, run_dir)
+        with _gone_if_refused(run_dir):
+            prompts = build.check(config)
+            console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
+            target = build.load(config)
+            requests = build.conversations(config, target, prompts)
+            day0 = run_dir / "drafter-day0" if spawn_learner else None
+            made, theirs = build.first_drafter(config, target, requests, day0)
+            if spawn_learner:
+                with stop.held():
+                    child = _spawn(theirs, run_dir)
+            serving = build_serving(config, target, requests, made, log, run_dir)
         if child is not None:
             _await_learner(child, run_dir, reader)
         view = LiveView(
@@ -309,41 +401,74 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         pass
     finally:
         stop.ignore()
-        try:
-            if serving is not None:
-                serving.close()
-        finally:
-            if child is not None:
-                _end(child)
+        if serving is not None:
+            outputs.write("the end of serving", serving.close)
+        if child is not None and (lost := _end(child, run_dir)):
+            outputs.failures.append(lost)
         if stop.working or stop.requested:
             if stop.requested:
                 console.print("interrupted")
             summary = dict(EMPTY_SUMMARY, duration_s=time.monotonic() - began)
             if serving is not None:
                 summary = serving.server.summary(failed=len(requests.failed), duration_s=time.monotonic() - began)
-                serving.save_drafter(run_dir)
+                outputs.write("drafter", lambda: serving.save_drafter(run_dir))
                 for reason in requests.failed:
                     log.write("failed", reason=reason)
-            _report(run_dir, summary, serving, events, console)
-    return 130 if stop.requested else 0
+                outputs.count(serving.answers)
+            outputs.count(log)
+            _report(run_dir, summary, serving, console, outputs)
+        for failure in outputs.failures:
+            print(f"aurora-rl: {failure}", file=sys.stderr)
+    return 1 if outputs.failures else 130 if stop.requested else 0
 
 
-def _report(run_dir: Path, summary: dict[str, Any], serving: Any, events: MetricsReader, console: Console) -> None:
+class _Outputs:
+    """Writes what a run leaves, each file whatever became of the others.
+
+    Attributes:
+        failures: What could not be written, and why.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def write(self, name: str, write: Callable[[], None]) -> None:
+        """Write one output; a failure is noted."""
+        try:
+            write()
+        except Exception as error:  # whatever it is, the others are not lost for it
+            self.failures.append(f"{name} could not be written: {_one_line(error) or repr(error)}")
+
+    def count(self, lines: JsonLines) -> None:
+        """Note the lines that a file has lost."""
+        if lines.lost:
+            self.failures.append(f"{lines.path} lacks {lines.lost} lines that could not be written")
+
+
+def _report(run_dir: Path, summary: dict[str, Any], serving: Any, console: Console, outputs: _Outputs) -> None:
     finished, rounds = (serving.server.finished, serving.server.rounds) if serving is not None else ([], [])
-    swaps = [event["requests"] for event in events.new() if event["event"] == "swap"]
-    write_summary(run_dir, summary)
-    draw_report(run_dir / "report.png", finished, rounds, swaps)
+    events = MetricsReader(run_dir / "metrics.jsonl")
+    swaps = [event["requests"] for event in events if event["event"] == "swap"]
+    outputs.write("summary.json", lambda: write_summary(run_dir, summary))
+    outputs.write("report.png", lambda: draw_report(run_dir / "report.png", finished, rounds, swaps))
     console.print(summary_table(summary))
-    console.print(f"written to {run_dir}: {', '.join(sorted(path.name for path in run_dir.glob('[a-z]*')))}")
+    names = sorted(path.name for path in run_dir.glob("[a-z]*"))
+    console.print(f"written to {run_dir}: {', '.join(names)}", soft_wrap=True)
 
 
 def _spawn(config: Config, run_dir: Path) -> subprocess.Popen:
     """Start the learner in a session of its own, so that Ctrl-C reaches it through us, in order."""
     path = run_dir / "learner.yaml"
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")
+    # -P: a file in the working directory, such as profile.py, must not take the place of an installed module. A parent
+    # that imports from there itself, as under python -m, shares its modules with the learner.
+    safe = [] if os.getcwd() in sys.path else ["-P"]
     with open(run_dir / "learner.log", "wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "aurora_rl.cli", "learn", "--config", str(path), "--parent", str(os.getpid())],
+            [
+                *(sys.executable, *safe, "-m", "aurora_rl.cli", "learn", "--config", str(path)),
+                *("--parent", str(os.getpid()), f"run_dir={run_dir}"),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -373,14 +498,20 @@ def _learner_state(child: subprocess.Popen | None, run_dir: Path, config: Config
     return f"died with status {child.returncode}, serving goes on; see {run_dir / 'learner.log'}"
 
 
-def _end(child: subprocess.Popen) -> None:
-    if child.poll() is None:
-        child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(timeout=_END_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+def _end(child: subprocess.Popen, run_dir: Path) -> str | None:
+    """End the learner. Returns what went wrong with its end; one that had ended before was told already."""
+    if child.poll() is not None:
+        return None
+    child.send_signal(signal.SIGTERM)
+    try:
+        child.wait(timeout=_END_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        return f"the learner did not end within {_END_S:.0f} s and was killed; see {run_dir / 'learner.log'}"
+    if child.returncode in (0, 130, -signal.SIGTERM):  # the latter two had not begun to learn
+        return None
+    return f"the learner ended with status {child.returncode}: {_last_line(run_dir)}; see {run_dir / 'learner.log'}"
 
 
 def _decode(server: Any, view: LiveView, console: Console, stop: _Stop) -> None:
@@ -389,19 +520,19 @@ def _decode(server: Any, view: LiveView, console: Console, stop: _Stop) -> None:
 
         def follow() -> None:
             for news in view.follow():
-                console.print(news)
+                console.print(news, soft_wrap=True)
             if console.is_terminal:
                 live.update(view.table(), refresh=True)
 
         ticks = [every(1.0, follow), every(5.0, view.log_status)]
         if not console.is_terminal:
-            ticks.append(every(15.0, lambda: console.print(view.line())))
+            ticks.append(every(15.0, lambda: console.print(view.line(), soft_wrap=True)))
         try:
             while not stop.requested and server.step():
                 for tick in ticks:
                     tick()
         except (ValueError, OSError) as error:  # of the program, not of its input: show where
-            raise RuntimeError("serving stopped") from error
+            raise RuntimeError(f"serving stopped: {type(error).__name__}: {_one_line(error)}") from error
         view.log_status()
 
 

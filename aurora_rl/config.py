@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
+
+from aurora_rl.cpus import usable_cpus
 
 
 class ConfigError(ValueError):
@@ -36,8 +37,8 @@ class EngineConfig:
     """Requests decoded side by side."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
-    threads: int = field(default_factory=lambda: max(min(os.cpu_count() or 1, 9) - 1, 1))
-    """CPU threads of the inference server; by default one core is left to the learner."""
+    threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
+    """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
     """Of a running SGLang server to attach to; it must have been started on the drafter of ``drafter.path``."""
     control: str | None = None
@@ -173,7 +174,7 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     run_dir: str | None = None
-    """Folder of the run; null is ``runs/<time>``."""
+    """New or empty folder of the run; null is ``runs/<time>``."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -206,16 +207,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for pair in overrides:
         if "=" not in pair:
             raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
-        try:
-            sources.append((pair, OmegaConf.from_dotlist([pair])))
-        except Exception as error:  # values are YAML too
-            raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
+        sources.append((pair, _from_pair(pair, merged)))
     known = _keys(merged)
     for source, given in sources:
         for key in _keys(given):
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1, 0) or [""]
-                raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near[0]!r}?")
+                near = nearest_key(key)
+                if near == f"{key}.name":  # drafter=eagle3
+                    near += f"={OmegaConf.select(given, key)}"
+                raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near!r}?")
         try:
             merged = OmegaConf.merge(merged, given)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
@@ -227,6 +227,36 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     assert isinstance(config, Config)
     _check(config)
     return config
+
+
+def nearest_key(name: str) -> str:
+    """Return the configuration key that a user most likely meant by ``name``.
+
+    Example:
+        >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
+        ('engine.slots', 'drafter.name', 'engine.slots')
+    """
+    known = _keys(OmegaConf.structured(Config))
+    if f"{name}.name" in known:
+        return f"{name}.name"
+    last = [key for key in known if key.rpartition(".")[2] == name]
+    return last[0] if last else difflib.get_close_matches(name, known, 1, 0)[0]
+
+
+def _from_pair(pair: str, config: DictConfig) -> DictConfig:
+    """Read ``key=value``: a string key takes the text as it stands, any other key takes YAML."""
+    key, _, text = pair.partition("=")
+    node: Any = config
+    for part in key.split("."):
+        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+    if isinstance(node, StringNode) and not (text == "null" and node._is_optional()):
+        given = OmegaConf.create({})
+        OmegaConf.update(given, key, text)
+        return given
+    try:
+        return OmegaConf.from_dotlist([pair])
+    except Exception as error:  # the YAML parser has its own hierarchy of errors
+        raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -277,6 +307,11 @@ def _check(config: Config) -> None:
     for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
         if not 0 <= OmegaConf.select(tree, key) < math.inf:
             raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
+    if config.learner.buffer < config.learner.batch_size:
+        raise ConfigError(
+            f"learner.buffer={config.learner.buffer} is less than learner.batch_size={config.learner.batch_size}, so "
+            f"that no step would ever be taken; set learner.buffer={config.learner.batch_size} or more"
+        )
     if config.drafter.made_for not in ("target", "any"):
         raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
     layers = config.drafter.feature_layers or []
@@ -300,9 +335,17 @@ def _check(config: Config) -> None:
         raise ConfigError(f"generation_config must be auto or ignore, got {config.generation_config!r}")
 
 
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML that :func:`load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: Config, *, run_dir: bool = True) -> str:
+    """Return the configuration as YAML that :func:`load_config` reads back.
+
+    Args:
+        config: The configuration.
+        run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
+    """
+    tree = OmegaConf.structured(config)
+    return OmegaConf.to_yaml(
+        tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"])
+    )
 
 
 def _check_engine(config: Config) -> None:

@@ -103,6 +103,11 @@ class Conversations:
         self._open[turn.request.id] = turn
         return turn.request
 
+    def asked(self, request: int) -> tuple[Prompt, int]:
+        """Return the prompt of a request that is not completed yet, and its turn, counted from 0."""
+        turn = self._open[request]
+        return turn.prompt, turn.number
+
     def completed(self, completion: Completion) -> str:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         turn = self._open.pop(completion.request.id)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
@@ -57,6 +60,7 @@ class Learner:
         seen: trajectories learned from.
         steps: optimizer steps.
         skipped: steps that were left out because loss or gradient were not finite.
+        unrecorded: trajectories that could not be recorded.
         version: newest published version.
     """
 
@@ -92,7 +96,8 @@ class Learner:
         # The version whose drafts were compared; drafts seen of it, those of its own and those of the one before.
         self._checked, self._drafts = 0, [0, 0, 0]
         self._serving = self._replaced = self._frozen()
-        self.seen = self.steps = self.skipped = self.version = 0
+        self.seen = self.steps = self.skipped = self.unrecorded = self.version = 0
+        self._told_unwritten = False
 
     def _frozen(self) -> dict[str, Tensor]:
         """A copy of the weights as they would be served."""
@@ -117,7 +122,8 @@ class Learner:
         arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
         if self._recording is not None:
             for trajectory in arrivals:
-                self._recording.append(trajectory)
+                record = functools.partial(self._recording.append, trajectory)
+                self.unrecorded += not self._try_to_write("a trajectory", record)
         self._check_served(arrivals)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
@@ -218,7 +224,7 @@ class Learner:
         if self._skipped_in_a_row > self._max_skipped:
             # A step that was finite itself may have led to weights that are not.
             if all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values()):
-                self.save()
+                self._try_to_write("the training state", self.save)
             there = self._checkpoint.exists()
             kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
             raise FloatingPointError(
@@ -247,10 +253,26 @@ class Learner:
         self.version = max(self.version + 1, self._publisher.next_version)
         self._serving, self._replaced, self._drafts = weights, self._serving, [0, 0, 0]
         self._publisher.publish(self.version, weights)
-        self.save()
+        self._try_to_write("the training state", self.save)
+
+    def _try_to_write(self, what: str, write: Callable[[], None]) -> bool:
+        """Write what learning can go on without; log each failure, and warn of the first. False where it failed."""
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            self._log.write("not_written", what=what, reason=str(error))
+            if not self._told_unwritten:
+                logger.warning("%s was not written, and learning goes on: %s", what, error)
+            self._told_unwritten = True
+            return False
+        return True
 
     def save(self) -> None:
-        """Write the training state, and the drafter that was published last."""
+        """Write the training state, and the drafter that was published last.
+
+        Raises:
+            OSError: a folder cannot be written; the one that was there before is left as it was.
+        """
         progress = {
             "seen": self.seen,
             "steps": self.steps,

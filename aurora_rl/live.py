@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from aurora_rl.metrics import MetricsLog, MetricsReader
 
 if TYPE_CHECKING:
     from aurora_rl.serving import Serving
+
+_REMEMBERED = 100
+"""Messages that are not told again. A peer may send ever new ones, so not all of them are kept."""
 
 
 class LiveView:
@@ -20,7 +24,7 @@ class LiveView:
 
     Args:
         serving: the serving half.
-        log: gets "status", and "refused" and "learner_died" when that happens.
+        log: gets "status", and "refused" and "learner_died" if that happens.
         reader: follows the run's metrics, where the learner's events are too.
         total: requests to serve.
         learner: says how the learner is: "running", or that it died.
@@ -31,9 +35,10 @@ class LiveView:
     ) -> None:
         self._serving, self._log, self._reader = serving, log, reader
         self._total, self._learner = total, learner
-        self._told: set[str] = set()
+        self._told: deque[str] = deque(maxlen=_REMEMBERED)
         self._loss: float | None = None
         self._skipped = 0
+        self._unwritten = False
         self._gate: dict[str, Any] | None = None
         # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
         self._accepted: Counter[int] = Counter()
@@ -42,13 +47,17 @@ class LiveView:
     def follow(self) -> list[str]:
         """Read what is new in the log. Returns what the user must be told, each thing once."""
         told: list[str] = []
-        for event in self._reader.new():
+        for event in self._reader:
             if event["event"] == "train":
                 self._loss = event["loss"]
             elif event["event"] == "step_skipped":
                 if not self._skipped:
                     told.append(f"the learner skipped a step, and goes on: {event['reason']}")
                 self._skipped = event["skipped"]
+            elif event["event"] == "not_written":
+                if not self._unwritten:
+                    told.append(f"the learner could not write {event['what']}, and goes on: {event['reason']}")
+                self._unwritten = True
             elif event["event"] == "gate":
                 self._gate = event
             elif event["event"] == "request":
@@ -59,7 +68,7 @@ class LiveView:
         died = f"the learner {state}" if state.startswith("died") else None
         for name, news in (("refused", self._serving.refused), ("learner_died", died)):
             if news is not None and news not in self._told:
-                self._told.add(news)
+                self._told.append(news)
                 self._log.write(name, reason=news)
                 told.append(news)
         return told
@@ -117,7 +126,7 @@ class LiveView:
         """The view of a terminal."""
         table = Table(show_header=False, title="aurora-rl")
         for name, value in self._rows():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # text of peers may look like Rich's markup
         return table
 
     def line(self) -> str:

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
-class MetricsLog:
-    """Append events to ``metrics.jsonl``.
+class JsonLines:
+    """Append JSON objects to a file, one a line.
 
     Every line is one write to a file opened for appending, so two processes can share the file. What cannot be written,
     as on a full disk, is lost and counted: a log is no reason to stop serving.
 
     Args:
         path: the file; created where it is missing.
-        source: name of the process, written into each line.
 
     Attributes:
-        lost: events that could not be written.
+        path: the file.
+        lost: lines that could not be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._source, self.lost = source, 0
+        self.path, self.lost = path, 0
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append one event; ``fields`` are JSON values."""
-        line = json.dumps({"time": round(time.time(), 3), "source": self._source, "event": event, **fields})
+    def append(self, **fields: Any) -> None:
+        """Append one line; ``fields`` are JSON values."""
+        line = (json.dumps(fields) + "\n").encode()
         try:
-            os.write(self._file, (line + "\n").encode())
+            whole, reason = os.write(self._file, line) == len(line), ""
         except OSError as error:
+            whole, reason = False, f": {error.strerror}"
+        if not whole:
             if not self.lost:
-                logger.warning("metrics cannot be written (later ones are lost without a word): %s", error.strerror)
+                logger.warning("%s cannot be written (later lines are lost without a word)%s", self.path, reason)
             self.lost += 1
 
     def close(self) -> None:
@@ -47,30 +50,54 @@ class MetricsLog:
         os.close(self._file)
 
 
+class MetricsLog(JsonLines):
+    """Append events to ``metrics.jsonl``.
+
+    Args:
+        path: see :class:`JsonLines`.
+        source: name of the process, written into each line.
+    """
+
+    def __init__(self, path: Path, source: str) -> None:
+        super().__init__(path)
+        self._source = source
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event; ``fields`` are JSON values."""
+        self.append(time=round(time.time(), 3), source=self._source, event=event, **fields)
+
+
 class MetricsReader:
     """Follow a metrics file.
 
     Args:
         path: the file; it may not exist yet.
-        at_end: skip what it holds now.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, at_end: bool = False) -> None:
-        self._path = path = Path(path)
-        self._offset = path.stat().st_size if at_end and path.exists() else 0
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path, self._offset = Path(path), 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Events since the last one that was read, a line of the file in memory at a time.
+
+        A line still being written waits for the next call, a broken one is left out.
+        """
+        try:
+            file = open(self._path, "rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # a full disk cuts lines
+                    continue
+                yield event
 
     def new(self) -> list[dict[str, Any]]:
-        """Events since the last call. A line still being written waits for the next one, a broken one is left out."""
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        events = []
-        for line in data[:end].splitlines():
-            with contextlib.suppress(ValueError):  # a full disk cuts lines
-                events.append(json.loads(line))
-        return events
+        """Return the events since the last call."""
+        return list(self)

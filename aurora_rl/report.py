@@ -118,5 +118,10 @@ def draw_report(
         for at in swaps:
             axis.axvline(at, color="tab:orange", alpha=0.4, linewidth=0.8)
     top.set_title("vertical lines: weights swapped while serving", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError:
+        path.unlink(missing_ok=True)  # half a picture
+        raise
+    finally:
+        plt.close(figure)

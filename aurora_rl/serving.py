@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from aurora_rl import build
+from aurora_rl.answers import Answers
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.config import Config, ConfigError
@@ -33,9 +34,13 @@ class Serving(ABC):
 
     Attributes:
         server: steps until the traffic is served, and keeps the figures.
+        answers: what each request was answered, written to ``run_dir/answers.jsonl`` as it ends.
     """
 
     server: InferenceServer | RemoteServer
+
+    def __init__(self, target: build.Target, requests: Conversations, run_dir: Path) -> None:
+        self.answers = Answers(run_dir / "answers.jsonl", requests, target.tokenizer)
 
     @property
     @abstractmethod
@@ -76,7 +81,7 @@ def serving(
     """
     if config.engine.name == "sglang":
         return SGLangServing(config, target, requests, made, log, run_dir)
-    return EmbeddedServing(config, target, requests, made, log)
+    return EmbeddedServing(config, target, requests, made, log, run_dir)
 
 
 class EmbeddedServing(Serving):
@@ -85,8 +90,15 @@ class EmbeddedServing(Serving):
     server: InferenceServer
 
     def __init__(
-        self, config: Config, target: build.Target, requests: Conversations, made: Drafter, log: MetricsLog
+        self,
+        config: Config,
+        target: build.Target,
+        requests: Conversations,
+        made: Drafter,
+        log: MetricsLog,
+        run_dir: Path,
     ) -> None:
+        super().__init__(target, requests, run_dir)
         greeting, device = build.hello(target.parts, made, config.drafter.name), build.device_of(config)
         tree = build.shape(config)
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
@@ -154,7 +166,7 @@ class EmbeddedServing(Serving):
             shapes=shapes,
             sink=self._sink,
             receiver=self._receiver,
-            note=requests.completed,
+            note=self.answers.completed,
         )
         if fault is not None:
             self.server.note_fault(str(fault), None, "every request is served without the drafter")
@@ -198,6 +210,7 @@ class SGLangServing(Serving):
         log: MetricsLog,
         run_dir: Path,
     ) -> None:
+        super().__init__(target, requests, run_dir)
         greeting, settings = build.hello(target.parts, made, config.drafter.name), config.engine
         if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
             values = ", ".join(f"{name}={value!r}" for name, value in found.items())
@@ -235,7 +248,7 @@ class SGLangServing(Serving):
                     depth=build.shape(config).depth,
                     stop_tokens=stop_tokens,
                     log=log,
-                    note=requests.completed,
+                    note=self.answers.completed,
                     failed=requests.failed.append,
                 )
             except BaseException:

@@ -7,10 +7,20 @@ The recording holds trees, so that there is something to reject beside every acc
 
 from __future__ import annotations
 
+import torch
 from common import arguments, open_stream
+from tensordict import TensorDict
 
 from aurora_rl.objectives import DiscardSamplingLoss, ImitationLoss, SumLoss
 from aurora_rl.policies import TreeShape
+
+
+def branches(trajectory: TensorDict) -> bool:
+    """Whether two drafted nodes of a round have the same parent."""
+    rounds, parents = trajectory["rounds", "offset"], trajectory["nodes", "parents"]
+    tree = torch.repeat_interleave(torch.arange(len(rounds) - 1), rounds.diff())
+    pairs = torch.stack([tree, parents])
+    return pairs.unique(dim=1).shape[1] < pairs.shape[1]
 
 
 def main() -> None:
@@ -20,6 +30,11 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, help="compare over the target's likeliest tokens only")
     options = parser.parse_args()
     stream = open_stream(options, TreeShape(depth=4, width=2, num_nodes=8))
+    if not any(branches(trajectory) for trajectory in stream.train):
+        parser.error(
+            f"there is nothing to discard: {options.recording} holds chains alone, without a rejected branch next "
+            "to an accepted token; name a new folder, which is filled with trees, or record with drafter.width=2"
+        )
     imitation = ImitationLoss(stream.drafter, stream.head)
     discard = DiscardSamplingLoss(
         stream.drafter, stream.head, weight=options.weight, weighting=options.weighting, top_k=options.top_k

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,19 @@ def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(tensors["x"], NEW["x"]) and config == {"a": 1}
     MetricsLog("run/metrics.jsonl", "server").write("swap")
     assert [event["event"] for event in MetricsReader("run/metrics.jsonl").new()] == ["swap"]
-    assert MetricsReader("run/metrics.jsonl", at_end=True).new() == []
     write_summary("run", EMPTY_SUMMARY)
     draw_report("run/report.png", [], [], [])
     assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    write_folder(tmp_path / "state", OLD, {"progress.json": {"steps": 1}})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="state cannot be written: .*File too large"):
+            write_folder(tmp_path / "state", {"x": torch.zeros(10_000)}, {"progress.json": {"steps": 2}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert read_folder(tmp_path / "state", "progress.json")[1] == {"steps": 1}

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +19,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from aurora_rl import build, cli
+from aurora_rl import build, cli, serving
 from aurora_rl.config import ConfigError, load_config
+from aurora_rl.envs import Completion
 from aurora_rl.metrics import MetricsReader
 from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
 from aurora_rl.report import EMPTY_SUMMARY
 from aurora_rl.server import InferenceServer
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
+QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
+SERVED = FILES | {"answers.jsonl", "drafter"}
 
 
 @pytest.fixture(autouse=True)
 def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -93,12 +102,13 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
         assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["control"], rel=1e-3)
     assert 1 < figures["duration_s"] < 120
 
-    made = {"drafter", "drafter-day0", "learner", "learner.log", "learner.yaml"}
-    assert {path.name for path in run.iterdir()} == FILES | made
+    assert {path.name for path in run.iterdir()} == SERVED | {"drafter-day0", "learner", "learner.log", "learner.yaml"}
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in (run / "drafter").iterdir()} == {"config.json", "model.safetensors"}
     again = load_config(run / "config.yaml")
-    assert again == load_config(overrides=[*arguments, *pairs])
+    # The saved configuration starts another run, in a folder of its own.
+    assert again == replace(load_config(overrides=[*arguments, *pairs]), run_dir=None)
+    assert not any("run_dir" in (run / name).read_text() for name in ("config.yaml", "learner.yaml"))
 
     (ready,) = events(run, "learner_ready")
     assert not Path(f"/proc/{ready['pid']}").exists()
@@ -149,15 +159,13 @@ def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
 
 
 def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"event": "swap", "requests": 3}\n')  # of an earlier run
     assert cli.main(["serve", *arguments]) == 0
     figures = summary(tmp_path / "run")
     assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
     assert figures["dropped_trajectories"] == 6
     assert events(tmp_path / "run", "status")[-1]["queue"] == 6
     assert "written to" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"drafter"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
 
 # ---- configuration and errors ---------------------------------------------------------------------------------------
@@ -202,8 +210,7 @@ def test_errors_are_one_line_and_status_2(
     assert error.startswith("aurora-rl: ")
     assert wrong in error
     assert error.count("\n") == 1
-    run = tmp_path / "run"
-    assert not run.exists() or {path.name for path in run.iterdir()} <= {"config.yaml", "metrics.jsonl", "drafter-day0"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +220,7 @@ def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"aurora-rl: {address} is in use;")
     assert "set wire.weights to another address" in line
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"learner.yaml", "metrics.jsonl"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
@@ -221,6 +228,168 @@ def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
         with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
             cli._await_learner(child, tmp_path, MetricsReader(tmp_path / "metrics.jsonl"))
+
+
+def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--slots", "2"], ["--slots=2"], ["--engine.slots", "2"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(["serve", *option])
+        assert error.value.code == 2
+        assert "keys are set without dashes, such as engine.slots=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["flywheel", "serve", "learn"])
+def test_a_folder_that_holds_something_is_refused_and_left_alone(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setattr(build, "load", lambda config: pytest.fail("a model was loaded"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("of an earlier run")
+    assert cli.main([command, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run_dir={str(tmp_path / 'run')!r} is not empty" in line and "name a new folder" in line
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of an earlier run"]
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.time, "strftime", lambda form: "20300101-000000")
+    folders = [cli._new_run_dir(load_config(), "config.yaml") for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
+
+
+def test_every_completed_request_is_answered_in_a_file(
+    arguments: list[str], tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        {"id": "a", "domain": "greetings", "messages": [{"role": "user", "content": "Hi"}], "follow_ups": ["And?"]},
+        {"id": "b", "messages": [{"role": "user", "content": "Count"}]},
+    ]
+    (tmp_path / "traffic.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    completions, completed = {}, InferenceServer.completed
+
+    def noted(server: InferenceServer, completion: Completion) -> None:
+        completions[completion.request.id] = completion
+        completed(server, completion)
+
+    monkeypatch.setattr(InferenceServer, "completed", noted)
+    assert cli.main(["serve", *arguments, *QUICK, f"traffic.path={tmp_path / 'traffic.jsonl'}"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert sorted((a["prompt"], a["turn"]) for a in answers) == [("a", 1), ("a", 2), ("b", 1)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for answer in answers:
+        completion = completions[answer["request"]]
+        assert answer == {
+            "request": answer["request"],
+            "prompt": answer["prompt"],
+            "domain": answer["domain"],
+            "turn": answer["turn"],
+            "text": tokenizer.decode(completion.tokens, skip_special_tokens=True),
+            "finish_reason": "stop" if completion.terminated else "length",
+            "tokens": len(completion.tokens),
+        }
+    assert {a["domain"] for a in answers if a["prompt"] == "a"} == {"greetings"}
+    assert {(a["finish_reason"], a["tokens"]) for a in answers} >= {("length", 8)}
+
+
+# ---- what cannot be written -----------------------------------------------------------------------------------------
+
+
+def test_an_output_that_fails_does_not_lose_the_others(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(serving, "save_drafter", full)
+    monkeypatch.setattr(cli, "write_summary", full)
+    assert cli.main(["serve", *arguments, *QUICK]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "aurora-rl: drafter could not be written: No space left on device",
+        "aurora-rl: summary.json could not be written: No space left on device",
+    ]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "summary.json"}
+
+
+def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = InferenceServer.summary
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def summary_then_full(server: InferenceServer, **figures: Any) -> dict[str, Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        return served(server, **figures)
+
+    monkeypatch.setattr(InferenceServer, "summary", summary_then_full)
+    try:
+        assert cli.main(["serve", *arguments, *QUICK]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    errors = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'drafter'} cannot be written" in errors and "report.png could not be" in errors
+    assert summary(tmp_path / "run")["requests"] == 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "report.png"}
+
+
+# ---- what is printed, and where -------------------------------------------------------------------------------------
+
+
+def test_names_and_peers_texts_are_shown_as_they_are(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = "hello mismatch: target is [/x] :x: [bold]"
+    monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
+    monkeypatch.setattr(cli, "every", lambda seconds, action: action)
+    run = tmp_path / "[fp16]" / "[/b]"
+    assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"run folder {run}")  # on one line, however long
+    assert refused in lines
+    status = [line for line in lines if line.startswith("requests ")]
+    assert status and all(f"learner {refused} |" in line and "gate" in line for line in status)
+
+
+def test_an_output_without_the_characters_gets_plain_ones(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    assert cli.main(["serve", *arguments, *QUICK]) == 0
+    text = raw.getvalue().decode("ascii")
+    assert "acceptance length, first -> last tenth" in text
+    assert "6 (0 failed)" in text
+
+
+def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aurora_rl.cli", "serve", *arguments, *QUICK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"loading")
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(60), errors) == (0, b"")
+    assert summary(tmp_path / "run")["requests"] == 6
+
+
+def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "profile.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "aurora_rl").mkdir()
+    (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    child = cli._spawn(load_config(overrides=arguments), tmp_path / "run")
+    try:
+        cli._await_learner(child, tmp_path / "run", MetricsReader(tmp_path / "run" / "metrics.jsonl"))
+    finally:
+        cli._end(child, tmp_path / "run")
+    assert child.returncode == 0
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -246,13 +415,21 @@ def test_signals_are_held_while_a_child_is_made() -> None:
     assert after == ["made"]
 
 
-def test_signals_are_noted_while_working_and_a_second_one_raises() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_noted_while_working_and_a_second_one_raises(number: int) -> None:
     stop = cli._Stop()
     stop.working = True
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert stop.requested
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = cli._Stop()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
 
 
 def test_signals_do_nothing_while_ending() -> None:
@@ -291,11 +468,11 @@ def test_ctrl_c_while_serving(
     monkeypatch.setattr(InferenceServer, "step", stepped)
     assert cli.main(["serve", *arguments]) == 130
     assert 0 < summary(tmp_path / "run")["requests"] < 6
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"drafter"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
 
 def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, rounds = InferenceServer.step, iter(range(1000))
 
@@ -305,11 +482,29 @@ def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
         return step(server)
 
     monkeypatch.setattr(InferenceServer, "step", stepped)
-    with pytest.raises(RuntimeError, match="serving stopped") as error:
-        cli.main(["serve", *arguments])
-    assert str(error.value.__cause__) == "a bug"
-    assert summary(tmp_path / "run")["requests"] > 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"drafter"}
+    assert cli.main(["serve", *arguments]) == 1
+    run = tmp_path / "run"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "aurora-rl: RuntimeError: serving stopped: ValueError: a bug; the traceback is in "
+        f"{run / 'serve-traceback.txt'}"
+    )
+    assert 'raise ValueError("a bug")' in (run / "serve-traceback.txt").read_text()
+    assert summary(run)["requests"] > 0
+    assert {path.name for path in run.iterdir()} == SERVED | {"serve-traceback.txt"}
+
+
+def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(build, "load", lambda config: {}["missing"])
+    pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
+    assert cli.main(["export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    start, _, path = line.partition("; the traceback is in ")
+    assert start == "aurora-rl: KeyError: 'missing'"
+    assert Path(path).is_relative_to(tmp_path) and "Traceback" in Path(path).read_text()
 
 
 def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +513,9 @@ def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        cli._end(child)
+        assert cli._end(child, Path("r")) == "the learner did not end within 0 s and was killed; see r/learner.log"
         assert child.returncode == -signal.SIGKILL
-    cli._end(child)  # nothing to do any more
+    assert cli._end(child, Path("r")) is None  # nothing to do any more
 
 
 def test_the_state_of_the_learner() -> None:

@@ -58,11 +58,38 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["/tmp/my run #1", "1e5", "007", "12:30:45", "yes", "&a", "[", "{a: b}", "a=b", " x ", "null and more"]
+)
+def test_a_string_takes_the_text_as_it_stands(tmp_path: Path, text: str) -> None:
+    config = load_config(overrides=[f"traffic.path={text}", f"model={text}", f"run_dir={text}"])
+    assert config.traffic.path == config.model == config.run_dir == text
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml") == config
+
+
+def test_null_lists_and_mappings_are_read_as_yaml(tmp_path: Path) -> None:
+    pairs = ["traffic.path=null", "model=null", "engine.arguments=[--a, b]", "drafter.options={learned: eagle3, n: 3}"]
+    config = load_config(overrides=pairs)
+    assert (config.traffic.path, config.model, config.engine.arguments) == (None, "null", ["--a", "b"])
+    assert config.drafter.options == {"learned": "eagle3", "n": 3}
+
+
+def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
+    text = to_yaml(load_config(overrides=["run_dir=here", "seed=4"]), run_dir=False)
+    assert "run_dir" not in text
+    (tmp_path / "saved.yaml").write_text(text)
+    assert load_config(tmp_path / "saved.yaml") == load_config(overrides=["seed=4"])
+
+
+@pytest.mark.parametrize(
     ("pair", "wrong"),
     [
+        ("drafter=eagle3", "unknown key 'drafter' in drafter=eagle3; did you mean 'drafter.name=eagle3'[?]"),
+        ("learner.buffer=3", "learner.buffer=3 is less than learner.batch_size=4, .*set learner.buffer=4 or more"),
+        ("learner.batch_size=2001", "learner.buffer=2000 is less than learner.batch_size=2001"),
         ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
         ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
-        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.url'?"),
+        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name=2'?"),
         ("engine.slots.more=2", "unknown key 'engine.slots.more' in engine.slots.more=2; did you mean 'engine.slots'?"),
         ("engine.slots", "expected key=value, got 'engine.slots'; for example engine.slots=2"),
         ("engine.slots=two", "engine.slots=two: Value 'two' of type 'str' could not be converted to Integer"),
@@ -87,7 +114,7 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
         ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
-        ("model=[", r"model=\[: not a valid value"),
+        ("drafter.options=[", r"drafter.options=\[: not a valid value"),
         ("model=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],
 )

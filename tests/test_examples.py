@@ -83,6 +83,20 @@ def test_training_scripts_go_from_a_recording_to_a_checkpoint(
         assert re.findall(r"^version (\d): acceptance length [\d.]+ over 3 requests$", out, re.MULTILINE) == ["0", "1"]
 
 
+def test_chains_have_nothing_to_discard(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "6"]
+    common += ["--max-new-tokens", "8", "--out", str(tmp_path / "drafter")]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["train_imitation.py", *common])
+    runpy.run_path(str(EXAMPLES / "train_imitation.py"), run_name="__main__")  # records chains
+    monkeypatch.setattr(sys, "argv", ["train_discard.py", *common])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "train_discard.py"), run_name="__main__")
+    assert f"there is nothing to discard: {tmp_path / 'stream'} holds chains alone" in capsys.readouterr().err
+
+
 def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
     out = run("new_drafter.py", *common, "--max-new-tokens", "8", "--out", str(tmp_path / "drafter"))

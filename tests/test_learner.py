@@ -460,3 +460,27 @@ def test_an_engine_that_says_it_serves_a_version_is_believed_by_its_drafts(
     else:
         assert event["own"] < event["drafts"] == event["of_replaced"]
         assert "the engine did not load it" in caplog.text
+
+
+def test_what_cannot_be_written_does_not_end_learning(
+    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("the disk is full")
+
+    made = make(publish_every=2, gate=2)
+    monkeypatch.setattr("aurora_rl.learner.save_training_state", full)
+    made.learner._recording = SimpleNamespace(append=full)
+    send(made, served[:12])
+    drain(made)
+    steps = made.learner.steps
+    send(made, served[12:20])  # the gate judges on what comes after the candidate
+    step_until(made, lambda: made.learner.version >= 1 and made.learner.unrecorded == 20)
+    drain(made)
+    assert made.learner.steps > steps > 0
+    assert {event["what"] for event in made.events("not_written")} == {"a trajectory", "the training state"}
+    assert [r.message for r in caplog.records] == [
+        "a trajectory was not written, and learning goes on: the disk is full"
+    ]
+    with pytest.raises(OSError, match="the disk is full"):
+        made.learner.save()

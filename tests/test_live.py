@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,28 @@ def test_a_skipped_step_is_told_once_and_counted(made: SimpleNamespace) -> None:
     made.log.write("step_skipped", reason="loss is inf", steps=5, skipped=3)
     assert made.view.follow() == []
     assert "learner loss · skipped steps – · 3" in made.view.line()
+
+
+def test_what_the_learner_cannot_write_is_told_once(made: SimpleNamespace) -> None:
+    for _ in range(2):
+        made.log.write("not_written", what="the training state", reason="No space left on device")
+    assert made.view.follow() == [
+        "the learner could not write the training state, and goes on: No space left on device"
+    ]
+
+
+def test_text_of_peers_is_no_markup(made: SimpleNamespace) -> None:
+    made.serving.refused = "target is [/x] [bold]"
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(made.view.table())
+    assert "target is [/x] [bold]" in console.export_text()
+
+
+def test_a_peer_whose_message_changes_all_the_time_fills_no_memory(made: SimpleNamespace) -> None:
+    for number in range(1000):
+        made.serving.refused = f"hello mismatch: {number}"
+        assert made.view.follow() == [f"hello mismatch: {number}"]
+    assert len(made.view._told) <= 100
 
 
 def test_every() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_full_disk_loses_events_and_stops_nobody(caplog: pytest.LogCaptureFixt
     log.write("one")
     log.write("two")
     assert log.lost == 2
-    assert [r.message for r in caplog.records if "metrics cannot be written" in r.message and "No space" in r.message]
+    assert [r.message for r in caplog.records if "/dev/full cannot be written" in r.message and "No space" in r.message]
     assert len(caplog.records) == 1
 
 
@@ -36,10 +37,28 @@ def test_a_reader_follows(tmp_path: Path) -> None:
     log.write("two")
     assert [event["event"] for event in reader.new()] == ["one", "two"]
     assert reader.new() == []
-    late = MetricsReader(path, at_end=True)
     log.write("three")
-    assert [event["event"] for event in reader.new()] == [event["event"] for event in late.new()] == ["three"]
-    assert MetricsReader(tmp_path / "nowhere", at_end=True).new() == []
+    assert [event["event"] for event in reader.new()] == ["three"]
+
+
+def test_a_long_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"event": "long", "text": "x" * 1000}) + "\n"
+    path.write_text(line * 5000)
+    tracemalloc.start()
+    try:
+        assert sum(event["event"] == "long" for event in MetricsReader(path)) == 5000
+        assert tracemalloc.get_traced_memory()[1] < 200_000  # of a file of 5 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_reader_that_stops_early_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "one"}\n{"event": "two"}\n')
+    reader = MetricsReader(path)
+    assert next(iter(reader))["event"] == "one"
+    assert [event["event"] for event in reader.new()] == ["two"]
 
 
 def test_a_line_being_written_waits_and_a_broken_one_is_left_out(tmp_path: Path) -> None:

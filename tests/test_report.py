@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from aurora_rl.report import EMPTY_SUMMARY, draw_report, summary_table, write_summary
@@ -74,6 +75,17 @@ def test_the_report_is_a_picture_whatever_was_measured(tmp_path: Path, requests:
     picture = (tmp_path / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(picture) > 5000
+
+
+def test_half_a_picture_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(self: Figure, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", cut)
+    with pytest.raises(OSError, match="No space left"):
+        draw_report(tmp_path / "report.png", [(6, 3)], [], [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_requests_without_speculative_rounds_can_be_drawn(tmp_path: Path) -> None:

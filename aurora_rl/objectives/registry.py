@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, cast
 
 import torch
@@ -49,10 +49,10 @@ def register_objective(name: str) -> Callable[[_O], _O]:
 
 
 def get_objective(name: str) -> type[Objective]:
-    """The class of a registered objective or entry point.
+    """The class of a registered objective, of an entry point, or of ``package.module:Class``.
 
     Raises:
-        ValueError: there is none of the name; the message names the nearest.
+        ValueError: there is none of the name, or it is no objective; the message names the nearest.
 
     Example:
         >>> get_objective("imitation").__name__
@@ -60,16 +60,30 @@ def get_objective(name: str) -> type[Objective]:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    found = {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
-    if name not in found:
-        known = sorted({*OBJECTIVES, *found})
-        raise ValueError(
-            f"no objective is called {name!r}; did you mean {nearest(name, known)!r}? There are {', '.join(known)}"
-        )
-    cls = found[name].load()
+    imported = ":" in name.strip(":")
+    if imported:
+        point = EntryPoint(name=name, value=name, group=_ENTRY_POINTS)
+    else:
+        found = {point.name: point for point in entry_points(group=_ENTRY_POINTS)}
+        if name not in found:
+            known = sorted({*OBJECTIVES, *found})
+            # A path with a dot in the place of the colon is no misspelled name.
+            near = ":".join(name.rsplit(".", 1)) if "." in name.strip(".") else nearest(name, known)
+            raise ValueError(
+                f"no objective is called {name!r}; did you mean {near!r}? There are {', '.join(known)}, and any "
+                "package.module:Class"
+            )
+        point = found[name]
+    try:
+        cls = point.load()
+    except Exception as error:  # whatever a module does when it is imported
+        raise ValueError(f"the objective {name!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
-        raise ValueError(f"the entry point {name!r} is {found[name].value}, which is no subclass of Objective")
-    cls.name = name
+        raise ValueError(f"the objective {name!r} is {point.value}, which is no subclass of Objective")
+    if not imported:
+        cls.name = name
+    elif "name" not in vars(cls):  # never registered: its entries are called after the class
+        cls.name = cls.__name__
     return cls
 
 

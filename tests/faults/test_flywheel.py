@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -182,3 +183,26 @@ def test_a_learner_that_diverges_says_so_and_serving_goes_on(start: Start) -> No
     assert len(flywheel.events("step_skipped")) == 3
     assert "3 steps in a row had no finite loss and gradient" in (flywheel.run / "learner.log").read_text()
     assert flywheel.summary["failed"] == 0
+
+
+def test_a_hangup_ends_a_run_in_good_order(start: Start) -> None:
+    flywheel = start("flywheel", ENDLESS)
+    flywheel.wait_for("train")
+    flywheel.process.send_signal(signal.SIGHUP)
+    check_interrupted(flywheel, serving=True)
+    assert flywheel.events("learner_done")
+
+
+def test_a_learner_that_cannot_save_is_told_by_the_flywheel(start: Start) -> None:
+    flywheel = start("flywheel", ENDLESS)
+    (ready,) = flywheel.wait_for("learner_ready")
+    resource.prlimit(ready["pid"], resource.RLIMIT_FSIZE, (10_000, 10_000))
+    flywheel.wait_for("request", 30)
+    flywheel.interrupt()
+    assert flywheel.ended() == 1, flywheel.text
+    last = flywheel.text.splitlines()[-1]
+    assert last.startswith("aurora-rl: the learner ended with status 2: ")
+    assert "learner cannot be written: " in last and last.endswith(f"see {flywheel.run / 'learner.log'}")
+    assert not list(flywheel.run.glob(".*"))
+    assert {path.name for path in flywheel.run.iterdir()} >= FILES | {"answers.jsonl", "drafter"}
+    assert "Traceback" not in flywheel.text

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,25 @@ def test_names(registry: dict[str, type[Objective]]) -> None:
         get_objective("imitaton")
 
 
+def test_a_class_by_its_import_path(
+    registry: dict[str, type[Objective]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_losses.py").write_text(
+        "from aurora_rl.objectives import ImitationLoss, register_objective\n"
+        "class Plain(ImitationLoss):\n    pass\n"
+        "@register_objective('known')\nclass Known(ImitationLoss):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert check_settings({"name": "own_losses:Plain", "steps": 2}).name == "Plain"
+    assert get_objective("own_losses:Known").name == "known"
+    with pytest.raises(ValueError, match="'own_losses:Plane' cannot be imported: .*has no attribute 'Plane'"):
+        get_objective("own_losses:Plane")
+    with pytest.raises(ValueError, match="'pathlib:Path' is pathlib:Path, which is no subclass of Objective"):
+        get_objective("pathlib:Path")
+    with pytest.raises(ValueError, match="did you mean 'own_losses:Plain'.*and any package.module:Class"):
+        get_objective("own_losses.Plain")
+
+
 @pytest.mark.parametrize("qualname", ["Usurper", "ImitationLoss"])  # the second is the built-in's, of another module
 def test_a_name_that_is_taken(registry: dict[str, type[Objective]], qualname: str) -> None:
     usurper = type(qualname, (DiscardSamplingLoss,), {"__module__": "theirs"})
@@ -162,7 +182,7 @@ def test_entry_points(registry: dict[str, type[Objective]], monkeypatch: pytest.
     monkeypatch.setitem(__import__("sys").modules, "test_entry_points_module", module)
     monkeypatch.setattr(by_name, "entry_points", points)
     assert get_objective("theirs").name == "theirs"
-    with pytest.raises(ValueError, match="entry point 'broken' is collections:Counter, which is no subclass"):
+    with pytest.raises(ValueError, match="objective 'broken' is collections:Counter, which is no subclass"):
         get_objective("broken")
     with pytest.raises(ValueError, match="did you mean 'theirs'"):
         get_objective("thiers")
