@@ -122,6 +122,20 @@ def test_acceptance_that_collapses_without_a_swap_is_noticed() -> None:
     assert serving.run(400)[NONE] > 350
 
 
+@pytest.mark.parametrize("shape", [TreeShape(1), TreeShape(1, 4, 4), TreeShape(3, 3)])
+@pytest.mark.parametrize("cost", [1.03, 1.04, 1.06, 1.08, 1.1, 1.12, 1.2, 1.5])
+def test_a_drafter_that_becomes_useless_is_given_up_however_cheap_it_is(shape: TreeShape, cost: float) -> None:
+    serving = simulation({1: {NONE: 1.0, shape: cost}}, likeliest=1.0)
+    serving.run(500)
+    assert serving.drafted[-1] == shape.depth
+    serving.likeliest = 0.0
+    serving.run(1500)
+    # Probes are left, which may lose a fiftieth of the time.
+    start, tokens = serving.seconds, serving.tokens
+    assert serving.run(1000)[NONE] > 500
+    assert (serving.tokens - tokens) / (serving.seconds - start) > 0.975
+
+
 def test_speculation_is_off_in_a_large_batch_and_on_again_in_a_small_one() -> None:
     serving = simulation(costs(1.0, 1.1, 1.2, per_slot=0.2, slots=8), likeliest=0.5)
     serving.run(200)
