@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aurora_rl.throughput import Round, rates
+from aurora_rl.throughput import Round, Rounds, rates
 
 EMPTY_SUMMARY: dict[str, Any] = {
     "requests": 0,
@@ -60,14 +60,14 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def draw_report(
-    path: Path, finished: list[tuple[int, int]], rounds: list[Round], swaps: list[int], *, bins: int = 10
+    path: Path, finished: list[tuple[int, int]], rounds: Rounds | list[Round], swaps: list[int], *, bins: int = 10
 ) -> None:
     """Draw acceptance length, swaps, and speedup over requests; tokens per second where nothing decoded plainly.
 
     Args:
         path: PNG file to write.
         finished: speculative tokens and rounds of each request, in order of completion.
-        rounds: every round of the run.
+        rounds: the decoding of the run.
         swaps: number of completed requests at each swap.
         bins: parts of the run for which a rate is drawn; parts without a control window have no speedup.
     """

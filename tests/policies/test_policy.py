@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.policy import not_finite
 from aurora_rl.testing import tiny_target
 
 SHAPE = TreeShape(3, 2, 6)
@@ -212,3 +213,21 @@ def test_a_law_that_verification_cannot_compare_with_is_the_drafters_fault(
         policy.draft(torch.zeros(3, 1, dtype=torch.bool))
     policy.on_fault = lambda slot, fault: faults.append(slot)
     assert not policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].any() and faults == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_the_first_tensor_that_is_not_finite_is_named(dtype: torch.dtype) -> None:
+    fine = {"d2t": torch.arange(3), "a": torch.ones(2, 2).to(dtype)}
+    assert not_finite(fine) is None
+    broken = torch.tensor([1.0, float("nan")]).to(dtype)
+    assert (fault := not_finite({**fine, "b": broken, "c": broken})) is not None and "tensor 'b' has 1 values" in fault
+
+
+def test_weights_that_are_not_finite_are_not_staged() -> None:
+    serving = Serving([5])
+    weights = serving.moved()
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    weights[name] = weights[name] / 0
+    with pytest.raises(ValueError, match=f"tensor '{name}' has .* infinite or not a number"):
+        serving.policy.stage(weights, version=7)
+    assert serving.policy.version == 0
