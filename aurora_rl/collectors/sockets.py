@@ -52,7 +52,7 @@ class _Socket(zmq.Socket[bytes]):
         return f"{self.folder}/s"
 
 
-def open_socket(kind: int, context: zmq.Context | None) -> tuple[zmq.Socket, zmq.Context | None]:
+def open_socket(kind: int, context: zmq.Context | None) -> tuple[_Socket, zmq.Context | None]:
     """A socket that notices dead peers, reconnects within seconds and never delays the end of the process.
 
     Args:
@@ -74,7 +74,7 @@ def open_socket(kind: int, context: zmq.Context | None) -> tuple[zmq.Socket, zmq
     return socket, owned
 
 
-def bind(socket: zmq.Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits = DEFAULT_LIMITS) -> str:
+def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits = DEFAULT_LIMITS) -> str:
     """Bind, guarded against peers whose messages never end; close everything if that fails.
 
     Args:
@@ -122,9 +122,7 @@ def bind(socket: zmq.Socket, address: str, owned: zmq.Context | None = None, *, 
     return bound
 
 
-def connect(
-    socket: zmq.Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits | None = None
-) -> None:
+def connect(socket: _Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits | None = None) -> None:
     """Connect in the background; the peer need not exist yet.
 
     Args:

@@ -69,12 +69,23 @@ class FakeLearner:
         self.address = bind(self.socket, LOCAL)
 
     def receive(self, kind: str) -> tuple[bytes, dict]:
-        while self.socket.poll(10_000):
-            identity, *frames = self.socket.recv_multipart()
-            message = decode(frames)
-            if message.kind == kind:
-                return identity, message.meta
+        deadline = time.monotonic() + 5  # other messages, heartbeats among them, do not prolong it
+        while time.monotonic() < deadline:
+            if self.socket.poll(100):
+                identity, *frames = self.socket.recv_multipart()
+                message = decode(frames)
+                if message.kind == kind:
+                    return identity, message.meta
         raise AssertionError("timed out")
+
+    def send(self, identity: bytes, version: int) -> None:
+        tensors = weights(float(version))
+        meta = {"version": version, "checksum": checksum(tensors)}
+        self.socket.send_multipart([identity, *encode("weights", meta, tensors)])
+
+    def await_received(self, version: int) -> None:
+        """Until the engine says that these weights have arrived."""
+        until(lambda: self.receive("serving")[1]["received"] == version)
 
     def close(self) -> None:
         self.socket.close()
@@ -266,6 +277,24 @@ def test_corrupted_weights_are_rejected_by_the_receiver() -> None:
     learner.socket.send_multipart([identity, *encode("weights", {"version": True, "checksum": ""})])
     assert "field version is not a int" in learner.receive("nack")[1]["reason"]
     assert receiver.latest() is None and receiver.rejected == 3
+    receiver.close()
+    learner.close()
+
+
+def test_weights_older_than_those_served_are_ignored() -> None:
+    learner = FakeLearner()
+    receiver = engine(learner.address, version=2)
+    identity, _ = learner.receive("serving")
+    for version in (1, 2):  # replayed: older than what is served, and that itself
+        learner.send(identity, version)
+        learner.await_received(version)
+        assert receiver.latest() is None
+    learner.send(identity, 5)
+    learner.await_received(5)
+    learner.send(identity, 7)  # a newer one takes the place of a waiting one
+    learner.await_received(7)
+    version, tensors = take(receiver)
+    assert version == 7 and (tensors["layer", "w"] == 7).all() and receiver.latest() is None
     receiver.close()
     learner.close()
 

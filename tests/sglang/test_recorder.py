@@ -159,10 +159,15 @@ def test_a_round_begun_after_the_end_is_left_out(drafter, out):
 
 
 def test_acceptance_ends_with_the_text(drafter, out):
-    trajectory = chain_start(drafter)
+    # A round that accepted two drafts or more, of which the text keeps one.
+    long, seed = None, 7
+    while long is None:
+        trajectory = chain_start(drafter, seed)
+        seed = int(trajectory["request"]) + 1
+        assert seed < 500, "no such trajectory"
+        anchor, prompt = trajectory["rounds", "anchor"], int(trajectory["spine", "prompt_length"])
+        long = next((r for r in range(1, len(anchor) - 1) if int(anchor[r + 1] - anchor[r]) > 2), None)
     full = without_first_round(trajectory)
-    anchor, prompt = trajectory["rounds", "anchor"], int(trajectory["spine", "prompt_length"])
-    long = next(r for r in range(1, len(anchor) - 1) if int(anchor[r + 1] - anchor[r]) > 1)
     end = int(anchor[long]) + 2  # the text stops at the first accepted draft of this round
     records = assembler(out)
     rid = "1"
