@@ -66,6 +66,7 @@ def open_socket(kind: int, context: zmq.Context | None) -> tuple[_Socket, zmq.Co
     if context is None:
         context = owned = zmq.Context()
     socket = context.socket(kind, socket_class=_Socket)
+    assert isinstance(socket, _Socket)
     socket.linger = 0
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
