@@ -136,6 +136,18 @@ def test_a_drafter_that_becomes_useless_is_given_up_however_cheap_it_is(shape: T
     assert (serving.tokens - tokens) / (serving.seconds - start) > 0.975
 
 
+def test_a_drafter_that_recovered_and_fails_again_is_given_up_as_soon() -> None:
+    serving = simulation(costs(1.0, 1.1), likeliest=0.9)
+    for _ in range(2):
+        serving.likeliest = 0.9
+        serving.shapes.swapped()
+        serving.run(1500)
+        assert serving.drafted[-1] == 1
+        serving.likeliest = 0.0
+        serving.run(500)
+        assert serving.run(300)[NONE] > 200
+
+
 def test_speculation_is_off_in_a_large_batch_and_on_again_in_a_small_one() -> None:
     serving = simulation(costs(1.0, 1.1, 1.2, per_slot=0.2, slots=8), likeliest=0.5)
     serving.run(200)
@@ -236,6 +248,25 @@ def test_one_round_that_the_machine_held_up_changes_nothing() -> None:
     for seconds in [1.2] * 100 + [50.0]:
         shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
     assert shapes.choose(1) == TreeShape(2)
+
+
+def test_nor_does_it_soon_after_plain_rounds_whose_pace_is_known() -> None:
+    shapes = ShapeController(costs(1.0, 1.1, 1.2))
+    for _ in range(10):
+        shapes.observe(NONE, 1, 1.0)
+    for seconds in [1.2] * 40 + [500.0]:
+        shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
+    assert shapes.choose(1) == TreeShape(2)
+
+
+def test_what_n_grams_add_below_the_tree_counts_for_it() -> None:
+    shapes, drafted = ShapeController(costs(1.0, 1.3)), 0
+    for _ in range(500):
+        shape = shapes.choose(1)
+        drafted += shape.depth
+        # The drafter's own nodes are refused; two tokens in 1.3 seconds all the same.
+        shapes.observe(shape, 1, 1.0 + 0.3 * shape.depth, [["refused"]] * shape.depth, below=shape.depth)
+    assert drafted == 500
 
 
 CHAIN, ALONE = TreeShape(1), TreeShape(1, 1, 1, free=True)
