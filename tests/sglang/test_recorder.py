@@ -215,16 +215,17 @@ def test_a_child_that_the_engine_kept_without_its_parent_is_left_out(drafter, ou
     assert_same(out[0], without_first_round(trajectory))
 
 
-def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(drafter, out):
+@pytest.mark.parametrize(("brought", "served"), [(3, 5), (5, 3)])
+def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(drafter, out, brought, served):
     trajectory = chain_start(drafter)
     records = assembler(out)
-    play(records, trajectory, rid="1", version=3)
+    play(records, trajectory, rid="1", version=brought)
     await_count(records, "recorded")
-    play(records, trajectory, rid="2", cached=3, version=5)
+    play(records, trajectory, rid="2", cached=3, version=served)
     records.close()
     first, second = out
     assert torch.equal(second["spine", "features"], first["spine", "features"])
-    assert second["rounds", "policy_version"].unique().tolist() == [5]
+    assert second["rounds", "policy_version"].unique().tolist() == [served]
     assert second["rounds", "cache_version"].unique().tolist() == [3], "rows of the drafter's cache are older"
 
 
