@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any
 
-from aurora_rl.throughput import Rates, Round, rates
+from aurora_rl.throughput import Rates, Round, Rounds, rates
 
 
 class Figures(ABC):
@@ -17,8 +17,10 @@ class Figures(ABC):
         version: of the weights that draft first.
 
     Attributes:
-        rounds: every round of decoding so far.
-        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion.
+        rounds: the decoding so far. By default sums over rounds that are alike (:class:`Rounds`), so that memory does
+            not grow with them; a list in its place keeps every round.
+        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion: two
+            numbers a request are all that grows with a run, next to a few a swap.
         domains: requests, tokens, and tokens and rounds of speculation, of the completed requests of each domain.
         swap_ms: milliseconds that serving stood still at each swap.
         versions: versions of weights that have drafted.
@@ -26,7 +28,7 @@ class Figures(ABC):
     """
 
     def __init__(self, version: int) -> None:
-        self.rounds: list[Round] = []
+        self.rounds: Rounds | list[Round] = Rounds()
         self.finished: list[tuple[int, int]] = []
         self.domains: dict[str, Counter[str]] = {}
         self.swap_ms: list[float] = []
@@ -49,9 +51,13 @@ class Figures(ABC):
         """Trajectories that no learner took."""
 
     def rates(self, share: float = 1.0) -> Rates:
-        """Tokens per second of both kinds over the last ``share`` of the requests."""
+        """Tokens per second of both kinds over the last ``share`` of the requests.
+
+        The part begins with a whole bucket of :class:`Rounds`: where more than a thousand requests have completed it
+        may be shorter by up to two thousandths of them.
+        """
         first = len(self.finished) * (1 - share)
-        return rates([r for r in self.rounds if r.request >= first])
+        return rates(r for r in self.rounds if r.request >= first)
 
     def acceptance(self, first: int, last: int) -> float | None:
         """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""

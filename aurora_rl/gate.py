@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.policies.drafter import Drafter, TreeShape
-from aurora_rl.policies.policy import DrafterPolicy
+from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.trajectories import ContextStore, check_features
 from aurora_rl.trees import depths, walk
 
@@ -99,6 +99,7 @@ class Decision:
         candidate: acceptance length of the candidate over these requests.
         serving: acceptance length of the serving weights.
         requests: how many were held back.
+        reason: why a candidate that cannot draft is refused. It counts as plain decoding, one token per round.
     """
 
     publish: bool
@@ -107,6 +108,7 @@ class Decision:
     candidate: float
     serving: float
     requests: int
+    reason: str | None = None
 
 
 class Gate:
@@ -152,22 +154,32 @@ class Gate:
 
         Returns:
             The decision, and the requests, which may be learned from now.
+
+        Raises:
+            ValueError: these are not weights of this drafter, see ``Drafter.stage``.
         """
         assert self.candidate is not None
-        results = []
-        for weights in (self.candidate, serving):
-            self._drafter.install(weights)
-            results.append(replay(self._drafter, self._held, self._shape))
-        new, old = results
+        new, reason = None, not_finite(self.candidate)
+        if reason is None:
+            self._drafter.install(self.candidate)
+            try:
+                new = replay(self._drafter, self._held, self._shape)
+            except Exception as error:  # finite weights, too, may make a drafter fail: the served ones stay
+                reason = f"the drafter fails with these weights: {error}"
+        self._drafter.install(serving)
+        old = replay(self._drafter, self._held, self._shape)
+        if new is None:
+            new = Replay(old.tokens, old.tokens)
         paired = new.acceptance - old.acceptance
         mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
         decision = Decision(
-            mean > -self._margin,
+            reason is None and mean > -self._margin,
             mean,
             (mean - half, mean + half),
             new.acceptance_length,
             old.acceptance_length,
             len(paired),
+            reason,
         )
         released, self._held, self.candidate = self._held, [], None
         return decision, released

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aurora_rl.throughput import Round, rates
+from aurora_rl.throughput import Round, Rounds, rates
 
 EMPTY_SUMMARY: dict[str, Any] = {
     "requests": 0,
@@ -67,7 +67,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def draw_report(
     path: str | os.PathLike[str],
     finished: list[tuple[int, int]],
-    rounds: list[Round],
+    rounds: Rounds | list[Round],
     swaps: list[int],
     *,
     bins: int = 10,
@@ -77,7 +77,7 @@ def draw_report(
     Args:
         path: PNG file to write.
         finished: speculative tokens and rounds of each request, in order of completion.
-        rounds: every round of the run.
+        rounds: the decoding of the run.
         swaps: number of completed requests at each swap.
         bins: parts of the run for which a rate is drawn; parts without a control window have no speedup.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -61,6 +62,49 @@ class Round:
     request: int
 
 
+class Rounds:
+    """The rounds of a run in bounded memory: sums over rounds that are alike and close to each other.
+
+    Rounds of one kind and number of occupied slots are added up while the same request is the next to complete. Once
+    more than ``buckets`` requests have completed, two neighbours share a bucket, then four, and so on.
+
+    Args:
+        buckets: the most parts of the run that are told apart; there are at least half as many in a long run.
+
+    Example:
+        >>> rounds = Rounds()
+        >>> for tokens in (4, 3):
+        ...     rounds.append(Round(True, 1, tokens, 1.0, request=0))
+        >>> list(rounds)
+        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0)]
+    """
+
+    def __init__(self, buckets: int = 1024) -> None:
+        self._buckets, self._width = buckets, 1  # requests in a bucket
+        self._sums: dict[tuple[int, bool, int], tuple[int, float]] = {}  # tokens and seconds
+
+    def append(self, round_: Round) -> None:
+        """Add a round."""
+        if round_.request >= self._buckets * self._width:
+            rounds = list(self)
+            while round_.request >= self._buckets * self._width:
+                self._width *= 2
+            self._sums = {}
+            for each in rounds:
+                self._add(each)
+        self._add(round_)
+
+    def _add(self, round_: Round) -> None:
+        key = round_.request // self._width, round_.speculative, round_.occupied
+        tokens, seconds = self._sums.get(key, (0, 0.0))
+        self._sums[key] = tokens + round_.tokens, seconds + round_.seconds
+
+    def __iter__(self) -> Iterator[Round]:
+        """The sums; ``request`` is the first of their bucket."""
+        for (bucket, speculative, occupied), (tokens, seconds) in self._sums.items():
+            yield Round(speculative, occupied, tokens, seconds, bucket * self._width)
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Tokens per second of both kinds, None where a kind was not measured."""
@@ -74,7 +118,7 @@ class Rates:
         return self.speculative / self.control if self.control and self.speculative else None
 
 
-def rates(rounds: list[Round]) -> Rates:
+def rates(rounds: Iterable[Round]) -> Rates:
     """Tokens over wall time of each kind, at equal numbers of occupied slots.
 
     Each number of occupied slots that both kinds were seen at counts with the speculative time spent at it, so that a

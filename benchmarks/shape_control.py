@@ -113,6 +113,7 @@ def serve(
         receiver=script,
         note=source.completed,
     )
+    server.rounds = []  # every round, for the parts
     script.completed = lambda: len(server.finished)
     chosen: list[Counter[str]] = [Counter() for _ in parts]
     while (here := part()) < len(parts) and server.step():

@@ -115,6 +115,13 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
         assert made._recording.folder == tmp_path / "stream"
 
 
+def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
+    config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
+    with learner(config, tmp_path) as made:
+        rates = {type(each).__name__: each.param_groups[0]["lr"] for each in made._optimizers}
+    assert rates == {"Muon": 0.03, "AdamW": 0.0007}
+
+
 def test_device_and_dtype(config: Config) -> None:
     assert build.device_of(config) == torch.device("cpu")
     assert build.dtype_of(config) == torch.float32

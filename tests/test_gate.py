@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aurora_rl import gate as gate_module
 from aurora_rl.envs import SamplingParams
-from aurora_rl.gate import Gate, Replay, replay
+from aurora_rl.gate import Decision, Gate, Replay, replay
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
@@ -175,6 +175,41 @@ def test_a_better_drafter_is_published_and_a_destroyed_one_is_not(drafters: dict
         assert len(released) == 6
         served = 96 / sum(len(t["rounds", "anchor"]) for t in held)
         assert (decision.candidate if candidate is good else decision.serving) == pytest.approx(served)
+
+
+@pytest.mark.parametrize("margin", [0.05, 100.0])
+def test_a_candidate_that_cannot_draft_is_refused_with_the_reason_and_the_next_one_decided(
+    drafters: dict, margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, shape = drafters[MedusaDrafter, torch.float64], TreeShape(3)
+    good = {name: tensor.clone() for name, tensor in drafter.published().items()}
+    bad = {**good, "lm_heads.0.weight": good["lm_heads.0.weight"] * float("nan")}
+    held = serve(drafter, tiny_target(), PROMPTS, shape=shape, max_new_tokens=16, num_slots=6, sampling=COLD)
+    gate = Gate(6, margin, shape, copy.deepcopy(drafter))
+
+    def decide(candidate: dict[str, Tensor]) -> Decision:
+        gate.offer(candidate)
+        assert gate.admit(held) == []
+        decision, released = gate.decide(good)
+        assert len(released) == 6 and gate.candidate is None
+        return decision
+
+    refused = decide(bad)
+    assert not refused.publish and refused.reason is not None and "'lm_heads.0.weight' has" in refused.reason
+    # It counts as plain decoding.
+    assert refused.candidate == 1.0 and refused.difference == pytest.approx(1 - decide(good).serving, abs=0.2)
+    propose, calls = MedusaDrafter.propose, []
+
+    def fails_once(self: MedusaDrafter, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("overflow")
+        return propose(self, *args)
+
+    monkeypatch.setattr(MedusaDrafter, "propose", fails_once)
+    failed = decide(good)
+    assert not failed.publish and failed.reason == "the drafter fails with these weights: overflow"
+    assert decide(good).publish and decide(good).reason is None
 
 
 def test_the_offered_weights_are_what_is_decided_on(drafters: dict) -> None:

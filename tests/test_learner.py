@@ -299,6 +299,27 @@ def test_a_step_that_is_not_finite_is_skipped_and_logged(
     assert all(value.isfinite().all() for value in made.drafter.state_dict().values())
 
 
+def test_a_good_step_between_them_starts_the_count_anew(make: Make, served: list[TensorDict]) -> None:
+    made = make(max_skipped=1, batch_size=2, replay=0)
+    for number in range(4):  # bad, good, bad, good
+        made.loss.poison = None if number % 2 else lambda drafter: drafter.fc.weight.sum() * math.nan
+        send(made, served[2 * number : 2 * number + 2])
+        step_until(made, lambda wanted=number + 1: len(made.loss.batches) == wanted)
+    assert made.learner.skipped == 2 and made.learner.steps == 2
+
+
+def test_the_next_candidate_waits_for_as_many_requests_as_the_first(make: Make, served: list[TensorDict]) -> None:
+    made = make(gate=4, publish_every=6)
+    send(made, served[:6])
+    step_until(made, lambda: made.events("candidate"))
+    send(made, served[6:10])
+    step_until(made, lambda: made.events("gate"))
+    drain(made)
+    assert len(made.events("candidate")) == 1  # four since then
+    send(made, served[10:12])
+    step_until(made, lambda: len(made.events("candidate")) == 2)
+
+
 def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_state(
     make: Make, served: list[TensorDict]
 ) -> None:

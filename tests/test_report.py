@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from aurora_rl.report import EMPTY_SUMMARY, draw_report, summary_table, write_summary
-from aurora_rl.throughput import Round
+from aurora_rl.throughput import Round, Rounds
 
 SUMMARY = {
     "requests": 40,
@@ -70,9 +70,14 @@ def test_the_table_shows_the_figures() -> None:
 
 @pytest.mark.parametrize("requests", [0, 1, 60])
 def test_the_report_is_a_picture_whatever_was_measured(tmp_path: Path, requests: int) -> None:
-    rounds = [Round(r % 3 > 0, 1, 2, 0.1, r // 3) for r in range(3 * requests)]
+    rounds = [Round(r % 3 > 0, 1, 2, 0.125, r // 3) for r in range(3 * requests)]  # sums of eighths are exact
     draw_report(tmp_path / "report.png", [(6, 3)] * requests, rounds, [0, requests // 2])
     picture = (tmp_path / "report.png").read_bytes()
+    sums = Rounds()
+    for each in rounds:
+        sums.append(each)
+    draw_report(tmp_path / "sums.png", [(6, 3)] * requests, sums, [0, requests // 2])
+    assert (tmp_path / "sums.png").read_bytes() == picture
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(picture) > 5000
 

@@ -18,7 +18,7 @@ from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import HybridDrafter, TreeShape
 from aurora_rl.policies.shape import ShapeController
 from aurora_rl.server import _outcomes, measure_rounds
-from aurora_rl.throughput import ControlWindows, Round
+from aurora_rl.throughput import ControlWindows, Round, Rounds
 from aurora_rl.trajectories import TrajectoryRecorder
 
 # ---- the figures ------------------------------------------------------------------------------------------------
@@ -133,10 +133,12 @@ def test_summary(tmp_path: Path) -> None:
     }  # fmt: skip
     # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
     server.finished = [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]
-    server.rounds = [
-        Round(True, 1, 900, 1.0, 0), Round(False, 1, 1, 1.0, 14),
-        Round(True, 1, 6, 2.0, 15), Round(False, 1, 2, 1.0, 19),
-    ]  # fmt: skip
+    server.rounds = Rounds()
+    for each in (
+        Round(True, 1, 900, 1.0, 0), Round(False, 1, 1, 1.0, 14), Round(True, 1, 4, 1.5, 15),
+        Round(True, 1, 2, 0.5, 15), Round(False, 1, 2, 1.0, 19),
+    ):  # fmt: skip
+        server.rounds.append(each)
     server.swap_ms, server.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
     assert server.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},

@@ -109,6 +109,22 @@ def test_weights_of_another_shape_are_rejected_and_serving_goes_on(tmp_path: Pat
     serving.check_texts()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_rejected_and_serving_goes_on(tmp_path: Path, wire: Wire, value: float) -> None:
+    source, publisher = endless(requests(3)), wire.publisher
+    serving = Serving(tmp_path, [], eagle(), slots=2, receiver=wire.receiver)
+    broken = {name: tensor.clone() for name, tensor in eagle(1).published().items()}
+    broken["lm_head.weight"][0, :2] = value
+    publisher.publish(1, broken)
+    serve_until(serving, source, lambda: any(s.rejected for s in publisher.engines.values()))
+    version, reason = publisher.engines["engine"].rejected
+    assert version == 1 and "'lm_head.weight' has 2 values that are infinite or not a number; lower" in reason
+    assert serving.server.versions == [0] and serving.server.drafter_faults == 0
+    serving.queue.clear()
+    serving.run()
+    serving.check_texts()
+
+
 def test_acknowledgements_keep_the_order_of_the_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Receiver:
         """Two versions in neighbouring rounds."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
-from aurora_rl.throughput import ControlWindows, Rates, Round, rates
+from aurora_rl.throughput import ControlWindows, Rates, Round, Rounds, rates
 
 SPECULATIVE, PLAIN = True, False
 
@@ -47,6 +48,53 @@ def test_what_was_not_measured_is_none() -> None:
     assert rates([plain, recording]) == Rates(3.0, None)
     # No occupancy in common: each kind as it was met.
     assert rates([speculative, plain]) == Rates(3.0, 2.0)
+
+
+def some_rounds(requests: int, each: int) -> list[Round]:
+    dice = random.Random(0)
+    return [
+        Round(dice.random() < 0.8, dice.randint(1, 3), dice.randint(1, 9), dice.random(), request)
+        for request in range(requests)
+        for _ in range(each)
+    ]
+
+
+def the_same(left: Rates, right: Rates, rel: float) -> bool:
+    return (left.control, left.speculative) == pytest.approx((right.control, right.speculative), rel=rel)
+
+
+def test_sums_of_rounds_tell_what_the_rounds_told() -> None:
+    every, sums = some_rounds(100, 20), Rounds()
+    for each in every:
+        sums.append(each)
+    assert len(list(sums)) <= 100 * 2 * 3 < len(every)
+    for first in (0, 1, 25, 75, 99):
+        naive = rates([r for r in every if r.request >= first])
+        assert the_same(rates([r for r in sums if r.request >= first]), naive, 1e-9)
+
+
+def test_memory_is_bounded_in_rounds_and_in_requests() -> None:
+    sums = Rounds(buckets=64)
+    for request in range(64):
+        sums.append(Round(True, 1, request, 0.5, request))
+    assert [r.request for r in sums] == list(range(64))  # each by itself still
+    sums.append(Round(True, 1, 1, 0.5, 64))
+    assert [(r.request, r.tokens, r.seconds) for r in sums][:2] == [(0, 1, 1.0), (2, 5, 1.0)]
+    assert len(list(sums)) == 33
+    sums.append(Round(True, 1, 1, 0.5, 1000))  # several doublings at once: 16 requests in a bucket
+    assert [r.request for r in sums] == [0, 16, 32, 48, 64, 992]
+    assert sum(r.tokens for r in sums) == sum(range(64)) + 2 and sum(r.seconds for r in sums) == 33.0
+
+
+def test_of_a_long_run_the_last_quarter_is_what_it_was() -> None:
+    every, sums = some_rounds(5000, 4), Rounds()
+    for each in every:
+        sums.append(each)
+    assert len(list(sums)) <= 1024 * 2 * 3
+    naive = rates([r for r in every if r.request >= 3750])
+    # Eight requests in a bucket; the quarter begins up to seven later.
+    assert the_same(rates([r for r in sums if r.request >= 3750]), naive, 5e-3)
+    assert the_same(rates(sums), rates(every), 1e-9)
 
 
 # ---- windows ----------------------------------------------------------------------------------------------------

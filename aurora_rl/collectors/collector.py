@@ -94,7 +94,7 @@ class ZMQCollector(BaseCollector):
         self._socket, self._owned_context = open_socket(zmq.PULL, context)
         self._socket.rcvhwm = high_water
         self._socket.maxmsgsize = limits.max_bytes  # of one frame: refused before it is received
-        self.address = bind(self._socket, address, self._owned_context)
+        self.address = bind(self._socket, address, self._owned_context, limits=limits)
         self._weight_sync_schemes = dict(weight_sync_schemes or {})
         for model_id, scheme in self._weight_sync_schemes.items():
             scheme.init_on_sender(model_id=model_id, context=self)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import socket as unix
+import os
+import re
+import shutil
+import socket as plain
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import zmq
+
+from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits
+from aurora_rl.collectors.guard import Guard
 
 __all__ = ["SocketThread", "bind", "connect", "open_socket"]
 
@@ -24,7 +32,27 @@ _RECONNECT_MS = 100
 _RECONNECT_MAX_MS = 2_000
 
 
-def open_socket(kind: int, context: zmq.Context | None) -> tuple[zmq.Socket, zmq.Context | None]:
+class _Socket(zmq.Socket[bytes]):
+    """A socket that takes its guard along when it closes."""
+
+    guard: Guard | None = None
+    folder: str | None = None  # of the address between the two
+
+    def close(self, linger: int | None = None) -> None:
+        super().close(linger)
+        guard, self.guard = self.guard, None
+        if guard is not None:
+            guard.close((linger or 0) / 1000)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def private_path(self) -> str:
+        """A path that only this user can reach."""
+        self.folder = tempfile.mkdtemp(prefix="aurora-rl-")
+        return f"{self.folder}/s"
+
+
+def open_socket(kind: int, context: zmq.Context | None) -> tuple[_Socket, zmq.Context | None]:
     """A socket that notices dead peers, reconnects within seconds and never delays the end of the process.
 
     Args:
@@ -37,7 +65,8 @@ def open_socket(kind: int, context: zmq.Context | None) -> tuple[zmq.Socket, zmq
     owned = None
     if context is None:
         context = owned = zmq.Context()
-    socket = context.socket(kind)
+    socket = context.socket(kind, socket_class=_Socket)
+    assert isinstance(socket, _Socket)
     socket.linger = 0
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
@@ -46,13 +75,14 @@ def open_socket(kind: int, context: zmq.Context | None) -> tuple[zmq.Socket, zmq
     return socket, owned
 
 
-def bind(socket: zmq.Socket, address: str, owned: zmq.Context | None = None) -> str:
-    """Bind, and close everything if that fails.
+def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits = DEFAULT_LIMITS) -> str:
+    """Bind, guarded against peers whose messages never end; close everything if that fails.
 
     Args:
-        socket: with all its options set.
+        socket: from `open_socket`, with all its options set.
         address: ``tcp://host:port`` (port ``*`` or 0: any free one), ``ipc://path`` or ``inproc://name``.
         owned: context from `open_socket`, terminated on failure.
+        limits: of a message; a peer that exceeds them while it sends loses its connection. ``inproc`` has no guard.
 
     Returns:
         The address as bound, with the real port.
@@ -61,11 +91,25 @@ def bind(socket: zmq.Socket, address: str, owned: zmq.Context | None = None) -> 
         OSError: if the address is taken or cannot be bound; the text names it and the cure.
     """
     try:
+        if address.startswith("inproc://"):
+            socket.bind(address)
+            return socket.getsockopt_string(zmq.LAST_ENDPOINT)
         if address.startswith("ipc://") and _has_listener(address.removeprefix("ipc://")):
             # ZeroMQ unlinks the file and takes over, which leaves the first process listening to nobody.
             raise zmq.ZMQError(errno.EADDRINUSE)
-        socket.bind(address)
-    except zmq.ZMQError as error:
+        # ZeroMQ knows how to read an address; once it has left it, the guard listens there.
+        with zmq.Context() as context, context.socket(zmq.PULL) as probe:
+            probe.bind(address)
+            bound = probe.getsockopt_string(zmq.LAST_ENDPOINT)
+        listener = _listen(bound)
+        try:
+            path = socket.private_path()
+            socket.bind(f"ipc://{path}")
+        except BaseException:
+            listener.close()
+            raise
+        socket.guard = Guard(listener, lambda: _dial(f"ipc://{path}"), limits=limits, accepts=True, name=bound)
+    except (zmq.ZMQError, OSError) as error:
         _close(socket, owned)
         if error.errno == errno.EADDRINUSE:
             raise OSError(
@@ -76,22 +120,76 @@ def bind(socket: zmq.Socket, address: str, owned: zmq.Context | None = None) -> 
         raise OSError(
             error.errno, f"cannot bind {address!r}: {error}; expected tcp://host:port or ipc://path"
         ) from None
-    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    return bound
 
 
-def connect(socket: zmq.Socket, address: str, owned: zmq.Context | None = None) -> None:
+def connect(socket: _Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits | None = None) -> None:
     """Connect in the background; the peer need not exist yet.
+
+    Args:
+        socket: from `open_socket`, with all its options set.
+        address: as for `bind`.
+        owned: context from `open_socket`, terminated on failure.
+        limits: of a message from the peer, which loses the connection if it exceeds them while it sends; None where
+            nothing is received, or not for long.
 
     Raises:
         OSError: if the address is malformed; socket and ``owned`` are closed then.
     """
     try:
-        socket.connect(address)
-    except zmq.ZMQError as error:
+        if limits is None or address.startswith("inproc://"):
+            socket.connect(address)
+            return
+        if not re.fullmatch(r"tcp://.+:[0-9]+|ipc://.+", address):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        path = socket.private_path()
+        listener = _listen(f"ipc://{path}")
+        socket.guard = Guard(listener, lambda: _dial(address), limits=limits, accepts=False, name=address)
+        socket.connect(f"ipc://{path}")
+    except (zmq.ZMQError, OSError) as error:
         _close(socket, owned)
         raise OSError(
             error.errno, f"cannot connect to {address!r}: {error}; expected tcp://host:port or ipc://path"
         ) from None
+
+
+def _endpoint(address: str) -> tuple[int, Any]:
+    """Family and address of a plain socket."""
+    scheme, rest = address.split("://", 1)
+    if scheme == "ipc":
+        return plain.AF_UNIX, "\0" + rest[1:] if rest.startswith("@") else rest
+    host, port = rest.rsplit(";", 1)[-1].rsplit(":", 1)
+    family, _, _, _, where = plain.getaddrinfo(host.strip("[]"), int(port), type=plain.SOCK_STREAM)[0]
+    return family, where
+
+
+def _listen(address: str) -> plain.socket:
+    family, where = _endpoint(address)
+    listener = plain.socket(family)
+    try:
+        if family == plain.AF_UNIX and not where.startswith("\0"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(where)  # of a process that is gone: `bind` has asked whether anyone listens
+        listener.setsockopt(plain.SOL_SOCKET, plain.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(100)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _dial(address: str) -> plain.socket:
+    family, where = _endpoint(address)
+    dialed = plain.socket(family)
+    try:
+        if family != plain.AF_UNIX:
+            dialed.setsockopt(plain.IPPROTO_TCP, plain.TCP_NODELAY, 1)
+        dialed.connect(where)
+    except BaseException:
+        dialed.close()
+        raise
+    return dialed
 
 
 def _close(socket: zmq.Socket, owned: zmq.Context | None) -> None:
@@ -101,7 +199,7 @@ def _close(socket: zmq.Socket, owned: zmq.Context | None) -> None:
 
 
 def _has_listener(path: str) -> bool:
-    with contextlib.closing(unix.socket(unix.AF_UNIX, unix.SOCK_STREAM)) as probe:
+    with contextlib.closing(plain.socket(plain.AF_UNIX, plain.SOCK_STREAM)) as probe:
         probe.settimeout(1.0)  # a listener that does not answer is as good as none
         try:
             probe.connect(path)

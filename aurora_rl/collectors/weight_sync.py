@@ -111,7 +111,7 @@ class WeightPublisher:
         self._socket, owned = open_socket(zmq.ROUTER, context)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # report an engine that is gone instead of dropping silently
         self._socket.maxmsgsize = _CONTROL.max_bytes
-        self.address = bind(self._socket, address, owned)
+        self.address = bind(self._socket, address, owned, limits=_CONTROL)
         self._thread = SocketThread(self._socket, self._step, name="weight-publisher", owned_context=owned)
         self._thread.start()
 
@@ -353,7 +353,7 @@ class WeightReceiver:
         self._socket, owned = open_socket(zmq.DEALER, context)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # no stale heartbeats for a learner that comes back
         self._socket.maxmsgsize = limits.max_bytes
-        connect(self._socket, address, owned)
+        connect(self._socket, address, owned, limits=limits)
         self._thread = SocketThread(self._socket, self._step, name="weight-receiver", owned_context=owned)
         self._thread.start()
 

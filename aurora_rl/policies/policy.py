@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,6 +16,15 @@ from aurora_rl.trees import tree_fault, valid_nodes
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
 _SHORT = 32
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a value that is infinite or not a number, in a sentence; None where all are finite."""
+    for name, tensor in weights.items():
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no isfinite
+        if tensor.is_floating_point() and (bad := int((~wide.isfinite()).sum())):
+            return f"tensor {name!r} has {bad} values that are infinite or not a number; lower the learning rate"
+    return None
 
 
 class DrafterPolicy(TensorDictModuleBase):
@@ -92,8 +101,10 @@ class DrafterPolicy(TensorDictModuleBase):
         """Make weights ready beside the rounds; what is returned swaps them in, between two rounds.
 
         Raises:
-            ValueError: see ``Drafter.stage``; nothing has changed then.
+            ValueError: a weight is infinite or not a number, or see ``Drafter.stage``; nothing has changed then.
         """
+        if (fault := not_finite(weights)) is not None:
+            raise ValueError(fault)
         put = self.drafter.stage(weights)
 
         def install() -> None:

@@ -98,6 +98,7 @@ class ShapeController:
         self._probing = 0  # trials that the probe still wants
         # Seconds: of rounds without the drafter since the last one with it, and what drafting had lost by then.
         self._since, self._lost = math.inf, 0.0
+        self._doubted = False  # whether that loss reached its limit, at which what was measured before counts little
         self._patience = 1
         self._below = 0.0  # nodes accepted below the shape's depth, of a slot that was drafted for
 
@@ -202,7 +203,11 @@ class ShapeController:
         self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * plain
         if self._lost > limit:
             self._lost = limit
-            self._doubt()
+            if not self._doubted:  # again only once drafting has paid: what is measured from here on is to count
+                self._doubted = True
+                self._doubt()
+        elif not self._lost:
+            self._doubted = False
         self._since = 0.0
         self._probing = max(self._probing - len(outcomes), 0)
         if not self._probing and not self._lost:

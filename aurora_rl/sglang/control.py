@@ -41,7 +41,7 @@ class ControlServer:
         self._answer = answer
         self._socket, owned = open_socket(zmq.ROUTER, None)
         self._socket.maxmsgsize = _LIMITS.max_bytes
-        self.address = bind(self._socket, address, owned)
+        self.address = bind(self._socket, address, owned, limits=_LIMITS)
         self._thread = SocketThread(self._socket, self._step, name="sglang-control", owned_context=owned)
         self._thread.start()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.hello import Hello
+from aurora_rl.policies.policy import not_finite
 from aurora_rl.sglang.control import ControlError, ControlServer
 from aurora_rl.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.sglang.requests import sampling_of, unwanted
@@ -243,6 +244,8 @@ class Plugin:
         loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
         runner = self._draft_worker.draft_runner
         try:
+            if (fault := not_finite(loadable)) is not None:
+                raise SwapError(fault)
             if draft_map is not None and not torch.equal(
                 draft_map.cpu() + torch.arange(len(draft_map)), self._draft_vocab
             ):

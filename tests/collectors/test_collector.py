@@ -159,6 +159,14 @@ def test_a_flood_of_bad_messages_does_not_hold_poll() -> None:
     collector.shutdown()
 
 
+def test_one_poll_looks_at_no_more_messages_than_the_socket_holds(
+    collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arriving = iter([[zmq.Frame(b"garbage")]] * 1000)  # bad ones that come as fast as they are read
+    monkeypatch.setattr(collector, "_receive", lambda timeout_s: next(arriving, None))
+    assert collector.poll(0.0) == [] and collector.rejected == 64
+
+
 def test_port_in_use(collector: ZMQCollector) -> None:
     with pytest.raises(OSError, match=f"{collector.address} is in use; stop the process that holds it or choose"):
         ZMQCollector(collector.address, hello=HELLO)

@@ -98,6 +98,8 @@ def test_acceptance_by_hand_and_of_repeated_siblings() -> None:
     tokens, context = torch.tensor([0, 1, 0, 2, 1]), torch.tensor([0, 1, 0, 1, 2])
     assert SampleAndMatch().acceptance(p, None, tokens, context).tolist() == [0.5, 0.75, 0.0, 0.125, 1.0]
     assert Greedy().acceptance(p, None, tokens, context).tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
+    # A target whose choice lies outside the draft vocabulary accepts nothing.
+    assert Greedy().acceptance(torch.zeros_like(p), None, tokens, context).tolist() == [0.0] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

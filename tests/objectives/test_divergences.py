@@ -56,6 +56,16 @@ def test_forward_kl_of_a_point_mass_is_the_surprise() -> None:
     assert value.item() == pytest.approx(-q.log_softmax(-1)[0].item())
 
 
+def test_jensen_shannon_weighs_the_target_with_beta() -> None:
+    # p = (1/2, 1/2), q = (1/4, 3/4), beta = 1/4: m = (5/16, 11/16).
+    p, q = torch.tensor([0.5, 0.5]).double().log(), torch.tensor([0.25, 0.75]).double().log()
+    to_p = 0.5 * math.log(8 / 5) + 0.5 * math.log(8 / 11)
+    to_q = 0.25 * math.log(4 / 5) + 0.75 * math.log(12 / 11)
+    assert jensen_shannon(p, q, 0.25).item() == pytest.approx(0.25 * to_p + 0.75 * to_q)
+    assert jensen_shannon(p, q, 0.25).item() == pytest.approx(0.0260482, abs=1e-6)
+    assert jensen_shannon(q, p, 0.25).item() == pytest.approx(0.0248700, abs=1e-6)
+
+
 # ---- every divergence, against its formula written as a sum over tokens --------------------------------------------
 
 FORMULAS: dict[str, Callable[[list[float], list[float]], float]] = {

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.policy import not_finite
 from aurora_rl.testing import tiny_target
 
 SHAPE = TreeShape(3, 2, 6)
@@ -277,3 +278,21 @@ def said_by(target: PreTrainedModel, prompt: Tensor, count: int) -> list[int]:
         text, attention_mask=torch.ones_like(text), max_new_tokens=count, do_sample=False, pad_token_id=0
     )
     return said[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_the_first_tensor_that_is_not_finite_is_named(dtype: torch.dtype) -> None:
+    fine = {"d2t": torch.arange(3), "a": torch.ones(2, 2).to(dtype)}
+    assert not_finite(fine) is None
+    broken = torch.tensor([1.0, float("nan")]).to(dtype)
+    assert (fault := not_finite({**fine, "b": broken, "c": broken})) is not None and "tensor 'b' has 1 values" in fault
+
+
+def test_weights_that_are_not_finite_are_not_staged() -> None:
+    serving = Serving([5])
+    weights = serving.moved()
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    weights[name] = weights[name] / 0
+    with pytest.raises(ValueError, match=f"tensor '{name}' has .* infinite or not a number"):
+        serving.policy.stage(weights, version=7)
+    assert serving.policy.version == 0

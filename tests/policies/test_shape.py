@@ -122,6 +122,32 @@ def test_acceptance_that_collapses_without_a_swap_is_noticed() -> None:
     assert serving.run(400)[NONE] > 350
 
 
+@pytest.mark.parametrize("shape", [TreeShape(1), TreeShape(1, 4, 4), TreeShape(3, 3)])
+@pytest.mark.parametrize("cost", [1.03, 1.04, 1.06, 1.08, 1.1, 1.12, 1.2, 1.5])
+def test_a_drafter_that_becomes_useless_is_given_up_however_cheap_it_is(shape: TreeShape, cost: float) -> None:
+    serving = simulation({1: {NONE: 1.0, shape: cost}}, likeliest=1.0)
+    serving.run(500)
+    assert serving.drafted[-1] == shape.depth
+    serving.likeliest = 0.0
+    serving.run(1500)
+    # Probes are left, which may lose a fiftieth of the time.
+    start, tokens = serving.seconds, serving.tokens
+    assert serving.run(1000)[NONE] > 500
+    assert (serving.tokens - tokens) / (serving.seconds - start) > 0.975
+
+
+def test_a_drafter_that_recovered_and_fails_again_is_given_up_as_soon() -> None:
+    serving = simulation(costs(1.0, 1.1), likeliest=0.9)
+    for _ in range(2):
+        serving.likeliest = 0.9
+        serving.shapes.swapped()
+        serving.run(1500)
+        assert serving.drafted[-1] == 1
+        serving.likeliest = 0.0
+        serving.run(500)
+        assert serving.run(300)[NONE] > 200
+
+
 def test_speculation_is_off_in_a_large_batch_and_on_again_in_a_small_one() -> None:
     serving = simulation(costs(1.0, 1.1, 1.2, per_slot=0.2, slots=8), likeliest=0.5)
     serving.run(200)
@@ -172,6 +198,15 @@ def test_what_was_not_tried_is_as_good_as_the_depth_before() -> None:
     assert shapes.acceptance(TreeShape(3)) == pytest.approx([76 / 104] * 3)
 
 
+def test_of_shapes_that_are_as_good_the_deepest() -> None:
+    # 1.5 tokens in 1.2 seconds and 1.75 in 1.407: half a percent less.
+    shapes = ShapeController(costs(1.0, 1.2, 1.407), memory=10**9)
+    half: list[Outcome] = ["likeliest", "likeliest"]
+    paths: list[list[Outcome]] = [half] * 250 + [["likeliest", "refused"]] * 250 + [["refused"]] * 500
+    shapes.observe(TreeShape(2), 1000, 1.407, paths)
+    assert shapes.choose(1) == TreeShape(2)
+
+
 def test_a_slower_machine_is_no_slower_shape() -> None:
     # Speculation pays by a tenth. Everything takes three times as long from some moment on, in which nothing is plain.
     serving = simulation(costs(1.0, 1.3), likeliest=0.43)
@@ -213,6 +248,25 @@ def test_one_round_that_the_machine_held_up_changes_nothing() -> None:
     for seconds in [1.2] * 100 + [50.0]:
         shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
     assert shapes.choose(1) == TreeShape(2)
+
+
+def test_nor_does_it_soon_after_plain_rounds_whose_pace_is_known() -> None:
+    shapes = ShapeController(costs(1.0, 1.1, 1.2))
+    for _ in range(10):
+        shapes.observe(NONE, 1, 1.0)
+    for seconds in [1.2] * 40 + [500.0]:
+        shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
+    assert shapes.choose(1) == TreeShape(2)
+
+
+def test_what_n_grams_add_below_the_tree_counts_for_it() -> None:
+    shapes, drafted = ShapeController(costs(1.0, 1.3)), 0
+    for _ in range(500):
+        shape = shapes.choose(1)
+        drafted += shape.depth
+        # The drafter's own nodes are refused; two tokens in 1.3 seconds all the same.
+        shapes.observe(shape, 1, 1.0 + 0.3 * shape.depth, [["refused"]] * shape.depth, below=shape.depth)
+    assert drafted == 500
 
 
 CHAIN, ALONE = TreeShape(1), TreeShape(1, 1, 1, free=True)

@@ -211,3 +211,11 @@ def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
         torch.testing.assert_close(rows["tail_log_prob"].exp(), 1 - best.values.sum(-1))
     finally:
         session.close()
+
+
+def test_weights_that_are_not_finite_are_rejected(engine):
+    engine._answer("attach", FIELDS)
+    rejected = []
+    session = SimpleNamespace(receiver=SimpleNamespace(reject=lambda number, reason: rejected.append((number, reason))))
+    engine._install(session, 3, {"fc.weight": torch.tensor([1.0, float("inf")])})
+    assert [number for number, _ in rejected] == [3] and "tensor 'fc.weight' has 1 values" in rejected[0][1]

@@ -169,6 +169,7 @@ class Serving:
         self.server = InferenceServer(
             env, self.policy, windows=windows or NO_WINDOWS(), log=log, note=self._completed, **options
         )
+        self.server.rounds = []  # each by itself, not the sums
 
     def _completed(self, completion: Completion) -> str:
         self.completions.append(completion)
