@@ -153,7 +153,8 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.packed = self.pack(linear.weight.detach())
         if keep_weight:
-            self._parameters["weight"] = linear.weight  # under the property of that name
+            # As register_parameter does, which refuses a name that the class has already.
+            self._parameters["weight"] = linear.get_parameter("weight")
 
     @property
     def weight(self) -> Tensor:

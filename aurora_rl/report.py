@@ -121,7 +121,7 @@ def draw_report(
     try:
         figure.savefig(path, dpi=120)
     except OSError:
-        path.unlink(missing_ok=True)  # half a picture
+        Path(path).unlink(missing_ok=True)  # half a picture
         raise
     finally:
         plt.close(figure)

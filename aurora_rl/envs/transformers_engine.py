@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -422,7 +423,7 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
     """
     config = model.config.get_text_config()
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
+        kinds: Any = getattr(module, "rope_type", None)
         for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if not isinstance(kind, str) or ("dynamic" not in kind and kind != "longrope"):
                 continue
@@ -434,10 +435,8 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
                     f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
                     f"(got {max_length})"
                 )
-            if layer_type is None:
-                module.rope_type = "default"
-            else:
-                kinds[layer_type] = "default"
+            frozen: Any = "default" if layer_type is None else {**module.rope_type, layer_type: "default"}
+            module.rope_type = frozen
     for name in _LENGTHS:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and max_length > limit:
