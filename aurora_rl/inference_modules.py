@@ -152,7 +152,8 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.packed = self.pack(linear.weight.detach())
         if keep_weight:
-            self.register_parameter("weight", linear.weight)
+            # As register_parameter does, which refuses a name that the class has already.
+            self._parameters["weight"] = linear.weight
 
     @property
     def weight(self) -> Tensor:
