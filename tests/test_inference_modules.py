@@ -51,7 +51,8 @@ def assert_product(y: Tensor, x: Tensor, layer: nn.Linear) -> None:
 def test_packed_linear(bias: bool, shape: tuple[int, ...]) -> None:
     layer, x = linear(bias), torch.randn(shape).bfloat16()
     packed = PackedLinear(layer, keep_weight=False)
-    assert packed.weight is None  # the point of not keeping it: one copy in memory
+    assert not dict(packed.named_parameters()).keys() & {"weight"}  # the point of not keeping it: one copy in memory
+    assert torch.equal(packed.weight, layer.weight)
     assert_product(packed(x), x, layer)
 
 
@@ -202,9 +203,14 @@ def test_decoder_layers_are_fused_where_that_changes_nothing(
 ) -> None:
     model, tokens = small_model(model_type, **settings), torch.randint(32, (1, 9))
     before = grouped_pass(model, tokens)
-    fuse_decoder_layers(model.model.layers, groups=2)
-    assert {isinstance(layer, FusedDecoderLayer) for layer in model.model.layers} == {fused}
+    layers = list(model.model.layers)
+    undo = fuse_decoder_layers(model.model.layers, model.model.rotary_emb, 63)
+    assert {isinstance(layer, FusedDecoderLayer) for layer in model.model.layers} == {fused} == {undo is not None}
     torch.testing.assert_close(grouped_pass(model, tokens), before)
+    if undo is not None:
+        undo()
+        assert list(model.model.layers) == layers
+        torch.testing.assert_close(grouped_pass(model, tokens), before)
 
 
 # ---- attention --------------------------------------------------------------------------------------------------

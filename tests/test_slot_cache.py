@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window
+from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
 
 
 def cache(columns: int = 3) -> SlotCache:
     config = LlamaConfig(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1)
-    return SlotCache(config, 4, columns, torch.float32, torch.device("cpu"))
+    return SlotCache(uniform_shapes(config), 4, columns, torch.float32, torch.device("cpu"))
 
 
 def write(held: SlotCache, slots: list[int], values: list[float]) -> list[float]:
@@ -34,9 +34,10 @@ def test_widening_keeps_what_is_held() -> None:
     held = cache(columns=1)
     write(held, [0, 1, 2, 3], [5.0, 6.0, 7.0, 8.0])
     held.widen(4)
-    assert held.block.shape[3] == 4 and held.block[0, 0, :, 0, 0, 0].tolist() == [5.0, 6.0, 7.0, 8.0]
+    (block,) = held.blocks.values()
+    assert held.columns == 4 and block[0, :, 0, 0, 0].tolist() == [5.0, 6.0, 7.0, 8.0]
     held.widen(2)
-    assert held.block.shape[3] == 4
+    assert held.columns == 4
 
 
 def test_tokens_read_the_text_and_what_they_see_behind_it() -> None:

@@ -27,8 +27,6 @@ from aurora_rl.target_head import TargetHead, context_length, decoder_layers, de
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
-# A tree is written after the committed tokens before any of it is accepted: columns of a slot for it.
-_TREE_ROOM = 64
 # A prompt is read in chunks of so many scores (rows x heads x columns), so that memory stays linear in its length.
 _PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
 # The fastest first; what computes something else than the model is switched off.
@@ -100,7 +98,7 @@ class TransformersEngine(Engine):
         self._captured: dict[int, Tensor] = {}
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
         self._feature_layers: tuple[int, ...] = ()
-        self._place_alibi(max_length + _TREE_ROOM)
+        self._place_alibi(max_length + self.max_nodes)
         self.prefill_seconds = 0.0
         self.exactness = self._take_form(probe, max_length)
         self._feature_layers = tuple(feature_layers)
@@ -113,7 +111,8 @@ class TransformersEngine(Engine):
         device, dtype = self.model.device, self.model.dtype
         width = self._output.weight.shape[1]
         self.store = ContextStore(num_slots, max_length, feature_size, width, dtype, device)
-        self._cache = SlotCache(self._shapes, num_slots, max_length + _TREE_ROOM, dtype, device)
+        # A tree is written after the committed tokens before any of it is accepted.
+        self._cache = SlotCache(self._shapes, num_slots, max_length + self.max_nodes, dtype, device)
 
     def _feature_size(self) -> int:
         """Width of the captured features, found by capturing some."""
@@ -306,8 +305,10 @@ class TransformersEngine(Engine):
         Raises:
             ValueError: The tree has more nodes than a slot has room for after its context.
         """
-        if tokens.shape[1] > _TREE_ROOM:  # it would run into the next slot's columns
-            raise ValueError(f"a tree of {tokens.shape[1]} nodes exceeds the engine's {_TREE_ROOM}; lower num_nodes")
+        if tokens.shape[1] > self.max_nodes:  # it would run into the next slot's columns
+            raise ValueError(
+                f"a tree of {tokens.shape[1]} nodes exceeds the engine's {self.max_nodes}; lower num_nodes"
+            )
         past = self.store.lengths[slots] - 1
         root = self.store.tokens[slots.to(tokens.device), past.to(tokens.device)]
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)

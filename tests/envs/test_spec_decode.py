@@ -15,6 +15,7 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, transformers_engine
+from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.envs.sampling import gumbel, warp_logits
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
@@ -463,15 +464,24 @@ def test_mutants_are_caught(
 ) -> None:
     wanted = requests(*MANY)
     truths = [Truth.of(r) for r in wanted]
-    mutate(monkeypatch)
-    for chain in (True, False):
-        world = World(wanted)
+    worlds = {chain: World(wanted) for chain in (True, False)}
+    mutate(monkeypatch)  # not before: the engine's own check refuses to be built with most of them
+    for chain, world in worlds.items():
         steps = world.run(knowing(truths, chain=chain))
         if chain and not chains_show_it:  # a chain's nodes already stand where they belong: trees are what proves this
             check(world, steps, truths)
         else:
             with pytest.raises(AssertionError):
                 check(world, steps, truths)
+
+
+@pytest.mark.parametrize("mutate", [_keys_stay_where_they_were, _positions_by_column, _causal_mask])
+def test_an_engine_that_serves_trees_wrongly_refuses_to_be_built(
+    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is not served exactly"):
+        World(requests((3, 4)))
 
 
 # ---- ends -------------------------------------------------------------------------------------------------------
