@@ -107,10 +107,10 @@ def test_recording_is_charged_to_speculation(where: str, tmp_path: Path, monkeyp
 def test_prefill_is_charged_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nap, forward = 0.05, TransformersEngine._forward
 
-    def slow(self: TransformersEngine, slots: Tensor, tokens: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def slow(self: TransformersEngine, slots: Tensor, past: Tensor, tokens: Tensor, *args: Tensor) -> Any:
         if tokens.shape[1] > DEPTH + 1:  # longer than any tree
             time.sleep(nap)
-        return forward(self, slots, tokens, *args)
+        return forward(self, slots, past, tokens, *args)
 
     monkeypatch.setattr(TransformersEngine, "_forward", slow)
     waiting = requests(5, budget=4, length=12)

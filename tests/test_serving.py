@@ -99,7 +99,7 @@ def test_float16_is_served(serve: Serve) -> None:
         ({"min_p": 0.1}, ["temperature=0.5"], r"model=\S+: temperature 0.5 with min_p=0.1 of the model's"),
         (
             {"repetition_penalty": 1.1, "top_p": 0.8},
-            ["engine.name=sglang", "drafter.name=eagle3"],
+            ["engine.name=sglang", "drafter.name=eagle3", "drafter.feature_layers=[1,2]"],
             r"model=\S+: its generation config sets repetition_penalty=1.1, and SGLang .*generation_config=ignore",
         ),
     ],

@@ -144,7 +144,7 @@ class ReportsEveryPosition(ImitationLoss):
 class TrainsTheHead(ImitationLoss):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.head.requires_grad_()
+        self.head.weight.requires_grad_()
 
 
 class LearnsNothing(ImitationLoss):
