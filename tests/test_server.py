@@ -107,7 +107,7 @@ def test_recording_is_charged_to_speculation(where: str, tmp_path: Path, monkeyp
 def test_prefill_is_charged_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nap, forward = 0.05, TransformersEngine._forward
 
-    def slow(self: TransformersEngine, slots: Tensor, past: Tensor, tokens: Tensor, *args: Tensor) -> Any:
+    def slow(self: TransformersEngine, slots: Tensor, past: Tensor, tokens: Tensor, *args: Tensor) -> tuple:
         if tokens.shape[1] > DEPTH + 1:  # longer than any tree
             time.sleep(nap)
         return forward(self, slots, past, tokens, *args)
