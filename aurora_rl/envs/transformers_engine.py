@@ -420,10 +420,13 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
     config = model.config.get_text_config()
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if not isinstance(kind, str) or ("dynamic" not in kind and kind != "longrope"):
-                continue
+        if not isinstance(kinds, str | dict):
+            continue
+        for layer_type in list(kinds) if isinstance(kinds, dict) else [None]:
             settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+            kind = settings["rope_type"]  # not the module's: another engine may have frozen it
+            if "dynamic" not in kind and kind != "longrope":
+                continue
             original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
             if max_length > original:
                 raise UnsupportedModelError(

@@ -391,6 +391,13 @@ def test_models_that_cannot_be_served_exactly_are_refused_by_name(case: str) -> 
         engine_of(model_of(config()))
 
 
+def test_a_second_engine_of_a_model_checks_its_own_length() -> None:
+    model = model_of(REFUSED["dynamic"][0]())
+    engine_of(model, max_length=32)
+    with pytest.raises(UnsupportedModelError, match=r"dynamic RoPE.* \(got 64\)"):
+        engine_of(model)
+
+
 def test_a_context_too_short_to_check_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="a context of 7 tokens is too short to check"):
         engine_of(model_of(hf.LlamaConfig(**{**HEADS, "max_position_embeddings": 7})), max_length=7)
@@ -444,18 +451,19 @@ from aurora_rl.envs import TransformersEngine
 torch.set_num_threads(1)
 config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=8,
     num_key_value_heads=1, head_dim=2, max_position_embeddings=16384, bos_token_id=None, eos_token_id=None)
-engine = TransformersEngine(LlamaForCausalLM(config).eval(), num_slots=1, max_length=8008, feature_layers=(0,))
+engine = TransformersEngine(LlamaForCausalLM(config).eval(), num_slots=1, max_length=6008, feature_layers=(0,))
 most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 engine.prefill([0], [torch.randint(300, (500,))])
 before = most()
-engine.prefill([0], [torch.randint(300, (8000,))])
+engine.prefill([0], [torch.randint(300, (6000,))])
 print(most() - before)
 """
 
 
 def test_memory_of_a_long_prompt_is_linear_in_its_length() -> None:
     run = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, timeout=120, check=True)
-    assert float(run.stdout) < 80  # MB; one mask of all pairs in bool is 64, repeated for 8 heads in float32 2048
+    # MB. It is about 90, of the scores of one chunk; one mask of all pairs, for 8 heads in float32, is 1152.
+    assert float(run.stdout) < 150
 
 
 # ---- models that other code uses too --------------------------------------------------------------------------------
