@@ -172,7 +172,8 @@ class TransformersEngine(Engine):
             self.model.set_attn_implementation(implementation)
         rotary = getattr(self._decoder, "rotary_emb", None)
         if form == "fused" and rotary is not None:
-            return fuse_decoder_layers(self._layers, rotary, max_length - 1)
+            # To the model's last position and not the engine's: another engine may serve the model further.
+            return fuse_decoder_layers(self._layers, rotary, (context_length(self._config) or max_length) - 1)
         return None
 
     def _disagreement(self, probe: Probe) -> float:

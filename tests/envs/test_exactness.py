@@ -398,6 +398,13 @@ def test_a_second_engine_of_a_model_checks_its_own_length() -> None:
         engine_of(model)
 
 
+def test_a_second_engine_serves_a_model_further_than_the_first() -> None:
+    model, prompt = model_of(FAMILIES["attention scaled by position"][1]()), torch.tensor([5, 9, 11, 7, 21])
+    text = generated(model, prompt, 50)
+    engine_of(model, max_length=15)  # attention is not scaled up to here
+    assert served(engine_of(model), [prompt], [text], drafted=True)[0] == [text]
+
+
 def test_a_context_too_short_to_check_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="a context of 7 tokens is too short to check"):
         engine_of(model_of(hf.LlamaConfig(**{**HEADS, "max_position_embeddings": 7})), max_length=7)
