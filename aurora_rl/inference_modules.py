@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
         self.packed = self.pack(linear.weight.detach())
         if keep_weight:
             # As register_parameter does, which refuses a name that the class has already.
-            self._parameters["weight"] = linear.weight
+            self._parameters["weight"] = linear.get_parameter("weight")
 
     @property
     def weight(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -419,11 +420,11 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
         UnsupportedModelError: ``max_length`` goes beyond the original context.
     """
     config = model.config.get_text_config()
+    module: Any
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if not isinstance(kinds, str | dict):
-            continue
-        for layer_type in list(kinds) if isinstance(kinds, dict) else [None]:
+        layer_types = list(kinds) if isinstance(kinds, dict) else [None] if isinstance(kinds, str) else []
+        for layer_type in layer_types:
             settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
             kind = settings["rope_type"]  # not the module's: another engine may have frozen it
             if "dynamic" not in kind and kind != "longrope":
