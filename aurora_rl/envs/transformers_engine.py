@@ -436,10 +436,10 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
                     f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
                     f"(got {max_length})"
                 )
-            if layer_type is None:
-                module.rope_type = "default"
-            else:
+            if isinstance(kinds, dict):
                 kinds[layer_type] = "default"
+            else:
+                module.rope_type = "default"
     floor = getattr(config, "floor_scale", None)
     if floor and getattr(config, "attn_temperature_tuning", False) and max_length >= floor:
         raise UnsupportedModelError(
