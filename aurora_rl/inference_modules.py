@@ -286,7 +286,7 @@ def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Call
         far: The last position that the model will be asked for.
 
     Returns:
-        Puts the layers back that were replaced; None where there was none.
+        Puts the layers back that were replaced; None where no layer is fused, now or before.
     """
     replaced, alike = {}, {}
     for index, layer in enumerate(layers):
@@ -300,7 +300,7 @@ def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Call
         for index, layer in replaced.items():
             layers[index] = layer
 
-    return undo if replaced else None
+    return undo if any(isinstance(layer, FusedDecoderLayer) for layer in layers) else None
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

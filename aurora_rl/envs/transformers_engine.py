@@ -175,7 +175,8 @@ class TransformersEngine(Engine):
             self.model.set_attn_implementation(implementation)
         rotary = getattr(self._decoder, "rotary_emb", None)
         if form == "fused" and rotary is not None:
-            return fuse_decoder_layers(self._layers, rotary, max_length - 1)
+            # To the model's last position and not the engine's: another engine may serve the model further.
+            return fuse_decoder_layers(self._layers, rotary, (context_length(self._config) or max_length) - 1)
         return None
 
     def _disagreement(self, probe: Probe) -> float:
@@ -423,12 +424,15 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
         UnsupportedModelError: ``max_length`` goes beyond the original context.
     """
     config = model.config.get_text_config()
+    module: Any
     for module in model.modules():
-        kinds: Any = getattr(module, "rope_type", None)
-        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if not isinstance(kind, str) or ("dynamic" not in kind and kind != "longrope"):
-                continue
+        kinds = getattr(module, "rope_type", None)
+        layer_types = list(kinds) if isinstance(kinds, dict) else [None] if isinstance(kinds, str) else []
+        for layer_type in layer_types:
             settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+            kind = settings["rope_type"]  # not the module's: another engine may have frozen it
+            if "dynamic" not in kind and kind != "longrope":
+                continue
             original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
             if max_length > original:
                 raise UnsupportedModelError(
@@ -436,8 +440,10 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
                     f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
                     f"(got {max_length})"
                 )
-            frozen: Any = "default" if layer_type is None else {**module.rope_type, layer_type: "default"}
-            module.rope_type = frozen
+            if isinstance(kinds, dict):
+                kinds[layer_type] = "default"
+            else:
+                module.rope_type = "default"
     for name in _LENGTHS:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and max_length > limit:

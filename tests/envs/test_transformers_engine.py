@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,23 +102,17 @@ def test_contexts_out_of_range_are_refused(length: int) -> None:
         TransformersEngine(tiny_target(), num_slots=1, max_length=length, feature_layers=(0,))
 
 
-def test_a_sliding_window_inside_the_context_is_refused() -> None:
-    config = MistralConfig(
+def test_a_sliding_window_and_scaled_logits_are_served() -> None:
+    sizes = dict(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, sliding_window=16, max_position_embeddings=64,
+        num_key_value_heads=2, initializer_range=0.4, pad_token_id=0,
     )  # fmt: skip
-    model = MistralForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="slides its attention over 16 tokens; set engine.max_length <= 16"):
-        TransformersEngine(model, num_slots=1, max_length=32, feature_layers=(0,))
-
-
-def test_logits_that_are_more_than_the_heads_are_refused() -> None:
-    config = CohereConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, logit_scale=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="CohereForCausalLM scales or caps the logits"):
-        TransformersEngine(CohereForCausalLM(config).eval(), num_slots=1, max_length=32, feature_layers=(0,))
+    for model in (
+        MistralForCausalLM(MistralConfig(**sizes, head_dim=4, sliding_window=5, max_position_embeddings=64)),
+        CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.5, bos_token_id=1, eos_token_id=2)),
+    ):
+        engine = TransformersEngine(copy.deepcopy(model).eval(), num_slots=2, max_length=64, feature_layers=(0,))
+        check_engine(engine, model.eval(), feature_layers=(0,), rounds=2)
 
 
 def test_a_model_serves_a_second_engine() -> None:
