@@ -215,6 +215,11 @@ class TransformersEngine(Engine):
         """Give BLOOM's ALiBi the positions of the columns: a tree's nodes lie in another order."""
         original = getattr(self._decoder, "build_alibi_tensor", None)
         if original is None:
+            if not self._takes_positions or getattr(self._config, "alibi", False):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} cannot be told the positions of a tree's nodes: its decoder counts "
+                    f"them itself; {ELSEWHERE}"
+                )
             return
         device = self.model.device
 
@@ -372,8 +377,8 @@ def _mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[st
     types = getattr(config, "layer_types", None)
     if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
         raise UnsupportedModelError(
-            f"{name} has layers of the kind {', '.join(unknown)}, whose state cannot be rolled back to the accepted "
-            f"node of a tree; {_SGLANG}"
+            f"{name} has layers of the kind {', '.join(unknown)}, which keep a state that cannot be rolled back to the "
+            f"accepted node of a tree, or choose their keys themselves; {_SGLANG}"
         )
     window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
     kinds: dict[str | None, _Sees] = {}
@@ -425,7 +430,7 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
     """
     config = model.config.get_text_config()
     module: Any
-    for module in model.modules():
+    for module in decoder_of(model).modules():
         kinds = getattr(module, "rope_type", None)
         layer_types = list(kinds) if isinstance(kinds, dict) else [None] if isinstance(kinds, str) else []
         for layer_type in layer_types:

@@ -63,6 +63,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
         "activation_sparsity_pattern": [0.0] * 5,
     },
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
