@@ -375,11 +375,11 @@ REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     ),
     "looks ahead": (
         lambda: hf.Gemma3TextConfig(**HEADS, sliding_window=8, use_bidirectional_attention=True),
-        "Gemma3ForCausalLM .*other tokens follow.* it is no causal language model.*serve it with engine.name=sglang",
+        "Gemma3ForCausalLM .*other tokens follow.* it is no causal language model.*engine.name=sglang may serve it",
     ),
     "bert": (
         lambda: hf.BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
-        "BertLMHeadModel .*serve it with engine.name=sglang",
+        "BertLMHeadModel .*engine.name=sglang may serve it",
     ),
 }  # fmt: skip
 
@@ -406,7 +406,7 @@ def test_a_second_engine_serves_a_model_further_than_the_first() -> None:
 
 
 def test_a_context_too_short_to_check_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="a context of 7 tokens is too short to check"):
+    with pytest.raises(UnsupportedModelError, match="has a context of 7 tokens, too short to check its logits in"):
         engine_of(model_of(hf.LlamaConfig(**{**HEADS, "max_position_embeddings": 7})), max_length=7)
 
 

@@ -397,7 +397,8 @@ def test_broken_weights_never_change_the_text() -> None:
     policy = DrafterPolicy(made, world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES))
     faults: list[str] = []
     policy.on_fault = lambda slot, fault: faults.append(fault)
-    policy.install({k: v if k == "d2t" else v * torch.nan for k, v in made.published().items()}, 1)
+    # As no swap would do it: the policy refuses weights that are not finite.
+    policy.drafter.install({k: v if k == "d2t" else v * torch.nan for k, v in made.published().items()})
     check(world, world.run(policy), [Truth.of(r) for r in wanted])
     assert len(faults) == len(wanted) and all("a log-probability is above 0 or not a number" in f for f in faults)
 
@@ -411,12 +412,11 @@ def test_a_budget_that_fills_the_slot_and_the_widest_trees() -> None:
 
 
 def test_a_tree_beyond_the_engines_room_is_refused() -> None:
-    world = World(requests((3, 4)), slots=1, num_nodes=65)
-    td = world.env.reset()
-    chain = torch.arange(-1, 64)[None]  # every node of a chain is legal, so that all 65 are to be verified
-    draft = {"tokens": torch.zeros_like(chain), "parents": chain, "mask": torch.ones_like(chain).bool()}
+    world = World(requests((3, 4)), slots=1, num_nodes=4)
+    world.env.reset()
+    chain = torch.arange(-1, 64)[None]
     with pytest.raises(ValueError, match="a tree of 65 nodes exceeds the engine's 64; lower num_nodes"):
-        world.env.step(td.set("draft", TensorDict(draft, batch_size=[1])))
+        world.engine.verify(torch.tensor([0]), torch.zeros_like(chain), chain, torch.ones_like(chain).bool())
 
 
 # ---- mutants: the checks above must be able to fail -------------------------------------------------------------
