@@ -79,6 +79,7 @@ class TransformersEngine(Engine):
         if not 2 <= max_length <= (context or max_length):
             raise ValueError(f"max_length must lie in 2..{context} (the model's context), got {max_length}")
         self.model, self._decoder, self._config = model, decoder_of(model), config
+        self._last = None if context is None else context - 1
         self._takes_positions, self._mask_kinds = takes_positions(model), _mask_kinds(config, name, max_length)
         _freeze_positions(model, max_length)
         self.vocab_size = config.vocab_size
@@ -176,7 +177,7 @@ class TransformersEngine(Engine):
         rotary = getattr(self._decoder, "rotary_emb", None)
         if form == "fused" and rotary is not None:
             # To the model's last position and not the engine's: another engine may serve the model further.
-            return fuse_decoder_layers(self._layers, rotary, (context_length(self._config) or max_length) - 1)
+            return fuse_decoder_layers(self._layers, rotary, max_length - 1 if self._last is None else self._last)
         return None
 
     def _disagreement(self, probe: Probe) -> float:
@@ -251,11 +252,11 @@ class TransformersEngine(Engine):
         self._cache.aim(slots, past + torch.arange(width, device=device), end)
         arguments = {}
         if self._takes_positions:
-            # A node past the last position is never delivered, and a table of positions has no row for it.
-            positions = (past + depth).clamp(max=self.max_length - 1)
+            positions = past + depth
             if self._starts is not None:
                 positions = positions + self._starts[slots, None].to(device)
-            arguments["position_ids"] = positions
+            # A node past the model's last position is never delivered, and a table of positions has no row for it.
+            arguments["position_ids"] = positions if self._last is None else positions.clamp(max=self._last)
         else:
             self._columns = column_positions(depth, past, end)
         hidden = self._decoder(
