@@ -42,7 +42,7 @@ def test_the_whole_block_on_a_server(
 ) -> None:
     # On the server that other tests share, since another takes a minute to start.
     attached = f"SGLangEngine({chain.url!r}, {chain.control!r})"
-    code, count = re.subn(r"SGLangEngine\.launch\(.*?\)(?=  #)", attached, BLOCKS[1])
+    code, count = re.subn(r"SGLangEngine\.launch\(.*?\)(?=\n)", attached, BLOCKS[1])
     assert count == 1
     names = run(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     assert len(names["completion"].tokens) == 32 and int(names["trajectory"]["request"]) == 0
