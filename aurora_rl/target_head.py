@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -65,11 +64,7 @@ class TargetHead(nn.Module):
             raise ValueError(f"{name} has no output head (a weight of one row for each token)")
         hidden, logits = _probe(model)
         bias = getattr(output, "bias", None)
-        bias = None if bias is None else bias.detach()
-        heads = [
-            cls(weight.detach(), bias, scale=scale, softcap=softcap)
-            for scale, softcap in itertools.product(*_candidates(model.config.get_text_config()))
-        ]
+        heads = cls.candidates(weight.detach(), None if bias is None else bias.detach(), model.config.get_text_config())
         # The nearest and not the first that is near: a cap changes small logits by less than bfloat16 rounds.
         gaps = [float((head(hidden) - logits).abs().max()) for head in heads]
         if min(gaps) <= 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()):
@@ -78,6 +73,17 @@ class TargetHead(nn.Module):
             f"{name} does more to make its logits than a linear head with a bias, a scale and a cap, "
             "which aurora_rl cannot reproduce; engine.name=sglang may serve it"
         )
+
+    @classmethod
+    def candidates(cls, weight: Tensor, bias: Tensor | None, config: PretrainedConfig) -> list[TargetHead]:
+        """Return the heads that a model may have by its configuration, the plain one first."""
+        scales = [float(value) for name in _SCALES if isinstance(value := getattr(config, name, None), int | float)]
+        caps = [float(value) for name in _SOFTCAPS if isinstance(value := getattr(config, name, None), int | float)]
+        return [
+            cls(weight, bias, scale=scale, softcap=softcap)
+            for scale in [1.0, *scales, *(1 / scale for scale in scales if scale)]
+            for softcap in [None, *caps]
+        ]
 
     @classmethod
     def like(cls, head: TargetHead | Tensor) -> TargetHead:
@@ -124,13 +130,6 @@ class TargetHead(nn.Module):
         if self.scale != 1.0:
             product = product * self.scale
         return product if self.softcap is None else torch.tanh(product / self.softcap) * self.softcap
-
-
-def _candidates(config: PretrainedConfig) -> tuple[list[float], list[float | None]]:
-    """Scales and caps that the configuration of a model allows, the plain ones first."""
-    values = [float(value) for name in _SCALES if isinstance(value := getattr(config, name, None), int | float)]
-    caps = [float(value) for name in _SOFTCAPS if isinstance(value := getattr(config, name, None), int | float)]
-    return [1.0, *values, *(1 / value for value in values if value)], [None, *caps]
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from aurora_rl.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.sglang.requests import sampling_of, unwanted
 from aurora_rl.sglang.session import Session
 from aurora_rl.sglang.weights import SwapError, load_drafter
+from aurora_rl.target_head import TargetHead
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,9 @@ class Plugin:
         if layers != hello.feature_layers:
             raise ControlError(f"feature_layers is {hello.feature_layers} at the learner and {layers} at the engine")
         head = target.lm_head.weight[: target.config.vocab_size]
-        if checksum({"head": head}) != hello.head_checksum:
+        # Which of them the model has, the learner has found out; SGLang's own code computes it.
+        heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
+        if not any(checksum(each.tensors()) == hello.head_checksum for each in heads):
             raise ControlError(
                 f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
                 "serve the same model in the same dtype"
