@@ -253,7 +253,7 @@ class Objective(_Loss):
         """
         if ("spine", "features") in self.keys_of(tensordict):
             try:
-                check_features(tensordict, self.drafter.feature_layers, self.head.shape[1])
+                check_features(tensordict, self.drafter.feature_layers, self.head.weight.shape[1])
             except ValueError as error:
                 raise ValueError(f"objective {self.name!r}: {error}") from error
         value, weight, valid, metrics = self.values(tensordict)

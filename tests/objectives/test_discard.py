@@ -46,6 +46,13 @@ def test_weights() -> None:
     torch.testing.assert_close(loss_of(drafter, target, weight=0.1), 0.1 * sum(values))
 
 
+def test_weights_are_exact_where_the_head_is_in_bfloat16() -> None:
+    drafter, target = TabularDrafter(1), TabularTarget(1)
+    batch = pack([tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)])
+    loss = DiscardSamplingLoss(drafter, target.head.bfloat16(), weighting="decay", decay=0.3)
+    assert loss._weights(batch, RecordedTrees.of(batch)).dtype == torch.float32
+
+
 def test_the_targets_likeliest_tokens_alone() -> None:
     drafter, target = TabularDrafter(2), TabularTarget(2)
     expected = torch.zeros((), dtype=torch.float64)
