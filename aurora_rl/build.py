@@ -30,7 +30,7 @@ from aurora_rl.objectives import SumLoss, check_settings, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
 from aurora_rl.policies.formats import load_drafter, save_drafter, written
 from aurora_rl.recordings import Recording
-from aurora_rl.target_head import TargetHead, context_length
+from aurora_rl.target_head import context_length
 from aurora_rl.traffic import Prompt, generate, read_jsonl
 from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import validate

@@ -110,8 +110,8 @@ def load_target(
         )
     target = target.to(device).eval().requires_grad_(False)
     if target.device.type == "cpu":
-        # Views of the mapped file until now: a single one that is kept would keep the whole file in memory, next to what
-        # becomes of the weights in inference form.
+        # Views of the mapped file until now: a single one that is kept would keep the whole file in memory, next to
+        # what becomes of the weights in inference form.
         for weight in target.parameters():
             weight.data = weight.data.clone()
     return target, tokenizer

@@ -7,6 +7,7 @@ import torch
 
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.testing.tabular import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
