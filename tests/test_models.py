@@ -67,12 +67,6 @@ def test_a_folder_loads_frozen_with_its_tokenizer(tiny_folder: Path) -> None:
     assert models.stop_token_ids(model, tokenizer) == (0, 7)
 
 
-def test_no_weight_keeps_the_file_of_all_weights_in_memory(tiny_folder: Path) -> None:
-    stored = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype="auto").dtype  # others are converted, so copied
-    model, _ = models.load_target(str(tiny_folder), dtype=stored, device="cpu")
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
-
-
 def test_stop_tokens_without_any_declared(tiny_folder: Path) -> None:
     model, tokenizer = models.load_target(str(tiny_folder), dtype=torch.float32, device="cpu")
     model.generation_config.eos_token_id = 5
