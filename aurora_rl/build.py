@@ -23,13 +23,14 @@ from aurora_rl.conversations import Conversations
 from aurora_rl.envs import Engine, SamplingParams
 from aurora_rl.gate import Gate
 from aurora_rl.learner import Learner
+from aurora_rl.memory import return_freed_memory
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.models import default_dtype, load_target
 from aurora_rl.objectives import SumLoss, check_settings, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
 from aurora_rl.policies.formats import load_drafter, save_drafter, written
 from aurora_rl.recordings import Recording
-from aurora_rl.target_head import TargetHead, context_length
+from aurora_rl.target_head import context_length
 from aurora_rl.traffic import Prompt, generate, read_jsonl
 from aurora_rl.training import drafter_optimizers
 from aurora_rl.trajectories import validate
@@ -251,10 +252,15 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     target = load(config)
     parts, device = target.parts, device_of(config)
     made = drafter(config, target, [])
-    del target
     greeting = hello(parts, made, config.drafter.name)
     made.to(device)
-    head = TargetHead.like(parts.head).float()
+    # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
+    # multiplies it in bfloat16, whatever it is kept in.
+    head = copy.deepcopy(parts.head)
+    if dtype_of(config) != torch.bfloat16:
+        head = head.float()
+    del target, parts
+    return_freed_memory(collect=True)
     scratch = copy.deepcopy(made).to(dtype_of(config)).eval().requires_grad_(False)
 
     def check_one(trajectory: TensorDictBase) -> None:

@@ -376,6 +376,7 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
         import torch
 
         from aurora_rl import build
+        from aurora_rl.memory import return_freed_memory
         from aurora_rl.serving import serving as build_serving
 
         torch.set_num_threads(config.engine.threads)
@@ -390,6 +391,8 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
                 with stop.held():
                     child = _spawn(theirs, run_dir)
             serving = build_serving(config, target, requests, made, log, run_dir)
+            del target, made  # the engine and its policy have forms of their own
+            return_freed_memory(collect=True)
         if child is not None:
             _await_learner(child, run_dir, reader)
         view = LiveView(

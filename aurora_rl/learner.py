@@ -24,6 +24,7 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.weight_sync import WeightPublisher
 from aurora_rl.gate import Gate
+from aurora_rl.memory import return_freed_memory
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats import save_drafter
@@ -137,9 +138,12 @@ class Learner:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
             self._credit = min(self._credit + self._replay, 4 * self._replay)
             self._train(pack(batch), new=len(batch))
+            return_freed_memory()
         elif self._credit > 0:
             self._credit -= 1
             self._train(self._buffer.sample(), new=0)
+            if not self._credit:  # it may wait for long now; the next step has to ask for the pages again
+                return_freed_memory()
         else:
             return bool(arrivals)
         return True
@@ -161,7 +165,7 @@ class Learner:
         drafted, own, old = self._drafts
         if drafted < _CHECKED_DRAFTS:
             return
-        self._checked = self.version
+        self._checked, self._replaced = self.version, self._serving
         self._log.write("served", version=self.version, drafts=drafted, own=own, of_replaced=old)
         if own < old:
             logger.warning(

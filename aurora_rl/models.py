@@ -108,7 +108,13 @@ def load_target(
             f"cannot load model {model!r} from {where.tried}: {len(missing)} weights are missing, "
             f"{missing[0]!r} the first\n{where.cure}"
         )
-    return target.to(device).eval().requires_grad_(False), tokenizer
+    target = target.to(device).eval().requires_grad_(False)
+    if target.device.type == "cpu":
+        # Views of the mapped file until now: a single one that is kept would keep the whole file in memory, next to
+        # what becomes of the weights in inference form.
+        for weight in target.parameters():
+            weight.data = weight.data.clone()
+    return target, tokenizer
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_sync import WeightReceiver
 from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv
 from aurora_rl.figures import Figures
+from aurora_rl.memory import return_freed_memory
 from aurora_rl.metrics import MetricsLog
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.shape import Outcome, ShapeController
@@ -209,6 +210,7 @@ class InferenceServer(Figures):
     def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
         assert self._receiver is not None
         self._receiver.acknowledge(version, checksum(loaded), milliseconds)
+        return_freed_memory()  # of the weights that these replace, and of the message
 
 
 def _named(weights: Any) -> dict[str, Tensor]:

@@ -143,13 +143,14 @@ class EmbeddedServing(Serving):
             else:
                 log.write("costs", round_ms=cost_table(costs))
                 shapes = ShapeController(costs)
+        tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
         env = SpecDecodeEnv(
             engine,
             requests,
             num_nodes=tree.most_nodes,
             draft_mode=tree.mode,
             stop_tokens=stop_tokens,
-            decode=lambda tokens: str(target.tokenizer.decode(tokens)),
+            decode=lambda tokens: str(tokenizer.decode(tokens)),
             processors=processors,
             on_completion=self._completed,
             on_refused=requests.refused,

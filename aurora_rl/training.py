@@ -76,10 +76,13 @@ def train_step(
     total.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-    if not math.isfinite(value) or not math.isfinite(norm):
-        raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
+    finite = math.isfinite(value) and math.isfinite(norm)
     for optimizer in optimizers:
-        optimizer.step()
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # it would take memory next to what the next forward keeps
+    if not finite:
+        raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
     return value, out
 
 

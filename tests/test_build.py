@@ -115,6 +115,17 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
         assert made._recording.folder == tmp_path / "stream"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_path: Path, dtype: str) -> None:
+    config.dtype = dtype
+    with learner(config, tmp_path) as made:
+        weight = made._loss.objectives[0].head.weight
+    # Under autocast the product is in bfloat16 anyway.
+    assert weight.dtype == getattr(torch, dtype)
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(weight, build.load(config).parts.head.weight)
+
+
 def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
     config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
     with learner(config, tmp_path) as made:

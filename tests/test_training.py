@@ -58,6 +58,7 @@ def test_the_losses_are_summed_and_the_gradient_clipped() -> None:
     optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
     value, out = train_step(loss, [optimizer], pack(stream(1)), autocast=False)  # type: ignore[arg-type]
     assert value == 7.0 and set(out.keys()) == {"loss_a", "loss_b", "metric"}
+    assert loss.weight.grad is None  # it would take memory next to the next forward
     torch.testing.assert_close(loss.weight.detach(), 1 - torch.tensor([0.6, 0.8]))  # (3, 4) has norm 5
 
 

@@ -150,7 +150,8 @@ class DiscardSamplingLoss(Objective):
         """Of every node, ``[M]``."""
         depth = trees.depth[trees.num_rounds :]
         if self.weighting != "reach":
-            return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(self.head.weight.dtype)
+            precise = torch.promote_types(self.head.weight.dtype, torch.float32)
+            return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(precise)
         parents = torch.zeros_like(trees.depth, dtype=torch.bool)
         parents[trees.parent] = True
         rows = context_rows(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)

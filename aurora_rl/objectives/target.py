@@ -105,7 +105,9 @@ def context_rows(
 
 
 def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None = None) -> Tensor:
-    """The target's logits at temperature 1, in the head's dtype; of the top-k form they are log-probabilities.
+    """The target's logits at temperature 1, in the head's dtype.
+
+    Of the top-k form they are log-probabilities, in float32 at least.
 
     Args:
         rows: of :func:`target_rows` or :func:`context_rows`.
@@ -125,8 +127,9 @@ def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None 
         return head(rows["hidden"].to(head.weight.dtype), tokens)
     ids, log_probs, tail = (rows[name] for name in TOPK_ENTRIES)
     width, others = len(head) if tokens is None else len(tokens), max(len(head) - ids.shape[1], 1)
-    each = tail.to(head.weight.dtype).clamp(min=_LEAST) - math.log(others)
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)  # the head may be in bfloat16, for autocast
+    each = tail.to(dtype).clamp(min=_LEAST) - math.log(others)
     # One column more, for the ids that are not asked for.
     place = ids if tokens is None else draft_rows(tokens, ids)
     logits = each[:, None].repeat(1, width + 1)
-    return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(head.weight.dtype))[:, :width]
+    return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(dtype))[:, :width]

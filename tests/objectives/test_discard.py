@@ -7,6 +7,7 @@ import torch
 
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.testing.tabular import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
@@ -44,6 +45,13 @@ def test_weights() -> None:
     expected = sum(w * v for w, v in zip(reach, values, strict=True))
     torch.testing.assert_close(loss_of(drafter, target, weighting="reach"), expected)
     torch.testing.assert_close(loss_of(drafter, target, weight=0.1), 0.1 * sum(values))
+
+
+def test_weights_are_exact_where_the_head_is_in_bfloat16() -> None:
+    drafter, target = TabularDrafter(1), TabularTarget(1)
+    batch = pack([tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)])
+    loss = DiscardSamplingLoss(drafter, target.head.bfloat16(), weighting="decay", decay=0.3)
+    assert loss._weights(batch, RecordedTrees.of(batch)).dtype == torch.float32
 
 
 def test_the_targets_likeliest_tokens_alone() -> None:

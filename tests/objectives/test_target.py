@@ -93,6 +93,7 @@ def test_logits_of_rows_by_hand() -> None:
     assert torch.equal(target_logits(rows, head, some).exp(), p[:, some])
     # An empty tail leaves a distribution on tokens that are all in it: nothing is known, so they are equal.
     torch.testing.assert_close(target_logits(rows, head, torch.tensor([2, 4])).softmax(-1)[1], torch.tensor([0.5, 0.5]))
+    assert torch.equal(target_logits(rows, TargetHead(torch.zeros(5, 2).bfloat16())).exp(), p)
     assert target_logits(rows, head.double()).dtype == torch.float64
 
 

@@ -1,0 +1,27 @@
+"""Memory that was freed goes back to the system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_rl import memory
+
+
+def resident() -> int:
+    """Anonymous memory of this process, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) // 1000
+
+
+@pytest.mark.skipif(memory._trim is None, reason="the C library is not glibc")
+def test_freed_tensors_next_to_one_that_lives_go_back_to_the_system() -> None:
+    tensors = [torch.ones(25_000) for _ in range(1000)]  # 100 kB each, which glibc takes from its heap
+    last = tensors[-1]
+    tensors.clear()
+    before = resident()
+    memory.return_freed_memory()
+    assert before - resident() > 60
+    assert last.sum() == 25_000
