@@ -290,7 +290,7 @@ def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Call
     """
     replaced, alike = {}, {}
     for index, layer in enumerate(layers):
-        kind = _kind(layer)
+        kind = layer_kind(layer)
         if kind not in alike:
             alike[kind] = _can_be_fused(layer, rotary, far)
         if alike[kind]:
@@ -303,7 +303,7 @@ def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Call
     return undo if any(isinstance(layer, FusedDecoderLayer) for layer in layers) else None
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
     """Equal for layers that compute the same function of their weights: they are probed once."""
     settings = tuple(
         (name, key, value)
@@ -319,7 +319,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
     """Whether the fused form of a layer computes the same: as for norms, a probe and not the name tells.
 
-    It is made on a copy in float32, where nothing hides in rounding.
+    The probe runs on a copy of the layer in float32, where nothing hides in rounding.
     """
     try:
         layer = copy.deepcopy(layer)
@@ -378,7 +378,8 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
         norm = _fused_norm(child)
         if norm is not None:
             setattr(model, name, norm)
-        elif pack and isinstance(child, nn.Linear) and _is_packable(child.weight):
+        # Not subclasses, which may return more than a product, as routers do.
+        elif pack and type(child) is nn.Linear and _is_packable(child.weight):
             setattr(model, name, PackedLinear(child, keep_weight=keep_weights))
         else:
             prepare_for_inference(child, keep_weights=keep_weights)

@@ -63,6 +63,12 @@ class TargetHead(nn.Module):
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise ValueError(f"{name} has no output head (a weight of one row for each token)")
         hidden, logits = _probe(model)
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                f"{name} gives logits that are not finite; its weights are damaged, or too large for {logits.dtype}"
+            )
+        if not bool((logits != logits[..., :1]).any()):
+            raise ValueError(f"{name} gives every token the same logit; its weights are missing or zero")
         bias = getattr(output, "bias", None)
         heads = cls.candidates(weight.detach(), None if bias is None else bias.detach(), model.config.get_text_config())
         # The nearest and not the first that is near: a cap changes small logits by less than bfloat16 rounds.

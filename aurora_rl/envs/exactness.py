@@ -6,17 +6,20 @@ Legend: ``R`` rows of the probe, ``n`` tokens of each, ``V`` vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
-from aurora_rl.inference_modules import GROUPED_ATTENTION
-from aurora_rl.target_head import context_length, decoder_of
+from aurora_rl.inference_modules import GROUPED_ATTENTION, layer_kind
+from aurora_rl.target_head import context_length, decoder_layers, decoder_of
 
 # Tokens of a row, and rows of the probe at most: these bound what the check costs on a large model.
 _LENGTH, _MOST_ROWS = 16, 6
@@ -37,6 +40,10 @@ ELSEWHERE = "engine.name=sglang may serve it"
 
 class UnsupportedModelError(ValueError):
     """A model that an engine cannot serve exactly; the message names it, the reason and an engine that serves it."""
+
+
+class WrongLogitsError(UnsupportedModelError):
+    """A model whose logits differ from its own in every form in which it could be run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,8 @@ class Probe:
         starts = {0}
         if self.takes_positions:
             starts |= {t - length // 2 for t in _thresholds(config) if t < max_length} | {max_length - length}
-        self.starts = torch.tensor(sorted({min(max(s, 0), context - length) for s in starts})[-_MOST_ROWS:])
+        first, *others = sorted({min(max(start, 0), context - length) for start in starts})
+        self.starts = torch.tensor([first, *others[1 - _MOST_ROWS :]])
         if len(self.starts) == 1:  # two slots at least, of unequal length
             self.starts = self.starts.repeat(2)
         rows = torch.arange(len(self.starts))
@@ -172,6 +180,42 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(kept)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from warning at each form that attention is set in another way than a family is made for."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@torch.no_grad()
+def few_layers_in_float32(model: PreTrainedModel, layers: nn.ModuleList, factor: float) -> PreTrainedModel:
+    """A copy of a model with its first layers alone, as many as it takes to have one of each kind, 8 at most.
+
+    Args:
+        model: As it was loaded.
+        layers: Its decoder layers.
+        factor: On the weights of the layers' products, which makes outliers of what they compute.
+    """
+    kinds = [layer_kind(layer) for layer in layers]
+    count = min(max(kinds.index(kind) for kind in kinds) + 1, 8)
+    others = list(layers[count:])
+    del layers[count:]
+    try:
+        few: PreTrainedModel = copy.deepcopy(model)
+    finally:
+        layers.extend(others)
+    few.config.get_text_config().num_hidden_layers = count
+    for module in decoder_layers(few).modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            module.weight.mul_(factor)
+    nn.Module.float(few)
+    return few
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

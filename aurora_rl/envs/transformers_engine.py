@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from aurora_rl.envs.engine import Engine
-from aurora_rl.envs.exactness import ELSEWHERE, Exactness, Probe, UnsupportedModelError, takes_positions
+from aurora_rl.envs.exactness import (
+    ELSEWHERE,
+    Exactness,
+    Probe,
+    UnsupportedModelError,
+    WrongLogitsError,
+    few_layers_in_float32,
+    quiet,
+    takes_positions,
+)
 from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, grouped_mask, prepare_for_inference
 from aurora_rl.slot_cache import (
     KVShape,
@@ -27,6 +37,8 @@ from aurora_rl.target_head import TargetHead, context_length, decoder_layers, de
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
+logger = logging.getLogger(__name__)
+
 # A prompt is read in chunks of so many scores (rows x heads x columns), so that memory stays linear in its length.
 _PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
 # The fastest first; what computes something else than the model is switched off.
@@ -34,6 +46,8 @@ _FORMS = ("fused", "grouped", "sdpa", "eager")
 _SGLANG = "serve it with engine.name=sglang"
 # Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
 _LENGTHS = ("window_size", "keep_window_size")
+# By which the weights of the float32 probe are multiplied: so that clips, caps and scales show, else as they are.
+_FACTORS = (4.0, 1.0)
 # Kinds of layers, in a configuration's `layer_types`, that attend to keys and values or keep nothing.
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 
@@ -71,6 +85,8 @@ class TransformersEngine(Engine):
         torch.Size([1, 1, 16])
     """
 
+    _least_tolerance: ClassVar[float] = 0.0
+
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
     ) -> None:
@@ -81,11 +97,12 @@ class TransformersEngine(Engine):
         self.model, self._decoder, self._config = model, decoder_of(model), config
         self._last = None if context is None else context - 1
         self._takes_positions, self._mask_kinds = takes_positions(model), _mask_kinds(config, name, max_length)
-        _freeze_positions(model, max_length)
+        _make_independent_of_length(model, max_length)
         self.vocab_size = config.vocab_size
         try:
             self._layers, self._output = decoder_layers(model), TargetHead.of(model)
-            probe = Probe(model, max_length)
+            with quiet():
+                probe = Probe(model, max_length)
         except Exception as error:  # whatever a forward raises that is called in another way
             own = isinstance(error, ValueError) and name in str(error)
             raise UnsupportedModelError(
@@ -97,11 +114,13 @@ class TransformersEngine(Engine):
         self._shapes = _kv_shapes(model)
         self._groups = _uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
+        self._build_alibi: Callable[..., Tensor] | None = None
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
         self._feature_layers: tuple[int, ...] = ()
         self._place_alibi(max_length + self.max_nodes)
         self.prefill_seconds = 0.0
-        self.exactness = self._take_form(probe, max_length)
+        with quiet():
+            self.exactness = self._take_form(probe, max_length)
         self._feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
             self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
@@ -137,8 +156,10 @@ class TransformersEngine(Engine):
 
     def _take_form(self, probe: Probe, max_length: int) -> Exactness:
         """Put the model into the fastest form whose logits are the model's own."""
-        switched_off: dict[str, str] = {}
+        switched_off, tolerance = self._wrong_in_float32(max_length), max(probe.tolerance, self._least_tolerance)
         for form in _FORMS:
+            if form in switched_off:
+                continue
             undo = None
             try:
                 undo = self._set_form(form, max_length)
@@ -148,25 +169,50 @@ class TransformersEngine(Engine):
             except Exception as raised:  # a forward that is called in another way fails with whatever error it meets
                 reason = _reason(raised)
             else:
-                if error <= probe.tolerance:
+                if error <= tolerance:
                     break
-                reason = f"its logits differ by {error:.2g} of their spread, {probe.tolerance:.1g} is rounding"
+                reason = f"its logits differ by {error:.2g} of their spread, {tolerance:.2g} is rounding"
             switched_off[form] = reason
             if undo is not None:
                 undo()
         else:
             name = type(self.model).__name__
-            raise UnsupportedModelError(
+            kind = WrongLogitsError if "logits differ" in switched_off[_FORMS[-1]] else UnsupportedModelError
+            raise kind(
                 f"{name} is not served exactly: {switched_off[_FORMS[-1]]} ({_FORMS[-1]} attention); {ELSEWHERE}"
             )
         prepare_for_inference(self.model)
         error = self._disagreement(probe)
-        if error > probe.tolerance:
+        if error > tolerance:
             raise UnsupportedModelError(
                 f"the norms and linear layers of {type(self.model).__name__} compute something else in inference form: "
                 f"its logits differ by {error:.2g} of their spread; {ELSEWHERE}"
             )
-        return Exactness(form, error, probe.tolerance, switched_off)
+        return Exactness(form, error, tolerance, switched_off)
+
+    def _wrong_in_float32(self, max_length: int) -> dict[str, str]:
+        """Forms that are wrong on a few of the model's layers in float32, and why; of a model of half precision alone.
+
+        There nothing hides in rounding. Where such a copy cannot be made or run, as of layers that read the keys of
+        others, it says nothing.
+        """
+        if self.model.dtype not in (torch.bfloat16, torch.float16) or self._form_is_taken():
+            return {}
+        for factor in _FACTORS:
+            try:
+                copied = few_layers_in_float32(self.model, self._layers, factor)
+                engine = _FewLayers(copied, num_slots=1, max_length=max_length, feature_layers=())
+            except WrongLogitsError as error:
+                raise WrongLogitsError(f"{error} (found in float32)") from error
+            except Exception as error:  # of a copy that no model of the family looks like
+                logger.debug("no probe of %s in float32: %s", type(self.model).__name__, error)
+            else:
+                return {form: f"{reason} (in float32)" for form, reason in engine.exactness.switched_off.items()}
+        return {}
+
+    def _form_is_taken(self) -> bool:
+        """Whether another engine has put the model into inference form."""
+        return self._config._attn_implementation == GROUPED_ATTENTION
 
     def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
         """Change how attention is computed; returns what undoes "fused", None where no layer can be fused."""
@@ -214,7 +260,7 @@ class TransformersEngine(Engine):
 
     def _place_alibi(self, max_length: int) -> None:
         """Give BLOOM's ALiBi the positions of the columns: a tree's nodes lie in another order."""
-        original = getattr(self._decoder, "build_alibi_tensor", None)
+        original = getattr(type(self._decoder), "build_alibi_tensor", None)
         if original is None:
             if not self._takes_positions or getattr(self._config, "alibi", False):
                 raise UnsupportedModelError(
@@ -222,15 +268,15 @@ class TransformersEngine(Engine):
                     f"them itself; {ELSEWHERE}"
                 )
             return
-        device = self.model.device
+        decoder, device = self._decoder, self.model.device
 
         def build(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
             if attention_mask.ndim == 2:  # not one of ours
-                return original(attention_mask, num_heads, dtype)
-            table = original(torch.ones(1, max_length, device=device), num_heads, dtype)[:, 0]
+                return original(decoder, attention_mask, num_heads, dtype)
+            table = original(decoder, torch.ones(1, max_length, device=device), num_heads, dtype)[:, 0]
             return table[:, self._columns].transpose(0, 1).flatten(0, 1)[:, None]
 
-        self._decoder.build_alibi_tensor = build
+        self._build_alibi = build
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
@@ -257,8 +303,8 @@ class TransformersEngine(Engine):
                 positions = positions + self._starts[slots, None].to(device)
             # A node past the model's last position is never delivered, and a table of positions has no row for it.
             arguments["position_ids"] = positions if self._last is None else positions.clamp(max=self._last)
-        else:
-            self._columns = column_positions(depth, past, end)
+        if self._build_alibi is not None:  # at every pass: other engines of the model have tensors of their own
+            self._columns, self._decoder.build_alibi_tensor = column_positions(depth, past, end), self._build_alibi
         hidden = self._decoder(
             input_ids=tokens,
             attention_mask=self._attention_mask(seen, depth, past, end),
@@ -354,6 +400,12 @@ class TransformersEngine(Engine):
         self.store.release(slot)
 
 
+class _FewLayers(TransformersEngine):
+    """An engine of a few layers with weights that may be scaled: rounding weighs more there, and faults far more."""
+
+    _least_tolerance = 1e-4
+
+
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -420,8 +472,8 @@ def _uniform_groups(config: PretrainedConfig, shapes: dict[int, tuple[KVShape, K
     return config.num_attention_heads // heads.pop() if len(heads) == 1 else 1
 
 
-def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Keep attention from changing with the largest position of a pass: a neighbour's, or a draft's.
+def _make_independent_of_length(model: PreTrainedModel, max_length: int) -> None:
+    """Keep attention from changing with the length of a pass: a neighbour's, or a draft's.
 
     `dynamic` and `longrope` compute with other frequencies once a pass is longer than the original context; keys that
     were cached before it stay as they were. Up to that length they are constant, and are served as such.
@@ -446,6 +498,10 @@ def _freeze_positions(model: PreTrainedModel, max_length: int) -> None:
                     f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
                     f"(got {max_length})"
                 )
+            # An earlier pass, of whoever used the model, may have left frequencies of its length.
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            own = getattr(module, f"{prefix}original_inv_freq").to(model.device)
+            module.register_buffer(f"{prefix}inv_freq", own.clone(), persistent=False)
             if isinstance(kinds, dict):
                 kinds[layer_type] = "default"
             else:

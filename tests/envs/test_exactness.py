@@ -492,3 +492,75 @@ def test_rounds_equal_the_model_run_path_by_path(family: str) -> None:
     model = model_of(FAMILIES[family][1]())
     engine = TransformersEngine(copy.deepcopy(model), num_slots=2, max_length=64, feature_layers=(0, 2))
     check_engine(engine, model, feature_layers=(0, 2), rounds=2)
+
+
+# ---- half precision, and what an earlier user of the model left -------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("layers", "width"), [(3, 0.05), (30, 0.05), (30, 0.3)])
+def test_a_scale_that_is_a_tenth_off_is_found_in_half_precision(
+    layers: int, width: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(given: dict[str, Any]) -> None:
+        given["scaling"] = 1.1 * given["scaling"]
+
+    _patched_grouped(monkeypatch, scaled)
+    sizes = {**SIZES, "num_hidden_layers": layers, "initializer_range": width}
+    sizes.pop("num_key_value_heads")
+    found = engine_of(model_of(hf.GPTNeoXConfig(**sizes), dtype=dtype)).exactness
+    assert found.form == "sdpa" and "(in float32)" in found.switched_off["grouped"]
+
+
+@pytest.mark.parametrize("cap", [5.0, 50.0])
+def test_a_cap_that_is_dropped_is_found_in_half_precision(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    _patched_grouped(monkeypatch, lambda given: given.update(softcap=None))
+    sizes = {**HEADS, "num_hidden_layers": 26, "initializer_range": 0.05}
+    config = hf.Gemma2Config(**sizes, query_pre_attn_scalar=8, attn_logit_softcapping=cap)
+    found = engine_of(model_of(config, dtype=torch.bfloat16)).exactness
+    assert found.form == "eager" and "(in float32)" in found.switched_off["grouped"]
+
+
+@pytest.mark.parametrize("kind", [{"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, LONGROPE])
+def test_a_longer_pass_before_the_engine_was_built_leaves_no_trace(kind: dict[str, Any]) -> None:
+    sizes = {**SIZES, "max_position_embeddings": 128 if kind is LONGROPE else 32}
+    rope = {**kind, "original_max_position_embeddings": 32} if kind is LONGROPE else kind
+    model = model_of(hf.LlamaConfig(**sizes, rope_parameters=rope))
+    fresh, text = copy.deepcopy(model), torch.arange(3, 15)
+    with torch.inference_mode():
+        model(torch.arange(48)[None])
+        expected = fresh(text[None]).logits[0, -1]
+    engine = engine_of(model, max_length=32)
+    engine.prefill([0], [text])
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    torch.testing.assert_close(
+        engine.logits(engine.verify(torch.tensor([0]), none, none, none.bool()))[0, 0], expected, rtol=0, atol=1e-4
+    )
+
+
+def test_two_engines_of_one_alibi_model_take_turns() -> None:
+    model = model_of(hf.BloomConfig(vocab_size=48, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.3))
+    reference, texts = copy.deepcopy(model), (torch.arange(3, 15), torch.arange(5, 40))
+    engines = [engine_of(model) for _ in texts]
+    for engine, text in zip(engines, texts, strict=True):
+        engine.prefill([0], [text])
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    for engine, text in zip(engines, texts, strict=True):
+        logits = engine.logits(engine.verify(torch.tensor([0]), none, none, none.bool()))[0, 0]
+        torch.testing.assert_close(logits, reference(text[None]).logits[0, -1], rtol=0, atol=1e-4)
+
+
+def test_weights_that_say_nothing_are_named() -> None:
+    broken, empty = (model_of(hf.LlamaConfig(**SIZES)) for _ in range(2))
+    with torch.no_grad():
+        broken.lm_head.weight[0] = torch.nan
+        empty.lm_head.weight.zero_()
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM gives logits that are not finite"):
+        engine_of(broken)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM gives every token the same logit"):
+        engine_of(empty)
+
+
+def test_a_router_that_returns_more_than_a_product_is_not_packed() -> None:
+    config = hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    assert engine_of(model_of(config, dtype=torch.bfloat16)).exactness.form in ("grouped", "sdpa", "eager")
