@@ -92,8 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
         written; 2 for an error of the user's; 130 if interrupted.
     """
-    output, errors = SafeStream(sys.stdout), SafeStream(sys.stderr)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+    # A stream that was closed before we began, as by >&-, is None. These take its place and its descriptor: C libraries
+    # write to that, and a file of the run must not get it.
+    with (
+        open(os.devnull, "w", encoding="utf-8") as no_output,
+        open(os.devnull, "w", encoding="utf-8") as no_errors,
+        contextlib.redirect_stdout(SafeStream(sys.stdout or no_output)),
+        contextlib.redirect_stderr(SafeStream(sys.stderr or no_errors)),
+    ):
         return _main(argv)
 
 
@@ -386,12 +392,12 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
             target = build.load(config)
             requests = build.conversations(config, target, prompts)
             day0 = run_dir / "drafter-day0" if spawn_learner else None
-            made, theirs = build.first_drafter(config, target, requests, day0)
+            drafter, learner_config = build.first_drafter(config, target, requests, day0)
             if spawn_learner:
                 with stop.held():
-                    child = _spawn(theirs, run_dir)
-            serving = build_serving(config, target, requests, made, log, run_dir)
-            del target, made  # the engine and its policy have forms of their own
+                    child = _spawn(learner_config, run_dir)
+            serving = build_serving(config, target, requests, drafter, log, run_dir)
+            del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if child is not None:
             _await_learner(child, run_dir, reader)

@@ -216,6 +216,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 if near == f"{key}.name":  # drafter=eagle3
                     near += f"={OmegaConf.select(given, key)}"
                 raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near!r}?")
+            node = _node(given, key)
+            if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
+                raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
             merged = OmegaConf.merge(merged, given)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
@@ -244,12 +247,17 @@ def nearest_key(name: str) -> str:
 
 
 def _from_pair(pair: str, config: DictConfig) -> DictConfig:
-    """Read ``key=value``: a string key takes the text as it stands, any other key takes YAML."""
+    """Read ``key=value``: a string key takes the text, with ``${key}`` replaced, any other key takes YAML."""
     key, _, text = pair.partition("=")
-    node: Any = config
-    for part in key.split("."):
-        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+    node = _node(config, key)
     if isinstance(node, StringNode) and not (text == "null" and node._is_optional()):
+        known = _keys(config)
+        # What is left of ${ has other meanings to OmegaConf, and written to a run's configuration would get them there.
+        rest = re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda found: "" if found[1] in known else found[0], text)
+        if "${" in rest:
+            raise ConfigError(
+                f"{pair}: ${{ begins the name of a key, such as ${{model}}, got {rest[rest.index('${') :]!r}"
+            )
         given = OmegaConf.create({})
         OmegaConf.update(given, key, text)
         return given
@@ -257,6 +265,14 @@ def _from_pair(pair: str, config: DictConfig) -> DictConfig:
         return OmegaConf.from_dotlist([pair])
     except Exception as error:  # the YAML parser has its own hierarchy of errors
         raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
+
+
+def _node(config: DictConfig, key: str) -> Any:
+    """Return the node at ``key``, None where there is none; interpolations are not followed."""
+    node: Any = config
+    for part in key.split("."):
+        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+    return node
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -322,6 +338,8 @@ def _check(config: Config) -> None:
         address = OmegaConf.select(tree, key)
         if not re.fullmatch(r"tcp://[^\s/]+:\d+|ipc://.+", address):
             raise ConfigError(f"{key} must be tcp://host:port or ipc://path, got {address!r}")
+        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
+            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
     if config.wire.trajectories == config.wire.weights:
         raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:

@@ -250,7 +250,7 @@ class SGLangServing(Serving):
                     stop_tokens=stop_tokens,
                     log=log,
                     note=self.answers.completed,
-                    failed=requests.failed.append,
+                    on_refused=requests.refused,
                 )
             except BaseException:
                 self._engine.close()

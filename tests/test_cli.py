@@ -376,6 +376,13 @@ def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[s
     assert summary(tmp_path / "run")["requests"] == 6
 
 
+def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aurora_rl.cli", "serve", *arguments, *QUICK]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=60).returncode == 0
+    assert summary(tmp_path / "run")["requests"] == 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
+
+
 def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,19 +422,29 @@ def test_signals_are_held_while_a_child_is_made() -> None:
     assert after == ["made"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_noted_while_working_and_a_second_one_raises(number: int) -> None:
-    stop = cli._Stop()
-    stop.working = True
-    os.kill(os.getpid(), number)
-    assert stop.requested
-    with pytest.raises(KeyboardInterrupt):
-        interrupt()
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_are_noted_while_working_and_a_second_one_raises(name: str) -> None:
+    code = f"""
+import signal
+from aurora_rl import cli
+stop = cli._Stop()
+stop.working = True
+signal.raise_signal(signal.{name})
+print("noted" if stop.requested else "lost")
+try:
+    signal.raise_signal(signal.{name})
+except KeyboardInterrupt:
+    print("raised")
+"""
+    # In a process of its own, which a signal that nobody handles may end.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "noted\nraised\n", "")
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and where it is taken nevertheless, it only sets a flag
     stop = cli._Stop()
+    stop.working = True
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.requested
 

@@ -58,13 +58,34 @@ def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["/tmp/my run #1", "1e5", "007", "12:30:45", "yes", "&a", "[", "{a: b}", "a=b", " x ", "null and more"]
+    "text",
+    [
+        "/tmp/my run #1",
+        "1e5",
+        "007",
+        "12:30:45",
+        "yes",
+        "&a",
+        "[",
+        "{a: b}",
+        "a=b",
+        " x ",
+        "null and more",
+        "$x",
+        "a?b",
+        "C:\\x",
+    ],
 )
 def test_a_string_takes_the_text_as_it_stands(tmp_path: Path, text: str) -> None:
     config = load_config(overrides=[f"traffic.path={text}", f"model={text}", f"run_dir={text}"])
     assert config.traffic.path == config.model == config.run_dir == text
     (tmp_path / "printed.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "printed.yaml") == config
+
+
+def test_a_string_may_name_other_keys() -> None:
+    config = load_config(overrides=["run_dir=runs/${drafter.name}-${seed}/a", "drafter.name=ngram", "seed=7"])
+    assert config.run_dir == "runs/ngram-7/a"
 
 
 def test_null_lists_and_mappings_are_read_as_yaml(tmp_path: Path) -> None:
@@ -115,7 +136,19 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
         ("drafter.options=[", r"drafter.options=\[: not a valid value"),
-        ("model=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("model=${nowhere}", r"model=\$\{nowhere\}: .* such as \$\{model\}, got '\$\{nowhere\}'"),
+        ("model=${engine}", r"model=\$\{engine\}: .*, got '\$\{engine\}'"),
+        ("model=${oc.env:HOME}", r"model=\$\{oc.env:HOME\}: .*, got '\$\{oc.env:HOME\}'"),
+        ("run_dir=a${b", r"run_dir=a\$\{b: .*, got '\$\{b'"),
+        ("run_dir=x${y", r"run_dir=x\$\{y: .*, got '\$\{y'"),
+        ("run_dir=${model}/${", r"run_dir=\$\{model\}/\$\{: .*, got '\$\{'"),
+        (r"run_dir=a\${model}", r"run_dir=a\\\$\{model\}: .*, got '\$\{model\}'"),
+        ("run_dir=${run_dir}", "Recursive interpolation detected .*run_dir"),
+        ("model=???", r"model=\?\?\? in .*: \?\?\? stands for no value"),
+        ("run_dir=???", r"run_dir=\?\?\? in .*: \?\?\? stands for no value"),
+        ("engine.slots=???", r"engine.slots=\?\?\? in .*: \?\?\? stands for no value"),
+        ("drafter.options=???", r"drafter.options=\?\?\? in .*: \?\?\? stands for no value"),
+        ("wire.weights=tcp://127.0.0.1:99999", "wire.weights=tcp://127.0.0.1:99999: a port lies in 1..65535"),
     ],
 )
 def test_one_clear_error(pair: str, wrong: str) -> None:
@@ -143,6 +176,7 @@ def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:
         ("engine: [", "run.yaml is not valid YAML: while parsing"),
         ("- engine", "run.yaml must hold a mapping of keys, got a ListConfig"),
         ("engine: {slotz: 1}", "unknown key 'engine.slotz' in .*run.yaml; did you mean 'engine.slots'?"),
+        ("model: ???", r"model=\?\?\? in .*run.yaml: \?\?\? stands for no value"),
         ("engine: {slots: many}", "run.yaml: Value 'many' of type 'str' could not be converted to Integer"),
         (b"\xff\xfe\x00", "cannot read the configuration file .*run.yaml|run.yaml is not valid YAML"),
         (None, "cannot read the configuration file .*run.yaml.*No such file"),

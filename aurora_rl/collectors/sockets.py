@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket as plain
+import stat
 import tempfile
 import threading
 import time
@@ -88,15 +89,19 @@ def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, lim
         The address as bound, with the real port.
 
     Raises:
-        OSError: if the address is taken or cannot be bound; the text names it and the cure.
+        OSError: if the address is taken or cannot be bound, a file that is no socket among them; the text names it and
+            the cure.
     """
     try:
+        _check_port(address, lowest=0)
         if address.startswith("inproc://"):
             socket.bind(address)
             return socket.getsockopt_string(zmq.LAST_ENDPOINT)
         if address.startswith("ipc://") and _has_listener(address.removeprefix("ipc://")):
             # ZeroMQ unlinks the file and takes over, which leaves the first process listening to nobody.
             raise zmq.ZMQError(errno.EADDRINUSE)
+        if address.startswith("ipc://"):
+            _check_deletable(address.removeprefix("ipc://"))
         # ZeroMQ knows how to read an address; once it has left it, the guard listens there.
         with zmq.Context() as context, context.socket(zmq.PULL) as probe:
             probe.bind(address)
@@ -137,6 +142,7 @@ def connect(socket: _Socket, address: str, owned: zmq.Context | None = None, *, 
         OSError: if the address is malformed; socket and ``owned`` are closed then.
     """
     try:
+        _check_port(address, lowest=1)
         if limits is None or address.startswith("inproc://"):
             socket.connect(address)
             return
@@ -151,6 +157,22 @@ def connect(socket: _Socket, address: str, owned: zmq.Context | None = None, *, 
         raise OSError(
             error.errno, f"cannot connect to {address!r}: {error}; expected tcp://host:port or ipc://path"
         ) from None
+
+
+def _check_port(address: str, *, lowest: int) -> None:
+    """Refuse a TCP port that does not exist: systems take it modulo 65536, which is a port that nobody named."""
+    port = re.fullmatch(r"tcp://.*:(-?[0-9]+)", address)
+    if port and not lowest <= int(port[1]) <= 65535:
+        raise OSError(errno.EINVAL, f"port {port[1]} does not lie in {lowest}..65535")
+
+
+def _check_deletable(path: str) -> None:
+    """Refuse a path whose file is no socket: binding deletes what a process that is gone has left there."""
+    if path.startswith("@"):
+        return  # a name of Linux's own, without a file
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, f"{path} exists and is no socket; choose another path, or remove it")
 
 
 def _endpoint(address: str) -> tuple[int, Any]:
@@ -169,7 +191,7 @@ def _listen(address: str) -> plain.socket:
     try:
         if family == plain.AF_UNIX and not where.startswith("\0"):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(where)  # of a process that is gone: `bind` has asked whether anyone listens
+                os.unlink(where)  # a socket of a process that is gone: `bind` has asked
         listener.setsockopt(plain.SOL_SOCKET, plain.SO_REUSEADDR, 1)
         listener.bind(where)
         listener.listen(100)

@@ -443,7 +443,7 @@ class WeightReceiver:
                 if actual != declared:
                     self.rejected += 1
                     self._reply("nack", version=version, reason=f"received checksum {actual}, declared {declared}")
-                elif version > self._version:
+                elif version > max(self._version, self._pending[0] if self._pending else 0):
                     self._pending = version, message.tensors
         else:
             raise CodecError(f"a learner sends accepted, refused or weights, not {message.kind!r}")

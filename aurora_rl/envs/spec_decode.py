@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -36,7 +36,7 @@ class Request:
             stop string.
 
     Raises:
-        ValueError: a stop string is empty, or is no string.
+        ValueError: ``stop`` is neither a string nor strings, or a stop string is empty.
     """
 
     id: int
@@ -47,6 +47,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Take a string for one stop string, and refuse what every text or none would contain."""
+        if isinstance(self.stop, bytes) or not isinstance(self.stop, Iterable):
+            raise ValueError(f"request {self.id}: stop is {self.stop!r}; give a string or a sequence of strings")
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for text in self.stop:
             if not isinstance(text, str) or not text:

@@ -30,7 +30,7 @@ class RemoteServer(Figures):
         stop_tokens: ids that end a completion.
         log: where requests and swaps are written.
         note: called with each completion; returns its domain.
-        failed: takes the message of each request that the engine did not answer.
+        on_refused: called with each request that the engine did not answer, and the reason.
 
     Attributes:
         status: the plugin's, as last heard.
@@ -47,11 +47,11 @@ class RemoteServer(Figures):
         stop_tokens: Sequence[int],
         log: MetricsLog,
         note: Callable[[Completion], str],
-        failed: Callable[[str], None],
+        on_refused: Callable[[Request, str], None],
     ) -> None:
         super().__init__(0)
         self.engine, self._requests, self._slots, self._depth = engine, requests, slots, depth
-        self._stop_tokens, self._log, self._note, self._failed = tuple(stop_tokens), log, note, failed
+        self._stop_tokens, self._log, self._note, self._on_refused = tuple(stop_tokens), log, note, on_refused
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
         self._flying: dict[Future[SGLangCompletion], Request] = {}
         self._last_completion = time.perf_counter()
@@ -84,7 +84,7 @@ class RemoteServer(Figures):
             try:
                 self._completed(each.result(), occupied)
             except SGLangError as error:
-                self._failed(f"request {request.id}: {error}")
+                self._on_refused(request, str(error))
         if time.monotonic() >= self._next_watch:
             self.watch()
         return True

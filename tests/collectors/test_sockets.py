@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket as plain
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zmq
 
+from aurora_rl.collectors.codec import DEFAULT_LIMITS
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
 
 
@@ -35,11 +38,36 @@ def test_bind_to_a_taken_address_names_it_and_the_cure(tmp_path: Path) -> None:
 
 
 def test_an_ipc_file_left_by_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / "s").touch()
+    with plain.socket(plain.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "s"))
+    assert (tmp_path / "s").is_socket()
     socket, context = open_socket(zmq.PULL, None)
     assert bind(socket, f"ipc://{tmp_path}/s").endswith("/s")
     socket.close()
     context.term()
+
+
+def test_a_file_that_is_no_socket_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    for name in ("notes", "folder", "link"):
+        socket, context = open_socket(zmq.PULL, None)
+        with pytest.raises(OSError, match=f"{name} exists and is no socket; choose another path, or remove it"):
+            bind(socket, f"ipc://{tmp_path}/{name}", context)
+        assert socket.closed and context is not None and context.closed
+    assert (tmp_path / "notes").read_text() == "kept" and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("function", "port"), [(bind, 65536), (bind, 99999), (bind, -1), (connect, 99999), (connect, 0)]
+)
+def test_ports_that_do_not_exist(function: Callable[..., object], port: int) -> None:
+    for options in ({}, {"limits": DEFAULT_LIMITS}):
+        socket, context = open_socket(zmq.PULL, None)
+        with pytest.raises(OSError, match=rf"'tcp://127.0.0.1:{port}'.* port {port} does not lie in [01]\.\.65535"):
+            function(socket, f"tcp://127.0.0.1:{port}", context, **options)
+        assert socket.closed
 
 
 def test_malformed_addresses() -> None:

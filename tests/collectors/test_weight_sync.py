@@ -300,6 +300,19 @@ def test_weights_older_than_those_served_are_ignored() -> None:
     learner.close()
 
 
+def test_weights_older_than_those_that_wait_are_ignored() -> None:
+    learner = FakeLearner()
+    receiver = engine(learner.address, version=3)
+    identity, _ = learner.receive("serving")
+    for version in (7, 5):
+        learner.send(identity, version)
+        learner.await_received(version)
+    version, tensors = take(receiver)
+    assert version == 7 and (tensors["layer", "w"] == 7).all() and receiver.latest() is None
+    receiver.close()
+    learner.close()
+
+
 def test_an_unreadable_offer_does_not_block_later_ones() -> None:
     publisher = WeightPublisher(LOCAL, hello=HELLO)
     receiver = engine(publisher.address, limits=Limits(max_leaves=1))

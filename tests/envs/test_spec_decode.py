@@ -695,6 +695,12 @@ def test_a_stop_string_that_every_text_or_none_has_is_refused(stop: tuple) -> No
         Request(9, torch.tensor([1]), 4, stop=stop)
 
 
+@pytest.mark.parametrize("stop", [None, 3, b"x"])
+def test_a_stop_that_is_no_string_and_no_strings_is_refused(stop: object) -> None:
+    with pytest.raises(ValueError, match=f"request 9: stop is {stop!r}; give a string or a sequence of strings"):
+        Request(9, torch.tensor([1]), 4, stop=stop)  # type: ignore[arg-type]
+
+
 def test_a_string_is_one_stop_string() -> None:
     assert Request(9, torch.tensor([1]), 4, stop="abc").stop == ("abc",) == Request(9, [], 4, stop=["abc"]).stop
     assert Request(9, torch.tensor([1]), 4).stop == ()

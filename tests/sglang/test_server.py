@@ -5,12 +5,15 @@ import time
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from aurora_rl.envs import Request
+from aurora_rl.conversations import Conversations
+from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.sglang.control import ControlError
 from aurora_rl.sglang.engine import SGLangCompletion, SGLangEngine, SGLangError
 from aurora_rl.sglang.server import RemoteServer
+from aurora_rl.traffic import Prompt
 
 
 class Engine:
@@ -64,7 +67,7 @@ def run(tmp_path):
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=lambda completion: f"domain {completion.request.id}",
-        failed=failed.append,
+        on_refused=lambda request, reason: failed.append((request.id, reason)),
     )
     yield (
         engine,
@@ -80,7 +83,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
     while server.step():
         pass
     assert engine.most == 3 and engine.stop_tokens == (9,)
-    assert failed == ["request 3: gone"]
+    assert failed == [(3, "gone")]
     assert server.finished == [(4, 3)] * 7
     assert {event["domain"] for event in events("request")} == {f"domain {n}" for n in range(8) if n != 3}
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
@@ -89,6 +92,38 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
     assert summary["domains"]["domain 5"] == {"requests": 1, "tokens": 5, "acceptance_length": 4 / 3}
     assert summary["speedup"] is None and summary["dropped_trajectories"] == 7
     assert sum(r.tokens for r in server.rounds) == 35 and all(r.seconds > 0 for r in server.rounds)
+
+
+def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    turns = {"p": ["more"], "q": [], "r": [], "s": ["more", "enough"]}
+    source = Conversations(
+        [Prompt(name, "chat", ({"role": "user", "content": "Hi"},), tuple(later)) for name, later in turns.items()],
+        tokenizer,
+        vocab_size=len(tokenizer),
+        max_new_tokens=10,
+        max_length=256,
+        sampling=SamplingParams(),
+    )
+    engine = Engine()
+    server = RemoteServer(
+        engine,
+        engine.attach,
+        source,
+        slots=2,
+        depth=4,
+        stop_tokens=[9],
+        log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
+        note=source.completed,
+        on_refused=source.refused,
+    )
+    while server.step():
+        pass
+    server.close()
+    assert source.failed == ["prompt 's', turn 1: gone"] * 3  # with the two turns that would have followed
+    assert len(server.finished) + len(source.failed) == source.total == 7
+    with pytest.raises(KeyError):
+        source.asked(3)
 
 
 def test_swaps_are_told_once_each(run):
