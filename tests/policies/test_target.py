@@ -243,7 +243,8 @@ LONG_READERS = {
 def test_token_prior_of_a_long_prompt_is_that_of_one_pass(name: str) -> None:
     config = AutoConfig.for_model(
         name, vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3, pad_token_id=0, **LONG_READERS[name],
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3, pad_token_id=0,
+        **LONG_READERS[name],
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
