@@ -98,14 +98,19 @@ def traffic(config: Config) -> list[Prompt]:
     return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
 
 
-def conversations(config: Config, target: Target, prompts: Sequence[Prompt]) -> Conversations:
-    """The run's requests, in order."""
+def check_context(config: Config, target: Target) -> None:
+    """Raise ConfigError where slots are to be longer than the model's context."""
     context = context_length(target.parts.config)
     if context is not None and config.engine.max_length > context:
         raise ConfigError(
             f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
             f"set engine.max_length={context} or less"
         )
+
+
+def conversations(config: Config, target: Target, prompts: Sequence[Prompt]) -> Conversations:
+    """The run's requests, in order."""
+    check_context(config, target)
     return Conversations(
         prompts,
         target.tokenizer,
@@ -132,7 +137,7 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
     if config.drafter.depth > made.max_depth:
         raise ConfigError(
             f"drafter.depth={config.drafter.depth} is more than the {made.max_depth} nodes that this drafter drafts "
-            "one behind the other; set it to that, or start a deeper drafter by drafter.options"
+            "one after the other; set it to that, or start a deeper drafter by drafter.options"
         )
     if made.formats:
         try:

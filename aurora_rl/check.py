@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
 
 from aurora_rl import build
 from aurora_rl.config import Config
-from aurora_rl.envs import Request, TransformersEngine, generation_processors
+from aurora_rl.envs import Request, SamplingParams, TransformersEngine, generation_processors
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
 from aurora_rl.server import measure_rounds
-
-_MIB = 2**20
 
 
 def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
@@ -35,15 +35,23 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     """
     target = build.load(config)
     model = target.model
-    weights = sum(p.nbytes for p in model.parameters()) / _MIB
+    weights = _size(sum(p.nbytes for p in model.parameters()))
     dtype = str(model.dtype).removeprefix("torch.")
-    say(
-        f"model        {config.model}: {type(model).__name__}, {dtype} on {model.device}, {weights:,.0f} MiB of weights"
-    )
-    served = _report_processors(config, target, say)
+    say(f"model        {config.model}: {type(model).__name__}, {dtype} on {model.device}, {weights} of weights")
+    served, processors = True, None
+    if config.generation_config != "ignore":
+        try:
+            processors = generation_processors(model, stop_token_ids(model, target.tokenizer))
+            if processors is not None:
+                processors(_request(config, torch.zeros(1, dtype=torch.int64), 1))
+                say("generation   the processors of generation_config are applied at every node")
+        except ValueError as error:
+            served, processors = False, None
+            say(f"generation   refused: {error}")
     drafters = _report_drafters(config, target, say)
     drafter = drafters.get(config.drafter.name)
     try:
+        build.check_context(config, target)
         engine = TransformersEngine(
             model,
             num_slots=config.engine.slots,
@@ -60,25 +68,17 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
         f"engine       exact in the {found.form} form: logits differ by {found.error:.1e} of their spread "
         f"({found.tolerance:.0e} is rounding)"
     )
-    held = engine.cache_bytes / _MIB
-    say(f"memory       {held:,.0f} MiB of keys and values for {engine.num_slots} slots of {engine.max_length} tokens")
+    held = _size(engine.cache_bytes)
+    say(f"memory       {held} of keys and values for {engine.num_slots} slots of {engine.max_length} tokens")
     if drafter is None:
         return False
-    _report_rounds(config, engine, drafter, say)
+    _report_rounds(config, engine, drafter, processors, say)
     return served
 
 
-def _report_processors(config: Config, target: build.Target, say: Callable[[str], Any]) -> bool:
-    if config.generation_config == "ignore":
-        return True
-    try:
-        processors = generation_processors(target.model, stop_token_ids(target.model, target.tokenizer))
-    except ValueError as error:
-        say(f"generation   refused: {error}")
-        return False
-    if processors is not None:
-        say("generation   the processors of generation_config are applied at every node")
-    return True
+def _request(config: Config, prompt: Tensor, max_new_tokens: int) -> Request:
+    sampling = SamplingParams(config.temperature, config.top_k, config.top_p)
+    return Request(0, prompt, max_new_tokens, sampling)
 
 
 def _report_drafters(config: Config, target: build.Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
@@ -93,24 +93,46 @@ def _report_drafters(config: Config, target: build.Target, say: Callable[[str], 
         except ValueError as error:
             say(f"drafter      {name} does not start: {error}")
             continue
-        count = sum(p.numel() for p in drafter.parameters())
-        say(f"drafter      {name} starts: {count / 1e6:.1f}M weights, reads layers {list(drafter.feature_layers)}")
+        count = _short(sum(p.numel() for p in drafter.parameters()), 1000, ("", "k", "M", "G"))
+        say(f"drafter      {name} starts: {count} weights, reads layers {list(drafter.feature_layers)}")
     return started
 
 
-def _report_rounds(config: Config, engine: TransformersEngine, drafter: Drafter, say: Callable[[str], Any]) -> None:
+def _report_rounds(
+    config: Config,
+    engine: TransformersEngine,
+    drafter: Drafter,
+    processors: Callable[[Request], LogitsProcessorList] | None,
+    say: Callable[[str], Any],
+) -> None:
     shape = build.shape(config)
     served = (
         copy.deepcopy(drafter).to(device=engine.model.device, dtype=engine.model.dtype).eval().requires_grad_(False)
     )
     policy = DrafterPolicy(served, engine.store, num_nodes=shape.most_nodes, shape=shape)
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
-    request = Request(0, tokens, engine.max_length - len(tokens))
+    request = _request(config, tokens, engine.max_length - len(tokens))
     plain = TreeShape(0, mode=shape.mode)
     tree = f"{config.drafter.name} (depth {shape.depth}, width {shape.width})"
-    for slots, seconds in sorted(measure_rounds(engine, policy, request, [plain, shape], repeats=5).items()):
+    costs = measure_rounds(engine, policy, request, [plain, shape], repeats=5, processors=processors)
+    for slots, seconds in sorted(costs.items()):
         before, after = seconds[plain], seconds[shape]
         say(
             f"round        {slots} slot{'s' * (slots > 1)}: {before * 1e3:.1f} ms plain, {after * 1e3:.1f} ms with "
             f"{tree}, which pays from {after / before:.2f} tokens a round"
         )
+    if len(costs) > 1:
+        say(
+            "round        of more slots is taken to cost no less: if it was faster, its time stands for fewer slots too"
+        )
+
+
+def _size(count: int) -> str:
+    return _short(count, 1024, (" bytes", " KiB", " MiB", " GiB"))
+
+
+def _short(count: int, step: int, units: Sequence[str]) -> str:
+    """A count in the largest unit that it has one of: 9.5k, 135M."""
+    power = max(i for i in range(len(units)) if count >= step**i or not i)
+    value = count / step**power
+    return f"{value:.{int(power > 0 and value < 10)}f}{units[power]}"

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 
-from aurora_rl.check import check_model
+from aurora_rl.check import _size, check_model
 from aurora_rl.config import load_config
 
 SIZES = {
@@ -41,8 +50,42 @@ def test_a_model_that_is_served(tiny_folder: Path) -> None:
     for name in ("dflash", "eagle", "eagle3", "hybrid", "medusa", "ngram", "standalone"):
         assert f"{name} starts: " in text
     # 2 slots of 64 + 64 columns, 3 layers of keys and values of 2 heads of 8 in 4 bytes: 2 * 128 * 3 * 2 * 16 * 4 bytes
-    assert "0 MiB of keys and values for 2 slots of 64 tokens" in text
-    assert sum(line.startswith("round") for line in lines) == 2 and "ms plain" in lines[-1]
+    assert "96 KiB of keys and values for 2 slots of 64 tokens" in text
+    assert sum("ms plain" in line for line in lines) == 2
+    assert lines[-1].startswith("round        of more slots is taken to cost no less")
+    # An embedding and a head of 300 and a layer of 32: tens of thousands of weights.
+    assert any(re.search(r"eagle3 starts: \d\dk weights", line) for line in lines)
+
+
+def test_rounds_are_timed_with_the_processors_that_serving_applies(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "penalty"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+    applied: list[int] = []
+    penalty = RepetitionPenaltyLogitsProcessor.__call__
+    monkeypatch.setattr(
+        RepetitionPenaltyLogitsProcessor, "__call__", lambda self, *args: applied.append(1) or penalty(self, *args)
+    )
+    served, lines = report(folder, "drafter.name=ngram")
+    assert served and applied
+    assert "generation   the processors of generation_config are applied at every node" in lines
+
+
+def test_a_context_that_is_shorter_than_the_slots(tiny_folder: Path) -> None:
+    served, lines = report(tiny_folder, "drafter.name=ngram", "engine.max_length=513")
+    assert not served
+    assert "engine.max_length=513 exceeds the context of model" in lines[-1]
+    assert lines[-1].endswith("; set engine.max_length=512 or less")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (2000, "2.0 KiB"), (98304, "96 KiB"), (2**20, "1.0 MiB"), (300 * 2**30, "300 GiB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert _size(count) == text
 
 
 def test_a_form_that_disagrees_is_named(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps",
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 # Logits that `token_prior` holds at a time: 16 MB in float32.
 _PRIOR_LOGITS = 2**22
+# Tokens that `token_prior` reads at a time: eager attention, the only one of some families, holds a square of them.
+_PRIOR_TOKENS = 512
+# Of these it finds out whether the model can read a text in chunks.
+_PROBED_TOKENS = 16
 _CURE = " If it was trained with them, set drafter.options={attention: own}"
 
 
@@ -139,10 +143,11 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
         if isinstance(read, Tensor):
             seen[module] = read, output
 
+    # NanoChat's norms of heads have no weight that tells their width, so their inputs are noted too.
+    head_norms = [module for name, module in layer.named_modules() if name in _HEAD_NORMS]
     hooks = [
         child.register_forward_hook(record, with_kwargs=True)
-        for parent in (decoder, layer)
-        for child in parent.children()
+        for child in (*decoder.children(), *layer.children(), *head_norms)
         if not isinstance(child, nn.ModuleList)
     ]
     try:
@@ -173,8 +178,8 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
             norm = "input_layernorm.weight" if "att" in name.lower() else "post_attention_layernorm.weight"
             weights[norm] = found
     for name, module in layer.named_modules():
-        if name in _HEAD_NORMS:
-            found = norm_weight(module, module.get_parameter("weight").shape[-1], model.dtype)
+        if name in _HEAD_NORMS and module in seen:
+            found = norm_weight(module, seen[module][0].shape[-1], model.dtype)
             weights |= {} if found is None else {f"{name}.weight": found}
     return final, weights, on_outputs
 
@@ -459,19 +464,42 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
 
     The sum over all positions of the prompts of the target's next-token distribution, plus the prompts' own tokens.
     On code prompts the best 4,096 tokens by this held 90% of the tokens that were then generated, the 4,096 lowest ids
-    with the prompts' tokens 84%.
+    with the prompts' tokens 84%. Of a prompt longer than the model's context the last tokens count.
     """
     head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
+    context = context_length(model.config.get_text_config())
     prior = torch.zeros(len(head), device=device)
     # Logits of a few rows at a time: those of a whole prompt would take a megabyte a token at a vocabulary of 152k.
     rows = max(_PRIOR_LOGITS // len(head), 1)
     for prompt in prompts:
-        tokens = torch.tensor([prompt], device=device)
-        hidden = decoder(tokens, use_cache=False).last_hidden_state[0]
-        for part in hidden.split(rows):
-            prior += head(part).softmax(-1, dtype=torch.float32).sum(0)
-        prior += torch.bincount(tokens[0], minlength=len(head))
+        tokens = torch.tensor(prompt if context is None else prompt[-context:], device=device)
+        chunked = len(tokens) > _PRIOR_TOKENS and _reads_chunks(decoder, tokens[:_PROBED_TOKENS])
+        for hidden in _hidden_states(decoder, tokens.split(_PRIOR_TOKENS) if chunked else [tokens]):
+            for part in hidden.split(rows):
+                prior += head(part).softmax(-1, dtype=torch.float32).sum(0)
+        prior += torch.bincount(tokens, minlength=len(head))
     return prior.cpu()
+
+
+def _hidden_states(decoder: Any, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What the output head reads of a text, ``[·, H]`` for each of its chunks ``[·]``."""
+    cache: dict[str, Any] = {"use_cache": len(chunks) > 1}
+    for chunk in chunks:
+        out = decoder(chunk[None], **cache)
+        if (past := getattr(out, "past_key_values", None)) is not None:
+            cache["past_key_values"] = past
+        yield out.last_hidden_state[0]
+
+
+def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
+    """Whether a decoder reads a text ``[S]`` alike in chunks and in one pass. Some with a state do not."""
+    whole = next(_hidden_states(decoder, [tokens]))
+    try:
+        parts = torch.cat([*_hidden_states(decoder, tokens.tensor_split(2))])
+    except Exception:  # families fail in their own ways
+        return False
+    # A lost context changes states by about their spread, rounding by a few hundredths of it.
+    return bool((parts - whole).abs().max() <= 0.1 * whole.float().std())
 
 
 def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:

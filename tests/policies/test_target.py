@@ -11,9 +11,9 @@ import torch
 from families import FAMILIES, tiny_family
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from aurora_rl.policies import Eagle3Drafter, TargetParts, choose_draft_vocab
+from aurora_rl.policies import Eagle3Drafter, TargetParts, available_drafters, choose_draft_vocab, get_drafter
 from aurora_rl.policies.target import (
     check_rope,
     default_feature_layers,
@@ -23,6 +23,7 @@ from aurora_rl.policies.target import (
 )
 from aurora_rl.target_head import TargetHead
 from aurora_rl.testing import tiny_target
+from aurora_rl.testing.families import tiny_family as any_family
 from aurora_rl.testing.tiny import cast
 
 
@@ -54,6 +55,16 @@ def test_the_fingerprint_is_that_of_the_file_in_whichever_dtype_it_is_loaded(kep
         return TargetParts.of(cast(cast(target, kept), dtype)).fingerprint
 
     assert {loaded(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)} == {loaded(kept)}
+
+
+def test_a_norm_without_a_weight_multiplies_by_one() -> None:
+    model = any_family("nanochat")
+    parts = TargetParts.of(model)
+    for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+        torch.testing.assert_close(parts.last_layer[name], torch.ones(8))
+    vocab = torch.arange(48)
+    for name in available_drafters():
+        assert get_drafter(name).from_target(parts, draft_vocab=vocab).draft_vocab.tolist() == vocab.tolist()
 
 
 def test_a_norm_is_what_it_multiplies_by() -> None:
@@ -217,6 +228,39 @@ def test_token_prior_is_of_the_served_distribution(name: str) -> None:
     expected = model(torch.tensor([prompt])).logits[0].softmax(-1).sum(0)
     expected[prompt] += 1
     torch.testing.assert_close(token_prior(model, [prompt]), expected)
+
+
+LONG_READERS = {
+    "llama": {},
+    "bloom": {},
+    "gpt2": {},
+    "mistral": {"sliding_window": 40},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # its convolutions lose their state between two chunks
+}
+
+
+@pytest.mark.parametrize("name", LONG_READERS)
+def test_token_prior_of_a_long_prompt_is_that_of_one_pass(name: str) -> None:
+    config = AutoConfig.for_model(
+        name, vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3, pad_token_id=0,
+        **LONG_READERS[name],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    prompt = torch.randint(48, (1100,))
+    expected = model(prompt[None]).logits[0].softmax(-1).sum(0) + torch.bincount(prompt, minlength=48)
+    with _Largest() as largest:
+        prior = token_prior(model, [prompt.tolist()])
+    torch.testing.assert_close(prior, expected, atol=1e-3, rtol=1e-4)
+    if name != "lfm2":  # scores of 4 heads in float32; those of all pairs of tokens take 19 MB
+        assert largest.bytes <= 4 * 4 * 512 * 1100
+
+
+def test_token_prior_of_a_prompt_beyond_the_context_is_that_of_its_last_tokens() -> None:
+    model = tiny_family("gpt2", max_position_embeddings=32)
+    prompt = [i % 48 for i in range(42)]
+    assert torch.equal(token_prior(model, [prompt]), token_prior(model, [prompt[-32:]]))
 
 
 class _Largest(TorchDispatchMode):
