@@ -427,6 +427,7 @@ def test_signals_are_noted_while_working_and_a_second_one_raises(name: str) -> N
     code = f"""
 import signal
 from aurora_rl import cli
+signal.signal(signal.{name}, signal.SIG_DFL)  # whoever started the tests may have had it ignored
 stop = cli._Stop()
 stop.working = True
 signal.raise_signal(signal.{name})

@@ -186,7 +186,12 @@ def test_a_learner_that_diverges_says_so_and_serving_goes_on(start: Start) -> No
 
 
 def test_a_hangup_ends_a_run_in_good_order(start: Start) -> None:
-    flywheel = start("flywheel", ENDLESS)
+    # Whoever started the tests may have had hangups ignored, as nohup does, and a child would inherit that.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        flywheel = start("flywheel", ENDLESS)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     flywheel.wait_for("train")
     flywheel.process.send_signal(signal.SIGHUP)
     check_interrupted(flywheel, serving=True)
