@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,9 @@ _THRESHOLDS = ("original_max_position_embeddings",)
 
 ELSEWHERE = "engine.name=sglang may serve it"
 """What to do with a model that is refused."""
+
+SGLANG = "serve it with engine.name=sglang"
+"""What to do with a model whose state no tree can be rolled back in."""
 
 
 class UnsupportedModelError(ValueError):
@@ -81,7 +84,7 @@ class Probe:
         roots: ``[R]`` int64, of each row the index of the token that is the root of its tree; they differ.
         logits: ``[R, 4, V]``, of the model's own, at the root and the three tokens after it.
         tolerance: Largest :meth:`difference` that is rounding: 8 times that of the model from itself, when it reads
-            the same text in passes of other sizes, and at least 8 times what rounding in each of its layers adds up to.
+            the same text in a pass of another size, and at least 8 times what rounding in each layer adds up to.
 
     Raises:
         UnsupportedModelError: The model is not causal, or its context has no room for a row.
@@ -108,20 +111,19 @@ class Probe:
         self.tokens = _telling_tokens(model, len(rows), length)
         self.roots = length - 2 - _PATH - 2 * rows % 3  # two rows suffice to have trees that cross a chunk
         with self.short_windows(), _eager(model):
-            whole = self._own(model, self.tokens)
-            picked = self.roots[:, None] + torch.arange(_PATH + 2)
-            self.logits = whole[rows[:, None], picked]
-            # The same text in passes of other sizes.
-            cut = self._own(model, self.tokens[:, :-1])
-            alone = self._own(model, self.tokens[:1])
-            # Another last token: nothing before it may change, which passes of other sizes need not show.
-            other_end = (self.tokens[:, -1:] + 1) % config.vocab_size
-            changed = self._own(model, torch.cat([self.tokens[:, :-1], other_end], dim=1))
-        noise = max(self.difference(whole[:, : length - 1], cut), self.difference(whole[:1], alone))
+            # The first row with another last token too: nothing before it may change, in the same pass.
+            other_end = self.tokens[:1].clone()
+            other_end[:, -1] = (other_end[:, -1] + 1) % config.vocab_size
+            whole = self._own(model, torch.cat([self.tokens, other_end]), [*self.starts.tolist(), int(self.starts[0])])
+            own, changed = whole[:-1], whole[-1]
+            self.logits = own[rows[:, None], self.roots[:, None] + torch.arange(_PATH + 2)]
+            # The same text in a pass of another size.
+            cut = self._own(model, self.tokens[:1, :-1], self.starts[:1].tolist())[0]
+        noise = self.difference(own[0, :-1], cut)
         # Norms compute in float32 whatever the dtype. Two roundings a layer add up as a random walk does.
-        precision = max(torch.finfo(whole.dtype).eps, torch.finfo(torch.float32).eps)
+        precision = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
         rounding = min(8 * precision * (2 * config.num_hidden_layers) ** 0.5, _LARGEST)
-        ahead = self.difference(changed[:, : length - 1], whole[:, : length - 1])
+        ahead = self.difference(changed[:-1], own[0, :-1])
         # A tolerance from noise that is no rounding would let everything pass.
         if not (noise <= min(32 * rounding, _LARGEST) and ahead <= max(rounding, noise)):
             raise UnsupportedModelError(
@@ -131,16 +133,17 @@ class Probe:
             )
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 
-    def _own(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
-        """Logits ``[r, length, V]`` of the model's own forward, without a cache and without a mask.
+    def _own(self, model: PreTrainedModel, tokens: Tensor, starts: Sequence[int]) -> Tensor:
+        """Logits ``[r, n, V]`` of the model's own forward, without a cache and without a mask.
 
         Args:
             model: The model.
-            tokens: ``[r, length]`` int64, texts that start where the first ``r`` rows do.
+            tokens: ``[r, n]`` int64.
+            starts: ``r`` positions, of each row's first token.
         """
         arguments: dict[str, Any] = {}
         if self.takes_positions:
-            positions = self.starts[: len(tokens), None] + torch.arange(tokens.shape[1])
+            positions = torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
             arguments["position_ids"] = positions.to(model.device)
         with torch.inference_mode():
             return model(tokens, use_cache=False, **arguments).logits
@@ -151,8 +154,9 @@ class Probe:
 
         Rows are compared by their mean, which rounding hardly moves, and not by their worst logit, which it does.
         """
-        spread = own.double().std(-1).mean()
-        gap = (logits.double() - own.double()).square().mean(-1).sqrt() / spread
+        precise = torch.promote_types(own.dtype, torch.float32)
+        logits, own = logits.to(precise), own.to(precise)
+        gap = (logits - own).square().mean(-1).sqrt() / own.std(-1).mean()
         return float(gap.nan_to_num(nan=torch.inf).max())
 
     @contextlib.contextmanager

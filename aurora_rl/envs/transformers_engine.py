@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
+    SGLANG,
     Exactness,
     Probe,
     UnsupportedModelError,
@@ -31,7 +34,6 @@ from aurora_rl.slot_cache import (
     SlotCache,
     cache_mask,
     column_positions,
-    sliding_window,
 )
 from aurora_rl.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trajectories import ContextStore
@@ -43,13 +45,8 @@ logger = logging.getLogger(__name__)
 _PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
 # The fastest first; what computes something else than the model is switched off.
 _FORMS = ("fused", "grouped", "sdpa", "eager")
-_SGLANG = "serve it with engine.name=sglang"
-# Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
-_LENGTHS = ("window_size", "keep_window_size")
 # By which the weights of the float32 probe are multiplied: so that clips, caps and scales show, else as they are.
 _FACTORS = (4.0, 1.0)
-# Kinds of layers, in a configuration's `layer_types`, that attend to keys and values or keep nothing.
-_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 
 
 class TransformersEngine(Engine):
@@ -90,14 +87,28 @@ class TransformersEngine(Engine):
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
     ) -> None:
+        probe = self._set_up(model, max_length)
+        count = len(self._layers)
+        if not all(0 <= layer <= count for layer in feature_layers):
+            raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
+        with quiet():
+            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe)
+        self._feature_layers = tuple(feature_layers)
+        for layer in set(feature_layers) - {count}:
+            self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
+        self._allocate(num_slots, max_length, self._feature_size())
+        self.prefill_seconds = 0.0
+
+    def _set_up(self, model: PreTrainedModel, max_length: int) -> Probe:
+        """Read what a pass through the model takes, and make the probe of it while nothing of it is replaced."""
         config, name = model.config.get_text_config(), type(model).__name__
         context = context_length(config)
         if not 2 <= max_length <= (context or max_length):
             raise ValueError(f"max_length must lie in 2..{context} (the model's context), got {max_length}")
         self.model, self._decoder, self._config = model, decoder_of(model), config
         self._last = None if context is None else context - 1
-        self._takes_positions, self._mask_kinds = takes_positions(model), _mask_kinds(config, name, max_length)
-        _make_independent_of_length(model, max_length)
+        self._takes_positions, self._mask_kinds = takes_positions(model), mask_kinds(config, name, max_length)
+        make_independent_of_length(model, max_length)
         self.vocab_size = config.vocab_size
         try:
             self._layers, self._output = decoder_layers(model), TargetHead.of(model)
@@ -108,9 +119,6 @@ class TransformersEngine(Engine):
             raise UnsupportedModelError(
                 str(error) if own else f"{name} does not run on a plain text ({_reason(error)}); {ELSEWHERE}"
             ) from error
-        count = len(self._layers)
-        if not all(0 <= layer <= count for layer in feature_layers):
-            raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
         self._shapes = _kv_shapes(model)
         self._groups = _uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
@@ -119,13 +127,7 @@ class TransformersEngine(Engine):
         self._feature_layers: tuple[int, ...] = ()
         self._place_alibi(max_length + self.max_nodes)
         self.prefill_seconds = 0.0
-        with quiet():
-            self.exactness = self._take_form(probe, max_length)
-        self._feature_layers = tuple(feature_layers)
-        for layer in set(feature_layers) - {count}:
-            self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
-        self._allocate(num_slots, max_length, self._feature_size())
-        self.prefill_seconds = 0.0
+        return probe
 
     def _allocate(self, num_slots: int, max_length: int, feature_size: int) -> None:
         device, dtype = self.model.device, self.model.dtype
@@ -154,7 +156,7 @@ class TransformersEngine(Engine):
 
     # ---- the form in which the model is run -------------------------------------------------------------------------
 
-    def _take_form(self, probe: Probe, max_length: int) -> Exactness:
+    def _choose_form(self, probe: Probe, max_length: int) -> Exactness:
         """Put the model into the fastest form whose logits are the model's own."""
         switched_off, tolerance = self._wrong_in_float32(max_length), max(probe.tolerance, self._least_tolerance)
         for form in _FORMS:
@@ -181,14 +183,22 @@ class TransformersEngine(Engine):
             raise kind(
                 f"{name} is not served exactly: {switched_off[_FORMS[-1]]} ({_FORMS[-1]} attention); {ELSEWHERE}"
             )
-        prepare_for_inference(self.model)
-        error = self._disagreement(probe)
-        if error > tolerance:
-            raise UnsupportedModelError(
-                f"the norms and linear layers of {type(self.model).__name__} compute something else in inference form: "
-                f"its logits differ by {error:.2g} of their spread; {ELSEWHERE}"
-            )
         return Exactness(form, error, tolerance, switched_off)
+
+    def _in_inference_form(self, exactness: Exactness, probe: Probe) -> Exactness:
+        """Replace norms and linear layers by faster ones, for good, and compare once more."""
+        prepare_for_inference(self.model)
+        try:
+            error = self._disagreement(probe)
+            reason = f"its logits differ by {error:.2g} of their spread"
+        except Exception as raised:  # of a layer that looks into another
+            error, reason = torch.inf, _reason(raised)
+        if error > exactness.tolerance:
+            raise UnsupportedModelError(
+                f"the norms and linear layers of {type(self.model).__name__} compute something else in inference "
+                f"form: {reason}; {ELSEWHERE}"
+            )
+        return replace(exactness, error=error)
 
     def _wrong_in_float32(self, max_length: int) -> dict[str, str]:
         """Forms that are wrong on a few of the model's layers in float32, and why; of a model of half precision alone.
@@ -201,13 +211,13 @@ class TransformersEngine(Engine):
         for factor in _FACTORS:
             try:
                 copied = few_layers_in_float32(self.model, self._layers, factor)
-                engine = _FewLayers(copied, num_slots=1, max_length=max_length, feature_layers=())
+                switched_off = _FewLayers(copied, max_length).switched_off
             except WrongLogitsError as error:
                 raise WrongLogitsError(f"{error} (found in float32)") from error
             except Exception as error:  # of a copy that no model of the family looks like
                 logger.debug("no probe of %s in float32: %s", type(self.model).__name__, error)
             else:
-                return {form: f"{reason} (in float32)" for form, reason in engine.exactness.switched_off.items()}
+                return {form: f"{reason} (in float32)" for form, reason in switched_off.items()}
         return {}
 
     def _form_is_taken(self) -> bool:
@@ -236,7 +246,7 @@ class TransformersEngine(Engine):
         self._allocate(rows, length, 0)
         kinds, slots = self._mask_kinds, torch.arange(rows)
         with probe.short_windows():
-            self._mask_kinds = _mask_kinds(self._config, type(self.model).__name__, length)
+            self._mask_kinds = mask_kinds(self._config, type(self.model).__name__, length)
             self._starts = probe.starts if self._takes_positions else None
             try:
                 self.prefill(
@@ -401,9 +411,15 @@ class TransformersEngine(Engine):
 
 
 class _FewLayers(TransformersEngine):
-    """An engine of a few layers with weights that may be scaled: rounding weighs more there, and faults far more."""
+    """An engine of a few layers that chooses its form and serves nothing.
+
+    Its weights may be scaled: rounding weighs more there, and faults far more.
+    """
 
     _least_tolerance = 1e-4
+
+    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+        self.switched_off = self._choose_form(self._set_up(model, max_length), max_length).switched_off
 
 
 def _reason(error: Exception) -> str:
@@ -411,41 +427,11 @@ def _reason(error: Exception) -> str:
 
 
 _Pass = tuple[Tensor, Tensor]
-_Sees = Callable[[Tensor, Tensor], Tensor | bool]
 
 
 def _chunks(body: Tensor, rows: int) -> list[tuple[int, Tensor]]:
     """Parts of a prompt of at most so many tokens, each with its first position."""
     return [(start, body[start : start + rows]) for start in range(0, len(body), rows)]
-
-
-def _mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, _Sees]:
-    """What the layers of each kind see of the text before a token, from query and key positions.
-
-    Empty where all layers see the whole text; the key is None where all layers are of one kind that does not.
-
-    Raises:
-        UnsupportedModelError: Some layers are no attention over keys and values.
-    """
-    types = getattr(config, "layer_types", None)
-    if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
-        raise UnsupportedModelError(
-            f"{name} has layers of the kind {', '.join(unknown)}, which keep a state that cannot be rolled back to the "
-            f"accepted node of a tree, or choose their keys themselves; {_SGLANG}"
-        )
-    window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
-    kinds: dict[str | None, _Sees] = {}
-    if window is not None and window < max_length:
-        kinds["sliding_attention"] = lambda query, key: query - key < window
-    if chunk and chunk < max_length and "chunked_attention" in (types or ()):
-        kinds["chunked_attention"] = lambda query, key: query // chunk == key // chunk
-    if not kinds or types is None:
-        return dict.fromkeys([None] * len(kinds), next(iter(kinds.values()), _everything))
-    return {kind: kinds.get(kind, _everything) for kind in set(types)}
-
-
-def _everything(query: Tensor, key: Tensor) -> bool:
-    return True
 
 
 def _kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
@@ -458,7 +444,7 @@ def _kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
         if not recorder.shapes:
             raise RecurrentStateError("it keeps no keys and values of earlier tokens that slots could hold")
     except RecurrentStateError as error:
-        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {_SGLANG}") from error
+        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {SGLANG}") from error
     except Exception as error:  # whatever a forward raises that takes another cache
         raise UnsupportedModelError(
             f"{name} does not run with a cache of keys and values ({_reason(error)}); {ELSEWHERE}"
@@ -470,52 +456,3 @@ def _uniform_groups(config: PretrainedConfig, shapes: dict[int, tuple[KVShape, K
     """Query heads that share a key head; 1, where layers differ, lets attention repeat the mask itself."""
     heads = {keys.heads for keys, _ in shapes.values()}
     return config.num_attention_heads // heads.pop() if len(heads) == 1 else 1
-
-
-def _make_independent_of_length(model: PreTrainedModel, max_length: int) -> None:
-    """Keep attention from changing with the length of a pass: a neighbour's, or a draft's.
-
-    `dynamic` and `longrope` compute with other frequencies once a pass is longer than the original context; keys that
-    were cached before it stay as they were. Up to that length they are constant, and are served as such.
-
-    Raises:
-        UnsupportedModelError: ``max_length`` goes beyond the original context.
-    """
-    config = model.config.get_text_config()
-    module: Any
-    for module in decoder_of(model).modules():
-        kinds = getattr(module, "rope_type", None)
-        layer_types = list(kinds) if isinstance(kinds, dict) else [None] if isinstance(kinds, str) else []
-        for layer_type in layer_types:
-            settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-            kind = settings["rope_type"]  # not the module's: another engine may have frozen it
-            if "dynamic" not in kind and kind != "longrope":
-                continue
-            original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
-            if max_length > original:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has {kind} RoPE, whose frequencies change when a text grows beyond "
-                    f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
-                    f"(got {max_length})"
-                )
-            # An earlier pass, of whoever used the model, may have left frequencies of its length.
-            prefix = "" if layer_type is None else f"{layer_type}_"
-            own = getattr(module, f"{prefix}original_inv_freq").to(model.device)
-            module.register_buffer(f"{prefix}inv_freq", own.clone(), persistent=False)
-            if isinstance(kinds, dict):
-                kinds[layer_type] = "default"
-            else:
-                module.rope_type = "default"
-    for name in _LENGTHS:
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and max_length > limit:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} attends to part of a text beyond {name}={limit} tokens, and finds it by the "
-                f"length of a pass; set engine.max_length <= {limit} (got {max_length})"
-            )
-    floor = getattr(config, "floor_scale", None)
-    if floor and getattr(config, "attn_temperature_tuning", False) and max_length >= floor:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} scales attention by the length of its cache from position {floor} on, and a "
-            f"tree has no such length; set engine.max_length <= {floor - 1} (got {max_length})"
-        )

@@ -289,13 +289,13 @@ def test_a_norm_that_drops_eps_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _longer_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = transformers_engine._mask_kinds
+    kinds = transformers_engine.mask_kinds
 
     def wrong(config: PretrainedConfig, name: str, max_length: int):
         right = kinds(config, name, max_length)
         return {kind: lambda query, key, sees=sees: sees(query, key + 1) for kind, sees in right.items()}
 
-    monkeypatch.setattr(transformers_engine, "_mask_kinds", wrong)
+    monkeypatch.setattr(transformers_engine, "mask_kinds", wrong)
 
 
 def _positions_by_column(monkeypatch: pytest.MonkeyPatch) -> None:

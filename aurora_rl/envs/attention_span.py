@@ -1,0 +1,99 @@
+"""What a layer sees of a text: windows and chunks of attention, and lengths on which attention itself depends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from aurora_rl.envs.exactness import SGLANG, UnsupportedModelError
+from aurora_rl.slot_cache import sliding_window
+from aurora_rl.target_head import decoder_of
+
+# Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
+_LENGTHS = ("window_size", "keep_window_size")
+# Kinds of layers, in a configuration's `layer_types`, that attend to keys and values or keep nothing.
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
+
+Sees = Callable[[Tensor, Tensor], Tensor | bool]
+"""Whether a query at a position sees a key at a position, from tensors of both that broadcast."""
+
+
+def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, Sees]:
+    """What the layers of each kind see of the text before a token, from query and key positions.
+
+    Empty where all layers see the whole text; the key is None where all layers are of one kind that does not.
+
+    Raises:
+        UnsupportedModelError: Some layers are no attention over keys and values.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
+        raise UnsupportedModelError(
+            f"{name} has layers of the kind {', '.join(unknown)}, which keep a state that cannot be rolled back to the "
+            f"accepted node of a tree, or choose their keys themselves; {SGLANG}"
+        )
+    window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
+    kinds: dict[str | None, Sees] = {}
+    if window is not None and window < max_length:
+        kinds["sliding_attention"] = lambda query, key: query - key < window
+    if chunk and chunk < max_length and "chunked_attention" in (types or ()):
+        kinds["chunked_attention"] = lambda query, key: query // chunk == key // chunk
+    if not kinds or types is None:
+        return dict.fromkeys([None] * len(kinds), next(iter(kinds.values()), _everything))
+    return {kind: kinds.get(kind, _everything) for kind in set(types)}
+
+
+def _everything(query: Tensor, key: Tensor) -> bool:
+    return True
+
+
+def make_independent_of_length(model: PreTrainedModel, max_length: int) -> None:
+    """Keep attention from changing with the length of a pass: a neighbour's, or a draft's.
+
+    `dynamic` and `longrope` compute with other frequencies once a pass is longer than the original context; keys that
+    were cached before it stay as they were. Up to that length they are constant, and are served as such.
+
+    Raises:
+        UnsupportedModelError: ``max_length`` goes beyond the original context.
+    """
+    config = model.config.get_text_config()
+    module: Any
+    for module in decoder_of(model).modules():
+        kinds = getattr(module, "rope_type", None)
+        layer_types = list(kinds) if isinstance(kinds, dict) else [None] if isinstance(kinds, str) else []
+        for layer_type in layer_types:
+            settings = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+            kind = settings["rope_type"]  # not the module's: another engine may have frozen it
+            if "dynamic" not in kind and kind != "longrope":
+                continue
+            original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
+            if max_length > original:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has {kind} RoPE, whose frequencies change when a text grows beyond "
+                    f"{original} tokens, with those that are cached; set engine.max_length <= {original} "
+                    f"(got {max_length})"
+                )
+            # An earlier pass, of whoever used the model, may have left frequencies of its length.
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            own = getattr(module, f"{prefix}original_inv_freq").to(model.device)
+            module.register_buffer(f"{prefix}inv_freq", own.clone(), persistent=False)
+            if isinstance(kinds, dict):
+                kinds[layer_type] = "default"
+            else:
+                module.rope_type = "default"
+    for name in _LENGTHS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and max_length > limit:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} attends to part of a text beyond {name}={limit} tokens, and finds it by the "
+                f"length of a pass; set engine.max_length <= {limit} (got {max_length})"
+            )
+    floor = getattr(config, "floor_scale", None)
+    if floor and getattr(config, "attn_temperature_tuning", False) and max_length >= floor:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} scales attention by the length of its cache from position {floor} on, and a "
+            f"tree has no such length; set engine.max_length <= {floor - 1} (got {max_length})"
+        )
