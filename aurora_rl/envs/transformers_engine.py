@@ -83,6 +83,7 @@ class TransformersEngine(Engine):
     """
 
     _least_tolerance: ClassVar[float] = 0.0
+    _feature_layers: tuple[int, ...] = ()
 
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
@@ -124,7 +125,6 @@ class TransformersEngine(Engine):
         self._captured: dict[int, Tensor] = {}
         self._build_alibi: Callable[..., Tensor] | None = None
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
-        self._feature_layers: tuple[int, ...] = ()
         self._place_alibi(max_length + self.max_nodes)
         self.prefill_seconds = 0.0
         return probe
