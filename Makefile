@@ -56,7 +56,7 @@ faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 	$(BIN)/python -m pytest -m faults
 
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
-	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/sglang
+	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/envs/sglang
 
 vllm: $(STAMP) $(VLLM)/.installed  ## tests that run vLLM on the CPU; not in CI, and 3.5 GB the first time
 	AURORA_RL_REQUIRE=vllm $(BIN)/python -m pytest -m vllm tests/vllm

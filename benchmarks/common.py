@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from aurora_rl.traffic import Prompt, generate, read_jsonl
+from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -13,7 +13,7 @@ import torch
 from common import arguments, parse, prompts, write_result
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 
 
 def main() -> None:

@@ -27,11 +27,10 @@ from common import RESULTS, arguments, parse, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.conversations import Conversations
+from aurora_rl.collectors.dataset import Recording, record
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
-from aurora_rl.gate import replay
-from aurora_rl.metrics import MetricsLog
-from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import (
     Drafter,
@@ -46,12 +45,13 @@ from aurora_rl.policies import (
     save_drafter,
     token_prior,
 )
-from aurora_rl.recordings import Recording, record
-from aurora_rl.server import InferenceServer, measure_rounds
-from aurora_rl.target_head import TargetHead
-from aurora_rl.throughput import ControlWindows
-from aurora_rl.traffic import generate, read_jsonl
-from aurora_rl.training import drafter_optimizers, train_on
+from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.server import InferenceServer, measure_rounds
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.rates import ControlWindows
+from aurora_rl.training.gate import replay
+from aurora_rl.training.optimizers import drafter_optimizers, train_on
+from aurora_rl.workload.traffic import generate, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}

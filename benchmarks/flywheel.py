@@ -32,7 +32,7 @@ def main() -> None:
             *([f"traffic.path={options.prompts}"] if options.prompts else []),
             *options.overrides,
         ]
-        subprocess.run([sys.executable, "-m", "aurora_rl.cli", "flywheel", *pairs], check=True)
+        subprocess.run([sys.executable, "-m", "aurora_rl.cli.main", "flywheel", *pairs], check=True)
         summary = json.loads((run_dir / "summary.json").read_text())
         events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     gates = [e for e in events if e["event"] == "gate"]

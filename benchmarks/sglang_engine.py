@@ -16,14 +16,14 @@ from contextlib import ExitStack
 import torch
 from common import arguments, parse, prompts, write_result
 
-from aurora_rl import build
+from aurora_rl.cli import spec
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.weight_sync import WeightPublisher
+from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Request
-from aurora_rl.models import default_dtype, embedded_model_path, encode_chat, load_target, stop_token_ids
+from aurora_rl.envs.sglang.client import SGLangEngine
+from aurora_rl.models.loading import default_dtype, embedded_model_path, encode_chat, load_target, stop_token_ids
 from aurora_rl.policies import TargetParts
-from aurora_rl.policies.formats import load_drafter
-from aurora_rl.sglang.engine import SGLangEngine
+from aurora_rl.policies.formats.files import load_drafter
 
 
 class Load:
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> dict:
     model, tokenizer = load_target(options.model, dtype=dtype, device="cpu")
     parts = TargetParts.of(model)
     drafter = load_drafter(options.drafter, parts)
-    hello, weights = build.hello(parts, drafter, "eagle3"), drafter.to(dtype).published()
+    hello, weights = spec.hello(parts, drafter, "eagle3"), drafter.to(dtype).published()
     stop = stop_token_ids(model, tokenizer)
     tokens = [encode_chat(tokenizer, prompt.messages) for prompt in prompts(options)]
     load = Load(tokens, options.max_new_tokens, stop)

@@ -19,15 +19,15 @@ from common import arguments, parse, prompts, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.conversations import Conversations
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
-from aurora_rl.metrics import MetricsLog
-from aurora_rl.models import default_dtype, load_target, stop_token_ids
+from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, get_drafter
-from aurora_rl.policies.formats import load_drafter
-from aurora_rl.policies.shape import ShapeController
-from aurora_rl.server import InferenceServer, cost_table, measure_rounds
-from aurora_rl.throughput import ControlWindows, rates
+from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.server import InferenceServer, cost_table, measure_rounds
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.rates import ControlWindows, rates
 
 Weights = dict[str, Tensor]
 

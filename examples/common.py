@@ -11,15 +11,15 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import LossModule
 
+from aurora_rl.collectors.dataset import Recording, record
 from aurora_rl.envs import Request, SamplingParams, generation_processors
-from aurora_rl.gate import replay
-from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.policies.formats import save_drafter
-from aurora_rl.recordings import Recording, record
-from aurora_rl.target_head import TargetHead
-from aurora_rl.traffic import generate
-from aurora_rl.training import drafter_optimizers, train_on
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.training.gate import replay
+from aurora_rl.training.optimizers import drafter_optimizers, train_on
+from aurora_rl.workload.traffic import generate
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

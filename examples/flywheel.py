@@ -13,14 +13,14 @@ import copy
 
 import torch
 
-from aurora_rl.collectors.buffer import trajectory_buffer
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine, generation_processors
-from aurora_rl.models import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.traffic import generate
-from aurora_rl.training import drafter_optimizers
+from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.trajectories import acceptance_length
+from aurora_rl.workload.traffic import generate
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from torch import nn
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.policies.drafter import log_softmax
-from aurora_rl.policies.growth import grow
-from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.tree_search import grow
 from aurora_rl.testing import check_drafter, tiny_target
+from aurora_rl.tree_index import RecordedTrees
 
 
 class RecurrentDrafter(Drafter):

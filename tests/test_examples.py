@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora_rl.config import load_config
+from aurora_rl.cli.config import load_config
+from aurora_rl.envs.sglang.client import free_ports
 from aurora_rl.objectives import ImitationLoss, registry
 from aurora_rl.policies import Eagle3Drafter, TargetParts
-from aurora_rl.sglang.engine import free_ports
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 

@@ -13,13 +13,13 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl import models
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.gate import replay
+from aurora_rl.models import loading as models
 from aurora_rl.policies import Drafter, DrafterPolicy, HybridDrafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.traffic import generate
+from aurora_rl.training.gate import replay
 from aurora_rl.trajectories import accepted_per_round, pack
+from aurora_rl.workload.traffic import generate
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 

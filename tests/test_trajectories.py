@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aurora_rl.collectors import TrajectorySink, ZMQCollector
 from aurora_rl.collectors.codec import decode, encode
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.policies import MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory, topk_form
 from aurora_rl.trajectories import (

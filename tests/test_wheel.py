@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.sglang import ENVIRONMENT, register
+from aurora_rl.envs.sglang import ENVIRONMENT, register
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"aurora_rl": ROOT / "aurora_rl", "aurora_kernels": ROOT / "kernels" / "aurora_kernels"}
@@ -71,7 +71,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     assert [Path(line) for line in run.split()] == [site / package / "__init__.py" for package in PACKAGES]
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"aurora-rl": "aurora_rl.cli:main"}
+    assert scripts == {"aurora-rl": "aurora_rl.cli.main:main"}
     assert os.access(environment / "bin" / "aurora-rl", os.X_OK)
 
 
@@ -80,7 +80,7 @@ def test_sglang_finds_the_plugin_in_the_wheel(wheel: Path) -> None:
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
     points = configparser.ConfigParser()
     points.read_string(archive.read(name).decode())
-    assert dict(points["sglang.srt.plugins"]) == {"aurora_rl": "aurora_rl.sglang:register"}
+    assert dict(points["sglang.srt.plugins"]) == {"aurora_rl": "aurora_rl.envs.sglang:register"}
 
 
 def test_the_plugin_does_nothing_where_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

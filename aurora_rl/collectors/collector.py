@@ -16,7 +16,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.weight_update import WeightSyncScheme
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.collectors.sink import TRAJECTORY
 from aurora_rl.collectors.sockets import bind, open_socket
 

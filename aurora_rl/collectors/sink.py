@@ -11,7 +11,7 @@ import zmq
 from tensordict import TensorDictBase
 
 from aurora_rl.collectors.codec import encode
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.collectors.sockets import SocketThread, connect, open_socket
 
 __all__ = ["TRAJECTORY", "TrajectorySink"]

@@ -14,8 +14,8 @@ from torchrl.weight_update import TransportBackend, WeightStrategy, WeightSyncSc
 from torchrl.weight_update.weight_sync_schemes import register_weight_sync_backend
 
 from aurora_rl.collectors.codec import Key, checksum, leaves
-from aurora_rl.collectors.hello import Hello
-from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
+from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 
 __all__ = ["ZMQWeightSyncScheme"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from aurora_rl.envs.exactness import SGLANG, UnsupportedModelError
-from aurora_rl.slot_cache import sliding_window
-from aurora_rl.target_head import decoder_of
+from aurora_rl.models.kv_cache import sliding_window
+from aurora_rl.models.target_head import decoder_of
 
 # Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
 _LENGTHS = ("window_size", "keep_window_size")

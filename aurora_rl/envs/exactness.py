@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from aurora_rl.inference_modules import GROUPED_ATTENTION, layer_kind
-from aurora_rl.target_head import context_length, decoder_layers, decoder_of
+from aurora_rl.models.inference_modules import GROUPED_ATTENTION, layer_kind
+from aurora_rl.models.target_head import context_length, decoder_layers, decoder_of
 
 # Tokens of a row, and rows of the probe at most: these bound what the check costs on a large model.
 _LENGTH, _MOST_ROWS = 16, 6

@@ -17,8 +17,8 @@ from transformers import LogitsProcessorList
 
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.processors import process
-from aurora_rl.envs.sampling import SamplingBatch, SamplingParams
-from aurora_rl.envs.verification import get_rule
+from aurora_rl.envs.verification.rules import get_rule
+from aurora_rl.envs.verification.sampling import SamplingBatch, SamplingParams
 from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling, TrajectoryRecorder
 from aurora_rl.trees import accepted_path, valid_nodes
 

@@ -26,8 +26,13 @@ from aurora_rl.envs.exactness import (
     quiet,
     takes_positions,
 )
-from aurora_rl.inference_modules import GROUPED_ATTENTION, fuse_decoder_layers, grouped_mask, prepare_for_inference
-from aurora_rl.slot_cache import (
+from aurora_rl.models.inference_modules import (
+    GROUPED_ATTENTION,
+    fuse_decoder_layers,
+    grouped_mask,
+    prepare_for_inference,
+)
+from aurora_rl.models.kv_cache import (
     KVShape,
     RecurrentStateError,
     ShapeRecorder,
@@ -35,7 +40,7 @@ from aurora_rl.slot_cache import (
     cache_mask,
     column_positions,
 )
-from aurora_rl.target_head import TargetHead, context_length, decoder_layers, decoder_of
+from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 

@@ -10,15 +10,15 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
-from aurora_rl.objectives.draws import Draws, before
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows
+from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
+from aurora_rl.objectives.tree_law import Draws, before
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
-from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import DRAFT_MODES
+from aurora_rl.tree_index import RecordedTrees
 from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.

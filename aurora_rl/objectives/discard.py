@@ -10,15 +10,15 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.envs.sampling import argmax
-from aurora_rl.objectives.contexts import SAMPLING_KEYS, TREE_KEYS, path_products
+from aurora_rl.envs.verification.sampling import argmax
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
 from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
+from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products
 from aurora_rl.policies.drafter import Drafter, log_softmax
-from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.target_head import TargetHead
+from aurora_rl.tree_index import RecordedTrees
 
 
 @register_objective("discard")

@@ -243,7 +243,7 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint. A token that top-k or top-p excludes is a
     miss; a lower temperature of ``p`` only sharpens what is wanted anyway.
 
-    Source: no paper; it is read off the rules (``aurora_rl.envs.verification``).
+    Source: no paper; it is read off the rules (``aurora_rl.envs.verification.rules``).
 
     Example:
         >>> missed_probability(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item()

@@ -7,9 +7,14 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.envs.sampling import argmax
-from aurora_rl.envs.verification import get_rule
-from aurora_rl.objectives.contexts import (
+from aurora_rl.envs.verification.rules import get_rule
+from aurora_rl.envs.verification.sampling import argmax
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.divergences import overlap
+from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.registry import register_objective
+from aurora_rl.objectives.target import context_rows, target_logits, target_rows
+from aurora_rl.objectives.tree_index import (
     SAMPLING_KEYS,
     SPINE_KEYS,
     TREE_KEYS,
@@ -19,14 +24,9 @@ from aurora_rl.objectives.contexts import (
     subtree_sums,
     windows,
 )
-from aurora_rl.objectives.divergences import overlap
-from aurora_rl.objectives.objective import Objective, Values
-from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
-from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import RULE_CODES
+from aurora_rl.tree_index import RecordedTrees
 
 
 @register_objective("expected_length")

@@ -13,13 +13,13 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.objectives.contexts import SAMPLING_KEYS, SPINE_KEYS, completion_requests, completion_tokens, windows
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
 from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import target_rows
+from aurora_rl.objectives.tree_index import SAMPLING_KEYS, SPINE_KEYS, completion_requests, completion_tokens, windows
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
-from aurora_rl.target_head import TargetHead
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5

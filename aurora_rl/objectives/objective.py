@@ -15,10 +15,10 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
-from aurora_rl.envs.sampling import served_log_probs
+from aurora_rl.envs.verification.sampling import served_log_probs
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.target import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
-from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 
 # What a batch's groups come from, as the end of a sentence.

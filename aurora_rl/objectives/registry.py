@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import Objective
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.settings import check, nearest, settings_of
-from aurora_rl.target_head import TargetHead
 
 _ENTRY_POINTS = "aurora_rl.objectives"
 # Arguments of the constructor that no configuration gives.

@@ -18,10 +18,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import draft_rows
-from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.target_head import TargetHead
 from aurora_rl.trajectories import TOPK_ENTRIES
+from aurora_rl.tree_index import RecordedTrees
 
 # A tail of no mass is one that float32 cannot tell from 0. As its smallest number the tokens in it keep a finite logit,
 # so that a draft vocabulary without any of the K likeliest can still be renormalised over.

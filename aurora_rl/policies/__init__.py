@@ -1,17 +1,17 @@
 """Drafters and the policy that serves them."""
 
+from aurora_rl.models.parts import TargetParts, choose_draft_vocab, token_prior
 from aurora_rl.policies.dflash import DFlashDrafter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats import load_drafter, save_drafter
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.hybrid import HybridDrafter
+from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
-from aurora_rl.policies.ngram import NgramDrafter
 from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.policies.registry import available_drafters, get_drafter, register_drafter
 from aurora_rl.policies.standalone import StandaloneDrafter
-from aurora_rl.policies.target import TargetParts, choose_draft_vocab, token_prior
 
 __all__ = [
     "Checkpoint",

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from aurora_rl.policies.attention import KeysValues
-from aurora_rl.policies.block_layer import BlockLayer, Rotation
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
-from aurora_rl.policies.growth import grow
-from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import (
+from aurora_rl.models.parts import (
     TargetParts,
     check_captured,
     check_fixed_rope,
@@ -37,7 +31,13 @@ from aurora_rl.policies.target import (
     targets_entries,
     written_config,
 )
+from aurora_rl.policies.attention import KeysValues
+from aurora_rl.policies.block_layer import BlockLayer, Rotation
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.registry import register_drafter
+from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
+from aurora_rl.tree_index import RecordedTrees
 
 
 @register_drafter("dflash")

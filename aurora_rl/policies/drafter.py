@@ -17,11 +17,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from aurora_rl.inference_modules import stage
-from aurora_rl.policies.recorded import RecordedTrees, true_chains
-from aurora_rl.policies.target import TargetParts
+from aurora_rl.models.inference_modules import stage
+from aurora_rl.models.parts import TargetParts
 from aurora_rl.settings import check, settings_of
 from aurora_rl.trajectories import DRAFT_MODES
+from aurora_rl.tree_index import RecordedTrees, true_chains
 
 
 @dataclass(frozen=True, slots=True)

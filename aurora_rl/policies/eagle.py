@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
-from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
-from aurora_rl.policies.registry import OWN_NAME, register_drafter
-from aurora_rl.policies.target import (
+from aurora_rl.models.parts import (
     TargetParts,
     check_heads_stated,
     copy_layer,
@@ -28,6 +25,9 @@ from aurora_rl.policies.target import (
     targets_entries,
     written_config,
 )
+from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
+from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
+from aurora_rl.policies.registry import OWN_NAME, register_drafter
 
 # Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
 _TOKEN_SHARE = 0.5

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from aurora_rl.policies.drafter import Checkpoint
-from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
-from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import (
+from aurora_rl.models.parts import (
     TargetParts,
     check_captured,
     check_heads_stated,
@@ -29,7 +26,10 @@ from aurora_rl.policies.target import (
     targets_entries,
     written_config,
 )
-from aurora_rl.policies.vllm_format import LAYER_IDS, from_vllm, to_vllm
+from aurora_rl.policies.drafter import Checkpoint
+from aurora_rl.policies.formats.vllm import LAYER_IDS, from_vllm, to_vllm
+from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
+from aurora_rl.policies.registry import register_drafter
 
 
 class Eagle3Layer(DraftLayer):

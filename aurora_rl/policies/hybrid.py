@@ -10,10 +10,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
-from aurora_rl.policies.ngram import NgramDrafter, Tree, ngram_tree, padded
+from aurora_rl.policies.lookup import NgramDrafter, Tree, ngram_tree, padded
 from aurora_rl.policies.registry import get_drafter, recognized, register_drafter
-from aurora_rl.policies.target import TargetParts
 
 
 def merge_chain(tree: Tree, chain: list[int], budget: int) -> Tree:

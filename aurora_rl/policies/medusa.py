@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
-from aurora_rl.policies.growth import grow
-from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.policies.target import TargetParts
-from aurora_rl.policies.vllm_format import from_vllm, to_vllm
+from aurora_rl.policies.tree_search import grow
+from aurora_rl.tree_index import RecordedTrees
 
 
 class MedusaBlock(nn.Module):

@@ -9,7 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from aurora_rl.inference_modules import prepare_for_inference
+from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.trajectories import DRAFT_MODES, ContextStore
 from aurora_rl.trees import tree_fault, valid_nodes

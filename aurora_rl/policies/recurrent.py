@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape, Unroll, log_softmax
-from aurora_rl.policies.growth import grow
-from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
+from aurora_rl.tree_index import RecordedTrees
 
 
 class DraftLayer(nn.Module):

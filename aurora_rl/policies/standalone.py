@@ -19,7 +19,16 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from aurora_rl.inference_modules import GROUPED_ATTENTION, grouped_mask
+from aurora_rl.models.inference_modules import GROUPED_ATTENTION, grouped_mask
+from aurora_rl.models.kv_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
+from aurora_rl.models.parts import (
+    TargetParts,
+    check_fixed_rope,
+    context_length,
+    copy_layer,
+    layer_config,
+    written_config,
+)
 from aurora_rl.policies.drafter import (
     Checkpoint,
     Drafter,
@@ -30,19 +39,10 @@ from aurora_rl.policies.drafter import (
     check_weights,
     log_softmax,
 )
-from aurora_rl.policies.growth import grow
-from aurora_rl.policies.recorded import RecordedTrees, true_chains
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
-from aurora_rl.policies.target import (
-    TargetParts,
-    check_fixed_rope,
-    context_length,
-    copy_layer,
-    layer_config,
-    written_config,
-)
-from aurora_rl.slot_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
+from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
+from aurora_rl.tree_index import RecordedTrees, true_chains
 
 # Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
 _SLACK = 64

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter
-from aurora_rl.target_head import TargetHead
 from aurora_rl.testing.asserts import require
-from aurora_rl.testing.losses import refuses, total_loss
-from aurora_rl.testing.tabular import (
+from aurora_rl.testing.enumerable_worlds import (
     TabularDrafter,
     TabularTarget,
     chance_of,
@@ -23,6 +22,7 @@ from aurora_rl.testing.tabular import (
     table_gradient,
     tree_trajectory,
 )
+from aurora_rl.testing.losses import refuses, total_loss
 from aurora_rl.trajectories import pack
 
 # Rule, draft mode and temperature. One that is neither 0 nor 1 tells who takes p as it was served.

@@ -10,15 +10,15 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter, TargetParts
-from aurora_rl.target_head import TargetHead
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.estimators import check_expected_gradient
-from aurora_rl.testing.forms import siblings_reversed, topk_form
+from aurora_rl.testing.fixtures import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
 from aurora_rl.testing.losses import refuses, total_loss
-from aurora_rl.testing.stand_ins import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
 from aurora_rl.testing.tiny import tiny_target
+from aurora_rl.testing.variants import siblings_reversed, topk_form
 from aurora_rl.trajectories import pack
 
 # Of central differences at this step in float64, against the gradient along random directions. So short that the kinks
@@ -57,9 +57,9 @@ def check_objective(
 
     Last, whether it leads to the target: in every group of values, such as every unroll step, a drafter that is the
     target has a smaller loss than one that says nothing and than one that says the contrary. For a sampled objective,
-    whose value says nothing: over all trees and outcomes of tables (``aurora_rl.testing.tabular``), the expected
-    gradient is that of the number of accepted nodes. ``make`` is given a table for a drafter then, which scores trees
-    and cannot unroll.
+    whose value says nothing: over all trees and outcomes of tables (``aurora_rl.testing.enumerable_worlds``), the
+    expected gradient is that of the number of accepted nodes. ``make`` is given a table for a drafter then, which
+    scores trees and cannot unroll.
 
     Args:
         make: given a drafter, the target's head and a reduction, the objective.

@@ -11,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 
-from aurora_rl import build
-from aurora_rl.config import load_config
-from aurora_rl.metrics import MetricsLog
-from aurora_rl.serving import serving
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import load_config
+from aurora_rl.cli.engines import serving
+from aurora_rl.telemetry.log import MetricsLog
 
 
 def main() -> None:
@@ -27,12 +27,12 @@ def main() -> None:
     run_dir.mkdir(parents=True)
     logs = {half: MetricsLog(run_dir / "metrics.jsonl", half) for half in ("server", "learner")}
 
-    prompts = build.check(config)
-    target = build.load(config)
-    requests = build.conversations(config, target, prompts)
-    drafter, theirs = build.first_drafter(config, target, requests, run_dir / "drafter-day0")
+    prompts = spec.check(config)
+    target = spec.load(config)
+    requests = spec.conversations(config, target, prompts)
+    drafter, theirs = spec.first_drafter(config, target, requests, run_dir / "drafter-day0")
 
-    learner = build.learner(theirs, logs["learner"], run_dir)
+    learner = spec.learner(theirs, logs["learner"], run_dir)
     done = threading.Event()
     learning = threading.Thread(target=lambda: [learner.step() for _ in iter(done.is_set, True)])
     learning.start()

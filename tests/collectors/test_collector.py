@@ -18,10 +18,10 @@ from torchrl.collectors import BaseCollector
 
 from aurora_rl.collectors.codec import encode
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
 from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
-from aurora_rl.collectors.weight_sync import WeightReceiver
+from aurora_rl.collectors.weights import WeightReceiver
 
 HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"

@@ -20,11 +20,11 @@ from aurora_rl.collectors import guard
 from aurora_rl.collectors.codec import Limits, encode
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.guard import Meter, TooLong
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
-from aurora_rl.collectors.weight_sync import WeightPublisher, WeightReceiver
-from aurora_rl.sglang.control import ControlServer, ask
+from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
+from aurora_rl.envs.sglang.control import ControlServer, ask
 
 HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"

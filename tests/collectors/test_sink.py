@@ -13,7 +13,7 @@ from torchrl.collectors import Collector
 from torchrl.testing.mocking_classes import CountingEnv
 
 from aurora_rl.collectors.codec import decode
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 

@@ -11,7 +11,7 @@ from torch import nn
 from torchrl.weight_update import WeightSyncScheme
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
 
 HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")

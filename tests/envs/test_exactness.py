@@ -15,9 +15,10 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aurora_rl import inference_modules, slot_cache
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine, exactness, transformers_engine
 from aurora_rl.envs.exactness import UnsupportedModelError
+from aurora_rl.models import inference_modules
+from aurora_rl.models import kv_cache as slot_cache
 from aurora_rl.testing import check_engine
 
 # Wide weights: a random model with small ones has nearly flat logits, and everything would agree by chance.

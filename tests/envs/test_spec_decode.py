@@ -16,10 +16,10 @@ from torchrl.envs.utils import check_env_specs
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, transformers_engine
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.envs.sampling import gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.models.kv_cache import SlotCache
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.slot_cache import SlotCache
 from aurora_rl.testing import tiny_target
 from aurora_rl.trajectories import RULE_CODES, accepted_per_round, pack, validate
 

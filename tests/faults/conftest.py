@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.metrics import MetricsReader
+from aurora_rl.telemetry.log import MetricsReader
 
 
 def alive(pid: int) -> bool:
@@ -41,7 +41,7 @@ class Command:
         folder.mkdir()
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "aurora_rl.cli", command, *pairs, f"run_dir={self.run}"],
+                [sys.executable, "-m", "aurora_rl.cli.main", command, *pairs, f"run_dir={self.run}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from aurora_rl import cli
-from aurora_rl.checkpoints import read_folder
-from aurora_rl.metrics import MetricsReader
-from aurora_rl.recordings import Recording
-from aurora_rl.server import InferenceServer
+from aurora_rl.cli import main as cli
+from aurora_rl.collectors.dataset import Recording
+from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.training.checkpoint import read_folder
 
 pytestmark = pytest.mark.faults
 
@@ -99,7 +99,7 @@ def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
 
 
 def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: list[str], tmp_path: Path) -> None:
-    learn = [sys.executable, "-m", "aurora_rl.cli", "learn", *arguments, f"run_dir={tmp_path / 'run'}"]
+    learn = [sys.executable, "-m", "aurora_rl.cli.main", "learn", *arguments, f"run_dir={tmp_path / 'run'}"]
     shell = subprocess.Popen(
         ["sh", "-c", '"$@" --parent $$ & echo $!; wait', "flywheel", *learn], stdout=subprocess.PIPE, text=True
     )

@@ -18,10 +18,9 @@ from torchrl.objectives.llm import GRPOLoss
 
 from aurora_rl.objectives import AcceptanceRewardLoss
 from aurora_rl.objectives.acceptance_reward import _standardised, clipped_gain
-from aurora_rl.objectives.draws import before
+from aurora_rl.objectives.tree_law import before
 from aurora_rl.policies import TreeShape
-from aurora_rl.policies.recorded import RecordedTrees
-from aurora_rl.testing.tabular import (
+from aurora_rl.testing.enumerable_worlds import (
     TEXTS,
     VOCAB,
     DrawnTree,
@@ -38,6 +37,7 @@ from aurora_rl.testing.tabular import (
     tree_trajectory,
 )
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import RecordedTrees
 
 CHAIN2, CHAIN3, BRANCHES, BUSH = (-1, 0), (-1, 0, 1), (-1, -1, 0, 1), (-1, -1, -1)
 SERVED = [

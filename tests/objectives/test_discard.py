@@ -7,10 +7,10 @@ import torch
 
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.testing.tabular import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
+from aurora_rl.testing.enumerable_worlds import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import RecordedTrees
 
 #   root: 0 accepted, 1 rejected; below 0: 2 rejected; below 1: 0 rejected
 TREE, ACCEPTED = DrawnTree((-1, -1, 0, 1), (0, 1, 2, 0)), [True, False, False, False]

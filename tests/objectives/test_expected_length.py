@@ -10,9 +10,8 @@ from torch import Tensor
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.policies.recorded import RecordedTrees
 from aurora_rl.testing import serve, tiny_target, tiny_trajectory
-from aurora_rl.testing.tabular import (
+from aurora_rl.testing.enumerable_worlds import (
     VOCAB,
     DrawnTree,
     TabularDrafter,
@@ -23,6 +22,7 @@ from aurora_rl.testing.tabular import (
     tree_trajectory,
 )
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import RecordedTrees
 
 RULES = {"sample_and_match": 1.0, "rejection": 1.0, "greedy": 0.0}
 

@@ -35,8 +35,8 @@ from aurora_rl.objectives import (
 from aurora_rl.objectives import registry as by_name
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
-from aurora_rl.testing.forms import topk_form
-from aurora_rl.testing.tabular import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
+from aurora_rl.testing.enumerable_worlds import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
+from aurora_rl.testing.variants import topk_form
 from aurora_rl.trajectories import pack
 
 SETTINGS: list[tuple[type[Objective], dict[str, Any]]] = [

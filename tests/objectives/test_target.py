@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.envs import SamplingParams
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import (
     DIVERGENCES,
     AcceptanceRewardLoss,
@@ -24,7 +25,6 @@ from aurora_rl.objectives import (
     target_rows,
 )
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.target_head import TargetHead
 from aurora_rl.testing import serve, tiny_target, topk_form
 from aurora_rl.trajectories import pack
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.policies import DFlashDrafter, TargetParts, TreeShape, load_drafter, save_drafter
 from aurora_rl.testing import check_drafter, tiny_target, tiny_trajectory
+from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
 
 HALF = torch.arange(0, 32, 2)

@@ -12,8 +12,8 @@ from tensordict import TensorDict
 
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import check_weights, draft_rows
-from aurora_rl.policies.growth import SampledGrowth, TopKGrowth, best_first
-from aurora_rl.policies.recorded import RecordedTrees
+from aurora_rl.policies.tree_search import SampledGrowth, TopKGrowth, best_first
+from aurora_rl.tree_index import RecordedTrees
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, TargetParts, TreeShape, get_drafter
-from aurora_rl.policies.formats import load_drafter, save_drafter
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.registry import recognized
 from aurora_rl.testing import check_drafter, tiny_target, tiny_trajectory
+from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
 
 # Half of the tokens are outside.
@@ -214,7 +214,7 @@ def test_regression_brings_the_states_to_the_targets() -> None:
 
 @pytest.mark.parametrize(("architecture", "size"), [("llama", 20), ("qwen3", 32)])
 def test_conforms_with_a_rising_and_with_the_whole_vocabulary(architecture: str, size: int) -> None:
-    """Which formats hold; tests/test_testing.py has the one that does not rise."""
+    """Which formats hold; tests/testing/test_testing.py has the one that does not rise."""
     check_drafter(drafter(torch.arange(size), architecture), tiny_target(architecture))
 
 

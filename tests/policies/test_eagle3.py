@@ -1,4 +1,4 @@
-"""EAGLE-3: names, day-0 weights, trees against brute force; the rest is check_drafter's (tests/test_testing.py)."""
+"""EAGLE-3: names, day-0 weights, trees against brute force; the rest is check_drafter's."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from families import FAMILIES, Texts, sampled_texts, tiny_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aurora_rl import build
+from aurora_rl.cli import spec
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
-from aurora_rl.target_head import TargetHead
 from aurora_rl.testing.drafter_serving import filled
 from aurora_rl.testing.drafter_training import check_unroll
-from aurora_rl.training import drafter_optimizers, train_step
+from aurora_rl.training.optimizers import drafter_optimizers, train_step
 from aurora_rl.trajectories import pack
 
 VOCAB = torch.arange(48)
@@ -131,5 +131,5 @@ def test_both_halves_of_a_run_agree_on_all_of_the_head() -> None:
     parts, drafter = target("llama")[0], started("llama", "medusa")
     weight = parts.head.weight
     heads = [TargetHead(weight), TargetHead(weight, scale=2.0), TargetHead(weight, softcap=2.0)]
-    found = {build.hello(replace(parts, head=head), drafter, "medusa").head_checksum for head in heads}
+    found = {spec.hello(replace(parts, head=head), drafter, "medusa").head_checksum for head in heads}
     assert len(found) == 3

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.policies import (
     Eagle3Drafter,
     HybridDrafter,
@@ -21,8 +20,9 @@ from aurora_rl.policies import (
     save_drafter,
 )
 from aurora_rl.policies.hybrid import merge_chain
-from aurora_rl.policies.ngram import Tree
+from aurora_rl.policies.lookup import Tree
 from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
 
 

@@ -21,10 +21,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from aurora_rl.checkpoints import CheckpointError
 from aurora_rl.policies import Drafter, Proposal, StandaloneDrafter, TargetParts, TreeShape
-from aurora_rl.policies.formats import load_drafter, save_drafter
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.testing import check_drafter, serve, tiny_target, tiny_trajectory
+from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
 
 VOCAB = torch.tensor([0, 1, 3, 7, 8, 12, 19, 25, 30, 31])

@@ -12,15 +12,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from aurora_rl.collectors.hello import Hello
+from aurora_rl.collectors.handshake import Hello
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.metrics import MetricsLog, MetricsReader
 from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.shape import ShapeController
-from aurora_rl.server import InferenceServer
+from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.rates import ControlWindows
 from aurora_rl.testing import tiny_target
-from aurora_rl.throughput import ControlWindows
 
 VOCAB = 8
 LAYERS = (0, 1)

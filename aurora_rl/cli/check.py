@@ -1,0 +1,138 @@
+"""``aurora-rl check``: whether a model is served exactly, with what, and what it costs, before anything is started."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import Config
+from aurora_rl.envs import Request, SamplingParams, TransformersEngine, generation_processors
+from aurora_rl.envs.exactness import UnsupportedModelError
+from aurora_rl.models.loading import stop_token_ids
+from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
+from aurora_rl.serving.server import measure_rounds
+
+
+def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
+    """Report on the configured model, line by line.
+
+    Args:
+        config: Names the model, its dtype and device, the engine's slots and length, and the drafter that is timed.
+        say: Takes each line.
+
+    Returns:
+        Whether the embedded engine serves the model with the configured drafter.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+    target = spec.load(config)
+    model = target.model
+    weights = _size(sum(p.nbytes for p in model.parameters()))
+    dtype = str(model.dtype).removeprefix("torch.")
+    say(f"model        {config.model}: {type(model).__name__}, {dtype} on {model.device}, {weights} of weights")
+    served, processors = True, None
+    if config.generation_config != "ignore":
+        try:
+            processors = generation_processors(model, stop_token_ids(model, target.tokenizer))
+            if processors is not None:
+                processors(_request(config, torch.zeros(1, dtype=torch.int64), 1))
+                say("generation   the processors of generation_config are applied at every node")
+        except ValueError as error:
+            served, processors = False, None
+            say(f"generation   refused: {error}")
+    drafters = _report_drafters(config, target, say)
+    drafter = drafters.get(config.drafter.name)
+    try:
+        spec.check_context(config, target)
+        engine = TransformersEngine(
+            model,
+            num_slots=config.engine.slots,
+            max_length=config.engine.max_length,
+            feature_layers=drafter.feature_layers if drafter is not None else (),
+        )
+    except (UnsupportedModelError, ValueError) as error:
+        say(f"engine       refused: {error}")
+        return False
+    found = engine.exactness
+    for form, reason in found.switched_off.items():
+        say(f"engine       {form} form switched off: {reason}")
+    say(
+        f"engine       exact in the {found.form} form: logits differ by {found.error:.1e} of their spread "
+        f"({found.tolerance:.0e} is rounding)"
+    )
+    held = _size(engine.cache_bytes)
+    say(f"memory       {held} of keys and values for {engine.num_slots} slots of {engine.max_length} tokens")
+    if drafter is None:
+        return False
+    _report_rounds(config, engine, drafter, processors, say)
+    return served
+
+
+def _request(config: Config, prompt: Tensor, max_new_tokens: int) -> Request:
+    sampling = SamplingParams(config.temperature, config.top_k, config.top_p)
+    return Request(0, prompt, max_new_tokens, sampling)
+
+
+def _report_drafters(config: Config, target: spec.Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
+    """Start every drafter untrained; the configured one as it is configured."""
+    started = {}
+    for name in sorted({*available_drafters(), config.drafter.name}):
+        settings = config.drafter
+        if name != settings.name:
+            settings = replace(settings, name=name, options={}, path=None, feature_layers=None)
+        try:
+            started[name] = drafter = spec.drafter(replace(config, drafter=settings), target, [])
+        except ValueError as error:
+            say(f"drafter      {name} does not start: {error}")
+            continue
+        count = _short(sum(p.numel() for p in drafter.parameters()), 1000, ("", "k", "M", "G"))
+        say(f"drafter      {name} starts: {count} weights, reads layers {list(drafter.feature_layers)}")
+    return started
+
+
+def _report_rounds(
+    config: Config,
+    engine: TransformersEngine,
+    drafter: Drafter,
+    processors: Callable[[Request], LogitsProcessorList] | None,
+    say: Callable[[str], Any],
+) -> None:
+    shape = spec.shape(config)
+    served = (
+        copy.deepcopy(drafter).to(device=engine.model.device, dtype=engine.model.dtype).eval().requires_grad_(False)
+    )
+    policy = DrafterPolicy(served, engine.store, num_nodes=shape.most_nodes, shape=shape)
+    tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
+    request = _request(config, tokens, engine.max_length - len(tokens))
+    plain = TreeShape(0, mode=shape.mode)
+    tree = f"{config.drafter.name} (depth {shape.depth}, width {shape.width})"
+    costs = measure_rounds(engine, policy, request, [plain, shape], repeats=5, processors=processors)
+    for slots, seconds in sorted(costs.items()):
+        before, after = seconds[plain], seconds[shape]
+        say(
+            f"round        {slots} slot{'s' * (slots > 1)}: {before * 1e3:.1f} ms plain, {after * 1e3:.1f} ms with "
+            f"{tree}, which pays from {after / before:.2f} tokens a round"
+        )
+    if len(costs) > 1:
+        say(
+            "round        of more slots is taken to cost no less: if it was faster, its time stands for fewer slots too"
+        )
+
+
+def _size(count: int) -> str:
+    return _short(count, 1024, (" bytes", " KiB", " MiB", " GiB"))
+
+
+def _short(count: int, step: int, units: Sequence[str]) -> str:
+    """A count in the largest unit that it has one of: 9.5k, 135M."""
+    power = max(i for i in range(len(units)) if count >= step**i or not i)
+    value = count / step**power
+    return f"{value:.{int(power > 0 and value < 10)}f}{units[power]}"

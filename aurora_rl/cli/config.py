@@ -1,0 +1,382 @@
+"""Configuration of the commands: one dataclass per part, read by OmegaConf from a file and ``key=value`` pairs.
+
+Constructors elsewhere take flat arguments and never see these classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf.errors import OmegaConfBaseException
+
+from aurora_rl.cli.cpus import usable_cpus
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the fix."""
+
+
+@dataclass
+class EngineConfig:
+    """The serving engine.
+
+    "transformers" serves in this process. "sglang" is a server of its own: with ``url`` null it is launched here. Its
+    trees keep one shape, and it has no control windows: ``drafter.adaptive`` and ``control`` do not reach it, and
+    ``speedup`` is null.
+    """
+
+    name: str = "transformers"
+    slots: int = 2
+    """Requests decoded side by side."""
+    max_length: int = 1024
+    """Tokens of a slot, prompt and completion."""
+    threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
+    """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
+    url: str | None = None
+    """Of a running SGLang server to attach to; it must have been started on the drafter of ``drafter.path``."""
+    control: str | None = None
+    """Of that server's plugin: the address in its AURORA_RL_SGLANG."""
+    arguments: list[str] = field(default_factory=list)
+    """More arguments of ``sglang.launch_server``."""
+    capture_rate: float = 1.0
+    """Share of SGLang's requests that are recorded."""
+
+
+@dataclass
+class TrafficConfig:
+    """Where requests come from."""
+
+    path: str | None = None
+    """JSONL file; null takes the built-in generator."""
+    limit: int | None = None
+    """Most requests; null is the whole file, or ``requests`` of the generator."""
+    shuffle: bool = False
+    requests: int = 300
+    """Requests that the built-in generator makes."""
+
+
+@dataclass
+class DrafterConfig:
+    """The drafter and the trees that it proposes."""
+
+    name: str = "hybrid"
+    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the architecture is told beside, such as learned=eagle3 of hybrid."""
+    path: str | None = None
+    """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
+    made_for: str = "target"
+    """target refuses a checkpoint that was trained for other weights than the target's; any starts from it."""
+    vocab_size: int = 8192
+    """Rows of the draft head."""
+    feature_layers: list[int] | None = None
+    """Target layers that make the features; null takes the architecture's default."""
+    depth: int = 4
+    """Longest path."""
+    width: int = 4
+    """1 drafts a chain; more, a top-k tree."""
+    num_nodes: int | None = 4
+    """Node budget of a tree; null keeps all."""
+    mode: str = "topk"
+    """topk takes the likeliest nodes; sampled and sampled_without_replacement draw them, for policy gradients."""
+    adaptive: bool = True
+    """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
+
+
+@dataclass
+class ControlConfig:
+    """Windows of plain decoding that speculation is compared with."""
+
+    share: float = 0.1
+    """Share of decode time; 0 turns the windows off."""
+    window: int = 32
+    """Rounds of a window."""
+
+
+@dataclass
+class WireConfig:
+    """ZeroMQ addresses, bound by the learner."""
+
+    trajectories: str = "tcp://127.0.0.1:5557"
+    weights: str = "tcp://127.0.0.1:5558"
+    queue: int = 256
+    """Trajectories that wait for an absent learner before the oldest is dropped."""
+
+
+@dataclass
+class LearnerConfig:
+    """The training server."""
+
+    threads: int = 1
+    nice: int = 19
+    """Scheduling priority of the process, 0 to 19: at 19 it takes the CPU time that serving leaves."""
+    batch_size: int = 4
+    """Requests of an optimizer step."""
+    replay: int = 10
+    """Replayed batches for each batch of new requests."""
+    buffer: int = 2000
+    """Requests kept for replay."""
+    muon_lr: float = 0.02
+    """Learning rate of matrices."""
+    adam_lr: float = 5e-4
+    """Learning rate of everything else, the draft head included."""
+    publish_every: int = 8
+    """New requests between two candidates."""
+    max_skipped: int = 20
+    """Steps in a row whose loss or gradient is not finite before the learner stops."""
+    resume: str | None = None
+    """A training checkpoint to continue."""
+    record: str | None = None
+    """Folder to write every trajectory to that arrives; null keeps none."""
+
+
+@dataclass
+class GateConfig:
+    """What a candidate has to show before it is served."""
+
+    requests: int = 16
+    """Arrivals held back for each decision."""
+    margin: float = 0.02
+    """Publish if the mean paired difference in acceptance length is above minus this."""
+
+
+@dataclass
+class Config:
+    """Everything that a run is made of."""
+
+    model: str = "smollm2"
+    """Embedded model by name, hub id or folder of a Hugging Face causal LM."""
+    device: str = "auto"
+    dtype: str = "auto"
+    """float32, bfloat16, float16, float64; auto is bfloat16 where the hardware has it."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    max_new_tokens: int = 96
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    generation_config: str = "auto"
+    """auto applies what the model's generation config does to its logits, such as repetition_penalty; ignore serves
+    them raw. Temperature, top-k, top-p and the token budget are those above in either case."""
+    seed: int = 0
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
+    objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "imitation"}])
+    """What is learned: name and settings of each objective; their losses are summed."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    run_dir: str | None = None
+    """New or empty folder of the run; null is ``runs/<time>``."""
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then a YAML file, then ``key=value`` pairs.
+
+    Args:
+        path: YAML file with any of the keys.
+        overrides: pairs such as ``engine.slots=2``.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
+            wrong type or out of range.
+
+    Example:
+        >>> load_config(overrides=["engine.slots=2"]).engine.slots
+        2
+    """
+    merged = OmegaConf.structured(Config)
+    sources: list[tuple[str, DictConfig]] = []
+    if path is not None:
+        try:
+            loaded = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+        except Exception as error:  # the YAML parser has its own hierarchy of errors
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path} must hold a mapping of keys, got a {type(loaded).__name__}")
+        sources.append((str(path), loaded))
+    for pair in overrides:
+        if "=" not in pair:
+            raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
+        sources.append((pair, _from_pair(pair, merged)))
+    known = _keys(merged)
+    for source, given in sources:
+        for key in _keys(given):
+            if key not in known:
+                near = nearest_key(key)
+                if near == f"{key}.name":  # drafter=eagle3
+                    near += f"={OmegaConf.select(given, key)}"
+                raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near!r}?")
+            node = _node(given, key)
+            if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
+                raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
+        try:
+            merged = OmegaConf.merge(merged, given)
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
+            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(str(error).replace("\n", " ")) from error
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def nearest_key(name: str) -> str:
+    """Return the configuration key that a user most likely meant by ``name``.
+
+    Example:
+        >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
+        ('engine.slots', 'drafter.name', 'engine.slots')
+    """
+    known = _keys(OmegaConf.structured(Config))
+    if f"{name}.name" in known:
+        return f"{name}.name"
+    last = [key for key in known if key.rpartition(".")[2] == name]
+    return last[0] if last else difflib.get_close_matches(name, known, 1, 0)[0]
+
+
+def _from_pair(pair: str, config: DictConfig) -> DictConfig:
+    """Read ``key=value``: a string key takes the text, with ``${key}`` replaced, any other key takes YAML."""
+    key, _, text = pair.partition("=")
+    node = _node(config, key)
+    if isinstance(node, StringNode) and not (text == "null" and node._is_optional()):
+        known = _keys(config)
+        # What is left of ${ has other meanings to OmegaConf, and written to a run's configuration would get them there.
+        rest = re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda found: "" if found[1] in known else found[0], text)
+        if "${" in rest:
+            raise ConfigError(
+                f"{pair}: ${{ begins the name of a key, such as ${{model}}, got {rest[rest.index('${') :]!r}"
+            )
+        given = OmegaConf.create({})
+        OmegaConf.update(given, key, text)
+        return given
+    try:
+        return OmegaConf.from_dotlist([pair])
+    except Exception as error:  # the YAML parser has its own hierarchy of errors
+        raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
+
+
+def _node(config: DictConfig, key: str) -> Any:
+    """Return the node at ``key``, None where there is none; interpolations are not followed."""
+    node: Any = config
+    for part in key.split("."):
+        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
+    return node
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in config:
+        value = config._get_node(name)
+        key = f"{prefix}{name!s}"
+        if isinstance(value, DictConfig) and len(value) and key not in _FREE:
+            keys += _keys(value, key + ".")
+        else:
+            keys.append(key)
+    return keys
+
+
+_FREE = ("drafter.options",)  # whose keys the architecture knows, see `Drafter.check_options`
+
+_POSITIVE = (
+    "engine.slots",
+    "engine.max_length",
+    "engine.threads",
+    "max_new_tokens",
+    "drafter.vocab_size",
+    "drafter.depth",
+    "drafter.width",
+    "control.window",
+    "wire.queue",
+    "learner.threads",
+    "learner.batch_size",
+    "learner.buffer",
+    "learner.max_skipped",
+    "learner.publish_every",
+    "gate.requests",
+    "traffic.requests",
+)
+
+
+def _check(config: Config) -> None:
+    tree = OmegaConf.structured(config)
+    for key in _POSITIVE:
+        if OmegaConf.select(tree, key) < 1:
+            raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(tree, key)}")
+    if config.traffic.limit is not None and config.traffic.limit < 1:
+        raise ConfigError(f"traffic.limit must be at least 1 or null, got {config.traffic.limit}")
+    if not 0 <= config.control.share < 1:
+        raise ConfigError(f"control.share must lie in [0, 1), got {config.control.share}")
+    if not 0 <= config.learner.nice <= 19:
+        raise ConfigError(f"learner.nice must lie in 0..19, got {config.learner.nice}")
+    for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
+        if not 0 <= OmegaConf.select(tree, key) < math.inf:
+            raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
+    if config.learner.buffer < config.learner.batch_size:
+        raise ConfigError(
+            f"learner.buffer={config.learner.buffer} is less than learner.batch_size={config.learner.batch_size}, so "
+            f"that no step would ever be taken; set learner.buffer={config.learner.batch_size} or more"
+        )
+    if config.drafter.made_for not in ("target", "any"):
+        raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
+    layers = config.drafter.feature_layers or []
+    if sorted(set(layers)) != list(layers):
+        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
+    _check_engine(config)
+    for key in ("wire.trajectories", "wire.weights"):
+        address = OmegaConf.select(tree, key)
+        if not re.fullmatch(r"tcp://[^\s/]+:\d+|ipc://.+", address):
+            raise ConfigError(f"{key} must be tcp://host:port or ipc://path, got {address!r}")
+        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
+            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
+    if config.wire.trajectories == config.wire.weights:
+        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
+    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
+        raise ConfigError(
+            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{config.temperature}, {config.top_k}, {config.top_p}"
+        )
+    if config.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ConfigError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {config.dtype!r}")
+    if config.generation_config not in ("auto", "ignore"):
+        raise ConfigError(f"generation_config must be auto or ignore, got {config.generation_config!r}")
+
+
+def to_yaml(config: Config, *, run_dir: bool = True) -> str:
+    """Return the configuration as YAML that :func:`load_config` reads back.
+
+    Args:
+        config: The configuration.
+        run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
+    """
+    tree = OmegaConf.structured(config)
+    return OmegaConf.to_yaml(
+        tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"])
+    )
+
+
+def _check_engine(config: Config) -> None:
+    engine = config.engine
+    if engine.name not in ("transformers", "sglang"):
+        raise ConfigError(f"engine.name must be transformers or sglang, got {engine.name!r}")
+    if not 0 <= engine.capture_rate <= 1:
+        raise ConfigError(f"engine.capture_rate must lie in [0, 1], got {engine.capture_rate}")
+    if engine.name == "transformers":
+        return
+    if (engine.url is None) != (engine.control is None):
+        raise ConfigError("engine.url and engine.control go together: a running server and the address of its plugin")
+    if engine.url is not None and config.drafter.path is None:
+        raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
+    if config.drafter.mode != "topk":
+        raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")

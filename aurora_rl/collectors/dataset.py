@@ -1,0 +1,174 @@
+"""A stream of trajectories on disk: one safetensors file each, in the order in which they came."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from tensordict import TensorDict, TensorDictBase
+from torch.utils.data import Dataset
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.training.checkpoint import save_tensors
+
+_LAYERS = "feature_layers"  # in the metadata of each file
+
+
+class Recording(Dataset[TensorDict]):
+    """The trajectories of a folder.
+
+    Args:
+        folder: Folder of the recording; made by the first :meth:`append`.
+        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None where that is
+            not known.
+
+    Raises:
+        ValueError: The folder says that it was recorded for a drafter of other layers. Their features may have the same
+            width, and be something else.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
+        >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
+        >>> with TemporaryDirectory() as folder:
+        ...     recording = Recording(Path(folder))
+        ...     recording.append(tiny_trajectory(drafter, request=7))
+        ...     len(recording), int(recording[0]["request"])
+        (1, 7)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], feature_layers: Sequence[int] | None = None) -> None:
+        self.folder = Path(folder)
+        self._count = sum(1 for _ in self.folder.glob("[0-9]*.safetensors"))
+        # As safetensors keeps it, in text.
+        self._layers = None if feature_layers is None else ",".join(map(str, feature_layers))
+        recorded = self._recorded_layers()
+        if None not in (recorded, self._layers) and recorded != self._layers:
+            raise ValueError(
+                f"{self.folder} was recorded for a drafter that reads layers {recorded or 'none'}, this one reads "
+                f"{self._layers or 'none'}; take the drafter that it was recorded with, or another folder"
+            )
+
+    def _recorded_layers(self) -> str | None:
+        """Layers that the first trajectory says that its features are of."""
+        if not self._count:
+            return None
+        try:
+            with safe_open(self._path(0), "pt") as file:
+                return (file.metadata() or {}).get(_LAYERS)
+        except (SafetensorError, OSError):
+            return None  # reading it names what is wrong
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.safetensors"
+
+    def append(self, trajectory: TensorDictBase) -> None:
+        """Write a trajectory behind the others. A file is there whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
+        path = self._path(self._count)
+        part = path.with_suffix(".part")
+        save_tensors(flat, part, None if self._layers is None else {_LAYERS: self._layers})
+        part.replace(path)
+        self._count += 1
+
+    def __len__(self) -> int:
+        """Trajectories in the folder."""
+        return self._count
+
+    def __getitem__(self, index: int) -> TensorDict:
+        """The trajectory of a place, counted from 0.
+
+        Raises:
+            IndexError: there are not so many.
+            ValueError: the file is not what :meth:`append` wrote.
+        """
+        if not 0 <= index < self._count:
+            raise IndexError(f"{self.folder} holds {self._count} trajectories, asked for number {index}")
+        try:
+            flat = load_file(self._path(index))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
+        return TensorDict(flat, batch_size=[]).unflatten_keys(".")
+
+    def digest(self, count: int) -> str:
+        """A checksum of the first so many trajectories, which tells recordings of one name apart."""
+        digest = hashlib.sha256()
+        for index in range(count):
+            digest.update(self._path(index).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        """All of them, in order."""
+        return (self[index] for index in range(len(self)))
+
+
+def record(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    requests: Sequence[Request],
+    recording: Recording,
+    *,
+    shape: TreeShape,
+    slots: int = 2,
+    rule: str = "sample_and_match",
+    stop_tokens: tuple[int, ...] = (),
+    processors: Callable[[Request], LogitsProcessorList] | None = None,
+    seed: int = 0,
+) -> None:
+    """Serve requests in this process, and record those that are not there yet.
+
+    Args:
+        model: the target; an engine puts it into inference form in place.
+        drafter: a copy of it, in the model's dtype, drafts every round.
+        requests: told apart by their ids.
+        recording: gets the trajectories in the order of completion.
+        shape: the trees.
+        slots: requests served side by side.
+        rule: name of the verification rule.
+        stop_tokens: ids that end a completion.
+        processors: logits processors of a request, see :class:`aurora_rl.envs.SpecDecodeEnv`.
+        seed: of drafts that are sampled.
+    """
+    recorded = {int(trajectory["request"]) for trajectory in recording}
+    waiting = [request for request in requests if request.id not in recorded]
+    if not waiting:
+        return
+    served = copy.deepcopy(drafter).to(model.device, model.dtype).eval().requires_grad_(False)
+    engine = TransformersEngine(
+        model,
+        num_slots=slots,
+        max_length=max(len(r.prompt) + r.max_new_tokens for r in waiting),
+        feature_layers=drafter.feature_layers,
+    )
+
+    def keep(completion: Completion) -> None:
+        assert completion.trajectory is not None
+        recording.append(completion.trajectory)
+
+    env = SpecDecodeEnv(
+        engine,
+        lambda: waiting.pop(0) if waiting else None,
+        num_nodes=max(shape.most_nodes, 1),
+        rule=rule,
+        draft_mode=shape.mode,
+        stop_tokens=stop_tokens,
+        processors=processors,
+        on_completion=keep,
+    )
+    generator = torch.Generator(model.device).manual_seed(seed)
+    policy = DrafterPolicy(
+        served, engine.store, num_nodes=env.num_nodes, shape=shape, vocab_size=engine.vocab_size, generator=generator
+    )
+    td = env.reset()
+    while env.num_active:
+        _, td = env.step_and_maybe_reset(policy(td))

@@ -1,0 +1,44 @@
+"""SGLang as the serving engine, unpatched.
+
+Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (rounds to trajectories) and :mod:`weights`
+(swaps). Outside: :mod:`client` (a server, launched or attached to) and :mod:`aurora_rl.serving.sglang` (keeps its
+slots filled). Both talk by :mod:`control`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangEngine, SGLangError
+
+__all__ = ["ENVIRONMENT", "SGLangCompletion", "SGLangEngine", "SGLangError", "register"]
+
+ENVIRONMENT = "AURORA_RL_SGLANG"
+"""Environment variable of SGLang's processes: the address at which the plugin answers control requests."""
+
+
+def register() -> None:
+    """Register the hooks if the environment asks for them.
+
+    SGLang calls this in each of its processes, by the entry point group ``sglang.srt.plugins``.
+    """
+    address = os.environ.get(ENVIRONMENT)
+    if not address:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from aurora_rl.envs.sglang.plugin import Plugin
+
+    for target, hook in Plugin(address).hooks().items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the client when it is asked for: each of SGLang's processes imports this module and needs none of it."""
+    if name in ("SGLangCompletion", "SGLangEngine", "SGLangError"):
+        from aurora_rl.envs.sglang import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,407 @@
+"""An SGLang server from outside: launched or attached to, asked for completions by HTTP, controlled by its plugin."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_rl.collectors.handshake import Hello
+from aurora_rl.envs import Request
+from aurora_rl.envs.sglang import ENVIRONMENT
+from aurora_rl.envs.sglang.control import ControlError, ask
+from aurora_rl.policies.formats.vllm import LAYER_IDS
+from aurora_rl.policies.registry import recognized
+from aurora_rl.training.checkpoint import CheckpointError, read_folder
+
+_START_S = 300.0
+_TAIL = 2_000
+
+
+class SGLangError(RuntimeError):
+    """A server that does not start, answer or do what was asked; the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SGLangCompletion:
+    """A request that SGLang has answered.
+
+    Attributes:
+        request: as it was asked.
+        tokens: ``[n]`` int64, a stop token included.
+        terminated: whether the text ended by itself, not by its budget.
+        rounds: verification passes, each of which delivered a token and its accepted drafts.
+        accepted: rounds by the number of drafts that they accepted.
+        versions: of the drafter's weights that were served meanwhile, oldest first.
+    """
+
+    request: Request
+    tokens: Tensor
+    terminated: bool
+    rounds: int
+    accepted: dict[int, int]
+    versions: list[int]
+
+
+class SGLangEngine:
+    """A client of a running server.
+
+    Args:
+        url: of the server, such as ``http://127.0.0.1:30000``.
+        control: address of the plugin's control socket; None where nothing is recorded or swapped.
+        process: the server, if it was launched here; ended by :meth:`close`.
+        log: file with what the process prints.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        control: str | None = None,
+        *,
+        process: subprocess.Popen | None = None,
+        log: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.url, self.control = url.rstrip("/"), control
+        self._process, self._log = process, None if log is None else Path(log)
+        self._argmax = False
+
+    @classmethod
+    def launch(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        drafter: str | os.PathLike[str] | None = None,
+        depth: int = 3,
+        width: int = 1,
+        num_nodes: int = 4,
+        slots: int = 4,
+        max_length: int = 1024,
+        dtype: str = "auto",
+        device: str = "cpu",
+        log: str | os.PathLike[str] | None = None,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> SGLangEngine:
+        """Start a server and wait until it answers.
+
+        Args:
+            model: folder or hub id of the target.
+            drafter: folder of an EAGLE-3 or EAGLE drafter; None decodes plainly.
+            depth: drafting steps of a round.
+            width: 1 drafts a chain; more, a tree that expands so many nodes a step.
+            num_nodes: nodes of a tree without its root.
+            slots: requests decoded side by side.
+            max_length: tokens of a request, prompt and completion; some less than the model's context.
+            dtype: of weights, "auto" for the checkpoint's.
+            device: "cpu" or "cuda".
+            log: file for what the server prints; None takes a temporary one. Where an EAGLE drafter has a reduced draft
+                vocabulary, that is written beside it.
+            arguments: more of ``sglang.launch_server``'s.
+            environment: more environment variables.
+
+        Raises:
+            SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
+            CheckpointError: the drafter's folder is not one.
+        """
+        context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
+        port, control_port = free_ports(2)
+        control = f"tcp://127.0.0.1:{control_port}"
+        command = [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
+            *("--host", "127.0.0.1", "--port", str(port), "--device", device),
+            *("--max-running-requests", str(slots), "--context-length", str(context)),
+            *("--skip-server-warmup", "--log-level", "warning"),
+        ]
+        if device == "cpu":
+            # The attention backend that knows trees; asked for as a whole it is replaced where the CPU has no AMX.
+            for kind in ("prefill-attention", "decode-attention", "speculative-draft-attention"):
+                command += [f"--{kind}-backend", "intel_amx"]
+            # Idle, a scheduler would spin and keep a core from the learner.
+            command += ["--disable-cuda-graph", "--grammar-backend", "none", "--sleep-on-idle"]
+            # Left to itself, the cache takes most of the machine's free memory.
+            command += ["--max-total-tokens", str(2 * slots * context)]
+        path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
+        if drafter is not None:
+            command += [
+                *drafter_arguments(drafter, path.with_suffix(".token_map.pt")),
+                *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
+                *("--speculative-num-draft-tokens", str(num_nodes + 1)),
+            ]
+        # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
+        variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
+        if drafter is not None:
+            variables[ENVIRONMENT] = control
+        if device == "cpu":
+            variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        with open(path, "ab") as output:
+            process = subprocess.Popen(
+                [*command, *arguments],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        engine = cls(f"http://127.0.0.1:{port}", control if drafter is not None else None, process=process, log=path)
+        try:
+            engine.wait_ready(_START_S)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            SGLangError: it does not, or its process has ended.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._healthy():
+            if self._process is not None and self._process.poll() is not None:
+                raise SGLangError(f"SGLang ended with status {self._process.returncode}: {self._tail()}")
+            if time.monotonic() > deadline:
+                raise SGLangError(f"SGLang at {self.url} does not answer after {timeout:.0f} s: {self._tail()}")
+            time.sleep(0.2)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def _tail(self) -> str:
+        return self._log.read_text(errors="replace")[-_TAIL:] if self._log is not None else "see its log"
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, request: Request, *, stop_tokens: Sequence[int] = (), learn: bool = True, timeout: float = 600.0
+    ) -> SGLangCompletion:
+        """Ask for one completion and wait for it; may be called from several threads.
+
+        Args:
+            request: prompt, budget and sampling.
+            stop_tokens: ids that end the text, besides those of the model's own configuration.
+            learn: False keeps this request out of the records.
+            timeout: seconds.
+
+        Raises:
+            SGLangError: the server refuses, or does not answer.
+        """
+        sampling = request.sampling
+        if self._argmax and sampling.temperature > 0:
+            raise SGLangError(
+                f"request {request.id}: temperature {sampling.temperature:g} cannot be had, on a CPU SGLang verifies by"
+                " argmax whatever is asked for; set temperature=0"
+            )
+        params: dict[str, Any] = {
+            "max_new_tokens": request.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop": list(request.stop) or None,
+            "stop_token_ids": list(stop_tokens) or None,
+        }
+        if sampling.top_k:
+            params["top_k"] = sampling.top_k
+        if sampling.temperature > 0:
+            params["sampling_seed"] = sampling.seed
+        if not learn:
+            params["custom_params"] = {"aurora_rl": False}
+        reply = self.post(
+            "/generate",
+            {"input_ids": request.prompt.tolist(), "sampling_params": params, "rid": str(request.id)},
+            timeout,
+        )
+        meta = reply["meta_info"]
+        histogram = meta.get("spec_correct_drafts_histogram") or []
+        return SGLangCompletion(
+            request,
+            torch.tensor(reply["output_ids"], dtype=torch.int64),
+            (meta.get("finish_reason") or {}).get("type") == "stop",
+            int(meta.get("spec_verify_ct") or 0),
+            {count: rounds for count, rounds in enumerate(histogram) if rounds},
+            [int(span["version"]) for span in meta.get("weight_versions") or [] if str(span["version"]).isdecimal()],
+        )
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        """Post to any of the server's endpoints; returns what its JSON says.
+
+        Raises:
+            SGLangError: the server refuses, or does not answer within ``timeout`` seconds.
+        """
+        asked = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=timeout) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise SGLangError(f"SGLang refuses {path}: {error.read().decode(errors='replace')[:500]}") from error
+        except (OSError, ValueError) as error:
+            raise SGLangError(f"SGLang at {self.url} does not answer {path}: {error}") from error
+
+    # ---- recording and swaps --------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        *,
+        hello: Hello,
+        trajectories: str,
+        weights: str,
+        version: int = 0,
+        capture_rate: float = 1.0,
+        queue: int = 256,
+        top_k: int = 64,
+        max_bytes: int = 1 << 30,
+        store_bytes: int = 1 << 28,
+    ) -> dict[str, Any]:
+        """Record from now on and take weights, after one request has shown that the hooks are in force.
+
+        Args:
+            hello: what the learner expects; compared with the engine's model, drafter and captured layers.
+            trajectories: address of the learner's collector.
+            weights: address of its publisher.
+            version: of the weights that the server has now.
+            capture_rate: share of the requests to record.
+            queue: trajectories that wait for an absent learner before the oldest is dropped.
+            top_k: of the target's distribution, where the input of its head cannot be reached (CUDA graphs).
+            max_bytes: host memory of requests on their way; further ones are served without a record.
+            store_bytes: host memory of features of earlier texts, for prompts with a cached prefix.
+
+        Returns:
+            The plugin's status.
+
+        Raises:
+            ControlError: the plugin refuses, or its hooks did not see the request.
+        """
+        status = self.status()
+        before, self._argmax = status["seen"], status["device"] == "cpu"
+        self.generate(Request(_PROBE, torch.arange(1, 5), max_new_tokens=4), learn=False)
+        seen = self.status()["seen"]
+        silent = [hook for hook in ("prefill", "verify") if seen.get(hook, 0) <= before.get(hook, 0)]
+        if silent:
+            raise ControlError(
+                f"a request passed and the hooks {silent} saw nothing of it: SGLang drafts or verifies in another way"
+                " than they know"
+            )
+        return self._ask(
+            "attach",
+            {
+                "hello": hello.to_meta(),
+                "trajectories": trajectories,
+                "weights": weights,
+                "version": version,
+                "capture_rate": capture_rate,
+                "queue": queue,
+                "top_k": top_k,
+                "max_bytes": max_bytes,
+                "store_bytes": store_bytes,
+            },
+        )
+
+    def detach(self) -> dict[str, Any]:
+        """Stop recording and taking weights; the server goes on with those that it has."""
+        return self._ask("detach")
+
+    def record(self, on: bool) -> dict[str, Any]:
+        """Switch recording off or on again while a learner is attached."""
+        return self._ask("record", {"on": on})
+
+    def status(self) -> dict[str, Any]:
+        """What the plugin says of itself: versions, hooks, counts of records and of requests not recorded, swaps."""
+        return self._ask("status")
+
+    def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+        if self.control is None:
+            raise ControlError("this engine has no control address; set engine.control to the plugin's")
+        return ask(self.control, kind, fields)
+
+    def close(self) -> None:
+        """End the server, if it was launched here. Idempotent."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        # Its whole session, schedulers included, and at once: asked politely, it drains and sleeps for ten seconds.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def __enter__(self) -> SGLangEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathLike[str]) -> list[str]:
+    """SGLang's arguments for a drafter.
+
+    Args:
+        drafter: its folder, in the format "sglang".
+        token_map: file to write the draft vocabulary to, where it is not the whole one and SGLang does not read it from
+            the folder, as it does for EAGLE3 alone.
+
+    Raises:
+        CheckpointError: the folder is not a checkpoint of a drafter that SGLang serves.
+    """
+    tensors, config = read_folder(drafter, "config.json")
+    try:
+        algorithm = recognized(config).sglang_algorithm
+    except ValueError as error:
+        raise CheckpointError(f"{drafter}: {error}") from error
+    if algorithm is None:
+        raise CheckpointError(
+            f"{drafter}: config.json is of {recognized(config).__name__}, which SGLang does not serve"
+        )
+    if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
+        raise CheckpointError(
+            f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "
+            "from 1 on (drafter.feature_layers)"
+        )
+    arguments = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(drafter)]
+    if algorithm != "EAGLE3" and "d2t" in tensors:
+        torch.save((tensors["d2t"] + torch.arange(len(tensors["d2t"]))).tolist(), token_map)
+        arguments += ["--speculative-token-map", str(token_map)]
+    return arguments
+
+
+_PROBE = 2**62 - 1
+_OWN_PLACES = 6
+
+
+def reserved_context(depth: int, width: int, num_nodes: int) -> int:
+    """Places of a request's context that SGLang keeps for its drafts, and for itself.
+
+    >>> reserved_context(3, 4, 6)
+    18
+    """
+    return max(width * depth, num_nodes + 1) + _OWN_PLACES
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this host that nobody listens at now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

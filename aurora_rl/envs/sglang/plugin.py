@@ -1,0 +1,473 @@
+"""What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
+
+At the address that :func:`aurora_rl.envs.sglang.register` was given the plugin answers requests of
+:mod:`aurora_rl.envs.sglang.control`; from ``attach`` to ``detach`` it records and swaps.
+
+A hook calls the engine's own function with what it was given and returns what that returned; a fault of ours switches
+recording off and never reaches the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.handshake import Hello
+from aurora_rl.envs.sglang.control import ControlError, ControlServer
+from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
+from aurora_rl.envs.sglang.requests import sampling_of, unwanted
+from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.sglang.weights import SwapError, load_drafter
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies.policy import not_finite
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = ("0.5.21",)
+"""Versions of SGLang whose functions the hooks were written for; the first with weight sessions for the drafter."""
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
+_LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
+_LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
+_TOLD_SWAPS = 256
+
+
+class Plugin:
+    """State of one scheduler process.
+
+    Args:
+        address: where to answer control requests.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._scheduler: Any = None
+        self._control: ControlServer | None = None
+        self._session: Session | None = None
+        self._seen: Counter[str] = Counter()
+        self._missing: list[str] = []
+        # Of the forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
+        self._head: tuple[Tensor, Tensor] | None = None
+        self._draft_logits: list[Tensor] = []
+        self._path_scores: Tensor | None = None
+        self._joint_log_probs: Tensor | None = None
+        # Of the round that is verified now: requests to record, by their row, and the target's distributions.
+        self._wanted: list[tuple[int, str]] = []
+        self._rows: TargetRows | None = None
+
+    def hooks(self) -> dict[str, Callable[..., Any]]:
+        """What is wrapped, and by what."""
+        return {
+            f"{_SCHEDULER}.process_input_requests": self._between_batches,
+            f"{_SCHEDULER}.process_batch_result": self._after_batch,
+            f"{_DRAFTER}.draft": self._draft,
+            f"{_DRAFTER}._draft_extend_for_prefill": self._prefill,
+            f"{_DRAFTER}._draft_extend_for_decode": self._extend,
+            "sglang.srt.speculative.eagle_utils.organize_draft_results": self._organize,
+            "sglang.srt.speculative.eagle_utils.eagle_sample": self._verify,
+            _LOGITS: self._logits,
+        }
+
+    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
+        """Run something of ours on the serving path."""
+        session = self._session
+        try:
+            action(*args)
+        except Exception as error:
+            logger.exception("a fault of the recorder")
+            if session is not None:
+                session.fail(f"{type(error).__name__}: {error}")
+
+    # ---- control --------------------------------------------------------------------------------------------------
+
+    def _between_batches(self, original: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._scheduler is None:
+            self._guarded(self._bind, scheduler)
+        if self._session is not None:  # before new requests are let in: a cache can be emptied only between all of them
+            self._guarded(self._swap, self._session)
+        return original(scheduler, *args, **kwargs)
+
+    def _bind(self, scheduler: Any) -> None:
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        self._scheduler = scheduler
+        self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
+        try:
+            self._control = ControlServer(self._address, self._answer)
+        except OSError as error:  # also in the further processes of a server on several GPUs, which is refused later
+            logger.error("nobody can attach here: %s", error)
+
+    def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        if kind == "attach":
+            self._attach(fields)
+        elif kind == "detach":
+            session, self._session = self._session, None
+            if session is not None:
+                session.close()
+        elif kind == "record":
+            if self._session is None:
+                raise ControlError("nothing is attached; attach first")
+            self._session.recording, self._session.error = bool(fields.get("on")), ""
+        elif kind != "status":
+            raise ControlError(f"there is no request {kind!r}; there are status, attach, detach and record")
+        return self._status()
+
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = {
+            "sglang": version("sglang"),
+            "torch": torch.__version__,
+            "missing": self._missing,
+            "seen": dict(self._seen),
+            "device": self._device,
+            "attached": (session := self._session) is not None,
+        }
+        if session is not None:
+            counts = dict(session.records.counts)
+            status |= {
+                "recording": session.recording,
+                "error": session.error,
+                "recorded": counts.pop("recorded", 0),
+                "skipped": counts,
+                "queued": session.sink.queued,
+                "dropped": session.sink.dropped,
+                "sent": session.sink.sent,
+                "version": session.version,
+                "refused": session.receiver.error,
+                "swaps": len(session.swap_ms),
+                "swap_ms": session.swap_ms[-_TOLD_SWAPS:],
+            }
+        return status
+
+    def _attach(self, fields: dict[str, Any]) -> None:
+        if self._session is not None:
+            raise ControlError("a learner is attached already; detach first")
+        session = Session(fields, exact=self._eager)
+        try:
+            self._check_engine(session.hello)
+        except ControlError:
+            session.close()
+            raise
+        self._session = session
+
+    def _check_engine(self, hello: Hello) -> None:
+        """Raise ControlError where this engine is not what the hello says or what the hooks were written for."""
+        args, worker = self._scheduler.server_args, self._scheduler.draft_worker
+        if version("sglang") not in SUPPORTED:
+            raise ControlError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
+        if self._missing:
+            raise ControlError(
+                f"hooks are not in force in SGLang {version('sglang')}: {', '.join(self._missing)}; its log says why "
+                f"(supported: {', '.join(SUPPORTED)})"
+            )
+        if (args.tp_size, args.pp_size, args.dp_size) != (1, 1, 1):
+            raise ControlError(
+                f"a server of one GPU is needed, this has tp_size={args.tp_size}, pp_size={args.pp_size}, "
+                f"dp_size={args.dp_size}"
+            )
+        algorithm = str(args.speculative_algorithm).upper()
+        if algorithm not in ("EAGLE3", "EAGLE") or type(worker).__name__ != "EAGLEWorkerV2":
+            raise ControlError(
+                f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "
+                "start the server with --speculative-algorithm EAGLE3 or EAGLE"
+            )
+        if args.speculative_use_rejection_sampling:
+            raise ControlError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
+        for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
+            if getattr(args, name) < 1:
+                raise ControlError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
+        target = self._target
+        # EAGLE is given what the target's head reads, which is no layer that SGLang captures.
+        layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
+        if layers != hello.feature_layers:
+            raise ControlError(f"feature_layers is {hello.feature_layers} at the learner and {layers} at the engine")
+        head = target.lm_head.weight[: target.config.vocab_size]
+        # Which of them the model has, the learner has found out; SGLang's own code computes it.
+        heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
+        if not any(checksum(each.tensors()) == hello.head_checksum for each in heads):
+            raise ControlError(
+                f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
+                "serve the same model in the same dtype"
+            )
+        if checksum({"draft_vocab": self._draft_vocab}) != hello.draft_map_checksum:
+            raise ControlError(
+                "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
+                "--speculative-token-map"
+            )
+
+    @property
+    def _eager(self) -> bool:
+        """Whether the engine runs its models without captured graphs."""
+        return self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
+
+    @property
+    def _device(self) -> str:
+        return str(self._draft_worker.draft_runner.device)
+
+    @property
+    def _draft_vocab(self) -> Tensor:
+        """The target's token of each row of the draft head, ``[Vd]`` int64."""
+        rows, config = self._draft_worker.hot_token_id, self._draft_worker.draft_runner.model.config
+        if rows is None:  # EAGLE's configuration has the target's vocabulary alone
+            return torch.arange(getattr(config, "draft_vocab_size", config.vocab_size))
+        return rows.cpu().to(torch.int64)
+
+    @property
+    def _target(self) -> Any:
+        return self._scheduler.tp_worker.model_runner.model
+
+    @property
+    def _draft_worker(self) -> Any:
+        return self._scheduler.draft_worker.draft_worker
+
+    # ---- swaps ----------------------------------------------------------------------------------------------------
+
+    def _swap(self, session: Session) -> None:
+        if (received := session.receiver.latest()) is not None:
+            number, tree = received
+            weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
+            self._install(session, number, weights)
+        # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
+        if session.flush_due and self._scheduler.is_fully_idle():
+            session.flush_due = False
+            self._scheduler.flush_cache()
+
+    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> None:
+        began = time.perf_counter()
+        draft_map = weights.get("d2t")
+        loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
+        runner = self._draft_worker.draft_runner
+        try:
+            if (fault := not_finite(loadable)) is not None:
+                raise SwapError(fault)
+            if draft_map is not None and not torch.equal(
+                draft_map.cpu() + torch.arange(len(draft_map)), self._draft_vocab
+            ):
+                raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
+            if self._device != "cpu":
+                torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
+            load_drafter(self._scheduler.weight_updater, runner, loadable)
+        except SwapError as error:
+            session.receiver.reject(number, str(error))
+            logger.warning("version %d is not served: %s", number, error)
+            return
+        milliseconds = (time.perf_counter() - began) * 1e3
+        self._scheduler.weight_updater.record_weight_version_after_update(str(number))
+        session.version, session.flush_due = number, True
+        session.swap_ms.append(milliseconds)
+        # What the engine holds was compared with these above; hashing them takes longer than the swap.
+        session.background.submit(lambda: session.receiver.acknowledge(number, checksum(weights), milliseconds))
+
+    # ---- drafting -------------------------------------------------------------------------------------------------
+
+    def _logits(self, original: Callable, processor: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits = original(processor, hidden, *args, **kwargs)
+        if self._session is not None:
+            self._guarded(self._keep_logits, processor, hidden, logits)
+        return logits
+
+    def _keep_logits(self, processor: Any, hidden: Tensor, logits: Tensor) -> None:
+        if processor is self._target.logits_processor:
+            self._head = hidden, logits
+        elif processor is self._draft_worker.draft_runner.model.logits_processor:
+            self._draft_logits.append(logits)
+
+    def _extend(self, original: Callable, worker: Any, batch: Any, result: Any) -> Any:
+        self._draft_logits.clear()
+        out = original(worker, batch, result)
+        if self._session is not None:
+            self._guarded(self._keep_first_score, worker, result)
+        return out
+
+    def _keep_first_score(self, worker: Any, result: Any) -> None:
+        """Of a chain SGLang keeps no probabilities, but ones in their place, which nothing but this recorder reads."""
+        drafted = result.next_draft_input
+        if worker.topk != 1 or len(self._draft_logits) != 1 or drafted.topk_index is None:
+            return
+        width = worker.speculative_num_draft_tokens
+        rows = torch.arange(len(result.accept_lens), device=result.accept_lens.device) * width + result.accept_lens - 1
+        logits = self._draft_logits[0]
+        if len(logits) == len(rows) * width:
+            drafted.topk_p = logits[rows].softmax(-1, dtype=torch.float32).gather(-1, drafted.topk_index.long())
+
+    def _organize(self, original: Callable, scores: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        out = original(scores, *args, **kwargs)
+        if self._session is not None:
+            self._guarded(self._keep_path_scores, scores, out)
+        return out
+
+    def _keep_path_scores(self, scores: list[Tensor], organized: tuple[Tensor, ...]) -> None:
+        self._path_scores = torch.cat(scores, dim=1).flatten(1).gather(1, organized[1])
+
+    def _draft(self, original: Callable, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._draft_logits.clear()
+        self._path_scores = self._joint_log_probs = self._head = None
+        first = getattr(getattr(batch, "spec_info", None), "topk_p", None)  # replaced by what follows
+        out = original(worker, batch, *args, **kwargs)
+        if self._session is not None:
+            self._guarded(self._keep_scores, worker, first)
+        return out
+
+    def _keep_scores(self, worker: Any, first: Tensor | None) -> None:
+        if self._path_scores is not None:
+            self._joint_log_probs = self._path_scores.log()
+        elif worker.topk == 1 and first is not None and len(self._draft_logits) == worker.speculative_num_steps - 1:
+            later = [logits.log_softmax(-1, dtype=torch.float32).amax(-1) for logits in self._draft_logits]
+            self._joint_log_probs = torch.stack([first[:, 0].log(), *later], dim=1).cumsum(1)
+
+    # ---- recording ------------------------------------------------------------------------------------------------
+
+    def _prefill(self, original: Callable, worker: Any, batch: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._seen["prefill"] += 1
+        session = self._session
+        if session is not None and session.recording:
+            self._guarded(self._record_prompts, session, batch, hidden)
+        self._head = None
+        self._draft_logits.clear()
+        return original(worker, batch, hidden, *args, **kwargs)
+
+    def _record_prompts(self, session: Session, batch: Any, hidden: Tensor) -> None:
+        if batch.forward_mode.is_idle():
+            return
+        records, start = session.records, 0
+        # One row a request where no request wants log-probabilities of its prompt.
+        head = self._head if self._head is not None and len(self._head[0]) == len(batch.reqs) else None
+        for i, (req, count, cached) in enumerate(zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True)):
+            part, start = slice(start, start + count), start + count
+            if getattr(req, _LEFT_OUT, False):  # decided at the first part of its prompt
+                continue
+            if req.rid not in records:
+                reason = unwanted(req, capture_rate=session.capture_rate, greedy_only=self._device == "cpu")
+                if reason is not None:
+                    records.counts[reason] += 1
+                if reason is not None or not records.begin(req.rid, req.origin_input_ids, cached, session.version):
+                    setattr(req, _LEFT_OUT, True)
+                    continue
+            if records.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back
+                records.drop(req.rid, "retracted")
+                setattr(req, _LEFT_OUT, True)
+                continue
+            rows = None
+            if head is not None and cached + count == len(req.origin_input_ids):
+                rows = _target_rows(session, head[0][i : i + 1], head[1][i : i + 1])
+            records.prompt(req.rid, _to_host(hidden[part]), rows)
+
+    def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._seen["verify"] += 1
+        session, self._rows, self._wanted = self._session, None, []
+        if session is not None and session.recording:
+            # Before the engine's own function, which applies penalties to the logits in place.
+            self._guarded(self._keep_target, session, batch, output)
+        result = original(tree, batch, output, *args, **kwargs)
+        if session is not None and self._rows is not None:
+            self._guarded(self._record_round, session, tree, batch, output.hidden_states, result)
+        return result
+
+    def _keep_target(self, session: Session, batch: Any, output: Any) -> None:
+        if batch.forward_mode.is_idle():
+            return
+        self._wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
+        if self._wanted:
+            logits = output.next_token_logits
+            hidden = self._head[0] if self._head is not None and len(self._head[0]) == len(logits) else None
+            self._rows = _target_rows(session, hidden, logits)
+
+    def _record_round(
+        self,
+        session: Session,
+        tree: Any,
+        batch: Any,
+        features: Tensor,
+        result: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        assert self._rows is not None
+        target = self._rows
+        _, path_lengths, paths = result
+        n, width = len(batch.seq_lens), tree.draft_token_num
+        joint = self._joint_log_probs
+        if joint is not None and joint.shape != (n, width - 1):
+            joint = None
+        self._seen["log_probs"] += joint is not None
+        self._seen["hidden"] += "hidden" in target
+        tokens, child, sibling, path, length, anchor, rows = (
+            _to_host(t)
+            for t in (
+                tree.draft_token.view(n, width),
+                tree.retrieve_next_token.view(n, width),
+                tree.retrieve_next_sibling.view(n, width),
+                paths.view(n, -1) - width * torch.arange(n, device=paths.device)[:, None],
+                path_lengths,
+                batch.seq_lens,
+                features.view(n, width, -1),
+            )
+        )
+        scores = None if joint is None else _to_host(joint)
+        trees = {key: value.view(n, width, *value.shape[1:]) for key, value in target.items()}
+        ready = _copies_done(features.device)
+        for i, rid in self._wanted:
+            session.records.round(
+                rid,
+                EngineRound(
+                    anchor=anchor[i],
+                    tokens=tokens[i],
+                    first_child=child[i],
+                    next_sibling=sibling[i],
+                    path=path[i],
+                    path_length=length[i],
+                    joint_log_probs=None if scores is None else scores[i],
+                    features=rows[i],
+                    target={key: value[i] for key, value in trees.items()},
+                    policy_version=session.version,
+                    ready=ready,
+                ),
+            )
+
+    def _after_batch(self, original: Callable, scheduler: Any, batch: Any, result: Any) -> Any:
+        out = original(scheduler, batch, result)
+        if (session := self._session) is not None:
+            self._guarded(self._finish_requests, session, batch)
+        return out
+
+    def _finish_requests(self, session: Session, batch: Any) -> None:
+        for req in batch.reqs:
+            if req.rid in session.records and req.finished():
+                if type(req.finished_reason).__name__ == "FINISH_ABORT":
+                    session.records.drop(req.rid, "aborted")
+                    continue
+                session.records.finish(req.rid, req.output_ids_through_stop, sampling_of(req))
+
+
+def _target_rows(session: Session, hidden: Tensor | None, logits: Tensor) -> TargetRows | None:
+    """The target's distribution at some positions, in the form that this session can always have."""
+    if session.exact:
+        return None if hidden is None else {"hidden": _to_host(hidden)}
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    best, ids = log_probs.topk(min(session.top_k, log_probs.shape[-1]))
+    tail = torch.log1p(-best.exp().sum(-1).clamp(max=1.0))
+    return {"topk_ids": _to_host(ids), "topk_log_probs": _to_host(best), "tail_log_prob": _to_host(tail)}
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; from a GPU it is under way when this returns."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _copies_done(device: torch.device) -> Callable[[], None]:
+    """Waits for the copies that were begun on this device until now."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.get_device_module(device).Event()
+    event.record()
+    return functools.partial(event.synchronize)

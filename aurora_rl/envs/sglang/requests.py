@@ -1,0 +1,55 @@
+"""SGLang's request objects: which are learned from, and how they were sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aurora_rl.envs.sglang.recorder import request_number
+from aurora_rl.trajectories import Sampling
+
+# A digest's range, and SGLang's top-k where there is none.
+_ROTATION = 1 << 30
+
+
+def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
+    """Why a request is served without being learned from; None where it is learned from.
+
+    Args:
+        req: SGLang's object.
+        capture_rate: share of requests to record.
+        greedy_only: whether the engine answers with the argmax, whatever was asked for.
+    """
+    params = req.sampling_params
+    if req.rid.startswith("HEALTH_CHECK"):
+        return "health_check"
+    if isinstance(params.custom_params, dict) and params.custom_params.get("aurora_rl") is False:
+        return "opt_out"
+    if len(req.output_ids):
+        return "retracted"
+    if params.logit_bias or params.frequency_penalty or params.presence_penalty or params.min_new_tokens:
+        return "penalty"
+    if params.repetition_penalty != 1.0:
+        return "penalty"
+    if req.grammar is not None or params.json_schema or params.regex or params.ebnf or params.structural_tag:
+        return "grammar"
+    if params.top_k != 1 and greedy_only:
+        return "temperature"
+    if getattr(params, "min_p", 0.0):
+        return "min_p"
+    # The same requests are chosen whenever the same ids come.
+    if request_number(req.rid) * 2654435761 % _ROTATION >= capture_rate * _ROTATION:
+        return "not_captured"
+    return None
+
+
+def sampling_of(req: Any) -> Sampling:
+    """How a request was sampled."""
+    params = req.sampling_params
+    greedy = params.top_k == 1
+    return Sampling(
+        temperature=0.0 if greedy else params.temperature,
+        top_k=0 if greedy or params.top_k >= _ROTATION else params.top_k,
+        top_p=1.0 if greedy else params.top_p,
+        seed=params.sampling_seed or 0,
+        rule="greedy" if greedy else "sample_and_match",  # the law of SGLang's own rule, by other coins
+    )

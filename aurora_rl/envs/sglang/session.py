@@ -1,0 +1,76 @@
+"""What a learner that attached has inside SGLang's scheduler: the ends of the wire, the records, the version."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.weights import WeightReceiver
+from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.recorder import TrajectoryAssembler
+
+logger = logging.getLogger(__name__)
+
+ATTACH: dict[str, type | tuple[type, ...]] = {
+    "trajectories": str,  # address of the learner's collector
+    "weights": str,  # address of its publisher
+    "hello": dict,
+    "version": int,  # of the weights that the server was started with
+    "capture_rate": (int, float),  # share of requests to record
+    "queue": int,  # trajectories that wait for an absent learner
+    "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
+    "max_bytes": int,  # that requests on their way may hold
+    "store_bytes": int,  # of features of earlier texts, for prompts with a cached prefix
+}
+"""Fields of an ``attach`` request and their types."""
+
+
+class Session:
+    """From ``attach`` to ``detach``: the ends of the wire, the records, and the version that drafts.
+
+    Args:
+        fields: of the request; see :data:`ATTACH`.
+        exact: whether what the target's head reads is seen in every round.
+
+    Raises:
+        ControlError: a field is missing, unknown or of the wrong type.
+        OSError: an address is malformed.
+    """
+
+    def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
+        for name, kind in ATTACH.items():
+            if not isinstance(fields.get(name), kind):
+                raise ControlError(f"attach needs {name}, got {fields.get(name)!r}")
+        if unknown := set(fields) - set(ATTACH):
+            raise ControlError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
+        if not 0 <= fields["capture_rate"] <= 1:
+            raise ControlError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
+        self.hello = Hello.from_meta(fields["hello"])
+        self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
+        self.recording, self.error = True, ""
+        # A captured graph runs none of the functions that it was captured from: what the head reads stays unseen then.
+        self.exact = exact
+        self.version = fields["version"]
+        self.sink = TrajectorySink(fields["trajectories"], hello=self.hello, capacity=fields["queue"])
+        self.receiver = WeightReceiver(fields["weights"], hello=self.hello, version=self.version)
+        self.records = TrajectoryAssembler(
+            self.sink.extend, max_bytes=fields["max_bytes"], store_bytes=fields["store_bytes"]
+        )
+        self.swap_ms: list[float] = []
+        self.flush_due = True  # texts in the prefix cache have no features here
+        self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
+
+    def fail(self, reason: str) -> None:
+        """Switch recording off; serving goes on."""
+        logger.warning("recording is off: %s", reason)
+        self.recording, self.error = False, reason
+
+    def close(self) -> None:
+        """Send what can be sent and end."""
+        self.records.close()
+        self.background.shutdown()
+        self.sink.close(2.0)
+        self.receiver.close()

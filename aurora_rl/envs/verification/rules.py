@@ -1,0 +1,292 @@
+"""Verification rules: how the target's logits settle which drafted nodes stand.
+
+A rule is lossless when the law of the delivered text is the target's own, whatever tree was drafted. It sees the
+target's logits at the root and at every node (`N + 1` columns, see `aurora_rl.trees`) and returns the accepted nodes
+and the bonus token, the target's own next token after them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from difflib import SequenceMatcher
+from typing import ClassVar, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from aurora_rl.envs.verification.sampling import SamplingBatch, argmax, gumbel, warp
+from aurora_rl.trajectories import DRAFT_MODES
+from aurora_rl.trees import last_accepted, repeated_siblings, walk
+
+
+class Verdict(NamedTuple):
+    """What one round of verification settles.
+
+    Attributes:
+        accepted: `[B, N]` bool, the nodes of the accepted path.
+        bonus_token: `[B]` int64, the target's own token after that path.
+    """
+
+    accepted: Tensor
+    bonus_token: Tensor
+
+
+class VerificationRule(ABC):
+    """Decides which nodes of a drafted tree the target delivers, and the token after them.
+
+    A rule is stateless. It gives two faces of one law: `verify` draws the outcome, `acceptance` is its probability.
+
+    With `a(x)` the acceptance of node `x`, let `R(tree)` be the sum over the valid nodes of the product of `a` along
+    the path from the root: the expected number of accepted nodes given the tree. For every rule, and trees drawn from
+    `q(tree)`, the derivative of the expected number of accepted nodes with respect to the drafter is
+
+        grad E[accepted] = E[R * grad log q(tree) + grad R]
+
+    where `grad R` flows through `acceptance`. It is zero for rules whose acceptance does not look at `q`.
+    The caller guarantees that the tree was drawn independently of the randomness of `verify`.
+
+    Attributes:
+        name: By which it is configured and recorded.
+        draft_modes: How trees may be drawn for the rule to be lossless, see `aurora_rl.trajectories.DRAFT_MODES`.
+        needs_q: Whether the rule looks at the drafter's distribution.
+    """
+
+    name: ClassVar[str]
+    draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
+    needs_q: ClassVar[bool] = False
+
+    @abstractmethod
+    def verify(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        parents: Tensor,
+        valid: Tensor,
+        positions: Tensor,
+        sampling: SamplingBatch,
+        q: Tensor | None = None,
+    ) -> Verdict:
+        """Settle one round.
+
+        Args:
+            logits: `[B, N + 1, V]` floating, the target's raw logits at the root and at every node.
+            tokens: `[B, N]` int64.
+            parents: `[B, N]` int64.
+            valid: `[B, N]` bool, as `aurora_rl.trees.valid_nodes` gives it.
+            positions: `[B]` int64, the absolute position of the root token. The choice at a node of depth d decides
+                the token at position root + d + 1.
+            sampling: The requests' parameters.
+            q: `[B, N, V]`, the drafter's distribution at each node's parent; None where nodes were not sampled.
+
+        Returns:
+            The accepted nodes and the bonus token.
+
+        Raises:
+            ValueError: If the shapes do not belong together, or `q` is missing where the rule needs it.
+        """
+
+    @abstractmethod
+    def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
+        """Probability that each node is accepted, given the drawn tree and that its parent was accepted.
+
+        Contexts are the roots and nodes that nodes were drawn from; nodes of one context are siblings, in their order.
+
+        Args:
+            p: `[C, V]`, the served distribution at each context. May be restricted to a draft vocabulary that has all
+                `tokens`, without being renormalised.
+            q: `[C, V]`, the drafter's distribution there, or None if the rule ignores it.
+            tokens: `[M]` int64, columns of `p`.
+            context: `[M]` int64.
+
+        Returns:
+            `[M]` in the dtype of `p`, differentiable in `q`.
+        """
+
+
+RULES: dict[str, type[VerificationRule]] = {}
+
+_Rule = TypeVar("_Rule", bound=type[VerificationRule])
+
+
+def register_rule(rule: _Rule) -> _Rule:
+    """Class decorator that makes a rule known to `get_rule` by its `name`.
+
+    Raises:
+        ValueError: If another class has the name.
+    """
+    if RULES.setdefault(rule.name, rule) is not rule:
+        raise ValueError(f"the rule name {rule.name!r} belongs to {RULES[rule.name].__qualname__}; choose another")
+    return rule
+
+
+def get_rule(name: str) -> type[VerificationRule]:
+    """Look a rule up by name.
+
+    Raises:
+        ValueError: If no rule has the name; the message lists those there are, the nearest first.
+
+    >>> get_rule("greedy")().name
+    'greedy'
+    """
+    if name not in RULES:
+        near = sorted(RULES, key=lambda known: (-SequenceMatcher(None, name, known).ratio(), known))
+        raise ValueError(f"no verification rule is called {name!r}; choose one of {', '.join(near)}")
+    return RULES[name]
+
+
+def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> None:
+    """Raise ValueError unless `logits` is `[B, N + 1, V]` and the others are `[B, N]`."""
+    batch_size, num_nodes = tokens.shape
+    if logits.shape[:2] != (batch_size, num_nodes + 1) or not tokens.shape == parents.shape == valid.shape:
+        raise ValueError(
+            "expected logits [B, N + 1, V] and tokens, parents, valid [B, N], got "
+            f"{list(logits.shape)}, {list(tokens.shape)}, {list(parents.shape)}, {list(valid.shape)}"
+        )
+
+
+def settle(choices: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Verdict:
+    """Turn the target's choices into a verdict: walk to the deepest node they agree with, take the bonus there.
+
+    Args:
+        choices: `[B, N + 1]` int64, the target's choice at the root and after every node.
+        tokens: `[B, N]` int64.
+        parents: `[B, N]` int64.
+        valid: `[B, N]` bool.
+
+    >>> tokens, parents = torch.tensor([[4, 6]]), torch.tensor([[-1, 0]])
+    >>> settle(torch.tensor([[4, 7, 9]]), tokens, parents, torch.ones(1, 2, dtype=torch.bool))
+    Verdict(accepted=tensor([[ True, False]]), bonus_token=tensor([7]))
+    """
+    accepted = walk(tokens, parents, valid, choices)
+    return Verdict(accepted, choices.gather(1, last_accepted(accepted)[:, None])[:, 0])
+
+
+def descend(
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tokens: Tensor,
+    parents: Tensor,
+    valid: Tensor,
+    positions: Tensor,
+) -> Verdict:
+    """Settle a round by choosing at the nodes that the walk visits, and at no other.
+
+    Choosing is the dear part of a sampled round, and a tree has many nodes off the path.
+
+    Args:
+        choose: Called with slots, columns and absolute positions, each `[S]` int64, `S <= B`; returns the target's
+            choice there, `[S]` int64, the token at that position. What it draws at one position of a slot must not
+            depend on the column otherwise than through the distribution there.
+        tokens: `[B, N]` int64.
+        parents: `[B, N]` int64.
+        valid: `[B, N]` bool.
+        positions: `[B]` int64, the absolute position of the root token.
+    """
+    batch_size, num_nodes = tokens.shape
+    choices = tokens.new_full((batch_size, num_nodes + 1), -1)
+    slots = torch.arange(batch_size, device=tokens.device)
+    column = torch.zeros_like(slots)
+    # Every turn takes each remaining slot one node deeper. The bonus of a path of all nodes needs the last turn.
+    for depth in range(num_nodes + 1):
+        visited = column[slots]
+        choices[slots, visited] = choose(slots, visited, positions[slots] + depth + 1)
+        reached = last_accepted(walk(tokens, parents, valid, choices))
+        slots = (reached != column).nonzero()[:, 0]
+        column = reached
+        if not len(slots):
+            break
+    return settle(choices, tokens, parents, valid)
+
+
+@final
+@register_rule
+class Greedy(VerificationRule):
+    """The target's argmax at every node; of equal logits the lowest id, which `torch.argmax` guarantees.
+
+    Positions and sampling parameters are not read.
+
+    >>> logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]]])
+    >>> tokens, parents, valid = torch.tensor([[1]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    >>> Greedy().verify(logits, tokens, parents, valid, torch.tensor([7]), SamplingBatch.from_params([None]))
+    Verdict(accepted=tensor([[True]]), bonus_token=tensor([0]))
+    """
+
+    name = "greedy"
+
+    def verify(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        parents: Tensor,
+        valid: Tensor,
+        positions: Tensor,
+        sampling: SamplingBatch,
+        q: Tensor | None = None,
+    ) -> Verdict:
+        """See `VerificationRule.verify`."""
+        check_shapes(logits, tokens, parents, valid)
+        return settle(argmax(logits), tokens, parents, valid)
+
+    def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
+        """1 where the node carries the likeliest token, else 0. See `VerificationRule.acceptance`.
+
+        Over a draft vocabulary `p` is taken for the point mass that greedy decoding serves.
+        """
+        # A row of zeros is of a target whose choice lies outside the draft vocabulary.
+        right = (tokens == argmax(p)[context]) & (p[context, tokens] > 0)
+        first = (right & ~repeated_siblings(context, tokens)).to(p.dtype)
+        return torch.where(p[context, tokens].isnan(), torch.nan, first)
+
+
+@final
+@register_rule
+class SampleAndMatch(VerificationRule):
+    """Sample the target at the nodes that the walk visits; go to the child that carries the sample.
+
+    All nodes at one absolute position share the noise of that position, `gumbel(seed, position)`. The token at a
+    position is then a function of the text before it and of the seed alone: the text equals that of plain sampling
+    with the same seed, token by token, whatever was drafted. Requests with temperature 0 are decoded greedily in the
+    same batch, and for them `p` in `acceptance` is the point mass on the argmax.
+
+    The text never depends on the tree, but `acceptance` holds only for trees drawn without sight of this noise: a
+    drafter that samples needs a key of its own.
+
+    >>> from aurora_rl.envs import SamplingParams
+    >>> logits = torch.zeros(1, 2, 4)
+    >>> tokens, parents, valid = torch.tensor([[3]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    >>> sampling = SamplingBatch.from_params([SamplingParams(temperature=1.0, seed=5)])
+    >>> SampleAndMatch().verify(logits, tokens, parents, valid, torch.tensor([7]), sampling)
+    Verdict(accepted=tensor([[True]]), bonus_token=tensor([2]))
+    """
+
+    name = "sample_and_match"
+
+    def verify(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        parents: Tensor,
+        valid: Tensor,
+        positions: Tensor,
+        sampling: SamplingBatch,
+        q: Tensor | None = None,
+    ) -> Verdict:
+        """See `VerificationRule.verify`."""
+        check_shapes(logits, tokens, parents, valid)
+
+        def choose(slots: Tensor, columns: Tensor, at: Tensor) -> Tensor:
+            rows = logits[slots, columns]
+            choice = argmax(rows)
+            drawn = (sampling.temperature[slots] > 0).nonzero()[:, 0]
+            if len(drawn):
+                these = slots[drawn]
+                scores = warp(rows[drawn], sampling.temperature[these], sampling.top_k[these], sampling.top_p[these])
+                noise = gumbel(sampling.seed[these], at[drawn], logits.shape[-1])
+                choice[drawn] = argmax(scores + noise)
+            return choice
+
+        return descend(choose, tokens, parents, valid, positions)
+
+    def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
+        """The target's probability of the node's token. See `VerificationRule.acceptance`."""
+        return torch.where(repeated_siblings(context, tokens), 0.0, p[context, tokens])

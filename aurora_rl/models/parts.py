@@ -1,0 +1,524 @@
+"""What a drafter and its training need of the target: its embedding, head, final norm and last layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
+
+logger = logging.getLogger(__name__)
+# In config.json: heads or rotary settings are not the target's, and are meant so.
+_OWN_ATTENTION = "aurora_rl_attention"
+# Weights of a Llama layer that are taken as they are, among them those of outputs, and norms of heads.
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_PROJECTIONS = tuple(
+    f"{name}_proj.weight"
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+)
+_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+# Of the probe of a norm: far above every epsilon, and float16 holds its outliers.
+_PROBE_SIZE = 4096.0
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+# Kinds of rotary settings whose frequencies do not depend on the length of the pass.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+# Logits that `token_prior` holds at a time: 16 MB in float32.
+_PRIOR_LOGITS = 2**22
+# Tokens that `token_prior` reads at a time: eager attention, the only one of some families, holds a square of them.
+_PRIOR_TOKENS = 512
+# Of these it finds out whether the model can read a text in chunks.
+_PROBED_TOKENS = 16
+_CURE = " If it was trained with them, set drafter.options={attention: own}"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetParts:
+    """Copies of frozen pieces of a target, to be taken before an engine puts the model into inference form.
+
+    Attributes:
+        config: The target's (text) configuration.
+        embedding: ``[V, H]``.
+        head: The output head; its weight and ``embedding`` are one tensor where they are tied.
+        norm: ``[H]``, what the final norm multiplies normalised states by; None where the decoder ends without a norm.
+        last_layer: Weights of the last decoder layer by their names in a Llama layer, those alone that a Llama layer
+            has in this form. Norms are what they multiply by: Gemma stores this less 1.
+        parameters: All parameters of the last decoder layer, by the family's own names.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target())
+        >>> parts.head.weight.shape, parts.fingerprint == TargetParts.of(tiny_target(dtype=torch.float32)).fingerprint
+        (torch.Size([32, 16]), True)
+    """
+
+    config: PretrainedConfig
+    embedding: Tensor
+    head: TargetHead
+    norm: Tensor | None
+    last_layer: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TargetParts:
+        """Read the parts of a Hugging Face causal LM.
+
+        Raises:
+            ValueError: The model has no list of decoder layers, its logits are none that :class:`TargetHead` makes, or
+                its embedding or head is of another width than its layers (as of OPT-350m).
+        """
+        config, layer = model.config.get_text_config(), decoder_layers(model)[-1]
+        embedding = model.get_input_embeddings().get_parameter("weight").detach()
+        head = TargetHead.of(model)
+        for name, width in (("embedding", embedding.shape[1]), ("output head", head.weight.shape[1])):
+            if width != config.hidden_size:
+                raise ValueError(
+                    f"{type(model).__name__} has an {name} of width {width} and layers of width {config.hidden_size}; "
+                    "drafters need them to be equal, so no drafter can be made for this target"
+                )
+        final, last, on_outputs = _norms(model, layer)
+        own = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+        # A projection whose output is normalised has another scale than one that adds to the residual stream.
+        last |= {name: own[name] for name in _PROJECTIONS if name in own and not (on_outputs and name in _OUTPUTS)}
+        return cls(config=config, embedding=embedding, head=head, norm=final, last_layer=last, parameters=own)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the target's architecture: a digest of the configuration entries that shape it."""
+        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+        return hashlib.blake2b(
+            json.dumps({name: getattr(self.config, name, None) for name in names}).encode(), digest_size=8
+        ).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the target's weights, in whichever dtype they are loaded.
+
+        A digest of rows of the head and the last decoder layer. A target that was tuned further is another one, also
+        where its head stayed as it was. Weights that are kept in float32 and loaded in float16 have a digest of their
+        own, as the two roundings differ.
+        """
+        found = hashlib.blake2b(digest_size=8)
+        weights = list(self.head.tensors().items())
+        for name, weight in [*weights, *((name, self.parameters[name]) for name in sorted(self.parameters))]:
+            if name in ("scale", "softcap"):  # numbers that only their names tell apart
+                found.update(name.encode())
+            found.update(_few_rows(weight).contiguous().view(torch.int16).numpy().tobytes())
+        return found.hexdigest()
+
+
+def _few_rows(weight: Tensor) -> Tensor:
+    """About 64 rows ``[·, last size]`` from all over a weight, as bfloat16 and float16 both have them, on the CPU."""
+    rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
+    # float16 has fewer digits of small weights than bfloat16.
+    return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
+
+
+def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dict[str, Tensor], bool]:
+    """Weights of the norms that a drafter starts from.
+
+    Families name them differently, and give the same name to different ones: "post_attention_layernorm" is before the
+    MLP in Llama and before the residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
+
+    Args:
+        model: The target.
+        layer: One of its decoder layers.
+
+    Returns:
+        The final norm's ``[H]``, None where the decoder ends without a norm; the layer's, by their names in a Llama
+        layer; and whether the layer normalises what its attention or its MLP adds to the residual stream.
+    """
+    decoder = decoder_of(model)
+    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        read = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(read, Tensor):
+            seen[module] = read, output
+
+    # NanoChat's norms of heads have no weight that tells their width, so their inputs are noted too.
+    head_norms = [module for name, module in layer.named_modules() if name in _HEAD_NORMS]
+    hooks = [
+        child.register_forward_hook(record, with_kwargs=True)
+        for child in (*decoder.children(), *layer.children(), *head_norms)
+        if not isinstance(child, nn.ModuleList)
+    ]
+    try:
+        with torch.no_grad():
+            last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def weight(module: nn.Module) -> Tensor | None:
+        return norm_weight(module, last.shape[-1], model.dtype) if module in seen else None
+
+    def reads(reader: nn.Module, module: nn.Module) -> bool:
+        return reader in seen and seen[reader][0].data_ptr() == seen[module][1].data_ptr()
+
+    final, on_outputs = None, False
+    weights: dict[str, Tensor] = {}
+    for child in decoder.children():
+        if (found := weight(child)) is not None and seen[child][1].data_ptr() == last.data_ptr():
+            final = found
+    for child in layer.children():
+        if (found := weight(child)) is None:
+            continue
+        readers = [name for name, reader in layer.named_children() if reads(reader, child)]
+        on_outputs |= not readers
+        for name in readers:
+            # What is not attention is the MLP, or its first projection.
+            norm = "input_layernorm.weight" if "att" in name.lower() else "post_attention_layernorm.weight"
+            weights[norm] = found
+    for name, module in layer.named_modules():
+        if name in _HEAD_NORMS and module in seen:
+            found = norm_weight(module, seen[module][0].shape[-1], model.dtype)
+            weights |= {} if found is None else {f"{name}.weight": found}
+    return final, weights, on_outputs
+
+
+@torch.no_grad()
+def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None:
+    """Return what a norm (RMSNorm or LayerNorm, in whichever form it stores it) multiplies normalised inputs by.
+
+    Args:
+        norm: The module.
+        size: Width of its inputs, even.
+        dtype: Of its inputs.
+
+    Returns:
+        ``[size]``; None where the module is no norm of one vector.
+
+    Example:
+        >>> norm_weight(nn.LayerNorm(2), 2, torch.float32), norm_weight(nn.Linear(2, 2), 2, torch.float32)
+        (tensor([1., 1.]), None)
+    """
+    device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+    # Of mean 0 and root mean square 1, so that both kinds of norm divide by the factor, next to which epsilon vanishes.
+    sign = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(size // 2)
+    probe = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(sign)
+    try:
+        up, down, got = (norm(_PROBE_SIZE * x[None, None])[0, 0] for x in (sign, -sign, probe))
+        weight, bias = (up - down) / 2 * sign, (up + down) / 2
+        forms = [x / x.square().mean().sqrt() * weight + bias for x in (probe, probe - probe.mean())]
+    except Exception:  # a module that is called in another way, or that changes the width
+        return None
+    # Norms compute in float32 whatever the dtype.
+    tolerance = 16 * max(torch.finfo(t).eps for t in (dtype, torch.float32)) * float(1 + got.abs().max())
+    same = any(form.shape == got.shape and float((form - got).abs().max()) <= tolerance for form in forms)
+    return weight if same else None
+
+
+@torch.no_grad()
+def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
+    """Start a drafter's layer from the target's last one, with the weights that have the same name and shape.
+
+    An attention or MLP that cannot be copied whole adds nothing until it has learned: what it says at random would only
+    blur the residual stream.
+
+    Args:
+        layer: Its projections are named as in a Llama layer. Those of queries, keys and values may read twice as much,
+            the embedding first (EAGLE-3): they start blind to it.
+        last: See ``TargetParts.last_layer``.
+
+    Returns:
+        Names of the weights that were copied.
+    """
+    copied: set[str] = set()
+    own = dict(layer.named_parameters())
+    for name, weight in last.items():
+        if name in own and own[name].shape == weight.shape:
+            own[name].copy_(weight)
+            copied.add(name)
+        elif name in own and own[name].shape == (weight.shape[0], 2 * weight.shape[-1]):
+            own[name].zero_()
+            own[name][:, weight.shape[1] :] = weight
+            copied.add(name)
+    for output in _OUTPUTS:
+        part = output.partition(".")[0]
+        if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(part)):
+            own[output].zero_()
+    return copied
+
+
+def layer_config(parts: TargetParts) -> LlamaConfig:
+    """Configuration of one Llama layer of the target's sizes and rotary settings, for drafters that have one.
+
+    What the target has in no form that a Llama layer takes is replaced: attention has the usual head size where the
+    target compresses its keys (MLA), and rotary positions where it has learned ones or ALiBi.
+    """
+    target = parts.config
+    size = target.hidden_size
+    # A Llama's heads divide its width.
+    heads = next(number for number in range(target.num_attention_heads, 0, -1) if size % number == 0)
+    inner = getattr(target, "intermediate_size", None)
+    head_dim = None if getattr(target, "kv_lora_rank", None) else getattr(target, "head_dim", None)
+    return LlamaConfig.from_dict(
+        {
+            "hidden_size": size,
+            "intermediate_size": inner if isinstance(inner, int) else 4 * size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _key_heads(target, heads),
+            # Rotary positions turn pairs.
+            "head_dim": head_dim or max(size // heads // 2, 1) * 2,
+            "num_hidden_layers": 1,
+            "rms_norm_eps": next((e for name in _EPSILONS if (e := getattr(target, name, None)) is not None), 1e-6),
+            "rope_parameters": _layer_rope(target),
+            "vocab_size": target.vocab_size,
+            "tie_word_embeddings": False,
+            **targets_entries(parts),
+        }
+    )
+
+
+def _key_heads(config: PretrainedConfig, heads: int) -> int:
+    """Key heads of a model where they divide ``heads``; Falcon and GPTBigCode name them differently."""
+    found = getattr(config, "num_key_value_heads", None)
+    if found is None and getattr(config, "new_decoder_architecture", False):
+        found = config.num_kv_heads
+    elif found is None and getattr(config, "multi_query", False):
+        found = 1
+    return found if found and heads % found == 0 else heads
+
+
+def _layer_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary settings of a drafter's layer: the target's, as far as they are the same at every length of a pass.
+
+    Of settings by type of layer they are those of full attention, and the whole head is turned.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention") or next((v for v in rope.values() if isinstance(v, dict)), rope))
+    rope.pop("partial_rotary_factor", None)
+    theta = rope.get("rope_theta") or 10000.0
+    if rope.get("rope_type", "default") not in _FIXED_ROPE:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "default", **{name: v for name, v in rope.items() if v is not None}, "rope_theta": theta}
+
+
+def targets_entries(parts: TargetParts) -> dict[str, Any]:
+    """Entries of a drafter's configuration that are the target's, whatever a file says.
+
+    Files are often cut to the length of their training; positions are computed here, as far as the target's go.
+    """
+    target = parts.config
+    names = ("bos_token_id", "eos_token_id")
+    entries = {
+        "max_position_embeddings": context_length(target),
+        **{name: getattr(target, name, None) for name in names},
+        "num_target_layers": target.num_hidden_layers,
+    }
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def written_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` holds of a configuration, for engines on transformers 5 and 4.
+
+    The latter look for ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, and would fall back to base 10000.
+    """
+    name = str(dtype).removeprefix("torch.")
+    written = {**config.to_dict(), "dtype": name, "torch_dtype": name}
+    rope = dict(written.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # not where each type of layer has its own, for which the older form has no place
+        written["rope_theta"] = rope.pop("rope_theta")
+        written["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return written
+
+
+def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> None:
+    """Raise ValueError where a drafter's positions are not the target's: it would draft, and be wrong far into a text.
+
+    Args:
+        config: read from the drafter's ``config.json``.
+        parts: the target's.
+        cure: what the message adds.
+    """
+    mine, targets = _rope(config), _rope(layer_config(parts))
+    if mine != targets:
+        raise ValueError(
+            f"config.json: rope_parameters are {mine}, the target has {targets}; was the drafter made for another "
+            f"target, or were they left out of the file?{cure}"
+        )
+
+
+def check_fixed_rope(config: PretrainedConfig, name: str = "config.json") -> None:
+    """Raise ValueError where rotary positions depend on the length of a pass: cached keys would not fit later ones."""
+    kind = _rope(config)["rope_type"]
+    if kind not in _FIXED_ROPE:
+        raise ValueError(
+            f"{name}: rope_type is {kind!r}, which turns keys by the length of the pass; drafters have "
+            f"{', '.join(_FIXED_ROPE)}"
+        )
+
+
+def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, attention: str) -> None:
+    """Check heads and positions of a drafter whose layer has its own: they may be others than the target's if meant so.
+
+    A drafter must be served as it was trained. Authors of EAGLE train with base 10000 for any target and leave rotary
+    settings out of their files, as engines read them too. Settings that a file states, and that are not the target's,
+    are most often of another target: they are refused unless the option says "own", or the file itself that this was so
+    when it was read before. Heads are compared since the shapes of tensors do not tell eight heads of two from four of
+    four.
+
+    Args:
+        config: read from the drafter's ``config.json``; marked where its attention is its own.
+        entries: of that file.
+        parts: the target's.
+        attention: the option.
+
+    Raises:
+        ValueError: heads or positions of another target, or another option than "target" and "own".
+    """
+    if attention not in ("target", "own"):
+        raise ValueError(f"the option attention must be target or own, got {attention!r}")
+    meant = "own" in (attention, entries.get(_OWN_ATTENTION))
+    heads = [f"{name} is {getattr(config, name)}, the target has {value}" for name, value in _heads(config, parts)]
+    if heads and not meant:
+        raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{_CURE}")
+    check_fixed_rope(config)
+    targets = _rope(layer_config(parts))
+    same_rope = _rope(config) == targets
+    if not same_rope and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
+        logger.warning(
+            "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
+            _rope(config),
+            targets,
+        )
+    elif not meant:
+        check_rope(config, parts, _CURE)
+    if heads or not same_rope:
+        setattr(config, _OWN_ATTENTION, "own")
+
+
+def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]]:
+    """Entries of a layer's heads that are not the target's, with the target's."""
+    target = layer_config(parts)
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return [(name, getattr(target, name)) for name in names if getattr(config, name) != getattr(target, name)]
+
+
+def check_heads_stated(entries: Mapping[str, Any]) -> None:
+    """Raise ValueError where a ``config.json`` leaves it to a default how many heads there are."""
+    if entries.get("num_attention_heads") is None:
+        raise ValueError("config.json: num_attention_heads is missing, and tensors do not tell how many there are")
+
+
+def refuse_own_attention(attention: str) -> None:
+    """Raise ValueError where a drafter that starts from the target is asked for an attention of its own."""
+    if attention != "target":
+        raise ValueError(
+            f"the option attention={attention!r} is for a checkpoint, drafter.path; a new drafter has the target's"
+        )
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary settings without those that stand for their default, or that a drafter's layer does not read."""
+    settings = {"rope_type": "default", **(getattr(config, "rope_parameters", None) or {})}
+    settings.pop("partial_rotary_factor", None)
+    return {name: value for name, value in sorted(settings.items()) if value is not None}
+
+
+def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
+    """Raise ValueError where engines cannot capture the features, or would join them in another order.
+
+    Args:
+        feature_layers: ids by the layer that a state enters.
+        num_target_layers: decoder layers of the target.
+        lowest: that the engine captures; 0 is the embedding.
+    """
+    for layer in feature_layers:
+        if not lowest <= layer < num_target_layers:
+            raise ValueError(
+                f"feature_layers has {layer}; engines capture what enters a layer, {lowest}..{num_target_layers - 1} "
+                "of this target"
+            )
+    check_layers_rise(feature_layers)
+
+
+def check_layers_rise(feature_layers: Sequence[int]) -> None:
+    """Raise ValueError where engines would join the features in another order than they are given in."""
+    if sorted(set(feature_layers)) != list(feature_layers):
+        raise ValueError(f"feature_layers must rise, got {tuple(feature_layers)}: engines join states in that order")
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's early, middle and late layers, as SGLang captures them: 2, n // 2, n − 3 (fewer in tiny models).
+
+    >>> default_feature_layers(30)
+    (2, 15, 27)
+    >>> default_feature_layers(2)
+    (0, 1)
+    """
+    return tuple(sorted({max(min(2, num_layers - 2), 0), num_layers // 2, max(num_layers - 3, 0)}))
+
+
+@torch.inference_mode()
+def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
+    """How often the target would say each token, before it has said any: ``[V]`` expected counts, float32.
+
+    The sum over all positions of the prompts of the target's next-token distribution, plus the prompts' own tokens.
+    On code prompts the best 4,096 tokens by this held 90% of the tokens that were then generated, the 4,096 lowest ids
+    with the prompts' tokens 84%. Of a prompt longer than the model's context the last tokens count.
+    """
+    head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
+    context = context_length(model.config.get_text_config())
+    prior = torch.zeros(len(head), device=device)
+    # Logits of a few rows at a time: those of a whole prompt would take a megabyte a token at a vocabulary of 152k.
+    rows = max(_PRIOR_LOGITS // len(head), 1)
+    for prompt in prompts:
+        tokens = torch.tensor(prompt if context is None else prompt[-context:], device=device)
+        chunked = len(tokens) > _PRIOR_TOKENS and _reads_chunks(decoder, tokens[:_PROBED_TOKENS])
+        for hidden in _hidden_states(decoder, tokens.split(_PRIOR_TOKENS) if chunked else [tokens]):
+            for part in hidden.split(rows):
+                prior += head(part).softmax(-1, dtype=torch.float32).sum(0)
+        prior += torch.bincount(tokens, minlength=len(head))
+    return prior.cpu()
+
+
+def _hidden_states(decoder: Any, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What the output head reads of a text, ``[·, H]`` for each of its chunks ``[·]``."""
+    cache: dict[str, Any] = {"use_cache": len(chunks) > 1}
+    for chunk in chunks:
+        out = decoder(chunk[None], **cache)
+        if (past := getattr(out, "past_key_values", None)) is not None:
+            cache["past_key_values"] = past
+        yield out.last_hidden_state[0]
+
+
+def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
+    """Whether a decoder reads a text ``[S]`` alike in chunks and in one pass. Some with a state do not."""
+    whole = next(_hidden_states(decoder, [tokens]))
+    try:
+        parts = torch.cat([*_hidden_states(decoder, tokens.tensor_split(2))])
+    except Exception:  # families fail in their own ways
+        return False
+    # A lost context changes states by about their spread, rounding by a few hundredths of it.
+    return bool((parts - whole).abs().max() <= 0.1 * whole.float().std())
+
+
+def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:
+    """Day-0 draft vocabulary: the tokens of highest prior, of equal ones the lowest ids.
+
+    Merges of a byte-pair tokenizer are numbered by how early, hence how often, they were made, so low ids are the
+    frequent tokens where nothing else is known.
+
+    Args:
+        size: rows of the draft head; at most the target's vocabulary.
+        prior: ``[V]``, see :func:`token_prior`; zeros where there are no prompts yet.
+
+    Returns:
+        ``[size]`` int64, rising.
+
+    Example:
+        >>> choose_draft_vocab(2, torch.tensor([0.0, 0.0, 3.0]))
+        tensor([0, 2])
+    """
+    if not 1 <= size <= len(prior):
+        raise ValueError(f"drafter.vocab_size must lie in 1..{len(prior)} (the target's vocabulary), got {size}")
+    return prior.sort(descending=True, stable=True).indices[:size].sort().values

@@ -1,0 +1,232 @@
+"""Drafter checkpoints on disk: ``config.json`` and ``model.safetensors``, in the layouts that engines load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from torch import Tensor
+
+from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab
+from aurora_rl.policies.registry import recognized
+from aurora_rl.training.checkpoint import CheckpointError, read_folder, write_folder
+
+_FILES = ("config.json", "model.safetensors")
+# In config.json: `Drafter.made_for`. Engines pass over entries that they do not know.
+_MADE_FOR = "aurora_rl_made_for"
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Entries of config.json, or of the objects in it, that name layers of the target.
+_ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
+
+
+def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:
+    """Write a drafter.
+
+    Args:
+        drafter: the drafter.
+        folder: replaced if it holds a drafter.
+        layout: one of the drafter's ``formats``; None takes the first, in which runs are kept.
+
+    Raises:
+        CheckpointError: the drafter has no such format, or the layout cannot say what it is, or the folder holds
+            something else.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.policies import Eagle3Drafter
+        >>> from aurora_rl.testing import tiny_target
+        >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+        >>> with TemporaryDirectory() as folder:
+        ...     save_drafter(drafter, folder, "vllm")
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['config.json', 'model.safetensors']
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
+        raise CheckpointError(
+            f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
+            "or a new folder"
+        )
+    try:
+        tensors, config = written(drafter, layout)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if drafter.made_for is not None:
+        config = {**config, _MADE_FOR: drafter.made_for}
+    write_folder(folder, tensors, {"config.json": config})
+
+
+def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
+    """What :func:`save_drafter` would write.
+
+    Raises:
+        ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
+            asked for by name cannot serve it.
+    """
+    asked, layout = layout, layout or next(iter(drafter.formats), "any")
+    if layout not in drafter.formats:
+        raise ValueError(
+            f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
+        )
+    # Files name the tokens that have a row, in places without their order.
+    check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
+    checkpoint = drafter.write(layout)
+    # Where no layout is asked for, a run keeps what it serves here, whether or not another engine could serve it.
+    if asked == "sglang" and 0 in drafter.feature_layers:
+        raise ValueError(
+            f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot capture what enters layer 0; "
+            "start a drafter of layers from 1 on, such as drafter.feature_layers=[1,2] for a target of three layers"
+        )
+    return checkpoint
+
+
+def load_drafter(
+    source: str | os.PathLike[str],
+    parts: TargetParts,
+    kind: type[Drafter] | None = None,
+    *,
+    layout: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    made_for: str = "target",
+) -> Drafter:
+    """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.made_for``.
+
+    Args:
+        source: a folder, or the id of a repository on the Hugging Face hub.
+        parts: the target's.
+        kind: the class; None takes the one that recognizes ``config.json``.
+        layout: one of the class's ``formats``; None takes the first.
+        options: see ``Drafter.read``.
+        made_for: "target" refuses a folder that says that it was trained for other weights than the target's; "any"
+            starts from it, as from that of an earlier state of the target.
+
+    Raises:
+        CheckpointError: files are missing or broken, or the drafter was made for another target; names the first
+            entry or tensor that does not match.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.policies import MedusaDrafter
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target())
+        >>> with TemporaryDirectory() as folder:
+        ...     save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)), folder)
+        ...     type(load_drafter(folder, parts)).__name__
+        'MedusaDrafter'
+    """
+    folder = _local(source)
+    tensors, config = read_folder(folder, "config.json")
+    try:
+        _check_types(tensors, config)
+        trained_for = config.pop(_MADE_FOR, None)  # not the class's to keep
+        # A folder that several could have written is of the class that is asked for.
+        asked = None if kind is None else kind.saved_as(options)
+        found = asked if asked is not None and asked.recognizes(config) else recognized(config)
+        for name in found.target_sizes:
+            mine = getattr(parts.config, name)
+            if config.get(name, mine) != mine:
+                raise ValueError(f"config.json: {name} is {config[name]}, the target has {mine}")
+        layout = layout or found.formats[0]
+        if layout not in found.formats:
+            raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
+        if kind is not None and not kind.recognizes(config):
+            raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
+        drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+        check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
+        if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
+            raise ValueError(f"config.json: draft_vocab_size is {rows}, the draft map has {len(drafter.draft_vocab)}")
+        _check_layers(drafter, config, parts)
+        drafter.made_for = parts.fingerprint
+        if made_for != "any" and trained_for not in (None, drafter.made_for):
+            raise ValueError(
+                f"config.json: {_MADE_FOR} is {trained_for!r}, the target's weights are {drafter.made_for!r}: the "
+                "drafter was trained for others. To start from it nevertheless, set drafter.made_for=any"
+            )
+    except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
+        raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # of an entry that no check above knows
+        raise CheckpointError(
+            f"{folder}: config.json lacks an entry, or has one of another type: {type(error).__name__}: {error}"
+        ) from error
+    for name, there, asked in _differing(drafter.options, options):
+        raise CheckpointError(f"{folder}: option {name} is {there!r} there, {asked!r} is asked for")
+    return drafter
+
+
+def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
+    """Raise ValueError naming the first part of a folder that is of another type than any drafter has there."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json must hold an object, got {config!r}")
+    for name in ("eagle_config", "dflash_config", "options"):
+        if not isinstance(config.get(name, {}), dict | None):
+            raise ValueError(f"config.json: {name} must be an object, got {config[name]!r}")
+    nested = [config, config.get("eagle_config") or {}, config.get("dflash_config") or {}]
+    for names, kind in ((_ID_LISTS, int), (("architectures",), str)):
+        for name, value in ((name, entries.get(name)) for entries in nested for name in names):
+            if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+                raise ValueError(f"config.json: {name} must be a list of {kind.__name__}, got {value!r}")
+    for name in ("d2t", "draft_id_to_target_id", "token_map"):
+        tensor = tensors.get(name)
+        if tensor is not None and (
+            tensor.dtype not in (torch.int64, torch.int32) or tensor.dim() != 1 or not len(tensor)
+        ):
+            raise ValueError(
+                f"tensor {name!r} must hold an integer for each row of the draft head, got {tuple(tensor.shape)} of "
+                f"{tensor.dtype}"
+            )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            if tensor.dtype not in _WEIGHTS:
+                raise ValueError(f"tensor {name!r} is {tensor.dtype}, quantized without a scale; save it in bfloat16")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"tensor {name!r} holds values that are not finite; was its training interrupted?")
+
+
+def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:
+    """Raise ValueError where a drafter that reads features was made for a target of other layers."""
+    depth = parts.config.num_hidden_layers
+    if drafter.feature_layers and (made_for := config.get("num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    for layer in drafter.feature_layers:
+        if not 0 <= layer <= depth:
+            raise ValueError(
+                f"config.json: the drafter reads what enters layer {layer}, and the target has 0..{depth}, the last of "
+                "them its head; was the drafter made for another target?"
+            )
+
+
+def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that are asked for and are others there: name, of a nested one its path, and both values.
+
+    None asks for nothing: it stands for a default, which may have been worked out of the target.
+    """
+    for name, value in asked.items():
+        if name not in there or value is None:
+            continue
+        if isinstance(value, Mapping) and isinstance(there[name], Mapping):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in _differing(there[name], value))
+        elif there[name] != value:
+            yield name, there[name], value
+
+
+def _local(source: str | os.PathLike[str]) -> Path:
+    """The folder, downloaded if ``source`` names none."""
+    folder = Path(source)
+    # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.
+    if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source} is neither a folder nor a repository of the hub: {error}") from error

@@ -1,0 +1,215 @@
+"""N-grams of the request itself: a text goes on as it went on when its last tokens occurred before.
+
+Saxena, "Prompt Lookup Decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding). It has no weights, costs next to
+nothing, and proposes what a young drafter cannot know: names, numbers and phrases of the request itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
+from aurora_rl.policies.registry import register_drafter
+from aurora_rl.tree_index import RecordedTrees
+
+# Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
+_LONGEST, _SHORTEST = 4, 2
+# Occurrences that count. An older one has less than a part in four billion of the weight; after a thousand repetitions
+# it is too little for a float.
+_COUNTED = 32
+
+
+def continuations(text: Sequence[int] | np.ndarray) -> dict[int, float]:
+    """Probabilities of the next token by how the text went on after its last tokens before.
+
+    The longest run of four to two last tokens that occurred earlier counts. The latest occurrence has twice the weight
+    of the one before it, and so on, so that it is never outvoted; 32 occurrences count.
+
+    Args:
+        text: tokens, at least the last of which are looked for.
+
+    Returns:
+        Tokens with their probabilities, likeliest first; empty where the last two tokens did not occur before.
+
+    Example:
+        >>> continuations([1, 2, 3, 1, 2, 4, 1, 2])
+        {4: 0.6666666666666666, 3: 0.3333333333333333}
+    """
+    tokens = np.asarray(text, dtype=np.int64)
+    # Where the last token stood before; then, of these places, where the one before it did too, and so on.
+    ends, size = np.flatnonzero(tokens[:-1] == tokens[-1:]), 1
+    while len(ends) and size < _LONGEST:
+        longer = ends[ends >= size]
+        longer = longer[tokens[longer - size] == tokens[-1 - size]]
+        if not len(longer):
+            break
+        ends, size = longer, size + 1
+    if size < _SHORTEST:
+        return {}
+    weights: dict[int, float] = {}
+    for age, token in enumerate(reversed(tokens[ends[-_COUNTED:] + 1].tolist())):
+        weights[token] = weights.get(token, 0.0) + 0.5**age
+    total = sum(weights.values())
+    return {token: w / total for token, w in sorted(weights.items(), key=lambda item: -item[1])}
+
+
+class Tree(NamedTuple):
+    """A draft tree in topological order.
+
+    Attributes:
+        tokens: of the nodes.
+        parents: likewise, −1 = root.
+        log_probs: of each node given its path; −inf where the drafter did not draw it.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    log_probs: list[float]
+
+
+def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
+    """The likeliest nodes behind a text, by :func:`continuations` of it and of each path.
+
+    Args:
+        text: a request so far, prompt and completion.
+        shape: depth, width and budget.
+
+    Example:
+        >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
+        [4, 5, 3]
+    """
+    tree = Tree([], [], [])
+    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before it)
+    open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
+    arrived = 0
+
+    def grow(parent: int, joint: float, before: np.ndarray) -> None:
+        nonlocal arrived
+        for token, probability in list(continuations(before).items())[: shape.width]:
+            log_prob = math.log(probability)
+            heapq.heappush(open_nodes, (joint - log_prob, arrived, parent, token, log_prob, before))
+            arrived += 1
+
+    tokens = np.asarray(text, dtype=np.int64)
+    if shape.depth:
+        grow(-1, 0.0, tokens)
+    while open_nodes and len(tree.tokens) < shape.budget:
+        joint, _, parent, token, log_prob, before = heapq.heappop(open_nodes)
+        tree.tokens.append(token)
+        tree.parents.append(parent)
+        tree.log_probs.append(log_prob)
+        if len(before) + 1 - len(tokens) < shape.depth:
+            grow(len(tree.tokens) - 1, joint, np.append(before, token))
+    return tree
+
+
+def padded(trees: Sequence[Tree], device: torch.device) -> Proposal:
+    """Trees of unequal size as a proposal, padded behind each."""
+    width = max(len(tree.tokens) for tree in trees)
+    tokens, parents = (torch.full((len(trees), width), fill, device=device) for fill in (0, -1))
+    log_probs = torch.zeros(tokens.shape, device=device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        nodes = slice(len(tree.tokens))
+        mask[row, nodes] = True
+        for column, values in zip((tokens, parents, log_probs), tree, strict=True):
+            column[row, nodes] = torch.tensor(values, dtype=column.dtype, device=device)
+    return Proposal(tokens, parents, log_probs, mask=mask)
+
+
+@register_drafter("ngram")
+class NgramDrafter(Drafter):
+    """Drafts what followed the last tokens of a request where they occurred before; nothing to learn, nothing to save.
+
+    Args:
+        vocab_size: the target's; every token has a row.
+
+    Example:
+        >>> drafter = NgramDrafter(vocab_size=10)
+        >>> drafter.allocate(num_slots=1, max_length=16)
+        >>> text = torch.tensor([[7, 1, 2, 3, 4, 1, 2]])
+        >>> drafter.extend(torch.tensor([0]), text, torch.zeros(1, 6, 0), torch.tensor([6]))
+        >>> drafter.propose(torch.tensor([0]), TreeShape(depth=3)).tokens
+        tensor([[3, 4, 1]])
+    """
+
+    draft_modes: ClassVar[tuple[str, ...]] = ("topk",)
+    formats: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.feature_layers, self.vocab_size = (), vocab_size
+        self.register_buffer("draft_vocab", torch.arange(vocab_size), persistent=False)
+
+    @classmethod
+    def from_target(
+        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+    ) -> Self:
+        """N-grams of any text: neither the target's weights nor a reduced vocabulary matter."""
+        return cls(len(parts.head))
+
+    # ---- serving ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """See :meth:`Drafter.allocate`."""
+        self._text = [np.zeros(0, dtype=np.int64)] * num_slots
+        self.cached = torch.zeros(num_slots, dtype=torch.int64)
+
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`Drafter.extend`."""
+        self.hold(slots, tokens, num_new)
+        self.cached[slots] += num_new
+
+    def hold(self, slots: Tensor, tokens: Tensor, num_new: Tensor) -> None:
+        """What :meth:`extend` does but for counting, for a drafter that counts already."""
+        held, rows = self.cached[slots].tolist(), tokens.cpu().numpy()
+        for slot, before, row, count in zip(slots.tolist(), held, rows, num_new.tolist(), strict=True):
+            # What is held ends with the first token of the new pairs.
+            self._text[slot] = np.concatenate([self._text[slot][:before], row[: count + 1]])
+
+    def text(self, slot: int) -> np.ndarray:
+        """The tokens of a slot's pairs, from the first of all on."""
+        return self._text[slot][: int(self.cached[slot]) + 1]
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`Drafter.propose`; no nodes where nothing matches.
+
+        Raises:
+            ValueError: the shape's mode samples.
+        """
+        if shape.mode not in self.draft_modes:
+            raise ValueError(f"n-grams have no distribution over all tokens to draw from; mode {shape.mode!r}")
+        return padded([ngram_tree(self.text(slot), shape) for slot in slots.tolist()], self.draft_vocab.device)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`; without gradients, and zeros where nothing matches."""
+        trees, spine = RecordedTrees.of(batch), batch["spine", "tokens"].tolist()
+        start = batch["spine", "offset"].tolist()
+        paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
+        for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
+            paths.append([*paths[parent], token])
+        logits = torch.zeros(int(wanted.sum()), self.vocab_size, device=wanted.device)
+        for row, context in enumerate(wanted.nonzero().flatten().tolist()):
+            first = start[int(trees.request[context])]
+            text = spine[first : first + int(trees.root[context]) + 2]
+            if following := continuations(text + paths[context]):
+                logits[row] = -math.inf
+                for token, probability in following.items():
+                    logits[row, token] = math.log(probability)
+        return logits
+
+    @classmethod
+    def recognizes(cls, config: Mapping[str, Any]) -> bool:
+        """See :meth:`Drafter.recognizes`: there are no checkpoints."""
+        return False

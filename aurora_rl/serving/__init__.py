@@ -1,0 +1,1 @@
+"""The inference server: requests, rounds and swaps."""

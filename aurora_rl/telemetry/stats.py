@@ -1,0 +1,112 @@
+"""What is kept of a run while it serves, whatever engine serves it, and the figures made of it."""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import Any
+
+from aurora_rl.telemetry.rates import Rates, Round, Rounds, rates
+
+
+class Figures(ABC):
+    """Counts of a serving run.
+
+    Args:
+        version: of the weights that draft first.
+
+    Attributes:
+        rounds: the decoding so far. By default sums over rounds that are alike (:class:`Rounds`), so that memory does
+            not grow with them; a list in its place keeps every round.
+        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion: two
+            numbers a request are all that grows with a run, next to a few a swap.
+        domains: requests, tokens, and tokens and rounds of speculation, of the completed requests of each domain.
+        swap_ms: milliseconds that serving stood still at each swap.
+        versions: versions of weights that have drafted.
+        drafter_faults: requests that went on without the drafter, which failed or whose tree was malformed.
+    """
+
+    def __init__(self, version: int) -> None:
+        self.rounds: Rounds | list[Round] = Rounds()
+        self.finished: list[tuple[int, int]] = []
+        self.domains: dict[str, Counter[str]] = {}
+        self.swap_ms: list[float] = []
+        self.versions: list[int] = [version]
+        self.drafter_faults = 0
+
+    @property
+    def version(self) -> int:
+        """Of the weights that draft now."""
+        return self.versions[-1]
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Longest path of the trees that are drafted now."""
+
+    @property
+    @abstractmethod
+    def dropped(self) -> int:
+        """Trajectories that no learner took."""
+
+    def rates(self, share: float = 1.0) -> Rates:
+        """Tokens per second of both kinds over the last ``share`` of the requests.
+
+        The part begins with a whole bucket of :class:`Rounds`: where more than a thousand requests have completed it
+        may be shorter by up to two thousandths of them.
+        """
+        first = len(self.finished) * (1 - share)
+        return rates(r for r in self.rounds if r.request >= first)
+
+    def acceptance(self, first: int, last: int) -> float | None:
+        """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""
+        part = self.finished[first:last]
+        tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
+        return tokens / rounds if rounds else None
+
+    def finish(self, domain: str, tokens: int, speculative_tokens: int, speculative_rounds: int) -> None:
+        """Count a completed request: all its tokens, and those of its speculative rounds."""
+        self.finished.append((speculative_tokens, speculative_rounds))
+        self.domains.setdefault(domain, Counter()).update(
+            requests=1, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
+        )
+
+    def by_domain(self) -> dict[str, dict[str, Any]]:
+        """Requests, tokens and acceptance length of each domain by name; empty where no prompt has one."""
+        if not any(self.domains):
+            return {}
+        return {
+            domain: {
+                "requests": count["requests"],
+                "tokens": count["tokens"],
+                "acceptance_length": count["speculative"] / count["rounds"] if count["rounds"] else None,
+            }
+            for domain, count in sorted(self.domains.items())
+        }
+
+    def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
+        """The run in figures: what ``summary.json`` holds."""
+        count = len(self.finished)
+        tenth = max(count // 10, 1)
+        last = self.rates(0.25)
+        return {
+            "requests": count,
+            "failed": failed,
+            "swaps": len(self.swap_ms),
+            "swap_ms": {
+                "p50": statistics.median(self.swap_ms) if self.swap_ms else None,
+                "max": max(self.swap_ms, default=None),
+            },
+            "acceptance_length": {
+                "first": self.acceptance(0, tenth) if count else None,
+                "last": self.acceptance(count - tenth, count) if count else None,
+            },
+            "domains": self.by_domain(),
+            "tokens_per_second": {"control": last.control, "speculative": last.speculative},
+            "speedup": last.speedup,
+            "dropped_trajectories": self.dropped,
+            "drafter_faults": self.drafter_faults,
+            "duration_s": duration_s,
+            "versions_served": self.versions,
+        }

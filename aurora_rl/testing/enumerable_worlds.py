@@ -1,0 +1,289 @@
+"""Drafter and target as tables of logits by text: worlds in which every tree and every outcome can be enumerated.
+
+Here an estimator's expectation is a finite sum, and the gradient that it should have is known. The tests of the policy
+gradient are built on it, and so can be those of a new objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, pack
+from aurora_rl.tree_index import RecordedTrees
+
+VOCAB = 3
+Text = tuple[int, ...]
+TEXTS: list[Text] = [text for length in range(4) for text in product(range(VOCAB), repeat=length)]
+
+
+class TabularDrafter(Drafter):
+    """Logits by the text since the root. It scores trees and does not serve.
+
+    Args:
+        seed: of the table.
+        draft_vocab: ``[Vd]`` int64; None has all tokens.
+        start: ``[texts, Vd]`` to start from instead.
+
+    Attributes:
+        table: ``[texts, Vd]`` float64, in the order of :data:`TEXTS`.
+    """
+
+    def __init__(self, seed: int, draft_vocab: Tensor | None = None, start: Tensor | None = None) -> None:
+        super().__init__()
+        self.feature_layers = ()
+        self.draft_vocab = torch.arange(VOCAB) if draft_vocab is None else draft_vocab
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.randn(len(TEXTS), len(self.draft_vocab), generator=generator, dtype=torch.float64)
+        self.table = nn.Parameter(table if start is None else start.clone())
+
+    def log_q(self, text: Text) -> Tensor:
+        """``[Vd]`` after a text."""
+        return self.table[TEXTS.index(text)].log_softmax(-1)
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`."""
+        trees = RecordedTrees.of(batch)
+        texts: list[Text] = [()] * trees.num_rounds
+        for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
+            texts.append((*texts[parent], token))
+        index = torch.tensor([TEXTS.index(t) for t, w in zip(texts, wanted.tolist(), strict=True) if w])
+        return self.table[index.long()]
+
+    @classmethod
+    def from_target(
+        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
+    ) -> TabularDrafter:
+        """There is no real target to start from."""
+        raise NotImplementedError
+
+    def allocate(self, num_slots: int, max_length: int) -> None:
+        """It does not serve, as the rest says too."""
+        raise NotImplementedError
+
+    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """There is no text to unroll over."""
+        raise NotImplementedError
+
+    def published(self) -> dict[str, Tensor]:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
+
+    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+        """See :meth:`allocate`."""
+        raise NotImplementedError
+
+
+class TabularTarget:
+    """Logits by text; its output head is the identity, so a hidden state is the logits themselves.
+
+    Args:
+        seed: of the table.
+        temperature: that requests are served with; 0 is greedy.
+    """
+
+    def __init__(self, seed: int, temperature: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        self.table = torch.randn(len(TEXTS), VOCAB, generator=generator, dtype=torch.float64)
+        self.temperature = temperature
+
+    head = torch.eye(VOCAB, dtype=torch.float64)
+
+    def p(self, text: Text) -> Tensor:
+        """The served distribution."""
+        logits = self.table[TEXTS.index(text)]
+        if self.temperature == 0:
+            return nn.functional.one_hot(logits.argmax(), VOCAB).double()
+        return (logits / self.temperature).softmax(-1)
+
+
+class DrawnTree:
+    """Nodes of a tree, in topological order.
+
+    Args:
+        parents: −1 = root.
+        tokens: of the nodes.
+
+    Attributes:
+        texts: of each node, the tokens from the root to it.
+    """
+
+    def __init__(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
+        self.parents, self.tokens = tuple(parents), tuple(tokens)
+        self.texts: list[Text] = []
+        for parent, token in zip(parents, tokens, strict=True):
+            self.texts.append((*self.before(parent), token))
+
+    def before(self, parent: int) -> Text:
+        """The text of a node, or of the root (−1)."""
+        return () if parent < 0 else self.texts[parent]
+
+    def children(self, parent: int) -> list[int]:
+        """Nodes below a node or the root, in their order."""
+        return [i for i, above in enumerate(self.parents) if above == parent]
+
+
+def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[DrawnTree]:
+    """Every tree of these parents; ``distinct``: only those whose siblings differ."""
+    for tokens in product(range(VOCAB), repeat=len(parents)):
+        tree = DrawnTree(parents, tokens)
+        pairs = [(parent, token) for parent, token in zip(parents, tokens, strict=True)]
+        if not distinct or len(set(pairs)) == len(pairs):
+            yield tree
+
+
+def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
+    """Probability that the drafter draws the tree, with its gradient."""
+    total = torch.ones((), dtype=torch.float64)
+    for parent in {-1, *tree.parents}:
+        left = drafter.log_q(tree.before(parent)).exp()
+        for child in tree.children(parent):
+            token = tree.tokens[child]
+            total = total * left[token] / left.sum()
+            if distinct:
+                left = left * (torch.arange(VOCAB) != token)
+    return total
+
+
+def log_probs_of(drafter: TabularDrafter, tree: DrawnTree) -> list[float]:
+    """Log-probability of each node given its path, as a recording has it."""
+    return [float(drafter.log_q(text[:-1])[text[-1]].detach()) for text in tree.texts]
+
+
+def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
+    """Chance that each node is accepted, by the definition of its rule and not by the library's, with its gradient."""
+    out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
+
+    def descend(parent: int, arrived: Tensor) -> None:
+        p, q = target.p(tree.before(parent)), drafter.log_q(tree.before(parent)).exp()
+        seen: set[int] = set()
+        for child in tree.children(parent):
+            token = tree.tokens[child]
+            if rule in ("greedy", "sample_and_match"):
+                take = p[token] * (token not in seen)
+                out[child] = arrived * take
+            elif rule == "rejection" or token not in seen:
+                take = torch.clamp(p[token] / q[token], max=1)
+                out[child] = arrived * take
+                arrived = arrived * (1 - take)
+                left = (p - q).clamp(min=0)
+                p = left / left.sum().clamp(min=1e-300)
+                if rule != "rejection":
+                    q = q * (torch.arange(VOCAB) != token)
+                    q = q / q.sum().clamp(min=1e-300)
+            seen.add(token)
+            descend(child, out[child])
+
+    descend(-1, torch.ones((), dtype=torch.float64))
+    return out
+
+
+def outcomes_of(tree: DrawnTree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Tensor]]:
+    """Every set of accepted nodes, and its probability."""
+    for node in range(-1, len(tree.tokens)):
+        stays = (reached[node] if node >= 0 else torch.ones(())) - sum(reached[c] for c in tree.children(node))
+        accepted, at = [False] * len(tree.tokens), node
+        while at >= 0:
+            accepted[at], at = True, tree.parents[at]
+        yield accepted, stays.detach()
+
+
+def tree_trajectory(
+    tree: DrawnTree,
+    target: TabularTarget,
+    *,
+    rule: str,
+    mode: str = "sampled",
+    accepted: Sequence[bool] | None = None,
+    log_probs: Sequence[float] | None = None,
+    version: int = 0,
+) -> TensorDict:
+    """The trajectory of a request of one round that drafted this tree.
+
+    Args:
+        tree: what was drafted.
+        target: what judged it.
+        rule: name of the verification rule.
+        mode: draft mode.
+        accepted: of each node; None accepts none.
+        log_probs: of each node, as recorded, see :func:`log_probs_of`; None writes −1.
+        version: of the drafter.
+    """
+    count = len(tree.tokens)
+    hidden = [target.table[TEXTS.index(text)] for text in tree.texts]
+    return TensorDict(
+        {
+            "request": torch.tensor(0),
+            "spine": {
+                "tokens": torch.tensor([0, 0, 0]),
+                "prompt_length": torch.tensor(2),
+                "features": torch.zeros(2, 1, dtype=torch.float64),
+                "hidden": target.table[TEXTS.index(())][None],
+            },
+            "rounds": {
+                "anchor": torch.tensor([1]),
+                "offset": torch.tensor([0, count]),
+                "policy_version": torch.tensor([version]),
+                "cache_version": torch.tensor([version]),
+            },
+            "nodes": {
+                "tokens": torch.tensor(tree.tokens, dtype=torch.int64),
+                "parents": torch.tensor(tree.parents, dtype=torch.int64),
+                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count, dtype=torch.float64),
+                "accepted": torch.tensor(accepted if accepted is not None else [False] * count, dtype=torch.bool),
+                "hidden": torch.stack(hidden) if hidden else torch.zeros(0, VOCAB, dtype=torch.float64),
+            },
+            "sampling": {
+                "temperature": torch.tensor(target.temperature, dtype=torch.float64),
+                "top_k": torch.tensor(0),
+                "top_p": torch.tensor(1.0),
+                "seed": torch.tensor(0),
+                "rule": torch.tensor(RULE_CODES.index(rule)),
+                "draft_mode": torch.tensor(DRAFT_MODES.index(mode)),
+            },
+        },
+        batch_size=[],
+    )
+
+
+def table_gradient(drafter: TabularDrafter, value: Tensor) -> Tensor:
+    """Of a scalar in the drafter's table."""
+    (grad,) = torch.autograd.grad(value, drafter.table, retain_graph=True)
+    return grad
+
+
+def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[TensorDict], TensorDict]) -> Tensor:
+    """Mean of a loss with reduction "none" over trajectories of given probabilities."""
+    batch, weights = pack([t for t, _ in items]), torch.stack([w.detach() for _, w in items])
+    (key,) = [k for k in loss(batch).keys() if k.startswith("loss_")]
+    return (loss(batch)[key][0] * weights).sum()
+
+
+def exact_gradient(
+    drafter: TabularDrafter, target: TabularTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Expected number of accepted nodes over all trees that the drafter can draw, and its gradient in the table.
+
+    Example:
+        >>> value, gradient = exact_gradient(TabularDrafter(0), TabularTarget(0), (-1, 0), rule="sample_and_match")
+        >>> bool(0 < value < 2), gradient.shape == TabularDrafter(0).table.shape
+        (True, True)
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for tree in drawn_trees(parents, distinct):
+        total = total + chance_of(drafter, tree, distinct) * sum(reach_of(drafter, target, tree, rule))
+    return total.detach(), table_gradient(drafter, total)

@@ -1,0 +1,127 @@
+"""What objectives are checked on: a drafter with gaps, requests served with it, and a drafter that is the target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aurora_rl.envs import SamplingParams
+from aurora_rl.objectives import context_rows
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, Unroll
+from aurora_rl.testing.tiny import serve, tiny_target
+from aurora_rl.tree_index import RecordedTrees, true_chains
+
+# Rule, sampling and width; rejection holds for sampled trees only, and some objectives for chains only under it.
+_SERVED = (
+    ("sample_and_match", SamplingParams(temperature=0.7, top_p=0.9), 2),
+    ("greedy", SamplingParams(), 2),
+    ("rejection", SamplingParams(temperature=0.7, top_p=0.9), 1),
+)
+
+
+class GappyDrafter(Eagle3Drafter):
+    """EAGLE-3 of three depths, whose rows where it has no prediction can be told what to hold.
+
+    Attributes:
+        filler: such a row rises by it from token to token.
+    """
+
+    max_depth = 3
+    filler = 0.0
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`."""
+        trees = RecordedTrees.of(batch)
+        predicted = (trees.root >= 0) & (trees.depth < self.max_depth)
+        return self._filled(super().context_logits(batch, wanted), predicted[wanted])
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """See :meth:`Drafter.unroll`."""
+        logits, valid, states = super().unroll(batch, steps)
+        return Unroll(self._steps_filled(logits, valid), valid, states and self._steps_filled(states, valid))
+
+    def _steps_filled(self, steps: list[Tensor], valid: Tensor) -> list[Tensor]:
+        return [self._filled(rows, predicted) for rows, predicted in zip(steps, valid, strict=True)]
+
+    def _filled(self, rows: Tensor, predicted: Tensor) -> Tensor:
+        gap = self.filler * torch.arange(rows.shape[1], dtype=rows.dtype)
+        return torch.where(predicted[:, None], rows, gap)
+
+
+class EchoDrafter(Eagle3Drafter):
+    """Predicts what the target says, wherever and however deep.
+
+    Attributes:
+        head: ``[V, H]``, the target's output head.
+        factor: on the target's logits: 1 is the target's own law, 0 is even, −1 likes least what the target likes most.
+    """
+
+    head: Tensor
+    factor = 1.0
+
+    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+        """See :meth:`Drafter.context_logits`."""
+        rows = context_rows(batch, RecordedTrees.of(batch), wanted, ("spine", "hidden"), ("nodes", "hidden"))
+        return self._logits(self.factor * rows["hidden"])
+
+    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
+        """See :meth:`Drafter.unroll`."""
+        states = self.factor * batch["spine", "hidden"]
+        _, _, valid = true_chains(batch, steps)
+        return Unroll([self._logits(states)] * steps, valid, [states] * steps)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return states @ self.head[self.draft_vocab].T
+
+
+class Served(NamedTuple):
+    """Trajectories, and in words how they were served."""
+
+    how: str
+    trajectories: list[TensorDict]
+
+
+def gappy_drafter(parts: TargetParts, seed: int) -> GappyDrafter:
+    """For every other token, in float64, and off its start: parts of it that start at zero would hide what they do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        drafter = GappyDrafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
+        with torch.no_grad():
+            for parameter in drafter.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return drafter
+
+
+@cache
+def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
+    """Three requests of a tiny target under each of three rules: sample-and-match, greedy and, by chains, rejection.
+
+    Kept, since serving takes longer than the checks and is the same for all objectives: copy what you may change.
+
+    Args:
+        seed: of weights, prompts and completions.
+        sampled: whether trees are drawn at random under the other rules too, and not by top-k.
+    """
+    target, generator = tiny_target(), torch.Generator().manual_seed(seed)
+    drafter = gappy_drafter(TargetParts.of(target), seed)
+    prompts = [torch.randint(drafter.vocab_size, (n,), generator=generator) for n in (3, 1, 6)]
+    out = []
+    for rule, sampling, width in _SERVED:
+        mode = "sampled" if sampled or rule == "rejection" else "topk"
+        trajectories = serve(
+            drafter,
+            target,
+            prompts,
+            shape=TreeShape(drafter.max_depth, width, mode=mode),
+            max_new_tokens=8,
+            num_slots=2,
+            sampling=replace(sampling, seed=seed),
+            rule=rule,
+        )
+        out.append(Served(f"served by {rule} at temperature {sampling.temperature}", trajectories))
+    return out

@@ -1,0 +1,75 @@
+"""The same trajectory in other forms: the poorer one that engines without hidden states give, and siblings reversed."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies.drafter import log_softmax
+from aurora_rl.trajectories import TOPK_ENTRIES
+from aurora_rl.trees import depth_first
+
+
+def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> TensorDict:
+    """The trajectory with the target's likeliest tokens in place of its hidden states.
+
+    Args:
+        trajectory: with ("spine", "hidden") and ("nodes", "hidden"); stays as it is.
+        head: The target's output head; a weight ``[V, H]`` stands for a plain one.
+        k: ``K``, tokens of a row, at most ``V``.
+
+    Returns:
+        Log-probabilities are in float64 for a head in float64, and in float32 otherwise.
+
+    Example:
+        >>> import torch
+        >>> from aurora_rl.policies import MedusaDrafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
+        >>> parts = TargetParts.of(tiny_target())
+        >>> drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+        >>> topk_form(tiny_trajectory(drafter), parts.head, 4)["spine", "topk_ids"].shape
+        torch.Size([12, 4])
+    """
+    out, head = trajectory.clone(), TargetHead.like(head)
+    for part in ("spine", "nodes"):
+        log_p = log_softmax(head(out[part].pop("hidden").to(head.weight.dtype)))
+        best, ids = log_p.topk(k, dim=-1)
+        # Summed over the others: one less the sum of the best would lose a small tail to rounding.
+        tail = log_p.scatter(1, ids, -float("inf")).logsumexp(-1)
+        for name, value in zip(TOPK_ENTRIES, (ids, best, tail), strict=True):
+            out[part, name] = value
+    return out
+
+
+def siblings_reversed(trajectory: TensorDict) -> TensorDict:
+    """The same trees with siblings in reverse order."""
+    out, offset = trajectory.clone(), trajectory["rounds", "offset"].tolist()
+    for first, last in zip(offset, offset[1:], strict=False):
+        parents, count = trajectory["nodes", "parents"][first:last], last - first
+        # Nodes counted from the end keep children behind parents only depth by depth: visit them in that order.
+        order = _reversed_depth_first(parents)
+        place = torch.full((count + 1,), -1)
+        place[order] = torch.arange(count)
+        for key in ("tokens", "log_probs", "accepted", "hidden"):
+            out["nodes", key][first:last] = trajectory["nodes", key][first:last][order]
+        out["nodes", "parents"][first:last] = place[parents[order]]
+    return out
+
+
+def _reversed_depth_first(parents: Tensor) -> Tensor:
+    """Depth-first order in which children come in reverse."""
+    order = depth_first(parents).tolist()
+    children: dict[int, list[int]] = {}
+    for node in order:
+        children.setdefault(int(parents[node]), []).append(node)
+    out: list[int] = []
+
+    def visit(node: int) -> None:
+        for child in reversed(children.get(node, [])):
+            out.append(child)
+            visit(child)
+
+    visit(-1)
+    return torch.tensor(out, dtype=torch.int64)

@@ -1,0 +1,300 @@
+"""The training server: collect, learn, and publish what passes the gate."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.objectives import LossModule
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.dataset import Recording
+from aurora_rl.collectors.weights import WeightPublisher
+from aurora_rl.memory import return_freed_memory
+from aurora_rl.policies import Drafter
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.training.checkpoint import CheckpointError, load_training_state, save_training_state
+from aurora_rl.training.gate import Gate
+from aurora_rl.training.optimizers import train_step
+from aurora_rl.training.served_weights import drafts_agreed
+from aurora_rl.trajectories import pack
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_DRAFTS = 100
+
+
+class Learner:
+    """Learns from trajectories as they arrive and replays old ones in between.
+
+    Args:
+        drafter: in training, float32.
+        loss: objective on packed batches of it.
+        optimizers: over its parameters.
+        buffer: replay buffer whose samples are packed batches.
+        collector: brings trajectories.
+        publisher: takes weights.
+        gate: decides about candidates.
+        log: where steps, candidates and decisions are written.
+        serving_dtype: dtype of published weights.
+        batch_size: new trajectories of an optimizer step.
+        replay: replayed batches for each batch of new trajectories.
+        publish_every: new trajectories between two candidates.
+        max_skipped: steps in a row that may come out without a finite loss and gradient.
+        checkpoint: folder of the training state.
+        recording: takes every trajectory as it arrives; None keeps none.
+
+    Attributes:
+        seen: trajectories learned from.
+        steps: optimizer steps.
+        skipped: steps that were left out because loss or gradient were not finite.
+        unrecorded: trajectories that could not be recorded.
+        version: newest published version.
+    """
+
+    def __init__(
+        self,
+        *,
+        drafter: Drafter,
+        loss: LossModule,
+        optimizers: list[torch.optim.Optimizer],
+        buffer: ReplayBuffer,
+        collector: ZMQCollector,
+        publisher: WeightPublisher,
+        gate: Gate,
+        log: MetricsLog,
+        serving_dtype: torch.dtype,
+        batch_size: int,
+        replay: int,
+        publish_every: int,
+        max_skipped: int,
+        checkpoint: str | os.PathLike[str],
+        recording: Recording | None = None,
+    ) -> None:
+        self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
+        self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
+        self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
+        self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
+        self._max_skipped, self._skipped_in_a_row = max_skipped, 0
+        self._recording = recording
+        self._new: list[TensorDictBase] = []
+        self._credit = 0
+        self._since_candidate = 0
+        self._refusal: str | None = None
+        # The version whose drafts were compared; drafts seen of it, those of its own and those of the one before.
+        self._checked, self._drafts = 0, [0, 0, 0]
+        self._serving = self._replaced = self._frozen()
+        self.seen = self.steps = self.skipped = self.unrecorded = self.version = 0
+        self._told_unwritten = False
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """A copy of the weights as they would be served."""
+        return {
+            name: t.to(self._dtype, copy=True) if t.is_floating_point() else t.clone()
+            for name, t in self._drafter.published().items()
+        }
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from a training checkpoint; its weights are published, since an engine may have started over."""
+        progress = load_training_state(folder, self._drafter, self._optimizers)
+        if progress.get("draft_vocab") != self._draft_vocab():
+            raise CheckpointError(
+                f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
+            )
+        self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
+        self._publish(self._frozen())
+
+    def step(self, wait_s: float = 0.2) -> bool:
+        """Take what arrived, and learn from one batch. False where there was nothing to do."""
+        busy = len(self._new) >= self._batch_size or self._credit > 0
+        arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
+        if self._recording is not None:
+            for trajectory in arrivals:
+                record = functools.partial(self._recording.append, trajectory)
+                self.unrecorded += not self._try_to_write("a trajectory", record)
+        self._check_served(arrivals)
+        self._admit(self._gate.admit(arrivals))
+        self._note_refusal()
+        if self._gate.ready:
+            self._decide()
+        if self._gate.candidate is None and self._since_candidate >= self._publish_every:
+            self._since_candidate = 0
+            self._gate.offer(self._frozen())
+            self._log.write("candidate", seen=self.seen, steps=self.steps)
+        if len(self._new) >= self._batch_size:
+            batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
+            self._credit = min(self._credit + self._replay, 4 * self._replay)
+            self._train(pack(batch), new=len(batch))
+            return_freed_memory()
+        elif self._credit > 0:
+            self._credit -= 1
+            self._train(self._buffer.sample(), new=0)
+            if not self._credit:  # it may wait for long now; the next step has to ask for the pages again
+                return_freed_memory()
+        else:
+            return bool(arrivals)
+        return True
+
+    def _check_served(self, arrivals: list[TensorDictBase]) -> None:
+        """Once a version: do the drafts that it is said to have made come from it?"""
+        if self._checked == self.version or not self.version:
+            return
+        made = [
+            t
+            for t in arrivals
+            if int(t["sampling", "draft_mode"]) == 0 and bool((t["rounds", "policy_version"] == self.version).any())
+        ]
+        if not made:
+            return
+        drafted, own = drafts_agreed(self._drafter_with(self._serving), made, self.version)
+        _, old = drafts_agreed(self._drafter_with(self._replaced), made, self.version)
+        self._drafts = [total + more for total, more in zip(self._drafts, (drafted, own, old), strict=True)]
+        drafted, own, old = self._drafts
+        if drafted < _CHECKED_DRAFTS:
+            return
+        self._checked, self._replaced = self.version, self._serving
+        self._log.write("served", version=self.version, drafts=drafted, own=own, of_replaced=old)
+        if own < old:
+            logger.warning(
+                "of %d drafts said to be of version %d the weights before it explain %d and its own %d: "
+                "the engine did not load it",
+                *(drafted, self.version, old, own),
+            )
+
+    def _drafter_with(self, weights: dict[str, Tensor]) -> Drafter:
+        """A drafter as it is served with these weights."""
+        made = copy.deepcopy(self._drafter).to(self._dtype).eval().requires_grad_(False)
+        made.install(weights)
+        return made
+
+    def _admit(self, trajectories: list[TensorDictBase]) -> None:
+        if trajectories:
+            self._buffer.extend(trajectories)
+            # What the buffer has let go is not kept waiting here either: arrivals may outrun learning for long.
+            self._new = [*self._new, *trajectories][-len(self._buffer) :]
+            self._since_candidate += len(trajectories)
+
+    def _note_refusal(self) -> None:
+        refusal = self._collector.hello_error or self._publisher.error
+        if refusal != self._refusal:
+            self._refusal = refusal
+            self._log.write("refused", reason=refusal)
+
+    def _train(self, batch: TensorDictBase, *, new: int) -> None:
+        began = time.perf_counter()
+        batch = batch.to(self._drafter.draft_vocab.device)
+        try:
+            loss, out = train_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
+        except FloatingPointError as error:
+            self._skip(str(error))
+            return
+        self._skipped_in_a_row = 0
+        self.steps += 1
+        self.seen += new
+        self._log.write(
+            "train",
+            loss=round(loss, 4),
+            objectives={key: _rounded(value) for key, value in out.items()},
+            seen=self.seen,
+            steps=self.steps,
+            new=new,
+            seconds=round(time.perf_counter() - began, 3),
+            waiting=len(self._new),
+            rejected=self._collector.rejected,
+        )
+
+    def _skip(self, reason: str) -> None:
+        """Leave a step out; what is learned stays as it was before it.
+
+        Raises:
+            FloatingPointError: too many in a row; what was learned up to them is saved.
+        """
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self._log.write("step_skipped", reason=reason, steps=self.steps, skipped=self.skipped)
+        if self._skipped_in_a_row > self._max_skipped:
+            # A step that was finite itself may have led to weights that are not.
+            if all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values()):
+                self._try_to_write("the training state", self.save)
+            there = self._checkpoint.exists()
+            kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had no finite loss and gradient (the last: {reason}); "
+                f"{kept}; lower the learning rate, or set learner.max_skipped higher"
+            )
+
+    def _decide(self) -> None:
+        began, candidate = time.perf_counter(), self._gate.candidate
+        assert candidate is not None
+        decision, released = self._gate.decide(self._serving)
+        if decision.publish:
+            self._publish(candidate)
+        self._log.write(
+            "gate",
+            **asdict(decision),
+            version=self.version,
+            seconds=round(time.perf_counter() - began, 3),
+            seen=self.seen,
+            steps=self.steps,
+        )
+        self._admit(released)
+
+    def _publish(self, weights: dict[str, Tensor]) -> None:
+        # An engine may serve a version from before this learner started; versions only rise.
+        self.version = max(self.version + 1, self._publisher.next_version)
+        self._serving, self._replaced, self._drafts = weights, self._serving, [0, 0, 0]
+        self._publisher.publish(self.version, weights)
+        self._try_to_write("the training state", self.save)
+
+    def _try_to_write(self, what: str, write: Callable[[], None]) -> bool:
+        """Write what learning can go on without; log each failure, and warn of the first. False where it failed."""
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            self._log.write("not_written", what=what, reason=str(error))
+            if not self._told_unwritten:
+                logger.warning("%s was not written, and learning goes on: %s", what, error)
+            self._told_unwritten = True
+            return False
+        return True
+
+    def save(self) -> None:
+        """Write the training state, and the drafter that was published last.
+
+        Raises:
+            OSError: a folder cannot be written; the one that was there before is left as it was.
+        """
+        progress = {
+            "seen": self.seen,
+            "steps": self.steps,
+            "version": self.version,
+            "draft_vocab": self._draft_vocab(),
+        }
+        save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
+        save_drafter(self._drafter_with(self._serving), self._checkpoint / "drafter")
+
+    def _draft_vocab(self) -> str:
+        return checksum({"draft_vocab": self._drafter.draft_vocab})
+
+    def close(self) -> None:
+        """Close the wire."""
+        self._collector.shutdown()
+        self._publisher.close()
+
+
+def _rounded(value: Tensor) -> float | list[float]:
+    digits = value.detach().double().mul(1e4).round().div(1e4)
+    return digits.tolist() if digits.ndim else digits.item()

@@ -1,0 +1,1 @@
+"""Traffic: prompts from a file, and generated ones."""

@@ -1,0 +1,320 @@
+"""Traffic: where requests come from, a JSONL file or the built-in generator."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aurora_rl.envs.verification.sampling import SamplingParams
+from aurora_rl.workload.templates import POOLS, TEMPLATES
+
+Message = Mapping[str, str]
+
+_ROLES = ("system", "user", "assistant", "tool")
+# As in OpenAI's requests, which give the budget either name.
+_BUDGETS, _SAMPLING = ("max_tokens", "max_completion_tokens"), ("temperature", "top_p", "top_k", "seed")
+_KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING)
+_DOMAINS = tuple(TEMPLATES)
+
+
+class TrafficError(ValueError):
+    """Requests that cannot be served; the message names the file and line, or the setting, and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation to serve.
+
+    Attributes:
+        id: a name, unique within its traffic. The generator's begins with the name of the template.
+        domain: what the request is about; metrics are grouped by it. Empty where a file does not say.
+        messages: the first turn, each message with `role` and `content`.
+        follow_ups: what the user says next, each after the answer to the turn before.
+        max_tokens: token budget of each completion; None takes the configuration's.
+        sampling: those of temperature, top_p, top_k and seed that are other than the configuration's.
+        stop: strings that end a completion.
+    """
+
+    id: str
+    domain: str
+    messages: tuple[Message, ...]
+    follow_ups: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+
+
+# ---- from a file ------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(
+    path: str | os.PathLike[str], *, limit: int | None = None, shuffle: bool = False, seed: int = 0
+) -> list[Prompt]:
+    """Reads requests from a JSONL file.
+
+    A line is `{"messages": [{"role": ..., "content": ...}, ...]}` with, if wanted, an `id`, a `domain` and
+    `follow_ups`, a list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`,
+    `top_k`, `seed` and `stop`, a string or a list of them, count before the configuration in every turn of the line;
+    null leaves them to it. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so
+    that a run never meets a bad line half way.
+
+    Args:
+        path: the file, UTF-8.
+        limit: return this many requests at most; default all.
+        shuffle: return them in random order; a limit is then applied to the shuffled order.
+        seed: of that order.
+
+    Returns:
+        The requests. One without an id is called `line-<number>`.
+
+    Raises:
+        TrafficError: a file that is missing, unreadable or without requests, a malformed line (file and line number
+            are named), an id used twice, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise TrafficError(f"the limit on requests is {limit}; it must be 1 or more")
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise TrafficError(f"cannot read requests from {path}: {error.strerror or error}") from error
+
+    prompts: list[Prompt] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = _parse(line, number)
+            if prompt.id in seen:
+                raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
+        except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
+            raise TrafficError(f"{path}, line {number}: {error}") from error
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise TrafficError(f"{path} holds no requests")
+
+    if shuffle:
+        random.Random(seed).shuffle(prompts)
+    return prompts[:limit]
+
+
+def _parse(line: bytes, number: int) -> Prompt:
+    """Turns one line into a prompt, or raises ValueError with what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with 'messages', got {_kind(record)}")
+    # Files carry columns of their own, which are ignored; a misspelt one of ours must not be.
+    for key in record.keys() - set(_KEYS):
+        if close := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8):
+            raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("text with half a surrogate pair, which no tokenizer takes") from None
+    identifier, domain = record.get("id", f"line-{number}"), record.get("domain", "")
+    if type(identifier) not in (str, int):
+        raise ValueError(f"'id' must be a string or an integer, got {_kind(identifier)}")
+    if not isinstance(domain, str):
+        raise ValueError(f"'domain' must be a string, got {_kind(domain)}")
+    follow_ups = record.get("follow_ups", [])
+    if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
+        raise ValueError("'follow_ups' must be a list of strings that are not empty")
+    sampling = {key: record[key] for key in _SAMPLING if record.get(key) is not None}
+    SamplingParams(**sampling)  # raises for what is out of range
+    return Prompt(
+        str(identifier),
+        domain,
+        _parse_messages(record.get("messages")),
+        tuple(follow_ups),
+        _parse_budget(record),
+        sampling,
+        _parse_stop(record.get("stop")),
+    )
+
+
+def _parse_budget(record: Mapping[str, Any]) -> int | None:
+    budgets = {key: record[key] for key in _BUDGETS if record.get(key) is not None}
+    for key, budget in budgets.items():
+        if type(budget) is not int or budget < 1:
+            raise ValueError(f"{key!r} must be an integer of at least 1, got {budget!r}")
+    if len(set(budgets.values())) > 1:
+        raise ValueError(f"{' and '.join(map(repr, budgets))} differ, and are names of one budget; give one of them")
+    return next(iter(budgets.values()), None)
+
+
+def _parse_stop(value: Any) -> tuple[str, ...]:
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError("'stop' must be a string or a list of strings that are not empty")
+    return tuple(strings)
+
+
+def _parse_messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("'messages' must be a list with at least one message")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise ValueError(f"message {index} must be an object with 'role' and 'content' and nothing else")
+        if message["role"] not in _ROLES:
+            raise ValueError(f"message {index} has role {message['role']!r}; the roles are {', '.join(_ROLES)}")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"the content of message {index} must be a string, got {_kind(message['content'])}")
+    # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
+    if not value[-1]["content"].strip():
+        raise ValueError("empty prompt: the last message has no content")
+    return tuple(value)
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"a value of type {type(value).__name__}"
+
+
+# ---- from the generator -----------------------------------------------------------------------------------------
+
+
+def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
+    """Makes varied requests over five domains: code, sql, math, finance and chat.
+
+    A request is a template filled with values. No prompt repeats, the domains have equal shares and come in random
+    order, and the last quarter of the stream uses templates and values that occur nowhere before it, so acceptance
+    there says how a drafter does on requests of a kind it has not learned from.
+
+    Args:
+        num_requests: how many.
+        seed: the same seed gives the same requests.
+
+    Returns:
+        The requests; each id reads `<domain>-<template>-<position>`.
+
+    Raises:
+        TrafficError: fewer than 1, or more than can be distinct.
+
+    >>> prompts = generate(100, seed=7)
+    >>> len({prompt.messages[0]["content"] for prompt in prompts})
+    100
+    >>> prompts == generate(100, seed=7)
+    True
+    """
+    if num_requests < 1:
+        raise TrafficError(f"asked for {num_requests} requests; the number must be 1 or more")
+    most = _most_requests()
+    if num_requests > most:
+        raise TrafficError(f"asked for {num_requests} requests; the generator has {most} distinct ones at most")
+    return [filled.prompt for filled in _generate(num_requests, seed)]
+
+
+class _Filled(NamedTuple):
+    """A generated request with what it was made from."""
+
+    prompt: Prompt
+    template: str
+    values: dict[str, Any]
+
+
+class _Template:
+    """A text with fields. A field `{pool}` or `{pool2}` takes a value of that pool, `{pool.part}` a part of one.
+
+    Fields of one pool take different values, and every choice of values gives a different text.
+    """
+
+    def __init__(self, name: str, text: str, pools: Mapping[str, Sequence[Any]]) -> None:
+        self.name, self._text = name, text
+        fields = dict.fromkeys(
+            field.partition(".")[0] for _, field, _, _ in string.Formatter().parse(text) if field is not None
+        )
+
+        def pool_of(field: str) -> str:
+            return field.rstrip("0123456789")
+
+        # Pool by pool: its values and the fields that draw from it.
+        self._draws = [
+            (pools[pool], tuple(group)) for pool, group in itertools.groupby(sorted(fields, key=pool_of), key=pool_of)
+        ]
+        self.size = math.prod(math.perm(len(values), len(group)) for values, group in self._draws)
+
+    def values(self, index: int) -> dict[str, Any]:
+        """Returns choice `index` of `size`, read as a number of mixed base with a digit for each field."""
+        chosen = {}
+        for values, group in self._draws:
+            left = list(values)
+            for entry in group:
+                index, digit = divmod(index, len(left))
+                chosen[entry] = left.pop(digit)
+        return chosen
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        return self._text.format_map(values)
+
+
+def _generate(num_requests: int, seed: int) -> Iterator[_Filled]:
+    rng = random.Random(seed)
+    late = num_requests // 4
+    position = 0
+    for templates, count in ((_templates()[0], num_requests - late), (_templates()[1], late)):
+        # A random order of the domains decides who gets the odd ones of an uneven share.
+        domains = rng.sample(_DOMAINS, len(_DOMAINS))
+        part: list[tuple[str, _Template, int]] = []
+        for place, domain in enumerate(domains):
+            share = count // len(domains) + (place < count % len(domains))
+            for template, uses in _allot(share, templates[domain], rng):
+                # Indices without replacement: no text can come twice, and no draw has to be thrown away.
+                part += [(domain, template, index) for index in rng.sample(range(template.size), uses)]
+        rng.shuffle(part)
+        for domain, template, index in part:
+            values = template.values(index)
+            message = {"role": "user", "content": template.fill(values)}
+            name = f"{domain}-{template.name}"
+            yield _Filled(Prompt(f"{name}-{position:05d}", domain, (message,)), name, values)
+            position += 1
+
+
+def _allot(share: int, templates: Sequence[_Template], rng: random.Random) -> list[tuple[_Template, int]]:
+    """Shares out `share` requests among templates, evenly but for those that have fewer distinct ones to give."""
+    # Smallest first, so that what a small one cannot give is spread over all the larger ones.
+    order = sorted(rng.sample(templates, len(templates)), key=lambda template: template.size)
+    uses = []
+    for place, template in enumerate(order):
+        uses.append(min(template.size, share // (len(order) - place)))
+        share -= uses[-1]
+    return list(zip(order, uses, strict=True))
+
+
+def _most_requests() -> int:
+    """The longest stream whose first three quarters and last quarter both have distinct requests for every domain."""
+    first, last = (
+        len(_DOMAINS) * min(sum(template.size for template in group) for group in part.values())
+        for part in _templates()
+    )
+    return min(first * 4 // 3, last * 4 + 3)
+
+
+@functools.cache
+def _templates() -> tuple[dict[str, list[_Template]], dict[str, list[_Template]]]:
+    """The templates of every domain, those of the first three quarters and those of the last."""
+    first, last = (
+        {
+            domain: [
+                _Template(name, text, {pool: halves[half] for pool, halves in POOLS.items()})
+                for name, text in groups[half].items()
+            ]
+            for domain, groups in TEMPLATES.items()
+        }
+        for half in (0, 1)
+    )
+    return first, last

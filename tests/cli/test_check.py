@@ -1,0 +1,115 @@
+"""What `aurora-rl check` says of models that are served, served otherwise, and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from aurora_rl.cli.check import _size, check_model
+from aurora_rl.cli.config import load_config
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def save(model: PreTrainedModel, tiny_folder: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return folder
+
+
+def report(model: Path, *overrides: str) -> tuple[bool, list[str]]:
+    lines: list[str] = []
+    pairs = [f"model={model}", "device=cpu", "dtype=float32", "engine.max_length=64", "drafter.vocab_size=64"]
+    return check_model(load_config(overrides=[*pairs, *overrides]), lines.append), lines
+
+
+def test_a_model_that_is_served(tiny_folder: Path) -> None:
+    served, lines = report(tiny_folder)
+    text = "\n".join(lines)
+    assert served
+    assert "LlamaForCausalLM, float32 on cpu" in text
+    assert "exact in the fused form: logits differ by" in text
+    for name in ("dflash", "eagle", "eagle3", "hybrid", "medusa", "ngram", "standalone"):
+        assert f"{name} starts: " in text
+    # 2 slots of 64 + 64 columns, 3 layers of keys and values of 2 heads of 8 in 4 bytes: 2 * 128 * 3 * 2 * 16 * 4 bytes
+    assert "96 KiB of keys and values for 2 slots of 64 tokens" in text
+    assert sum("ms plain" in line for line in lines) == 2
+    assert lines[-1].startswith("round        of more slots is taken to cost no less")
+    # An embedding and a head of 300 and a layer of 32: tens of thousands of weights.
+    assert any(re.search(r"eagle3 starts: \d\dk weights", line) for line in lines)
+
+
+def test_rounds_are_timed_with_the_processors_that_serving_applies(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "penalty"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+    applied: list[int] = []
+    penalty = RepetitionPenaltyLogitsProcessor.__call__
+    monkeypatch.setattr(
+        RepetitionPenaltyLogitsProcessor, "__call__", lambda self, *args: applied.append(1) or penalty(self, *args)
+    )
+    served, lines = report(folder, "drafter.name=ngram")
+    assert served and applied
+    assert "generation   the processors of generation_config are applied at every node" in lines
+
+
+def test_a_context_that_is_shorter_than_the_slots(tiny_folder: Path) -> None:
+    served, lines = report(tiny_folder, "drafter.name=ngram", "engine.max_length=513")
+    assert not served
+    assert "engine.max_length=513 exceeds the context of model" in lines[-1]
+    assert lines[-1].endswith("; set engine.max_length=512 or less")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (2000, "2.0 KiB"), (98304, "96 KiB"), (2**20, "1.0 MiB"), (300 * 2**30, "300 GiB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert _size(count) == text
+
+
+def test_a_form_that_disagrees_is_named(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    folder = save(GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=8)), tiny_folder, tmp_path / "gemma")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *rest, **more: 0 * query)
+    served, lines = report(folder, "drafter.name=ngram")
+    assert served
+    assert any("fused form switched off: its logits differ by" in line for line in lines)
+    assert any("exact in the eager form" in line for line in lines)
+
+
+def test_a_model_that_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    config = Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"])
+    served, lines = report(save(Lfm2ForCausalLM(config), tiny_folder, tmp_path / "lfm2"))
+    assert not served
+    assert lines[-1].startswith("engine       refused: Lfm2ForCausalLM has layers of the kind conv")
+    assert lines[-1].endswith("serve it with engine.name=sglang")
+
+
+def test_a_generation_config_that_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "guided"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"guidance_scale": 2.0}))
+    served, lines = report(folder, "drafter.name=ngram")
+    assert not served and any(line.startswith("generation   refused: ") for line in lines)
+    assert report(folder, "drafter.name=ngram", "generation_config=ignore")[0]

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_rl.cli.config import Config, ConfigError, load_config, to_yaml
+
+
+def keys(config: Any, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        found += keys(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return found
+
+
+def test_the_keys_are_frozen() -> None:
+    """A key is a promise to users: add one here on purpose, and describe it in the documentation."""
+    assert keys(Config()) == [
+        *("model", "device", "dtype"),
+        *("engine.name", "engine.slots", "engine.max_length", "engine.threads"),
+        *("engine.url", "engine.control", "engine.arguments", "engine.capture_rate"),
+        *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
+        *("max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed"),
+        *("drafter.name", "drafter.options", "drafter.path", "drafter.made_for"),
+        *("drafter.vocab_size", "drafter.feature_layers"),
+        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.mode", "drafter.adaptive"),
+        *("control.share", "control.window"),
+        *("wire.trajectories", "wire.weights", "wire.queue"),
+        "objectives",
+        *("learner.threads", "learner.nice", "learner.batch_size", "learner.replay", "learner.buffer"),
+        *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
+        *("learner.resume", "learner.record"),
+        *("gate.requests", "gate.margin"),
+        "run_dir",
+    ]
+
+
+def test_pairs_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("engine: {slots: 3, threads: 2}\nmodel: here\ndrafter: {feature_layers: [1, 2]}\n")
+    config = load_config(file, ["engine.slots=5", "traffic.limit=7", "drafter.path=null"])
+    assert (config.engine.slots, config.engine.threads, config.model) == (5, 2, "here")
+    assert config.drafter.feature_layers == [1, 2]
+    assert config.traffic.limit == 7
+    assert config.engine.max_length == Config().engine.max_length
+
+
+def test_what_is_printed_loads_back_equal(tmp_path: Path) -> None:
+    config = load_config(overrides=["drafter.feature_layers=[0,2]", "run_dir=a b", "learner.adam_lr=3e-4", "seed=4"])
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml") == config
+    (tmp_path / "defaults.yaml").write_text(to_yaml(Config()))
+    assert load_config(tmp_path / "defaults.yaml") == Config() == load_config()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/tmp/my run #1",
+        "1e5",
+        "007",
+        "12:30:45",
+        "yes",
+        "&a",
+        "[",
+        "{a: b}",
+        "a=b",
+        " x ",
+        "null and more",
+        "$x",
+        "a?b",
+        "C:\\x",
+    ],
+)
+def test_a_string_takes_the_text_as_it_stands(tmp_path: Path, text: str) -> None:
+    config = load_config(overrides=[f"traffic.path={text}", f"model={text}", f"run_dir={text}"])
+    assert config.traffic.path == config.model == config.run_dir == text
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml") == config
+
+
+def test_a_string_may_name_other_keys() -> None:
+    config = load_config(overrides=["run_dir=runs/${drafter.name}-${seed}/a", "drafter.name=ngram", "seed=7"])
+    assert config.run_dir == "runs/ngram-7/a"
+
+
+def test_null_lists_and_mappings_are_read_as_yaml(tmp_path: Path) -> None:
+    pairs = ["traffic.path=null", "model=null", "engine.arguments=[--a, b]", "drafter.options={learned: eagle3, n: 3}"]
+    config = load_config(overrides=pairs)
+    assert (config.traffic.path, config.model, config.engine.arguments) == (None, "null", ["--a", "b"])
+    assert config.drafter.options == {"learned": "eagle3", "n": 3}
+
+
+def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
+    text = to_yaml(load_config(overrides=["run_dir=here", "seed=4"]), run_dir=False)
+    assert "run_dir" not in text
+    (tmp_path / "saved.yaml").write_text(text)
+    assert load_config(tmp_path / "saved.yaml") == load_config(overrides=["seed=4"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [
+        ("drafter=eagle3", "unknown key 'drafter' in drafter=eagle3; did you mean 'drafter.name=eagle3'[?]"),
+        ("learner.buffer=3", "learner.buffer=3 is less than learner.batch_size=4, .*set learner.buffer=4 or more"),
+        ("learner.batch_size=2001", "learner.buffer=2000 is less than learner.batch_size=2001"),
+        ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
+        ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
+        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name=2'?"),
+        ("engine.slots.more=2", "unknown key 'engine.slots.more' in engine.slots.more=2; did you mean 'engine.slots'?"),
+        ("engine.slots", "expected key=value, got 'engine.slots'; for example engine.slots=2"),
+        ("engine.slots=two", "engine.slots=two: Value 'two' of type 'str' could not be converted to Integer"),
+        ("engine.slots=null", "engine.slots=null: Incompatible value 'None'"),
+        ("drafter.options=[1]", r"drafter.options=\[1\]: "),
+        ("drafter.feature_layers=[1,1]", r"drafter.feature_layers must rise, .* got \[1, 1\]"),
+        ("engine.slots=0", "engine.slots must be at least 1, got 0"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("traffic.limit=0", "traffic.limit must be at least 1 or null, got 0"),
+        ("control.share=1", r"control.share must lie in \[0, 1\), got 1.0"),
+        ("learner.max_skipped=0", r"learner.max_skipped must be at least 1, got 0"),
+        ("learner.nice=20", "learner.nice must lie in 0..19, got 20"),
+        ("learner.replay=-1", "learner.replay must not be negative, got -1"),
+        ("learner.muon_lr=nan", "learner.muon_lr must not be negative, got nan"),
+        ("temperature=-1", "sampling needs temperature >= 0.*got -1.0, 0, 1.0"),
+        ("temperature=nan", "sampling needs temperature >= 0.*got nan, 0, 1.0"),
+        ("top_p=0", "sampling needs"),
+        ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
+        ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
+        ("drafter.made_for=mine", "drafter.made_for must be target or any, got 'mine'"),
+        ("engine.name=vllm", "engine.name must be transformers or sglang, got 'vllm'"),
+        ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
+        ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
+        ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
+        ("drafter.options=[", r"drafter.options=\[: not a valid value"),
+        ("model=${nowhere}", r"model=\$\{nowhere\}: .* such as \$\{model\}, got '\$\{nowhere\}'"),
+        ("model=${engine}", r"model=\$\{engine\}: .*, got '\$\{engine\}'"),
+        ("model=${oc.env:HOME}", r"model=\$\{oc.env:HOME\}: .*, got '\$\{oc.env:HOME\}'"),
+        ("run_dir=a${b", r"run_dir=a\$\{b: .*, got '\$\{b'"),
+        ("run_dir=x${y", r"run_dir=x\$\{y: .*, got '\$\{y'"),
+        ("run_dir=${model}/${", r"run_dir=\$\{model\}/\$\{: .*, got '\$\{'"),
+        (r"run_dir=a\${model}", r"run_dir=a\\\$\{model\}: .*, got '\$\{model\}'"),
+        ("run_dir=${run_dir}", "Recursive interpolation detected .*run_dir"),
+        ("model=???", r"model=\?\?\? in .*: \?\?\? stands for no value"),
+        ("run_dir=???", r"run_dir=\?\?\? in .*: \?\?\? stands for no value"),
+        ("engine.slots=???", r"engine.slots=\?\?\? in .*: \?\?\? stands for no value"),
+        ("drafter.options=???", r"drafter.options=\?\?\? in .*: \?\?\? stands for no value"),
+        ("wire.weights=tcp://127.0.0.1:99999", "wire.weights=tcp://127.0.0.1:99999: a port lies in 1..65535"),
+    ],
+)
+def test_one_clear_error(pair: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(overrides=[pair])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wrong"),
+    [
+        (["engine.url=http://host:30000"], "engine.url and engine.control go together"),
+        (["engine.control=tcp://host:1"], "engine.url and engine.control go together"),
+        (["engine.url=http://host:30000", "engine.control=tcp://host:1"], "attaches to a running.*set drafter.path"),
+        (["drafter.mode=sampled", "drafter.name=eagle3"], "drafter.mode=topk, got 'sampled'"),
+    ],
+)
+def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(overrides=["engine.name=sglang", *pairs])
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("engine: [", "run.yaml is not valid YAML: while parsing"),
+        ("- engine", "run.yaml must hold a mapping of keys, got a ListConfig"),
+        ("engine: {slotz: 1}", "unknown key 'engine.slotz' in .*run.yaml; did you mean 'engine.slots'?"),
+        ("model: ???", r"model=\?\?\? in .*run.yaml: \?\?\? stands for no value"),
+        ("engine: {slots: many}", "run.yaml: Value 'many' of type 'str' could not be converted to Integer"),
+        (b"\xff\xfe\x00", "cannot read the configuration file .*run.yaml|run.yaml is not valid YAML"),
+        (None, "cannot read the configuration file .*run.yaml.*No such file"),
+    ],
+)
+def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str | bytes | None, wrong: str) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=wrong):
+        load_config(file)
+
+
+def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "run.yaml") == Config()

@@ -1,0 +1,111 @@
+"""What the serving half of a run does with a model's generation config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.cli.engines import serving
+from aurora_rl.envs import Completion
+from aurora_rl.telemetry.log import MetricsLog
+
+BUDGET = 24
+Serve = Callable[..., tuple[list[list[int]], list[list[int]]]]
+
+
+@pytest.fixture
+def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
+    """Serves three prompts with fields in generation_config.json; the texts, and those of `generate`."""
+
+    def run(fields: dict[str, Any], *pairs: str) -> tuple[list[list[int]], list[list[int]]]:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder)
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        config = load_config(
+            overrides=[
+                *(f"model={folder}", "device=cpu", "dtype=float32", "drafter.name=ngram", "drafter.depth=3"),
+                *("engine.slots=2", "engine.max_length=256", "traffic.requests=3", "drafter.adaptive=false"),
+                *(
+                    f"max_new_tokens={BUDGET}",
+                    f"wire.trajectories=ipc://{tmp_path}/t",
+                    f"wire.weights=ipc://{tmp_path}/w",
+                ),
+                *pairs,
+            ]
+        )
+        target = spec.load(config)
+        requests = spec.conversations(config, target, spec.check(config))
+        made, model, done = spec.drafter(config, target, []), copy.deepcopy(target.model), []
+
+        def keep(completion: Completion) -> str:
+            done.append(completion)
+            return "domain"
+
+        requests.completed = keep  # type: ignore[method-assign]
+        half = serving(config, target, requests, made, MetricsLog(tmp_path / "metrics.jsonl", "test"), tmp_path)
+        try:
+            while half.server.step():
+                pass
+        finally:
+            half.close()
+        done.sort(key=lambda completion: completion.request.id)
+        generated = [
+            model.generate(
+                c.request.prompt[None],
+                attention_mask=c.request.prompt[None] * 0 + 1,
+                max_new_tokens=BUDGET,
+                do_sample=False,
+                pad_token_id=0,
+            )[0, len(c.request.prompt) :].tolist()
+            for c in done
+        ]
+        return [completion.tokens.tolist() for completion in done], generated
+
+    return run
+
+
+PENALTY = {"repetition_penalty": 1.5, "min_new_tokens": 5}
+
+
+def test_the_models_generation_config_is_served(serve: Serve) -> None:
+    texts, generated = serve(PENALTY)
+    assert len(texts) == 3 and texts == generated
+
+
+def test_ignore_serves_raw_logits(serve: Serve) -> None:
+    texts, generated = serve(PENALTY, "generation_config=ignore")
+    assert len(texts) == 3 and texts != generated
+
+
+def test_float16_is_served(serve: Serve) -> None:
+    texts, generated = serve({}, "dtype=float16", "drafter.name=eagle3", "drafter.vocab_size=64")
+    assert [len(text) for text in texts] == [len(text) for text in generated] and all(texts)
+    assert texts[0][:4] == generated[0][:4]  # further on, near-ties may fall the other way
+
+
+@pytest.mark.parametrize(
+    ("fields", "pairs", "wrong"),
+    [
+        ({"guidance_scale": 2.0}, [], r"model=\S+: .* sets guidance_scale=2.0, .*generation_config=ignore"),
+        ({"min_p": 0.1}, ["temperature=0.5"], r"model=\S+: temperature 0.5 with min_p=0.1 of the model's"),
+        (
+            {"repetition_penalty": 1.1, "top_p": 0.8},
+            ["engine.name=sglang", "drafter.name=eagle3", "drafter.feature_layers=[1,2]"],
+            r"model=\S+: its generation config sets repetition_penalty=1.1, and SGLang .*generation_config=ignore",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_it_starts(
+    serve: Serve, fields: dict[str, Any], pairs: list[str], wrong: str
+) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        serve(fields, *pairs)

@@ -1,0 +1,621 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from aurora_rl.cli import engines as serving
+from aurora_rl.cli import main as cli
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.envs import Completion
+from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
+from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.telemetry.report import EMPTY_SUMMARY
+
+FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
+QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
+SERVED = FILES | {"answers.jsonl", "drafter"}
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Of a short run on the tiny model, on ports of its own, in `tmp_path / "run"`."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in (one, two)]
+    return [
+        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0"),
+        *("max_new_tokens=8", "traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
+        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
+    ]
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+# ---- the whole loop -------------------------------------------------------------------------------------------------
+
+
+def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Path) -> None:
+    pairs = [
+        *(
+            "traffic.requests=96",
+            "learner.publish_every=4",
+            "learner.batch_size=4",
+            "gate.requests=3",
+            "learner.replay=1",
+        ),
+        *("gate.margin=9", "control.share=0.3", "control.window=6", "drafter.adaptive=false"),
+    ]
+    command = [sys.executable, "-m", "aurora_rl.cli.main", "flywheel", *arguments, *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    run = tmp_path / "run"
+    assert done.returncode == 0, done.stderr + (run / "learner.log").read_text()
+    assert done.stderr == ""
+    assert "96 (0 failed)" in done.stdout
+
+    figures = summary(run)
+    assert list(figures) == list(EMPTY_SUMMARY)
+    assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
+    assert figures["swaps"] >= 1
+    assert len(figures["versions_served"]) == figures["swaps"] + 1
+    assert figures["versions_served"] == sorted(set(figures["versions_served"]))
+    assert figures["versions_served"][0] == 0
+    assert 0 < figures["swap_ms"]["p50"] <= figures["swap_ms"]["max"]
+    assert 1 <= figures["acceptance_length"]["first"] <= 5
+    assert 1 <= figures["acceptance_length"]["last"] <= 5
+    rates = figures["tokens_per_second"]
+    assert rates["speculative"] > 0
+    if figures["speedup"] is not None:
+        assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["control"], rel=1e-3)
+    assert 1 < figures["duration_s"] < 120
+
+    assert {path.name for path in run.iterdir()} == SERVED | {"drafter-day0", "learner", "learner.log", "learner.yaml"}
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {path.name for path in (run / "drafter").iterdir()} == {"config.json", "model.safetensors"}
+    again = load_config(run / "config.yaml")
+    # The saved configuration starts another run, in a folder of its own.
+    assert again == replace(load_config(overrides=[*arguments, *pairs]), run_dir=None)
+    assert not any("run_dir" in (run / name).read_text() for name in ("config.yaml", "learner.yaml"))
+
+    (ready,) = events(run, "learner_ready")
+    assert not Path(f"/proc/{ready['pid']}").exists()
+    requests = events(run, "request")
+    assert sorted(event["request"] for event in requests) == list(range(96))
+    assert {version for event in requests for version in event["versions"]} <= set(figures["versions_served"])
+    assert all(0 <= event["coverage"] <= 1 for event in requests)
+    gates, swaps = events(run, "gate"), events(run, "swap")
+    assert {event["version"] for event in swaps} <= {event["version"] for event in gates if event["publish"]}
+    status = events(run, "status")[-1]
+    assert (status["requests"], status["dropped"]) == (96, 0)
+    assert status["version"] == figures["versions_served"][-1]
+    assert status["learner"] == "running"
+    (over,) = events(run, "learner_done")
+    assert over["seen"] > 0
+    assert "Warning" not in (run / "learner.log").read_text()
+
+
+def test_a_drafter_that_fails_before_serving_starts_leaves_plain_serving(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no ideas at all")
+
+    monkeypatch.setattr(NgramDrafter, "propose", fails)
+    assert cli.main(["serve", *arguments, "drafter.name=ngram"]) == 0
+    run = tmp_path / "run"
+    (fault,) = events(run, "drafter_fault")
+    assert fault["request"] is None and "NgramDrafter failed: RuntimeError('no ideas at all')" in fault["fault"]
+    assert "every request is served without the drafter: NgramDrafter failed" in caplog.text
+    assert (summary(run)["requests"], summary(run)["failed"], summary(run)["drafter_faults"]) == (6, 0, 1)
+    assert {event["speculative_rounds"] for event in events(run, "request")} == {0}
+
+
+def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no ideas at all")
+
+    monkeypatch.setattr(MedusaDrafter, "propose", fails)
+    assert cli.main(["serve", *arguments]) == 0
+    run = tmp_path / "run"
+    (fault,) = events(run, "drafter_fault")
+    assert fault["request"] is None and "no ideas at all" in fault["fault"]
+    assert (summary(run)["requests"], summary(run)["failed"], summary(run)["drafter_faults"]) == (6, 0, 1)
+    assert any(event["accepted"] for event in events(run, "request"))  # rounds by accepted drafts, where there were any
+
+
+def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", *arguments]) == 0
+    figures = summary(tmp_path / "run")
+    assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
+    assert figures["dropped_trajectories"] == 6
+    assert events(tmp_path / "run", "status")[-1]["queue"] == 6
+    assert "written to" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
+
+
+# ---- configuration and errors ---------------------------------------------------------------------------------------
+
+
+def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("engine: {slots: 3}\n")
+    pairs = ["seed=5", "drafter.feature_layers=[1,2]"]
+    assert cli.main(["flywheel", "--config", str(tmp_path / "mine.yaml"), "--print-config", *pairs]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "printed.yaml") == load_config(tmp_path / "mine.yaml", pairs)
+
+
+@pytest.mark.parametrize("command", ["flywheel", "serve"])
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [
+        ("engine.slot=1", "unknown key 'engine.slot' in engine.slot=1; did you mean 'engine.slots'?"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("model=/no/model", "cannot load model '/no/model': no such folder"),
+        ("model={broken}", "cannot load model"),
+        ("traffic.path=/no/file", "cannot read requests from /no/file: No such file or directory"),
+        ("traffic.path={lines}", "line 2: not JSON: Expecting value at column 15"),
+        ("traffic.path={blank}", "line 1: empty prompt: the last message has no content"),
+        ("engine.max_length=50", "that exceeds engine.max_length=50"),
+        ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
+        ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),
+        ("run_dir={lines}", "cannot be used: File exists"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, pair: str, wrong: str
+) -> None:
+    good = '{"messages": [{"role": "user", "content": "Hi"}]}'
+    files = {"lines": tmp_path / "lines.jsonl", "blank": tmp_path / "blank.jsonl", "broken": tmp_path / "broken"}
+    files["lines"].write_text(good + '\n{"messages": [')
+    files["blank"].write_text(good.replace("Hi", " "))
+    files["broken"].mkdir()
+    (files["broken"] / "config.json").write_text('{"model_type": "llama"')
+    assert cli.main([command, *arguments, pair.format(**files)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aurora-rl: ")
+    assert wrong in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = next(a.partition("=")[2] for a in arguments if a.startswith("wire.weights"))
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+        assert cli.main(["learn", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aurora-rl: {address} is in use;")
+    assert "set wire.weights to another address" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "learner.log").write_text("loading\naurora-rl: tcp://here is in use\n")
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
+        with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
+            cli._await_learner(child, tmp_path, MetricsReader(tmp_path / "metrics.jsonl"))
+
+
+def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--slots", "2"], ["--slots=2"], ["--engine.slots", "2"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(["serve", *option])
+        assert error.value.code == 2
+        assert "keys are set without dashes, such as engine.slots=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["flywheel", "serve", "learn"])
+def test_a_folder_that_holds_something_is_refused_and_left_alone(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setattr(spec, "load", lambda config: pytest.fail("a model was loaded"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("of an earlier run")
+    assert cli.main([command, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run_dir={str(tmp_path / 'run')!r} is not empty" in line and "name a new folder" in line
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of an earlier run"]
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.time, "strftime", lambda form: "20300101-000000")
+    folders = [cli._new_run_dir(load_config(), "config.yaml") for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
+
+
+def test_every_completed_request_is_answered_in_a_file(
+    arguments: list[str], tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        {"id": "a", "domain": "greetings", "messages": [{"role": "user", "content": "Hi"}], "follow_ups": ["And?"]},
+        {"id": "b", "messages": [{"role": "user", "content": "Count"}]},
+    ]
+    (tmp_path / "traffic.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    completions, completed = {}, InferenceServer.completed
+
+    def noted(server: InferenceServer, completion: Completion) -> None:
+        completions[completion.request.id] = completion
+        completed(server, completion)
+
+    monkeypatch.setattr(InferenceServer, "completed", noted)
+    assert cli.main(["serve", *arguments, *QUICK, f"traffic.path={tmp_path / 'traffic.jsonl'}"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert sorted((a["prompt"], a["turn"]) for a in answers) == [("a", 1), ("a", 2), ("b", 1)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for answer in answers:
+        completion = completions[answer["request"]]
+        assert answer == {
+            "request": answer["request"],
+            "prompt": answer["prompt"],
+            "domain": answer["domain"],
+            "turn": answer["turn"],
+            "text": tokenizer.decode(completion.tokens, skip_special_tokens=True),
+            "finish_reason": "stop" if completion.terminated else "length",
+            "tokens": len(completion.tokens),
+        }
+    assert {a["domain"] for a in answers if a["prompt"] == "a"} == {"greetings"}
+    assert {(a["finish_reason"], a["tokens"]) for a in answers} >= {("length", 8)}
+
+
+# ---- what cannot be written -----------------------------------------------------------------------------------------
+
+
+def test_an_output_that_fails_does_not_lose_the_others(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(serving, "save_drafter", full)
+    monkeypatch.setattr(cli, "write_summary", full)
+    assert cli.main(["serve", *arguments, *QUICK]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "aurora-rl: drafter could not be written: No space left on device",
+        "aurora-rl: summary.json could not be written: No space left on device",
+    ]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "summary.json"}
+
+
+def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = InferenceServer.summary
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def summary_then_full(server: InferenceServer, **figures: Any) -> dict[str, Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        return served(server, **figures)
+
+    monkeypatch.setattr(InferenceServer, "summary", summary_then_full)
+    try:
+        assert cli.main(["serve", *arguments, *QUICK]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    errors = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'drafter'} cannot be written" in errors and "report.png could not be" in errors
+    assert summary(tmp_path / "run")["requests"] == 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "report.png"}
+
+
+# ---- what is printed, and where -------------------------------------------------------------------------------------
+
+
+def test_names_and_peers_texts_are_shown_as_they_are(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = "hello mismatch: target is [/x] :x: [bold]"
+    monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
+    monkeypatch.setattr(cli, "every", lambda seconds, action: action)
+    run = tmp_path / "[fp16]" / "[/b]"
+    assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"run folder {run}")  # on one line, however long
+    assert refused in lines
+    status = [line for line in lines if line.startswith("requests ")]
+    assert status and all(f"learner {refused} |" in line and "gate" in line for line in status)
+
+
+def test_an_output_without_the_characters_gets_plain_ones(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    assert cli.main(["serve", *arguments, *QUICK]) == 0
+    text = raw.getvalue().decode("ascii")
+    assert "acceptance length, first -> last tenth" in text
+    assert "6 (0 failed)" in text
+
+
+def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aurora_rl.cli.main", "serve", *arguments, *QUICK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"loading")
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(60), errors) == (0, b"")
+    assert summary(tmp_path / "run")["requests"] == 6
+
+
+def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aurora_rl.cli.main", "serve", *arguments, *QUICK]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=60).returncode == 0
+    assert summary(tmp_path / "run")["requests"] == 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
+
+
+def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "profile.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "aurora_rl").mkdir()
+    (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    child = cli._spawn(load_config(overrides=arguments), tmp_path / "run")
+    try:
+        cli._await_learner(child, tmp_path / "run", MetricsReader(tmp_path / "run" / "metrics.jsonl"))
+    finally:
+        cli._end(child, tmp_path / "run")
+    assert child.returncode == 0
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_raise_once_while_starting() -> None:
+    stop = cli._Stop()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    interrupt()
+    assert stop.requested
+
+
+def test_signals_are_held_while_a_child_is_made() -> None:
+    stop, after = cli._Stop(), []
+    with pytest.raises(KeyboardInterrupt), stop.held():
+        interrupt()
+        after.append("made")
+    assert after == ["made"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_are_noted_while_working_and_a_second_one_raises(name: str) -> None:
+    code = f"""
+import signal
+from aurora_rl.cli import main as cli
+signal.signal(signal.{name}, signal.SIG_DFL)  # whoever started the tests may have had it ignored
+stop = cli._Stop()
+stop.working = True
+signal.raise_signal(signal.{name})
+print("noted" if stop.requested else "lost")
+try:
+    signal.raise_signal(signal.{name})
+except KeyboardInterrupt:
+    print("raised")
+"""
+    # In a process of its own, which a signal that nobody handles may end.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "noted\nraised\n", "")
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and where it is taken nevertheless, it only sets a flag
+    stop = cli._Stop()
+    stop.working = True
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
+
+
+def test_signals_do_nothing_while_ending() -> None:
+    stop = cli._Stop()
+    stop.ignore()
+    interrupt()
+    assert not stop.requested
+
+
+def test_ctrl_c_while_loading(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(spec, "load", lambda config: interrupt())
+    assert cli.main(["flywheel", *arguments]) == 130
+    assert summary(tmp_path / "run") == EMPTY_SUMMARY | {"duration_s": summary(tmp_path / "run")["duration_s"]}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_ctrl_c_while_serving(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    times: int,
+) -> None:
+    step, rounds = InferenceServer.step, iter(range(1000))
+
+    def stepped(server: InferenceServer) -> bool:
+        if next(rounds) == 20:
+            for _ in range(times):
+                interrupt()
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    assert cli.main(["serve", *arguments]) == 130
+    assert 0 < summary(tmp_path / "run")["requests"] < 6
+    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
+
+
+def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, rounds = InferenceServer.step, iter(range(1000))
+
+    def stepped(server: InferenceServer) -> bool:
+        if next(rounds) == 20:
+            raise ValueError("a bug")
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    assert cli.main(["serve", *arguments]) == 1
+    run = tmp_path / "run"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "aurora-rl: RuntimeError: serving stopped: ValueError: a bug; the traceback is in "
+        f"{run / 'serve-traceback.txt'}"
+    )
+    assert 'raise ValueError("a bug")' in (run / "serve-traceback.txt").read_text()
+    assert summary(run)["requests"] > 0
+    assert {path.name for path in run.iterdir()} == SERVED | {"serve-traceback.txt"}
+
+
+def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(spec, "load", lambda config: {}["missing"])
+    pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
+    assert cli.main(["export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    start, _, path = line.partition("; the traceback is in ")
+    assert start == "aurora-rl: KeyError: 'missing'"
+    assert Path(path).is_relative_to(tmp_path) and "Traceback" in Path(path).read_text()
+
+
+def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_END_S", 0.2)
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert cli._end(child, Path("r")) == "the learner did not end within 0 s and was killed; see r/learner.log"
+        assert child.returncode == -signal.SIGKILL
+    assert cli._end(child, Path("r")) is None  # nothing to do any more
+
+
+def test_the_state_of_the_learner() -> None:
+    config = load_config()
+    assert cli._learner_state(None, Path("r"), config) == "any at tcp://127.0.0.1:5558"
+    running: Any = SimpleNamespace(poll=lambda: None)
+    assert cli._learner_state(running, Path("r"), config) == "running"
+    dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
+    assert "died with status -9, serving goes on; see r/learner.log" in cli._learner_state(dead, Path("r"), config)
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def export(drafter: Path, out: Path, *more: str) -> int:
+    return cli.main(["export", "--drafter", str(drafter), "--out", str(out), *more])
+
+
+def test_export_writes_what_an_engine_reads_and_reads_it_back(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
+    target = spec.load(config)
+    # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
+    for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
+        config.drafter.feature_layers = layers
+        save_drafter(spec.drafter(config, target, []), tmp_path / "ours")
+        there, back = tmp_path / layout, tmp_path / f"from-{layout}"
+        assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
+        assert export(there, back, "--from", layout, "--to", again, *pairs) == 0
+        assert load_file(back / "model.safetensors").keys() == load_file(tmp_path / "ours" / "model.safetensors").keys()
+        for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
+            assert torch.equal(load_file(back / "model.safetensors")[name], tensor)
+    assert f"Eagle3Drafter for {tiny_folder} written to {tmp_path / 'vllm'} (vllm)" in capsys.readouterr().out
+
+
+def test_export_of_a_class_that_the_library_does_not_know(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other_heads.py").write_text(
+        "from aurora_rl.policies import MedusaDrafter\nclass OtherHeads(MedusaDrafter):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    named = [*pairs, "drafter.name=other_heads:OtherHeads"]
+    config = load_config(overrides=[*named, "drafter.vocab_size=64"])
+    save_drafter(spec.drafter(config, spec.load(config), []), tmp_path / "ours")
+    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
+    assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
+    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    assert "OtherHeads for" in capsys.readouterr().out
+    under = [*pairs, "drafter.options={learned: other_heads:OtherHeads}"]  # as a run's configuration names it
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *under) == 0
+    assert (
+        load_file(tmp_path / "here" / "model.safetensors").keys()
+        == load_file(tmp_path / "vllm" / "model.safetensors").keys()
+    )
+    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
+    assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
+        (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
+        (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
+    ],
+)
+def test_export_says_what_it_cannot_do(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
+    save_drafter(spec.drafter(config, spec.load(config), []), tmp_path / "ours")
+    drafter, out, *rest = arguments
+    drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
+    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
+    assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()

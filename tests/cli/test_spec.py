@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.collectors.dataset import Recording
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.training.checkpoint import CheckpointError
+from aurora_rl.workload.traffic import TrafficError, generate
+
+
+@pytest.fixture(scope="module")
+def ports() -> list[str]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+
+
+@pytest.fixture
+def config(tiny_folder: Path, ports: list[str]) -> Config:
+    return load_config(
+        overrides=[
+            *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+            *("engine.max_length=256", "max_new_tokens=8", "traffic.requests=5"),
+            *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def target(tiny_folder: Path) -> spec.Target:
+    return spec.load(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"]))
+
+
+@contextlib.contextmanager
+def learner(config: Config, folder: Path) -> Iterator[object]:
+    made = spec.learner(config, MetricsLog(folder / "metrics.jsonl", "learner"), folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+SAMPLED = ("drafter.name=eagle3", "drafter.mode=sampled")
+OBJECTIVES = {
+    "none": (("objectives=[]",), "objectives is empty; name at least one"),
+    "unknown": (("objectives=[{name: imitaton}]",), "no objective is called 'imitaton'; did you mean 'imitation'"),
+    "unknown setting": (("objectives=[{name: discard, lambda: 1}]",), "objective 'discard' has no setting 'lambda'"),
+    "divergence": (
+        ("objectives=[{name: imitation, divergence: forwardkl}]",),
+        "objectives: objective 'imitation': no divergence is called 'forwardkl'; did you mean 'forward_kl'",
+    ),
+    "steps": (("objectives=[{name: imitation, steps: 0}]",), "'imitation': steps must be at least 1, got 0"),
+    "no integer": (("objectives=[{name: imitation, steps: three}]",), "steps must be an integer, got 'three'"),
+    "no number": (("objectives=[{name: imitation, weight: .nan}]",), "'imitation': weight must be finite, got nan"),
+    "clip": (("objectives=[{name: acceptance_reward, clip: -1}]",), "clip must be positive or null, got -1"),
+    "divergence's setting": (
+        ("objectives=[{name: imitation, divergence: {name: jensen_shannon, beta: 2}}]",),
+        r"objective 'imitation': divergence 'jensen_shannon': beta must lie in \(0, 1\), got 2",
+    ),
+    "rule": (
+        ("objectives=[{name: imitation}, {name: expected_length, rule: typical}]",),
+        "objectives: objective 'expected_length': no verification rule is called 'typical'; choose one of",
+    ),
+    "not sampled": (("objectives=[{name: acceptance_reward}]",), "drafter.mode is 'topk'; set drafter.mode=sampled"),
+    "one chain": (
+        ("objectives=[{name: acceptance_reward, baseline: group}]", *SAMPLED),
+        "hold one chain; set drafter.width=2 or more and drafter.num_nodes=8 or more",
+    ),
+    "dependent siblings": (
+        ("objectives=[{name: acceptance_reward, baseline: leave_one_out}]", "drafter.num_nodes=8",
+         "drafter.mode=sampled_without_replacement", "drafter.name=eagle3"),
+        "needs independent siblings; set drafter.mode=sampled",
+    ),
+    "sampled and n-grams": (
+        ("drafter.mode=sampled", "objectives=[{name: imitation}]"),
+        "drafter.name=hybrid drafts in mode topk, not drafter.mode=sampled; set drafter.name=eagle3",
+    ),
+    "not in SGLang": (
+        ("engine.name=sglang", "drafter.name=medusa"),
+        "drafter.name=medusa is none that SGLang has; with engine.name=sglang set drafter.name=eagle3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", OBJECTIVES)
+def test_objectives_are_checked_before_a_model_is_loaded(why: str, tmp_path: Path) -> None:
+    pairs, message = OBJECTIVES[why]
+    config = load_config(overrides=["model=/nowhere", *pairs])  # loading it would be another error
+    with pytest.raises(ConfigError, match=message):
+        spec.check(config)
+    with pytest.raises(ConfigError, match=message):
+        spec.learner(config, MetricsLog(tmp_path / "metrics.jsonl", "learner"), tmp_path)
+
+
+def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
+    config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
+    config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
+    with learner(config, tmp_path) as made:
+        assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
+        assert made._recording.folder == tmp_path / "stream"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_path: Path, dtype: str) -> None:
+    config.dtype = dtype
+    with learner(config, tmp_path) as made:
+        weight = made._loss.objectives[0].head.weight
+    # Under autocast the product is in bfloat16 anyway.
+    assert weight.dtype == getattr(torch, dtype)
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(weight, spec.load(config).parts.head.weight)
+
+
+def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
+    config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
+    with learner(config, tmp_path) as made:
+        rates = {type(each).__name__: each.param_groups[0]["lr"] for each in made._optimizers}
+    assert rates == {"Muon": 0.03, "AdamW": 0.0007}
+
+
+def test_device_and_dtype(config: Config) -> None:
+    assert spec.device_of(config) == torch.device("cpu")
+    assert spec.dtype_of(config) == torch.float32
+    config.dtype = "auto"
+    assert spec.dtype_of(config) in (torch.bfloat16, torch.float32)
+    config.device = "warp"
+    with pytest.raises(ConfigError, match="device='warp' cannot be used here .*; try cpu"):
+        spec.device_of(config)
+
+
+@pytest.mark.parametrize(
+    ("pair", "wrong"),
+    [
+        ("drafter.num_nodes=2", "drafter: num_nodes=2 cannot hold one path of depth 4"),
+        ("drafter.name=no_such_module:X", "drafter.name: the drafter 'no_such_module:X' cannot be imported"),
+        ("drafter.name=aurora_rl.cli.config:Config", "is no subclass of aurora_rl.policies.Drafter"),
+        ("drafter.name=medua", "drafter.name: no drafter is called 'medua'; did you mean 'medusa'"),
+        (
+            "drafter.name=aurora_rl.policies:Drafter",
+            "is aurora_rl.policies:Drafter, which lacks allocate, context_logits",
+        ),
+        ("drafter.options={heads: 3}", "drafter.options: HybridDrafter has no setting 'heads'; did you mean 'learned'"),
+        ("drafter.options={lookup: 2.5}", "drafter.options: HybridDrafter: lookup must be an integer, got 2.5"),
+        ("drafter.options={learned: 5}", "drafter.options: HybridDrafter: learned must be a string, got 5"),
+        ("device=warp", "device='warp' cannot be used here"),
+        (
+            "drafter.num_nodes=65",
+            "drafter.depth=4, drafter.width=4 and drafter.num_nodes=65 make trees of 65 nodes, and the engine verifies "
+            "64 at most; set drafter.num_nodes=64 or less",
+        ),
+        ("drafter.num_nodes=null; drafter.width=9; drafter.depth=9", "drafter.num_nodes=null make trees of 657 nodes"),
+        ("traffic.path=/nowhere.jsonl", "cannot read requests from /nowhere.jsonl"),
+        ("traffic.requests=99999999", "asked for 99999999 requests; the generator has"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_model_is_loaded(pair: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        spec.check(load_config(overrides=["model=/never/read", "drafter.depth=4", *pair.split("; ")]))
+
+
+def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
+    config.traffic.limit = 3
+    assert len(spec.check(config)) == 3
+    config.traffic.limit = 99
+    assert len(spec.check(config)) == 5
+
+
+def test_prompts_that_cannot_be_served(config: Config, target: spec.Target, tmp_path: Path) -> None:
+    prompts = spec.check(config)
+    assert spec.conversations(config, target, prompts).total == 5
+    config.engine.max_length = 40
+    reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
+    with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
+        spec.conversations(config, target, prompts)
+    config.engine.max_length = 513
+    with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
+        spec.conversations(config, target, prompts)
+
+
+def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
+    target = spec.load(config)
+    target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
+        spec.conversations(config, target, generate(2))
+
+
+def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
+    target = spec.load(config)
+    target.tokenizer.add_tokens([f"<beyond-{i}>" for i in range(60)])  # ids up to 318; the model knows 300
+    prompts = spec.check(config)
+    beyond = replace(prompts[3], messages=({"role": "user", "content": "What is <beyond-59>?"},))
+    requests = spec.conversations(config, target, [*prompts[:3], beyond, prompts[4]])
+    assert (
+        len(requests.failed) == 1 and "the tokenizer gives token 318, and the model knows 0..299" in requests.failed[0]
+    )
+    assert len(requests.first_prompts(64)) == 4
+    spec.drafter(config, target, requests.first_prompts(64))  # the target reads them
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "hybrid"])
+@pytest.mark.parametrize("own_learner", [True, False])
+def test_both_halves_start_from_the_same_drafter(
+    config: Config, target: spec.Target, tmp_path: Path, name: str, own_learner: bool
+) -> None:
+    config.drafter.name = name
+    requests = spec.conversations(config, target, spec.check(config))
+    served, theirs = spec.first_drafter(config, target, requests, tmp_path / "day0" if own_learner else None)
+    learned = spec.drafter(theirs, target, [])
+    assert spec.hello(target.parts, served, "eagle3") == spec.hello(target.parts, learned, "eagle3")
+    assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
+    assert config.drafter.path is None
+    # Only a drafter that is handed on in a folder can know the prompts.
+    knows = not served.draft_vocab.equal(spec.drafter(config, target, []).draft_vocab)
+    assert knows == own_learner == (theirs.drafter.path is not None)
+
+
+def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
+    ours = spec.hello(target.parts, spec.drafter(config, target, []), config.drafter.name)
+    config.drafter.vocab_size = 32
+    mismatch = ours.mismatch(spec.hello(target.parts, spec.drafter(config, target, []), config.drafter.name))
+    assert mismatch is not None and "draft_map_checksum" in mismatch
+
+
+def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target: spec.Target) -> None:
+    config.drafter.depth = 5
+    with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
+        spec.drafter(config, target, [])
+    config.drafter.options = {"learned_options": {"num_heads": 5}}
+    assert spec.drafter(config, target, []).max_depth == 5
+
+
+def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: Config, target: spec.Target) -> None:
+    config.drafter.name, config.drafter.feature_layers = "eagle3", [0, 1, 3]
+    with pytest.raises(
+        ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines capture"
+    ):
+        spec.drafter(config, target, [])
+    config.drafter.feature_layers = [0, 1]
+    spec.drafter(config, target, [])
+    config.engine.name = "sglang"
+    with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot capture what enters layer 0"):
+        spec.drafter(config, target, [])
+
+
+def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
+    config.drafter.name, config.learner.record = "eagle3", str(tmp_path / "stream")
+    Recording(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
+    message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
+    with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
+        pass
+
+
+def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
+    config: Config, target: spec.Target, tmp_path: Path
+) -> None:
+    save_drafter(spec.drafter(config, target, []), tmp_path / "drafter")
+    config.drafter.path = str(tmp_path / "drafter")
+    newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
+    with pytest.raises(CheckpointError, match="the drafter was trained for others"):
+        spec.drafter(config, newer, [])
+    config.drafter.made_for = "any"
+    assert spec.drafter(config, newer, []).made_for == newer.parts.fingerprint
+
+
+def test_a_drafter_for_another_model_names_what_does_not_match(
+    config: Config, target: spec.Target, tmp_path: Path
+) -> None:
+    config.drafter.options = {"learned": "eagle3"}
+    save_drafter(spec.drafter(config, target, []), tmp_path / "drafter")
+    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}  # the file says what learned
+    spec.drafter(config, target, [])
+    document = json.loads((tmp_path / "drafter" / "config.json").read_text())
+
+    def edit(**entries: object) -> None:
+        (tmp_path / "drafter" / "config.json").write_text(json.dumps({**document, **entries}))
+
+    edit(hidden_size=64)
+    with pytest.raises(CheckpointError, match="drafter: config.json: hidden_size is 64, the target has 32"):
+        spec.drafter(config, target, [])
+    edit(intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
+        spec.drafter(config, target, [])
+    edit(architectures=["MedusaDrafter"])
+    config.drafter.name = "eagle3"
+    with pytest.raises(CheckpointError, match="config.json is of MedusaDrafter, and Eagle3Drafter is asked for"):
+        spec.drafter(config, target, [])
+    config.drafter.path = str(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        spec.drafter(config, target, [])
+
+
+THEIRS = """
+from aurora_rl.policies import MedusaDrafter
+
+class Narrow(MedusaDrafter):
+    formats = ("aurora_rl",)
+
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None, heads: int = 2):
+        made = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
+        made.options = {}  # forgets to say them
+        return made
+
+class Returnless(Narrow):
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None):
+        super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers)
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_drafters.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Target, tmp_path: Path) -> None:
+    config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
+    started = spec.drafter(config, target, [])
+    save_drafter(started, tmp_path / "drafter")
+    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}
+    read = spec.drafter(config, target, [])
+    assert read.published().keys() == started.published().keys() and read.max_depth == 3
+    with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
+        config.drafter.options = {"heads": 2.5}
+        spec.check(config)
+    assert spec.hello(target.parts, read, "mine").feature_layers == (3,)
+    read.feature_layers = [3]  # type: ignore[assignment]
+    assert spec.hello(target.parts, read, "mine").feature_layers == (3,)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_class_that_makes_no_drafter_is_named(config: Config, target: spec.Target) -> None:
+    config.drafter.name = "their_drafters:Returnless"
+    with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
+        spec.drafter(config, target, [])
+
+
+@pytest.mark.parametrize("key", ["wire.trajectories", "wire.weights"])
+def test_a_port_in_use_names_address_and_key(config: Config, ports: list[str], tmp_path: Path, key: str) -> None:
+    address = ports[key == "wire.weights"]
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        holder.listen()
+        with (
+            pytest.raises(ConfigError, match=f"{address} is in use; stop the process .*, or set {key} to another"),
+            learner(config, tmp_path),
+        ):
+            pass
+    with learner(config, tmp_path):  # what was opened before the error is closed again
+        pass
+
+
+def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
+    with learner(config, tmp_path) as first:
+        first.seen, first.steps, first.version = 40, 30, 2  # type: ignore[attr-defined]
+        first.save()  # type: ignore[attr-defined]
+    config.learner.resume = str(tmp_path / "learner")
+    with learner(config, tmp_path) as second:
+        assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
+    config.drafter.vocab_size = 32
+    with pytest.raises(CheckpointError, match="tensor 'learned.lm_heads.0.weight'"), learner(config, tmp_path):
+        pass

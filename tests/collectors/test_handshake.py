@@ -1,0 +1,65 @@
+"""Hello: validated on arrival, and one sentence for a mismatch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from aurora_rl.collectors.codec import CodecError
+from aurora_rl.collectors.handshake import Hello
+
+HELLO = Hello(1, "config", "head", (2, 5), "map", "eagle3")
+
+
+def test_round_trip_through_json() -> None:
+    assert Hello.from_meta(json.loads(json.dumps(HELLO.to_meta()))) == HELLO
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"schema": 2}, "schema is 1 at the learner and 2 at the engine"),
+        ({"target": "other", "drafter": "medusa"}, "target is 'config' at the learner and 'other' at the engine"),
+        ({"head_checksum": "x"}, "head_checksum is 'head'"),
+        ({"feature_layers": (2, 6)}, r"feature_layers is \(2, 5\) at the learner and \(2, 6\) at the engine"),
+        ({"draft_map_checksum": ""}, "draft_map_checksum is 'map' at the learner and '' at the engine"),
+        ({"drafter": "medusa"}, "drafter is 'eagle3'"),
+        ({"schema": 2}, "; run the same version of aurora-rl on both sides"),
+        ({"target": "other"}, "; set the same model on both sides"),
+        ({"head_checksum": "x"}, "; set the same model and dtype on both sides"),
+        ({"feature_layers": (2, 6)}, "; start both from one drafter: give serve and learn the same drafter.path"),
+        (
+            {"draft_map_checksum": ""},
+            "; their draft vocabularies differ; start both from one drafter: .* drafter.path, or",
+        ),
+        ({"drafter": "medusa"}, "; set the same drafter.name on both sides"),
+    ],
+)
+def test_mismatch_names_the_first_field_and_both_values(changes: dict, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(HELLO.mismatch(replace(HELLO, **changes)))
+
+
+def test_equal_hellos_match() -> None:
+    assert HELLO.mismatch(replace(HELLO)) is None
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        (None, "not a JSON object but a NoneType"),
+        ({}, "exactly the fields"),
+        ({**HELLO.to_meta(), "extra": 1}, "exactly the fields"),
+        ({**HELLO.to_meta(), "schema": True}, "schema"),
+        ({**HELLO.to_meta(), "target": 3}, "target"),
+        ({**HELLO.to_meta(), "drafter": "x" * 257}, "drafter"),
+        ({**HELLO.to_meta(), "feature_layers": [1.0]}, "feature_layers"),
+        ({**HELLO.to_meta(), "feature_layers": "12"}, "feature_layers"),
+        ({**HELLO.to_meta(), "feature_layers": [1] * 257}, "feature_layers"),
+    ],
+)
+def test_from_meta_refuses(meta: object, says: str) -> None:
+    with pytest.raises(CodecError, match=says):
+        Hello.from_meta(meta)

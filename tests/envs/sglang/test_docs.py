@@ -1,0 +1,51 @@
+"""The Python blocks of docs/sglang.md run as they are printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.envs.sglang import SGLangEngine
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "sglang.md").read_text(), re.DOTALL)
+
+
+def run(code: str, folder: Path, **names: Path) -> dict:
+    """Run a block with folders for the names in capitals, in float32 as the test's models are."""
+    for name, path in names.items():
+        code = code.replace(f'"{name}"', repr(str(path)))
+    (folder / "block.py").write_text(code.replace("torch.bfloat16", "torch.float32"))
+    return runpy.run_path(str(folder / "block.py"))
+
+
+def test_a_drafter_to_start_from(sglang_models: Path, tmp_path: Path) -> None:
+    run(BLOCKS[0], tmp_path, MODEL=sglang_models / "target", DRAFTER=tmp_path / "drafter")
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["draft_vocab_size"] == 128
+
+
+def test_everything_up_to_the_launch(sglang_models: Path, tmp_path: Path) -> None:
+    before, after = BLOCKS[1].split("engine = ")
+    assert after.startswith("SGLangEngine.launch(")
+    names = run(before, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
+    names["publisher"].close()
+    names["collector"].shutdown()
+    assert names["SGLangEngine"] is SGLangEngine
+
+
+@pytest.mark.sglang
+def test_the_whole_block_on_a_server(
+    chain: SGLangEngine, sglang_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # On the server that other tests share, since another takes a minute to start.
+    attached = f"SGLangEngine({chain.url!r}, {chain.control!r})"
+    code, count = re.subn(r"SGLangEngine\.launch\(.*?\)(?=\n)", attached, BLOCKS[1])
+    assert count == 1
+    names = run(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
+    assert len(names["completion"].tokens) == 32 and int(names["trajectory"]["request"]) == 0
+    printed = capsys.readouterr().out
+    assert "'recorded': 1," in printed and "'version': 1," in printed and "'swaps': 1," in printed
+    assert not chain.status()["attached"]

@@ -1,0 +1,221 @@
+"""What the plugin refuses to attach to, and what becomes of its own faults. The rest is shown on real SGLang."""
+
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.handshake import Hello
+from aurora_rl.envs.sglang import plugin as plugin_module
+from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin import Plugin
+from aurora_rl.envs.sglang.session import ATTACH, Session
+
+HEAD, VOCAB = torch.arange(12.0).view(6, 2), torch.tensor([0, 2, 5])
+HELLO = Hello(1, "t", checksum({"head": HEAD}), (2, 4), checksum({"draft_vocab": VOCAB}), "eagle3")
+FIELDS = {
+    "trajectories": "tcp://127.0.0.1:1",
+    "weights": "tcp://127.0.0.1:2",
+    "hello": HELLO.to_meta(),
+    "version": 0,
+    "capture_rate": 1.0,
+    "queue": 4,
+    "top_k": 8,
+    "max_bytes": 1 << 20,
+    "store_bytes": 1 << 20,
+}
+
+
+class EAGLEWorkerV2(SimpleNamespace):
+    """By the name of the worker that the hooks know."""
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """What the checks read of a scheduler: arguments, captured layers, head and draft map."""
+    monkeypatch.setattr(plugin_module, "version", lambda name: plugin_module.SUPPORTED[-1])
+    args = SimpleNamespace(
+        speculative_algorithm="EAGLE3",
+        speculative_use_rejection_sampling=False,
+        speculative_accept_threshold_single=1.0,
+        speculative_accept_threshold_acc=1.0,
+        disable_cuda_graph=True,
+        tp_size=1,
+        pp_size=1,
+        dp_size=1,
+    )
+    # The head has rows of padding behind the vocabulary, as SGLang's has.
+    head = SimpleNamespace(weight=torch.cat([HEAD, torch.zeros(2, 2)]))
+    target = SimpleNamespace(
+        model=SimpleNamespace(layers_to_capture=[2, 4]),
+        lm_head=head,
+        config=SimpleNamespace(vocab_size=6, num_hidden_layers=7),
+    )
+    drafter = SimpleNamespace(config=SimpleNamespace(draft_vocab_size=3, vocab_size=6))
+    runner = SimpleNamespace(model=drafter, device="cpu")
+    made = Plugin("tcp://127.0.0.1:*")
+    made._scheduler = SimpleNamespace(
+        server_args=args,
+        draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=VOCAB)),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
+    )
+    yield made
+    made._answer("detach", {})
+
+
+def test_a_fitting_engine_is_attached_to(engine):
+    assert not engine._answer("status", {})["attached"]
+    status = engine._answer("attach", FIELDS)
+    assert status["attached"] and status["recording"] and status["version"] == 0
+    assert not engine._answer("detach", {})["attached"]
+
+
+@pytest.mark.parametrize("rows", [VOCAB, None])
+def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(engine, rows):
+    engine._scheduler.server_args.speculative_algorithm = "EAGLE"
+    engine._draft_worker.hot_token_id = rows
+    del engine._draft_worker.draft_runner.model.config.draft_vocab_size
+    with pytest.raises(ControlError, match=r"feature_layers is \(2, 4\) at the learner and \(7,\) at the engine"):
+        engine._answer("attach", FIELDS)
+    vocab = checksum({"draft_vocab": torch.arange(6) if rows is None else rows})
+    own = Hello(**{**HELLO.__dict__, "feature_layers": (7,), "draft_map_checksum": vocab, "drafter": "eagle"})
+    assert engine._answer("attach", {**FIELDS, "hello": own.to_meta()})["attached"]
+    engine._answer("detach", {})
+    other = Hello(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
+    with pytest.raises(ControlError, match="draft vocabulary.*--speculative-token-map"):
+        engine._answer("attach", {**FIELDS, "hello": other.to_meta()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"speculative_algorithm": "NGRAM"},
+            "speculative_algorithm is 'NGRAM'.*--speculative-algorithm EAGLE3 or EAGLE",
+        ),
+        ({"tp_size": 2}, "a server of one GPU is needed, this has tp_size=2, pp_size=1, dp_size=1"),
+        ({"speculative_use_rejection_sampling": True}, "without --speculative-use-rejection-sampling"),
+        ({"speculative_accept_threshold_acc": 0.9}, "speculative_accept_threshold_acc=0.9 changes the text"),
+        ({"speculative_accept_threshold_single": 0.5}, "speculative_accept_threshold_single=0.5 changes the text"),
+    ],
+)
+def test_a_server_started_otherwise_is_refused(engine, change, message):
+    for name, value in change.items():
+        setattr(engine._scheduler.server_args, name, value)
+    with pytest.raises(ControlError, match=message):
+        engine._answer("attach", FIELDS)
+    assert not engine._answer("status", {})["attached"]
+
+
+def test_another_worker_another_version_and_missing_hooks_are_refused(engine, monkeypatch):
+    engine._missing = ["sglang.srt.speculative.eagle_utils.eagle_sample"]
+    with pytest.raises(
+        ControlError,
+        match="hooks are not in force in SGLang 0.5.21: sglang.srt.*eagle_sample.*supported: 0.5.21",
+    ):
+        engine._answer("attach", FIELDS)
+    engine._missing = []
+    monkeypatch.setattr(plugin_module, "version", lambda name: "0.5.17")
+    with pytest.raises(ControlError, match=r"SGLang 0.5.17 is not supported; install sglang==0.5.21"):
+        engine._answer("attach", FIELDS)
+    monkeypatch.undo()
+    monkeypatch.setattr(plugin_module, "version", lambda name: "0.5.21")
+    engine._scheduler.draft_worker = SimpleNamespace(draft_worker=engine._draft_worker)
+    with pytest.raises(ControlError, match="worker SimpleNamespace"):
+        engine._answer("attach", FIELDS)
+
+
+def test_the_supported_version_is_the_one_that_the_tests_run():
+    try:
+        assert version("sglang") in plugin_module.SUPPORTED
+    except PackageNotFoundError:
+        pytest.skip("SGLang is not installed")
+
+
+@pytest.mark.parametrize("name", sorted(ATTACH))
+def test_a_field_that_is_missing_or_of_another_type_is_named(engine, name):
+    for fields in ({k: v for k, v in FIELDS.items() if k != name}, {**FIELDS, name: None}):
+        with pytest.raises(ControlError, match=f"attach needs {name}"):
+            engine._answer("attach", fields)
+
+
+def test_unknown_fields_rates_out_of_range_and_unknown_requests_are_refused(engine):
+    with pytest.raises(ControlError, match=r"attach knows no \['colour'\]"):
+        engine._answer("attach", {**FIELDS, "colour": 1})
+    with pytest.raises(ControlError, match=r"capture_rate must lie in \[0, 1\], got 1.5"):
+        engine._answer("attach", {**FIELDS, "capture_rate": 1.5})
+    with pytest.raises(ControlError, match="no request 'dance'"):
+        engine._answer("dance", {})
+    with pytest.raises(ControlError, match="nothing is attached"):
+        engine._answer("record", {"on": True})
+
+
+def test_a_fault_of_ours_switches_recording_off_and_the_engine_has_its_answer(engine):
+    engine._answer("attach", FIELDS)
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[SimpleNamespace(rid="1")])
+    session = engine._session
+    session.records.begin("1", [1, 2], 0, 0)
+    engine._head = torch.zeros(1, 2), torch.zeros(1, 6)
+    # An engine whose functions give something else than the recorder knows.
+    answer = engine._verify(
+        lambda *args: "answer",
+        object(),
+        batch,
+        SimpleNamespace(next_token_logits=torch.zeros(1, 6), hidden_states=torch.zeros(1, 4)),
+    )
+    assert answer == "answer"
+    status = engine._answer("status", {})
+    assert not status["recording"] and "ValueError" in status["error"]
+    assert engine._answer("record", {"on": True})["recording"]
+
+
+@pytest.mark.parametrize("hook", ["_logits", "_organize", "_extend", "_draft", "_prefill", "_verify", "_after_batch"])
+def test_no_hook_lets_a_fault_through(engine, hook):
+    """Arguments of which nothing that the recorder looks at is there."""
+    engine._answer("attach", FIELDS)
+    engine._scheduler.tp_worker = None
+    assert getattr(engine, hook)(lambda *args: "answer", object(), object(), object()) == "answer"
+    assert not engine._answer("status", {})["recording"]
+
+
+def test_a_fault_of_the_engine_reaches_the_engine(engine):
+    engine._answer("attach", FIELDS)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        engine._draft(fail, SimpleNamespace(topk=1), SimpleNamespace(spec_info=None))
+    assert engine._answer("status", {})["recording"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
+    session = Session(FIELDS, exact=exact)
+    try:
+        hidden = torch.randn(3, 2)
+        logits = hidden @ HEAD.T
+        rows = plugin_module._target_rows(session, hidden, logits)
+        if exact:
+            assert set(rows) == {"hidden"} and torch.equal(rows["hidden"], hidden)
+            assert plugin_module._target_rows(session, None, logits) is None
+            return
+        assert rows["topk_ids"].shape == (3, 6)
+        session.top_k = 2
+        rows = plugin_module._target_rows(session, None, logits)
+        best = logits.softmax(-1).topk(2)
+        assert torch.equal(rows["topk_ids"], best.indices)
+        torch.testing.assert_close(rows["topk_log_probs"].exp(), best.values)
+        torch.testing.assert_close(rows["tail_log_prob"].exp(), 1 - best.values.sum(-1))
+    finally:
+        session.close()
+
+
+def test_weights_that_are_not_finite_are_rejected(engine):
+    engine._answer("attach", FIELDS)
+    rejected = []
+    session = SimpleNamespace(receiver=SimpleNamespace(reject=lambda number, reason: rejected.append((number, reason))))
+    engine._install(session, 3, {"fc.weight": torch.tensor([1.0, float("inf")])})
+    assert [number for number, _ in rejected] == [3] and "tensor 'fc.weight' has 1 values" in rejected[0][1]

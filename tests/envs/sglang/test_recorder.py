@@ -1,0 +1,304 @@
+"""Rounds in SGLang's form, made from trajectories that the embedded engine recorded, must become those again."""
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_rl.envs.sglang.recorder import EngineRound, FeatureStore, TrajectoryAssembler, parents_of, request_number
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling
+
+
+@pytest.fixture(scope="module")
+def drafter():
+    target = tiny_target()
+    torch.manual_seed(0)
+    return Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
+
+
+def served(drafter, request=7, **kwargs):
+    return tiny_trajectory(drafter, shape=TreeShape(3, 2, 5), max_new_tokens=20, request=request, **kwargs)
+
+
+def links(parents):
+    """First child and next sibling of each node, the root first, as SGLang has them."""
+    size = len(parents) + 1
+    child, sibling = [-1] * size, [-1] * size
+    for node in range(size - 1, 0, -1):
+        above = parents[node - 1] + 1
+        sibling[node], child[above] = child[above], node
+    return child, sibling
+
+
+def rounds_of(trajectory, *, version=0, joint=True):
+    """The rounds of a trajectory but the first, whose token an engine makes in prefill."""
+    offset, anchor = trajectory["rounds", "offset"], trajectory["rounds", "anchor"]
+    length, prompt = len(trajectory["spine", "tokens"]), int(trajectory["spine", "prompt_length"])
+    features, hidden = trajectory["spine", "features"], trajectory["spine", "hidden"]
+    for r in range(1, len(anchor)):
+        nodes = slice(int(offset[r]), int(offset[r + 1]))
+        at, n = int(anchor[r]), nodes.stop - nodes.start
+        parents = trajectory["nodes", "parents"][nodes].tolist()
+        accepted = trajectory["nodes", "accepted"][nodes]
+        path = [0, *(accepted.nonzero().flatten() + 1).tolist()]
+        log_probs = trajectory["nodes", "log_probs"][nodes].tolist()
+        total = []
+        for node, parent in enumerate(parents):
+            total.append(log_probs[node] + (total[parent] if parent >= 0 else 0.0))
+        child, sibling = links(parents)
+        rows = torch.zeros(n + 1, features.shape[1], dtype=features.dtype)
+        for step, place in enumerate(path):
+            if at + step < length - 1:
+                rows[place] = features[at + step]
+        root = hidden[at - (prompt - 1)][None]
+        yield EngineRound(
+            anchor=torch.tensor(at),
+            tokens=torch.cat([trajectory["spine", "tokens"][at : at + 1], trajectory["nodes", "tokens"][nodes]]),
+            first_child=torch.tensor(child),
+            next_sibling=torch.tensor(sibling),
+            path=torch.tensor([*path, *([-1] * (4 - len(path)))]),
+            path_length=torch.tensor(len(path)),
+            joint_log_probs=torch.tensor(total) if joint else None,
+            features=rows,
+            target={"hidden": torch.cat([root, trajectory["nodes", "hidden"][nodes]])},
+            policy_version=version,
+            ready=lambda: None,
+        )
+
+
+def chain_start(drafter, request=7):
+    """A trajectory whose first round accepted nothing, so that an engine's prefill would have made the same token."""
+    for seed in range(request, request + 200):
+        trajectory = served(drafter, request=seed)
+        anchor = trajectory["rounds", "anchor"]
+        if len(anchor) > 4 and int(anchor[1] - anchor[0]) == 1:
+            return trajectory
+    raise AssertionError("no such trajectory")
+
+
+@pytest.fixture
+def out():
+    return []
+
+
+def assembler(out, **kwargs):
+    return TrajectoryAssembler(out.append, **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs})
+
+
+def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True):
+    tokens, prompt = trajectory["spine", "tokens"], int(trajectory["spine", "prompt_length"])
+    rid = rid or str(int(trajectory["request"]))
+    assert records.begin(rid, tokens[:prompt].tolist(), cached, version)
+    parts = trajectory["spine", "features"][cached:prompt].chunk(chunks)
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        records.prompt(rid, part, {"hidden": trajectory["spine", "hidden"][:1]} if last else None)
+    for drafted in rounds if rounds is not None else rounds_of(trajectory, version=version):
+        records.round(rid, drafted)
+    if finish:
+        records.finish(rid, tokens[prompt:].tolist(), sampling_of(trajectory))
+
+
+def sampling_of(trajectory):
+    s = trajectory["sampling"]
+    rule, mode = RULE_CODES[int(s["rule"])], DRAFT_MODES[int(s["draft_mode"])]
+    return Sampling(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]), int(s["seed"]), rule, mode)
+
+
+def await_count(records, reason, count=1):
+    deadline = time.monotonic() + 5
+    while records.counts[reason] < count:
+        assert time.monotonic() < deadline, dict(records.counts)
+        time.sleep(0.005)
+
+
+def without_first_round(trajectory):
+    """What remains where prefill makes the first token."""
+    out = trajectory.clone()
+    offset = out["rounds", "offset"]
+    first = int(offset[1])
+    for key in ("anchor", "policy_version", "cache_version"):
+        out["rounds", key] = out["rounds", key][1:]
+    out["rounds", "offset"] = offset[1:] - first
+    for key in list(out["nodes"].keys()):
+        out["nodes", key] = out["nodes", key][first:]
+    return out
+
+
+def assert_same(made, expected):
+    assert set(made.keys(True, True)) == set(expected.keys(True, True))
+    for key in expected.keys(True, True):
+        torch.testing.assert_close(made[key], expected[key].to(made[key].dtype), msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_rounds_become_the_trajectory_that_they_came_from(drafter, out, chunks):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, chunks=chunks)
+    records.close()
+    assert_same(out[0], without_first_round(trajectory))
+    assert records.counts == {"recorded": 1} and records._taken == records._given_back > 0
+
+
+def test_a_round_begun_after_the_end_is_left_out(drafter, out):
+    trajectory = chain_start(drafter)
+    rounds = list(rounds_of(trajectory))
+    late = list(rounds_of(trajectory))[-1]
+    late.anchor = torch.tensor(len(trajectory["spine", "tokens"]) - 1)
+    records = assembler(out)
+    play(records, trajectory, rounds=[*rounds, late])
+    records.close()
+    assert_same(out[0], without_first_round(trajectory))
+
+
+def test_acceptance_ends_with_the_text(drafter, out):
+    # A round that accepted two drafts or more, of which the text keeps one.
+    long, seed = None, 7
+    while long is None:
+        trajectory = chain_start(drafter, seed)
+        seed = int(trajectory["request"]) + 1
+        assert seed < 500, "no such trajectory"
+        anchor, prompt = trajectory["rounds", "anchor"], int(trajectory["spine", "prompt_length"])
+        long = next((r for r in range(1, len(anchor) - 1) if int(anchor[r + 1] - anchor[r]) > 2), None)
+    full = without_first_round(trajectory)
+    end = int(anchor[long]) + 2  # the text stops at the first accepted draft of this round
+    records = assembler(out)
+    rid = "1"
+    play(records, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
+    records.finish(rid, trajectory["spine", "tokens"][prompt:end].tolist(), Sampling())
+    records.close()
+    assert len(out[0]["spine", "tokens"]) == end and len(out[0]["spine", "features"]) == end - 1
+    last = slice(*out[0]["rounds", "offset"][-2:].tolist())
+    assert int(out[0]["nodes", "accepted"][last].sum()) == 1
+    before = int(out[0]["rounds", "offset"][-2])
+    assert torch.equal(out[0]["nodes", "accepted"][:before], full["nodes", "accepted"][:before])
+
+
+def with_lost_nodes(drafted, at):
+    """The round with a node that no link leads to at a place, and a child of it behind."""
+
+    def moved(places):
+        return torch.where(places >= at, places + 2, places)
+
+    def spread(rows, filler):
+        return torch.cat([rows[:at], filler.expand(2, *rows.shape[1:]), rows[at:]])
+
+    child = spread(moved(drafted.first_child), torch.tensor(-1))
+    child[at] = at + 1
+    return replace(
+        drafted,
+        tokens=spread(drafted.tokens, torch.tensor(3)),
+        first_child=child,
+        next_sibling=spread(moved(drafted.next_sibling), torch.tensor(-1)),
+        path=moved(drafted.path),
+        joint_log_probs=torch.cat(
+            [drafted.joint_log_probs[: at - 1], -torch.ones(2), drafted.joint_log_probs[at - 1 :]]
+        ),
+        features=spread(drafted.features, torch.tensor(9.0)),
+        target={key: spread(rows, torch.tensor(9.0)) for key, rows in drafted.target.items()},
+    )
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_child_that_the_engine_kept_without_its_parent_is_left_out(drafter, out, at):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, rounds=[with_lost_nodes(each, at) for each in rounds_of(trajectory)])
+    records.close()
+    assert_same(out[0], without_first_round(trajectory))
+
+
+@pytest.mark.parametrize(("brought", "served"), [(3, 5), (5, 3)])
+def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(drafter, out, brought, served):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, rid="1", version=brought)
+    await_count(records, "recorded")
+    play(records, trajectory, rid="2", cached=3, version=served)
+    records.close()
+    first, second = out
+    assert torch.equal(second["spine", "features"], first["spine", "features"])
+    assert second["rounds", "policy_version"].unique().tolist() == [served]
+    assert second["rounds", "cache_version"].unique().tolist() == [3], "rows of the drafter's cache are older"
+
+
+def test_a_cached_prefix_of_a_request_that_still_runs_is_found(drafter, out):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, rid="1", finish=False)
+    play(records, trajectory, rid="2", cached=3)
+    await_count(records, "recorded")
+    records.close()
+    assert_same(out[0].exclude("request"), without_first_round(trajectory).exclude("request"))
+
+
+def test_an_unknown_prefix_is_counted_and_not_recorded(drafter, out):
+    records = assembler(out)
+    play(records, chain_start(drafter), cached=3)
+    records.close()
+    assert out == [] and records.counts == {"prefix": 1}
+
+
+def test_a_missing_round_is_noticed(drafter, out):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, rounds=list(rounds_of(trajectory))[:-2])
+    records.close()
+    assert out == [] and records.counts == {"incomplete": 1}
+
+
+def test_beyond_the_memory_requests_are_served_without_a_record(drafter, out):
+    trajectory = chain_start(drafter)
+    records = assembler(out, max_bytes=100)
+    play(records, trajectory, rid="1", finish=False)
+    assert not records.begin("2", [1, 2], 0, 0)
+    assert records.counts == {"memory": 1}
+    records.drop("1", "aborted")
+    assert records.begin("3", [1, 2], 0, 0)
+    records.close()
+    assert records.counts == {"memory": 1, "aborted": 1}
+
+
+def test_without_scores_there_are_no_log_probabilities(drafter, out):
+    trajectory = chain_start(drafter)
+    records = assembler(out)
+    play(records, trajectory, rounds=list(rounds_of(trajectory, joint=False)))
+    records.close()
+    assert ("nodes", "log_probs") not in out[0].keys(True, True)
+    assert_same(out[0], without_first_round(trajectory).exclude(("nodes", "log_probs")))
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=12), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_parents_come_back_from_links(choices, seed):
+    parents = [choice % (node + 1) - 1 for node, choice in enumerate(choices)]
+    child, sibling = links(parents)
+    assert parents_of(child, sibling) == parents
+    random.seed(seed)  # some other tree has other links
+    other = [random.randrange(-1, node) if node else -1 for node in range(len(parents))]
+    assert (links(other) == (child, sibling)) == (other == parents)
+
+
+def test_the_store_forgets_the_least_recently_used():
+    store = FeatureStore(2 * 3 * 4 * 4)
+    texts = [torch.tensor([n, 1, 2]) for n in range(3)]
+    for version, text in enumerate(texts[:2]):
+        store.put(text, torch.zeros(3, 4), version)
+    assert store.get(texts[0][:1]) is not None
+    store.put(texts[2], torch.zeros(3, 4), 2)
+    assert [store.get(text) is not None for text in texts] == [True, False, True]
+    store.put(texts[2], torch.zeros(3, 4), 7)  # once more: counted once
+    assert store.get(texts[2])[1] == 7 and store.get(texts[0]) is not None
+
+
+def test_request_numbers():
+    assert request_number("12") == 12
+    assert 0 <= request_number("a-b") < 2**62 and request_number("a-b") != request_number("a-c")
+    assert 0 <= request_number(str(2**70)) < 2**62

@@ -1,0 +1,118 @@
+"""vLLM's format: what goes there comes back, and what its loaders pass over is refused. `make vllm` runs vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
+from aurora_rl.testing import tiny_target
+from aurora_rl.training.checkpoint import read_folder
+
+Files = tuple[dict[str, Tensor], dict[str, Any]]
+IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+@pytest.fixture(scope="module")
+def parts() -> TargetParts:
+    return TargetParts.of(tiny_target(num_layers=8, dtype=torch.float32))
+
+
+@pytest.fixture
+def eagle3(parts, tmp_path) -> Files:
+    save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30])), tmp_path / "drafter")
+    return read_folder(tmp_path / "drafter", "config.json")
+
+
+@pytest.fixture
+def medusa(parts) -> Files:
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30]), num_heads=2, num_layers=1)
+    config = {
+        "architectures": ["MedusaDrafter"],
+        "vocab_size": 32,
+        "draft_vocab_size": 3,
+        "feature_layers": [8],
+        "options": {"num_heads": 2, "num_layers": 1},
+    }
+    return drafter.published(), config
+
+
+def assert_same(one: Files, other: Files) -> None:
+    assert one[1] == other[1] and one[0].keys() == other[0].keys()
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+def test_what_goes_to_vllm_comes_back(kind, request):
+    ours = request.getfixturevalue(kind)
+    assert_same(from_vllm(*to_vllm(*ours)), ours)
+
+
+def test_eagle3_says_its_layers_to_each_engine(eagle3):
+    tensors, config = to_vllm(*eagle3)
+    assert config[IDS] == [2, 4, 5]  # that the states enter: vLLM's
+    assert config["eagle_config"] == {IDS: [1, 3, 4]}  # that they leave: SGLang's
+    assert tensors.keys() == eagle3[0].keys()
+
+
+def test_vllms_own_names_are_read_too(eagle3):
+    tensors, config = to_vllm(*eagle3)
+    theirs = {
+        name.replace("midlayer.", "layers.0.").replace("d2t", "draft_id_to_target_id"): t for name, t in tensors.items()
+    }
+    assert_same(from_vllm(theirs, config), eagle3)
+
+
+def test_layers_that_vllm_reads_in_two_ways_are_refused(eagle3):
+    with pytest.raises(ValueError, match="stands in eagle_config only"):
+        from_vllm(*eagle3)
+
+
+def test_a_full_vocabulary_has_no_map_and_its_rows_in_order(eagle3):
+    tensors, config = eagle3
+    ids = torch.randperm(32)
+    head = torch.randn(32, 16)
+    full = {**tensors, "lm_head.weight": head[ids], "d2t": ids - torch.arange(32)}
+    written, config = to_vllm(full, {**config, "draft_vocab_size": 32})
+    assert "d2t" not in written and torch.equal(written["lm_head.weight"], head)
+    assert from_vllm(written, config)[0]["d2t"].tolist() == [0] * 32
+
+
+def test_medusa_rows_that_vllm_asks_for_are_never_drafted(medusa):
+    tensors, config = to_vllm(*medusa)
+    expected = {"model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": 16, "vocab_size": 32}
+    assert config == expected | {"num_heads": 2, "num_hidden_layers": 1, "feature_layers": [8]}
+    logits = torch.randn(100, 16) @ tensors["lm_heads.1.weight"].T
+    assert logits.argmax(-1).unique().tolist() == [2, 7, 30]
+
+
+def _without(name: str):
+    return lambda tensors, config: ({k: t for k, t in tensors.items() if k != name}, config)
+
+
+def _with(**tensors: Tensor):
+    return lambda given, config: ({**given, **tensors}, config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        ("eagle3", _without("norm.weight"), r"'norm.weight' \(16,\) is missing"),
+        ("eagle3", _without("d2t"), "'d2t'.* is missing"),
+        ("eagle3", _with(new=torch.zeros(1)), "'new' is unknown"),
+        ("eagle3", _with(d2t=torch.arange(4)), r"'d2t' must have shape \(3,\), got \(4,\)"),
+        ("eagle3", lambda t, c: (t, {**c, "fc_norm": True}), "'fc_norm.0.weight' .* is missing"),
+        ("eagle3", lambda t, c: (t, {**c, "eagle_config": {IDS: [3, 1]}}), "must rise"),
+        ("eagle3", lambda t, c: (t, {**c, "architectures": ["LlamaForCausalLM"]}), "names 'LlamaForCausalLM'"),
+        ("medusa", _without("lm_heads.0.weight"), "'lm_heads.0.weight' is missing"),
+        ("medusa", _with(new=torch.zeros(1)), "'new' is unknown"),
+    ],
+)
+def test_what_vllm_would_not_serve_as_it_was_is_refused(kind, spoil, message, request):
+    with pytest.raises(ValueError, match=message):
+        to_vllm(*spoil(*request.getfixturevalue(kind)))

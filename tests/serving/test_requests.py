@@ -1,0 +1,216 @@
+"""Prompts become requests in order, answers become the next turns."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aurora_rl.envs import Completion, Request, SamplingParams
+from aurora_rl.serving.requests import Conversations, turn_seed
+from aurora_rl.workload.traffic import Prompt, TrafficError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, so that prompts can be read and counted in the tests."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def prompt(id: str, text: str, *follow_ups: str, domain: str = "chat") -> Prompt:
+    return Prompt(id, domain, ({"role": "user", "content": text},), follow_ups)
+
+
+def conversations(*prompts: Prompt, **options: object) -> Conversations:
+    sampling = SamplingParams(0.5, 7, 0.9, seed=100)
+    defaults = {"vocab_size": len(TOKENIZER), "max_new_tokens": 10, "max_length": 60, "sampling": sampling}
+    return Conversations(prompts, TOKENIZER, **(defaults | options))
+
+
+def read(request: Request | None) -> str:
+    assert request is not None
+    return TOKENIZER.decode(request.prompt)
+
+
+def answer(request: Request, text: str) -> Completion:
+    return Completion(request, torch.tensor([*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]), True, None)
+
+
+def test_first_turns_in_order() -> None:
+    source = conversations(prompt("p", "one", domain="code"), prompt("q", "two"), prompt("r", "three"))
+    assert source.total == 3
+    assert [TOKENIZER.decode(tokens) for tokens in source.first_prompts(2)] == ["<u>one<a>", "<u>two<a>"]
+    requests = [source(), source(), source()]
+    assert [read(r) for r in requests] == ["<u>one<a>", "<u>two<a>", "<u>three<a>"]
+    assert [r.id for r in requests] == [0, 1, 2] and all(r.max_new_tokens == 10 for r in requests)
+    # A seed of its own for each, so that two requests with one prompt do not share their noise.
+    assert [r.sampling for r in requests] == [SamplingParams(0.5, 7, 0.9, seed=100 + i) for i in range(3)]
+    assert source() is None
+    assert source.completed(answer(requests[1], "x")) == "chat" and source.completed(answer(requests[0], "x")) == "code"
+    assert source() is None and source.failed == []
+
+
+def test_follow_ups_come_after_the_answers_they_follow() -> None:
+    source = conversations(prompt("p", "one", "more", "enough"), prompt("q", "two"))
+    assert source.total == 4
+    first, second = source(), source()
+    assert source() is None  # the second turn cannot be asked yet
+    source.completed(answer(first, "yes"))
+    third = source()
+    assert read(third) == "<u>one<a>yes<u>more<a>" and third.id == 2
+    source.completed(answer(second, "no"))
+    assert source() is None  # q has no further turn
+    source.completed(answer(third, "ok"))
+    fourth = source()
+    assert read(fourth) == "<u>one<a>yes<u>more<a>ok<u>enough<a>"
+    source.completed(answer(fourth, "bye"))
+    assert source() is None and source.failed == []
+
+
+def fails_alone(fourth: Prompt, reason: str, **options: object) -> None:
+    """Of five prompts the fourth, with its follow-up, fails for the reason; the others keep their ids and seeds."""
+    good = [prompt(name, name) for name in "abcd"]
+    source = conversations(*good[:3], fourth, good[3], **options)
+    requests = [source() for _ in range(4)]
+    assert [read(r) for r in requests] == ["<u>a<a>", "<u>b<a>", "<u>c<a>", "<u>d<a>"] and source() is None
+    assert [(r.id, r.sampling.seed) for r in requests] == [(0, 100), (1, 101), (2, 102), (4, 104)]
+    assert len(source.failed) == 2 and source.total == 4 + len(source.failed)
+    assert all(re.fullmatch(f"prompt 'bad', turn 1: {reason}", failed) for failed in source.failed)
+
+
+def test_a_prompt_that_does_not_fit_fails_alone() -> None:
+    fits, too_long = prompt("fits", "x" * 44), prompt("bad", "x" * 45, "more")  # 6 for the template, 10 for the answer
+    assert conversations(fits)() is not None
+    reason = "the prompt has 51 tokens; with max_new_tokens=10 that exceeds engine.max_length=60; shorten it.*"
+    fails_alone(too_long, reason)
+    with pytest.raises(TrafficError, match=f"none of the prompts can be served .2.; the first: prompt 'bad'.*{reason}"):
+        conversations(too_long, too_long)
+
+
+def test_a_prompt_with_tokens_that_the_model_lacks_fails_alone() -> None:
+    text = prompt("bad", "\xff", "more")  # its second byte has a higher id than any of the others'
+    assert max(TOKENIZER("\xff")["input_ids"]) == 128
+    fails_alone(text, "the tokenizer gives token 128, and the model knows 0..127; take the model's .*", vocab_size=128)
+
+
+@pytest.mark.parametrize(
+    ("raises", "reason"),
+    [("raise_exception('no such role')", "no such role"), ("m.content + 1", r"TypeError: can only concatenate .*")],
+)
+def test_a_prompt_that_the_chat_template_refuses_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, raises: str, reason: str
+) -> None:
+    template = (
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ " + raises + " }}{% endif %}{% endfor %}" + TEMPLATE
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    monkeypatch.setattr(TOKENIZER, "name_or_path", "a/model")
+    fails_alone(
+        prompt("bad", "bad", "more"), f"the chat template of model 'a/model' refuses the conversation: {reason}"
+    )
+    with pytest.raises(TrafficError, match="template of model 'a/model' refuses the conversation"):
+        conversations(prompt("p", "bad"))
+    source = conversations(prompt("p", "one", "bad"), prompt("q", "two"))
+    source.completed(answer(source(), "yes"))
+    assert len(source.failed) == 1 and source.failed[0].startswith("prompt 'p', turn 2: the chat template of")
+    assert read(source()) == "<u>two<a>"
+
+
+def test_a_prompt_without_tokens_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{% if messages[0].content != 'bad' %}" + TEMPLATE + "{% endif %}")
+    fails_alone(prompt("bad", "bad", "more"), "the prompt has no tokens.*")
+
+
+def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
+    source = conversations(prompt("p", "one", "more"), prompt("q", "two"))
+    source.refused(source(), "request 0: no room")
+    assert source.failed == ["prompt 'p', turn 1: request 0: no room"] * 2
+    assert read(source()) == "<u>two<a>" and source() is None
+
+
+def test_the_largest_seed_is_served() -> None:
+    source = conversations(prompt("p", "one", "more"), prompt("q", "two"), sampling=SamplingParams(seed=2**63 - 1))
+    first, second = source(), source()
+    assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
+    source.completed(answer(first, "yes"))
+    assert 0 <= source().sampling.seed < 2**63
+
+
+def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
+    def texts(order: list[int]) -> dict[str, int]:
+        """Seeds by text, where requests in flight are answered in this order."""
+        source = conversations(prompt("p", "one", "more", "enough"), prompt("q", "two", "again"), max_length=99)
+        flying, seeds = [source(), source()], {}
+        for place in order:
+            request = flying.pop(place)
+            seeds[read(request)] = request.sampling.seed
+            source.completed(answer(request, "yes"))
+            flying += [following] if (following := source()) else []
+        return seeds
+
+    seeds = texts([0, 0, 0, 0, 0])
+    assert seeds == texts([1, 1, 0, 0, 0]) == texts([0, 1, 1, 0, 0])
+    assert len(set(seeds.values())) == 5 and seeds["<u>one<a>"] == 100 and seeds["<u>two<a>"] == 101
+    # A documented function: whoever has the seed can serve a turn again.
+    assert seeds["<u>two<a>yes<u>again<a>"] == turn_seed(101, 1) == 2311744442912917512
+
+
+def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
+    asked = Prompt(
+        "p", "", ({"role": "user", "content": "one"},), ("more",), 50, {"temperature": 0, "seed": 7}, ("\n", "END")
+    )
+    short = Prompt("q", "", ({"role": "user", "content": "x" * 45},), max_tokens=9)
+    source = conversations(asked, short, prompt("r", "three"))
+    requests = [source(), source(), source()]
+    assert [r.max_new_tokens for r in requests] == [50, 9, 10]
+    assert [r.sampling for r in requests] == [
+        SamplingParams(0, 7, 0.9, seed=7),
+        SamplingParams(0.5, 7, 0.9, seed=101),
+        SamplingParams(0.5, 7, 0.9, seed=102),
+    ]
+    assert [r.stop for r in requests] == [("\n", "END"), (), ()]
+    source.completed(answer(requests[0], "yes"))
+    assert source.failed == [
+        "prompt 'p', turn 2: the prompt has 22 tokens; with max_tokens=50 that exceeds engine.max_length=60; "
+        "shorten it, or raise engine.max_length up to the model's context"
+    ]
+
+
+def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
+    source = conversations(prompt("p", "x" * 30, "more", "enough"), prompt("q", "two", "again"))
+    first, second = source(), source()
+    assert source.completed(answer(first, "y" * 8)) == "chat"  # 30 + 8 + 4 + 12 of the template: 54, and 10 to come
+    assert source() is None
+    assert len(source.failed) == 2 and set(source.failed) == {
+        "prompt 'p', turn 2: the prompt has 54 tokens; with max_new_tokens=10 that exceeds engine.max_length=60; "
+        "shorten it, or raise engine.max_length up to the model's context"
+    }
+    source.completed(answer(second, "y"))
+    last = source()
+    assert read(last) == "<u>two<a>y<u>again<a>"  # other conversations go on
+    source.completed(answer(last, "z"))
+    assert source() is None and len(source.failed) == 2
+    assert source.total == 3 + len(source.failed)  # each was served or failed
+
+
+def test_traffic_is_not_changed() -> None:
+    traffic = prompt("p", "one", "more")
+    source = conversations(traffic)
+    source.completed(answer(source(), "yes"))
+    assert read(source()) == "<u>one<a>yes<u>more<a>"
+    assert traffic == prompt("p", "one", "more")

@@ -1,0 +1,328 @@
+"""Drafters that fail: they are named, their requests are served, and the figures stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle_server import DEPTH, VOCAB, OnTime, Oracle, Serving, eagle, requests
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.envs import Request
+from aurora_rl.policies import HybridDrafter, Proposal, TreeShape
+from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.serving.server import DrafterFault, measure_rounds
+
+
+class Broken(Oracle):
+    """An oracle whose trees for one request are malformed in some way, from its third round on."""
+
+    def __init__(self, known: Sequence[Request], bad: int, how: str) -> None:
+        super().__init__(known)
+        self._bad, self._how, self._rounds = known[bad].prompt.tolist(), how, 0
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        proposal = super().propose(slots, shape, generator)
+        for row, slot in enumerate(slots.tolist()):
+            if self._held[slot][: len(self._bad) - 1] == self._bad[1:]:
+                self._rounds += 1
+                if self._rounds > 2:
+                    return self._spoiled(proposal, row)
+        return proposal
+
+    def forget(self, slots: Tensor) -> None:
+        if self._how.endswith("cannot forget") and self._rounds > 2:
+            raise RuntimeError("cannot forget")
+        super().forget(slots)
+
+    def _spoiled(self, proposal: Proposal, row: int) -> Proposal:
+        tokens, parents = proposal.tokens.clone(), proposal.parents.clone()
+        if self._how == "cycle":
+            parents[row, :2] = torch.tensor([1, 0])
+        elif self._how == "late parent":
+            parents[row, 1] = 2
+        elif self._how == "twins":
+            tokens[row, :2], parents[row, :2] = 7, -1
+        elif self._how == "token":
+            tokens[row, 1] = VOCAB
+        elif self._how == "hole":
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            mask[row, 0] = False
+            return proposal._replace(mask=mask)
+        elif self._how in ("raises", "raises, and cannot forget"):
+            raise RuntimeError("no more ideas")
+        elif self._how == "mask of another shape":
+            return proposal._replace(mask=torch.ones(1, 1, dtype=torch.bool))
+        elif self._how == "mask of numbers":
+            return proposal._replace(mask=torch.ones(tokens.shape))
+        elif self._how == "tokens that are no integers":
+            return proposal._replace(tokens=tokens.double())
+        elif self._how in ("not a number", "above 0"):
+            log_probs = proposal.log_probs.clone()
+            log_probs[row, 1] = float("nan") if self._how == "not a number" else 0.5
+            return proposal._replace(log_probs=log_probs)
+        elif self._how == "no tensors":
+            return proposal._replace(parents=None)
+        elif self._how == "too many":
+            return Proposal(*(torch.cat([part, part], 1) for part in proposal[:3]))
+        return proposal._replace(tokens=tokens, parents=parents)
+
+
+FAULTS = {
+    "cycle": "malformed tree: node 0 has parent 1, which is no earlier node",
+    "late parent": "malformed tree: node 1 has parent 2, which is no earlier node",
+    "twins": "malformed tree: nodes 0 and 1 are siblings with the same token 7",
+    "token": f"malformed tree: node 1 has token {VOCAB}, outside the target's vocabulary of {VOCAB}",
+    "hole": "malformed tree: node 1 has parent 0, which is masked out",
+    "raises": "RuntimeError('no more ideas')",
+    "too many": "tokens, parents, log_probs and mask are [(1, 6), (1, 6), (1, 6), (1, 6)], not [1, 0..3]",
+    "mask of another shape": "tokens, parents, log_probs and mask are [(1, 3), (1, 3), (1, 3), (1, 1)], not [1, 0..3]",
+    "mask of numbers": "torch.int64, torch.int64, torch.float32, torch.float32, not int64, int64, bool and float",
+    "tokens that are no integers": "torch.float64, torch.int64, torch.bool, torch.float32, not int64",
+    "not a number": "a log-probability is above 0 or not a number",
+    "above 0": "a log-probability is above 0 or not a number",
+    "no tensors": "AttributeError(",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: Path, how: str) -> None:
+    waiting = requests(6, budget=22)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, how), slots=2)
+    server = serving.run()
+    serving.check_texts()
+    (fault,) = serving.events("drafter_fault")  # of whoever shared the round, none
+    assert fault["request"] == 1 and fault["fault"].startswith("Broken failed: ") and FAULTS[how] in fault["fault"]
+    assert server.drafter_faults == server.summary(failed=0, duration_s=1.0)["drafter_faults"] == 1
+    rounds = {event["request"]: event["speculative_rounds"] for event in serving.events("request")}
+    # The oracle needs six rounds for these texts; of the broken request's only the first two were drafted for.
+    assert rounds.pop(1) == 2 and set(rounds.values()) == {6}
+
+
+class Guess(Broken):
+    """Its drafts from the text are the right next token and a wrong one, or fail too."""
+
+    min_depth = DEPTH
+    calls = 0
+
+    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+        assert not shape.free
+        return super().propose(slots, shape, generator)
+
+    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+        self.calls += 1
+        if self._how == "twins":
+            return Proposal(torch.tensor([[7, 7]]), torch.tensor([[-1, -1]]), torch.zeros(1, 2))
+        (known,) = {tuple(t) for t in self._texts if t[: len(text)] == list(text)}
+        right, behind = known[len(text) : len(text) + 2]
+        tokens = torch.tensor([[right, (behind + 1) % VOCAB]])
+        return Proposal(tokens, torch.tensor([[-1, 0]]), torch.full((1, 2), -torch.inf))
+
+
+@pytest.mark.parametrize("how", ["raises", "cycle"])
+def test_a_request_that_the_drafter_fails_goes_on_with_its_drafts_from_the_text(tmp_path: Path, how: str) -> None:
+    waiting = requests(6, budget=22)
+    serving = Serving(tmp_path, waiting, Guess(waiting, 1, how), slots=2)
+    server = serving.run()
+    serving.check_texts()
+    (fault,) = serving.events("drafter_fault")
+    assert fault["request"] == 1 and FAULTS[how] in fault["fault"] and server.drafter_faults == 1
+    accepted = {event["request"]: event["accepted"] for event in serving.events("request")}
+    # The prefill delivers a token, two rounds of the oracle four each, then every round the right token and the bonus.
+    assert accepted.pop(1) == {"1": 7, "3": 2}
+    assert all("1" not in rounds for rounds in accepted.values())
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_hybrid_whose_learned_half_raises_serves_n_grams(tmp_path: Path, free: bool) -> None:
+    waiting, hybrid = requests(6, budget=40), HybridDrafter(eagle())
+    called = []
+
+    def raises(*args: object) -> None:
+        called.append(args)
+        raise RuntimeError("no more ideas")
+
+    hybrid.learned.propose = hybrid.learned.extend = raises
+    serving = Serving(tmp_path, waiting, hybrid, slots=2)
+    serving.policy.shape = TreeShape(DEPTH, 1, DEPTH, free=free)
+    server = serving.run()
+    serving.check_texts()
+    # Alone, n-grams need nothing of the learned half; beside it, each request meets its fault once.
+    faulty = [] if free else list(range(6))
+    assert sorted(event["request"] for event in serving.events("drafter_fault")) == faulty
+    assert server.drafter_faults == len(faulty) and bool(called) != free
+    assert sum(rounds * int(accepted) for event in serving.events("request")
+               for accepted, rounds in event["accepted"].items()) > 20  # fmt: skip
+    # Rounds in which n-grams found nothing count in the acceptance length: drafts were asked for.
+    assert all(event["speculative_tokens"] == event["tokens"] for event in serving.events("request")) or not free
+
+
+class Books(OnTime):
+    """Notes what it is told of each round; every shape takes the second, but for those that are to be avoided."""
+
+    def __init__(self, *shapes: TreeShape, avoid: Sequence[TreeShape] = ()) -> None:
+        ShapeController.__init__(self, {1: {shape: 10.0 if shape in avoid else 1.0 for shape in shapes}})
+        self.booked: list[tuple[TreeShape, list[list[str]]]] = []
+
+    def observe(self, shape: TreeShape, occupied: int, seconds: float, *outcomes: Any) -> None:
+        super().observe(shape, occupied, seconds, *outcomes)
+        self.booked.append((shape, outcomes[0]))
+
+
+NONE = TreeShape(0)
+
+
+def test_rounds_of_a_request_that_the_drafter_fails_are_booked_as_plain(tmp_path: Path) -> None:
+    waiting, chain = requests(3, budget=22), TreeShape(DEPTH)
+    books = Books(NONE, chain)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), shapes=books)
+    serving.run()
+    serving.check_texts()
+    # The oracle's six rounds; the two before the fault, and a round for each of the tokens that are left; six again.
+    assert [shape for shape, _ in books.booked] == [chain] * 8 + [NONE] * 14 + [chain] * 6
+    assert all(outcomes == [["likeliest"] * DEPTH] for _, outcomes in books.booked[:5])
+    assert all(outcomes == [] for shape, outcomes in books.booked if shape == NONE)
+
+
+def test_a_request_that_the_drafter_fails_is_no_trial_of_the_round_that_it_shares(tmp_path: Path) -> None:
+    waiting, chain = requests(2, budget=22), TreeShape(DEPTH)
+    books = Books(NONE, chain)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), slots=2, shapes=books)
+    serving.run()
+    serving.check_texts()
+    assert [(shape, len(outcomes)) for shape, outcomes in books.booked] == [
+        *[(chain, 2)] * 2, *[(chain, 1)] * 4, *[(NONE, 0)] * 10,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", [True, False])
+def test_n_grams_of_a_request_that_the_learned_half_fails_are_no_trial_of_it(tmp_path: Path, arm: bool) -> None:
+    waiting, hybrid = requests(3, budget=40), HybridDrafter(eagle())
+
+    def raises(*args: object) -> None:
+        raise RuntimeError("no more ideas")
+
+    hybrid.learned.propose = raises
+    tree, free = TreeShape(DEPTH, 2, DEPTH), TreeShape(DEPTH, 1, DEPTH, free=True)
+    books = Books(NONE, tree, *[free] * arm, avoid=(NONE, free))
+    serving = Serving(tmp_path, waiting, hybrid, shapes=books)
+    server = serving.run()
+    serving.check_texts()
+    assert serving.policy.shape == tree and server.drafter_faults == 3
+    assert sum(r.tokens for r in server.rounds) > len(server.rounds)  # n-grams were accepted
+    assert {shape for shape, _ in books.booked} == {free if arm else NONE}
+    assert books._likeliest == books._siblings == books._drafted == [[0.0, 0.0]] * DEPTH
+    assert (books._free[0][0] > 0) == arm
+
+
+def test_a_drafter_whose_drafts_from_the_text_fail_too_goes_silent(tmp_path: Path) -> None:
+    waiting = requests(6, budget=22)
+    drafter = Guess(waiting, 1, "twins")
+    serving = Serving(tmp_path, waiting, drafter, slots=2)
+    serving.run()
+    serving.check_texts()
+    faults = serving.events("drafter_fault")
+    assert [event["request"] for event in faults] == [1, 1] and drafter.calls == 1
+    assert {e["request"]: e["speculative_rounds"] for e in serving.events("request")}[1] == 2
+
+
+def test_drafts_from_the_text_alone_let_the_cache_be_and_it_catches_up(tmp_path: Path) -> None:
+    waiting = requests(2, budget=22)
+    serving = Serving(tmp_path, waiting, Guess(waiting, 1, "none"), slots=2)
+    serving.policy.shape = TreeShape(2, 1, 2, free=True)
+    for _ in range(3):
+        serving.server.step()
+    assert serving.policy.drafter.cached.tolist() == [0, 0]
+    assert [r.tokens for r in serving.server.rounds] == [4] * 3  # two slots, the right token and the bonus
+    serving.policy.shape = TreeShape(DEPTH)
+    serving.server.step()
+    assert serving.server.rounds[-1].tokens == 2 * (DEPTH + 1)
+    serving.run()
+    serving.check_texts()
+
+
+def test_finding_nothing_is_a_trial_of_drafts_from_the_text(tmp_path: Path) -> None:
+    class Finds(Guess):
+        def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
+            if len(text) % 2:
+                return Proposal(*torch.zeros(2, 1, 0, dtype=torch.int64), torch.zeros(1, 0))
+            return super().from_text(text, shape)
+
+    free = TreeShape(2, 1, 2, free=True)
+    shapes = ShapeController({1: {TreeShape(0): 1.0, free: 1e-3}}, memory=10**9)
+    waiting = requests(1, budget=22)
+    serving = Serving(tmp_path, waiting, Finds(waiting, 0, "none"), shapes=shapes)
+    server = serving.run()
+    serving.check_texts()
+    hits, trials = shapes._free[0]
+    found = sum(round_.tokens == 2 for round_ in server.rounds)
+    assert trials == pytest.approx(len(server.rounds)) and 0 < found < trials and hits == pytest.approx(found, abs=1)
+
+
+def test_a_drafter_that_cannot_forget_loses_every_request_and_the_texts_stay(tmp_path: Path) -> None:
+    waiting = requests(6, budget=22)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises, and cannot forget"), slots=2)
+    serving.run()
+    serving.check_texts()
+    faults = serving.events("drafter_fault")
+    assert sorted(event["request"] for event in faults) == [0, 1, 2, 3, 4, 5]  # once each
+    assert all("RuntimeError('cannot forget')" in event["fault"] for event in faults)
+
+
+def test_a_drafter_that_fails_slots_together_only_loses_them_and_is_named(tmp_path: Path) -> None:
+    class Alone(Oracle):
+        def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
+            if len(slots) > 1:
+                raise RuntimeError("one at a time")
+            return super().propose(slots, shape, generator)
+
+    waiting = requests(2, budget=22)
+    serving = Serving(tmp_path, waiting, Alone(waiting), slots=2)
+    serving.run()
+    serving.check_texts()
+    assert [event["request"] for event in serving.events("drafter_fault")] == [0, 1]
+    assert {event["speculative_rounds"] for event in serving.events("request")} == {1}
+
+
+def test_without_a_server_a_drafters_own_error_comes_through(tmp_path: Path) -> None:
+    waiting = requests(1, budget=22)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 0, "raises"))
+    serving.policy.on_fault = None
+    with pytest.raises(RuntimeError, match="no more ideas"):
+        serving.run()
+
+
+def test_a_fault_while_rounds_are_measured_leaves_the_engine_free(tmp_path: Path) -> None:
+    waiting = requests(2, budget=22)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "not a number"), slots=2)
+    with pytest.raises(DrafterFault, match="Broken failed: ValueError.*not a number"):
+        measure_rounds(serving.engine, serving.policy, waiting[1], [TreeShape(0), TreeShape(DEPTH)])
+    assert not len(serving.engine.store.occupied) and serving.policy.shape == TreeShape(DEPTH)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("d2t")])
+def test_weights_that_a_drafter_fails_to_stage_are_rejected(tmp_path: Path, error: Exception) -> None:
+    class Receiver:
+        rejected: list[tuple[int, str]] = []
+        waiting = [(1, TensorDict(eagle(1).published(), batch_size=[]))]
+
+        def latest(self) -> tuple[int, TensorDict] | None:
+            return self.waiting.pop() if self.waiting else None
+
+        def reject(self, version: int, reason: str) -> None:
+            self.rejected.append((version, reason))
+
+    class Fails(Oracle):
+        def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
+            raise error
+
+    receiver, waiting = Receiver(), requests(3)
+    serving = Serving(tmp_path, waiting, Fails(waiting), receiver=receiver)
+    serving.run()
+    serving.check_texts()
+    assert receiver.rejected == [(1, repr(error))]
+    assert [event["reason"] for event in serving.events("swap_failed")] == [repr(error)]

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+
+
+def test_events_carry_time_source_and_fields(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "new folder" / "metrics.jsonl", "server")
+    log.write("swap", version=3, ms=0.5)
+    log.close()
+    (event,) = MetricsReader(tmp_path / "new folder" / "metrics.jsonl").new()
+    assert event.pop("time") > 1.7e9
+    assert event == {"source": "server", "event": "swap", "version": 3, "ms": 0.5}
+
+
+def test_a_full_disk_loses_events_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsLog(Path("/dev/full"), "server")  # every write to it fails as on a full disk
+    log.write("one")
+    log.write("two")
+    assert log.lost == 2
+    assert [r.message for r in caplog.records if "/dev/full cannot be written" in r.message and "No space" in r.message]
+    assert len(caplog.records) == 1
+
+
+def test_a_reader_follows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = MetricsReader(path)
+    assert reader.new() == []  # the file may come later
+    log = MetricsLog(path, "a")
+    log.write("one")
+    log.write("two")
+    assert [event["event"] for event in reader.new()] == ["one", "two"]
+    assert reader.new() == []
+    log.write("three")
+    assert [event["event"] for event in reader.new()] == ["three"]
+
+
+def test_a_long_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"event": "long", "text": "x" * 1000}) + "\n"
+    path.write_text(line * 5000)
+    tracemalloc.start()
+    try:
+        assert sum(event["event"] == "long" for event in MetricsReader(path)) == 5000
+        assert tracemalloc.get_traced_memory()[1] < 200_000  # of a file of 5 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_reader_that_stops_early_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "one"}\n{"event": "two"}\n')
+    reader = MetricsReader(path)
+    assert next(iter(reader))["event"] == "one"
+    assert [event["event"] for event in reader.new()] == ["two"]
+
+
+def test_a_line_being_written_waits_and_a_broken_one_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = MetricsReader(path)
+    path.write_text('{"event": "o')
+    assert reader.new() == []
+    with path.open("a") as file:
+        file.write('ne"}\n{"event": \n{"event": "two"}\n')
+    assert [event["event"] for event in reader.new()] == ["one", "two"]
+
+
+def _write(path: Path, name: str) -> None:
+    log = MetricsLog(path, name)
+    for i in range(500):
+        log.write("event", i=i, text="x" * 500)
+
+
+def test_two_processes_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["i"] for e in events if e["source"] == "a"] == [e["i"] for e in events if e["source"] == "b"]
+    assert len(events) == 1000

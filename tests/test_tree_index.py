@@ -1,0 +1,74 @@
+"""Where recorded trees stand in a batch: intervals of ancestors against paths walked one by one, passes counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from aurora_rl.policies import TargetParts, TreeShape, get_drafter
+from aurora_rl.testing import serve, tiny_target
+from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.trees import reorder_depth_first
+
+
+def batch_of(trees: list[list[int]]) -> TensorDict:
+    """Two requests: the first has all rounds but the last."""
+    counts = torch.tensor([0, *(len(parents) for parents in trees)])
+    rounds = {
+        "anchor": 3 + torch.arange(len(trees)),
+        "offset": counts.cumsum(0),
+        "request_offset": torch.tensor([0, len(trees) - 1, len(trees)]),
+    }
+    parents = torch.tensor([parent for tree in trees for parent in tree], dtype=torch.int64)
+    return TensorDict({"rounds": rounds, "nodes": {"parents": parents}}, batch_size=[])
+
+
+def ancestors_or_self(trees: RecordedTrees, node: int) -> set[int]:
+    found = {node}
+    while (above := int(trees.parent[node]) - trees.num_rounds) >= 0:
+        found.add(node := above)
+    return found
+
+
+def random_tree(size: int, generator: torch.Generator) -> list[int]:
+    drawn = [int(torch.randint(-1, node, (), generator=generator)) if node else -1 for node in range(size)]
+    return reorder_depth_first(torch.tensor(drawn, dtype=torch.int64))[1].tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_node_is_seen_from_itself_to_the_end_of_its_subtree(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    trees = RecordedTrees.of(batch_of([random_tree(size, generator) for size in (7, 0, 1, 12, 9)]))
+    ends = trees.ends
+    for node in range(len(ends)):
+        seen = {other for other in range(len(ends)) if other <= node < ends[other]}
+        assert seen == ancestors_or_self(trees, node)
+
+
+def test_no_interval_holds_the_subtrees_of_other_orders() -> None:
+    for parents in ([-1, -1, 0], [-1, 0, 0, 1]):  # by depth: the last node's parent is not on the path before it
+        with pytest.raises(ValueError, match="not depth-first; lay trees with trees.reorder_depth_first"):
+            _ = RecordedTrees.of(batch_of([[-1, 0], parents])).ends
+
+
+def test_nothing_drafted() -> None:
+    assert RecordedTrees.of(batch_of([[], []])).ends.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "passes"),
+    [("eagle3", "midlayer", 4), ("eagle", "layers.0", 4), ("dflash", "layers.0", 1), ("medusa", "lm_heads.0", 1)],
+)
+def test_a_pass_scores_all_nodes_of_a_depth_or_all_there_are(name: str, part: str, passes: int) -> None:
+    """However many trees, branches and requests there are: a path alone would take as many for its own nodes."""
+    target = tiny_target()
+    drafter = get_drafter(name).from_target(TargetParts.of(target), draft_vocab=torch.arange(0, 32, 2)).double()
+    prompts = [torch.arange(length) for length in (3, 9, 5)]
+    batch = pack(serve(drafter, target, prompts, shape=TreeShape(4, 3, 12), max_new_tokens=6))
+    assert int(RecordedTrees.of(batch).depth.max()) == 4 and len(batch["nodes", "tokens"]) > 50
+    counted = []
+    drafter.get_submodule(part).register_forward_hook(lambda *_: counted.append(1))
+    drafter.score(batch)
+    assert len(counted) == passes

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.testing import serve, tiny_target
+from aurora_rl.training.replay import trajectory_buffer
+
+
+@pytest.fixture(scope="module")
+def trajectories() -> list[TensorDict]:
+    target = tiny_target()
+    drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(32)).double()
+    prompts = [torch.arange(2 + i) for i in range(6)]
+    return serve(drafter, target, prompts, shape=TreeShape(2), max_new_tokens=4, num_slots=6)
+
+
+def test_samples_are_packed_batches(trajectories: list[TensorDict]) -> None:
+    buffer = trajectory_buffer(10, 3)
+    buffer.extend(trajectories[:2])
+    buffer.extend(trajectories[2:3])
+    batch = buffer.sample()
+    assert batch["request"].shape == (3,)
+    for i, request in enumerate(batch["request"].tolist()):
+        start, end = batch["spine", "offset"][i : i + 2].tolist()
+        assert batch["spine", "tokens"][start:end].equal(trajectories[request]["spine", "tokens"])
+
+
+def test_the_oldest_goes_first(trajectories: list[TensorDict]) -> None:
+    buffer = trajectory_buffer(3, 16)
+    for trajectory in trajectories:
+        buffer.extend([trajectory])
+    assert len(buffer) == 3
+    assert set(buffer.sample()["request"].tolist()) <= {3, 4, 5}
+
+
+def test_the_seed_decides(trajectories: list[TensorDict]) -> None:
+    def draws(seed: int) -> list[int]:
+        buffer = trajectory_buffer(10, 20, seed)
+        buffer.extend(trajectories)
+        return buffer.sample()["request"].tolist()
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora_rl.workload import templates as traffic_templates
+from aurora_rl.workload import traffic
+from aurora_rl.workload.traffic import Prompt, TrafficError, generate, read_jsonl
+
+GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
+
+
+def write(folder: Path, *lines: str | bytes) -> Path:
+    path = folder / "requests.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    return path
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_in_order(tmp_path: Path) -> None:
+    full = {
+        "id": "a",
+        "domain": "chat",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé\u2028?"}],
+        "follow_ups": ["And then?", "Why?"],
+        "source": "a column of the user's own",
+    }
+    path = write(tmp_path, json.dumps(full, ensure_ascii=False), "", GOOD, GOOD.replace("{", '{"id": 7, ', 1), "")
+    user = ({"role": "user", "content": "Hi"},)
+    assert read_jsonl(path) == [
+        Prompt("a", "chat", tuple(full["messages"]), ("And then?", "Why?")),
+        Prompt("line-3", "", user),
+        Prompt("7", "", user),
+    ]
+
+
+def test_a_line_may_say_how_it_is_sampled(tmp_path: Path) -> None:
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 2**63 - 1}
+    lines: list[dict[str, Any]] = [
+        {"max_tokens": 7, **sampling, "stop": ["\n", "END"]},
+        {"max_completion_tokens": 7, "temperature": 0, "stop": "END"},
+        {"max_tokens": 3, "max_completion_tokens": 3, "seed": None, "stop": None},
+    ]
+    user = {"messages": [{"role": "user", "content": "Hi"}]}
+    prompts = read_jsonl(write(tmp_path, *(json.dumps(user | line) for line in lines)))
+    assert [p.max_tokens for p in prompts] == [7, 7, 3]
+    assert [p.sampling for p in prompts] == [sampling, {"temperature": 0}, {}]
+    assert [p.stop for p in prompts] == [("\n", "END"), ("END",), ()]
+
+
+def test_limit_and_shuffle(tmp_path: Path) -> None:
+    path = write(tmp_path, *[GOOD] * 50)
+    ids = [f"line-{n}" for n in range(1, 51)]
+    assert [p.id for p in read_jsonl(path, limit=3)] == ids[:3]
+    assert [p.id for p in read_jsonl(path, limit=99)] == ids
+    shuffled = [p.id for p in read_jsonl(path, shuffle=True, seed=1)]
+    assert shuffled != ids
+    assert sorted(shuffled) == sorted(ids)
+    assert [p.id for p in read_jsonl(path, shuffle=True, seed=1, limit=5)] == shuffled[:5]
+    assert [p.id for p in read_jsonl(path, shuffle=True, seed=2)] != shuffled
+    with pytest.raises(TrafficError, match="limit on requests is 0; it must be 1 or more"):
+        read_jsonl(path, limit=0)
+
+
+def message(**keys: Any) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": "Hi"} | keys]})
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"messages": [', "not JSON: Expecting value at column 15"),
+        (b'{"messages": "\xff"}', "'utf-8' codec can't decode"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[1]", "expected an object with 'messages', got a value of type list"),
+        ("null", "expected an object with 'messages', got null"),
+        ('{"prompt": "Hi"}', "'messages' must be a list with at least one message"),
+        ('{"messages": []}', "'messages' must be a list with at least one message"),
+        ('{"message": []}', "unknown key 'message'; did you mean 'messages'"),
+        (GOOD.replace("{", '{"followups": [], ', 1), "unknown key 'followups'; did you mean 'follow_ups'"),
+        (GOOD.replace("{", '{"follow_ups": [""], ', 1), "'follow_ups' must be a list of strings that are not empty"),
+        (GOOD.replace("{", '{"follow_ups": "Why?", ', 1), "'follow_ups' must be a list of strings"),
+        (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
+        (GOOD.replace("{", '{"max_tokens": 0, ', 1), "'max_tokens' must be an integer of at least 1, got 0"),
+        (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "'max_completion_tokens' must be an integer"),
+        (
+            GOOD.replace("{", '{"max_tokens": 3, "max_completion_tokens": 4, ', 1),
+            "'max_tokens' and 'max_completion_tok",
+        ),
+        (GOOD.replace("{", '{"temperature": -1, ', 1), "temperature is -1; give a finite number >= 0"),
+        (GOOD.replace("{", '{"temperature": "hot", ', 1), "temperature is 'hot'; give a number"),
+        (GOOD.replace("{", '{"top_p": 0, ', 1), "top_p is 0; give a number with 0 < top_p <= 1"),
+        (GOOD.replace("{", '{"top_k": 1.5, ', 1), "top_k is 1.5; give an integer"),
+        (GOOD.replace("{", '{"seed": -1, ', 1), "seed is -1; give an integer with 0 <= seed < 2**63"),
+        (GOOD.replace("{", '{"stop": [""], ', 1), "'stop' must be a string or a list of strings that are not empty"),
+        (GOOD.replace("{", '{"stop": {}, ', 1), "'stop' must be a string or a list of strings that are not empty"),
+        (GOOD.replace("{", '{"id": true, ', 1), "'id' must be a string or an integer, got a value of type bool"),
+        (GOOD.replace("{", '{"domain": 3, ', 1), "'domain' must be a string, got a value of type int"),
+        ('{"messages": ["Hi"]}', "message 0 must be an object with 'role' and 'content' and nothing else"),
+        (message(tool_calls=[]), "message 0 must be an object with 'role' and 'content' and nothing else"),
+        (message(role="human"), "message 0 has role 'human'; the roles are system, user, assistant, tool"),
+        (message(role=["user"]), "message 0 has role"),
+        (message(content=None), "the content of message 0 must be a string, got null"),
+        (message(content=" \n"), "empty prompt: the last message has no content"),
+        (message(content="\ud800"), "text with half a surrogate pair, which no tokenizer takes"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str) -> None:
+    path = write(tmp_path, GOOD, "", line, GOOD)
+    with pytest.raises(TrafficError, match=rf"requests\.jsonl, line 3: {re.escape(wrong)}"):
+        read_jsonl(path, limit=1)  # the whole file is checked
+
+
+def test_an_id_used_twice(tmp_path: Path) -> None:
+    line = GOOD.replace("{", '{"id": "a", ', 1)
+    with pytest.raises(TrafficError, match="line 2: id 'a' was already used in line 1"):
+        read_jsonl(write(tmp_path, line, line))
+
+
+def test_a_file_that_has_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TrafficError, match="holds no requests"):
+        read_jsonl(write(tmp_path, "", "  "))
+    with pytest.raises(TrafficError, match="cannot read requests from .*missing.jsonl: No such file"):
+        read_jsonl(tmp_path / "missing.jsonl")
+    with pytest.raises(TrafficError, match="Is a directory"):
+        read_jsonl(tmp_path)
+
+
+# ---- the generator ----------------------------------------------------------------------------------------------
+
+
+def text(prompt: Prompt) -> str:
+    (message,) = prompt.messages
+    assert message["role"] == "user"
+    return message["content"]
+
+
+def pieces(value: Any) -> Iterator[str]:
+    """A value, or the parts of one that has parts, such as the columns of a table."""
+    if isinstance(value, str):
+        yield value
+    else:
+        yield from value
+
+
+@pytest.fixture(scope="module")
+def stream() -> list[traffic._Filled]:
+    return list(traffic._generate(2000, seed=0))
+
+
+def test_no_prompt_repeats(stream: list[traffic._Filled]) -> None:
+    for texts in ([text(f.prompt) for f in stream], [f.prompt.id for f in stream]):
+        assert len(set(texts)) == len(stream)
+
+
+def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list[traffic._Filled]) -> None:
+    first, last = stream[:1500], stream[1500:]
+    assert not {f.template for f in first} & {f.template for f in last}
+    seen, kept = ({p for f in part for value in f.values.values() for p in pieces(value)} for part in (first, last))
+    assert not seen & kept
+    # The record of values is honest: each stands in the text, and none of the kept words slipped into the first part.
+    for filled in stream:
+        assert filled.prompt.id.startswith(filled.template)
+        for value in filled.values.values():
+            assert any(piece in text(filled.prompt) for piece in pieces(value))
+    everything = "\n".join(text(f.prompt) for f in first)
+    words = [word for word in kept if len(word) > 3 and not word[0].isdigit()]
+    assert len(words) > 100
+    assert [word for word in words if re.search(rf"\b{re.escape(word)}\b", everything)] == []
+
+
+def test_the_halves_of_every_pool_and_the_templates_are_disjoint() -> None:
+    pools = traffic_templates.POOLS.values()
+    halves = [{p for pool in pools for v in pool[half] for p in pieces(v)} for half in (0, 1)]
+    assert not halves[0] & halves[1]
+    for first, last in traffic_templates.TEMPLATES.values():
+        assert not first.keys() & last.keys()
+        assert not set(first.values()) & set(last.values())
+        assert len(first) >= 12
+        assert len(last) >= 5
+
+
+def test_domains_have_equal_shares_and_interleave(stream: list[traffic._Filled]) -> None:
+    domains = [f.prompt.domain for f in stream]
+    assert Counter(domains[:1500]) == dict.fromkeys(["code", "sql", "math", "finance", "chat"], 300)
+    assert set(Counter(domains[1500:]).values()) == {100}
+    # At random: two neighbours share their domain about one time in five.
+    assert 0.15 < sum(a == b for a, b in zip(domains, domains[1:], strict=False)) / 1999 < 0.25
+    # And no template dominates its domain, although some have thousands of values and some a few dozen.
+    assert max(Counter(f.template for f in stream).values()) <= 35
+
+
+def test_the_seed_decides() -> None:
+    assert generate(300, seed=3) == generate(300, seed=3)
+    assert generate(300, seed=3) != generate(300, seed=4)
+
+
+@pytest.mark.parametrize("num_requests", [1, 3, 4, 5, 39])
+def test_short_streams(num_requests: int) -> None:
+    prompts = generate(num_requests)
+    assert len({text(p) for p in prompts}) == num_requests
+    counts = Counter(p.domain for p in prompts[: num_requests - num_requests // 4])
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_as_many_as_can_be_distinct_and_not_one_more() -> None:
+    most = traffic._most_requests()
+    assert most > 5000
+    assert len({text(p) for p in generate(most)}) == most
+    with pytest.raises(TrafficError, match=rf"asked for {most + 1} requests; the generator has {most} distinct ones"):
+        generate(most + 1)
+    with pytest.raises(TrafficError, match="asked for 0 requests; the number must be 1 or more"):
+        generate(0)
+
+
+def test_every_choice_of_a_template_has_its_own_text() -> None:
+    for part in traffic._templates():
+        for template in (t for group in part.values() for t in group):
+            indices = range(0, template.size, max(1, template.size // 500))
+            assert len({template.fill(template.values(index)) for index in indices}) == len(indices), template.name
