@@ -188,7 +188,7 @@ class TrajectoryRecorder:
         return TensorDict(
             {
                 "request": torch.tensor(request),
-                "spine": {
+                "sequence": {
                     "tokens": store.tokens[slot, :length].cpu().clone(),
                     "prompt_length": torch.tensor(prompt),
                     "features": store.features[slot, : length - 1].cpu().clone(),
@@ -227,9 +227,9 @@ _Layout = dict[tuple[str, ...], tuple[str, str]]  # of every entry: shape, dtype
 
 _LAYOUT: _Layout = {
     ("request",): ("", "int64"),
-    ("spine", "tokens"): ("S", "int64"),
-    ("spine", "prompt_length"): ("", "int64"),
-    ("spine", "features"): ("S-1,F", "float"),
+    ("sequence", "tokens"): ("S", "int64"),
+    ("sequence", "prompt_length"): ("", "int64"),
+    ("sequence", "features"): ("S-1,F", "float"),
     ("rounds", "anchor"): ("R", "int64"),
     ("rounds", "offset"): ("R+1", "int64"),
     ("rounds", "policy_version"): ("R", "int64"),
@@ -247,10 +247,10 @@ _LAYOUT: _Layout = {
 }
 _LOG_PROBS = ("nodes", "log_probs")  # may be absent: an engine that drafts by argmax has no scores
 # The target's outputs, in one of two forms.
-_HIDDEN: _Layout = {("spine", "hidden"): ("S-P,H", "float"), ("nodes", "hidden"): ("M,H", "float")}
+_HIDDEN: _Layout = {("sequence", "hidden"): ("S-P,H", "float"), ("nodes", "hidden"): ("M,H", "float")}
 _TOPK: _Layout = {
     (part, name): (rows + width, dtype)
-    for part, rows in (("spine", "S-P"), ("nodes", "M"))
+    for part, rows in (("sequence", "S-P"), ("nodes", "M"))
     for name, width, dtype in zip(TOPK_ENTRIES, (",K", ",K", ""), ("int64", "float", "float"), strict=True)
 }
 # Float32 sums over a vocabulary of 1e5 are good to 1e-5; probabilities renormalised over the top K, or of another
@@ -264,7 +264,7 @@ def _layout_of(trajectory: TensorDictBase) -> _Layout:
     states, likeliest = sorted(keys & set(_HIDDEN)), sorted(keys & set(_TOPK))
     if states and likeliest:
         raise ValueError(
-            f"a trajectory has the target's outputs in one form, 'hidden' or {TOPK_ENTRIES}, in 'spine' and 'nodes' "
+            f"a trajectory has the target's outputs in one form, 'hidden' or {TOPK_ENTRIES}, in 'sequence' and 'nodes' "
             f"alike; got {states} and {likeliest}"
         )
     layout = _LAYOUT | (_TOPK if likeliest else _HIDDEN)
@@ -291,13 +291,13 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         dtype = get(key).dtype
         if not (dtype.is_floating_point if kind == "float" else dtype == getattr(torch, kind)):
             raise ValueError(f"{'.'.join(key)} has dtype {dtype}, expected {kind}")
-    tokens, anchor, node_tokens = get(("spine", "tokens")), get(("rounds", "anchor")), get(("nodes", "tokens"))
-    prompt, topk_ids = get(("spine", "prompt_length")), get(("spine", "topk_ids"), None)
-    for name, value in (("spine.tokens", tokens), ("rounds.anchor", anchor), ("nodes.tokens", node_tokens)):
+    tokens, anchor, node_tokens = get(("sequence", "tokens")), get(("rounds", "anchor")), get(("nodes", "tokens"))
+    prompt, topk_ids = get(("sequence", "prompt_length")), get(("sequence", "topk_ids"), None)
+    for name, value in (("sequence.tokens", tokens), ("rounds.anchor", anchor), ("nodes.tokens", node_tokens)):
         if value.ndim != 1:
             raise ValueError(f"{name} has one dimension, got shape {tuple(value.shape)}")
     if prompt.ndim or not 1 <= int(prompt) < len(tokens):
-        raise ValueError(f"spine.prompt_length must lie in 1..S-1={len(tokens) - 1}, got {prompt.tolist()}")
+        raise ValueError(f"sequence.prompt_length must lie in 1..S-1={len(tokens) - 1}, got {prompt.tolist()}")
     sizes = {
         "S": len(tokens),
         "S-1": len(tokens) - 1,
@@ -317,12 +317,12 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         may_be_infinite = key == _LOG_PROBS or key[-1] == "tail_log_prob"
         if kind == "float" and not may_be_infinite and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds a value that is not finite")
-    for key in (("spine", "tokens"), ("nodes", "tokens"), *(k for k in layout if k[-1] == "topk_ids")):
+    for key in (("sequence", "tokens"), ("nodes", "tokens"), *(k for k in layout if k[-1] == "topk_ids")):
         ids = get(key)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ValueError(f"{'.'.join(key)} must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
     if topk_ids is not None:
-        for part in ("spine", "nodes"):
+        for part in ("sequence", "nodes"):
             _check_topk(part, *(get((part, name)) for name in TOPK_ENTRIES))
     offset, parents = get(("rounds", "offset")), get(("nodes", "parents"))
     if int(offset[0]) != 0 or int(offset[-1]) != len(node_tokens) or bool((offset.diff() < 0).any()):
@@ -340,7 +340,7 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
 
 
 def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None:
-    """The rows of "spine" or "nodes" as distributions: ``[X, K]``, ``[X, K]``, ``[X]``."""
+    """The rows of "sequence" or "nodes" as distributions: ``[X, K]``, ``[X, K]``, ``[X]``."""
     if not ids.shape[1]:
         raise ValueError(f"{part}.topk_ids needs at least one token a row, got shape {tuple(ids.shape)}")
     if bool((ids.sort(-1).values.diff() == 0).any()):
@@ -373,7 +373,7 @@ def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = N
     """
     if speculative is None:
         speculative = accepted_per_round(trajectory)[1] > 0
-    anchor, length = trajectory["rounds", "anchor"], len(trajectory["spine", "tokens"])
+    anchor, length = trajectory["rounds", "anchor"], len(trajectory["sequence", "tokens"])
     committed = torch.cat([anchor[1:], anchor.new_tensor([length - 1])]) - anchor
     return int(committed[speculative].sum()), int(speculative.sum())
 
@@ -386,7 +386,7 @@ def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_
         feature_layers: Layers that the drafter reads; where there are none, any features will do.
         hidden_size: Width of one layer's states.
     """
-    width, count = batch["spine", "features"].shape[-1], len(feature_layers)
+    width, count = batch["sequence", "features"].shape[-1], len(feature_layers)
     if count and width != count * hidden_size:
         recorded = f"{width // hidden_size} layers" if width % hidden_size == 0 else "another hidden size"
         raise ValueError(
@@ -399,7 +399,7 @@ def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_
 def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     """Lay trajectories end to end: a batch for objectives, with offsets and no padding.
 
-    Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated; ``("spine", "offset")``,
+    Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated; ``("sequence", "offset")``,
     ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``, each ``[n + 1]``, say where a request starts.
     0-d entries become ``[n]``. ``("rounds", "offset")`` is made relative to the batch. ``("nodes", "log_probs")`` is
     there if all of the trajectories have it.
@@ -425,9 +425,9 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
             batch[key] = torch.stack(values)
         elif key != ("rounds", "offset"):
             batch[key] = torch.cat(values)
-    for part, entry in (("spine", "tokens"), ("rounds", "anchor"), ("nodes", "tokens")):
+    for part, entry in (("sequence", "tokens"), ("rounds", "anchor"), ("nodes", "tokens")):
         sizes = torch.tensor([0] + [len(t[part, entry]) for t in trajectories])
-        batch[part, "offset" if part == "spine" else "request_offset"] = sizes.cumsum(0)
+        batch[part, "offset" if part == "sequence" else "request_offset"] = sizes.cumsum(0)
     starts = batch["nodes", "request_offset"][:-1]
     ends = [t["rounds", "offset"][1:] + s for t, s in zip(trajectories, starts, strict=True)]
     batch["rounds", "offset"] = torch.cat([starts[:1], *ends])
@@ -436,7 +436,7 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
 
 def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
     """The form of the target's outputs that all trajectories have."""
-    ids = [t.get(("spine", "topk_ids"), None) for t in trajectories]
+    ids = [t.get(("sequence", "topk_ids"), None) for t in trajectories]
     forms = ["'hidden'" if each is None else f"'topk_log_probs' of {each.shape[-1]} tokens" for each in ids]
     for index, form in enumerate(forms):
         if form != forms[0]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from aurora_rl.trees import depths
 
 
-class RecordedTrees(NamedTuple):
+class TreeIndex(NamedTuple):
     """Where the contexts of packed trajectories stand: first the roots of all ``R`` rounds, then all ``M`` nodes.
 
     Attributes:
@@ -29,7 +29,7 @@ class RecordedTrees(NamedTuple):
         >>> rounds = {"anchor": [4], "offset": [0, 3], "request_offset": [0, 1]}
         >>> batch = TensorDict({"rounds": {name: torch.tensor(value) for name, value in rounds.items()}}, batch_size=[])
         >>> batch["nodes", "parents"] = torch.tensor([-1, 0, -1])
-        >>> trees = RecordedTrees.of(batch)
+        >>> trees = TreeIndex.of(batch)
         >>> trees.depth, trees.parent, trees.ends
         (tensor([0, 1, 2, 1]), tensor([0, 1, 0]), tensor([2, 2, 3]))
     """
@@ -41,7 +41,7 @@ class RecordedTrees(NamedTuple):
     parent: Tensor
 
     @classmethod
-    def of(cls, batch: TensorDictBase) -> RecordedTrees:
+    def of(cls, batch: TensorDictBase) -> TreeIndex:
         """Read a packed batch."""
         offset, parents, anchor = batch["rounds", "offset"], batch["nodes", "parents"], batch["rounds", "anchor"]
         rounds = torch.arange(len(anchor), device=anchor.device)
@@ -85,11 +85,11 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
         steps: ``J``, the longest chain.
 
     Returns:
-        A batch of the spines with these rounds and nodes; the node ``[J, C]`` int64 that is completion token ``c`` at
-        depth ``j + 1``, −1 where no anchor stands there; and which of these can be drafted, ``[J, C]`` bool: not from
-        the first token of all, which has no feature before it.
+        A batch of the sequences with these rounds and nodes; the node ``[J, C]`` int64 that is completion token ``c``
+        at depth ``j + 1``, −1 where no anchor stands there; and which of these can be drafted, ``[J, C]`` bool: not
+        from the first token of all, which has no feature before it.
     """
-    offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+    offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     count = offset.diff() - prompt
     device, total = offset.device, int(count.sum())
     request = torch.repeat_interleave(torch.arange(len(count), device=device), count)
@@ -99,12 +99,12 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
     length = (first + count[request] - place).clamp(max=steps)
     start = torch.cat([length.new_zeros(1), length.cumsum(0)])
     step = torch.arange(int(start[-1]), device=device) - torch.repeat_interleave(start[:-1], length)
-    token = offset[request] + prompt[request] + place - first  # of each completion token in the packed spine
-    tokens = batch["spine", "tokens"][token[torch.repeat_interleave(place, length) + step]]
+    token = offset[request] + prompt[request] + place - first  # of each completion token in the packed sequence
+    tokens = batch["sequence", "tokens"][token[torch.repeat_interleave(place, length) + step]]
     request_offset = torch.cat([count.new_zeros(1), count.cumsum(0)])
     chains = TensorDict(
         {
-            "spine": batch["spine"],
+            "sequence": batch["sequence"],
             "rounds": {"anchor": anchor, "offset": start, "request_offset": request_offset},
             "nodes": {"tokens": tokens, "parents": step - 1, "request_offset": start[request_offset]},
         },

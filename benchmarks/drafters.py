@@ -27,7 +27,7 @@ from common import RESULTS, arguments, parse, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.collectors.dataset import Recording, record
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
@@ -45,10 +45,10 @@ from aurora_rl.policies import (
     save_drafter,
     token_prior,
 )
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer, measure_rounds
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import ControlWindows
+from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers, train_on
 from aurora_rl.workload.traffic import generate, read_jsonl
@@ -90,9 +90,9 @@ class World:
         folder = self.work / name / "drafter"
         return load_drafter(folder, self.parts) if folder.exists() else self.drafter(name)
 
-    def stream(self, layers: Sequence[int]) -> Recording:
+    def stream(self, layers: Sequence[int]) -> TrajectoryDataset:
         """The recorded requests, with the features of the layers side by side."""
-        recording, every = Recording(self.work / "stream"), NgramDrafter(len(self.parts.head))
+        recording, every = TrajectoryDataset(self.work / "stream"), NgramDrafter(len(self.parts.head))
         every.feature_layers = tuple(layers)
         requests = [
             Request(i, torch.tensor(ids), self.options.max_new_tokens)
@@ -113,10 +113,10 @@ def of_layers(stream: Sequence[TensorDict], recorded: Sequence[int], wanted: Seq
     """Trajectories with the features of some of the recorded layers only."""
     out = []
     for trajectory in stream:
-        features: Tensor = trajectory["spine", "features"]
+        features: Tensor = trajectory["sequence", "features"]
         parts = features.chunk(len(recorded), dim=-1)
         kept = [features[:, :0], *(parts[list(recorded).index(layer)] for layer in wanted)]
-        out.append(trajectory.clone(recurse=False).set(("spine", "features"), torch.cat(kept, dim=-1)))
+        out.append(trajectory.clone(recurse=False).set(("sequence", "features"), torch.cat(kept, dim=-1)))
     return out
 
 
@@ -163,7 +163,7 @@ def serve(world: World, name: str) -> dict[str, Any]:
     options = world.options
     drafter = world.trained(name).to(options.device, world.dtype).eval().requires_grad_(False)
     model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
-    requests = Conversations(
+    requests = RequestQueue(
         world.prompts,
         world.tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
@@ -197,7 +197,7 @@ def serve(world: World, name: str) -> dict[str, Any]:
         server = InferenceServer(
             env,
             policy,
-            windows=ControlWindows(0.4, 16),
+            windows=BaselineWindows(0.4, 16),
             log=MetricsLog(Path(folder) / "metrics.jsonl", "server"),
             note=requests.completed,
         )

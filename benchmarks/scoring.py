@@ -31,18 +31,18 @@ CONFIG = LlamaConfig(
 DRAFT_VOCAB, STRIDE, CHUNK = 4096, 16, 16
 
 
-def trajectory(spine: int, parents: list[int], anchors: list[int]) -> TensorDict:
+def trajectory(sequence: int, parents: list[int], anchors: list[int]) -> TensorDict:
     """Random tokens and features; the same tree at every anchor."""
     count, hidden = len(parents) * len(anchors), CONFIG.hidden_size
     prompt = min(anchors) + 1
     return TensorDict(
         {
             "request": torch.tensor(0),
-            "spine": {
-                "tokens": torch.randint(DRAFT_VOCAB, (spine,)),
+            "sequence": {
+                "tokens": torch.randint(DRAFT_VOCAB, (sequence,)),
                 "prompt_length": torch.tensor(prompt),
-                "features": torch.randn(spine - 1, 3 * hidden),
-                "hidden": torch.zeros(spine - prompt, 1),
+                "features": torch.randn(sequence - 1, 3 * hidden),
+                "hidden": torch.zeros(sequence - prompt, 1),
             },
             "rounds": {
                 "anchor": torch.tensor(anchors),
@@ -88,14 +88,14 @@ def paths(whole: TensorDict) -> list[TensorDict]:
             while parents[path[0]] >= 0:
                 path.insert(0, parents[path[0]])
             row = trajectory(anchor + 2, list(range(-1, len(path) - 1)), [anchor])
-            row["spine", "tokens"] = whole["spine", "tokens"][: anchor + 2]
-            row["spine", "features"] = whole["spine", "features"][: anchor + 1]
+            row["sequence", "tokens"] = whole["sequence", "tokens"][: anchor + 2]
+            row["sequence", "features"] = whole["sequence", "features"][: anchor + 1]
             row["nodes", "tokens"] = whole["nodes", "tokens"][[offset[index] + n for n in path]]
             out.append(row)
     return out
 
 
-def cell(method: str, spine: int, nodes: int, device: str, threads: int) -> dict:
+def cell(method: str, sequence: int, nodes: int, device: str, threads: int) -> dict:
     """Seconds of forward and backward, and peak memory, of one method."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def cell(method: str, spine: int, nodes: int, device: str, threads: int) -> dict
         CONFIG, embedding=torch.randn(CONFIG.vocab_size, CONFIG.hidden_size),
         draft_vocab=torch.arange(DRAFT_VOCAB), feature_layers=(0, 1, 2),
     ).to(device)  # fmt: skip
-    whole = trajectory(spine, tree(nodes), list(range(spine // 2, spine - 1, STRIDE)))
+    whole = trajectory(sequence, tree(nodes), list(range(sequence // 2, sequence - 1, STRIDE)))
     rows = [whole] if method == "packed" else paths(whole)
     batches = [pack(rows[i : i + CHUNK]).to(device) for i in range(0, len(rows), CHUNK)]
 
@@ -128,26 +128,27 @@ def cell(method: str, spine: int, nodes: int, device: str, threads: int) -> dict
     before = peak()
     seconds = min(step() for _ in range(3 if method == "packed" else 1))
     return {
-        "method": method, "spine": spine, "trees": len(whole["rounds", "anchor"]), "nodes": nodes, "rows": len(rows),
+        "method": method, "sequence": sequence, "trees": len(whole["rounds", "anchor"]), "nodes": nodes,
+        "rows": len(rows),
         "seconds": round(seconds, 4), "peak_mib_above_start": round(peak() - before),
     }  # fmt: skip
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--spines", default="512,2048")
+    parser.add_argument("--sequences", default="512,2048")
     parser.add_argument("--nodes", default="8,16,64")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     options = parse(parser)
     if options.cell:
-        method, spine, nodes = options.cell
-        print(json.dumps(cell(method, int(spine), int(nodes), options.device, options.threads)))
+        method, sequence, nodes = options.cell
+        print(json.dumps(cell(method, int(sequence), int(nodes), options.device, options.threads)))
         return
     cells = []
-    for spine in options.spines.split(","):
+    for sequence in options.sequences.split(","):
         for nodes in options.nodes.split(","):
             for method in ("packed", "paths"):
-                own = ["--cell", method, spine, nodes, "--device", options.device, "--threads", str(options.threads)]
+                own = ["--cell", method, sequence, nodes, "--device", options.device, "--threads", str(options.threads)]
                 done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True, check=True)
                 cells.append(json.loads(done.stdout.splitlines()[-1]))
                 print(cells[-1], flush=True)

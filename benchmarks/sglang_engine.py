@@ -20,7 +20,7 @@ from aurora_rl.cli import spec
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Request
-from aurora_rl.envs.sglang.client import SGLangEngine
+from aurora_rl.envs.sglang.client import SGLangClient
 from aurora_rl.models.loading import default_dtype, embedded_model_path, encode_chat, load_target, stop_token_ids
 from aurora_rl.policies import TargetParts
 from aurora_rl.policies.formats.files import load_drafter
@@ -32,7 +32,7 @@ class Load:
     def __init__(self, tokens: list[list[int]], new: int, stop: tuple[int, ...]) -> None:
         self._tokens, self._new, self._stop, self._next = tokens, new, stop, 0
 
-    def run(self, engine: SGLangEngine, concurrency: int) -> dict:
+    def run(self, engine: SGLangClient, concurrency: int) -> dict:
         """Tokens a second and accepted drafts, over all prompts."""
         asked = []
         for tokens in self._tokens:
@@ -51,7 +51,7 @@ class Load:
             "texts": [answer.tokens.tolist() for answer in answers],
         }
 
-    def keep_busy(self, engine: SGLangEngine, number: int, done: threading.Event) -> None:
+    def keep_busy(self, engine: SGLangClient, number: int, done: threading.Event) -> None:
         """One request after the other, unrecorded."""
         while not done.is_set():
             engine.generate(Request(10**9 + number, torch.tensor(self._tokens[number]), 2 * self._new), learn=False)
@@ -61,7 +61,7 @@ def rate(runs: list[dict]) -> float:
     return sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs)
 
 
-def swaps(engine: SGLangEngine, publisher: WeightPublisher, load: Load, concurrency: int, weights: dict) -> dict:
+def swaps(engine: SGLangClient, publisher: WeightPublisher, load: Load, concurrency: int, weights: dict) -> dict:
     """Publish all the while that requests are in flight."""
     before = engine.status()["swaps"]
     done, found = threading.Event(), {}
@@ -88,7 +88,7 @@ def swaps(engine: SGLangEngine, publisher: WeightPublisher, load: Load, concurre
     }
 
 
-def from_disk(engine: SGLangEngine, load: Load, concurrency: int, model: str, repeats: int) -> dict:
+def from_disk(engine: SGLangClient, load: Load, concurrency: int, model: str, repeats: int) -> dict:
     """SGLang's own reload of the target, on the plain server under the same load: how long its answer takes.
 
     Without its flush of the cache, which it does by default: with requests in flight that ends the server.
@@ -109,7 +109,7 @@ def from_disk(engine: SGLangEngine, load: Load, concurrency: int, model: str, re
     return {"p50_ms": statistics.median(taken), "max_ms": max(taken)}
 
 
-def stale(engine: SGLangEngine, publisher: WeightPublisher, load: Load, weights: dict) -> dict:
+def stale(engine: SGLangClient, publisher: WeightPublisher, load: Load, weights: dict) -> dict:
     """Acceptance where the drafter's cache of every prompt was made by the weights that the server started with.
 
     Requests that run all the while keep the prefix cache from being emptied; without them the cache is made anew.
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> dict:
     model, tokenizer = load_target(options.model, dtype=dtype, device="cpu")
     parts = TargetParts.of(model)
     drafter = load_drafter(options.drafter, parts)
-    hello, weights = spec.hello(parts, drafter, "eagle3"), drafter.to(dtype).published()
+    handshake, weights = spec.handshake(parts, drafter, "eagle3"), drafter.to(dtype).published()
     stop = stop_token_ids(model, tokenizer)
     tokens = [encode_chat(tokenizer, prompt.messages) for prompt in prompts(options)]
     load = Load(tokens, options.max_new_tokens, stop)
@@ -167,9 +167,9 @@ def measure(options: argparse.Namespace) -> dict:
     }
     figures: dict = {"drafter": {"depth": options.depth, "width": options.width, "nodes": options.nodes}, "slots": {}}
     with ExitStack() as stack:
-        collector = ZMQCollector("tcp://127.0.0.1:*", hello=hello)
+        collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake)
         stack.callback(collector.shutdown)
-        publisher = WeightPublisher("tcp://127.0.0.1:*", hello=hello)
+        publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=handshake)
         stack.callback(publisher.close)
         drain = threading.Thread(target=lambda: [collector.poll(0.1) for _ in iter(lambda: stopped.is_set(), True)])
         stopped = threading.Event()
@@ -177,9 +177,9 @@ def measure(options: argparse.Namespace) -> dict:
         stack.callback(stopped.set)
         drain.start()
         shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
-        engine = stack.enter_context(SGLangEngine.launch(folder, drafter=options.drafter, **shape, **launched))
-        plain = stack.enter_context(SGLangEngine.launch(folder, **launched))
-        engine.attach(hello=hello, trajectories=collector.address, weights=publisher.address)
+        engine = stack.enter_context(SGLangClient.launch(folder, drafter=options.drafter, **shape, **launched))
+        plain = stack.enter_context(SGLangClient.launch(folder, **launched))
+        engine.attach(handshake=handshake, trajectories=collector.address, weights=publisher.address)
         for level in levels:
             expected = load.run(plain, level)["texts"]  # and both have run once
             load.run(engine, level)
@@ -207,8 +207,8 @@ def measure(options: argparse.Namespace) -> dict:
             print(level, figures["slots"][level], flush=True)
         status = engine.detach()
         if options.older:
-            older = stack.enter_context(SGLangEngine.launch(folder, drafter=options.older, **shape, **launched))
-            older.attach(hello=hello, trajectories=collector.address, weights=publisher.address)
+            older = stack.enter_context(SGLangClient.launch(folder, drafter=options.older, **shape, **launched))
+            older.attach(handshake=handshake, trajectories=collector.address, weights=publisher.address)
             figures["swap_from_an_older_drafter"] = stale(older, publisher, load, weights)
             older.detach()
         figures["sglang"] = status["sglang"]

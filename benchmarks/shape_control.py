@@ -23,11 +23,11 @@ from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersE
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.formats.files import load_drafter
-from aurora_rl.policies.tree_controller import ShapeController
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.policies.tree_controller import TreeController
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import ControlWindows, rates
+from aurora_rl.telemetry.rates import BaselineWindows, rates
 
 Weights = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ def serve(
     drafter = load(options, options.trained, TargetParts.of(model))
     drafter.install(first)
     drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
-    source = Conversations(
+    source = RequestQueue(
         prompts(options),
         tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
@@ -80,7 +80,7 @@ def serve(
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
     most = TreeShape(options.depth, options.width, options.nodes)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=most.most_nodes, shape=most)
-    tried = ShapeController.candidates(most, free=drafter.min_depth > 0)
+    tried = TreeController.candidates(most, free=drafter.min_depth > 0)
     costs = measure_rounds(engine, policy, usual, tried) if adaptive else {}
     ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
     asked = 0
@@ -107,9 +107,9 @@ def serve(
     server = InferenceServer(
         env,
         policy,
-        windows=ControlWindows(0.33, 32),
+        windows=BaselineWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
-        shapes=ShapeController(costs) if adaptive else None,
+        shapes=TreeController(costs) if adaptive else None,
         receiver=script,
         note=source.completed,
     )
@@ -142,7 +142,7 @@ def figures(server: InferenceServer, begin: int, end: int) -> dict:
     measured = rates([r for r in server.rounds if begin <= r.request < end])
     return {
         "acceptance_length_where_drafted": server.acceptance(begin, end),
-        "tokens_per_second": {"plain": measured.control, "controlled": measured.speculative},
+        "tokens_per_second": {"plain": measured.baseline, "controlled": measured.speculative},
         "over_plain": measured.speedup,
     }
 

@@ -22,11 +22,11 @@ from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersE
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import DrafterPolicy, HybridDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
-from aurora_rl.policies.tree_controller import ShapeController
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.policies.tree_controller import TreeController
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer, cost_table, measure_rounds
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import ControlWindows
+from aurora_rl.telemetry.rates import BaselineWindows
 
 
 def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) -> dict:
@@ -41,7 +41,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     if options.swap_to:
         other = load_drafter(options.swap_to, parts).to(options.device, dtype)
         weights.insert(0, other.published())
-    requests = Conversations(
+    requests = RequestQueue(
         prompts(options),
         tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
@@ -54,7 +54,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
     policy.rebuild_on_install = rebuild
     usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), options.max_new_tokens)
-    costs = measure_rounds(engine, policy, usual, ShapeController.candidates(shape))
+    costs = measure_rounds(engine, policy, usual, TreeController.candidates(shape))
     env = SpecDecodeEnv(
         engine,
         requests,
@@ -65,9 +65,9 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     server = InferenceServer(
         env,
         policy,
-        windows=ControlWindows(0.33, 32),
+        windows=BaselineWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
-        shapes=None if options.swap_every else ShapeController(costs),
+        shapes=None if options.swap_every else TreeController(costs),
         note=requests.completed,
     )
     inside = 0.0
@@ -98,7 +98,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         "requests": len(server.finished),
         "acceptance_length": server.acceptance(0, len(server.finished)),
         "shape_at_end": {"depth": policy.shape.depth, "width": policy.shape.width},
-        "tokens_per_second": {"control": measured.control, "speculative": measured.speculative},
+        "tokens_per_second": {"baseline": measured.baseline, "speculative": measured.speculative},
         "speedup": measured.speedup,
         "round_ms_at_start": cost_table(costs),
         "torchrl_and_server_share_of_round": 1 - (inside + sum(installs) / 1e3) / total,

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import LossModule
 
-from aurora_rl.collectors.dataset import Recording, record
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.envs import Request, SamplingParams, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
@@ -46,7 +46,7 @@ class Stream:
     def acceptance(self) -> float:
         """Tokens per round that the drafter would have had on the held-out requests, drafting its likeliest nodes."""
         shape = TreeShape(self.shape.depth)
-        dtype = self.held_out[0]["spine", "features"].dtype
+        dtype = self.held_out[0]["sequence", "features"].dtype
         served = copy.deepcopy(self.drafter)  # serving changes the form of a drafter
         return replay(served.to(dtype).eval().requires_grad_(False), self.held_out, shape).acceptance_length
 
@@ -54,7 +54,7 @@ class Stream:
         """Learn from the first part, and say what it did for the rest."""
         print(f"before: acceptance length {self.acceptance():.2f} on {len(self.held_out)} unseen requests", flush=True)
         optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
-        autocast = self.held_out[0]["spine", "features"].dtype == torch.bfloat16
+        autocast = self.held_out[0]["sequence", "features"].dtype == torch.bfloat16
         for seen, value, out in train_on(self.train, loss, optimizers, replay=replayed, autocast=autocast):
             figures = {k: round(float(v.mean()), 3) for k, v in out.items() if not k.startswith("loss_")}
             print(f"{seen} requests: loss {value:.3f} {figures}", flush=True)
@@ -81,7 +81,7 @@ def open_stream(
         Request(i, torch.tensor(p), options.max_new_tokens, SamplingParams(temperature, seed=i))
         for i, p in enumerate(prompts)
     ]
-    recording = Recording(options.recording, drafter.feature_layers)
+    recording = TrajectoryDataset(options.recording, drafter.feature_layers)
     stop_tokens = stop_token_ids(model, tokenizer)
     processors = generation_processors(model, stop_tokens)
     record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)

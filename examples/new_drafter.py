@@ -17,7 +17,7 @@ from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.testing import check_drafter, tiny_target
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 class RecurrentDrafter(Drafter):
@@ -62,10 +62,10 @@ class RecurrentDrafter(Drafter):
         return growth.proposal()
 
     def context_logits(self, batch, wanted):
-        trees, spine = RecordedTrees.of(batch), batch["spine"]
-        start, pair = spine["offset"][trees.request], trees.root.clamp(min=0)
+        trees, sequence = TreeIndex.of(batch), batch["sequence"]
+        start, pair = sequence["offset"][trees.request], trees.root.clamp(min=0)
         # A request has one feature less than tokens.
-        states = self.step(spine["tokens"][start + pair + 1], spine["features"][start - trees.request + pair])
+        states = self.step(sequence["tokens"][start + pair + 1], sequence["features"][start - trees.request + pair])
         for level in range(1, int(trees.depth.max()) + 1):
             here = (trees.depth == level).nonzero().flatten()
             nodes = here - trees.num_rounds

@@ -44,7 +44,7 @@ def main() -> None:
     check_objective(lambda d, head, reduction: FocalImitationLoss(d, head, reduction=reduction), differentiable=False)
     stream = open_stream(options, TreeShape(depth=4))
     first = copy.deepcopy(stream.drafter)
-    autocast = stream.train[0]["spine", "features"].dtype == torch.bfloat16
+    autocast = stream.train[0]["sequence", "features"].dtype == torch.bfloat16
     curves: dict[str, list[tuple[int, float]]] = {}
     for settings in ({"name": "imitation"}, {"name": "focal_imitation", "gamma": options.gamma}):
         stream.drafter = copy.deepcopy(first)

@@ -143,7 +143,7 @@ def test_the_new_objective_weighs_by_what_is_missed(
     found = made.values(batch)
     assert isinstance(made, focal) and calls == [2]
 
-    p = (batch["spine", "hidden"] @ parts.head.weight.T).softmax(-1)[:, drafter.draft_vocab]
+    p = (batch["sequence", "hidden"] @ parts.head.weight.T).softmax(-1)[:, drafter.draft_vocab]
     p = p / p.sum(-1, keepdim=True) if renormalize else p
     missed = torch.stack([1 - torch.minimum(p, q.softmax(-1)).sum(-1) for q in unroll(batch, 2).logits])
     plain = ImitationLoss(drafter, parts.head, **settings).values(batch)
@@ -167,7 +167,7 @@ def test_the_library_loop_runs_by_its_configuration(
     ports = free_ports(2)
     pairs = [
         *(f"model={tiny_folder}", f"traffic.path={traffic}", "dtype=float32", "max_new_tokens=12", "gate.requests=2"),
-        *("gate.margin=10", "learner.publish_every=4", "learner.batch_size=2", "learner.replay=1", "control.share=0"),
+        *("gate.margin=10", "learner.publish_every=4", "learner.batch_size=2", "learner.replay=1", "baseline.share=0"),
         *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
         *(f"run_dir={tmp_path / 'run'}", "engine.max_length=256", "drafter.vocab_size=128"),
     ]

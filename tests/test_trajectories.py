@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aurora_rl.collectors import TrajectorySink, ZMQCollector
 from aurora_rl.collectors.codec import decode, encode
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.policies import MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory, topk_form
 from aurora_rl.trajectories import (
@@ -94,10 +94,10 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
     validate(trajectory, vocab_size=32, feature_size=1, hidden_size=1)
     flat = {".".join(k): trajectory[k].tolist() for k in trajectory.keys(True, True) if isinstance(k, tuple)}
     assert flat == {
-        "spine.tokens": [5, 6, 7, 3, 4, 1, 30],
-        "spine.prompt_length": 3,
-        "spine.features": [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]],
-        "spine.hidden": [[20.0], [30.0], [40.0], [50.0]],
+        "sequence.tokens": [5, 6, 7, 3, 4, 1, 30],
+        "sequence.prompt_length": 3,
+        "sequence.features": [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]],
+        "sequence.hidden": [[20.0], [30.0], [40.0], [50.0]],
         "rounds.anchor": [2, 5],
         "rounds.offset": [0, 4, 4],
         "rounds.policy_version": [6, 7],
@@ -154,8 +154,8 @@ def test_served_trajectories_are_valid(served: list[TensorDict]) -> None:
 
 def test_packing_lays_requests_end_to_end(served: list[TensorDict]) -> None:
     batch = pack(served)
-    assert batch["spine", "offset"].tolist() == [0, 6, 16, 21]
-    assert batch["spine", "prompt_length"].tolist() == [1, 6, 2]
+    assert batch["sequence", "offset"].tolist() == [0, 6, 16, 21]
+    assert batch["sequence", "prompt_length"].tolist() == [1, 6, 2]
     assert batch["request"].tolist() == [1, 6, 2]
     rounds, nodes = ([len(t[key]) for t in served] for key in (("rounds", "anchor"), ("nodes", "tokens")))
     assert batch["rounds", "request_offset"].tolist() == [0, rounds[0], rounds[0] + rounds[1], sum(rounds)]
@@ -169,10 +169,10 @@ def test_packing_lays_requests_end_to_end(served: list[TensorDict]) -> None:
         begin, end = batch["nodes", "request_offset"][i : i + 2].tolist()
         assert (int(offset[0]), int(offset[-1])) == (begin, end)
         assert torch.equal(batch["nodes", "hidden"][begin:end], trajectory["nodes", "hidden"])
-        start = int(batch["spine", "offset"][i]) - i
+        start = int(batch["sequence", "offset"][i]) - i
         assert torch.equal(
-            batch["spine", "features"][start : start + len(trajectory["spine", "features"])],
-            trajectory["spine", "features"],
+            batch["sequence", "features"][start : start + len(trajectory["sequence", "features"])],
+            trajectory["sequence", "features"],
         )
 
 
@@ -180,9 +180,9 @@ def test_packing_the_likeliest_tokens(served: list[TensorDict], likeliest: list[
     batch, states = pack(likeliest), pack(served)
     keys = set(batch.keys(True, True))
     assert keys ^ set(states.keys(True, True)) == {
-        (part, name) for part in ("spine", "nodes") for name in ("hidden", *TOPK_ENTRIES)
+        (part, name) for part in ("sequence", "nodes") for name in ("hidden", *TOPK_ENTRIES)
     }
-    for part in ("spine", "nodes"):
+    for part in ("sequence", "nodes"):
         for name in TOPK_ENTRIES:
             assert torch.equal(batch[part, name], torch.cat([t[part, name] for t in likeliest]))
 
@@ -230,21 +230,21 @@ def ten(value: object) -> Tensor:
 
 # One change each to a legal trajectory of a prompt of 6 tokens and 4 new ones, and what the message must say.
 CORRUPTIONS = [
-    (("spine", "tokens"), lambda t: t[None], "spine.tokens has one dimension"),
-    (("spine", "tokens"), lambda t: t.int(), "spine.tokens has dtype torch.int32, expected int64"),
-    (("spine", "tokens"), lambda t: t.index_fill(0, ten(3), 32), r"spine.tokens must lie in 0..31, got \d+..32"),
-    (("spine", "tokens"), lambda t: t.index_fill(0, ten(3), -1), "spine.tokens must lie in 0..31, got -1"),
-    (("spine", "tokens"), lambda t: t[:0], "spine.prompt_length must lie in 1..S-1=-1, got 6"),
-    (("spine", "prompt_length"), lambda t: ten(0), "spine.prompt_length must lie in 1..S-1=9, got 0"),
-    (("spine", "prompt_length"), lambda t: ten(10), "spine.prompt_length must lie in 1..S-1=9, got 10"),
-    (("spine", "prompt_length"), lambda t: ten([6]), "spine.prompt_length must lie in"),
-    (("spine", "prompt_length"), lambda t: ten(math.nan), "spine.prompt_length has dtype torch.float32"),
-    (("spine", "features"), lambda t: t[1:], r"spine.features must have shape \[S-1,F\] = \(9, 16\), got \(8, 16\)"),
-    (("spine", "features"), lambda t: t[:, 1:], r"spine.features must have shape .* got \(9, 15\)"),
-    (("spine", "features"), lambda t: t.long(), "spine.features has dtype torch.int64, expected float"),
-    (("spine", "features"), lambda t: t * math.nan, "spine.features holds a value that is not finite"),
-    (("spine", "hidden"), lambda t: t[1:], r"spine.hidden must have shape \[S-P,H\] = \(4, 16\), got \(3, 16\)"),
-    (("spine", "hidden"), lambda t: t + math.inf, "spine.hidden holds a value that is not finite"),
+    (("sequence", "tokens"), lambda t: t[None], "sequence.tokens has one dimension"),
+    (("sequence", "tokens"), lambda t: t.int(), "sequence.tokens has dtype torch.int32, expected int64"),
+    (("sequence", "tokens"), lambda t: t.index_fill(0, ten(3), 32), r"sequence.tokens must lie in 0..31, got \d+..32"),
+    (("sequence", "tokens"), lambda t: t.index_fill(0, ten(3), -1), "sequence.tokens must lie in 0..31, got -1"),
+    (("sequence", "tokens"), lambda t: t[:0], "sequence.prompt_length must lie in 1..S-1=-1, got 6"),
+    (("sequence", "prompt_length"), lambda t: ten(0), "sequence.prompt_length must lie in 1..S-1=9, got 0"),
+    (("sequence", "prompt_length"), lambda t: ten(10), "sequence.prompt_length must lie in 1..S-1=9, got 10"),
+    (("sequence", "prompt_length"), lambda t: ten([6]), "sequence.prompt_length must lie in"),
+    (("sequence", "prompt_length"), lambda t: ten(math.nan), "sequence.prompt_length has dtype torch.float32"),
+    (("sequence", "features"), lambda t: t[1:], r"sequence.features must have shape \[S-1,F\] = \(9, 16\), got \(8, "),
+    (("sequence", "features"), lambda t: t[:, 1:], r"sequence.features must have shape .* got \(9, 15\)"),
+    (("sequence", "features"), lambda t: t.long(), "sequence.features has dtype torch.int64, expected float"),
+    (("sequence", "features"), lambda t: t * math.nan, "sequence.features holds a value that is not finite"),
+    (("sequence", "hidden"), lambda t: t[1:], r"sequence.hidden must have shape \[S-P,H\] = \(4, 16\), got \(3, 16\)"),
+    (("sequence", "hidden"), lambda t: t + math.inf, "sequence.hidden holds a value that is not finite"),
     (("rounds", "anchor"), lambda t: t - 1, "rounds.anchor must lie in P-1..S-2, got 4.."),
     (("rounds", "anchor"), lambda t: t + 9, "rounds.anchor must lie in P-1..S-2, got 14.."),
     (("rounds", "anchor"), lambda t: t.flip(0), "rounds.anchor must rise"),
@@ -307,24 +307,24 @@ def test_log_probs_may_be_unknown(served: list[TensorDict]) -> None:
 # ---- the target's likeliest tokens in place of its hidden states ----------------------------------------------------
 
 TOPK_CORRUPTIONS = [
-    ("spine", "topk_ids", lambda t: t.int(), "spine.topk_ids has dtype torch.int32, expected int64"),
-    ("spine", "topk_ids", lambda t: t[:, :3], r"spine.topk_log_probs must have shape \[S-P,K\] = \(4, 3\), got \(4, 4"),
-    ("spine", "topk_ids", lambda t: t[1:], r"spine.topk_ids must have shape \[S-P,K\] = \(4, 4\), got \(3, 4\)"),
-    ("spine", "topk_ids", lambda t: t[0], r"spine.topk_ids must have shape \[S-P,K\]"),
+    ("sequence", "topk_ids", lambda t: t.int(), "sequence.topk_ids has dtype torch.int32, expected int64"),
+    ("sequence", "topk_ids", lambda t: t[:, :3], r"sequence.topk_log_probs must have shape \[S-P,K\] = \(4, 3\), got"),
+    ("sequence", "topk_ids", lambda t: t[1:], r"sequence.topk_ids must have shape \[S-P,K\] = \(4, 4\), got \(3, 4\)"),
+    ("sequence", "topk_ids", lambda t: t[0], r"sequence.topk_ids must have shape \[S-P,K\]"),
     ("nodes", "topk_ids", lambda t: t[:, :3], r"nodes.topk_ids must have shape \[M,K\] = \(\d+, 4\), got \(\d+, 3\)"),
     ("nodes", "topk_ids", lambda t: t + 32, r"nodes.topk_ids must lie in 0..31, got 3\d.."),
-    ("spine", "topk_ids", lambda t: t - 32, r"spine.topk_ids must lie in 0..31, got -\d+"),
-    ("spine", "topk_ids", lambda t: t[:, [0, 1, 2, 0]], "spine.topk_ids names a token twice in one row"),
+    ("sequence", "topk_ids", lambda t: t - 32, r"sequence.topk_ids must lie in 0..31, got -\d+"),
+    ("sequence", "topk_ids", lambda t: t[:, [0, 1, 2, 0]], "sequence.topk_ids names a token twice in one row"),
     ("nodes", "topk_ids", lambda t: t[:, [0, 1, 2, 0]], "nodes.topk_ids names a token twice in one row"),
-    ("spine", "topk_log_probs", lambda t: t.long(), "spine.topk_log_probs has dtype torch.int64, expected float"),
+    ("sequence", "topk_log_probs", lambda t: t.long(), "sequence.topk_log_probs has dtype torch.int64, expected float"),
     ("nodes", "topk_log_probs", lambda t: t * math.nan, "nodes.topk_log_probs holds a value that is not finite"),
     ("nodes", "topk_log_probs", lambda t: t - math.inf, "nodes.topk_log_probs holds a value that is not finite"),
-    ("spine", "topk_log_probs", lambda t: -t, "spine.topk_log_probs must be log-probabilities, at most 0, got up to"),
+    ("sequence", "topk_log_probs", lambda t: -t, "sequence.topk_log_probs must be log-probabilities, at most 0, got"),
     # Renormalised over the four likeliest, and of another temperature.
-    ("spine", "topk_log_probs", lambda t: t.log_softmax(-1), "spine.topk_log_probs and .* a mass of 1 in every"),
+    ("sequence", "topk_log_probs", lambda t: t.log_softmax(-1), "sequence.topk_log_probs and .* a mass of 1 in every"),
     ("nodes", "topk_log_probs", lambda t: t * 1.1, r"nodes.topk_log_probs and .* give the softmax of all tokens"),
-    ("spine", "tail_log_prob", lambda t: t[:, None], r"spine.tail_log_prob must have shape \[S-P\] = \(4,\)"),
-    ("spine", "tail_log_prob", lambda t: t * math.nan, "spine.tail_log_prob must be log-probabilities"),
+    ("sequence", "tail_log_prob", lambda t: t[:, None], r"sequence.tail_log_prob must have shape \[S-P\] = \(4,\)"),
+    ("sequence", "tail_log_prob", lambda t: t * math.nan, "sequence.tail_log_prob must be log-probabilities"),
     ("nodes", "tail_log_prob", lambda t: t + math.inf, "nodes.tail_log_prob must .* at most 0, got up to inf"),
     ("nodes", "tail_log_prob", lambda t: t - math.inf, "nodes.tail_log_prob must have a mass of 1 in every row"),
 ]  # fmt: skip
@@ -348,43 +348,45 @@ def test_a_corrupted_likeliest_token_is_named(
 
 def test_a_tail_may_be_empty(likeliest: list[TensorDict], served: list[TensorDict]) -> None:
     trajectory = likeliest[1].clone()
-    for part in ("spine", "nodes"):
+    for part in ("sequence", "nodes"):
         trajectory[part, "topk_log_probs"] = trajectory[part, "topk_log_probs"].log_softmax(-1).float()
         trajectory[part, "tail_log_prob"] = torch.full_like(trajectory[part, "tail_log_prob"], -math.inf)
     validate(trajectory, **SIZES)
     every = topk_form(served[1], TargetParts.of(tiny_target()).head, 32)
-    assert bool((every["spine", "tail_log_prob"] == -math.inf).all())
+    assert bool((every["sequence", "tail_log_prob"] == -math.inf).all())
     validate(every, **SIZES)
 
 
 def test_no_likely_token_is_too_few(likeliest: list[TensorDict]) -> None:
     trajectory = likeliest[1].clone()
-    for part in ("spine", "nodes"):
+    for part in ("sequence", "nodes"):
         for name in ("topk_ids", "topk_log_probs"):
             trajectory[part, name] = trajectory[part, name][:, :0]
-    with pytest.raises(ValueError, match=r"spine.topk_ids needs at least one token a row, got shape \(4, 0\)"):
+    with pytest.raises(ValueError, match=r"sequence.topk_ids needs at least one token a row, got shape \(4, 0\)"):
         validate(trajectory, **SIZES)
 
 
 def test_one_form_in_both_groups(likeliest: list[TensorDict], served: list[TensorDict]) -> None:
     mixed = likeliest[1].clone()
     mixed["nodes", "hidden"] = served[1]["nodes", "hidden"]
-    both = r"one form, 'hidden' or \('topk_ids', .*\), in 'spine' and 'nodes' alike; got \[\('nodes', 'hidden'\)\] and"
+    both = (
+        r"one form, 'hidden' or \('topk_ids', .*\), in 'sequence' and 'nodes' alike; got \[\('nodes', 'hidden'\)\] and"
+    )
     with pytest.raises(ValueError, match=both):
         validate(mixed, **SIZES)
     with pytest.raises(ValueError, match=both):
         validate(mixed.exclude(*(("nodes", name) for name in TOPK_ENTRIES)), **SIZES)
     with pytest.raises(ValueError, match=r"missing \[\('nodes', 'tail_log_prob'\)\], unknown \[\]"):
         validate(likeliest[1].exclude(("nodes", "tail_log_prob")), **SIZES)
-    with pytest.raises(ValueError, match=r"missing \[\('nodes', 'hidden'\), \('spine', 'hidden'\)\], unknown \[\]"):
-        validate(served[1].exclude(("spine", "hidden"), ("nodes", "hidden")), **SIZES)
+    with pytest.raises(ValueError, match=r"missing \[\('nodes', 'hidden'\), \('sequence', 'hidden'\)\], unknown \[\]"):
+        validate(served[1].exclude(("sequence", "hidden"), ("nodes", "hidden")), **SIZES)
 
 
 def test_every_form_crosses_the_wire(likeliest: list[TensorDict], served: list[TensorDict]) -> None:
-    hello = Hello(1, "config", "head", (2, 5), "", "eagle3")
+    handshake = Handshake(1, "config", "head", (2, 5), "", "eagle3")
     sent = [form for t in (*served, *likeliest) for form in (t, t.exclude(("nodes", "log_probs")))]
-    collector = ZMQCollector("tcp://127.0.0.1:*", hello=hello, validate=lambda t: validate(t, **SIZES))
-    with TrajectorySink(collector.address, hello=hello) as sink:
+    collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=lambda t: validate(t, **SIZES))
+    with TrajectorySink(collector.address, handshake=handshake) as sink:
         for trajectory in sent:
             sink.extend(trajectory)
         received: list[TensorDict] = []

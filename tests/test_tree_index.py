@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from aurora_rl.policies import TargetParts, TreeShape, get_drafter
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.trajectories import pack
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import reorder_depth_first
 
 
@@ -25,7 +25,7 @@ def batch_of(trees: list[list[int]]) -> TensorDict:
     return TensorDict({"rounds": rounds, "nodes": {"parents": parents}}, batch_size=[])
 
 
-def ancestors_or_self(trees: RecordedTrees, node: int) -> set[int]:
+def ancestors_or_self(trees: TreeIndex, node: int) -> set[int]:
     found = {node}
     while (above := int(trees.parent[node]) - trees.num_rounds) >= 0:
         found.add(node := above)
@@ -40,7 +40,7 @@ def random_tree(size: int, generator: torch.Generator) -> list[int]:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_node_is_seen_from_itself_to_the_end_of_its_subtree(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    trees = RecordedTrees.of(batch_of([random_tree(size, generator) for size in (7, 0, 1, 12, 9)]))
+    trees = TreeIndex.of(batch_of([random_tree(size, generator) for size in (7, 0, 1, 12, 9)]))
     ends = trees.ends
     for node in range(len(ends)):
         seen = {other for other in range(len(ends)) if other <= node < ends[other]}
@@ -50,11 +50,11 @@ def test_a_node_is_seen_from_itself_to_the_end_of_its_subtree(seed: int) -> None
 def test_no_interval_holds_the_subtrees_of_other_orders() -> None:
     for parents in ([-1, -1, 0], [-1, 0, 0, 1]):  # by depth: the last node's parent is not on the path before it
         with pytest.raises(ValueError, match="not depth-first; lay trees with trees.reorder_depth_first"):
-            _ = RecordedTrees.of(batch_of([[-1, 0], parents])).ends
+            _ = TreeIndex.of(batch_of([[-1, 0], parents])).ends
 
 
 def test_nothing_drafted() -> None:
-    assert RecordedTrees.of(batch_of([[], []])).ends.tolist() == []
+    assert TreeIndex.of(batch_of([[], []])).ends.tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_pass_scores_all_nodes_of_a_depth_or_all_there_are(name: str, part: st
     drafter = get_drafter(name).from_target(TargetParts.of(target), draft_vocab=torch.arange(0, 32, 2)).double()
     prompts = [torch.arange(length) for length in (3, 9, 5)]
     batch = pack(serve(drafter, target, prompts, shape=TreeShape(4, 3, 12), max_new_tokens=6))
-    assert int(RecordedTrees.of(batch).depth.max()) == 4 and len(batch["nodes", "tokens"]) > 50
+    assert int(TreeIndex.of(batch).depth.max()) == 4 and len(batch["nodes", "tokens"]) > 50
     counted = []
     drafter.get_submodule(part).register_forward_hook(lambda *_: counted.append(1))
     drafter.score(batch)

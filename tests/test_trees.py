@@ -241,7 +241,7 @@ def test_literal_depths_and_mask() -> None:
 @pytest.mark.parametrize(
     ("choices", "accepted", "column"),
     [
-        # root says a, node 0 says b, node 2 says a: the left spine; the bonus is chosen at node 5, column 6
+        # root says a, node 0 says b, node 2 says a: the left sequence; the bonus is chosen at node 5, column 6
         ([0, 1, 9, 0, 9, 9, 7], [1, 0, 1, 0, 0, 1], 6),
         # root says b, but node 1 says c, which it has no child for
         ([1, 1, 2, 0, 9, 9, 7], [0, 1, 0, 0, 0, 0], 2),

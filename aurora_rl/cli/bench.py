@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError
-from aurora_rl.collectors.dataset import Recording
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.training.gate import replay
@@ -67,7 +67,7 @@ def learning_curve(
     Returns:
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
-    prompts = [t["spine", "tokens"][: int(t["spine", "prompt_length"])].tolist() for t in stream[:64]]
+    prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
     config = replace(config, seed=seed)
     drafter = spec.drafter(config, target, prompts)
     dtype, settings, served_shape = spec.dtype_of(config), config.learner, spec.shape(config)
@@ -137,7 +137,7 @@ def bench_objectives(
     recording, out = Path(recording), Path(out)
     _check_arguments(config, variants, seeds=seeds, every=every, ahead=ahead, limit=limit)
     known = {**VARIANTS, _CONFIGURED: config.objectives}
-    found = Recording(recording)
+    found = TrajectoryDataset(recording)
     count = min(len(found), limit or len(found))
     if every % config.learner.batch_size:
         raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
@@ -157,7 +157,7 @@ def bench_objectives(
         stream = [found[index] for index in range(count)]
         target = spec.load(config)
         # Another drafter's features may be as wide as this one's.
-        Recording(recording, spec.drafter(config, target, []).feature_layers)
+        TrajectoryDataset(recording, spec.drafter(config, target, []).feature_layers)
         for variant, seed in missing:
             began, spent = time.monotonic(), time.process_time()
 

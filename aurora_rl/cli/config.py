@@ -28,7 +28,7 @@ class EngineConfig:
     """The serving engine.
 
     "transformers" serves in this process. "sglang" is a server of its own: with ``url`` null it is launched here. Its
-    trees keep one shape, and it has no control windows: ``drafter.adaptive`` and ``control`` do not reach it, and
+    trees keep one shape, and it has no baseline windows: ``drafter.adaptive`` and ``baseline`` do not reach it, and
     ``speedup`` is null.
     """
 
@@ -41,7 +41,7 @@ class EngineConfig:
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
     """Of a running SGLang server to attach to; it must have been started on the drafter of ``drafter.path``."""
-    control: str | None = None
+    plugin_address: str | None = None
     """Of that server's plugin: the address in its AURORA_RL_SGLANG."""
     arguments: list[str] = field(default_factory=list)
     """More arguments of ``sglang.launch_server``."""
@@ -91,7 +91,7 @@ class DrafterConfig:
 
 
 @dataclass
-class ControlConfig:
+class BaselineConfig:
     """Windows of plain decoding that speculation is compared with."""
 
     share: float = 0.1
@@ -167,7 +167,7 @@ class Config:
     them raw. Temperature, top-k, top-p and the token budget are those above in either case."""
     seed: int = 0
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
-    control: ControlConfig = field(default_factory=ControlConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     wire: WireConfig = field(default_factory=WireConfig)
     objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "imitation"}])
     """What is learned: name and settings of each objective; their losses are summed."""
@@ -175,6 +175,9 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
+
+
+_MOVED = {"control": "baseline", "engine.control": "engine.plugin_address"}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -211,6 +214,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     known = _keys(merged)
     for source, given in sources:
         for key in _keys(given):
+            if (now := _moved(key)) is not None:
+                raise ConfigError(f"{key!r} in {source} is called {now!r} now")
             if key not in known:
                 near = nearest_key(key)
                 if near == f"{key}.name":  # drafter=eagle3
@@ -230,6 +235,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     assert isinstance(config, Config)
     _check(config)
     return config
+
+
+def _moved(key: str) -> str | None:
+    """The name of a key that was renamed, or of one below it."""
+    return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
 
 
 def nearest_key(name: str) -> str:
@@ -297,7 +307,7 @@ _POSITIVE = (
     "drafter.vocab_size",
     "drafter.depth",
     "drafter.width",
-    "control.window",
+    "baseline.window",
     "wire.queue",
     "learner.threads",
     "learner.batch_size",
@@ -316,8 +326,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(tree, key)}")
     if config.traffic.limit is not None and config.traffic.limit < 1:
         raise ConfigError(f"traffic.limit must be at least 1 or null, got {config.traffic.limit}")
-    if not 0 <= config.control.share < 1:
-        raise ConfigError(f"control.share must lie in [0, 1), got {config.control.share}")
+    if not 0 <= config.baseline.share < 1:
+        raise ConfigError(f"baseline.share must lie in [0, 1), got {config.baseline.share}")
     if not 0 <= config.learner.nice <= 19:
         raise ConfigError(f"learner.nice must lie in 0..19, got {config.learner.nice}")
     for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
@@ -374,8 +384,10 @@ def _check_engine(config: Config) -> None:
         raise ConfigError(f"engine.capture_rate must lie in [0, 1], got {engine.capture_rate}")
     if engine.name == "transformers":
         return
-    if (engine.url is None) != (engine.control is None):
-        raise ConfigError("engine.url and engine.control go together: a running server and the address of its plugin")
+    if (engine.url is None) != (engine.plugin_address is None):
+        raise ConfigError(
+            "engine.url and engine.plugin_address go together: a running server and the address of its plugin"
+        )
     if engine.url is not None and config.drafter.path is None:
         raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
     if config.drafter.mode != "topk":

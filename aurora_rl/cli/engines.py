@@ -15,18 +15,18 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, generation_processors
 from aurora_rl.envs.processors import text_settings
-from aurora_rl.envs.sglang.client import SGLangEngine, SGLangError, reserved_context
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.answers import Answers
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import DrafterFault, InferenceServer, cost_table, measure_rounds
-from aurora_rl.serving.sglang import RemoteServer
+from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import ControlWindows
+from aurora_rl.telemetry.rates import BaselineWindows
 
 
 class Serving(ABC):
@@ -37,9 +37,9 @@ class Serving(ABC):
         answers: what each request was answered, written to ``run_dir/answers.jsonl`` as it ends.
     """
 
-    server: InferenceServer | RemoteServer
+    server: InferenceServer | SGLangServer
 
-    def __init__(self, target: spec.Target, requests: Conversations, run_dir: Path) -> None:
+    def __init__(self, target: spec.Target, requests: RequestQueue, run_dir: Path) -> None:
         self.answers = Answers(run_dir / "answers.jsonl", requests, target.tokenizer)
 
     @property
@@ -67,7 +67,7 @@ class Serving(ABC):
 
 
 def serving(
-    config: Config, target: spec.Target, requests: Conversations, made: Drafter, log: MetricsLog, run_dir: Path
+    config: Config, target: spec.Target, requests: RequestQueue, made: Drafter, log: MetricsLog, run_dir: Path
 ) -> Serving:
     """The serving half that ``engine.name`` asks for.
 
@@ -93,13 +93,13 @@ class EmbeddedServing(Serving):
         self,
         config: Config,
         target: spec.Target,
-        requests: Conversations,
+        requests: RequestQueue,
         made: Drafter,
         log: MetricsLog,
         run_dir: Path,
     ) -> None:
         super().__init__(target, requests, run_dir)
-        greeting, device = spec.hello(target.parts, made, config.drafter.name), spec.device_of(config)
+        greeting, device = spec.handshake(target.parts, made, config.drafter.name), spec.device_of(config)
         tree = spec.shape(config)
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
         prompt = torch.tensor(requests.first_prompts(1)[0])
@@ -134,7 +134,7 @@ class EmbeddedServing(Serving):
         )
         shapes, fault = None, None
         if config.drafter.adaptive:
-            tried = ShapeController.candidates(tree, free=made.min_depth > 0)
+            tried = TreeController.candidates(tree, free=made.min_depth > 0)
             try:
                 costs = measure_rounds(engine, policy, usual, tried, processors=processors)
             except DrafterFault as error:
@@ -142,7 +142,7 @@ class EmbeddedServing(Serving):
                 policy.shape = TreeShape(tree.depth, free=True) if made.min_depth else TreeShape(0, mode=tree.mode)
             else:
                 log.write("costs", round_ms=cost_table(costs))
-                shapes = ShapeController(costs)
+                shapes = TreeController(costs)
         tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
         env = SpecDecodeEnv(
             engine,
@@ -156,13 +156,13 @@ class EmbeddedServing(Serving):
             on_refused=requests.refused,
         )
         with spec.opening("wire.trajectories", config.wire.trajectories):
-            self._sink = TrajectorySink(config.wire.trajectories, hello=greeting, capacity=config.wire.queue)
+            self._sink = TrajectorySink(config.wire.trajectories, handshake=greeting, capacity=config.wire.queue)
         with spec.opening("wire.weights", config.wire.weights):
-            self._receiver = WeightReceiver(config.wire.weights, hello=greeting)
+            self._receiver = WeightReceiver(config.wire.weights, handshake=greeting)
         self.server = InferenceServer(
             env,
             policy,
-            windows=ControlWindows(config.control.share, config.control.window, config.seed),
+            windows=BaselineWindows(config.baseline.share, config.baseline.window, config.seed),
             log=log,
             shapes=shapes,
             sink=self._sink,
@@ -200,19 +200,19 @@ class EmbeddedServing(Serving):
 class SGLangServing(Serving):
     """An SGLang server, launched here or attached to; arguments as of :func:`serving`."""
 
-    server: RemoteServer
+    server: SGLangServer
 
     def __init__(
         self,
         config: Config,
         target: spec.Target,
-        requests: Conversations,
+        requests: RequestQueue,
         made: Drafter,
         log: MetricsLog,
         run_dir: Path,
     ) -> None:
         super().__init__(target, requests, run_dir)
-        greeting, settings = spec.hello(target.parts, made, config.drafter.name), config.engine
+        greeting, settings = spec.handshake(target.parts, made, config.drafter.name), config.engine
         if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
             values = ", ".join(f"{name}={value!r}" for name, value in found.items())
             raise ConfigError(
@@ -227,7 +227,7 @@ class SGLangServing(Serving):
             self._engine = (
                 self._launch(config, made, target.parts.config.max_position_embeddings, run_dir)
                 if settings.url is None
-                else SGLangEngine(settings.url, settings.control)
+                else SGLangClient(settings.url, settings.plugin_address)
             )
             try:
                 if config.temperature > 0 and self._engine.status()["device"] == "cpu":
@@ -235,10 +235,10 @@ class SGLangServing(Serving):
                         f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
                         " engine.name=transformers"
                     )
-                self.server = RemoteServer(
+                self.server = SGLangServer(
                     self._engine,
                     lambda: self._engine.attach(
-                        hello=greeting,
+                        handshake=greeting,
                         trajectories=config.wire.trajectories,
                         weights=config.wire.weights,
                         capture_rate=settings.capture_rate,
@@ -259,7 +259,7 @@ class SGLangServing(Serving):
             raise ConfigError(f"engine.name=sglang: {error}") from error
 
     @staticmethod
-    def _launch(config: Config, made: Drafter, context: int, run_dir: Path) -> SGLangEngine:
+    def _launch(config: Config, made: Drafter, context: int, run_dir: Path) -> SGLangClient:
         folder, tree = run_dir / "drafter-served", spec.shape(config)
         room = context - reserved_context(tree.depth, tree.width, tree.budget)
         if config.engine.max_length > room:
@@ -268,7 +268,7 @@ class SGLangServing(Serving):
                 f"set engine.max_length={room} or less"
             )
         save_drafter(made, folder, "sglang")
-        return SGLangEngine.launch(
+        return SGLangClient.launch(
             embedded_model_path() if config.model == "smollm2" else config.model,
             drafter=folder,
             depth=tree.depth,

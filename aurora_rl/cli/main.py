@@ -390,7 +390,7 @@ def _run(config: Config, stop: _Stop, *, spawn_learner: bool) -> int:
             prompts = spec.check(config)
             console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
             target = spec.load(config)
-            requests = spec.conversations(config, target, prompts)
+            requests = spec.request_queue(config, target, prompts)
             day0 = run_dir / "drafter-day0" if spawn_learner else None
             drafter, learner_config = spec.first_drafter(config, target, requests, day0)
             if spawn_learner:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aurora_rl.cli.config import Config, ConfigError
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import Recording
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Engine, SamplingParams
 from aurora_rl.memory import return_freed_memory
@@ -26,7 +26,7 @@ from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, check_settings, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
 from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
@@ -35,7 +35,7 @@ from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the trajectory layout."""
 
 
@@ -108,10 +108,10 @@ def check_context(config: Config, target: Target) -> None:
         )
 
 
-def conversations(config: Config, target: Target, prompts: Sequence[Prompt]) -> Conversations:
+def request_queue(config: Config, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
     """The run's requests, in order."""
     check_context(config, target)
-    return Conversations(
+    return RequestQueue(
         prompts,
         target.tokenizer,
         vocab_size=target.parts.config.vocab_size,
@@ -189,7 +189,7 @@ def _drafter_class(config: Config) -> type[Drafter]:
 
 
 def first_drafter(
-    config: Config, target: Target, requests: Conversations, folder: Path | None
+    config: Config, target: Target, requests: RequestQueue, folder: Path | None
 ) -> tuple[Drafter, Config]:
     """The drafter that is served first, and the configuration of a learner that starts from the same one.
 
@@ -208,9 +208,9 @@ def first_drafter(
     return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
-def hello(parts: TargetParts, made: Drafter, name: str) -> Hello:
+def handshake(parts: TargetParts, made: Drafter, name: str) -> Handshake:
     """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
-    return Hello(
+    return Handshake(
         schema=SCHEMA,
         target=parts.digest,
         head_checksum=checksum(parts.head.tensors()),
@@ -257,7 +257,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     target = load(config)
     parts, device = target.parts, device_of(config)
     made = drafter(config, target, [])
-    greeting = hello(parts, made, config.drafter.name)
+    greeting = handshake(parts, made, config.drafter.name)
     made.to(device)
     # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
@@ -286,15 +286,15 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     except ValueError as error:
         raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
     try:
-        recording = None if settings.record is None else Recording(settings.record, made.feature_layers)
+        recording = None if settings.record is None else TrajectoryDataset(settings.record, made.feature_layers)
     except ValueError as error:
         raise ConfigError(f"learner.record: {error}") from error
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
-            collector = ZMQCollector(config.wire.trajectories, hello=greeting, validate=check_one)
+            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one)
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
-            publisher = WeightPublisher(config.wire.weights, hello=greeting)
+            publisher = WeightPublisher(config.wire.weights, handshake=greeting)
         opened.callback(publisher.close)
         result = Learner(
             drafter=made,

@@ -2,7 +2,7 @@
 
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
@@ -10,7 +10,7 @@ from aurora_rl.training.replay import trajectory_buffer
 
 __all__ = [
     "CodecError",
-    "Hello",
+    "Handshake",
     "Limits",
     "TrajectorySink",
     "WeightPublisher",

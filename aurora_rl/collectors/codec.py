@@ -2,7 +2,7 @@
 
 Frame 0 is JSON, so that accepting it from a network executes nothing::
 
-    {"schema": 1, "kind": "trajectory", "meta": {...}, "leaves": [[["spine", "tokens"], "int64", [17]], ...]}
+    {"schema": 1, "kind": "trajectory", "meta": {...}, "leaves": [[["sequence", "tokens"], "int64", [17]], ...]}
 
 Frame ``i + 1`` holds the bytes of leaf ``i``: C order, little-endian, no padding. `decode` compares every declaration
 with the frames that really arrived before it allocates: the memory it takes never exceeds what the peer paid to send.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 __all__ = ["SCHEMA", "CodecError", "Limits", "Message", "checksum", "decode", "encode"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 Key = tuple[str, ...]
 Buffer = bytes | memoryview

@@ -16,7 +16,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.weight_update import WeightSyncScheme
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TRAJECTORY
 from aurora_rl.collectors.sockets import bind, open_socket
 
@@ -40,7 +40,7 @@ class ZMQCollector(BaseCollector):
 
     Args:
         address: to bind, for example ``tcp://0.0.0.0:5555``; ``tcp://127.0.0.1:*`` takes a free port, see `address`.
-        hello: what an engine's hello must equal.
+        handshake: what an engine's handshake must equal.
         frames_per_batch: trajectories in a batch of the iterator.
         total_frames: trajectories after which the iterator ends; -1: never.
         validate: raises ValueError for a trajectory whose contents do not fit together.
@@ -59,7 +59,7 @@ class ZMQCollector(BaseCollector):
         self,
         address: str,
         *,
-        hello: Hello,
+        handshake: Handshake,
         frames_per_batch: int = 1,
         total_frames: int = -1,
         validate: Callable[[TensorDictBase], None] | None = None,
@@ -78,11 +78,11 @@ class ZMQCollector(BaseCollector):
         self.total_frames = total_frames
         self.policy = policy  # the schemes look it up by its model id
         self.rejections: Counter[str] = Counter()
-        """Dropped messages by kind: ``malformed``, ``hello`` or ``invalid``."""
-        self.hello_error: str | None = None
+        """Dropped messages by kind: ``malformed``, ``handshake`` or ``invalid``."""
+        self.handshake_error: str | None = None
         """How the latest engine of another deployment differed."""
-        self._hello = hello
-        self._hello_meta = hello.to_meta()
+        self._handshake = handshake
+        self._handshake_meta = handshake.to_meta()
         self._validate = validate
         self._limits = limits
         self._high_water = high_water
@@ -190,16 +190,16 @@ class ZMQCollector(BaseCollector):
             message = decode(frames, limits=self._limits)
             if message.kind != TRAJECTORY:
                 raise CodecError(f"expected a {TRAJECTORY!r} message, got {message.kind!r}")
-            # Equal JSON spares parsing the same hello with every trajectory.
-            theirs = message.meta.get("hello")
-            engine = self._hello if theirs == self._hello_meta else Hello.from_meta(theirs)
+            # Equal JSON spares parsing the same handshake with every trajectory.
+            theirs = message.meta.get("handshake")
+            engine = self._handshake if theirs == self._handshake_meta else Handshake.from_meta(theirs)
         except CodecError as error:
             self._reject("malformed", error)
             return None
-        mismatch = self._hello.mismatch(engine)
+        mismatch = self._handshake.mismatch(engine)
         if mismatch is not None:
-            self.hello_error = mismatch
-            self._reject("hello", mismatch)
+            self.handshake_error = mismatch
+            self._reject("handshake", mismatch)
             return None
         if self._validate is not None:
             try:

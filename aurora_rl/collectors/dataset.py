@@ -22,7 +22,7 @@ from aurora_rl.training.checkpoint import save_tensors
 _LAYERS = "feature_layers"  # in the metadata of each file
 
 
-class Recording(Dataset[TensorDict]):
+class TrajectoryDataset(Dataset[TensorDict]):
     """The trajectories of a folder.
 
     Args:
@@ -40,7 +40,7 @@ class Recording(Dataset[TensorDict]):
         >>> from aurora_rl.testing import tiny_target, tiny_trajectory
         >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
         >>> with TemporaryDirectory() as folder:
-        ...     recording = Recording(Path(folder))
+        ...     recording = TrajectoryDataset(Path(folder))
         ...     recording.append(tiny_trajectory(drafter, request=7))
         ...     len(recording), int(recording[0]["request"])
         (1, 7)
@@ -116,7 +116,7 @@ def record(
     model: PreTrainedModel,
     drafter: Drafter,
     requests: Sequence[Request],
-    recording: Recording,
+    recording: TrajectoryDataset,
     *,
     shape: TreeShape,
     slots: int = 2,

@@ -7,7 +7,7 @@ from typing import Any
 
 from aurora_rl.collectors.codec import CodecError
 
-__all__ = ["Hello"]
+__all__ = ["Handshake"]
 
 _SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
 _CURES = {
@@ -23,7 +23,7 @@ _MAX_LAYERS = 256
 
 
 @dataclass(frozen=True)
-class Hello:
+class Handshake:
     """The identity of a deployment, sent by the engine with its trajectories and its weight requests.
 
     Args:
@@ -34,10 +34,10 @@ class Hello:
         draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty where the drafter uses all of it.
         drafter: registered name of the drafter's architecture.
 
-    >>> learner = Hello(1, "llama-3.1-8b", "ab12", (2, 16, 29), "", "eagle3")
-    >>> engine = Hello.from_meta({**learner.to_meta(), "feature_layers": [2, 16, 30]})
+    >>> learner = Handshake(1, "llama-3.1-8b", "ab12", (2, 16, 29), "", "eagle3")
+    >>> engine = Handshake.from_meta({**learner.to_meta(), "feature_layers": [2, 16, 30]})
     >>> learner.mismatch(engine).split("; ")[0]
-    'hello mismatch: feature_layers is (2, 16, 29) at the learner and (2, 16, 30) at the engine'
+    'handshake mismatch: feature_layers is (2, 16, 29) at the learner and (2, 16, 30) at the engine'
     """
 
     schema: int
@@ -52,7 +52,7 @@ class Hello:
         return {**self.__dict__, "feature_layers": list(self.feature_layers)}
 
     @classmethod
-    def from_meta(cls, meta: object) -> Hello:
+    def from_meta(cls, meta: object) -> Handshake:
         """Read what a peer sent.
 
         Args:
@@ -62,22 +62,22 @@ class Hello:
             CodecError: naming the field that is missing, unknown or of the wrong type.
         """
         if not isinstance(meta, dict):
-            raise CodecError(f"a hello is not a JSON object but a {type(meta).__name__}")
+            raise CodecError(f"a handshake is not a JSON object but a {type(meta).__name__}")
         names = [field.name for field in fields(cls)]
         if set(meta) != set(names):
-            raise CodecError(f"a hello does not have exactly the fields {', '.join(names)}")
+            raise CodecError(f"a handshake does not have exactly the fields {', '.join(names)}")
         layers = meta["feature_layers"]
         if type(meta["schema"]) is not int:
-            raise CodecError("schema in a hello is not an integer")
+            raise CodecError("schema in a handshake is not an integer")
         if not isinstance(layers, list) or len(layers) > _MAX_LAYERS or not all(type(layer) is int for layer in layers):
-            raise CodecError(f"feature_layers in a hello is not a list of at most {_MAX_LAYERS} integers")
+            raise CodecError(f"feature_layers in a handshake is not a list of at most {_MAX_LAYERS} integers")
         for name in ("target", "head_checksum", "draft_map_checksum", "drafter"):
             if not isinstance(meta[name], str) or len(meta[name]) > _MAX_TEXT:
-                raise CodecError(f"{name} in a hello is not a string of at most {_MAX_TEXT} characters")
+                raise CodecError(f"{name} in a handshake is not a string of at most {_MAX_TEXT} characters")
         return cls(**{**meta, "feature_layers": tuple(layers)})
 
-    def mismatch(self, other: Hello) -> str | None:
-        """Compare the learner's hello (``self``) with an engine's (``other``).
+    def mismatch(self, other: Handshake) -> str | None:
+        """Compare the learner's handshake (``self``) with an engine's (``other``).
 
         The learner makes the comparison and sends the sentence back, so both sides show the same one.
 
@@ -87,6 +87,6 @@ class Hello:
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             if ours != theirs:
-                found = f"hello mismatch: {field.name} is {ours!r} at the learner and {theirs!r} at the engine"
+                found = f"handshake mismatch: {field.name} is {ours!r} at the learner and {theirs!r} at the engine"
                 return f"{found}; {_CURES[field.name]}"
         return None

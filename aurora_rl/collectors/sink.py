@@ -11,7 +11,7 @@ import zmq
 from tensordict import TensorDictBase
 
 from aurora_rl.collectors.codec import encode
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sockets import SocketThread, connect, open_socket
 
 __all__ = ["TRAJECTORY", "TrajectorySink"]
@@ -34,7 +34,7 @@ class TrajectorySink:
 
     Args:
         address: of the learner's collector, for example ``tcp://127.0.0.1:5555``. The learner binds, the sink connects.
-        hello: goes along with every trajectory, since a learner may be replaced at any time.
+        handshake: goes along with every trajectory, since a learner may be replaced at any time.
         capacity: trajectories held while no learner takes them.
         context: to share; needed for ``inproc://`` only. It must outlive the sink.
 
@@ -43,10 +43,12 @@ class TrajectorySink:
         OSError: if ``address`` is malformed. An absent learner is no error.
     """
 
-    def __init__(self, address: str, *, hello: Hello, capacity: int = 256, context: zmq.Context | None = None) -> None:
+    def __init__(
+        self, address: str, *, handshake: Handshake, capacity: int = 256, context: zmq.Context | None = None
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 trajectory, got {capacity}")
-        self._meta = {"hello": hello.to_meta()}
+        self._meta = {"handshake": handshake.to_meta()}
         self._capacity = capacity
         self._queue: deque[TensorDictBase] = deque()
         self._changed = threading.Condition()

@@ -14,7 +14,7 @@ from torchrl.weight_update import TransportBackend, WeightStrategy, WeightSyncSc
 from torchrl.weight_update.weight_sync_schemes import register_weight_sync_backend
 
 from aurora_rl.collectors.codec import Key, checksum, leaves
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 
 __all__ = ["ZMQWeightSyncScheme"]
@@ -121,14 +121,14 @@ class ZMQWeightSyncScheme(WeightSyncScheme):
 
     Args:
         address: the learner's; bound by the sender, connected to by the receiver.
-        hello: of this side.
+        handshake: of this side.
         key_filter: which parameters to publish, by their path in the module, for example ``("head", "weight")``.
             Leave out what is tied to, or frozen from, the target. None: all.
         context: to share; needed for ``inproc://`` only.
 
     >>> from torchrl.weight_update import WeightSyncScheme
-    >>> hello = Hello(1, "target", "", (1,), "", "eagle3")
-    >>> type(WeightSyncScheme.from_backend("zmq", address="tcp://127.0.0.1:*", hello=hello)).__name__
+    >>> handshake = Handshake(1, "target", "", (1,), "", "eagle3")
+    >>> type(WeightSyncScheme.from_backend("zmq", address="tcp://127.0.0.1:*", handshake=handshake)).__name__
     'ZMQWeightSyncScheme'
     """
 
@@ -136,13 +136,13 @@ class ZMQWeightSyncScheme(WeightSyncScheme):
         self,
         address: str,
         *,
-        hello: Hello,
+        handshake: Handshake,
         key_filter: Callable[[Key], bool] | None = None,
         context: zmq.Context | None = None,
     ) -> None:
         super().__init__(strategy="tensordict")
         self._address = address
-        self._hello = hello
+        self._handshake = handshake
         self._key_filter = key_filter
         self._context = context
         self.publisher: WeightPublisher | None = None
@@ -166,7 +166,7 @@ class ZMQWeightSyncScheme(WeightSyncScheme):
 
     def _init_on_sender_impl(self, *, model_id: str, context: Any = None) -> None:
         self.model_id, self.context = model_id, context
-        self.publisher = WeightPublisher(self._address, hello=self._hello, context=self._context)
+        self.publisher = WeightPublisher(self._address, handshake=self._handshake, context=self._context)
         self._register_worker_sender(worker_idx=0)
 
     def _init_on_receiver_impl(
@@ -174,5 +174,5 @@ class ZMQWeightSyncScheme(WeightSyncScheme):
     ) -> None:
         self.model_id, self.context, self.worker_idx = model_id, context, worker_idx
         self.model = model
-        self.receiver = WeightReceiver(self._address, hello=self._hello, context=self._context)
+        self.receiver = WeightReceiver(self._address, handshake=self._handshake, context=self._context)
         self._register_transport_receiver()

@@ -2,9 +2,9 @@
 
 The engine speaks first and repeats itself; so either side may start, vanish or restart at any time:
 
-- engine (DEALER, connects): ``serving`` {version, checksum, received, hello} when connected, after each change and as
-  heartbeat; ``ack`` {version, checksum, swap_ms} of what was loaded, or ``nack`` {version, reason}.
-- learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the hello differs; ``weights`` {version,
+- engine (DEALER, connects): ``serving`` {version, checksum, received, handshake} when connected, after each change and
+  as heartbeat; ``ack`` {version, checksum, swap_ms} of what was loaded, or ``nack`` {version, reason}.
+- learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
   checksum} and tensors, if newer than what the engine serves.
 
 The learner keeps the newest weights only, and sends an engine no more before the last ones have arrived there (its
@@ -40,7 +40,7 @@ from aurora_rl.collectors.codec import (
     encode,
     leaves,
 )
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
 
 __all__ = ["EngineStatus", "WeightPublisher", "WeightReceiver"]
@@ -87,7 +87,7 @@ class WeightPublisher:
 
     Args:
         address: to bind; ``tcp://127.0.0.1:*`` takes a free port, see `address`.
-        hello: what an engine's hello must equal before it gets weights.
+        handshake: what an engine's handshake must equal before it gets weights.
         limits: refuses weights that the engines would refuse; the same on both sides.
         context: to share; needed for ``inproc://`` only. It must outlive the publisher.
 
@@ -96,13 +96,13 @@ class WeightPublisher:
     """
 
     def __init__(
-        self, address: str, *, hello: Hello, limits: Limits = DEFAULT_LIMITS, context: zmq.Context | None = None
+        self, address: str, *, handshake: Handshake, limits: Limits = DEFAULT_LIMITS, context: zmq.Context | None = None
     ) -> None:
         self.error: str | None = None
         """How the latest refused engine differed."""
         self.rejected = 0
         """Malformed messages dropped."""
-        self._hello = hello
+        self._handshake = handshake
         self._limits = limits
         self._newest: _Published | None = None
         self._engines: OrderedDict[str, EngineStatus] = OrderedDict()
@@ -218,7 +218,7 @@ class WeightPublisher:
         meta = message.meta
         name = _field(meta, "engine", str)[:_MAX_NAME]
         if message.kind == "serving":
-            mismatch = self._hello.mismatch(Hello.from_meta(meta.get("hello")))
+            mismatch = self._handshake.mismatch(Handshake.from_meta(meta.get("handshake")))
             if mismatch is not None:
                 if mismatch != self.error:
                     logger.warning("engine %r gets no weights: %s", name, mismatch)
@@ -313,7 +313,7 @@ class WeightReceiver:
 
     Args:
         address: of the learner's publisher, which binds.
-        hello: what this engine is; a learner that differs refuses it, see `error`.
+        handshake: what this engine is; a learner that differs refuses it, see `error`.
         version: of the weights served at the start.
         name: of this engine in the learner's books; the default is unique to the process.
         limits: of a weights message.
@@ -328,7 +328,7 @@ class WeightReceiver:
         self,
         address: str,
         *,
-        hello: Hello,
+        handshake: Handshake,
         version: int = 0,
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
@@ -340,7 +340,7 @@ class WeightReceiver:
         """Why the learner refused this engine; None once it accepts."""
         self.rejected = 0
         """Messages dropped because they were malformed or their checksum was wrong."""
-        self._hello_meta = hello.to_meta()
+        self._handshake_meta = handshake.to_meta()
         self._limits = limits
         self._heartbeat_s = heartbeat_s
         self._lock = threading.Lock()
@@ -415,7 +415,7 @@ class WeightReceiver:
                 self._replies.popleft()
             if time.monotonic() >= self._next_beat:
                 state = {"version": self._version, "checksum": self._checksum, "received": self._received}
-                serving = encode("serving", {"engine": self.name, **state, "hello": self._hello_meta})
+                serving = encode("serving", {"engine": self.name, **state, "handshake": self._handshake_meta})
                 if self._send(serving):  # else nobody is connected: again next turn
                     self._next_beat = time.monotonic() + self._heartbeat_s
 

@@ -15,10 +15,10 @@ from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows
 from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
-from aurora_rl.objectives.tree_law import Draws, before
+from aurora_rl.objectives.tree_law import TreeLaw, before
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.
@@ -182,9 +182,9 @@ class AcceptanceRewardLoss(Objective):
         }
         return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
-    def _draws(self, batch: TensorDictBase) -> Draws:
+    def _draws(self, batch: TensorDictBase) -> TreeLaw:
         """What was drawn, and the distributions that it is judged by, with gradients in the drafter."""
-        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
+        keys, trees = self.tensor_keys, TreeIndex.of(batch)
         request = trees.request[trees.num_rounds :]
         mode = batch["sampling", "draft_mode"][request]
         if bool((mode == 0).any()):
@@ -205,12 +205,12 @@ class AcceptanceRewardLoss(Objective):
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
         context = (drawn_from.cumsum(0) - 1)[trees.parent]
-        return Draws(
+        return TreeLaw(
             trees, context, row, p, log_q, batch["sampling", "rule"][request], without=mode == _WITHOUT_REPLACEMENT
         )
 
     @torch.no_grad()
-    def _credit(self, draws: Draws, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
+    def _credit(self, draws: TreeLaw, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
         """What each node's score is weighed with beside its own ratio, ``[M]``."""
         trees, context, row = draws.trees, draws.context, draws.row
         # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
@@ -238,7 +238,7 @@ class AcceptanceRewardLoss(Objective):
 
     # ---- what a batch must be ---------------------------------------------------------------------------------------
 
-    def _check_recorded(self, draws: Draws) -> None:
+    def _check_recorded(self, draws: TreeLaw) -> None:
         if bool((sibling_ranks(draws.context) > 0)[draws.needs_q].any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' does not hold for rejection on trees, where a node's "
@@ -251,7 +251,7 @@ class AcceptanceRewardLoss(Objective):
                 "current weights did"
             )
 
-    def _check_baseline(self, draws: Draws) -> None:
+    def _check_baseline(self, draws: TreeLaw) -> None:
         if not bool((sibling_ranks(draws.context) > 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
@@ -286,7 +286,7 @@ class AcceptanceRewardLoss(Objective):
         return fresh
 
 
-def _hanging(trees: RecordedTrees, context: Tensor, values: Tensor) -> Tensor:
+def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
     """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
     below = subtree_sums(trees, values)[trees.num_rounds :]
     of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
@@ -306,7 +306,7 @@ def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
     return others + torch.where(needs_q, 0.0, later)
 
 
-def _standardised(trees: RecordedTrees, below: Tensor) -> Tensor:
+def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
     """Of every node, its branch's value less the mean of its root's branches, over their standard deviation."""
     depth, parent = trees.depth[trees.num_rounds :], trees.parent
     branch = torch.arange(len(depth), device=depth.device)

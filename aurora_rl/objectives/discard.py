@@ -18,7 +18,7 @@ from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products
 from aurora_rl.policies.drafter import Drafter, log_softmax
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 @register_objective("discard")
@@ -117,7 +117,7 @@ class DiscardSamplingLoss(Objective):
     def values(self, batch: TensorDictBase) -> Values:
         """See :meth:`Objective.values`."""
         self.expect_nodes(batch)
-        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
+        keys, trees = self.tensor_keys, TreeIndex.of(batch)
         nodes = slice(trees.num_rounds, None)
         predicted = (trees.root[nodes] >= 0) & (trees.depth[nodes] < self.drafter.max_depth)
         discarded = ~batch[keys.accepted] & predicted
@@ -146,7 +146,7 @@ class DiscardSamplingLoss(Objective):
         return Values(value, weight, covered[None], metrics)
 
     @torch.no_grad()
-    def _weights(self, batch: TensorDictBase, trees: RecordedTrees) -> Tensor:
+    def _weights(self, batch: TensorDictBase, trees: TreeIndex) -> Tensor:
         """Of every node, ``[M]``."""
         depth = trees.depth[trees.num_rounds :]
         if self.weighting != "reach":

@@ -16,7 +16,7 @@ from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import context_rows, target_logits, target_rows
 from aurora_rl.objectives.tree_index import (
     SAMPLING_KEYS,
-    SPINE_KEYS,
+    SEQUENCE_KEYS,
     TREE_KEYS,
     completion_requests,
     completion_tokens,
@@ -26,7 +26,7 @@ from aurora_rl.objectives.tree_index import (
 )
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.trajectories import RULE_CODES
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 @register_objective("expected_length")
@@ -95,7 +95,7 @@ class ExpectedLengthLoss(Objective):
         if self.rule != "greedy":
             served += SAMPLING_KEYS
         if self.contexts == "text":
-            return [*SPINE_KEYS, *served]
+            return [*SEQUENCE_KEYS, *served]
         return [*TREE_KEYS, *served, self.tensor_keys.node_hidden, self.tensor_keys.accepted]
 
     @property
@@ -132,7 +132,7 @@ class ExpectedLengthLoss(Objective):
     def _trees(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Of every recorded tree, ``[R]``: expected length, accepted nodes, validity."""
         self.expect_nodes(batch)
-        keys, trees = self.tensor_keys, RecordedTrees.of(batch)
+        keys, trees = self.tensor_keys, TreeIndex.of(batch)
         rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
         drawn_from[trees.parent] = True
@@ -152,7 +152,7 @@ class ExpectedLengthLoss(Objective):
 
     @torch.no_grad()
     def _share_of_leaves(
-        self, batch: TensorDictBase, trees: RecordedTrees, rows: TensorDictBase, context: Tensor
+        self, batch: TensorDictBase, trees: TreeIndex, rows: TensorDictBase, context: Tensor
     ) -> Tensor:
         """Share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
         log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]

@@ -18,7 +18,13 @@ from aurora_rl.objectives.divergences import Divergence, forward_kl, get_diverge
 from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target import target_rows
-from aurora_rl.objectives.tree_index import SAMPLING_KEYS, SPINE_KEYS, completion_requests, completion_tokens, windows
+from aurora_rl.objectives.tree_index import (
+    SAMPLING_KEYS,
+    SEQUENCE_KEYS,
+    completion_requests,
+    completion_tokens,
+    windows,
+)
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
@@ -164,7 +170,7 @@ class ImitationLoss(Objective):
     @property
     def reads(self) -> list[NestedKey]:
         """See :attr:`Objective.reads`."""
-        return [*SPINE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
+        return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
 
     @property
     def metrics(self) -> list[str]:

@@ -22,9 +22,11 @@ from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 
 # What a batch's groups come from, as the end of a sentence.
-_TREES = "an engine that drafts trees records it: serve with speculation (drafter.depth above 0, control.share below 1)"
+_TREES = (
+    "an engine that drafts trees records it: serve with speculation (drafter.depth above 0, baseline.share below 1)"
+)
 _SOURCES = {
-    "spine": "it is recorded with every request",
+    "sequence": "it is recorded with every request",
     "rounds": _TREES,
     "nodes": _TREES,
     "sampling": "it is recorded with every request, as the engine was told to sample (SamplingParams)",
@@ -135,7 +137,7 @@ class Objective(_Loss):
     class _AcceptedKeys:
         """Keys that can be renamed by ``set_keys``."""
 
-        hidden: NestedKey = ("spine", "hidden")
+        hidden: NestedKey = ("sequence", "hidden")
         node_hidden: NestedKey = ("nodes", "hidden")
         accepted: NestedKey = ("nodes", "accepted")
         log_probs: NestedKey = ("nodes", "log_probs")
@@ -210,7 +212,7 @@ class Objective(_Loss):
         Raises:
             ValueError: one is missing; the message names it and what would supply it. Or it is no batch.
         """
-        prompt_length = batch.get(("spine", "prompt_length"), None)
+        prompt_length = batch.get(("sequence", "prompt_length"), None)
         if prompt_length is not None and not prompt_length.ndim:
             raise ValueError(f"objective {self.name!r} takes a batch, and this is one trajectory; give it pack([...])")
         there, outputs = batch.keys(include_nested=True), (self.tensor_keys.hidden, self.tensor_keys.node_hidden)
@@ -251,7 +253,7 @@ class Objective(_Loss):
                 shapes of value and valid are not one ``[G, X]``, or weight does not broadcast to it or has a gradient;
                 or the features are not those that the drafter reads.
         """
-        if ("spine", "features") in self.keys_of(tensordict):
+        if ("sequence", "features") in self.keys_of(tensordict):
             try:
                 check_features(tensordict, self.drafter.feature_layers, self.head.weight.shape[1])
             except ValueError as error:
@@ -334,7 +336,7 @@ class Objective(_Loss):
         if self._without_nodes:
             raise ValueError(
                 f"objective {self.name!r} learns from drafted nodes, and the first {self._without_nodes} batches have "
-                "none; serve with speculation (drafter.depth above 0, control.share below 1), and with "
+                "none; serve with speculation (drafter.depth above 0, baseline.share below 1), and with "
                 "drafter.adaptive=false if drafts do not pay there yet"
             )
 

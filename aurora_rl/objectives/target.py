@@ -21,7 +21,7 @@ from torch import Tensor
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import draft_rows
 from aurora_rl.trajectories import TOPK_ENTRIES
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 # A tail of no mass is one that float32 cannot tell from 0. As its smallest number the tokens in it keep a finite logit,
 # so that a draft vocabulary without any of the K likeliest can still be renormalised over.
@@ -53,8 +53,8 @@ def target_keys(batch: TensorDictBase, hidden: NestedKey) -> list[NestedKey]:
     return next((form for form in forms if all(key in there for key in form)), [])
 
 
-def target_rows(batch: TensorDictBase, hidden: NestedKey = ("spine", "hidden")) -> TensorDict:
-    """The target's outputs at the rows of "spine" or of "nodes", in the form that the batch has.
+def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden")) -> TensorDict:
+    """The target's outputs at the rows of "sequence" or of "nodes", in the form that the batch has.
 
     Args:
         batch: packed trajectories.
@@ -78,7 +78,7 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("spine", "hidden")) 
 
 
 def context_rows(
-    batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey
+    batch: TensorDictBase, trees: TreeIndex, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey
 ) -> TensorDict:
     """The target's outputs at contexts of recorded trees.
 
@@ -86,14 +86,14 @@ def context_rows(
         batch: packed trajectories.
         trees: of the batch.
         wanted: ``[R + M]`` bool.
-        hidden: key of the spine's hidden states, ``[C, H]``, see :func:`target_rows`.
+        hidden: key of the sequence's hidden states, ``[C, H]``, see :func:`target_rows`.
         node_hidden: key of the nodes', ``[M, H]``.
 
     Returns:
         One row for each that is wanted, in their order.
     """
-    prompt = batch["spine", "prompt_length"]
-    count = batch["spine", "offset"].diff() - prompt
+    prompt = batch["sequence", "prompt_length"]
+    count = batch["sequence", "offset"].diff() - prompt
     first = count.cumsum(0) - count
     rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
     request = trees.request[rounds]

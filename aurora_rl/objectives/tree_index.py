@@ -1,4 +1,4 @@
-"""The contexts of recorded trees: the roots of all rounds and then all nodes, as ``RecordedTrees`` counts them."""
+"""The contexts of recorded trees: the roots of all rounds and then all nodes, as ``TreeIndex`` counts them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
-SPINE_KEYS: list[NestedKey] = [("spine", key) for key in ("tokens", "offset", "prompt_length", "features")]
+SEQUENCE_KEYS: list[NestedKey] = [("sequence", key) for key in ("tokens", "offset", "prompt_length", "features")]
 """What ``Drafter.unroll`` reads of a batch."""
 
 TREE_KEYS: list[NestedKey] = [
-    *SPINE_KEYS,
+    *SEQUENCE_KEYS,
     *(("rounds", key) for key in ("offset", "anchor", "request_offset")),
     *(("nodes", key) for key in ("tokens", "parents")),
 ]
-"""What ``RecordedTrees`` and ``Drafter.context_logits`` read of a batch."""
+"""What ``TreeIndex`` and ``Drafter.context_logits`` read of a batch."""
 
 SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
 """What ``Objective.served_log_probs`` reads of a batch."""
 
 
 def completion_tokens(batch: TensorDictBase) -> Tensor:
-    """The tokens of all completions, ``[C]`` int64, those that the rows of ("spine", "hidden") predict.
+    """The tokens of all completions, ``[C]`` int64, those that the rows of ("sequence", "hidden") predict.
 
     Example:
         >>> from tensordict import TensorDict
-        >>> spine = {"tokens": [5, 6, 7, 8, 9], "offset": [0, 3, 5], "prompt_length": [1, 1]}
-        >>> completion_tokens(TensorDict({"spine": {k: torch.tensor(v) for k, v in spine.items()}}))
+        >>> sequence = {"tokens": [5, 6, 7, 8, 9], "offset": [0, 3, 5], "prompt_length": [1, 1]}
+        >>> completion_tokens(TensorDict({"sequence": {k: torch.tensor(v) for k, v in sequence.items()}}))
         tensor([6, 7, 9])
     """
-    offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+    offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     place = torch.arange(int(offset[-1]), device=offset.device)
-    return batch["spine", "tokens"][place >= torch.repeat_interleave(offset[:-1] + prompt, offset.diff())]
+    return batch["sequence", "tokens"][place >= torch.repeat_interleave(offset[:-1] + prompt, offset.diff())]
 
 
 def completion_requests(batch: TensorDictBase) -> Tensor:
@@ -43,11 +43,11 @@ def completion_requests(batch: TensorDictBase) -> Tensor:
 
     Example:
         >>> from tensordict import TensorDict
-        >>> spine = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
-        >>> completion_requests(TensorDict({"spine": spine}))
+        >>> sequence = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
+        >>> completion_requests(TensorDict({"sequence": sequence}))
         tensor([0, 0, 1])
     """
-    return torch.repeat_interleave(batch["spine", "offset"].diff() - batch["spine", "prompt_length"])
+    return torch.repeat_interleave(batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"])
 
 
 def windows(steps: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def windows(steps: Tensor) -> Tensor:
     return torch.stack([F.pad(step[j:], (0, min(j, count))) for j, step in enumerate(steps)])
 
 
-def path_products(trees: RecordedTrees, factors: Tensor) -> Tensor:
+def path_products(trees: TreeIndex, factors: Tensor) -> Tensor:
     """Product of a factor of every node along its path from the root, its own included.
 
     Args:
@@ -81,7 +81,7 @@ def path_products(trees: RecordedTrees, factors: Tensor) -> Tensor:
         ``[R + M]``, 1 at the roots.
 
     Example:
-        >>> chain = RecordedTrees(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
+        >>> chain = TreeIndex(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
         >>> path_products(chain, torch.tensor([0.5, 0.5]))
         tensor([1.0000, 0.5000, 0.2500])
     """
@@ -93,7 +93,7 @@ def path_products(trees: RecordedTrees, factors: Tensor) -> Tensor:
     return products
 
 
-def subtree_sums(trees: RecordedTrees, values: Tensor) -> Tensor:
+def subtree_sums(trees: TreeIndex, values: Tensor) -> Tensor:
     """Sum of a value of every node over the node and all nodes below it.
 
     Args:
@@ -104,7 +104,7 @@ def subtree_sums(trees: RecordedTrees, values: Tensor) -> Tensor:
         ``[R + M]``; at a root the sum over its tree.
 
     Example:
-        >>> chain = RecordedTrees(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
+        >>> chain = TreeIndex(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
         >>> subtree_sums(chain, torch.tensor([1.0, 2.0]))
         tensor([3., 3., 2.])
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from aurora_rl.envs.verification.rules import VerificationRule, get_rule
 from aurora_rl.objectives.tree_index import path_products
 from aurora_rl.trajectories import RULE_CODES
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import sibling_ranks
 
 # Of a sum of recorded float32 probabilities: less than this is lost to their rounding.
@@ -63,7 +63,7 @@ def log_left(log_q: Tensor, context: Tensor, row: Tensor, distinct: Tensor) -> T
     return out
 
 
-class Draws:
+class TreeLaw:
     """The nodes of a batch as draws from contexts.
 
     Attributes:
@@ -79,7 +79,7 @@ class Draws:
 
     def __init__(
         self,
-        trees: RecordedTrees,
+        trees: TreeIndex,
         context: Tensor,
         row: Tensor,
         p: Tensor,

@@ -1,7 +1,7 @@
-"""Attention of tree nodes: to a shared spine (or a cache of it) and to each node's own ancestors.
+"""Attention of tree nodes: to a shared sequence (or a cache of it) and to each node's own ancestors.
 
-Legend: ``b`` rows, ``T`` queries, ``S`` spine keys, ``J`` branch keys of a query, ``h`` heads, ``g`` key heads, ``d``
-head size.
+Legend: ``b`` rows, ``T`` queries, ``S`` sequence keys, ``J`` branch keys of a query, ``h`` heads, ``g`` key heads,
+``d`` head size.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _FOLD = 64
 class TreeAttention(nn.Module):
     """Grouped-query attention with rotary positions, for drafters at serving and in training.
 
-    A query sees the spine keys that its mask allows (what the request has committed, or what a cache holds of it) and
-    its own branch keys: those of its ancestors and of itself. Serving a tree, unrolling a chain from every anchor and
-    scoring recorded trees are all this one operation, so they agree.
+    A query sees the sequence keys that its mask allows (what the request has committed, or what a cache holds of it)
+    and its own branch keys: those of its ancestors and of itself. Serving a tree, unrolling a chain from every anchor
+    and scoring recorded trees are all this one operation, so they agree.
 
     Args:
         config: a Llama-style configuration: heads, key heads, head size and rotary settings are read from it.
@@ -35,8 +35,8 @@ class TreeAttention(nn.Module):
         >>> config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
         >>> attention = TreeAttention(config, input_size=8)
         >>> x, position = torch.randn(1, 3, 8), torch.arange(3)[None]
-        >>> spine = attention.keys_values(x, position)
-        >>> attention(x, position, spine, torch.ones(1, 3, 3, dtype=torch.bool).tril()).shape
+        >>> sequence = attention.keys_values(x, position)
+        >>> attention(x, position, sequence, torch.ones(1, 3, 3, dtype=torch.bool).tril()).shape
         torch.Size([1, 3, 8])
     """
 
@@ -70,15 +70,15 @@ class TreeAttention(nn.Module):
         return self._rotate(self.k_proj(x).view(shape), positions), self.v_proj(x).view(shape)
 
     def forward(
-        self, x: Tensor, positions: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None = None
+        self, x: Tensor, positions: Tensor, sequence: KeysValues, mask: Tensor, branch: KeysValues | None = None
     ) -> Tensor:
         """Attend.
 
         Args:
             x: ``[b, T, input_size]``.
             positions: ``[b, T]`` int64.
-            spine: keys and values, each ``[b, S, g, d]``.
-            mask: ``[b, T, S]`` bool, true where a query may see a spine key.
+            sequence: keys and values, each ``[b, S, g, d]``.
+            mask: ``[b, T, S]`` bool, true where a query may see a sequence key.
             branch: keys and values, each ``[b, T, J, g, d]``: each query's own ancestors and itself, all visible.
 
         Returns:
@@ -90,31 +90,31 @@ class TreeAttention(nn.Module):
         q = q.view(b, length, self.num_key_heads, group, self.head_dim) * self.head_dim**-0.5
         own = 0 if branch is None else length * branch[0].shape[2]
         if own <= _FOLD:
-            out = self._fused(q, spine, mask, branch)
+            out = self._fused(q, sequence, mask, branch)
         else:
             assert branch is not None
-            scores = torch.einsum("btgrd,bsgd->btgrs", q, spine[0])
+            scores = torch.einsum("btgrd,bsgd->btgrs", q, sequence[0])
             scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
             to_own = torch.einsum("btgrd,btjgd->btgrj", q, branch[0])
             weights = torch.cat([scores, to_own], dim=-1).softmax(dim=-1, dtype=_softmax_dtype(q)).to(q.dtype)
-            to_spine, to_branch = weights.split([mask.shape[-1], to_own.shape[-1]], dim=-1)
-            out = torch.einsum("btgrs,bsgd->btgrd", to_spine, spine[1])
+            to_sequence, to_branch = weights.split([mask.shape[-1], to_own.shape[-1]], dim=-1)
+            out = torch.einsum("btgrs,bsgd->btgrd", to_sequence, sequence[1])
             out = out + torch.einsum("btgrj,btjgd->btgrd", to_branch, branch[1])
         return self.o_proj(out.reshape(b, length, -1))
 
-    def _fused(self, q: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None) -> Tensor:
-        """One fused attention over spine and the branch keys of all queries, each masked to its own.
+    def _fused(self, q: Tensor, sequence: KeysValues, mask: Tensor, branch: KeysValues | None) -> Tensor:
+        """One fused attention over sequence and the branch keys of all queries, each masked to its own.
 
         Args:
             q: ``[b, T, g, h / g, d]``, scaled.
-            spine: see :meth:`forward`, like the others.
+            sequence: see :meth:`forward`, like the others.
             mask: ``[b, T, S]``.
             branch: keys and values.
         """
         b, length, heads, group, size = q.shape
-        keys, values = spine
+        keys, values = sequence
         if branch is not None:
-            keys, values = (torch.cat([s, own.flatten(1, 2)], dim=1) for s, own in zip(spine, branch, strict=True))
+            keys, values = (torch.cat([s, own.flatten(1, 2)], dim=1) for s, own in zip(sequence, branch, strict=True))
             itself = torch.eye(length, dtype=torch.bool, device=q.device).repeat_interleave(branch[0].shape[2], dim=1)
             mask = torch.cat([mask, itself.expand(b, -1, -1)], dim=-1)
         # Queries of one group become rows of one key head, so keys are not repeated.

@@ -37,7 +37,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape,
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 @register_drafter("dflash")
@@ -261,14 +261,14 @@ class DFlashDrafter(Drafter):
         Returns:
             ``[a, W - 1, H]``.
         """
-        offset = batch["spine", "offset"]
+        offset = batch["sequence", "offset"]
         number = torch.arange(len(offset), device=offset.device)
-        context = pad_rows(self._fuse(batch["spine", "features"]), offset - number)
+        context = pad_rows(self._fuse(batch["sequence", "features"]), offset - number)
         pairs = torch.arange(context.shape[1], device=offset.device)
         rotation = self._rotation(pairs)
         counts = torch.bincount(request, minlength=len(offset) - 1)
         start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        tokens = pad_rows(batch["spine", "tokens"][offset[request] + root + 1], start)
+        tokens = pad_rows(batch["sequence", "tokens"][offset[request] + root + 1], start)
         roots = pad_rows(root, start)
         states = self._fill(
             tokens,
@@ -280,7 +280,7 @@ class DFlashDrafter(Drafter):
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         """See :meth:`Drafter.unroll`; one pass over the blocks behind all anchors, at most ``W - 1`` steps."""
-        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
         place = torch.arange(len(request), device=offset.device)
@@ -296,7 +296,7 @@ class DFlashDrafter(Drafter):
 
         What a context predicts depends on its root and depth only.
         """
-        trees, offset = RecordedTrees.of(batch), batch["rounds", "offset"]
+        trees, offset = TreeIndex.of(batch), batch["rounds", "offset"]
         number = torch.arange(trees.num_rounds, device=offset.device)
         rounds = torch.cat([number, torch.repeat_interleave(number, offset.diff())])
         asked, block = rounds[wanted].unique(return_inverse=True)

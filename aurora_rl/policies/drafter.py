@@ -21,7 +21,7 @@ from aurora_rl.models.inference_modules import stage
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.settings import check, settings_of
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.tree_index import RecordedTrees, true_chains
+from aurora_rl.tree_index import TreeIndex, true_chains
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Unroll(NamedTuple):
 
     Attributes:
         logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
-            of a chain of the true tokens, hence belongs to row ``c`` of ("spine", "hidden").
+            of a chain of the true tokens, hence belongs to row ``c`` of ("sequence", "hidden").
         valid: ``[J, C]`` bool; false where the anchor would lie before the last prompt token or has no feature.
         states: ``J`` tensors ``[C, H]``, what the draft head read, where it is of the target's hidden size.
     """
@@ -232,8 +232,8 @@ class Drafter(nn.Module, ABC):
 
         Args:
             batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            wanted: ``[R + M]`` bool, the contexts asked for, in the order of :class:`RecordedTrees`. Those without a
-                prediction (:attr:`RecordedTrees.root` of −1, a depth of ``max_depth`` or more) get meaningless rows.
+            wanted: ``[R + M]`` bool, the contexts asked for, in the order of :class:`TreeIndex`. Those without a
+                prediction (:attr:`TreeIndex.root` of −1, a depth of ``max_depth`` or more) get meaningless rows.
 
         Returns:
             ``[number wanted, Vd]``, with gradients.
@@ -251,7 +251,7 @@ class Drafter(nn.Module, ABC):
         """
         steps = int(min(steps, self.max_depth))
         chains, node, valid = true_chains(batch, steps)
-        trees = RecordedTrees.of(chains)
+        trees = TreeIndex.of(chains)
         contexts = trees.parent[node.clamp(min=0)]
         wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=contexts.device)
         wanted[contexts[valid]] = True
@@ -265,7 +265,7 @@ class Drafter(nn.Module, ABC):
         Equals what serving recorded, where the weights are those that drafted and the cache had no older rows; −inf
         for what the drafter cannot have drafted: a token outside the draft vocabulary, a node that is too deep.
         """
-        trees = RecordedTrees.of(batch)
+        trees = TreeIndex.of(batch)
         wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=trees.depth.device)
         wanted[trees.parent] = True
         log_q = log_softmax(self.context_logits(batch, wanted))

@@ -19,7 +19,7 @@ from torch import Tensor
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.policies.registry import register_drafter
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 # Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
 _LONGEST, _SHORTEST = 4, 2
@@ -194,15 +194,15 @@ class NgramDrafter(Drafter):
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`; without gradients, and zeros where nothing matches."""
-        trees, spine = RecordedTrees.of(batch), batch["spine", "tokens"].tolist()
-        start = batch["spine", "offset"].tolist()
+        trees, sequence = TreeIndex.of(batch), batch["sequence", "tokens"].tolist()
+        start = batch["sequence", "offset"].tolist()
         paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
             paths.append([*paths[parent], token])
         logits = torch.zeros(int(wanted.sum()), self.vocab_size, device=wanted.device)
         for row, context in enumerate(wanted.nonzero().flatten().tolist()):
             first = start[int(trees.request[context])]
-            text = spine[first : first + int(trees.root[context]) + 2]
+            text = sequence[first : first + int(trees.root[context]) + 2]
             if following := continuations(text + paths[context]):
                 logits[row] = -math.inf
                 for token, probability in following.items():

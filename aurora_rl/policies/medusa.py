@@ -19,7 +19,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape,
 from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 class MedusaBlock(nn.Module):
@@ -175,12 +175,12 @@ class MedusaDrafter(Drafter):
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         """See :meth:`Drafter.unroll`; at most as many steps as there are heads."""
-        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
         column = torch.arange(len(request), device=offset.device) - (count.cumsum(0) - count)[request]
         pair = prompt[request] - 2 + column  # the pair that predicts the token at step 0
-        first, features = _first_pair(batch)[request], batch["spine", "features"]
+        first, features = _first_pair(batch)[request], batch["sequence", "features"]
         predicted, valid = [], []
         for step in range(min(steps, self.num_heads)):
             predicted.append(self._predict(step, features[first + (pair - step).clamp(min=0)]))
@@ -190,9 +190,9 @@ class MedusaDrafter(Drafter):
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`. What a context predicts depends on its root and depth only."""
-        trees = RecordedTrees.of(batch)
+        trees = TreeIndex.of(batch)
         request, root, depth = trees.request[wanted], trees.root[wanted].clamp(min=0), trees.depth[wanted]
-        features = batch["spine", "features"][_first_pair(batch)[request] + root]
+        features = batch["sequence", "features"][_first_pair(batch)[request] + root]
         logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
         for head in range(self.num_heads):
             here = (depth == head).nonzero().flatten()
@@ -225,5 +225,5 @@ class MedusaDrafter(Drafter):
 
 def _first_pair(batch: TensorDictBase) -> Tensor:
     """Row of each request's pair 0 in the packed features, ``[n]``; a request has one row less than tokens."""
-    start = batch["spine", "offset"][:-1]
+    start = batch["sequence", "offset"][:-1]
     return start - torch.arange(len(start), device=start.device)

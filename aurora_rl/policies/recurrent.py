@@ -19,7 +19,7 @@ from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape, Unroll, log_softmax
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 class DraftLayer(nn.Module):
@@ -40,10 +40,16 @@ class DraftLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, x: Tensor, residual: Tensor, positions: Tensor, spine: KeysValues, mask: Tensor, branch: KeysValues | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        sequence: KeysValues,
+        mask: Tensor,
+        branch: KeysValues | None,
     ) -> Tensor:
         """``x``, what attention reads, and the residual stream, both of ``[b, T]`` positions, to ``[b, T, H]``."""
-        hidden = residual + self.self_attn(x, positions, spine, mask, branch)
+        hidden = residual + self.self_attn(x, positions, sequence, mask, branch)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -112,12 +118,12 @@ class RecurrentDrafter(Drafter):
             cache[rows[:, None], columns] = new
         end = int((self.cached[slots] + num_new).max())
         mask = torch.arange(end, device=device) <= positions[:, :, None]
-        out = self._layer(x, residual, positions, self._spine(slots, end), mask, None)
+        out = self._layer(x, residual, positions, self._sequence(slots, end), mask, None)
         last = (num_new - 1).to(device)[:, None, None].expand(-1, 1, out.shape[-1])
         self._state[rows] = self._carried(out.gather(1, last)[:, 0])
         self.cached[slots] += num_new
 
-    def _spine(self, slots: Tensor, end: int) -> KeysValues:
+    def _sequence(self, slots: Tensor, end: int) -> KeysValues:
         # All slots in order, the usual case, are read through a view.
         everyone = slots.tolist() == list(range(self._cache[0].shape[0]))
         rows = slots.to(self._cache[0].device)
@@ -141,7 +147,7 @@ class RecurrentDrafter(Drafter):
         b = len(rows)
         end = int(self.cached[slots].max())
         held = self.cached[slots].to(rows.device)
-        spine, spine_mask = self._spine(slots, end), torch.arange(end, device=rows.device) < held[:, None]
+        sequence, sequence_mask = self._sequence(slots, end), torch.arange(end, device=rows.device) < held[:, None]
 
         growth = grow(self.draft_vocab, shape, generator)
         branch: KeysValues | None = None
@@ -157,8 +163,8 @@ class RecurrentDrafter(Drafter):
             if branch is not None:
                 own = tuple(torch.cat([b[every, parent], o], dim=2) for b, o in zip(branch, own, strict=True))
             branch = (own[0], own[1])
-            mask = spine_mask[:, None].expand(-1, tokens.shape[1], -1)
-            carried = self._carried(self._layer(x, residual, positions, spine, mask, branch))
+            mask = sequence_mask[:, None].expand(-1, tokens.shape[1], -1)
+            carried = self._carried(self._layer(x, residual, positions, sequence, mask, branch))
             growth.add(self._log_probs(carried))
         return growth.proposal()
 
@@ -171,9 +177,9 @@ class RecurrentDrafter(Drafter):
         predicts completion token ``c``; at step ``j`` its anchor's pair is ``t − j``, and it carries what row
         ``c − 1`` gave at step ``j − 1``.
         """
-        offset, prompt = batch["spine", "offset"], batch["spine", "prompt_length"]
+        offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
-        tokens, x, residual, spine = self._read_spine(batch)
+        tokens, x, residual, sequence = self._read_sequence(batch)
         pairs, width = tokens.shape[1], int(count.max())
         column = torch.arange(width, device=tokens.device)
         pair = prompt[:, None] - 2 + column
@@ -193,18 +199,18 @@ class RecurrentDrafter(Drafter):
                     own = tuple(torch.cat([_next_row(b), o], dim=2) for b, o in zip(branch, own, strict=True))
                 branch = own
             mask = torch.arange(pairs, device=tokens.device) <= (inside - step)[:, :, None]
-            carried = self._carried(self._layer(x, residual, inside, spine, mask, branch))
+            carried = self._carried(self._layer(x, residual, inside, sequence, mask, branch))
             states.append(self._read_by_head(carried[keep]))
             logits.append(self._head(states[-1]))
             valid.append(((column >= step) & (pair >= step))[keep])
         return Unroll(logits, torch.stack(valid), states)
 
-    def _read_spine(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
+    def _read_sequence(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
         """Pairs of each request, padded: tokens ``[n, T]``, attention's input, the residual stream, keys and values."""
-        offset = batch["spine", "offset"]
-        tokens = pad_rows(batch["spine", "tokens"], offset)[:, 1:]
+        offset = batch["sequence", "offset"]
+        tokens = pad_rows(batch["sequence", "tokens"], offset)[:, 1:]
         rows = torch.arange(len(offset), device=offset.device)
-        features = pad_rows(batch["spine", "features"], offset - rows)
+        features = pad_rows(batch["sequence", "features"], offset - rows)
         x, residual = self._enter_at(tokens, features)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
@@ -212,12 +218,12 @@ class RecurrentDrafter(Drafter):
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`.
 
-        One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the spine, then the
-        request's trees sorted by anchor, each depth-first. A spine key is seen by the contexts whose root is not before
-        it, a node's key by the nodes from itself to the end of its subtree.
+        One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
+        the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is not
+        before it, a node's key by the nodes from itself to the end of its subtree.
         """
-        trees, requests = RecordedTrees.of(batch), len(batch["spine", "offset"]) - 1
-        _, x, residual, spine = self._read_spine(batch)
+        trees, requests = TreeIndex.of(batch), len(batch["sequence", "offset"]) - 1
+        _, x, residual, sequence = self._read_sequence(batch)
         every = torch.arange(x.shape[1], device=x.device)
         place = torch.zeros_like(trees.depth)  # of a context among those of its depth
         of_request = batch["rounds", "offset"][batch["rounds", "request_offset"]]
@@ -225,18 +231,18 @@ class RecurrentDrafter(Drafter):
         column = torch.arange(len(first), device=x.device) - first  # of a node among those of its request
         end = pad_rows(trees.ends - first, of_request)[:, None]
         columns = torch.arange(end.shape[2], device=x.device)
-        keys = tuple(torch.cat([s, s.new_zeros(requests, len(columns), *s.shape[2:])], dim=1) for s in spine)
+        keys = tuple(torch.cat([s, s.new_zeros(requests, len(columns), *s.shape[2:])], dim=1) for s in sequence)
         carried, states, order = residual, [], []
         for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
             here = (trees.depth == level).nonzero().flatten()
             place[here] = torch.arange(len(here), device=here.device)
             request, root = trees.request[here], trees.root[here].clamp(min=0)
-            # Contexts side by side by request, to share its spine.
+            # Contexts side by side by request, to share its sequence.
             counts = torch.bincount(request, minlength=requests)
             offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             real = torch.arange(int(counts.max()), device=here.device) < counts[:, None]
             position = pad_rows(root + level, offset)
-            seen, mask = spine, every <= pad_rows(root, offset)[:, :, None]
+            seen, mask = sequence, every <= pad_rows(root, offset)[:, :, None]
             if level == 0:
                 read, stream = (pad_rows(part[request, root], offset) for part in (x, residual))
             else:

@@ -42,7 +42,7 @@ from aurora_rl.policies.drafter import (
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
-from aurora_rl.tree_index import RecordedTrees, true_chains
+from aurora_rl.tree_index import TreeIndex, true_chains
 
 # Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
 _SLACK = 64
@@ -76,13 +76,13 @@ class Branches(NamedTuple):
     ancestors: Tensor
 
     @classmethod
-    def of(cls, batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor) -> Branches:
+    def of(cls, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Branches:
         """Sort the contexts of a packed batch (``wanted`` ``[R + M]`` bool)."""
-        offset, rounds = batch["spine", "offset"], torch.arange(trees.num_rounds, device=wanted.device)
+        offset, rounds = batch["sequence", "offset"], torch.arange(trees.num_rounds, device=wanted.device)
         above, levels = torch.cat([rounds, trees.parent]), range(int(trees.depth.max()))
         position = trees.root + 1 + trees.depth
         last = offset.diff()[trees.request] - 1
-        spelled = batch["spine", "tokens"][offset[trees.request] + torch.minimum(position, last)]
+        spelled = batch["sequence", "tokens"][offset[trees.request] + torch.minimum(position, last)]
         same = (position <= last)[len(rounds) :] & (spelled[len(rounds) :] == batch["nodes", "tokens"])
         on_text = torch.cat([torch.ones_like(rounds, dtype=torch.bool), same])
         for _ in levels:
@@ -286,7 +286,7 @@ class StandaloneDrafter(Drafter):
         """
         _, _, valid = true_chains(batch, steps)
         anchors, _, _ = true_chains(batch, 1)
-        trees = RecordedTrees.of(anchors)
+        trees = TreeIndex.of(anchors)
         roots = torch.arange(len(trees.depth), device=valid.device) < trees.num_rounds
         states = self._states(anchors, trees, roots)
         logits = self.lm_head(states)
@@ -295,13 +295,13 @@ class StandaloneDrafter(Drafter):
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`. One pass over the text of each request and the nodes that leave it."""
-        return self.lm_head(self._states(batch, RecordedTrees.of(batch), wanted))
+        return self.lm_head(self._states(batch, TreeIndex.of(batch), wanted))
 
-    def _states(self, batch: TensorDictBase, trees: RecordedTrees, wanted: Tensor) -> Tensor:
+    def _states(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         """What the head reads at the wanted contexts, ``[number wanted, H]``."""
         branches = Branches.of(batch, trees, wanted)
         nodes, offset = branches.nodes, branches.offset
-        text = pad_rows(batch["spine", "tokens"], batch["spine", "offset"])
+        text = pad_rows(batch["sequence", "tokens"], batch["sequence", "offset"])
         column = torch.arange(text.shape[1], device=text.device)
         drafted = pad_rows(batch["nodes", "tokens"][nodes - trees.num_rounds], offset)
         seen = column <= pad_rows(branches.leaves[nodes], offset)[:, :, None]

@@ -34,7 +34,7 @@ Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
 """At the end of an accepted path: which child was accepted, or that none was, or that none was drafted."""
 
 
-class ShapeController:
+class TreeController:
     """Chooses the shape with the most expected tokens per second, no speculation being one of them.
 
     At the end of an accepted path the drafter's likeliest child is accepted with chance ``f``, and where it is not one
@@ -69,7 +69,7 @@ class ShapeController:
         Drafting one token adds a tenth to a round of one slot, and doubles a round of eight.
 
         >>> none, chain = TreeShape(0), TreeShape(1)
-        >>> shapes = ShapeController({1: {none: 1.0, chain: 1.1}, 8: {none: 1.5, chain: 3.0}})
+        >>> shapes = TreeController({1: {none: 1.0, chain: 1.1}, 8: {none: 1.5, chain: 3.0}})
         >>> for outcome in ["likeliest", "likeliest", "refused"] * 50:
         ...     shapes.observe(chain, 1, seconds=1.1, outcomes=[[outcome]])
         >>> shapes.choose(1).depth, shapes.choose(8).depth
@@ -112,7 +112,7 @@ class ShapeController:
                 drafter's bare chains are not, as others' nodes are merged into them.
 
         Example:
-            >>> [(s.depth, s.width, s.budget) for s in ShapeController.candidates(TreeShape(2, width=4, num_nodes=5))]
+            >>> [(s.depth, s.width, s.budget) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
             [(0, 4, 0), (1, 1, 1), (1, 4, 4), (2, 1, 2), (2, 4, 5)]
         """
         shapes = [replace(most, depth=0)]

@@ -35,7 +35,7 @@ def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor
     return Proposal(tokens, parents, log_probs.float())
 
 
-class Growth(ABC):
+class TreeSearch(ABC):
     """Grows trees of ``b`` slots: a drafter adds depth after depth, and expands the frontier in between."""
 
     @abstractmethod
@@ -51,7 +51,7 @@ class Growth(ABC):
         """The trees."""
 
 
-def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Growth:
+def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> TreeSearch:
     """An empty growth of a shape.
 
     Args:
@@ -61,12 +61,12 @@ def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | Non
 
     Example:
         >>> type(grow(torch.arange(4), TreeShape(2, mode="sampled"))).__name__
-        'SampledGrowth'
+        'SampledSearch'
     """
-    return TopKGrowth(draft_vocab, shape) if shape.mode == "topk" else SampledGrowth(draft_vocab, shape, generator)
+    return TopKSearch(draft_vocab, shape) if shape.mode == "topk" else SampledSearch(draft_vocab, shape, generator)
 
 
-class TopKGrowth(Growth):
+class TopKSearch(TreeSearch):
     """At each depth the likeliest nodes by joint probability are expanded, each by its likeliest tokens.
 
     ``width`` of each (all tokens of a smaller draft vocabulary); in the end the budget keeps the likeliest nodes.
@@ -76,7 +76,7 @@ class TopKGrowth(Growth):
         shape: the tree to grow.
 
     Example:
-        >>> growth = TopKGrowth(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
+        >>> growth = TopKSearch(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
         >>> growth.add(torch.tensor([[[0.2, 0.7, 0.1]]]).log())
         >>> growth.frontier()
         (tensor([[7, 5]]), tensor([[0, 0]]))
@@ -96,7 +96,7 @@ class TopKGrowth(Growth):
         self._before = 0  # candidates of all depths but the last
 
     def add(self, log_probs: Tensor) -> None:
-        """See :meth:`Growth.add`."""
+        """See :meth:`TreeSearch.add`."""
         best, choice = log_probs.topk(self._children)
         parents = torch.full_like(choice, -1)
         joint = best
@@ -110,7 +110,7 @@ class TopKGrowth(Growth):
         self._joint.append(joint.flatten(1))
 
     def frontier(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`Growth.frontier`."""
+        """See :meth:`TreeSearch.frontier`."""
         tokens, joint = self._tokens[-1], self._joint[-1]
         # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
         if tokens.shape[1] <= self._shape.width:
@@ -128,8 +128,8 @@ class TopKGrowth(Growth):
         return best_first(tokens, parents, log_probs, joint, self._shape.budget)
 
 
-class SampledGrowth(Growth):
-    """Draws chains that part at the root.
+class SampledSearch(TreeSearch):
+    """TreeLaw chains that part at the root.
 
     Which nodes there are does not depend on what was drawn, as rejection needs: a node that was left out for its token
     would change the law of the text.
@@ -140,7 +140,7 @@ class SampledGrowth(Growth):
         generator: of the draws.
 
     Example:
-        >>> growth = SampledGrowth(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
+        >>> growth = SampledSearch(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
         >>> growth.add(torch.tensor([[[0.5, 0.5]]]).log())
         >>> growth.add(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).log())
         >>> growth.proposal().tokens.sort().values, growth.proposal().parents
@@ -155,7 +155,7 @@ class SampledGrowth(Growth):
         self._q: list[Tensor] = []
 
     def add(self, log_probs: Tensor) -> None:
-        """See :meth:`Growth.add`."""
+        """See :meth:`TreeSearch.add`."""
         q, draws = log_probs.exp(), 1 if self._tokens else self._chains
         if not self._replacement and draws > int((q > 0).sum(-1).min()):
             raise ValueError(
@@ -168,13 +168,13 @@ class SampledGrowth(Growth):
         self._q.append(q.repeat_interleave(draws, dim=1))
 
     def frontier(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`Growth.frontier`."""
+        """See :meth:`TreeSearch.frontier`."""
         tokens = self._tokens[-1]
         place = torch.arange(self._chains, device=tokens.device).expand_as(tokens)
         return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
 
     def proposal(self) -> Proposal:
-        """See :meth:`Growth.proposal`."""
+        """See :meth:`TreeSearch.proposal`."""
         tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
         above = torch.arange(tokens.shape[1], device=tokens.device) - self._chains
         return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.telemetry.log import JsonLines
 
 
@@ -16,11 +16,11 @@ class Answers(JsonLines):
 
     Args:
         path: see :class:`JsonLines`.
-        requests: Conversations that the completions belong to.
+        requests: RequestQueue that the completions belong to.
         tokenizer: Tokenizer of the target.
     """
 
-    def __init__(self, path: Path, requests: Conversations, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, path: Path, requests: RequestQueue, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(path)
         self._requests, self._tokenizer = requests, tokenizer
 

@@ -45,7 +45,7 @@ class _Turn:
     request: Request
 
 
-class Conversations:
+class RequestQueue:
     """A source of requests: first turns in order, each follow-up after the answer to the turn before it.
 
     A request that cannot be served fails by name, with the turns after it, and the others are served. A first turn's id

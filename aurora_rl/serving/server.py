@@ -1,4 +1,4 @@
-"""The inference server: rounds, control windows, swaps between rounds, trajectories to the sink."""
+"""The inference server: rounds, baseline windows, swaps between rounds, trajectories to the sink."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import DrafterPolicy, TreeShape
-from aurora_rl.policies.tree_controller import Outcome, ShapeController
+from aurora_rl.policies.tree_controller import Outcome, TreeController
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import ControlWindows, Round
+from aurora_rl.telemetry.rates import BaselineWindows, Round
 from aurora_rl.telemetry.stats import Figures
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 
@@ -48,9 +48,9 @@ class InferenceServer(Figures):
         env: SpecDecodeEnv,
         policy: DrafterPolicy,
         *,
-        windows: ControlWindows,
+        windows: BaselineWindows,
         log: MetricsLog,
-        shapes: ShapeController | None = None,
+        shapes: TreeController | None = None,
         sink: TrajectorySink | None = None,
         receiver: WeightReceiver | None = None,
         note: Callable[[Completion], str] = lambda completion: "",
@@ -85,10 +85,10 @@ class InferenceServer(Figures):
             self._td = env.reset()
             if not env.num_active:
                 return False
-        occupied, control = env.num_active, not self._windows.speculate
-        if self._shapes is not None and not control:
+        occupied, baseline = env.num_active, not self._windows.speculate
+        if self._shapes is not None and not baseline:
             self._reshape(self._shapes.choose(occupied))
-        policy.speculate = not control and policy.shape.depth > 0
+        policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.finished)
         began = time.perf_counter()
@@ -98,20 +98,20 @@ class InferenceServer(Figures):
         for slot in env.engine.store.occupied.tolist():
             self._asked.setdefault(env.request_of(slot).id, []).append(bool(asked[slot]))
         done, self._td = env.step_and_maybe_reset(action)
-        # Recording is a cost of speculation, in whichever round it happens.
+        # TrajectoryDataset is a cost of speculation, in whichever round it happens.
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
         if self._shapes is not None:
             self._observe(self._shapes, done, occupied, seconds)
-        if control:
+        if baseline:
             seconds -= recording
             self.rounds.append(Round(True, occupied, 0, recording, completed))
-        self.rounds.append(Round(not control, occupied, tokens, seconds, completed))
+        self.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
         self._windows.spent(seconds)
         return True
 
-    def _observe(self, shapes: ShapeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
+    def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
         """Book a round as what it was: slots whose requests the drafter failed are no trials of it."""
         policy, shape, outcomes = self.policy, shapes.plain, []
         if bool(policy.drafted.any()):

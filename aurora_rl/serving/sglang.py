@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from aurora_rl.envs import Completion, Request
-from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangEngine, SGLangError
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
@@ -18,7 +18,7 @@ _TURN_S = 0.25
 _WATCH_S = 1.0
 
 
-class RemoteServer(Figures):
+class SGLangServer(Figures):
     """Keeps an engine's slots filled with requests. Rounds, records and swaps happen in the engine itself.
 
     Args:
@@ -38,7 +38,7 @@ class RemoteServer(Figures):
 
     def __init__(
         self,
-        engine: SGLangEngine,
+        engine: SGLangClient,
         attach: Callable[[], dict[str, Any]],
         requests: Callable[[], Request | None],
         *,

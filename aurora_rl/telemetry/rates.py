@@ -1,4 +1,4 @@
-"""Control windows, and tokens per second of plain and speculative decoding."""
+"""Baseline windows, and tokens per second of plain and speculative decoding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
-class ControlWindows:
+class BaselineWindows:
     """Says which rounds decode plainly: windows of whole rounds, placed at random, for a share of decode time.
 
     Args:
@@ -48,7 +48,7 @@ class Round:
     """One round of decoding.
 
     Attributes:
-        speculative: false in control windows; all other rounds are the policy's, be they without drafts.
+        speculative: false in baseline windows; all other rounds are the policy's, be they without drafts.
         occupied: slots that took part.
         tokens: tokens delivered.
         seconds: wall time, prefill excluded.
@@ -109,13 +109,13 @@ class Rounds:
 class Rates:
     """Tokens per second of both kinds, None where a kind was not measured."""
 
-    control: float | None
+    baseline: float | None
     speculative: float | None
 
     @property
     def speedup(self) -> float | None:
-        """Speculative over control."""
-        return self.speculative / self.control if self.control and self.speculative else None
+        """Speculative over baseline."""
+        return self.speculative / self.baseline if self.baseline and self.speculative else None
 
 
 def rates(rounds: Iterable[Round]) -> Rates:

@@ -18,7 +18,7 @@ EMPTY_SUMMARY: dict[str, Any] = {
     "swap_ms": {"p50": None, "max": None},
     "acceptance_length": {"first": None, "last": None},
     "domains": {},
-    "tokens_per_second": {"control": None, "speculative": None},
+    "tokens_per_second": {"baseline": None, "speculative": None},
     "speedup": None,
     "dropped_trajectories": 0,
     "drafter_faults": 0,
@@ -54,7 +54,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if domains := summary["domains"]:
         lengths = (f"{name or 'none'} {show(figures['acceptance_length'])}" for name, figures in domains.items())
         table.add_row("acceptance length by domain", " · ".join(lengths))
-    table.add_row("tokens/s plain · speculative", f"{show(speed['control'], 1)} · {show(speed['speculative'], 1)}")
+    table.add_row("tokens/s plain · speculative", f"{show(speed['baseline'], 1)} · {show(speed['speculative'], 1)}")
     table.add_row("speedup, last quarter", show(summary["speedup"]))
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
     table.add_row("dropped trajectories", show(summary["dropped_trajectories"]))
@@ -79,7 +79,7 @@ def draw_report(
         finished: speculative tokens and rounds of each request, in order of completion.
         rounds: the decoding of the run.
         swaps: number of completed requests at each swap.
-        bins: parts of the run for which a rate is drawn; parts without a control window have no speedup.
+        bins: parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
     """
     import matplotlib
 

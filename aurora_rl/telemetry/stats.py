@@ -103,7 +103,7 @@ class Figures(ABC):
                 "last": self.acceptance(count - tenth, count) if count else None,
             },
             "domains": self.by_domain(),
-            "tokens_per_second": {"control": last.control, "speculative": last.speculative},
+            "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},
             "speedup": last.speedup,
             "dropped_trajectories": self.dropped,
             "drafter_faults": self.drafter_faults,

@@ -87,7 +87,7 @@ class LiveView:
             version=server.version,
             acceptance_length=self._recent(),
             acceptance_by_position=[round(count / rounds, 4) for count in reached],
-            tokens_per_second={"control": speed.control, "speculative": speed.speculative},
+            tokens_per_second={"baseline": speed.baseline, "speculative": speed.speculative},
             depth=server.depth,
             coverage=sum(coverage) / len(coverage) if coverage else None,
             queue=self._serving.queued,
@@ -113,7 +113,7 @@ class LiveView:
         return [
             ("requests", f"{len(server.finished)}/{self._total}"),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
-            ("tokens/s plain · speculative", f"{show(speed.control, 1)} · {show(speed.speculative, 1)}"),
+            ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show(speed.speedup)),
             ("version · swaps", f"{server.version} · {len(server.swap_ms)}"),
             ("queue · dropped", f"{self._serving.queued} · {self._serving.dropped}"),

@@ -51,7 +51,7 @@ def check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: Tre
 def check_from_text(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
     """What is drafted from the text alone are trees too, and no nodes of the drafter's own law."""
     for trajectory in trajectories:
-        proposal = drafter.from_text(trajectory["spine", "tokens"].tolist(), shape)
+        proposal = drafter.from_text(trajectory["sequence", "tokens"].tolist(), shape)
         free = proposal is not None
         require(
             free == (drafter.min_depth > 0), f"from_text is {'' if free else 'not '}there, min_depth says otherwise"
@@ -88,7 +88,7 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     """Serving must not depend on how a slot was filled nor on the other slots."""
     shape, atol = TreeShape(3, 2), RECORDED[dtype_of(drafter)]
     slots = filled(drafter, trajectories)
-    lengths = torch.tensor([len(t["spine", "tokens"]) - 1 for t in trajectories])
+    lengths = torch.tensor([len(t["sequence", "tokens"]) - 1 for t in trajectories])
     require(torch.equal(drafter.cached, lengths), f"cached is {drafter.cached.tolist()} after {lengths.tolist()} pairs")
     expected = drafter.propose(slots, shape)
 
@@ -140,7 +140,7 @@ def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:
 
 def filled(drafter: Drafter, trajectories: Sequence[TensorDictBase]) -> Tensor:
     """Give each trajectory a slot and put all of its pairs there, slot by slot; returns the slots."""
-    lengths = torch.tensor([len(t["spine", "tokens"]) - 1 for t in trajectories])
+    lengths = torch.tensor([len(t["sequence", "tokens"]) - 1 for t in trajectories])
     slots = torch.arange(len(trajectories))
     drafter.allocate(len(slots), int(lengths.max()) + 1)
     for i in slots.tolist():
@@ -156,11 +156,11 @@ def _extend(
     """Append pairs ``start`` to ``end - 1`` of each trajectory to its slot; there is always a column of padding."""
     count = end - start
     width = int(count.max()) + 1
-    first = trajectories[0]["spine", "features"]
+    first = trajectories[0]["sequence", "features"]
     tokens = torch.zeros(len(slots), width + 1, dtype=torch.int64)
     features = first.new_full((len(slots), width, first.shape[1]), 7.0)
     for i, trajectory in enumerate(trajectories):
         here = slice(int(start[i]), int(end[i]))
-        tokens[i, : int(count[i]) + 1] = trajectory["spine", "tokens"][int(start[i]) : int(end[i]) + 1]
-        features[i, : int(count[i])] = trajectory["spine", "features"][here]
+        tokens[i, : int(count[i]) + 1] = trajectory["sequence", "tokens"][int(start[i]) : int(end[i]) + 1]
+        features[i, : int(count[i])] = trajectory["sequence", "features"][here]
     drafter.extend(slots, tokens, features, count)

@@ -45,7 +45,7 @@ def check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     with torch.no_grad():
         logits, valid, _ = drafter.unroll(batch, steps)
     require(1 <= len(logits) <= steps, f"unroll of {steps} steps gave {len(logits)}")
-    rows = batch["spine", "hidden"].shape[0]
+    rows = batch["sequence", "hidden"].shape[0]
     expected_shape = (rows, len(drafter.draft_vocab))
     require(
         all(step.shape == expected_shape for step in logits),
@@ -55,7 +55,7 @@ def check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     scored = drafter.score(pack([_with_true_chains(t, len(logits)) for t in trajectories])).detach()
     node, row = 0, 0
     for trajectory in trajectories:
-        tokens, prompt = trajectory["spine", "tokens"], int(trajectory["spine", "prompt_length"])
+        tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
         for anchor in range(prompt - 1, len(tokens) - 1):
             for step in range(min(len(logits), len(tokens) - 1 - anchor)):
                 at = row + anchor + 1 + step - prompt
@@ -150,7 +150,7 @@ def check_gradients(drafter: Drafter, trajectories: list[TensorDict], without: C
 
 def _with_true_chains(trajectory: TensorDictBase, steps: int) -> TensorDictBase:
     """The trajectory with other rounds: from every anchor a chain of up to ``steps`` tokens of the text itself."""
-    tokens, prompt = trajectory["spine", "tokens"], int(trajectory["spine", "prompt_length"])
+    tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     anchors = range(prompt - 1, len(tokens) - 1)
     return _with_chains(trajectory, anchors, [tokens[a + 1 : a + 1 + steps] for a in anchors])
 
@@ -167,7 +167,7 @@ def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: lis
     nodes = len(out["nodes", "tokens"])
     out["nodes", "log_probs"] = torch.zeros(nodes)
     out["nodes", "accepted"] = torch.ones(nodes, dtype=torch.bool)
-    out["nodes", "hidden"] = trajectory["nodes", "hidden"].new_zeros(nodes, trajectory["spine", "hidden"].shape[1])
+    out["nodes", "hidden"] = trajectory["nodes", "hidden"].new_zeros(nodes, trajectory["sequence", "hidden"].shape[1])
     return out
 
 

@@ -97,7 +97,10 @@ def check_swap(
 
     batch = pack(serve(drafter, target, prompts, shape=shape, max_new_tokens=8, num_slots=3, before_round=swap))
     plain = serve(drafter, target, prompts, shape=TreeShape(0), max_new_tokens=8, num_slots=3)
-    require(torch.equal(batch["spine", "tokens"], pack(plain)["spine", "tokens"]), "a swap of weights changes the text")
+    require(
+        torch.equal(batch["sequence", "tokens"], pack(plain)["sequence", "tokens"]),
+        "a swap of weights changes the text",
+    )
     version = torch.repeat_interleave(batch["rounds", "policy_version"], batch["rounds", "offset"].diff())
     recorded = batch["nodes", "log_probs"]
     for number, weights in enumerate((old, new)):

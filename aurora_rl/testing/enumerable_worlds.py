@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, pack
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 VOCAB = 3
 Text = tuple[int, ...]
@@ -49,7 +49,7 @@ class TabularDrafter(Drafter):
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`."""
-        trees = RecordedTrees.of(batch)
+        trees = TreeIndex.of(batch)
         texts: list[Text] = [()] * trees.num_rounds
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
             texts.append((*texts[parent], token))
@@ -228,7 +228,7 @@ def tree_trajectory(
     return TensorDict(
         {
             "request": torch.tensor(0),
-            "spine": {
+            "sequence": {
                 "tokens": torch.tensor([0, 0, 0]),
                 "prompt_length": torch.tensor(2),
                 "features": torch.zeros(2, 1, dtype=torch.float64),

@@ -14,7 +14,7 @@ from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import context_rows
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing.tiny import serve, tiny_target
-from aurora_rl.tree_index import RecordedTrees, true_chains
+from aurora_rl.tree_index import TreeIndex, true_chains
 
 # Rule, sampling and width; rejection holds for sampled trees only, and some objectives for chains only under it.
 _SERVED = (
@@ -36,7 +36,7 @@ class GappyDrafter(Eagle3Drafter):
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`."""
-        trees = RecordedTrees.of(batch)
+        trees = TreeIndex.of(batch)
         predicted = (trees.root >= 0) & (trees.depth < self.max_depth)
         return self._filled(super().context_logits(batch, wanted), predicted[wanted])
 
@@ -66,12 +66,12 @@ class EchoDrafter(Eagle3Drafter):
 
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
         """See :meth:`Drafter.context_logits`."""
-        rows = context_rows(batch, RecordedTrees.of(batch), wanted, ("spine", "hidden"), ("nodes", "hidden"))
+        rows = context_rows(batch, TreeIndex.of(batch), wanted, ("sequence", "hidden"), ("nodes", "hidden"))
         return self._logits(self.factor * rows["hidden"])
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         """See :meth:`Drafter.unroll`."""
-        states = self.factor * batch["spine", "hidden"]
+        states = self.factor * batch["sequence", "hidden"]
         _, _, valid = true_chains(batch, steps)
         return Unroll([self._logits(states)] * steps, valid, [states] * steps)
 

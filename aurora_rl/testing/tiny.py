@@ -84,7 +84,7 @@ def tiny_trajectory(
     Example:
         >>> from aurora_rl.policies import MedusaDrafter, TargetParts
         >>> drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
-        >>> tiny_trajectory(drafter)["spine", "tokens"].shape
+        >>> tiny_trajectory(drafter)["sequence", "tokens"].shape
         torch.Size([17])
     """
     prompt = torch.randint(32, (prompt_length,), generator=torch.Generator().manual_seed(request))

@@ -16,7 +16,7 @@ def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> 
     """The trajectory with the target's likeliest tokens in place of its hidden states.
 
     Args:
-        trajectory: with ("spine", "hidden") and ("nodes", "hidden"); stays as it is.
+        trajectory: with ("sequence", "hidden") and ("nodes", "hidden"); stays as it is.
         head: The target's output head; a weight ``[V, H]`` stands for a plain one.
         k: ``K``, tokens of a row, at most ``V``.
 
@@ -29,11 +29,11 @@ def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> 
         >>> from aurora_rl.testing import tiny_target, tiny_trajectory
         >>> parts = TargetParts.of(tiny_target())
         >>> drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> topk_form(tiny_trajectory(drafter), parts.head, 4)["spine", "topk_ids"].shape
+        >>> topk_form(tiny_trajectory(drafter), parts.head, 4)["sequence", "topk_ids"].shape
         torch.Size([12, 4])
     """
     out, head = trajectory.clone(), TargetHead.like(head)
-    for part in ("spine", "nodes"):
+    for part in ("sequence", "nodes"):
         log_p = log_softmax(head(out[part].pop("hidden").to(head.weight.dtype)))
         best, ids = log_p.topk(k, dim=-1)
         # Summed over the others: one less the sum of the best would lose a small tail to rounding.

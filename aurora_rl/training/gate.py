@@ -55,17 +55,17 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
     """
     n = len(trajectories)
     for trajectory in trajectories:
-        if (hidden := trajectory.get(("spine", "hidden"), None)) is not None:
+        if (hidden := trajectory.get(("sequence", "hidden"), None)) is not None:
             check_features(trajectory, drafter.feature_layers, hidden.shape[-1])
-    longest = max(len(t["spine", "tokens"]) for t in trajectories)
-    features = trajectories[0]["spine", "features"]
+    longest = max(len(t["sequence", "tokens"]) for t in trajectories)
+    features = trajectories[0]["sequence", "features"]
     device = drafter.draft_vocab.device
     store = ContextStore(n, longest + 1, features.shape[-1], 0, features.dtype, device)
-    ends = torch.tensor([len(t["spine", "tokens"]) for t in trajectories])
+    ends = torch.tensor([len(t["sequence", "tokens"]) for t in trajectories])
     for slot, trajectory in enumerate(trajectories):
-        store.start(slot, trajectory["spine", "tokens"].to(device))
-        store.features[slot, : ends[slot] - 1] = trajectory["spine", "features"].to(device)
-        store.lengths[slot] = trajectory["spine", "prompt_length"]
+        store.start(slot, trajectory["sequence", "tokens"].to(device))
+        store.features[slot, : ends[slot] - 1] = trajectory["sequence", "features"].to(device)
+        store.lengths[slot] = trajectory["sequence", "prompt_length"]
     # The same draws for every drafter that is replayed, where the shape's mode samples.
     generator = torch.Generator(device).manual_seed(0)
     policy = DrafterPolicy(drafter, store, num_nodes=shape.most_nodes, shape=shape, generator=generator)
@@ -84,7 +84,7 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         rounds[slots] += 1
         lengths = store.lengths[slots] + accepted + 1
         store.lengths[slots] = torch.where(lengths >= ends[slots], 0, lengths)
-    prompts = torch.tensor([int(t["spine", "prompt_length"]) for t in trajectories])
+    prompts = torch.tensor([int(t["sequence", "prompt_length"]) for t in trajectories])
     return Replay(ends - prompts, rounds)
 
 

@@ -20,7 +20,7 @@ from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import Recording
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
@@ -82,7 +82,7 @@ class Learner:
         publish_every: int,
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
-        recording: Recording | None = None,
+        recording: TrajectoryDataset | None = None,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
@@ -188,7 +188,7 @@ class Learner:
             self._since_candidate += len(trajectories)
 
     def _note_refusal(self) -> None:
-        refusal = self._collector.hello_error or self._publisher.error
+        refusal = self._collector.handshake_error or self._publisher.error
         if refusal != self._refusal:
             self._refusal = refusal
             self._log.write("refused", reason=refusal)

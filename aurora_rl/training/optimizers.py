@@ -64,7 +64,7 @@ def train_step(
     Raises:
         FloatingPointError: the sum or its gradient is not finite; no step was taken.
     """
-    device = batch["spine", "tokens"].device
+    device = batch["sequence", "tokens"].device
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         # RMSNorm of a bfloat16 input by float32 weights is not fused: no news to whoever asked for autocast.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 
 from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.trajectories import pack
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 
 @torch.inference_mode()
@@ -38,7 +38,7 @@ def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], vers
     """
     device = drafter.draft_vocab.device
     batch = pack(trajectories).to(device)
-    trees, rounds = RecordedTrees.of(batch), batch["rounds"]
+    trees, rounds = TreeIndex.of(batch), batch["rounds"]
     drafted_by = (rounds["policy_version"] == version) & (trees.root[: trees.num_rounds] >= 0)
     row = draft_rows(drafter.draft_vocab, batch["nodes", "tokens"])
     first = (trees.parent < trees.num_rounds) & (row >= 0)

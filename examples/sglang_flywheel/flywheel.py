@@ -29,7 +29,7 @@ def main() -> None:
 
     prompts = spec.check(config)
     target = spec.load(config)
-    requests = spec.conversations(config, target, prompts)
+    requests = spec.request_queue(config, target, prompts)
     drafter, theirs = spec.first_drafter(config, target, requests, run_dir / "drafter-day0")
 
     learner = spec.learner(theirs, logs["learner"], run_dir)

@@ -15,7 +15,7 @@ from aurora_rl.cli import spec
 from aurora_rl.cli.bench import VARIANTS, _markdown, mean_curves
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.main import main
-from aurora_rl.collectors.dataset import Recording, record
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.objectives.registry import OBJECTIVES
@@ -38,7 +38,7 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         assert isinstance(drafter, Eagle3Drafter)
         save_drafter(drafter, folders[mode].with_name("drafter-day0"))
         requests = [Request(i, torch.randint(250, (5,)), 8, SamplingParams(1.0, seed=i)) for i in range(12)]
-        record(target.model, drafter, requests, Recording(folders[mode]), shape=spec.shape(config))
+        record(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=spec.shape(config))
     return folders
 
 
@@ -143,7 +143,7 @@ def test_learning_is_what_moves_the_curve(tiny_folder: Path, tmp_path: Path) -> 
         target.model,
         spec.drafter(config, target, []),
         requests,
-        Recording(tmp_path / "stream"),
+        TrajectoryDataset(tmp_path / "stream"),
         shape=spec.shape(config),
     )
 

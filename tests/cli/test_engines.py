@@ -43,7 +43,7 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
             ]
         )
         target = spec.load(config)
-        requests = spec.conversations(config, target, spec.check(config))
+        requests = spec.request_queue(config, target, spec.check(config))
         made, model, done = spec.drafter(config, target, []), copy.deepcopy(target.model), []
 
         def keep(completion: Completion) -> str:

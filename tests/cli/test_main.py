@@ -79,7 +79,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
             "gate.requests=3",
             "learner.replay=1",
         ),
-        *("gate.margin=9", "control.share=0.3", "control.window=6", "drafter.adaptive=false"),
+        *("gate.margin=9", "baseline.share=0.3", "baseline.window=6", "drafter.adaptive=false"),
     ]
     command = [sys.executable, "-m", "aurora_rl.cli.main", "flywheel", *arguments, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
@@ -101,7 +101,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     rates = figures["tokens_per_second"]
     assert rates["speculative"] > 0
     if figures["speedup"] is not None:
-        assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["control"], rel=1e-3)
+        assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["baseline"], rel=1e-3)
     assert 1 < figures["duration_s"] < 120
 
     assert {path.name for path in run.iterdir()} == SERVED | {"drafter-day0", "learner", "learner.log", "learner.yaml"}
@@ -344,7 +344,7 @@ def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_l
 def test_names_and_peers_texts_are_shown_as_they_are(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = "hello mismatch: target is [/x] :x: [bold]"
+    refused = "handshake mismatch: target is [/x] :x: [bold]"
     monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
     monkeypatch.setattr(cli, "every", lambda seconds, action: action)
     run = tmp_path / "[fp16]" / "[/b]"

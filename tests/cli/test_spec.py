@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError, load_config
-from aurora_rl.collectors.dataset import Recording
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.telemetry.log import MetricsLog
@@ -182,21 +182,21 @@ def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
 
 def test_prompts_that_cannot_be_served(config: Config, target: spec.Target, tmp_path: Path) -> None:
     prompts = spec.check(config)
-    assert spec.conversations(config, target, prompts).total == 5
+    assert spec.request_queue(config, target, prompts).total == 5
     config.engine.max_length = 40
     reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
     with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
-        spec.conversations(config, target, prompts)
+        spec.request_queue(config, target, prompts)
     config.engine.max_length = 513
     with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
-        spec.conversations(config, target, prompts)
+        spec.request_queue(config, target, prompts)
 
 
 def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
     target = spec.load(config)
     target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
-        spec.conversations(config, target, generate(2))
+        spec.request_queue(config, target, generate(2))
 
 
 def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
@@ -204,7 +204,7 @@ def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tin
     target.tokenizer.add_tokens([f"<beyond-{i}>" for i in range(60)])  # ids up to 318; the model knows 300
     prompts = spec.check(config)
     beyond = replace(prompts[3], messages=({"role": "user", "content": "What is <beyond-59>?"},))
-    requests = spec.conversations(config, target, [*prompts[:3], beyond, prompts[4]])
+    requests = spec.request_queue(config, target, [*prompts[:3], beyond, prompts[4]])
     assert (
         len(requests.failed) == 1 and "the tokenizer gives token 318, and the model knows 0..299" in requests.failed[0]
     )
@@ -218,10 +218,10 @@ def test_both_halves_start_from_the_same_drafter(
     config: Config, target: spec.Target, tmp_path: Path, name: str, own_learner: bool
 ) -> None:
     config.drafter.name = name
-    requests = spec.conversations(config, target, spec.check(config))
+    requests = spec.request_queue(config, target, spec.check(config))
     served, theirs = spec.first_drafter(config, target, requests, tmp_path / "day0" if own_learner else None)
     learned = spec.drafter(theirs, target, [])
-    assert spec.hello(target.parts, served, "eagle3") == spec.hello(target.parts, learned, "eagle3")
+    assert spec.handshake(target.parts, served, "eagle3") == spec.handshake(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
     assert config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
@@ -230,9 +230,9 @@ def test_both_halves_start_from_the_same_drafter(
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
-    ours = spec.hello(target.parts, spec.drafter(config, target, []), config.drafter.name)
+    ours = spec.handshake(target.parts, spec.drafter(config, target, []), config.drafter.name)
     config.drafter.vocab_size = 32
-    mismatch = ours.mismatch(spec.hello(target.parts, spec.drafter(config, target, []), config.drafter.name))
+    mismatch = ours.mismatch(spec.handshake(target.parts, spec.drafter(config, target, []), config.drafter.name))
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 
@@ -259,7 +259,7 @@ def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: C
 
 def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
     config.drafter.name, config.learner.record = "eagle3", str(tmp_path / "stream")
-    Recording(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
+    TrajectoryDataset(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
     message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
     with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
         pass
@@ -340,9 +340,9 @@ def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Ta
     with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
         config.drafter.options = {"heads": 2.5}
         spec.check(config)
-    assert spec.hello(target.parts, read, "mine").feature_layers == (3,)
+    assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
     read.feature_layers = [3]  # type: ignore[assignment]
-    assert spec.hello(target.parts, read, "mine").feature_layers == (3,)
+    assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
 
 
 @pytest.mark.usefixtures("theirs")

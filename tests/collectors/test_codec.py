@@ -49,8 +49,8 @@ def wire(frames: list) -> list[bytes]:
 
 
 def example() -> list[bytes]:
-    leaves = {("spine", "tokens"): torch.arange(5), ("spine", "hidden"): torch.ones(2, 3, dtype=torch.bfloat16)}
-    return wire(encode("trajectory", {"hello": {"schema": 1}}, leaves))
+    leaves = {("sequence", "tokens"): torch.arange(5), ("sequence", "hidden"): torch.ones(2, 3, dtype=torch.bfloat16)}
+    return wire(encode("trajectory", {"handshake": {"schema": 1}}, leaves))
 
 
 def with_header(**changes: object) -> list[bytes]:
@@ -143,7 +143,7 @@ BAD = {
     "long integer": ([b"1" * 1000], "exactly the fields"),
     "list": ([b"[1]"], "exactly the fields"),
     "fields": ([b"{}"], "exactly the fields"),
-    "schema": (with_header(schema=2), "schema 2, this side reads 1"),
+    "schema": (with_header(schema=1), "schema 1, this side reads 2"),
     "schema bool": (with_header(schema=True), "schema True"),
     "kind": (with_header(kind=3), "kind is not"),
     "meta": (with_header(meta=[]), "meta is not"),
@@ -226,7 +226,7 @@ def test_arbitrary_json_in_the_header_raises_nothing_but_codec_error(field: str,
     leaf: list[object] = [["a"], "int64", [1]]
     if field in ("key", "shape"):
         leaf[0 if field == "key" else 2] = value
-    header = {"schema": 1, "kind": "x", "meta": {}, "leaves": [leaf]}
+    header = {"schema": 2, "kind": "x", "meta": {}, "leaves": [leaf]}
     if field == "leaf":
         header["leaves"] = [value]
     elif field in header:
@@ -251,7 +251,7 @@ def test_default_limits_survive_deep_nesting_of_every_kind() -> None:
     for text in (
         b"[" * 500_000,
         b'{"a":' * 200_000,
-        b'{"schema":1,"kind":"x","leaves":[],"meta":' + b'{"a":' * 100_000,
+        b'{"schema":2,"kind":"x","leaves":[],"meta":' + b'{"a":' * 100_000,
     ):
         with pytest.raises(CodecError):
             decode([text])

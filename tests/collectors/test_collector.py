@@ -18,25 +18,25 @@ from torchrl.collectors import BaseCollector
 
 from aurora_rl.collectors.codec import encode
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
 from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
 from aurora_rl.collectors.weights import WeightReceiver
 
-HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
 
 
 def item(number: int) -> TensorDict:
-    return TensorDict({"spine": {"tokens": torch.full((number % 3 + 1,), number)}}, batch_size=[])
+    return TensorDict({"sequence": {"tokens": torch.full((number % 3 + 1,), number)}}, batch_size=[])
 
 
 def numbers(batch: list[TensorDict]) -> list[int]:
-    return [int(trajectory["spine", "tokens"][0]) for trajectory in batch]
+    return [int(trajectory["sequence", "tokens"][0]) for trajectory in batch]
 
 
 def no_negatives(trajectory: TensorDictBase) -> None:
-    if (trajectory["spine", "tokens"] < 0).any():
+    if (trajectory["sequence", "tokens"] < 0).any():
         raise ValueError("negative tokens")
 
 
@@ -50,14 +50,14 @@ def poll(collector: ZMQCollector, count: int) -> list[int]:
 
 @pytest.fixture
 def collector() -> Iterator[ZMQCollector]:
-    collector = ZMQCollector(LOCAL, hello=HELLO, frames_per_batch=4, total_frames=10, validate=no_negatives)
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, frames_per_batch=4, total_frames=10, validate=no_negatives)
     yield collector
     collector.shutdown()
 
 
 def test_for_batch_in_collector(collector: ZMQCollector) -> None:
     assert isinstance(collector, BaseCollector) and len(collector) == 3
-    with TrajectorySink(collector.address, hello=HELLO) as sink:
+    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
         for number in range(12):
             sink.extend(item(number))
         batches = [numbers(batch) for batch in collector]
@@ -71,7 +71,7 @@ def test_for_batch_in_collector(collector: ZMQCollector) -> None:
 def test_next_and_load_state_dict(collector: ZMQCollector) -> None:
     state = collector.state_dict()
     collector.load_state_dict(json.loads(json.dumps({**state, "frames": 8, "batches": 2})))
-    with TrajectorySink(collector.address, hello=HELLO) as sink:
+    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
         sink.extend(item(1))
         sink.extend(item(2))
         assert numbers(collector.next() or []) == [1, 2]  # two of ten are left
@@ -84,7 +84,7 @@ def test_poll_waits_for_the_first_only_and_respects_max_items(collector: ZMQColl
     start = time.monotonic()
     assert collector.poll(0.05) == []
     assert 0.04 < time.monotonic() - start < 1
-    with TrajectorySink(collector.address, hello=HELLO) as sink:
+    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
         for number in range(5):
             sink.extend(item(number))
         until_sent = time.monotonic() + 10
@@ -95,12 +95,12 @@ def test_poll_waits_for_the_first_only_and_respects_max_items(collector: ZMQColl
 
 
 def test_a_late_collector_gets_what_the_sink_kept() -> None:
-    first = ZMQCollector(LOCAL, hello=HELLO)
+    first = ZMQCollector(LOCAL, handshake=HANDSHAKE)
     address = first.address
     first.shutdown()
-    with TrajectorySink(address, hello=HELLO) as sink:
+    with TrajectorySink(address, handshake=HANDSHAKE) as sink:
         sink.extend(item(5))
-        late = ZMQCollector(address, hello=HELLO)
+        late = ZMQCollector(address, handshake=HANDSHAKE)
         assert poll(late, 1) == [5]
         late.shutdown()
 
@@ -111,8 +111,8 @@ def test_bad_messages_are_dropped_counted_and_logged_once(
     context = zmq.Context()
     push = context.socket(zmq.PUSH)
     push.connect(collector.address)
-    meta = {"hello": HELLO.to_meta()}
-    stranger = {"hello": replace(HELLO, feature_layers=(2, 6)).to_meta()}
+    meta = {"handshake": HANDSHAKE.to_meta()}
+    stranger = {"handshake": replace(HANDSHAKE, feature_layers=(2, 6)).to_meta()}
     with caplog.at_level(logging.WARNING):
         push.send_multipart([b"garbage"])
         push.send_multipart([b"garbage", b""])
@@ -123,13 +123,13 @@ def test_bad_messages_are_dropped_counted_and_logged_once(
         push.send_multipart(encode(TRAJECTORY, meta, {"other": torch.zeros(1)}))  # a KeyError in validate
         push.send_multipart(encode(TRAJECTORY, meta, item(9)))
         assert poll(collector, 1) == [9]
-    assert collector.rejections == {"malformed": 4, "hello": 1, "invalid": 2}
+    assert collector.rejections == {"malformed": 4, "handshake": 1, "invalid": 2}
     assert collector.rejected == 7
-    assert (collector.hello_error or "").startswith(
-        "hello mismatch: feature_layers is (2, 5) at the learner and (2, 6) at the engine"
+    assert (collector.handshake_error or "").startswith(
+        "handshake mismatch: feature_layers is (2, 5) at the learner and (2, 6) at the engine"
     )
     assert [record.getMessage().split(", ")[1].split(":")[0] for record in caplog.records] == [
-        *("malformed", "hello", "invalid")
+        *("malformed", "handshake", "invalid")
     ]
     assert "header is not JSON" in caplog.text and "negative tokens" in caplog.text
     push.close(0)
@@ -137,7 +137,7 @@ def test_bad_messages_are_dropped_counted_and_logged_once(
 
 
 def test_a_flood_of_bad_messages_does_not_hold_poll() -> None:
-    collector = ZMQCollector(LOCAL, hello=HELLO, high_water=8)
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, high_water=8)
     stop = threading.Event()
 
     def flood() -> None:
@@ -171,7 +171,7 @@ def test_one_poll_looks_at_no_more_messages_than_the_socket_holds(
 
 def test_port_in_use(collector: ZMQCollector) -> None:
     with pytest.raises(OSError, match=f"{collector.address} is in use; stop the process that holds it or choose"):
-        ZMQCollector(collector.address, hello=HELLO)
+        ZMQCollector(collector.address, handshake=HANDSHAKE)
 
 
 def test_shutdown_from_another_thread_ends_the_iteration(collector: ZMQCollector) -> None:
@@ -185,15 +185,15 @@ def test_shutdown_from_another_thread_ends_the_iteration(collector: ZMQCollector
 
 def test_errors_of_the_caller() -> None:
     with pytest.raises(ValueError, match="must be positive, got 0"):
-        ZMQCollector(LOCAL, hello=HELLO, frames_per_batch=0)
+        ZMQCollector(LOCAL, handshake=HANDSHAKE, frames_per_batch=0)
 
 
 def test_update_policy_weights_reaches_an_engine() -> None:
     policy = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    scheme = ZMQWeightSyncScheme(LOCAL, hello=HELLO)
-    collector = ZMQCollector(LOCAL, hello=HELLO, policy=policy, weight_sync_schemes={"policy": scheme})
+    scheme = ZMQWeightSyncScheme(LOCAL, handshake=HANDSHAKE)
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, policy=policy, weight_sync_schemes={"policy": scheme})
     assert scheme.publisher is not None
-    receiver = WeightReceiver(scheme.publisher.address, hello=HELLO, heartbeat_s=0.1)
+    receiver = WeightReceiver(scheme.publisher.address, handshake=HANDSHAKE, heartbeat_s=0.1)
     for version in (1, 2):
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -211,8 +211,8 @@ def test_update_policy_weights_reaches_an_engine() -> None:
 
 
 def test_update_policy_weights_without_a_policy_is_an_error() -> None:
-    scheme = ZMQWeightSyncScheme(LOCAL, hello=HELLO)
-    collector = ZMQCollector(LOCAL, hello=HELLO, weight_sync_schemes={"policy": scheme})
+    scheme = ZMQWeightSyncScheme(LOCAL, handshake=HANDSHAKE)
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, weight_sync_schemes={"policy": scheme})
     with pytest.raises(ValueError, match="no weights to publish: the context has no policy"):
         collector.update_policy_weights_()
     collector.shutdown()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aurora_rl.collectors.dataset import Recording, record
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target, tiny_trajectory
@@ -17,7 +17,7 @@ from aurora_rl.testing import serve, tiny_target, tiny_trajectory
 def trajectories(count: int) -> list[TensorDict]:
     drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
     made = [tiny_trajectory(drafter, request=i, prompt_length=2 + i) for i in range(count)]
-    made[0]["spine", "features"] = made[0]["spine", "features"].bfloat16()  # dtypes are kept
+    made[0]["sequence", "features"] = made[0]["sequence", "features"].bfloat16()  # dtypes are kept
     return made
 
 
@@ -29,18 +29,18 @@ def same(one: TensorDict, other: TensorDict) -> bool:
 
 
 def test_a_stream_comes_back(tmp_path: Path) -> None:
-    written, recording = trajectories(3), Recording(tmp_path / "new" / "folder")
+    written, recording = trajectories(3), TrajectoryDataset(tmp_path / "new" / "folder")
     assert len(recording) == 0 and list(recording) == []
     for trajectory in written[:2]:
         recording.append(trajectory)
-    again = Recording(tmp_path / "new" / "folder")  # as a restarted learner opens it
+    again = TrajectoryDataset(tmp_path / "new" / "folder")  # as a restarted learner opens it
     again.append(written[2])
     assert len(again) == 3
     assert all(same(a, b) for a, b in zip(written, again, strict=True))
 
 
 def test_what_is_not_there_or_broken_is_named(tmp_path: Path) -> None:
-    recording = Recording(tmp_path)
+    recording = TrajectoryDataset(tmp_path)
     recording.append(trajectories(1)[0])
     with pytest.raises(IndexError, match="holds 1 trajectories, asked for number 1"):
         recording[1]
@@ -49,16 +49,16 @@ def test_what_is_not_there_or_broken_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="000000.safetensors is no trajectory"):
         recording[0]
     (tmp_path / "000001.part").write_bytes(b"")  # of a process that was killed
-    assert len(Recording(tmp_path)) == 1
+    assert len(TrajectoryDataset(tmp_path)) == 1
 
 
 def test_a_recording_says_which_layers_its_features_are_of(tmp_path: Path) -> None:
     written = trajectories(1)[0]
-    Recording(tmp_path, (0, 1)).append(written)
-    assert same(Recording(str(tmp_path))[0], written)
-    assert len(Recording(tmp_path, (0, 1))) == 1
+    TrajectoryDataset(tmp_path, (0, 1)).append(written)
+    assert same(TrajectoryDataset(str(tmp_path))[0], written)
+    assert len(TrajectoryDataset(tmp_path, (0, 1))) == 1
     with pytest.raises(ValueError, match="recorded for a drafter that reads layers 0,1, this one reads 1,2; take the"):
-        Recording(tmp_path, (1, 2))  # as wide, and something else
+        TrajectoryDataset(tmp_path, (1, 2))  # as wide, and something else
 
 
 def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
@@ -66,14 +66,14 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
     prompts = [torch.arange(2 + i) for i in range(4)]
     requests = [Request(i, prompt, 5, SamplingParams(1.0, seed=i)) for i, prompt in enumerate(prompts)]
-    record(tiny_target(), drafter, requests[:2], Recording(tmp_path), shape=shape)
-    recording = Recording(tmp_path)
+    record(tiny_target(), drafter, requests[:2], TrajectoryDataset(tmp_path), shape=shape)
+    recording = TrajectoryDataset(tmp_path)
     record(tiny_target(), drafter, requests, recording, shape=shape)
     assert sorted(int(t["request"]) for t in recording) == [0, 1, 2, 3]
     expected = serve(drafter, target, prompts, shape=TreeShape(0), max_new_tokens=5, sampling=SamplingParams(1.0))
     for trajectory in recording:
-        text = expected[int(trajectory["request"])]["spine", "tokens"]
-        assert torch.equal(trajectory["spine", "tokens"], text)  # of the target, whatever was drafted
+        text = expected[int(trajectory["request"])]["sequence", "tokens"]
+        assert torch.equal(trajectory["sequence", "tokens"], text)  # of the target, whatever was drafted
         assert int(trajectory["sampling", "draft_mode"]) == 1 and len(trajectory["nodes", "tokens"]) > 0
     before = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
     record(tiny_target(), drafter, requests, recording, shape=shape)

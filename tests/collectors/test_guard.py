@@ -20,13 +20,13 @@ from aurora_rl.collectors import guard
 from aurora_rl.collectors.codec import Limits, encode
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.guard import Meter, TooLong
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.envs.sglang.control import ControlServer, ask
 
-HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
 MIB = 1 << 20
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -74,13 +74,13 @@ def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 def collector() -> Iterator[ZMQCollector]:
-    collector = ZMQCollector(LOCAL, hello=HELLO, limits=Limits(max_bytes=MIB, max_leaves=64))
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, limits=Limits(max_bytes=MIB, max_leaves=64))
     yield collector
     collector.shutdown()
 
 
 def receives(collector: ZMQCollector) -> bool:
-    with TrajectorySink(collector.address, hello=HELLO) as sink:
+    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
         sink.extend(TensorDict({"x": torch.arange(3)}, batch_size=[]))
         until(lambda: sink.sent == 1)
         return len(collector.poll(10)) == 1
@@ -99,11 +99,11 @@ def test_a_message_without_end_costs_the_peer_its_connection(
 
 
 def test_the_weight_publisher_and_the_control_socket_close_such_connections() -> None:
-    publisher, control = WeightPublisher(LOCAL, hello=HELLO), ControlServer(LOCAL, lambda kind, fields: fields)
+    publisher, control = WeightPublisher(LOCAL, handshake=HANDSHAKE), ControlServer(LOCAL, lambda kind, fields: fields)
     for address in (publisher.address, control.address):
         assert not sends(peer(address, b"DEALER"), part(bytes(1 << 15)), 2000)
     assert ask(control.address, "status", {"a": 1}) == {"a": 1}
-    receiver = WeightReceiver(publisher.address, hello=HELLO)
+    receiver = WeightReceiver(publisher.address, handshake=HANDSHAKE)
     publisher.publish(1, {"w": torch.ones(2)})
     until(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)
     for each in (receiver, publisher, control):
@@ -114,12 +114,12 @@ def test_a_learner_that_never_ends_its_weights_is_left_and_the_next_one_heard() 
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         listener.settimeout(10)
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        receiver = WeightReceiver(address, hello=HELLO, limits=Limits(max_bytes=MIB))
+        receiver = WeightReceiver(address, handshake=HANDSHAKE, limits=Limits(max_bytes=MIB))
         raw, _ = listener.accept()
         raw.settimeout(10)
         shake_hands(raw, b"ROUTER")
         assert not sends(raw, part(bytes(MIB // 8)), 500)
-    publisher = WeightPublisher(address, hello=HELLO)
+    publisher = WeightPublisher(address, handshake=HANDSHAKE)
     publisher.publish(1, {"w": torch.ones(2)})
     until(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)
     receiver.close()

@@ -1,4 +1,4 @@
-"""Hello: validated on arrival, and one sentence for a mismatch."""
+"""Handshake: validated on arrival, and one sentence for a mismatch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from aurora_rl.collectors.codec import CodecError
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 
-HELLO = Hello(1, "config", "head", (2, 5), "map", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", (2, 5), "map", "eagle3")
 
 
 def test_round_trip_through_json() -> None:
-    assert Hello.from_meta(json.loads(json.dumps(HELLO.to_meta()))) == HELLO
+    assert Handshake.from_meta(json.loads(json.dumps(HANDSHAKE.to_meta()))) == HANDSHAKE
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ def test_round_trip_through_json() -> None:
 )
 def test_mismatch_names_the_first_field_and_both_values(changes: dict, says: str) -> None:
     with pytest.raises(AssertionError, match=says):
-        raise AssertionError(HELLO.mismatch(replace(HELLO, **changes)))
+        raise AssertionError(HANDSHAKE.mismatch(replace(HANDSHAKE, **changes)))
 
 
 def test_equal_hellos_match() -> None:
-    assert HELLO.mismatch(replace(HELLO)) is None
+    assert HANDSHAKE.mismatch(replace(HANDSHAKE)) is None
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def test_equal_hellos_match() -> None:
     [
         (None, "not a JSON object but a NoneType"),
         ({}, "exactly the fields"),
-        ({**HELLO.to_meta(), "extra": 1}, "exactly the fields"),
-        ({**HELLO.to_meta(), "schema": True}, "schema"),
-        ({**HELLO.to_meta(), "target": 3}, "target"),
-        ({**HELLO.to_meta(), "drafter": "x" * 257}, "drafter"),
-        ({**HELLO.to_meta(), "feature_layers": [1.0]}, "feature_layers"),
-        ({**HELLO.to_meta(), "feature_layers": "12"}, "feature_layers"),
-        ({**HELLO.to_meta(), "feature_layers": [1] * 257}, "feature_layers"),
+        ({**HANDSHAKE.to_meta(), "extra": 1}, "exactly the fields"),
+        ({**HANDSHAKE.to_meta(), "schema": True}, "schema"),
+        ({**HANDSHAKE.to_meta(), "target": 3}, "target"),
+        ({**HANDSHAKE.to_meta(), "drafter": "x" * 257}, "drafter"),
+        ({**HANDSHAKE.to_meta(), "feature_layers": [1.0]}, "feature_layers"),
+        ({**HANDSHAKE.to_meta(), "feature_layers": "12"}, "feature_layers"),
+        ({**HANDSHAKE.to_meta(), "feature_layers": [1] * 257}, "feature_layers"),
     ],
 )
 def test_from_meta_refuses(meta: object, says: str) -> None:
     with pytest.raises(CodecError, match=says):
-        Hello.from_meta(meta)
+        Handshake.from_meta(meta)

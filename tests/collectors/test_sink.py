@@ -13,15 +13,15 @@ from torchrl.collectors import Collector
 from torchrl.testing.mocking_classes import CountingEnv
 
 from aurora_rl.collectors.codec import decode
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 
-HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 
 
 def item(number: int, size: int = 1) -> TensorDict:
-    return TensorDict({"spine": {"tokens": torch.full((size,), number)}}, batch_size=[])
+    return TensorDict({"sequence": {"tokens": torch.full((size,), number)}}, batch_size=[])
 
 
 def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
@@ -43,8 +43,8 @@ class Learner:
         numbers = []
         while len(numbers) < count and self.socket.poll(10_000):
             message = decode(self.socket.recv_multipart(copy=False))
-            assert message.kind == TRAJECTORY and Hello.from_meta(message.meta["hello"]) == HELLO
-            numbers.append(int(message.tensors["spine", "tokens"][0]))
+            assert message.kind == TRAJECTORY and Handshake.from_meta(message.meta["handshake"]) == HANDSHAKE
+            numbers.append(int(message.tensors["sequence", "tokens"][0]))
         return numbers
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ def free() -> Iterator[str]:
 
 def test_everything_arrives_in_order() -> None:
     learner = Learner()
-    with TrajectorySink(learner.address, hello=HELLO) as sink:
+    with TrajectorySink(learner.address, handshake=HANDSHAKE) as sink:
         for number in range(50):
             sink.extend(item(number))
         assert learner.receive(50) == list(range(50))
@@ -71,7 +71,7 @@ def test_everything_arrives_in_order() -> None:
 
 
 def test_without_a_learner_it_never_blocks_and_a_late_one_gets_the_newest(free: str) -> None:
-    sink = TrajectorySink(free, hello=HELLO, capacity=16)
+    sink = TrajectorySink(free, handshake=HANDSHAKE, capacity=16)
     start = time.monotonic()
     for number in range(10_000):
         sink.extend(item(number) if number >= 9_984 else EMPTY)
@@ -90,7 +90,7 @@ EMPTY = TensorDict({}, batch_size=[])
 
 def test_a_learner_that_does_not_read_stalls_nothing() -> None:
     learner = Learner(high_water=1)
-    sink = TrajectorySink(learner.address, hello=HELLO, capacity=4)
+    sink = TrajectorySink(learner.address, handshake=HANDSHAKE, capacity=4)
     for number in range(40):  # 4 MB each: more than the buffers of the kernel hold
         sink.extend(item(number, 500_000))
     until(lambda: sink.queued == 4)
@@ -104,7 +104,7 @@ def test_a_learner_that_does_not_read_stalls_nothing() -> None:
 
 def test_a_restarted_learner_goes_on_receiving() -> None:
     first = Learner()
-    sink = TrajectorySink(first.address, hello=HELLO)
+    sink = TrajectorySink(first.address, handshake=HANDSHAKE)
     sink.extend(item(1))
     assert first.receive(1) == [1]
     first.close()
@@ -122,7 +122,7 @@ def test_a_restarted_learner_goes_on_receiving() -> None:
 
 
 def test_close_flushes_to_a_slow_starting_learner(free: str) -> None:
-    sink = TrajectorySink(free, hello=HELLO)
+    sink = TrajectorySink(free, handshake=HANDSHAKE)
     for number in range(5):
         sink.extend(item(number))
     learner = Learner(free)
@@ -133,7 +133,7 @@ def test_close_flushes_to_a_slow_starting_learner(free: str) -> None:
 
 
 def test_close_without_a_learner_is_bounded_idempotent_and_counts(free: str) -> None:
-    sink = TrajectorySink(free, hello=HELLO)
+    sink = TrajectorySink(free, handshake=HANDSHAKE)
     for number in range(3):
         sink.extend(item(number))
     start = time.monotonic()
@@ -147,7 +147,7 @@ def test_close_without_a_learner_is_bounded_idempotent_and_counts(free: str) -> 
 
 def test_what_cannot_be_encoded_is_dropped_and_the_rest_goes_on() -> None:
     learner = Learner()
-    with TrajectorySink(learner.address, hello=HELLO) as sink:
+    with TrajectorySink(learner.address, handshake=HANDSHAKE) as sink:
         sink.extend(TensorDict({"text": NonTensorData("prompt")}, batch_size=[]))
         sink.extend(item(7))
         assert learner.receive(1) == [7]
@@ -157,14 +157,14 @@ def test_what_cannot_be_encoded_is_dropped_and_the_rest_goes_on() -> None:
 
 def test_errors_of_the_caller() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1"):
-        TrajectorySink("tcp://127.0.0.1:1", hello=HELLO, capacity=0)
+        TrajectorySink("tcp://127.0.0.1:1", handshake=HANDSHAKE, capacity=0)
     with pytest.raises(OSError, match="cannot connect to 'nonsense'"):
-        TrajectorySink("nonsense", hello=HELLO)
+        TrajectorySink("nonsense", handshake=HANDSHAKE)
 
 
 def test_it_serves_as_a_replay_buffer_of_a_torchrl_collector() -> None:
     learner = Learner()
-    with TrajectorySink(learner.address, hello=HELLO) as sink:
+    with TrajectorySink(learner.address, handshake=HANDSHAKE) as sink:
         collector = Collector(CountingEnv(max_steps=5), None, frames_per_batch=10, total_frames=30, replay_buffer=sink)
         assert list(collector) == [None, None, None]
         collector.shutdown()

@@ -11,10 +11,10 @@ from torch import nn
 from torchrl.weight_update import WeightSyncScheme
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
 
-HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 
 
 class Learner:
@@ -27,7 +27,7 @@ class Learner:
 @pytest.fixture
 def pair() -> Iterator[tuple[ZMQWeightSyncScheme, Learner]]:
     learner = Learner()
-    scheme = ZMQWeightSyncScheme("tcp://127.0.0.1:*", hello=HELLO, key_filter=lambda key: key[0] != "embed")
+    scheme = ZMQWeightSyncScheme("tcp://127.0.0.1:*", handshake=HANDSHAKE, key_filter=lambda key: key[0] != "embed")
     scheme.init_on_sender(model_id="policy", context=learner)
     scheme.connect()
     yield scheme, learner
@@ -37,7 +37,7 @@ def pair() -> Iterator[tuple[ZMQWeightSyncScheme, Learner]]:
 
 def receiver_of(scheme: ZMQWeightSyncScheme, model: nn.Module) -> ZMQWeightSyncScheme:
     assert scheme.publisher is not None
-    receiver = WeightSyncScheme.from_backend("zmq", address=scheme.publisher.address, hello=HELLO)
+    receiver = WeightSyncScheme.from_backend("zmq", address=scheme.publisher.address, handshake=HANDSHAKE)
     receiver.init_on_receiver(model_id="policy", model=model)
     receiver.connect()
     return receiver
@@ -94,7 +94,7 @@ def test_weights_that_do_not_fit_are_rejected_and_nothing_changes(
 
 
 def test_nothing_to_publish_is_an_error() -> None:
-    scheme = ZMQWeightSyncScheme("tcp://127.0.0.1:*", hello=HELLO)
+    scheme = ZMQWeightSyncScheme("tcp://127.0.0.1:*", handshake=HANDSHAKE)
     scheme.init_on_sender(model_id="policy")
     scheme.connect()
     with pytest.raises(ValueError, match="no weights to publish"):
@@ -104,4 +104,4 @@ def test_nothing_to_publish_is_an_error() -> None:
 
 def test_a_transport_needs_a_side() -> None:
     with pytest.raises(RuntimeError, match="call init_on_sender or init_on_receiver first"):
-        ZMQWeightSyncScheme("tcp://127.0.0.1:*", hello=HELLO).create_transport()
+        ZMQWeightSyncScheme("tcp://127.0.0.1:*", handshake=HANDSHAKE).create_transport()

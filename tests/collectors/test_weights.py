@@ -12,11 +12,11 @@ import zmq
 from tensordict import TensorDict
 
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 
-HELLO = Hello(1, "config", "head", (2, 5), "", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
 
 
@@ -32,7 +32,7 @@ def until(condition: Callable[[], object], timeout: float = 10.0) -> None:
 
 
 def engine(address: str, **options: object) -> WeightReceiver:
-    return WeightReceiver(address, **{"hello": HELLO, "heartbeat_s": 0.05, "name": "engine", **options})
+    return WeightReceiver(address, **{"handshake": HANDSHAKE, "heartbeat_s": 0.05, "name": "engine", **options})
 
 
 def take(receiver: WeightReceiver) -> tuple[int, TensorDict]:
@@ -93,7 +93,7 @@ class FakeLearner:
 
 
 def test_publish_load_acknowledge() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address)
     source = weights(1.0)
     published = publisher.publish(3, source)
@@ -117,12 +117,12 @@ def test_engine_first_then_learner_then_a_restarted_learner() -> None:
     address = free_address()
     receiver = engine(address)
     assert receiver.latest() is None
-    first = WeightPublisher(address, hello=HELLO)
+    first = WeightPublisher(address, handshake=HANDSHAKE)
     first.publish(1, weights(1.0))
     assert load(receiver) == 1 and first.wait_ack(1, 10)
     first.close()
 
-    second = WeightPublisher(address, hello=HELLO)
+    second = WeightPublisher(address, handshake=HANDSHAKE)
     until(lambda: "engine" in second.engines)
     assert second.engines["engine"].serving == 1 and second.next_version == 2
     second.publish(second.next_version, weights(2.0))
@@ -132,7 +132,7 @@ def test_engine_first_then_learner_then_a_restarted_learner() -> None:
 
 
 def test_a_learner_that_starts_counting_afresh_is_warned(caplog: pytest.LogCaptureFixture) -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address, version=7)
     until(lambda: publisher.engines)
     publisher.publish(1, weights(1.0))
@@ -146,7 +146,7 @@ def test_a_learner_that_starts_counting_afresh_is_warned(caplog: pytest.LogCaptu
 
 
 def test_a_restarted_engine_gets_the_newest_again() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     publisher.publish(1, weights(1.0))
     first = engine(publisher.address)
     assert load(first) == 1
@@ -160,7 +160,7 @@ def test_a_restarted_engine_gets_the_newest_again() -> None:
 
 
 def test_latest_wins_while_the_engine_does_not_look() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address)
     for version in range(1, 20):
         publisher.publish(version, weights(float(version)))
@@ -174,11 +174,11 @@ def test_latest_wins_while_the_engine_does_not_look() -> None:
 
 
 def test_one_offer_at_a_time() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.connect(publisher.address)
-    serving = {"engine": "slow", "version": 0, "checksum": None, "received": None, "hello": HELLO.to_meta()}
+    serving = {"engine": "slow", "version": 0, "checksum": None, "received": None, "handshake": HANDSHAKE.to_meta()}
 
     def hear() -> list[tuple[str, object]]:
         heard = []
@@ -202,7 +202,7 @@ def test_one_offer_at_a_time() -> None:
 
 
 def test_several_engines() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     engines = [engine(publisher.address, name=f"engine {i}") for i in range(3)]
     publisher.publish(1, weights(1.0))
     for receiver in engines[:2]:
@@ -215,18 +215,18 @@ def test_several_engines() -> None:
     publisher.close()
 
 
-def test_hello_mismatch_is_one_sentence_on_both_sides_and_heals() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+def test_handshake_mismatch_is_one_sentence_on_both_sides_and_heals() -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     publisher.publish(1, weights(1.0))
-    receiver = engine(publisher.address, hello=replace(HELLO, head_checksum="other"))
+    receiver = engine(publisher.address, handshake=replace(HANDSHAKE, head_checksum="other"))
     until(lambda: receiver.error)
-    mismatch = "hello mismatch: head_checksum is 'head' at the learner and 'other' at the engine; "
+    mismatch = "handshake mismatch: head_checksum is 'head' at the learner and 'other' at the engine; "
     assert receiver.error is not None and receiver.error.startswith(mismatch)
     assert publisher.error == receiver.error
     assert receiver.latest() is None and publisher.engines == {}
     address = publisher.address
     publisher.close()
-    right = WeightPublisher(address, hello=replace(HELLO, head_checksum="other"))
+    right = WeightPublisher(address, handshake=replace(HANDSHAKE, head_checksum="other"))
     until(lambda: receiver.error is None)  # accepted, even before there are weights
     right.publish(1, weights(1.0))
     assert load(receiver) == 1
@@ -235,7 +235,7 @@ def test_hello_mismatch_is_one_sentence_on_both_sides_and_heals() -> None:
 
 
 def test_nack_is_reported_and_not_offered_again() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address)
     publisher.publish(1, weights(1.0))
     version, _ = take(receiver)
@@ -254,7 +254,7 @@ def test_nack_is_reported_and_not_offered_again() -> None:
 
 
 def test_a_swap_that_did_nothing_is_found() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address)
     publisher.publish(1, weights(1.0))
     version, _ = take(receiver)
@@ -314,7 +314,7 @@ def test_weights_older_than_those_that_wait_are_ignored() -> None:
 
 
 def test_an_unreadable_offer_does_not_block_later_ones() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address, limits=Limits(max_leaves=1))
     publisher.publish(1, {"a": torch.ones(1), "b": torch.ones(1)})
     until(lambda: publisher.engines and publisher.engines["engine"].rejected)
@@ -327,7 +327,7 @@ def test_an_unreadable_offer_does_not_block_later_ones() -> None:
 
 
 def test_hostile_messages_do_not_end_the_publisher() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.connect(publisher.address)
@@ -336,8 +336,8 @@ def test_hostile_messages_do_not_end_the_publisher() -> None:
         [b""],
         [b"\xff"],
         encode("serving", {}),
-        encode("serving", {"engine": "x", "hello": {}}),
-        encode("serving", {"engine": "x", "hello": HELLO.to_meta(), "version": "1"}),
+        encode("serving", {"engine": "x", "handshake": {}}),
+        encode("serving", {"engine": "x", "handshake": HANDSHAKE.to_meta(), "version": "1"}),
         encode("ack", {**ack, "version": None}),
         encode("ack", {**ack, "swap_ms": 10**400}),
         encode("nack", {**ack, "reason": 3}),
@@ -359,12 +359,18 @@ def test_hostile_messages_do_not_end_the_publisher() -> None:
 
 
 def test_the_books_are_bounded() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.connect(publisher.address)
     for number in [*range(200), 0, *range(200, 300)]:  # the first one lives and is heard again
-        meta = {"engine": f"{number}", "version": 0, "checksum": None, "received": None, "hello": HELLO.to_meta()}
+        meta = {
+            "engine": f"{number}",
+            "version": 0,
+            "checksum": None,
+            "received": None,
+            "handshake": HANDSHAKE.to_meta(),
+        }
         dealer.send_multipart(encode("serving", meta))
     until(lambda: "299" in publisher.engines)
     assert len(publisher.engines) == 256 and "0" in publisher.engines and "1" not in publisher.engines
@@ -374,9 +380,9 @@ def test_the_books_are_bounded() -> None:
 
 
 def test_errors_of_the_caller() -> None:
-    publisher = WeightPublisher(LOCAL, hello=HELLO, limits=Limits(max_bytes=1000))
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE, limits=Limits(max_bytes=1000))
     with pytest.raises(OSError, match=f"{publisher.address} is in use; stop the process"):
-        WeightPublisher(publisher.address, hello=HELLO)
+        WeightPublisher(publisher.address, handshake=HANDSHAKE)
     publisher.publish(2, weights(1.0))
     with pytest.raises(ValueError, match="version 2 is not newer than the published 2"):
         publisher.publish(2, weights(1.0))
@@ -389,7 +395,7 @@ def test_errors_of_the_caller() -> None:
 
 def test_close_is_bounded_and_idempotent() -> None:
     receiver = engine(free_address())
-    publisher = WeightPublisher(LOCAL, hello=HELLO)
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     publisher.publish(1, weights(1.0))
     receiver.acknowledge(1, "", 0.0)  # an answer nobody will hear
     start = time.monotonic()

@@ -142,14 +142,14 @@ def check_rounds(steps: list[TensorDictBase], truths: Sequence[Truth]) -> None:
 
 
 def check_hidden(completion: Completion, architecture: str = "llama") -> None:
-    """Hidden states of the spine and of every node, rejected ones too, against a pass over that very path."""
+    """Hidden states of the sequence and of every node, rejected ones too, against a pass over that very path."""
     t, model = completion.trajectory, reference(architecture)
     assert t is not None
-    tokens, prompt = t["spine", "tokens"], int(t["spine", "prompt_length"])
-    spine = model(tokens[None], output_hidden_states=True).hidden_states
-    torch.testing.assert_close(t["spine", "hidden"], spine[-1][0, prompt - 1 : -1], rtol=0, atol=1e-6)
-    features = torch.cat([spine[layer][0] for layer in LAYERS], dim=-1)
-    torch.testing.assert_close(t["spine", "features"], features[:-1], rtol=0, atol=1e-6)
+    tokens, prompt = t["sequence", "tokens"], int(t["sequence", "prompt_length"])
+    sequence = model(tokens[None], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(t["sequence", "hidden"], sequence[-1][0, prompt - 1 : -1], rtol=0, atol=1e-6)
+    features = torch.cat([sequence[layer][0] for layer in LAYERS], dim=-1)
+    torch.testing.assert_close(t["sequence", "features"], features[:-1], rtol=0, atol=1e-6)
     offset = t["rounds", "offset"].tolist()
     for r, anchor in enumerate(t["rounds", "anchor"].tolist()):
         nodes = {key: t["nodes", key][offset[r] : offset[r + 1]] for key in ("tokens", "parents", "hidden")}

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from aurora_rl.cli import main as cli
-from aurora_rl.collectors.dataset import Recording
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.checkpoint import read_folder
@@ -168,7 +168,7 @@ def test_several_objectives_on_sampled_trees_learn_and_what_arrives_is_recorded(
     assert trained and {"loss_imitation", "loss_acceptance_reward", "expected_accepted"} <= set(
         trained[-1]["objectives"]
     )
-    recorded = Recording(tmp_path / "stream")
+    recorded = TrajectoryDataset(tmp_path / "stream")
     assert len(recorded) and all(int(t["sampling", "draft_mode"]) == 1 for t in recorded)
     assert flywheel.summary["requests"] == 24 and flywheel.summary["failed"] == 0
 

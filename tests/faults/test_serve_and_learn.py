@@ -52,7 +52,7 @@ def test_either_side_restarts(start: Start) -> None:
 def test_both_sides_show_the_one_mismatch(start: Start) -> None:
     learner, server = start("learn"), start("serve", "drafter.vocab_size=32", "traffic.requests=1000")
     reason = server.wait_for("refused")[0]["reason"]
-    assert reason.startswith("hello mismatch: draft_map_checksum is ")
+    assert reason.startswith("handshake mismatch: draft_map_checksum is ")
     assert learner.wait_for("refused")[0]["reason"] == reason
     count = len(server.events("request"))
     server.wait_for("request", count + 2)  # serving goes on

@@ -37,7 +37,7 @@ from aurora_rl.testing.enumerable_worlds import (
     tree_trajectory,
 )
 from aurora_rl.trajectories import pack
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 CHAIN2, CHAIN3, BRANCHES, BUSH = (-1, 0), (-1, 0, 1), (-1, -1, 0, 1), (-1, -1, -1)
 SERVED = [
@@ -491,7 +491,7 @@ def test_siblings_are_summed_as_well_in_float32() -> None:
 def test_branches_that_are_nearly_alike_are_standardised_in_float32() -> None:
     target = TabularTarget(5)
     batch = pack([tree_trajectory(DrawnTree(BUSH, (0, 1, 2)), target, rule="sample_and_match")])
-    trees, below = RecordedTrees.of(batch), torch.tensor([3.0, 3.0001, 3.0002])
+    trees, below = TreeIndex.of(batch), torch.tensor([3.0, 3.0001, 3.0002])
     expected = torch.tensor([-1.2247, 0.0, 1.2247])
     torch.testing.assert_close(_standardised(trees, below), expected, atol=0.05, rtol=0)
 

@@ -10,7 +10,7 @@ from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeSh
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.testing.enumerable_worlds import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
 from aurora_rl.trajectories import pack
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 #   root: 0 accepted, 1 rejected; below 0: 2 rejected; below 1: 0 rejected
 TREE, ACCEPTED = DrawnTree((-1, -1, 0, 1), (0, 1, 2, 0)), [True, False, False, False]
@@ -51,7 +51,7 @@ def test_weights_are_exact_where_the_head_is_in_bfloat16() -> None:
     drafter, target = TabularDrafter(1), TabularTarget(1)
     batch = pack([tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)])
     loss = DiscardSamplingLoss(drafter, target.head.bfloat16(), weighting="decay", decay=0.3)
-    assert loss._weights(batch, RecordedTrees.of(batch)).dtype == torch.float32
+    assert loss._weights(batch, TreeIndex.of(batch)).dtype == torch.float32
 
 
 def test_the_targets_likeliest_tokens_alone() -> None:
@@ -144,8 +144,8 @@ def test_before_the_first_pair_a_drafter_predicts_nothing() -> None:
     drafter, target = TabularDrafter(0), TabularTarget(0)
     trajectory = tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)
     trajectory["rounds", "anchor"] -= 1
-    trajectory["spine", "prompt_length"] -= 1
-    trajectory["spine", "hidden"] = trajectory["spine", "hidden"].repeat(2, 1)
+    trajectory["sequence", "prompt_length"] -= 1
+    trajectory["sequence", "hidden"] = trajectory["sequence", "hidden"].repeat(2, 1)
     batch = pack([trajectory])
     out = DiscardSamplingLoss(drafter, target.head)(batch)
     assert float(out["discarded"]) == 0.0 and float(out["loss_discard"].detach()) == 0.0

@@ -22,7 +22,7 @@ from aurora_rl.testing.enumerable_worlds import (
     tree_trajectory,
 )
 from aurora_rl.trajectories import pack
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 RULES = {"sample_and_match": 1.0, "rejection": 1.0, "greedy": 0.0}
 
@@ -81,10 +81,10 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
     )
     loss = ExpectedLengthLoss(drafter, parts.head, rule=rule, steps=steps, reduction="none")
     got = -loss(batch)["loss_expected_length"][0]
-    unroll, logits = drafter.unroll(batch, steps), batch["spine", "hidden"] @ parts.head.weight.T
+    unroll, logits = drafter.unroll(batch, steps), batch["sequence", "hidden"] @ parts.head.weight.T
     greedy = temperature == 0 or rule == "greedy"
     p = torch.nn.functional.one_hot(logits.argmax(-1), 32).double() if greedy else (logits / temperature).softmax(-1)
-    text = [t for b in batch["spine", "tokens"].split([10, 7]) for t in b[-6:].tolist()]
+    text = [t for b in batch["sequence", "tokens"].split([10, 7]) for t in b[-6:].tolist()]
     expected, sure = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
     for start in range(12):
         end = 6 if start < 6 else 12
@@ -128,7 +128,7 @@ def test_following_it_raises_what_is_accepted() -> None:
     ("settings", "message"),
     [
         (dict(rule="typical"), "no verification rule is called 'typical'"),
-        (dict(contexts="spine"), "contexts must be 'text' or 'trees', got 'spine'"),
+        (dict(contexts="sequence"), "contexts must be 'text' or 'trees', got 'sequence'"),
         (dict(steps=0), "needs steps >= 1, got 0"),
     ],
 )
@@ -167,12 +167,12 @@ def test_what_the_drafter_cannot_predict_counts_for_nothing() -> None:
     logits = drafter.context_logits
 
     def poisoned(of: TensorDict, wanted: Tensor) -> Tensor:
-        trees, found = RecordedTrees.of(of), logits(of, wanted)
+        trees, found = TreeIndex.of(of), logits(of, wanted)
         return (
             found.masked_fill((trees.depth >= 2)[wanted][:, None], 7.0)
             + torch.randn_like(found) * ((trees.depth >= 2)[wanted][:, None])
         )
 
     drafter.context_logits = poisoned  # type: ignore[method-assign]
-    assert bool((RecordedTrees.of(batch).depth >= 2).any())
+    assert bool((TreeIndex.of(batch).depth >= 2).any())
     torch.testing.assert_close(loss(batch)["loss_expected_length"], whole)

@@ -59,7 +59,7 @@ def test_mean_averages_each_step_over_its_own_positions(trajectories: list[Tenso
     logits, valid, _ = drafter.unroll(batch, 3)
     assert values.shape == (3, 22)
     assert not values[~valid].any()
-    target = batch["spine", "hidden"] @ head.weight[drafter.draft_vocab].T
+    target = batch["sequence", "hidden"] @ head.weight[drafter.draft_vocab].T
     at = int(valid[2].nonzero()[0])
     p, q = target[at].softmax(-1), logits[2][at].softmax(-1)
     torch.testing.assert_close(values[2, at], 0.25 * (p * (p / q).log()).sum())
@@ -84,7 +84,7 @@ def test_any_divergence_in_either_convention(
     loss = ImitationLoss(drafter, head, divergence=divergence, renormalize=renormalize, steps=2, reduction="none")
     values = loss(batch)["loss_imitation"]
     logits, valid, _ = drafter.unroll(batch, 2)
-    p = (batch["spine", "hidden"] @ head.weight.T).softmax(-1)[:, vocab]
+    p = (batch["sequence", "hidden"] @ head.weight.T).softmax(-1)[:, vocab]
     if renormalize:
         p = p / p.sum(-1, keepdim=True)
     q = logits[0].softmax(-1)
@@ -108,7 +108,7 @@ def test_rounds_and_nodes_do_not_matter(trajectories: list[TensorDict]) -> None:
     """The loss reads accepted contexts only: another tree over the same text has the same loss."""
     drafter, head = make()
     other = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
-    assert torch.equal(other["spine", "tokens"], trajectories[0]["spine", "tokens"])
+    assert torch.equal(other["sequence", "tokens"], trajectories[0]["sequence", "tokens"])
     loss = ImitationLoss(drafter, head)
     torch.testing.assert_close(loss(pack([other]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
 
@@ -127,16 +127,16 @@ def test_keys(trajectories: list[TensorDict]) -> None:
     loss = ImitationLoss(drafter, head)
     batch = pack(trajectories)
     assert set(loss.in_keys) == {
-        ("spine", "tokens"), ("spine", "offset"), ("spine", "prompt_length"), ("spine", "features"),
-        ("spine", "hidden"),
+        ("sequence", "tokens"), ("sequence", "offset"), ("sequence", "prompt_length"), ("sequence", "features"),
+        ("sequence", "hidden"),
     }  # fmt: skip
     assert set(loss.out_keys) == set(loss(batch).keys())
     # Nothing else is read.
     torch.testing.assert_close(loss(batch.select(*loss.in_keys))["loss_imitation"], loss(batch)["loss_imitation"])
     expected = loss(batch)["loss_imitation"]
     loss.set_keys(hidden=("teacher", "hidden"))
-    assert ("teacher", "hidden") in loss.in_keys and ("spine", "hidden") not in loss.in_keys
-    batch["teacher"] = {"hidden": batch["spine"].pop("hidden")}
+    assert ("teacher", "hidden") in loss.in_keys and ("sequence", "hidden") not in loss.in_keys
+    batch["teacher"] = {"hidden": batch["sequence"].pop("hidden")}
     torch.testing.assert_close(loss(batch)["loss_imitation"], expected)
 
 
@@ -240,8 +240,10 @@ def test_weighting_by_expected_length(trajectories: list[TensorDict]) -> None:
     weighed = ImitationLoss(drafter, head, weighting="expected_length", reduction="none")(batch)["loss_imitation"]
     unroll = drafter.unroll(batch, 3)
     # Completion tokens of four requests: prompts of 5, 1, 2, 9, then 7, 4, 1, 10 tokens.
-    offset, prompt = batch["spine", "offset"].tolist(), batch["spine", "prompt_length"].tolist()
-    text = torch.cat([batch["spine", "tokens"][s + p : e] for s, e, p in zip(offset, offset[1:], prompt, strict=False)])
+    offset, prompt = batch["sequence", "offset"].tolist(), batch["sequence", "prompt_length"].tolist()
+    text = torch.cat(
+        [batch["sequence", "tokens"][s + p : e] for s, e, p in zip(offset, offset[1:], prompt, strict=False)]
+    )
     rows = {int(token): i for i, token in enumerate(drafter.draft_vocab)}
     log_q = torch.stack([
         torch.stack([
@@ -261,7 +263,7 @@ def test_regression_is_a_distance_of_states(trajectories: list[TensorDict]) -> N
     )
     unroll = drafter.unroll(batch, 3)
     assert unroll.states is not None
-    gap = (torch.stack(unroll.states) - batch["spine", "hidden"]).abs()
+    gap = (torch.stack(unroll.states) - batch["sequence", "hidden"]).abs()
     huber = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(-1)
     torch.testing.assert_close(more - plain, torch.where(unroll.valid, 0.5 * huber, 0.0))
 
@@ -290,7 +292,7 @@ def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: Sampl
     settings = dict(divergence="total_variation", steps=1, reduction="none")
     served = ImitationLoss(drafter, head, target="served", **settings)
     got = 1 - served(batch)["loss_imitation"][0]
-    logits = recorded["spine", "hidden"] @ head.weight.T
+    logits = recorded["sequence", "hidden"] @ head.weight.T
     p = warp_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p).exp()[:, drafter.draft_vocab]
     unroll = drafter.unroll(batch, 1)
     counts = unroll.valid[0] & (p.sum(-1) > 0)
@@ -311,7 +313,7 @@ def test_the_served_law_counts_where_the_draft_vocabulary_has_any_of_it(
     batch = pack([tiny_trajectory(drafter, request=i, sampling=sampling) for i in range(4)])
     loss = ImitationLoss(drafter, head, target="served", renormalize=renormalize, steps=2, decay=1.0, reduction="none")
     out, (logits, valid, _) = loss(batch), drafter.unroll(batch, 2)
-    law = (batch["spine", "hidden"] @ head.weight.T).log_softmax(-1)
+    law = (batch["sequence", "hidden"] @ head.weight.T).log_softmax(-1)
     least = law.topk(sampling.top_k or 1, dim=-1).values[:, -1:]
     p = law.masked_fill(law < least, -math.inf).softmax(-1)[:, drafter.draft_vocab]
     covered = p.sum(-1) > 0

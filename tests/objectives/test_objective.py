@@ -344,7 +344,7 @@ def test_entries_can_be_selected() -> None:
 def test_a_sum_renames_entries_of_its_objectives() -> None:
     @dataclass
     class Keys(Objective._AcceptedKeys):
-        teacher: NestedKey = ("spine", "teacher")
+        teacher: NestedKey = ("sequence", "teacher")
 
     class Taught(ImitationLoss):
         _AcceptedKeys = default_keys = Keys  # type: ignore[assignment, misc]
@@ -355,10 +355,10 @@ def test_a_sum_renames_entries_of_its_objectives() -> None:
     total.set_keys(hidden=("teacher", "hidden"), teacher=("teacher", "tokens"))
     assert first.tensor_keys.hidden == second.tensor_keys.hidden == ("teacher", "hidden")
     assert second.tensor_keys.teacher == ("teacher", "tokens")  # type: ignore[attr-defined]
-    assert ("teacher", "hidden") in total.in_keys and ("spine", "hidden") not in total.in_keys
+    assert ("teacher", "hidden") in total.in_keys and ("sequence", "hidden") not in total.in_keys
     batch = pack([tiny_trajectory(drafter)])
     expected = ImitationLoss(drafter, head)(batch)["loss_imitation"]
-    batch["teacher"] = {"hidden": batch["spine"].pop("hidden")}
+    batch["teacher"] = {"hidden": batch["sequence"].pop("hidden")}
     torch.testing.assert_close(total(batch)["loss_imitation"], expected)
     with pytest.raises(
         ValueError, match="colour is not an accepted tensordict key; the objectives have hidden, node_h"
@@ -366,7 +366,7 @@ def test_a_sum_renames_entries_of_its_objectives() -> None:
         total.set_keys(hidden=None, colour="red")
     assert first.tensor_keys.hidden == ("teacher", "hidden")  # nothing is renamed if anything is wrong
     total.set_keys(hidden=None)
-    assert first.tensor_keys.hidden == ("spine", "hidden")
+    assert first.tensor_keys.hidden == ("sequence", "hidden")
 
 
 def test_a_missing_entry_is_named() -> None:
@@ -388,12 +388,12 @@ def test_whatever_is_missing_has_a_source(kind: type[Objective]) -> None:
     drafter, head = made()
     loss = kind(drafter, head)
     whole = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"))])
-    trees = r"records it: serve with speculation \(drafter.depth above 0, control.share below 1\)$"
+    trees = r"records it: serve with speculation \(drafter.depth above 0, baseline.share below 1\)$"
     sources = {
         **dict.fromkeys(loss.reads, "it is recorded with every request"),
         **{key: trees for key in loss.reads if key[0] in ("rounds", "nodes")},
         ("nodes", "log_probs"): "one that drafts by argmax has none",
-        ("spine", "hidden"): "an engine supplies it, or topk_ids",
+        ("sequence", "hidden"): "an engine supplies it, or topk_ids",
         ("nodes", "hidden"): "an engine supplies it, or topk_ids",
     }
     for key in set(loss.reads) - set(loss.optional_reads):
@@ -496,7 +496,7 @@ def test_a_target_that_is_not_a_number_shows_in_the_loss(
     """So that the step is skipped and counted."""
     drafter, head = made()
     batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"), sampling=sampling)])
-    batch["spine", "hidden"][2] = torch.nan
+    batch["sequence", "hidden"][2] = torch.nan
     batch["nodes", "hidden"].fill_(torch.nan)
     assert bool(kind(drafter, head, **settings)(batch)[f"loss_{kind.name}"].isnan())
 

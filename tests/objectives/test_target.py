@@ -162,7 +162,7 @@ def test_the_error_is_within_the_tails_mass_and_shrinks(served: Served) -> None:
     gaps = []
     for k in (1, 2, 4, 8, 16, 31):
         batch = likeliest(recorded["plain"], head, k)
-        mass = batch["spine", "tail_log_prob"].exp()
+        mass = batch["sequence", "tail_log_prob"].exp()
         apart = (target_logits(target_rows(batch), head).softmax(-1) - p).abs().sum(-1)
         assert bool((apart <= 2 * mass + 1e-12).all())
         off = (loss(batch)["loss_imitation"] - exact["loss_imitation"]).abs()
@@ -203,7 +203,7 @@ def test_no_tail_and_no_likely_token_with_a_row(served: Served, divergence: str,
     """All of the known mass outside the draft vocabulary: losses and gradients stay finite."""
     drafter, head, recorded = served
     batch = likeliest(recorded["plain"], head, 2)
-    for part in ("spine", "nodes"):
+    for part in ("sequence", "nodes"):
         batch[part, "topk_ids"] = torch.tensor([1, 3]).repeat(len(batch[part, "topk_ids"]), 1)
         batch[part, "topk_log_probs"] = torch.full_like(batch[part, "topk_log_probs"], math.log(0.5))
         batch[part, "tail_log_prob"] = torch.full_like(batch[part, "tail_log_prob"], -math.inf)
@@ -285,8 +285,8 @@ def test_the_topk_form_stands_beside_the_key_of_hidden_states(served: Served) ->
     loss, batch = ImitationLoss(drafter, head), likeliest(recorded["plain"], head, 4)
     expected = loss(batch)["loss_imitation"]
     for name in ("topk_ids", "topk_log_probs", "tail_log_prob"):
-        batch["teacher", name] = batch["spine"].pop(name)
-    with pytest.raises(ValueError, match="needs .*'spine', 'hidden'"):
+        batch["teacher", name] = batch["sequence"].pop(name)
+    with pytest.raises(ValueError, match="needs .*'sequence', 'hidden'"):
         loss(batch)
     loss.set_keys(hidden=("teacher", "hidden"))
     assert torch.equal(loss(batch)["loss_imitation"], expected)

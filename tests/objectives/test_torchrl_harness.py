@@ -32,7 +32,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore:Class-scoped fixtures defined as instance methods")
 
 DEFAULT_KEYS = {
-    "hidden": ("spine", "hidden"),
+    "hidden": ("sequence", "hidden"),
     "node_hidden": ("nodes", "hidden"),
     "accepted": ("nodes", "accepted"),
     "log_probs": ("nodes", "log_probs"),

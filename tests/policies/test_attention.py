@@ -37,7 +37,7 @@ def dense(attention: TreeAttention, config: LlamaConfig, x: Tensor, positions: T
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (6, 2), (4, 1)])
-def test_spine_attention_equals_dense_attention(heads: int, key_heads: int) -> None:
+def test_sequence_attention_equals_dense_attention(heads: int, key_heads: int) -> None:
     attention, config = build(heads, key_heads)
     x = torch.randn(2, 5, 5, dtype=torch.float64)
     positions = torch.arange(5).expand(2, 5) + torch.tensor([[0], [7]])
@@ -48,15 +48,15 @@ def test_spine_attention_equals_dense_attention(heads: int, key_heads: int) -> N
             torch.testing.assert_close(out[row, t], dense(attention, config, x[row, : t + 1], positions[row, : t + 1]))
 
 
-# A spine of 4 and the tree 0 -> (1, 2), 1 -> 3; paths from the root's child.
+# A sequence of 4 and the tree 0 -> (1, 2), 1 -> 3; paths from the root's child.
 PARENTS = [-1, 0, 0, 1]
 PATHS = [[0], [0, 1], [0, 2], [0, 1, 3]]
 
 
-def tree(attention: TreeAttention, spine: Tensor, nodes: Tensor) -> list[Tensor]:
+def tree(attention: TreeAttention, sequence: Tensor, nodes: Tensor) -> list[Tensor]:
     """The nodes' outputs, depth by depth, each with its ancestors' keys as its branch."""
     at = torch.arange(4)[None]
-    committed = attention.keys_values(spine[None], at)
+    committed = attention.keys_values(sequence[None], at)
     outputs = []
     for path in PATHS:
         own = attention.keys_values(nodes[path][None], torch.arange(4, 4 + len(path))[None])
@@ -70,12 +70,12 @@ def tree(attention: TreeAttention, spine: Tensor, nodes: Tensor) -> list[Tensor]
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_tree_attention_and_its_gradients_equal_each_path_alone(heads: int, key_heads: int) -> None:
     attention, config = build(heads, key_heads)
-    spine = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    sequence = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     nodes = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    inputs = (spine, nodes, *attention.parameters())
-    got = torch.stack(tree(attention, spine, nodes))
+    inputs = (sequence, nodes, *attention.parameters())
+    got = torch.stack(tree(attention, sequence, nodes))
     expected = torch.stack(
-        [dense(attention, config, torch.cat([spine, nodes[path]]), torch.arange(4 + len(path))) for path in PATHS]
+        [dense(attention, config, torch.cat([sequence, nodes[path]]), torch.arange(4 + len(path))) for path in PATHS]
     )
     torch.testing.assert_close(got, expected)
     weight = torch.randn_like(got)
@@ -85,25 +85,25 @@ def test_tree_attention_and_its_gradients_equal_each_path_alone(heads: int, key_
         torch.testing.assert_close(mine, theirs)
 
 
-def test_masked_spine_keys_do_not_matter_beside_a_branch() -> None:
+def test_masked_sequence_keys_do_not_matter_beside_a_branch() -> None:
     attention, _ = build()
     x = torch.randn(1, 1, 5, dtype=torch.float64)
-    spine = torch.randn(1, 3, 5, dtype=torch.float64)
+    sequence = torch.randn(1, 3, 5, dtype=torch.float64)
     own = tuple(part[:, :, None] for part in attention.keys_values(x, torch.tensor([[2]])))
     mask = torch.tensor([[[True, True, False]]])
     outputs = []
     for last in (0.0, 100.0):
-        keys = attention.keys_values(torch.cat([spine[:, :2], spine[:, 2:] + last], dim=1), torch.arange(3)[None])
+        keys = attention.keys_values(torch.cat([sequence[:, :2], sequence[:, 2:] + last], dim=1), torch.arange(3)[None])
         outputs.append(attention(x, torch.tensor([[2]]), keys, mask, own))
     assert torch.equal(*outputs)
 
 
-def test_a_query_without_spine_keys_sees_its_branch_alone() -> None:
+def test_a_query_without_sequence_keys_sees_its_branch_alone() -> None:
     attention, _ = build()
     x = torch.randn(1, 1, 5, dtype=torch.float64)
     own = tuple(part[:, :, None] for part in attention.keys_values(x, torch.tensor([[0]])))
-    spine = attention.keys_values(torch.randn(1, 3, 5, dtype=torch.float64), torch.arange(3)[None])
-    out = attention(x, torch.tensor([[0]]), spine, torch.zeros(1, 1, 3, dtype=torch.bool), own)
+    sequence = attention.keys_values(torch.randn(1, 3, 5, dtype=torch.float64), torch.arange(3)[None])
+    out = attention(x, torch.tensor([[0]]), sequence, torch.zeros(1, 1, 3, dtype=torch.bool), own)
     # One visible key has all the weight, so the output is its value, repeated for the heads of its group.
     value = attention.v_proj(x).view(2, 4).repeat_interleave(2, dim=0).flatten()
     torch.testing.assert_close(out[0, 0], attention.o_proj(value))

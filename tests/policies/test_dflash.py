@@ -91,7 +91,7 @@ def test_contexts_and_their_gradients_are_those_of_the_block_alone(options: dict
     trajectories = [tiny_trajectory(made, prompt_length=p, max_new_tokens=n) for p, n in (SHORT, (1, 2), LONG)]
     roots, nodes, possible = [], [], []
     for trajectory in trajectories:
-        tokens, features = trajectory["spine", "tokens"], trajectory["spine", "features"].double()
+        tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
         offset = trajectory["rounds", "offset"].tolist()
         for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):
             block = block_logits(made, tokens, features, anchor)
@@ -124,8 +124,8 @@ def test_a_served_block_is_the_block_alone() -> None:
     slots, lengths = torch.tensor([0, 1]), torch.tensor([5, 10])
     tokens, features = torch.zeros(2, 11, dtype=torch.int64), torch.zeros(2, 10, 32, dtype=torch.float64)
     for slot, (trajectory, length) in enumerate(zip(trajectories, lengths.tolist(), strict=True)):
-        tokens[slot, : length + 1] = trajectory["spine", "tokens"][: length + 1]
-        features[slot, :length] = trajectory["spine", "features"][:length]
+        tokens[slot, : length + 1] = trajectory["sequence", "tokens"][: length + 1]
+        features[slot, :length] = trajectory["sequence", "features"][:length]
     made.extend(slots, tokens, features, lengths)
     chains = made.propose(slots, TreeShape(9))  # deeper than there are masks
     assert chains.tokens.shape == (2, 4)

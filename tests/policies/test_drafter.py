@@ -12,8 +12,8 @@ from tensordict import TensorDict
 
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import check_weights, draft_rows
-from aurora_rl.policies.tree_search import SampledGrowth, TopKGrowth, best_first
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.policies.tree_search import SampledSearch, TopKSearch, best_first
+from aurora_rl.tree_index import TreeIndex
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int,
     vocab = torch.tensor([7, 3, 9])
     levels = torch.randn(2, depth, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
     shape = TreeShape(depth, width, depth + extra)
-    growth = TopKGrowth(vocab, shape)
+    growth = TopKSearch(vocab, shape)
     growth.add(levels[:, :1])
     for level in range(1, depth):
         tokens, _ = growth.frontier()
@@ -120,7 +120,7 @@ def test_sampled_chains_have_the_drafters_law(mode: str) -> None:
     count, vocab = 20_000, torch.tensor([7, 3, 9])
     first = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     second = torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)  # by the first
-    growth = SampledGrowth(vocab, TreeShape(2, 2, mode=mode), torch.Generator().manual_seed(0))
+    growth = SampledSearch(vocab, TreeShape(2, 2, mode=mode), torch.Generator().manual_seed(0))
     growth.add(first.log().expand(count, 1, 3))
     tokens, above = growth.frontier()
     assert above.unique().tolist() == [0]
@@ -156,7 +156,7 @@ def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
 
 
 def test_first_tokens_that_cannot_differ() -> None:
-    growth = SampledGrowth(torch.tensor([1, 2]), TreeShape(1, 2, mode="sampled_without_replacement"))
+    growth = SampledSearch(torch.tensor([1, 2]), TreeShape(1, 2, mode="sampled_without_replacement"))
     with pytest.raises(ValueError, match="2 first tokens cannot all differ"):
         growth.add(torch.tensor([[[0.0, -torch.inf]]]))
 
@@ -177,7 +177,7 @@ def test_recorded_trees() -> None:
         },
         "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0, -1])},
     })  # fmt: skip
-    trees = RecordedTrees.of(batch)
+    trees = TreeIndex.of(batch)
     assert trees.num_rounds == 4
     assert trees.request.tolist() == [0, 0, 0, 1] + [0, 0, 0, 0, 0, 1]
     assert trees.root.tolist() == [3, 4, 6, -1] + [3, 3, 3, 6, 6, -1]

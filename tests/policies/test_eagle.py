@@ -114,7 +114,7 @@ def test_contexts_predict_what_their_path_alone_predicts(architecture: str, shap
     ]
     roots, nodes = [], []
     for trajectory in trajectories:
-        tokens, features = trajectory["spine", "tokens"], trajectory["spine", "features"].double()
+        tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
         offset, parents = trajectory["rounds", "offset"].tolist(), trajectory["nodes", "parents"].tolist()
         for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):
             roots.append(path_states(made, tokens, features, anchor - 1, []))
@@ -139,7 +139,7 @@ def test_day_0_passes_the_feature_on(architecture: str) -> None:
     target, made = tiny_target(architecture), drafter(architecture=architecture)
     trajectory = tiny_trajectory(made, architecture=architecture, prompt_length=4, max_new_tokens=5)
     (states,) = made.unroll(pack([trajectory]), 1).states or []
-    tokens, features = trajectory["spine", "tokens"], trajectory["spine", "features"].double()
+    tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
     image = made.embedding[tokens[3:8]].double() @ made.fc.weight[:, :16].detach().T
     torch.testing.assert_close(states, features[2:7] + image, rtol=0, atol=0.1)
     assert 0.25 < float((image.square().mean() / features[2:7].square().mean()).sqrt()) < 1.0
@@ -165,7 +165,7 @@ def test_what_is_unrolled_is_the_feature_that_the_head_reads() -> None:
     trajectory = tiny_trajectory(made, prompt_length=4, max_new_tokens=5)
     unroll = made.unroll(pack([trajectory]), 3)
     assert unroll.states is not None
-    tokens, features = trajectory["spine", "tokens"], trajectory["spine", "features"].double()
+    tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
     for step, (states, logits) in enumerate(zip(unroll.states, unroll.logits, strict=True)):
         torch.testing.assert_close(states @ made.head.T, logits)
         for row in range(step, 5):
@@ -180,7 +180,7 @@ def test_what_is_unrolled_is_the_feature_that_the_head_reads() -> None:
 def test_the_feature_of_a_position_is_what_the_head_read_there(architecture: str) -> None:
     """So the loss's regression target and the next feature are one and the same, as in the authors' training."""
     trajectory = tiny_trajectory(drafter(architecture=architecture), architecture=architecture, prompt_length=4)
-    features, hidden = trajectory["spine", "features"], trajectory["spine", "hidden"]
+    features, hidden = trajectory["sequence", "features"], trajectory["sequence", "hidden"]
     torch.testing.assert_close(features[3:], hidden)
 
 
@@ -188,7 +188,7 @@ def test_regression_brings_the_states_to_the_targets() -> None:
     made = drafter()
     head, batch = TargetParts.of(tiny_target()).head, pack([tiny_trajectory(made, prompt_length=4, max_new_tokens=20)])
     loss = ImitationLoss(made, head, steps=2, regression=5.0)
-    unroll, hidden = made.unroll(batch, 2), batch["spine", "hidden"]
+    unroll, hidden = made.unroll(batch, 2), batch["sequence", "hidden"]
     assert unroll.states is not None
     distance = torch.stack([F.smooth_l1_loss(s, hidden, reduction="none").mean(-1) for s in unroll.states])
     plain, with_it = (

@@ -61,7 +61,10 @@ def test_a_tree_holds_the_likeliest_paths() -> None:
     made.allocate(1, 16)
     slot = torch.tensor([0])
     made.extend(
-        slot, trajectory["spine", "tokens"][None, :4], trajectory["spine", "features"][None, :3], torch.tensor([3])
+        slot,
+        trajectory["sequence", "tokens"][None, :4],
+        trajectory["sequence", "features"][None, :3],
+        torch.tensor([3]),
     )
     tokens, parents, log_probs = (part[0] for part in made.propose(slot, TreeShape(2, 6, 9))[:3])
 
@@ -136,7 +139,7 @@ def test_contexts_predict_what_their_path_alone_predicts(shape: TreeShape) -> No
     trajectories = [tiny_trajectory(made, prompt_length=p, max_new_tokens=n, shape=shape) for p, n in sizes]
     roots, nodes = [], []
     for trajectory in trajectories:
-        tokens, features = trajectory["spine", "tokens"], trajectory["spine", "features"].double()
+        tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
         offset, parents = trajectory["rounds", "offset"].tolist(), trajectory["nodes", "parents"].tolist()
         for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):
             roots.append(path_logits(made, tokens, features, anchor - 1, []))

@@ -72,8 +72,8 @@ def test_a_drafter_drafts_what_it_scores_and_learns(name: str, kind: str) -> Non
     last = unroll.logits[0].view(len(trajectories), -1, len(VOCAB))[:, -1].log_softmax(-1)
     # Served without its last token, a text is at the anchor that training calls its last.
     for trajectory in trajectories:
-        trajectory["spine", "tokens"] = trajectory["spine", "tokens"][:-1]
-        trajectory["spine", "features"] = trajectory["spine", "features"][:-1]
+        trajectory["sequence", "tokens"] = trajectory["sequence", "tokens"][:-1]
+        trajectory["sequence", "features"] = trajectory["sequence", "features"][:-1]
     proposal = drafter.propose(filled(drafter, trajectories), TreeShape(depth=2, width=2))
     for row, law in enumerate(last):
         first = [i for i, parent in enumerate(proposal.parents[row].tolist()) if parent < 0]
@@ -131,5 +131,5 @@ def test_both_halves_of_a_run_agree_on_all_of_the_head() -> None:
     parts, drafter = target("llama")[0], started("llama", "medusa")
     weight = parts.head.weight
     heads = [TargetHead(weight), TargetHead(weight, scale=2.0), TargetHead(weight, softcap=2.0)]
-    found = {spec.hello(replace(parts, head=head), drafter, "medusa").head_checksum for head in heads}
+    found = {spec.handshake(replace(parts, head=head), drafter, "medusa").head_checksum for head in heads}
     assert len(found) == 3

@@ -29,7 +29,7 @@ def trajectory(tokens: int, prompt: int, first: float) -> TensorDict:
     features[:, 0] = first + torch.arange(tokens - 1)
     drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(8))
     out = tiny_trajectory(drafter, prompt_length=prompt, max_new_tokens=tokens - prompt)
-    out["spine", "features"] = features
+    out["sequence", "features"] = features
     return out
 
 

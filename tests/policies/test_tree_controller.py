@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from aurora_rl.policies import TreeShape
-from aurora_rl.policies.tree_controller import Outcome, ShapeController
+from aurora_rl.policies.tree_controller import Outcome, TreeController
 
 NONE, TREE = TreeShape(0), TreeShape(3, width=3)
 
@@ -27,7 +27,7 @@ def costs(*by_depth: float, per_slot: float = 0.0, slots: int = 1) -> dict[int, 
 class Simulation:
     """Serves with a drafter that is as good at every depth; rounds take what they truly take, more or less."""
 
-    shapes: ShapeController
+    shapes: TreeController
     truth: dict[int, dict[TreeShape, float]]
     likeliest: float = 0.0
     sibling: float = 0.0
@@ -63,7 +63,7 @@ class Simulation:
 
 
 def simulation(table: dict[int, dict[TreeShape, float]], **drafter: float) -> Simulation:
-    return Simulation(ShapeController(table), table, **drafter)
+    return Simulation(TreeController(table), table, **drafter)
 
 
 def test_a_useless_drafter_is_given_up_and_tried_ever_less_often() -> None:
@@ -160,7 +160,7 @@ def test_speculation_is_off_in_a_large_batch_and_on_again_in_a_small_one() -> No
 
 def test_between_measured_numbers_of_slots_costs_are_interpolated() -> None:
     table = {1: {NONE: 1.0, TreeShape(1): 1.0}, 4: {NONE: 1.0, TreeShape(1): 3.4}}
-    shapes = ShapeController(table)
+    shapes = TreeController(table)
     for _ in range(100):
         shapes.observe(TreeShape(1), 1, 1.0, [["likeliest"]])
     # Nearly two tokens take 1, 1.8 and 2.6 seconds.
@@ -168,7 +168,7 @@ def test_between_measured_numbers_of_slots_costs_are_interpolated() -> None:
 
 
 def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
-    shapes = ShapeController.candidates(TREE)
+    shapes = TreeController.candidates(TREE)
     rows = {s: 1.0 + 0.05 * s.depth + 0.02 * s.budget for s in shapes}
     table = {1: {s: 1.0 + 0.05 * s.depth for s in shapes}, 8: rows}
     serving = simulation(table, likeliest=0.6, sibling=0.4)
@@ -179,7 +179,7 @@ def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
 
 
 def test_trees_tell_what_chains_would_have_had() -> None:
-    shapes = ShapeController({1: dict.fromkeys(ShapeController.candidates(TREE), 1.0)}, memory=10**9)
+    shapes = TreeController({1: dict.fromkeys(TreeController.candidates(TREE), 1.0)}, memory=10**9)
     rounds: list[list[Outcome]] = [
         *[["likeliest", "sibling", "undrafted"]] * 500,
         *[["likeliest", "refused"]] * 300,
@@ -192,7 +192,7 @@ def test_trees_tell_what_chains_would_have_had() -> None:
 
 
 def test_what_was_not_tried_is_as_good_as_the_depth_before() -> None:
-    shapes = ShapeController(costs(1.0, 1.1, 1.2, 1.3), memory=10**9)
+    shapes = TreeController(costs(1.0, 1.1, 1.2, 1.3), memory=10**9)
     shapes.observe(TreeShape(1), 100, 1.0, [["likeliest"]] * 75 + [["refused"]] * 25)
     # The guess: 1 of 4.
     assert shapes.acceptance(TreeShape(3)) == pytest.approx([76 / 104] * 3)
@@ -200,7 +200,7 @@ def test_what_was_not_tried_is_as_good_as_the_depth_before() -> None:
 
 def test_of_shapes_that_are_as_good_the_deepest() -> None:
     # 1.5 tokens in 1.2 seconds and 1.75 in 1.407: half a percent less.
-    shapes = ShapeController(costs(1.0, 1.2, 1.407), memory=10**9)
+    shapes = TreeController(costs(1.0, 1.2, 1.407), memory=10**9)
     half: list[Outcome] = ["likeliest", "likeliest"]
     paths: list[list[Outcome]] = [half] * 250 + [["likeliest", "refused"]] * 250 + [["refused"]] * 500
     shapes.observe(TreeShape(2), 1000, 1.407, paths)
@@ -244,14 +244,14 @@ def test_a_machine_whose_speed_wanders_does_not_bring_drafts_back_and_forth() ->
 
 
 def test_one_round_that_the_machine_held_up_changes_nothing() -> None:
-    shapes = ShapeController(costs(1.0, 1.1, 1.2))
+    shapes = TreeController(costs(1.0, 1.1, 1.2))
     for seconds in [1.2] * 100 + [50.0]:
         shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
     assert shapes.choose(1) == TreeShape(2)
 
 
 def test_nor_does_it_soon_after_plain_rounds_whose_pace_is_known() -> None:
-    shapes = ShapeController(costs(1.0, 1.1, 1.2))
+    shapes = TreeController(costs(1.0, 1.1, 1.2))
     for _ in range(10):
         shapes.observe(NONE, 1, 1.0)
     for seconds in [1.2] * 40 + [500.0]:
@@ -260,7 +260,7 @@ def test_nor_does_it_soon_after_plain_rounds_whose_pace_is_known() -> None:
 
 
 def test_what_n_grams_add_below_the_tree_counts_for_it() -> None:
-    shapes, drafted = ShapeController(costs(1.0, 1.3)), 0
+    shapes, drafted = TreeController(costs(1.0, 1.3)), 0
     for _ in range(500):
         shape = shapes.choose(1)
         drafted += shape.depth
@@ -286,7 +286,7 @@ class TwoHalves(Simulation):
 
 def two_halves(**drafter: float) -> TwoHalves:
     table = {1: {NONE: 1.0, ALONE: 1.02, CHAIN: 1.15}}
-    return TwoHalves(ShapeController(table), table, **drafter)
+    return TwoHalves(TreeController(table), table, **drafter)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_half_that_improves_or_fails_takes_or_loses_its_turn() -> None:
 
 
 def test_the_halves_are_measured_apart() -> None:
-    shapes = ShapeController({1: {NONE: 1.0, ALONE: 1.0, CHAIN: 2.0}}, memory=10**9)
+    shapes = TreeController({1: {NONE: 1.0, ALONE: 1.0, CHAIN: 2.0}}, memory=10**9)
     hits: list[list[Outcome]] = [["likeliest"]] * 300
     shapes.observe(ALONE, 1000, 3.0, [*hits, *[["refused"]] * 100, *[["undrafted"]] * 600])  # type: ignore[list-item]
     assert shapes.acceptance(ALONE) == pytest.approx([(300 + 4 * 0.75) / 1004])
@@ -335,19 +335,19 @@ def test_the_halves_are_measured_apart() -> None:
 
 
 def test_candidates_with_n_grams_alone() -> None:
-    found = ShapeController.candidates(TreeShape(2, width=2, num_nodes=4), free=True)
+    found = TreeController.candidates(TreeShape(2, width=2, num_nodes=4), free=True)
     assert [(s.depth, s.width, s.budget, s.free) for s in found] == [
         (0, 2, 0, False), (1, 1, 1, True), (1, 2, 2, False), (2, 1, 2, True), (2, 2, 4, False),
     ]  # fmt: skip
 
 
 def test_nothing_to_choose_from() -> None:
-    assert ShapeController({1: {NONE: 1.0}}).choose(1) == NONE
+    assert TreeController({1: {NONE: 1.0}}).choose(1) == NONE
 
 
 def test_sampled_trees_are_not_compared_with_chains() -> None:
     most = TreeShape(2, 2, 4, mode="sampled")
-    assert [(s.depth, s.width) for s in ShapeController.candidates(most)] == [(0, 2), (1, 2), (2, 2)]
+    assert [(s.depth, s.width) for s in TreeController.candidates(most)] == [(0, 2), (1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -356,23 +356,23 @@ def test_sampled_trees_are_not_compared_with_chains() -> None:
 )
 def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]]) -> None:
     with pytest.raises(ValueError, match="one of them of depth 0; got .depth, width. by number"):
-        ShapeController(table)
+        TreeController(table)
 
 
 def test_a_round_without_the_drafter_is_one_of_n_grams_or_plain() -> None:
     most = TreeShape(3, width=4, num_nodes=4)
-    shapes = ShapeController.candidates(most, free=True)
-    with_n_grams = ShapeController({1: dict.fromkeys(shapes, 1.0)})
+    shapes = TreeController.candidates(most, free=True)
+    with_n_grams = TreeController({1: dict.fromkeys(shapes, 1.0)})
     for shape in shapes[1:]:
         without = with_n_grams.without_drafter(shape)
         assert without in shapes and without.free and without.depth == shape.depth
-    learned_alone = ShapeController({1: dict.fromkeys(ShapeController.candidates(most), 1.0)})
+    learned_alone = TreeController({1: dict.fromkeys(TreeController.candidates(most), 1.0)})
     assert learned_alone.without_drafter(most) == learned_alone.plain
 
 
 def test_requests_that_the_drafter_fails_do_not_make_drafting_look_cheap() -> None:
     table, dice = costs(1.0, 1.5), random.Random(1)
-    shapes, seconds, tokens, failed = ShapeController(table), 0.0, 0, False
+    shapes, seconds, tokens, failed = TreeController(table), 0.0, 0, False
     for number in range(8000):
         if number % 60 == 0:  # a request
             failed = dice.random() < 0.7

@@ -10,13 +10,13 @@ from transformers import AutoTokenizer
 
 from aurora_rl.envs import Completion, SamplingParams
 from aurora_rl.serving.answers import Answers
-from aurora_rl.serving.requests import Conversations
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt
 
 
 def test_an_answer_that_ends_at_eos_shows_none(tiny_folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    requests = Conversations(
+    requests = RequestQueue(
         [Prompt("p", "chat", ({"role": "user", "content": "Hi"},))],
         tokenizer,
         vocab_size=len(tokenizer),

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from aurora_rl.envs import Completion, Request, SamplingParams
-from aurora_rl.serving.requests import Conversations, turn_seed
+from aurora_rl.serving.requests import RequestQueue, turn_seed
 from aurora_rl.workload.traffic import Prompt, TrafficError
 
 TEMPLATE = (
@@ -36,10 +36,10 @@ def prompt(id: str, text: str, *follow_ups: str, domain: str = "chat") -> Prompt
     return Prompt(id, domain, ({"role": "user", "content": text},), follow_ups)
 
 
-def conversations(*prompts: Prompt, **options: object) -> Conversations:
+def queue_of(*prompts: Prompt, **options: object) -> RequestQueue:
     sampling = SamplingParams(0.5, 7, 0.9, seed=100)
     defaults = {"vocab_size": len(TOKENIZER), "max_new_tokens": 10, "max_length": 60, "sampling": sampling}
-    return Conversations(prompts, TOKENIZER, **(defaults | options))
+    return RequestQueue(prompts, TOKENIZER, **(defaults | options))
 
 
 def read(request: Request | None) -> str:
@@ -52,7 +52,7 @@ def answer(request: Request, text: str) -> Completion:
 
 
 def test_first_turns_in_order() -> None:
-    source = conversations(prompt("p", "one", domain="code"), prompt("q", "two"), prompt("r", "three"))
+    source = queue_of(prompt("p", "one", domain="code"), prompt("q", "two"), prompt("r", "three"))
     assert source.total == 3
     assert [TOKENIZER.decode(tokens) for tokens in source.first_prompts(2)] == ["<u>one<a>", "<u>two<a>"]
     requests = [source(), source(), source()]
@@ -66,7 +66,7 @@ def test_first_turns_in_order() -> None:
 
 
 def test_follow_ups_come_after_the_answers_they_follow() -> None:
-    source = conversations(prompt("p", "one", "more", "enough"), prompt("q", "two"))
+    source = queue_of(prompt("p", "one", "more", "enough"), prompt("q", "two"))
     assert source.total == 4
     first, second = source(), source()
     assert source() is None  # the second turn cannot be asked yet
@@ -85,7 +85,7 @@ def test_follow_ups_come_after_the_answers_they_follow() -> None:
 def fails_alone(fourth: Prompt, reason: str, **options: object) -> None:
     """Of five prompts the fourth, with its follow-up, fails for the reason; the others keep their ids and seeds."""
     good = [prompt(name, name) for name in "abcd"]
-    source = conversations(*good[:3], fourth, good[3], **options)
+    source = queue_of(*good[:3], fourth, good[3], **options)
     requests = [source() for _ in range(4)]
     assert [read(r) for r in requests] == ["<u>a<a>", "<u>b<a>", "<u>c<a>", "<u>d<a>"] and source() is None
     assert [(r.id, r.sampling.seed) for r in requests] == [(0, 100), (1, 101), (2, 102), (4, 104)]
@@ -95,11 +95,11 @@ def fails_alone(fourth: Prompt, reason: str, **options: object) -> None:
 
 def test_a_prompt_that_does_not_fit_fails_alone() -> None:
     fits, too_long = prompt("fits", "x" * 44), prompt("bad", "x" * 45, "more")  # 6 for the template, 10 for the answer
-    assert conversations(fits)() is not None
+    assert queue_of(fits)() is not None
     reason = "the prompt has 51 tokens; with max_new_tokens=10 that exceeds engine.max_length=60; shorten it.*"
     fails_alone(too_long, reason)
     with pytest.raises(TrafficError, match=f"none of the prompts can be served .2.; the first: prompt 'bad'.*{reason}"):
-        conversations(too_long, too_long)
+        queue_of(too_long, too_long)
 
 
 def test_a_prompt_with_tokens_that_the_model_lacks_fails_alone() -> None:
@@ -124,8 +124,8 @@ def test_a_prompt_that_the_chat_template_refuses_fails_alone(
         prompt("bad", "bad", "more"), f"the chat template of model 'a/model' refuses the conversation: {reason}"
     )
     with pytest.raises(TrafficError, match="template of model 'a/model' refuses the conversation"):
-        conversations(prompt("p", "bad"))
-    source = conversations(prompt("p", "one", "bad"), prompt("q", "two"))
+        queue_of(prompt("p", "bad"))
+    source = queue_of(prompt("p", "one", "bad"), prompt("q", "two"))
     source.completed(answer(source(), "yes"))
     assert len(source.failed) == 1 and source.failed[0].startswith("prompt 'p', turn 2: the chat template of")
     assert read(source()) == "<u>two<a>"
@@ -137,14 +137,14 @@ def test_a_prompt_without_tokens_fails_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
-    source = conversations(prompt("p", "one", "more"), prompt("q", "two"))
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"))
     source.refused(source(), "request 0: no room")
     assert source.failed == ["prompt 'p', turn 1: request 0: no room"] * 2
     assert read(source()) == "<u>two<a>" and source() is None
 
 
 def test_the_largest_seed_is_served() -> None:
-    source = conversations(prompt("p", "one", "more"), prompt("q", "two"), sampling=SamplingParams(seed=2**63 - 1))
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=SamplingParams(seed=2**63 - 1))
     first, second = source(), source()
     assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
     source.completed(answer(first, "yes"))
@@ -154,7 +154,7 @@ def test_the_largest_seed_is_served() -> None:
 def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
     def texts(order: list[int]) -> dict[str, int]:
         """Seeds by text, where requests in flight are answered in this order."""
-        source = conversations(prompt("p", "one", "more", "enough"), prompt("q", "two", "again"), max_length=99)
+        source = queue_of(prompt("p", "one", "more", "enough"), prompt("q", "two", "again"), max_length=99)
         flying, seeds = [source(), source()], {}
         for place in order:
             request = flying.pop(place)
@@ -175,7 +175,7 @@ def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
         "p", "", ({"role": "user", "content": "one"},), ("more",), 50, {"temperature": 0, "seed": 7}, ("\n", "END")
     )
     short = Prompt("q", "", ({"role": "user", "content": "x" * 45},), max_tokens=9)
-    source = conversations(asked, short, prompt("r", "three"))
+    source = queue_of(asked, short, prompt("r", "three"))
     requests = [source(), source(), source()]
     assert [r.max_new_tokens for r in requests] == [50, 9, 10]
     assert [r.sampling for r in requests] == [
@@ -192,7 +192,7 @@ def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
 
 
 def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
-    source = conversations(prompt("p", "x" * 30, "more", "enough"), prompt("q", "two", "again"))
+    source = queue_of(prompt("p", "x" * 30, "more", "enough"), prompt("q", "two", "again"))
     first, second = source(), source()
     assert source.completed(answer(first, "y" * 8)) == "chat"  # 30 + 8 + 4 + 12 of the template: 54, and 10 to come
     assert source() is None
@@ -210,7 +210,7 @@ def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
 
 def test_traffic_is_not_changed() -> None:
     traffic = prompt("p", "one", "more")
-    source = conversations(traffic)
+    source = queue_of(traffic)
     source.completed(answer(source(), "yes"))
     assert read(source()) == "<u>one<a>yes<u>more<a>"
     assert traffic == prompt("p", "one", "more")

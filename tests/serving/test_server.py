@@ -16,9 +16,9 @@ from torch import Tensor
 
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import HybridDrafter, TreeShape
-from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.server import _outcomes, measure_rounds
-from aurora_rl.telemetry.rates import ControlWindows, Round, Rounds
+from aurora_rl.telemetry.rates import BaselineWindows, Round, Rounds
 from aurora_rl.trajectories import TrajectoryRecorder
 
 # ---- the figures ------------------------------------------------------------------------------------------------
@@ -43,7 +43,9 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     summary = server.summary(failed=2, duration_s=1.5)
     assert summary["acceptance_length"] == {"first": 4.0, "last": 4.0}
     assert summary["domains"] == {"tiny": {"requests": 5, "tokens": 120, "acceptance_length": 4.0}}
-    assert summary["speedup"] is None and summary["tokens_per_second"]["control"] is None  # no plain round was measured
+    assert (
+        summary["speedup"] is None and summary["tokens_per_second"]["baseline"] is None
+    )  # no plain round was measured
 
 
 def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None:
@@ -52,12 +54,12 @@ def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None
     plain = [r.seconds for r in serving.run().rounds if not r.speculative]
     nap = max(20 * statistics.median(plain), 0.15)  # the least: far above what a busy machine adds to a round
     # The seed places the first window after 25 ms.
-    serving = Serving(tmp_path, waiting, Oracle(waiting, nap), windows=ControlWindows(0.5, window=8, seed=31))
+    serving = Serving(tmp_path, waiting, Oracle(waiting, nap), windows=BaselineWindows(0.5, window=8, seed=31))
     server = serving.run()
     serving.check_texts()
     assert server.acceptance(0, 6) >= 2
     measured = server.rates()
-    assert measured.control is not None and measured.speculative is not None
+    assert measured.baseline is not None and measured.speculative is not None
     # By acceptance alone it would be 2 or more.
     assert measured.speedup < 1
 
@@ -65,7 +67,7 @@ def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None
 def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:
     waiting = requests(6)
     # Naps, so that the run is long enough for the first window on any machine.
-    serving = Serving(tmp_path, waiting, Oracle(waiting, 0.01), slots=3, windows=ControlWindows(0.5, 5, seed=31))
+    serving = Serving(tmp_path, waiting, Oracle(waiting, 0.01), slots=3, windows=BaselineWindows(0.5, 5, seed=31))
     server = serving.run()
     serving.check_texts()
     plain = [r for r in server.rounds if not r.speculative]
@@ -127,7 +129,7 @@ def test_summary(tmp_path: Path) -> None:
     assert server.summary(failed=0, duration_s=0.0) == {
         "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
         "acceptance_length": {"first": None, "last": None}, "domains": {},
-        "tokens_per_second": {"control": None, "speculative": None}, "speedup": None,
+        "tokens_per_second": {"baseline": None, "speculative": None}, "speedup": None,
         "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
@@ -143,7 +145,7 @@ def test_summary(tmp_path: Path) -> None:
     assert server.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
         "acceptance_length": {"first": 9 / 6, "last": 15 / 5}, "domains": {},
-        "tokens_per_second": {"control": 2.0, "speculative": 3.0}, "speedup": 1.5,
+        "tokens_per_second": {"baseline": 2.0, "speculative": 3.0}, "speedup": 1.5,
         "dropped_trajectories": 0, "drafter_faults": 0,
         "duration_s": 7.5, "versions_served": [0, 1, 2, 5],
     }  # fmt: skip
@@ -207,13 +209,13 @@ def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> Non
     drafted = [int((c.trajectory["rounds", "offset"].diff() > 0).sum()) for c in serving.completions]
     # A probe of 24 drafts at first; what it lost, half a round at each, forbids another for longer than this run.
     assert sum(drafted) == drafted[0] + drafted[1] == 24
-    # What is not drafted for is the policy's doing, and no control window.
+    # What is not drafted for is the policy's doing, and no baseline window.
     assert all(r.speculative for r in server.rounds) and server.finished[-1] == (0, 0) and server.depth == 0
     assert serving.events("request")[-1]["accepted"] == {}
 
 
 def test_control_windows_tell_the_controller_what_plain_decoding_takes(tmp_path: Path) -> None:
-    waiting, shapes = requests(4, budget=40), ShapeController({1: {TreeShape(0): 1e-3, TreeShape(1): 1e-3}})
+    waiting, shapes = requests(4, budget=40), TreeController({1: {TreeShape(0): 1e-3, TreeShape(1): 1e-3}})
     serving = Serving(tmp_path, waiting, Oracle(waiting), depth=1, windows=Plain(), shapes=shapes)
     serving.run()
     assert shapes._since == float("inf") and shapes._pace[0] != 1.0  # rounds were seen, and none of them drafted
@@ -251,7 +253,7 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
     waiting = requests(12, budget=22)
     none, short, long = (TreeShape(d, 1, 3) for d in range(3))
-    shapes = ShapeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
+    shapes = TreeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
     serving = Serving(tmp_path, waiting, HybridDrafter(Oracle(waiting)), slots=2, depth=1, shapes=shapes)
     serving.run()
     serving.check_texts()
@@ -265,7 +267,7 @@ def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(t
 def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
     waiting = requests(3)
     serving = Serving(tmp_path, waiting, eagle(), slots=3)
-    shapes = ShapeController.candidates(TreeShape(DEPTH))
+    shapes = TreeController.candidates(TreeShape(DEPTH))
     costs = measure_rounds(serving.engine, serving.policy, waiting[2], shapes, repeats=2)
     assert sorted(costs) == [1, 2, 3] and all(list(by_shape) == shapes for by_shape in costs.values())
     for count, by_shape in costs.items():
@@ -282,7 +284,7 @@ def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_measured_costs_are_those_of_undisturbed_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serving = Serving(tmp_path, waiting := requests(1), eagle(), slots=1)
-    policy, shapes = serving.policy, ShapeController.candidates(TreeShape(DEPTH))
+    policy, shapes = serving.policy, TreeController.candidates(TreeShape(DEPTH))
     clock, rounds, forward = [0.0], itertools.count(), policy.forward
 
     def timed(td: TensorDict) -> TensorDict:

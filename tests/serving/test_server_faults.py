@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aurora_rl.envs import Request
 from aurora_rl.policies import HybridDrafter, Proposal, TreeShape
-from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.server import DrafterFault, measure_rounds
 
 
@@ -165,7 +165,7 @@ class Books(OnTime):
     """Notes what it is told of each round; every shape takes the second, but for those that are to be avoided."""
 
     def __init__(self, *shapes: TreeShape, avoid: Sequence[TreeShape] = ()) -> None:
-        ShapeController.__init__(self, {1: {shape: 10.0 if shape in avoid else 1.0 for shape in shapes}})
+        TreeController.__init__(self, {1: {shape: 10.0 if shape in avoid else 1.0 for shape in shapes}})
         self.booked: list[tuple[TreeShape, list[list[str]]]] = []
 
     def observe(self, shape: TreeShape, occupied: int, seconds: float, *outcomes: Any) -> None:
@@ -253,7 +253,7 @@ def test_finding_nothing_is_a_trial_of_drafts_from_the_text(tmp_path: Path) -> N
             return super().from_text(text, shape)
 
     free = TreeShape(2, 1, 2, free=True)
-    shapes = ShapeController({1: {TreeShape(0): 1.0, free: 1e-3}}, memory=10**9)
+    shapes = TreeController({1: {TreeShape(0): 1.0, free: 1e-3}}, memory=10**9)
     waiting = requests(1, budget=22)
     serving = Serving(tmp_path, waiting, Finds(waiting, 0, "none"), shapes=shapes)
     server = serving.run()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle_server import HELLO, LOCAL, Oracle, Serving, eagle, requests
+from oracle_server import HANDSHAKE, LOCAL, Oracle, Serving, eagle, requests
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -32,8 +32,8 @@ class Wire:
     """A publisher and a receiver over a socket, as between the two processes."""
 
     def __init__(self) -> None:
-        self.publisher = WeightPublisher(LOCAL, hello=HELLO)
-        self.receiver = WeightReceiver(self.publisher.address, hello=HELLO, heartbeat_s=0.05, name="engine")
+        self.publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+        self.receiver = WeightReceiver(self.publisher.address, handshake=HANDSHAKE, heartbeat_s=0.05, name="engine")
 
     def close(self) -> None:
         self.receiver.close()
@@ -160,8 +160,8 @@ def test_nobody_listens(tmp_path: Path) -> None:
     address = bind(socket, LOCAL)
     socket.close()
     context.term()
-    sink = TrajectorySink(address, hello=HELLO, capacity=2)
-    receiver = WeightReceiver(address, hello=HELLO)
+    sink = TrajectorySink(address, handshake=HANDSHAKE, capacity=2)
+    receiver = WeightReceiver(address, handshake=HANDSHAKE)
     waiting = requests(5)
     serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, sink=sink, receiver=receiver)
     server = serving.run()

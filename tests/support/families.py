@@ -124,7 +124,7 @@ class Texts(NamedTuple):
                 TensorDict(
                     {
                         "request": torch.tensor(request),
-                        "spine": {
+                        "sequence": {
                             "tokens": tokens,
                             "prompt_length": torch.tensor(prompt_length),
                             "features": torch.cat([last[:, :0], *(states[layer] for layer in feature_layers)], dim=1),

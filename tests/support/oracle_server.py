@@ -12,21 +12,21 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.tree_controller import ShapeController
+from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-from aurora_rl.telemetry.rates import ControlWindows
+from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.testing import tiny_target
 
 VOCAB = 8
 LAYERS = (0, 1)
 DEPTH = 3
 LOCAL = "tcp://127.0.0.1:*"
-HELLO = Hello(1, "config", "head", LAYERS, "", "eagle3")
+HANDSHAKE = Handshake(1, "config", "head", LAYERS, "", "eagle3")
 
 
 # ---- requests, their texts, and a drafter that knows them -------------------------------------------------------
@@ -124,7 +124,7 @@ def eagle(seed: int = 0) -> Eagle3Drafter:
 # ---- a server on a tiny target ----------------------------------------------------------------------------------
 
 
-class Plain(ControlWindows):
+class Plain(BaselineWindows):
     """Never speculates."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class Plain(ControlWindows):
         return False
 
 
-NO_WINDOWS = functools.partial(ControlWindows, 0.0, 32)
+NO_WINDOWS = functools.partial(BaselineWindows, 0.0, 32)
 
 
 class Serving:
@@ -146,7 +146,7 @@ class Serving:
         drafter: Drafter,
         *,
         slots: int = 1,
-        windows: ControlWindows | None = None,
+        windows: BaselineWindows | None = None,
         note: Callable[[Completion], str] | None = None,
         depth: int = DEPTH,
         **options: object,
@@ -188,7 +188,7 @@ class Serving:
             assert completion.tokens.tolist() == truth(completion.request)
 
 
-class OnTime(ShapeController):
+class OnTime(TreeController):
     """Chains whose rounds take the given seconds by depth, whatever the clock says."""
 
     def __init__(self, *by_depth: float) -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from aurora_rl.telemetry.rates import ControlWindows, Rates, Round, Rounds, rates
+from aurora_rl.telemetry.rates import BaselineWindows, Rates, Round, Rounds, rates
 
 SPECULATIVE, PLAIN = True, False
 
@@ -24,19 +24,19 @@ def test_rates_at_equal_occupancy() -> None:
     ]  # fmt: skip
     # Weights are the speculative seconds, 2 and 1: (2 * 2 + 1 * 9) / 3 and (2 * 1 + 1 * 3) / 3.
     measured = rates(rounds)
-    assert measured.speculative == pytest.approx(13 / 3) and measured.control == pytest.approx(5 / 3)
+    assert measured.speculative == pytest.approx(13 / 3) and measured.baseline == pytest.approx(5 / 3)
     assert measured.speedup == pytest.approx(2.6)
 
 
 def test_a_fuller_batch_flatters_nobody() -> None:
     # Plain windows met full batches only, speculation half of them: tokens over time would say 26 / 6 against 4.
     rounds = [Round(SPECULATIVE, 1, 10, 5.0, 0), Round(SPECULATIVE, 4, 16, 1.0, 0), Round(PLAIN, 4, 8, 2.0, 0)]
-    assert rates(rounds) == Rates(control=4.0, speculative=16.0)
+    assert rates(rounds) == Rates(baseline=4.0, speculative=16.0)
 
 
 def test_time_without_tokens_is_charged() -> None:
     rounds = [Round(SPECULATIVE, 1, 4, 2.0, 0), Round(PLAIN, 1, 1, 1.0, 0)]
-    assert rates([*rounds, Round(SPECULATIVE, 1, 0, 2.0, 0)]) == Rates(control=1.0, speculative=1.0)
+    assert rates([*rounds, Round(SPECULATIVE, 1, 0, 2.0, 0)]) == Rates(baseline=1.0, speculative=1.0)
 
 
 def test_what_was_not_measured_is_none() -> None:
@@ -44,7 +44,7 @@ def test_what_was_not_measured_is_none() -> None:
     assert rates([]) == Rates(None, None) and rates([]).speedup is None
     assert rates([speculative]) == Rates(None, 2.0) and rates([speculative]).speedup is None
     assert rates([plain]) == Rates(3.0, None) and rates([plain]).speedup is None
-    # Recording what plain rounds decoded is no measurement of speculation.
+    # TrajectoryDataset what plain rounds decoded is no measurement of speculation.
     assert rates([plain, recording]) == Rates(3.0, None)
     # No occupancy in common: each kind as it was met.
     assert rates([speculative, plain]) == Rates(3.0, 2.0)
@@ -60,7 +60,7 @@ def some_rounds(requests: int, each: int) -> list[Round]:
 
 
 def the_same(left: Rates, right: Rates, rel: float) -> bool:
-    return (left.control, left.speculative) == pytest.approx((right.control, right.speculative), rel=rel)
+    return (left.baseline, left.speculative) == pytest.approx((right.baseline, right.speculative), rel=rel)
 
 
 def test_sums_of_rounds_tell_what_the_rounds_told() -> None:
@@ -100,7 +100,7 @@ def test_of_a_long_run_the_last_quarter_is_what_it_was() -> None:
 # ---- windows ----------------------------------------------------------------------------------------------------
 
 
-def simulate(windows: ControlWindows, rounds: int, speculative: float, plain: float) -> list[bool]:
+def simulate(windows: BaselineWindows, rounds: int, speculative: float, plain: float) -> list[bool]:
     """Which of so many rounds speculate, where a round of each kind takes so many seconds."""
     kinds = []
     for _ in range(rounds):
@@ -117,7 +117,7 @@ def runs(kinds: list[bool]) -> list[tuple[bool, int]]:
 @pytest.mark.parametrize("speculative", [0.02, 0.1, 0.3], ids=["fast", "equal", "slow"])
 def test_windows_take_their_share_of_time(share: float, speculative: float) -> None:
     plain, count = 0.1, 100_000
-    windows = ControlWindows(share, window=32, seed=3)
+    windows = BaselineWindows(share, window=32, seed=3)
     kinds = simulate(windows, count, speculative, plain)
     plain_seconds = plain * kinds.count(PLAIN)
     taken = plain_seconds / (plain_seconds + speculative * kinds.count(SPECULATIVE))
@@ -126,7 +126,7 @@ def test_windows_take_their_share_of_time(share: float, speculative: float) -> N
 
 
 def test_windows_follow_a_change_of_speed() -> None:
-    windows = ControlWindows(0.1, window=8, seed=0)
+    windows = BaselineWindows(0.1, window=8, seed=0)
     simulate(windows, 20_000, speculative=0.5, plain=0.1)
     kinds = simulate(windows, 60_000, speculative=0.05, plain=0.1)  # the drafter got better
     plain = 0.1 * kinds.count(PLAIN)
@@ -134,7 +134,7 @@ def test_windows_follow_a_change_of_speed() -> None:
 
 
 def test_windows_are_whole_and_placed_at_random() -> None:
-    kinds = simulate(ControlWindows(0.1, window=32, seed=1), 20_000, speculative=0.05, plain=0.05)
+    kinds = simulate(BaselineWindows(0.1, window=32, seed=1), 20_000, speculative=0.05, plain=0.05)
     lengths = runs(kinds)[:-1]  # the last is cut by the end
     assert {length for kind, length in lengths if kind is PLAIN} == {32}
     waits = [length for kind, length in lengths[1:] if kind is SPECULATIVE]
@@ -145,9 +145,9 @@ def test_windows_are_whole_and_placed_at_random() -> None:
 
 
 def test_the_seed_places_the_windows() -> None:
-    first, again, other = (simulate(ControlWindows(0.2, 4, seed), 2_000, 0.1, 0.1) for seed in (5, 5, 6))
+    first, again, other = (simulate(BaselineWindows(0.2, 4, seed), 2_000, 0.1, 0.1) for seed in (5, 5, 6))
     assert first == again and first != other
 
 
 def test_a_share_of_zero_has_no_windows() -> None:
-    assert all(simulate(ControlWindows(0.0, window=32), 5_000, 0.1, 0.1))
+    assert all(simulate(BaselineWindows(0.0, window=32), 5_000, 0.1, 0.1))

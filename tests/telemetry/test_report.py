@@ -20,7 +20,7 @@ SUMMARY = {
         "": {"requests": 1, "tokens": 9, "acceptance_length": None},
         "chat": {"requests": 39, "tokens": 1000, "acceptance_length": 1.5},
     },
-    "tokens_per_second": {"control": 100.0, "speculative": 150.0},
+    "tokens_per_second": {"baseline": 100.0, "speculative": 150.0},
     "speedup": 1.5,
     "dropped_trajectories": 0,
     "drafter_faults": 0,
@@ -45,7 +45,7 @@ def test_the_summary_has_the_promised_keys_and_rounded_numbers(tmp_path: Path) -
         "swap_ms": ["p50", "max"],
         "acceptance_length": ["first", "last"],
         "domains": [],
-        "tokens_per_second": ["control", "speculative"],
+        "tokens_per_second": ["baseline", "speculative"],
     }
 
 

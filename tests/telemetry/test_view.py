@@ -82,7 +82,7 @@ def test_a_status_is_about_the_time_since_the_last_one(made: SimpleNamespace) ->
         "requests": 20,
         "version": 3,
         "acceptance_length": 2.0,
-        "tokens_per_second": {"control": 10.0, "speculative": 15.0},
+        "tokens_per_second": {"baseline": 10.0, "speculative": 15.0},
         "depth": 2,
         "queue": 4,
         "dropped": 1,
@@ -92,14 +92,14 @@ def test_a_status_is_about_the_time_since_the_last_one(made: SimpleNamespace) ->
 
 def test_what_goes_wrong_is_told_and_logged_once(made: SimpleNamespace) -> None:
     assert made.view.follow() == []
-    made.serving.refused = "hello mismatch: x"
+    made.serving.refused = "handshake mismatch: x"
     made.learner = "died with status -9, serving goes on"
-    assert made.view.follow() == ["hello mismatch: x", "the learner died with status -9, serving goes on"]
+    assert made.view.follow() == ["handshake mismatch: x", "the learner died with status -9, serving goes on"]
     assert made.view.follow() == []
-    assert "learner hello mismatch: x" in made.view.line()
+    assert "learner handshake mismatch: x" in made.view.line()
     events = [(event["event"], event["reason"]) for event in made.reader.new()]
     assert events == [
-        ("refused", "hello mismatch: x"),
+        ("refused", "handshake mismatch: x"),
         ("learner_died", "the learner died with status -9, serving goes on"),
     ]
 
@@ -130,8 +130,8 @@ def test_text_of_peers_is_no_markup(made: SimpleNamespace) -> None:
 
 def test_a_peer_whose_message_changes_all_the_time_fills_no_memory(made: SimpleNamespace) -> None:
     for number in range(1000):
-        made.serving.refused = f"hello mismatch: {number}"
-        assert made.view.follow() == [f"hello mismatch: {number}"]
+        made.serving.refused = f"handshake mismatch: {number}"
+        assert made.view.follow() == [f"handshake mismatch: {number}"]
     assert len(made.view._told) <= 100
 
 

@@ -33,7 +33,7 @@ def check(kind: type[Objective], *, settings: dict[str, Any] | None = None, **de
 
 def of_tokens(batch: TensorDictBase, of_requests: Tensor) -> Tensor:
     """``[C]``, of the completion tokens, from a value of every request."""
-    return of_requests.repeat_interleave(batch["spine", "offset"].diff() - batch["spine", "prompt_length"])
+    return of_requests.repeat_interleave(batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"])
 
 
 # ---- what forward gives and reads -----------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def of_tokens(batch: TensorDictBase, of_requests: Tensor) -> Tensor:
 
 class ChangesItsInput(ImitationLoss):
     def values(self, batch: TensorDictBase) -> Values:
-        batch["spine", "features"].mul_(1.5)
+        batch["sequence", "features"].mul_(1.5)
         return super().values(batch)
 
 
@@ -88,13 +88,13 @@ class NamesWhatNoBatchHas(ImitationLoss):
 
     @property
     def optional_reads(self) -> list[NestedKey]:
-        return [("spine", "colour")]
+        return [("sequence", "colour")]
 
 
 class ForgetsAKey(ImitationLoss):
     @property
     def reads(self) -> list[NestedKey]:
-        return [key for key in super().reads if key != ("spine", "prompt_length")]
+        return [key for key in super().reads if key != ("sequence", "prompt_length")]
 
 
 class TakesWhatItFinds(ImitationLoss):
@@ -189,7 +189,7 @@ class TakesRequestsForPlaces(ImitationLoss):
 
     def values(self, batch: TensorDictBase) -> Values:
         found, request = super().values(batch), batch["request"]
-        prompt = batch["spine", "prompt_length"][request - request[0]]
+        prompt = batch["sequence", "prompt_length"][request - request[0]]
         return found._replace(weight=found.weight * of_tokens(batch, prompt))
 
 
@@ -210,7 +210,7 @@ class MindsTheAcceptBits(ImitationLoss):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         out = super().forward(tensordict)
-        if len(tensordict["spine", "prompt_length"]) > 1:
+        if len(tensordict["sequence", "prompt_length"]) > 1:
             out["loss_imitation"] = self.scaled(out["loss_imitation"], tensordict[ACCEPTED])
         return out
 
@@ -252,7 +252,7 @@ class ForgetsTheTail(ImitationLoss):
 
 
 class KnowsHiddenStatesOnly(ImitationLoss):
-    refusal: Exception = ValueError("objective 'imitation' needs ('spine', 'hidden')")
+    refusal: Exception = ValueError("objective 'imitation' needs ('sequence', 'hidden')")
 
     def values(self, batch: TensorDictBase) -> Values:
         if self.tensor_keys.hidden not in batch.keys(True):
@@ -268,8 +268,8 @@ def test_an_objective_may_know_one_form_only() -> None:
 @pytest.mark.parametrize(
     "refusal",
     [
-        KeyError("objective 'imitation' needs ('spine', 'hidden')"),
-        ValueError("there is no ('spine', 'hidden')"),
+        KeyError("objective 'imitation' needs ('sequence', 'hidden')"),
+        ValueError("there is no ('sequence', 'hidden')"),
         ValueError("objective 'imitation' cannot learn from this"),
     ],
     ids=repr,
@@ -333,7 +333,7 @@ def test_a_term_of_a_sum_need_not_lead_to_the_target() -> None:
         (DividesByTheTemperature, "loss_imitation is not finite (served by greedy at temperature 0.0)"),
         (DropsItsGraph, "loss_imitation: losses carry gradients and metrics do not"),
         (KeepsTheMeanOfEveryStep, "the mean of a loss is not a scalar"),
-        (NamesWhatNoBatchHas, "in_keys name [('spine', 'colour')], which no batch has"),
+        (NamesWhatNoBatchHas, "in_keys name [('sequence', 'colour')], which no batch has"),
         (ForgetsAKey, "in_keys miss an entry that is read"),
         (TakesWhatItFinds, "in_keys miss entries that count"),
         (IgnoresTheTemperature, "in_keys name ('sampling', 'temperature'), and nothing changes with it"),
@@ -434,7 +434,7 @@ def test_a_bias_has_to_be_declared_and_may_not_lead_away() -> None:
 
 class RefusesTables(AcceptanceRewardLoss):
     def values(self, batch: TensorDictBase) -> Values:
-        if batch["spine", "features"].shape[1] > 1:
+        if batch["sequence", "features"].shape[1] > 1:
             return super().values(batch)
         raise ValueError("objective 'acceptance_reward' needs features of width 2 or more")
 

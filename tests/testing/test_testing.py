@@ -27,7 +27,7 @@ from aurora_rl.testing import check_drafter, check_engine, serve, tiny_target, t
 from aurora_rl.testing.drafter_training import check_gradients, check_paths
 from aurora_rl.testing.drafter_weights import check_swap
 from aurora_rl.trajectories import validate
-from aurora_rl.tree_index import RecordedTrees
+from aurora_rl.tree_index import TreeIndex
 
 VOCAB = torch.arange(0, 32, 2)  # half of the tokens are outside
 
@@ -56,9 +56,11 @@ def test_tiny_trajectory_is_legal_and_always_the_same(dtype: torch.dtype) -> Non
     first, second = (tiny_trajectory(drafter, prompt_length=3, max_new_tokens=6, request=4) for _ in range(2))
     validate(first, vocab_size=32, feature_size=16, hidden_size=16)
     assert all(torch.equal(first[key], second[key]) for key in first.keys(True, True))
-    assert first["spine", "features"].dtype == dtype
+    assert first["sequence", "features"].dtype == dtype
     assert (
-        len(first["spine", "tokens"]) == 9 and int(first["spine", "prompt_length"]) == 3 and int(first["request"]) == 4
+        len(first["sequence", "tokens"]) == 9
+        and int(first["sequence", "prompt_length"]) == 3
+        and int(first["request"]) == 4
     )
     assert modules == [type(m) for m in drafter.modules()]  # a copy was put into inference form
 
@@ -71,7 +73,7 @@ def test_topk_form_is_the_softmax_of_the_hidden_states(dtype: torch.dtype) -> No
     got = topk_form(trajectory, head, 3)
     assert all(torch.equal(trajectory[key], before[key]) for key in before.keys(True, True))
     validate(got, vocab_size=32, feature_size=16, hidden_size=16)
-    for part in ("spine", "nodes"):
+    for part in ("sequence", "nodes"):
         p = (trajectory[part, "hidden"].to(head.weight.dtype) @ head.weight.T).softmax(-1)
         best = p.topk(3, dim=-1)
         assert torch.equal(got[part, "topk_ids"], best.indices)
@@ -85,7 +87,7 @@ def test_serving_gives_every_prompt_its_trajectory_in_order() -> None:
     prompts = [torch.arange(n) for n in (4, 1, 2)]
     trajectories = serve(make(MedusaDrafter, target), target, prompts, shape=TreeShape(2), num_slots=2, first_request=7)
     assert [int(t["request"]) for t in trajectories] == [7, 8, 9]
-    assert [t["spine", "tokens"][: len(p)].tolist() for t, p in zip(trajectories, prompts, strict=True)] == [
+    assert [t["sequence", "tokens"][: len(p)].tolist() for t, p in zip(trajectories, prompts, strict=True)] == [
         p.tolist() for p in prompts
     ]
 
@@ -120,8 +122,8 @@ def test_check_needs_a_dtype_that_tells_mistakes_from_rounding() -> None:
 class ForgetsTheDistant(Eagle3Drafter):
     """Its serving cache has a window that its training does not have."""
 
-    def _spine(self, slots, end):
-        keys, values = (part.clone() for part in super()._spine(slots, end))
+    def _sequence(self, slots, end):
+        keys, values = (part.clone() for part in super()._sequence(slots, end))
         keys[:, : max(end - 16, 0)] = values[:, : max(end - 16, 0)] = 0
         return keys, values
 
@@ -149,10 +151,10 @@ class ListsItsLayers(Eagle3Drafter):
 class FeaturesOneEarly(Eagle3Drafter):
     """The field's classic mistake: training pairs a token with the feature of its own position, less one too many."""
 
-    def _read_spine(self, batch):
+    def _read_sequence(self, batch):
         batch = batch.clone()
-        batch["spine", "features"] = batch["spine", "features"].roll(1, 0)
-        return super()._read_spine(batch)
+        batch["sequence", "features"] = batch["sequence", "features"].roll(1, 0)
+        return super()._read_sequence(batch)
 
 
 class RowsShifted(Eagle3Drafter):
@@ -335,7 +337,7 @@ def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) ->
 
 class CountsItsTree(MedusaDrafter):
     def context_logits(self, batch, wanted: Tensor) -> Tensor:
-        trees = RecordedTrees.of(batch)
+        trees = TreeIndex.of(batch)
         size = batch["rounds", "offset"].diff()
         drafted_in = torch.repeat_interleave(torch.arange(len(size)), size)
         of_context = torch.cat([size, size[drafted_in]]) if len(trees.depth) else size

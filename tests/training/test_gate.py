@@ -79,9 +79,9 @@ def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None
     streams = serve(served_by, target, prompts, shape=TreeShape(0), max_new_tokens=9, sampling=COLD)
     eagle = serve(other, target, prompts, shape=TreeShape(2, 2), max_new_tokens=9, sampling=COLD)
     for stream, trajectory in zip(streams, eagle, strict=True):
-        assert torch.equal(stream["spine", "tokens"], trajectory["spine", "tokens"])
+        assert torch.equal(stream["sequence", "tokens"], trajectory["sequence", "tokens"])
         # The other reads other layers; its features are what its own serving recorded.
-        stream["spine", "features"] = trajectory["spine", "features"]
+        stream["sequence", "features"] = trajectory["sequence", "features"]
     result = replay(copy.deepcopy(other), streams, TreeShape(2, 2))
     assert result.rounds.tolist() == [len(t["rounds", "anchor"]) for t in eagle]
 

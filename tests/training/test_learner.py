@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.objectives.imitation import ImitationLoss
@@ -31,7 +31,7 @@ from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
 
-HELLO = Hello(1, "tiny", "", (0, 1), "", "eagle3")
+HANDSHAKE = Handshake(1, "tiny", "", (0, 1), "", "eagle3")
 SHAPE = TreeShape(3)
 # Of a few random targets, one whose texts follow rules that can be learned from few of them.
 TARGET = tiny_target(dtype=torch.float32, seed=1)
@@ -89,14 +89,14 @@ def make(tmp_path: Path) -> Iterator[Make]:
             max_skipped: int = 20,
             muon_lr: float = 0.02,
             adam_lr: float = 3e-3,
-            engine: Hello = HELLO,
+            engine: Handshake = HANDSHAKE,
             version: int = 0,
         ) -> SimpleNamespace:
             drafter = day0(vocab)
-            collector = ZMQCollector("tcp://127.0.0.1:*", hello=HELLO)
-            publisher = WeightPublisher("tcp://127.0.0.1:*", hello=HELLO)
-            sink = TrajectorySink(collector.address, hello=engine)
-            receiver = WeightReceiver(publisher.address, hello=engine, version=version, heartbeat_s=0.05)
+            collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
+            publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
+            sink = TrajectorySink(collector.address, handshake=engine)
+            receiver = WeightReceiver(publisher.address, handshake=engine, version=version, heartbeat_s=0.05)
             loss = Loss(drafter)
             scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
             learner = Learner(
@@ -404,13 +404,13 @@ def test_versions_rise_above_what_engines_serve(make: Make, served: list[TensorD
 
 
 def test_another_engine_is_refused_told_and_not_learned_from(make: Make, served: list[TensorDict]) -> None:
-    made = make(engine=replace(HELLO, draft_map_checksum="other"))
+    made = make(engine=replace(HANDSHAKE, draft_map_checksum="other"))
     send(made, served[:4])
     step_until(made, lambda: made.events("refused"))
     wait(lambda: made.receiver.error)
     drain(made)
     (event,) = made.events("refused")
-    mismatch = "hello mismatch: draft_map_checksum is '' at the learner and 'other' at the engine; "
+    mismatch = "handshake mismatch: draft_map_checksum is '' at the learner and 'other' at the engine; "
     assert event["reason"] == made.receiver.error and event["reason"].startswith(mismatch)
     assert made.learner.seen == made.learner.steps == 0
 

@@ -24,8 +24,8 @@ def test_samples_are_packed_batches(trajectories: list[TensorDict]) -> None:
     batch = buffer.sample()
     assert batch["request"].shape == (3,)
     for i, request in enumerate(batch["request"].tolist()):
-        start, end = batch["spine", "offset"][i : i + 2].tolist()
-        assert batch["spine", "tokens"][start:end].equal(trajectories[request]["spine", "tokens"])
+        start, end = batch["sequence", "offset"][i : i + 2].tolist()
+        assert batch["sequence", "tokens"][start:end].equal(trajectories[request]["sequence", "tokens"])
 
 
 def test_the_oldest_goes_first(trajectories: list[TensorDict]) -> None:

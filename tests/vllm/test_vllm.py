@@ -144,7 +144,7 @@ def agreement(served: dict[str, Any], drafter: Drafter, target: LlamaForCausalLM
     shape, said = TreeShape(DEPTH), served["texts"]
     whole = serve(drafter, target, prompts, shape=shape, max_new_tokens=NEW_TOKENS, num_slots=4)
     for prompt, text, ours in zip(prompts, said, whole, strict=True):
-        assert text == ours["spine", "tokens"][len(prompt) :].tolist()
+        assert text == ours["sequence", "tokens"][len(prompt) :].tolist()
     begun = [torch.cat([prompt, torch.tensor(text[:1])]) for prompt, text in zip(prompts, said, strict=True)]
     trajectories = serve(drafter, target, begun, shape=shape, max_new_tokens=NEW_TOKENS - 1, num_slots=4)
     equal = []
@@ -156,7 +156,7 @@ def agreement(served: dict[str, Any], drafter: Drafter, target: LlamaForCausalLM
             for anchor, (start, end) in zip(ours["rounds", "anchor"].tolist(), pairwise(offset), strict=True)
         }
         for each in rounds[1:]:
-            room = len(ours["spine", "tokens"]) - 1 - place  # past its end a text is cut, here before it is counted
+            room = len(ours["sequence", "tokens"]) - 1 - place  # past its end a text is cut, here before it is counted
             equal.append((each["drafted"], min(len(each["said"]) - 1, room)) == here.get(place))
             place += len(each["said"])
     return equal

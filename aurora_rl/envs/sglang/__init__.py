@@ -11,9 +11,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangEngine, SGLangError
+    from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 
-__all__ = ["ENVIRONMENT", "SGLangCompletion", "SGLangEngine", "SGLangError", "register"]
+__all__ = ["ENVIRONMENT", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
 
 ENVIRONMENT = "AURORA_RL_SGLANG"
 """Environment variable of SGLang's processes: the address at which the plugin answers control requests."""
@@ -37,7 +37,7 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     """Import the client when it is asked for: each of SGLang's processes imports this module and needs none of it."""
-    if name in ("SGLangCompletion", "SGLangEngine", "SGLangError"):
+    if name in ("SGLangCompletion", "SGLangClient", "SGLangError"):
         from aurora_rl.envs.sglang import client
 
         return getattr(client, name)

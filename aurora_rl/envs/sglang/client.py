@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
 from aurora_rl.envs.sglang import ENVIRONMENT
 from aurora_rl.envs.sglang.control import ControlError, ask
@@ -58,12 +58,12 @@ class SGLangCompletion:
     versions: list[int]
 
 
-class SGLangEngine:
+class SGLangClient:
     """A client of a running server.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:30000``.
-        control: address of the plugin's control socket; None where nothing is recorded or swapped.
+        plugin_address: of the plugin's control socket; None where nothing is recorded or swapped.
         process: the server, if it was launched here; ended by :meth:`close`.
         log: file with what the process prints.
     """
@@ -71,12 +71,12 @@ class SGLangEngine:
     def __init__(
         self,
         url: str,
-        control: str | None = None,
+        plugin_address: str | None = None,
         *,
         process: subprocess.Popen | None = None,
         log: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.url, self.control = url.rstrip("/"), control
+        self.url, self.plugin_address = url.rstrip("/"), plugin_address
         self._process, self._log = process, None if log is None else Path(log)
         self._argmax = False
 
@@ -96,7 +96,7 @@ class SGLangEngine:
         log: str | os.PathLike[str] | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
-    ) -> SGLangEngine:
+    ) -> SGLangClient:
         """Start a server and wait until it answers.
 
         Args:
@@ -120,7 +120,7 @@ class SGLangEngine:
         """
         context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
         port, control_port = free_ports(2)
-        control = f"tcp://127.0.0.1:{control_port}"
+        plugin_address = f"tcp://127.0.0.1:{control_port}"
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
             *("--host", "127.0.0.1", "--port", str(port), "--device", device),
@@ -145,7 +145,7 @@ class SGLangEngine:
         # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
         variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
         if drafter is not None:
-            variables[ENVIRONMENT] = control
+            variables[ENVIRONMENT] = plugin_address
         if device == "cpu":
             variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
         with open(path, "ab") as output:
@@ -157,7 +157,9 @@ class SGLangEngine:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        engine = cls(f"http://127.0.0.1:{port}", control if drafter is not None else None, process=process, log=path)
+        engine = cls(
+            f"http://127.0.0.1:{port}", plugin_address if drafter is not None else None, process=process, log=path
+        )
         try:
             engine.wait_ready(_START_S)
         except BaseException:
@@ -262,7 +264,7 @@ class SGLangEngine:
     def attach(
         self,
         *,
-        hello: Hello,
+        handshake: Handshake,
         trajectories: str,
         weights: str,
         version: int = 0,
@@ -275,7 +277,7 @@ class SGLangEngine:
         """Record from now on and take weights, after one request has shown that the hooks are in force.
 
         Args:
-            hello: what the learner expects; compared with the engine's model, drafter and captured layers.
+            handshake: what the learner expects; compared with the engine's model, drafter and captured layers.
             trajectories: address of the learner's collector.
             weights: address of its publisher.
             version: of the weights that the server has now.
@@ -304,7 +306,7 @@ class SGLangEngine:
         return self._ask(
             "attach",
             {
-                "hello": hello.to_meta(),
+                "handshake": handshake.to_meta(),
                 "trajectories": trajectories,
                 "weights": weights,
                 "version": version,
@@ -329,9 +331,9 @@ class SGLangEngine:
         return self._ask("status")
 
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-        if self.control is None:
-            raise ControlError("this engine has no control address; set engine.control to the plugin's")
-        return ask(self.control, kind, fields)
+        if self.plugin_address is None:
+            raise ControlError("this engine has no plugin address; set engine.plugin_address to the plugin's")
+        return ask(self.plugin_address, kind, fields)
 
     def close(self) -> None:
         """End the server, if it was launched here. Idempotent."""
@@ -343,7 +345,7 @@ class SGLangEngine:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def __enter__(self) -> SGLangEngine:
+    def __enter__(self) -> SGLangClient:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang.control import ControlError, ControlServer
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
@@ -153,14 +153,14 @@ class Plugin:
             raise ControlError("a learner is attached already; detach first")
         session = Session(fields, exact=self._eager)
         try:
-            self._check_engine(session.hello)
+            self._check_engine(session.handshake)
         except ControlError:
             session.close()
             raise
         self._session = session
 
-    def _check_engine(self, hello: Hello) -> None:
-        """Raise ControlError where this engine is not what the hello says or what the hooks were written for."""
+    def _check_engine(self, handshake: Handshake) -> None:
+        """Raise ControlError where this engine is not what the handshake says or what the hooks were written for."""
         args, worker = self._scheduler.server_args, self._scheduler.draft_worker
         if version("sglang") not in SUPPORTED:
             raise ControlError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
@@ -188,17 +188,19 @@ class Plugin:
         target = self._target
         # EAGLE is given what the target's head reads, which is no layer that SGLang captures.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
-        if layers != hello.feature_layers:
-            raise ControlError(f"feature_layers is {hello.feature_layers} at the learner and {layers} at the engine")
+        if layers != handshake.feature_layers:
+            raise ControlError(
+                f"feature_layers is {handshake.feature_layers} at the learner and {layers} at the engine"
+            )
         head = target.lm_head.weight[: target.config.vocab_size]
         # Which of them the model has, the learner has found out; SGLang's own code computes it.
         heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
-        if not any(checksum(each.tensors()) == hello.head_checksum for each in heads):
+        if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
             raise ControlError(
                 f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
                 "serve the same model in the same dtype"
             )
-        if checksum({"draft_vocab": self._draft_vocab}) != hello.draft_map_checksum:
+        if checksum({"draft_vocab": self._draft_vocab}) != handshake.draft_map_checksum:
             raise ControlError(
                 "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
                 "--speculative-token-map"

@@ -229,25 +229,25 @@ class TrajectoryAssembler:
         rounds = [each for each in record.rounds if int(each.anchor) < last]
         paths = [each.path[: int(each.path_length)].long() for each in rounds]
         features += [each.features[path] for each, path in zip(rounds, paths, strict=True)]
-        spine_features = torch.cat(features)
-        if len(spine_features) < last or any(int(r.anchor) < len(prompt) for r in rounds):
+        sequence_features = torch.cat(features)
+        if len(sequence_features) < last or any(int(r.anchor) < len(prompt) for r in rounds):
             return "incomplete"
         trees = [_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)]
         visited = [{k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True)]
-        spine = [record.first, *visited]
+        sequence = [record.first, *visited]
         # An engine that does not always keep scores has kept none that a loss could use.
         keys = set.intersection(*(set(tree) for tree in trees)) if trees else set()
         nodes = {k: torch.cat([tree[k] for tree in trees]) for k in keys} if trees else _no_nodes(record.first)
-        spine_features = spine_features[:last].clone()
-        self._store.put(tokens[:last].clone(), spine_features, version)
+        sequence_features = sequence_features[:last].clone()
+        self._store.put(tokens[:last].clone(), sequence_features, version)
         return TensorDict(
             {
                 "request": torch.tensor(request_number(rid)),
-                "spine": {
+                "sequence": {
                     "tokens": tokens,
                     "prompt_length": torch.tensor(len(prompt)),
-                    "features": spine_features,
-                    **{k: torch.cat([part[k] for part in spine])[: len(completion)].clone() for k in record.first},
+                    "features": sequence_features,
+                    **{k: torch.cat([part[k] for part in sequence])[: len(completion)].clone() for k in record.first},
                 },
                 "rounds": {
                     "anchor": torch.tensor([int(r.anchor) for r in rounds], dtype=torch.int64),

@@ -6,7 +6,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs.sglang.control import ControlError
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 ATTACH: dict[str, type | tuple[type, ...]] = {
     "trajectories": str,  # address of the learner's collector
     "weights": str,  # address of its publisher
-    "hello": dict,
+    "handshake": dict,
     "version": int,  # of the weights that the server was started with
     "capture_rate": (int, float),  # share of requests to record
     "queue": int,  # trajectories that wait for an absent learner
@@ -48,14 +48,14 @@ class Session:
             raise ControlError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
         if not 0 <= fields["capture_rate"] <= 1:
             raise ControlError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
-        self.hello = Hello.from_meta(fields["hello"])
+        self.handshake = Handshake.from_meta(fields["handshake"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.recording, self.error = True, ""
         # A captured graph runs none of the functions that it was captured from: what the head reads stays unseen then.
         self.exact = exact
         self.version = fields["version"]
-        self.sink = TrajectorySink(fields["trajectories"], hello=self.hello, capacity=fields["queue"])
-        self.receiver = WeightReceiver(fields["weights"], hello=self.hello, version=self.version)
+        self.sink = TrajectorySink(fields["trajectories"], handshake=self.handshake, capacity=fields["queue"])
+        self.receiver = WeightReceiver(fields["weights"], handshake=self.handshake, version=self.version)
         self.records = TrajectoryAssembler(
             self.sink.extend, max_bytes=fields["max_bytes"], store_bytes=fields["store_bytes"]
         )

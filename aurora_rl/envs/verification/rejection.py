@@ -55,7 +55,7 @@ def reject(
         parents: `[B, N]` int64.
         valid: `[B, N]` bool.
         coins: `[B, N]`, uniform in (0, 1), one for the test of each node.
-        pick: Draws `[B]` tokens from distributions `[B, V]` at columns `[B]`.
+        pick: TreeLaw `[B]` tokens from distributions `[B, V]` at columns `[B]`.
         replacement: Whether siblings were drawn with replacement.
     """
     slots = torch.arange(len(tokens), device=tokens.device)

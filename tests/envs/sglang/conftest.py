@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aurora_rl.envs.sglang.client import SGLangEngine
+from aurora_rl.envs.sglang.client import SGLangClient
 from aurora_rl.models.parts import TargetParts, default_feature_layers
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
@@ -49,15 +49,15 @@ def why_not() -> str:
 
 
 @pytest.fixture(scope="session")
-def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SGLangEngine]:
+def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SGLangClient]:
     """Starts a server that drafts as it is told to; a context manager that ends it."""
     if reason := why_not():
         if "sglang" in os.environ.get("AURORA_RL_REQUIRE", "").split(","):
             pytest.fail(f"AURORA_RL_REQUIRE asks for sglang: {reason}")
         pytest.skip(reason)
 
-    def start(depth: int, width: int, num_nodes: int, drafter: str = "eagle3") -> SGLangEngine:
-        return SGLangEngine.launch(
+    def start(depth: int, width: int, num_nodes: int, drafter: str = "eagle3") -> SGLangClient:
+        return SGLangClient.launch(
             sglang_models / "target",
             drafter=sglang_models / drafter,
             depth=depth,
@@ -74,14 +74,14 @@ def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 @pytest.fixture(scope="session")
-def chain(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+def chain(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
     """A server that drafts chains of three; tests leave it without a learner and with the drafter's own weights."""
     with launch(3, 1, 3) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+def tree(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
     """A server that drafts trees of depth 2, four nodes expanded, seven kept.
 
     Not deeper: SGLang keeps the drafter's keys by place among the expanded nodes. From depth 3 on a node may see those
@@ -92,21 +92,21 @@ def tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
 
 
 @pytest.fixture(scope="session")
-def eagle_chain(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+def eagle_chain(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
     """A server that drafts chains of three by an EAGLE drafter of the whole vocabulary."""
     with launch(3, 1, 3, "eagle_whole") as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def eagle_tree(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+def eagle_tree(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
     """As `tree`, by an EAGLE drafter of a reduced vocabulary."""
     with launch(2, 4, 7, "eagle") as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def published_chain(launch: Callable[..., SGLangEngine]) -> Iterator[SGLangEngine]:
+def published_chain(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
     """A server that drafts chains of three by an EAGLE-3 folder as its authors publish them."""
     with launch(3, 1, 3, "published") as engine:
         yield engine

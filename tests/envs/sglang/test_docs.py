@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.envs.sglang import SGLangEngine
+from aurora_rl.envs.sglang import SGLangClient
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "sglang.md").read_text(), re.DOTALL)
 
@@ -29,20 +29,20 @@ def test_a_drafter_to_start_from(sglang_models: Path, tmp_path: Path) -> None:
 
 def test_everything_up_to_the_launch(sglang_models: Path, tmp_path: Path) -> None:
     before, after = BLOCKS[1].split("engine = ")
-    assert after.startswith("SGLangEngine.launch(")
+    assert after.startswith("SGLangClient.launch(")
     names = run(before, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     names["publisher"].close()
     names["collector"].shutdown()
-    assert names["SGLangEngine"] is SGLangEngine
+    assert names["SGLangClient"] is SGLangClient
 
 
 @pytest.mark.sglang
 def test_the_whole_block_on_a_server(
-    chain: SGLangEngine, sglang_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chain: SGLangClient, sglang_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # On the server that other tests share, since another takes a minute to start.
-    attached = f"SGLangEngine({chain.url!r}, {chain.control!r})"
-    code, count = re.subn(r"SGLangEngine\.launch\(.*?\)(?=\n)", attached, BLOCKS[1])
+    attached = f"SGLangClient({chain.url!r}, {chain.plugin_address!r})"
+    code, count = re.subn(r"SGLangClient\.launch\(.*?\)(?=\n)", attached, BLOCKS[1])
     assert count == 1
     names = run(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     assert len(names["completion"].tokens) == 32 and int(names["trajectory"]["request"]) == 0

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.envs.sglang.plugin import Plugin
 from aurora_rl.envs.sglang.session import ATTACH, Session
 
 HEAD, VOCAB = torch.arange(12.0).view(6, 2), torch.tensor([0, 2, 5])
-HELLO = Hello(1, "t", checksum({"head": HEAD}), (2, 4), checksum({"draft_vocab": VOCAB}), "eagle3")
+HANDSHAKE = Handshake(1, "t", checksum({"head": HEAD}), (2, 4), checksum({"draft_vocab": VOCAB}), "eagle3")
 FIELDS = {
     "trajectories": "tcp://127.0.0.1:1",
     "weights": "tcp://127.0.0.1:2",
-    "hello": HELLO.to_meta(),
+    "handshake": HANDSHAKE.to_meta(),
     "version": 0,
     "capture_rate": 1.0,
     "queue": 4,
@@ -80,12 +80,12 @@ def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(eng
     with pytest.raises(ControlError, match=r"feature_layers is \(2, 4\) at the learner and \(7,\) at the engine"):
         engine._answer("attach", FIELDS)
     vocab = checksum({"draft_vocab": torch.arange(6) if rows is None else rows})
-    own = Hello(**{**HELLO.__dict__, "feature_layers": (7,), "draft_map_checksum": vocab, "drafter": "eagle"})
-    assert engine._answer("attach", {**FIELDS, "hello": own.to_meta()})["attached"]
+    own = Handshake(**{**HANDSHAKE.__dict__, "feature_layers": (7,), "draft_map_checksum": vocab, "drafter": "eagle"})
+    assert engine._answer("attach", {**FIELDS, "handshake": own.to_meta()})["attached"]
     engine._answer("detach", {})
-    other = Hello(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
+    other = Handshake(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
     with pytest.raises(ControlError, match="draft vocabulary.*--speculative-token-map"):
-        engine._answer("attach", {**FIELDS, "hello": other.to_meta()})
+        engine._answer("attach", {**FIELDS, "handshake": other.to_meta()})
 
 
 @pytest.mark.parametrize(

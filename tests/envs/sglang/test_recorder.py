@@ -39,8 +39,8 @@ def links(parents):
 def rounds_of(trajectory, *, version=0, joint=True):
     """The rounds of a trajectory but the first, whose token an engine makes in prefill."""
     offset, anchor = trajectory["rounds", "offset"], trajectory["rounds", "anchor"]
-    length, prompt = len(trajectory["spine", "tokens"]), int(trajectory["spine", "prompt_length"])
-    features, hidden = trajectory["spine", "features"], trajectory["spine", "hidden"]
+    length, prompt = len(trajectory["sequence", "tokens"]), int(trajectory["sequence", "prompt_length"])
+    features, hidden = trajectory["sequence", "features"], trajectory["sequence", "hidden"]
     for r in range(1, len(anchor)):
         nodes = slice(int(offset[r]), int(offset[r + 1]))
         at, n = int(anchor[r]), nodes.stop - nodes.start
@@ -59,7 +59,7 @@ def rounds_of(trajectory, *, version=0, joint=True):
         root = hidden[at - (prompt - 1)][None]
         yield EngineRound(
             anchor=torch.tensor(at),
-            tokens=torch.cat([trajectory["spine", "tokens"][at : at + 1], trajectory["nodes", "tokens"][nodes]]),
+            tokens=torch.cat([trajectory["sequence", "tokens"][at : at + 1], trajectory["nodes", "tokens"][nodes]]),
             first_child=torch.tensor(child),
             next_sibling=torch.tensor(sibling),
             path=torch.tensor([*path, *([-1] * (4 - len(path)))]),
@@ -92,13 +92,13 @@ def assembler(out, **kwargs):
 
 
 def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True):
-    tokens, prompt = trajectory["spine", "tokens"], int(trajectory["spine", "prompt_length"])
+    tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     rid = rid or str(int(trajectory["request"]))
     assert records.begin(rid, tokens[:prompt].tolist(), cached, version)
-    parts = trajectory["spine", "features"][cached:prompt].chunk(chunks)
+    parts = trajectory["sequence", "features"][cached:prompt].chunk(chunks)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        records.prompt(rid, part, {"hidden": trajectory["spine", "hidden"][:1]} if last else None)
+        records.prompt(rid, part, {"hidden": trajectory["sequence", "hidden"][:1]} if last else None)
     for drafted in rounds if rounds is not None else rounds_of(trajectory, version=version):
         records.round(rid, drafted)
     if finish:
@@ -151,7 +151,7 @@ def test_a_round_begun_after_the_end_is_left_out(drafter, out):
     trajectory = chain_start(drafter)
     rounds = list(rounds_of(trajectory))
     late = list(rounds_of(trajectory))[-1]
-    late.anchor = torch.tensor(len(trajectory["spine", "tokens"]) - 1)
+    late.anchor = torch.tensor(len(trajectory["sequence", "tokens"]) - 1)
     records = assembler(out)
     play(records, trajectory, rounds=[*rounds, late])
     records.close()
@@ -165,16 +165,16 @@ def test_acceptance_ends_with_the_text(drafter, out):
         trajectory = chain_start(drafter, seed)
         seed = int(trajectory["request"]) + 1
         assert seed < 500, "no such trajectory"
-        anchor, prompt = trajectory["rounds", "anchor"], int(trajectory["spine", "prompt_length"])
+        anchor, prompt = trajectory["rounds", "anchor"], int(trajectory["sequence", "prompt_length"])
         long = next((r for r in range(1, len(anchor) - 1) if int(anchor[r + 1] - anchor[r]) > 2), None)
     full = without_first_round(trajectory)
     end = int(anchor[long]) + 2  # the text stops at the first accepted draft of this round
     records = assembler(out)
     rid = "1"
     play(records, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
-    records.finish(rid, trajectory["spine", "tokens"][prompt:end].tolist(), Sampling())
+    records.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), Sampling())
     records.close()
-    assert len(out[0]["spine", "tokens"]) == end and len(out[0]["spine", "features"]) == end - 1
+    assert len(out[0]["sequence", "tokens"]) == end and len(out[0]["sequence", "features"]) == end - 1
     last = slice(*out[0]["rounds", "offset"][-2:].tolist())
     assert int(out[0]["nodes", "accepted"][last].sum()) == 1
     before = int(out[0]["rounds", "offset"][-2])
@@ -224,7 +224,7 @@ def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(dra
     play(records, trajectory, rid="2", cached=3, version=served)
     records.close()
     first, second = out
-    assert torch.equal(second["spine", "features"], first["spine", "features"])
+    assert torch.equal(second["sequence", "features"], first["sequence", "features"])
     assert second["rounds", "policy_version"].unique().tolist() == [served]
     assert second["rounds", "cache_version"].unique().tolist() == [3], "rows of the drafter's cache are older"
 

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangEngine, SGLangError
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.control import ControlError
-from aurora_rl.serving.requests import Conversations
-from aurora_rl.serving.sglang import RemoteServer
+from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.workload.traffic import Prompt
 
@@ -58,7 +58,7 @@ class Engine:
 def run(tmp_path):
     engine, failed = Engine(), []
     queue = [Request(n, torch.tensor([1, 2]), 5) for n in range(8)]
-    server = RemoteServer(
+    server = SGLangServer(
         engine,
         engine.attach,
         lambda: queue.pop(0) if queue else None,
@@ -97,7 +97,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
 def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     turns = {"p": ["more"], "q": [], "r": [], "s": ["more", "enough"]}
-    source = Conversations(
+    source = RequestQueue(
         [Prompt(name, "chat", ({"role": "user", "content": "Hi"},), tuple(later)) for name, later in turns.items()],
         tokenizer,
         vocab_size=len(tokenizer),
@@ -106,7 +106,7 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         sampling=SamplingParams(),
     )
     engine = Engine()
-    server = RemoteServer(
+    server = SGLangServer(
         engine,
         engine.attach,
         source,
@@ -159,11 +159,11 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
 def test_a_server_that_cannot_start_says_why():
     # With nothing but Python's own packages on the path there is no SGLang to start.
     with pytest.raises(SGLangError, match=r"(?s)SGLang ended with status 1.*No module named"):
-        SGLangEngine.launch("nowhere", environment={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
+        SGLangClient.launch("nowhere", environment={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
 
 
 def test_a_server_that_is_not_there_is_named():
-    engine = SGLangEngine("http://127.0.0.1:9/")
+    engine = SGLangClient("http://127.0.0.1:9/")
     with pytest.raises(SGLangError, match=r"SGLang at http://127.0.0.1:9 does not answer /generate"):
         engine.generate(Request(0, torch.tensor([1]), 1))
     with pytest.raises(SGLangError, match="does not answer after 0 s"):

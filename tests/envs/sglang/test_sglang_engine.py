@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from aurora_rl.cli import spec
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import Recording, record
-from aurora_rl.collectors.handshake import Hello
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang.client import SGLangEngine, SGLangError, free_ports
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, free_ports
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.policies import EagleDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
@@ -46,8 +46,8 @@ def drafter(sglang_models, parts):
 
 
 @pytest.fixture(scope="module")
-def hello(parts, drafter):
-    return spec.hello(parts, drafter, "eagle3")
+def handshake(parts, drafter):
+    return spec.handshake(parts, drafter, "eagle3")
 
 
 def other_weights(drafter, seed):
@@ -68,22 +68,22 @@ def with_weights(drafter, parts, sglang_models, weights):
 class Learner:
     """The learner's ends of the wire."""
 
-    def __init__(self, hello):
-        self.hello, self.got = hello, {}
-        self.collector = ZMQCollector("tcp://127.0.0.1:*", hello=hello, validate=self.check)
-        self.publisher = WeightPublisher("tcp://127.0.0.1:*", hello=hello)
+    def __init__(self, handshake):
+        self.handshake, self.got = handshake, {}
+        self.collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=self.check)
+        self.publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=handshake)
         self.trajectories, self.weights = self.collector.address, self.publisher.address
 
     def check(self, trajectory):
-        validate(trajectory, vocab_size=512, feature_size=64 * len(self.hello.feature_layers), hidden_size=64)
+        validate(trajectory, vocab_size=512, feature_size=64 * len(self.handshake.feature_layers), hidden_size=64)
 
     def die(self):
         self.collector.shutdown()
         self.publisher.close()
 
     def come_back(self):
-        self.collector = ZMQCollector(self.trajectories, hello=self.hello, validate=self.check)
-        self.publisher = WeightPublisher(self.weights, hello=self.hello)
+        self.collector = ZMQCollector(self.trajectories, handshake=self.handshake, validate=self.check)
+        self.publisher = WeightPublisher(self.weights, handshake=self.handshake)
 
     def take(self, *requests, timeout=20.0):
         """The trajectories of these requests."""
@@ -101,15 +101,15 @@ class Learner:
 
 
 @pytest.fixture
-def learner(hello):
-    made = Learner(hello)
+def learner(handshake):
+    made = Learner(handshake)
     yield made
     made.die()
 
 
 @pytest.fixture
-def attached(chain, learner, hello):
-    chain.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+def attached(chain, learner, handshake):
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     yield chain
     chain.detach()
 
@@ -132,16 +132,16 @@ def ask_all(engine, asked):
 
 def recorded_here(model, drafter, asked, shape, tmp_path):
     """The same requests on the embedded engine."""
-    recording = Recording(tmp_path / "own")
+    recording = TrajectoryDataset(tmp_path / "own")
     record(model, drafter, asked, recording, shape=shape, slots=1)
     return {int(trajectory["request"]): trajectory for trajectory in recording}
 
 
 def assert_same_rounds(theirs, ours):
     """Where both engines began a round at one place they drafted one tree and accepted one path of it."""
-    assert torch.equal(theirs["spine", "tokens"], ours["spine", "tokens"])
+    assert torch.equal(theirs["sequence", "tokens"], ours["sequence", "tokens"])
     for key in ("features", "hidden"):
-        torch.testing.assert_close(theirs["spine", key], ours["spine", key], atol=2e-5, rtol=0)
+        torch.testing.assert_close(theirs["sequence", key], ours["sequence", key], atol=2e-5, rtol=0)
     at = {int(anchor): row for row, anchor in enumerate(ours["rounds", "anchor"])}
     compared = 0
     for row, anchor in enumerate(theirs["rounds", "anchor"].tolist()):
@@ -158,9 +158,9 @@ def assert_same_rounds(theirs, ours):
 
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
-def test_both_engines_record_the_same(kind, request, model, drafter, hello, learner, tmp_path):
+def test_both_engines_record_the_same(kind, request, model, drafter, handshake, learner, tmp_path):
     engine = request.getfixturevalue(kind)
-    engine.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+    engine.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     try:
         # 300: the prompt is run in two chunks. One after the other, and the last two side by side.
         asked = requests(5, 40, 300, 12, seed=1)
@@ -170,7 +170,7 @@ def test_both_engines_record_the_same(kind, request, model, drafter, hello, lear
         compared = 0
         for answer, trajectory in zip(answers, theirs, strict=True):
             ours = own[answer.request.id]
-            assert answer.tokens.tolist() == ours["spine", "tokens"][len(answer.request.prompt) :].tolist()
+            assert answer.tokens.tolist() == ours["sequence", "tokens"][len(answer.request.prompt) :].tolist()
             assert answer.rounds == len(trajectory["rounds", "anchor"])
             compared += assert_same_rounds(trajectory, ours)
             assert RULE_CODES[int(trajectory["sampling", "rule"])] == "greedy"
@@ -191,8 +191,8 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
     """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
     engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
-    learner = Learner(spec.hello(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
-    engine.attach(hello=learner.hello, trajectories=learner.trajectories, weights=learner.weights)
+    learner = Learner(spec.handshake(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
+    engine.attach(handshake=learner.handshake, trajectories=learner.trajectories, weights=learner.weights)
     try:
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
         ask_all(engine, before)
@@ -247,8 +247,8 @@ def test_requests_with_another_distribution_are_served_counted_and_not_recorded(
     assert number not in learner.got and attached.status()["skipped"] == {reason: 1}
 
 
-def test_a_share_of_the_requests_is_captured(chain, learner, hello):
-    chain.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights, capture_rate=0.5)
+def test_a_share_of_the_requests_is_captured(chain, learner, handshake):
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights, capture_rate=0.5)
     try:
         asked = requests(*[6] * 24, new=3)
         ask_all(chain, asked)
@@ -286,21 +286,21 @@ def test_a_temperature_is_refused_by_name_on_this_device(attached):
         ({"draft_map_checksum": ""}, r"draft vocabulary \(d2t\) differs"),
     ],
 )
-def test_a_learner_of_another_deployment_is_refused(chain, learner, hello, changed, message):
-    other = Hello(**{**hello.__dict__, **changed})
+def test_a_learner_of_another_deployment_is_refused(chain, learner, handshake, changed, message):
+    other = Handshake(**{**handshake.__dict__, **changed})
     with pytest.raises(ControlError, match=message):
-        chain.attach(hello=other, trajectories=learner.trajectories, weights=learner.weights)
+        chain.attach(handshake=other, trajectories=learner.trajectories, weights=learner.weights)
     assert not chain.status()["attached"]
 
 
-def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, hello):
+def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, handshake):
     with pytest.raises(ControlError, match="attached already; detach first"):
-        attached.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+        attached.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
 
 
-def test_detached_the_server_goes_on_unrecorded(chain, learner, hello):
+def test_detached_the_server_goes_on_unrecorded(chain, learner, handshake):
     before, after = requests(8, 8, new=6, seed=3)
-    chain.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     first = chain.generate(before)
     learner.take(before.id)
     assert not chain.detach()["attached"]
@@ -309,8 +309,8 @@ def test_detached_the_server_goes_on_unrecorded(chain, learner, hello):
 
 
 def test_an_engine_without_a_control_address_cannot_be_attached_to(chain):
-    with pytest.raises(ControlError, match="no control address"):
-        SGLangEngine(chain.url).status()
+    with pytest.raises(ControlError, match="no plugin address"):
+        SGLangClient(chain.url).status()
 
 
 # ---- swaps --------------------------------------------------------------------------------------------------------
@@ -410,15 +410,15 @@ def test_a_dead_learner_costs_no_answer_and_a_new_one_is_served(attached, learne
     learner.publish(learner.publisher.next_version, other_weights(drafter, 0))
 
 
-def test_a_server_that_is_gone_leaves_the_learner_ready_for_the_next(launch, chain, learner, hello):
+def test_a_server_that_is_gone_leaves_the_learner_ready_for_the_next(launch, chain, learner, handshake):
     before, lost, after = requests(8, 8, 8, new=8, seed=7)
     with launch(1, 1, 1) as server:
-        server.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+        server.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
         server.generate(before)
         learner.take(before.id)
     with pytest.raises(SGLangError, match="does not answer"):
         server.generate(lost, timeout=5)
-    chain.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     try:
         chain.generate(after)
         learner.take(after.id)
@@ -437,7 +437,12 @@ def command(chain, sglang_models, tmp_path, *pairs):
     return subprocess.run(
         [
             *(sys.executable, "-m", "aurora_rl.cli.main", "flywheel", "engine.name=sglang", "drafter.name=eagle3"),
-            *(f"engine.url={chain.url}", f"engine.control={chain.control}", "engine.slots=4", "engine.max_length=480"),
+            *(
+                f"engine.url={chain.url}",
+                f"engine.plugin_address={chain.plugin_address}",
+                "engine.slots=4",
+                "engine.max_length=480",
+            ),
             *(f"model={sglang_models / 'target'}", f"drafter.path={sglang_models / 'eagle3'}", "dtype=float32"),
             *("drafter.depth=3", "drafter.width=1", "drafter.num_nodes=3", f"traffic.path={traffic}"),
             *("max_new_tokens=24", "learner.publish_every=4", "learner.replay=1", "gate.requests=2", "gate.margin=10"),
@@ -451,20 +456,20 @@ def command(chain, sglang_models, tmp_path, *pairs):
 
 
 def test_the_flywheel_serves_and_learns_on_a_server_that_is_there(
-    chain, sglang_models, parts, learner, hello, tmp_path
+    chain, sglang_models, parts, learner, handshake, tmp_path
 ):
     done = command(chain, sglang_models, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["requests"] == 24 and summary["failed"] == 0 and summary["dropped_trajectories"] == 0
     assert summary["acceptance_length"]["first"] > 1 and summary["tokens_per_second"]["speculative"] > 0
-    assert summary["speedup"] is None and summary["tokens_per_second"]["control"] is None
+    assert summary["speedup"] is None and summary["tokens_per_second"]["baseline"] is None
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "request" for event in events) == 24
     assert any(event["event"] == "train" for event in events)  # how much more depends on the machine
     load_drafter(tmp_path / "run" / "drafter", parts)
     assert not chain.status()["attached"], "the server goes on without the run"
-    chain.attach(hello=hello, trajectories=learner.trajectories, weights=learner.weights)
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     learner.publish(1, other_weights(load_drafter(sglang_models / "eagle3", parts), 0))
     chain.detach()
 

@@ -254,7 +254,7 @@ def made(name: str, vocab: Tensor, **options: Any) -> Drafter:
 
 def contexts(trajectory: TensorDict) -> list[tuple[Tensor, list[int]]]:
     """Text and path of every root, then of every node."""
-    tokens, offset = trajectory["spine", "tokens"], trajectory["rounds", "offset"].tolist()
+    tokens, offset = trajectory["sequence", "tokens"], trajectory["rounds", "offset"].tolist()
     nodes, parents = trajectory["nodes", "tokens"].tolist(), trajectory["nodes", "parents"].tolist()
     roots, paths = [], []
     for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 
-from aurora_rl.collectors.dataset import Recording
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs.sglang.client import drafter_arguments
 from aurora_rl.policies import (
     Drafter,
@@ -472,7 +472,7 @@ def test_files_have_the_mode_that_the_umask_says(
     try:
         drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(8))
         save_drafter(drafter, "drafter")  # a path may be a string
-        Recording("stream").append(TensorDict({"request": torch.tensor(1)}))
+        TrajectoryDataset("stream").append(TensorDict({"request": torch.tensor(1)}))
     finally:
         os.umask(before)
     files = [*Path("drafter").iterdir(), *Path("stream").iterdir()]
