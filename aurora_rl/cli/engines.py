@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError
@@ -176,23 +177,23 @@ class EmbeddedServing(Serving):
         self.server.completed(completion)
 
     @property
+    @override
     def queued(self) -> int:
-        """See :attr:`Serving.queued`."""
         return self._sink.queued
 
     @property
+    @override
     def refused(self) -> str | None:
-        """See :attr:`Serving.refused`."""
         return self._receiver.error
 
+    @override
     def save_drafter(self, run_dir: Path) -> None:
-        """See :meth:`Serving.save_drafter`."""
         drafter = self.server.policy.drafter
         if drafter.formats:
             save_drafter(drafter, run_dir / "drafter")
 
+    @override
     def close(self) -> None:
-        """See :meth:`Serving.close`."""
         self._sink.close(timeout=2.0)
         self._receiver.close()
 
@@ -283,13 +284,13 @@ class SGLangServing(Serving):
         )
 
     @property
+    @override
     def queued(self) -> int:
-        """See :attr:`Serving.queued`."""
         return self.server.status.get("queued", 0)
 
     @property
+    @override
     def refused(self) -> str | None:
-        """See :attr:`Serving.refused`."""
         return self.server.status.get("refused") or self.server.status.get("error") or None
 
     def save_drafter(self, run_dir: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import Objective, Values
@@ -120,8 +121,8 @@ class AcceptanceRewardLoss(Objective):
         self._nothing_fresh = 0
 
     @classmethod
+    @override
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
-        """See :meth:`Objective.check_served`."""
         super().check_served(settings, shape)
         baseline = settings.get("baseline", "none")
         if baseline != "none" and shape.chains < 2:
@@ -136,19 +137,19 @@ class AcceptanceRewardLoss(Objective):
             )
 
     @property
+    @override
     def reads(self) -> list[NestedKey]:
-        """See :attr:`Objective.reads`."""
         keys = self.tensor_keys
         served = [*SAMPLING_KEYS, ("sampling", "rule"), ("sampling", "draft_mode"), ("rounds", "policy_version")]
         return [*TREE_KEYS, *served, keys.hidden, keys.node_hidden, keys.accepted, keys.log_probs]
 
     @property
+    @override
     def metrics(self) -> list[str]:
-        """See :attr:`Objective.metrics`."""
         return ["expected_accepted", "accepted", "ratio", "stale"]
 
+    @override
     def values(self, batch: TensorDictBase) -> Values:
-        """See :meth:`Objective.values`."""
         self.expect_nodes(batch)
         draws = self._draws(batch)
         trees, rounds = draws.trees, slice(draws.trees.num_rounds)

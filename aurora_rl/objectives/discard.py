@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
@@ -97,25 +98,25 @@ class DiscardSamplingLoss(Objective):
         self.weighting, self.decay = weighting, decay
 
     @property
+    @override
     def reads(self) -> list[NestedKey]:
-        """See :attr:`Objective.reads`."""
         keys = self.tensor_keys
         along_paths = [keys.hidden] if self.weighting == "reach" else []
         served = SAMPLING_KEYS if self.served else []
         return [*TREE_KEYS, keys.accepted, keys.log_probs, keys.node_hidden, *along_paths, *served]
 
     @property
+    @override
     def optional_reads(self) -> list[NestedKey]:
-        """See :attr:`Objective.optional_reads`."""
         return [self.tensor_keys.log_probs]
 
     @property
+    @override
     def metrics(self) -> list[str]:
-        """See :attr:`Objective.metrics`."""
         return ["discarded", "discard_agreement"]
 
+    @override
     def values(self, batch: TensorDictBase) -> Values:
-        """See :meth:`Objective.values`."""
         self.expect_nodes(batch)
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         nodes = slice(trees.num_rounds, None)

@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.envs.verification.sampling import argmax
@@ -89,8 +90,8 @@ class ExpectedLengthLoss(Objective):
         self.rule, self.contexts, self.steps = rule, contexts, steps
 
     @property
+    @override
     def reads(self) -> list[NestedKey]:
-        """See :attr:`Objective.reads`."""
         served = [self.tensor_keys.hidden, *([] if self.rule else [("sampling", "rule")])]
         if self.rule != "greedy":
             served += SAMPLING_KEYS
@@ -99,16 +100,16 @@ class ExpectedLengthLoss(Objective):
         return [*TREE_KEYS, *served, self.tensor_keys.node_hidden, self.tensor_keys.accepted]
 
     @property
+    @override
     def metrics(self) -> list[str]:
-        """See :attr:`Objective.metrics`."""
         return ["expected_length", self._true_length]
 
     @property
     def _true_length(self) -> str:
         return "top1_length" if self.contexts == "text" else "accepted_length"
 
+    @override
     def values(self, batch: TensorDictBase) -> Values:
-        """See :meth:`Objective.values`."""
         length, true, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
         metrics = {
             name: torch.where(valid, part, 0.0).sum() / valid.sum().clamp(min=1)

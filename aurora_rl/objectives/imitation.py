@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
@@ -168,17 +169,17 @@ class ImitationLoss(Objective):
         self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
 
     @property
+    @override
     def reads(self) -> list[NestedKey]:
-        """See :attr:`Objective.reads`."""
         return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
 
     @property
+    @override
     def metrics(self) -> list[str]:
-        """See :attr:`Objective.metrics`."""
         return ["agreement"]
 
+    @override
     def values(self, batch: TensorDictBase) -> Values:
-        """See :meth:`Objective.values`."""
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
         log_p, covered = self.target_law(
             batch, rows, completion_requests(batch), served=self.served, renormalize=self.renormalize

@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from typing_extensions import override
 
 from aurora_rl.models.parts import (
     TargetParts,
@@ -206,8 +207,8 @@ class DFlashDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`."""
         weight, attention = self.fc.weight, self.layers[0].self_attn
         shape = (num_slots, max_length, attention.num_key_heads, attention.head_dim)
         self._cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
@@ -354,8 +355,8 @@ class DFlashDrafter(Drafter):
         return Checkpoint(tensors, config)
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`."""
         return config.get("architectures") == ["DFlashDraftModel"]
 
     @classmethod

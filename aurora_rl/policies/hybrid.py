@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
@@ -113,19 +114,19 @@ class HybridDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`."""
         self.learned.allocate(num_slots, max_length)
         self.ngram.allocate(num_slots, max_length)
         self.cached = self.ngram.cached = self.learned.cached
 
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`."""
         self.ngram.hold(slots, tokens, num_new)
         self.learned.extend(slots, tokens, features, num_new)
 
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`."""
         if shape.mode not in self.draft_modes:
             raise ValueError(f"n-grams are no draws of the learned drafter; mode {shape.mode!r} needs it alone")
         drafted = self.learned.propose(slots, shape, generator)

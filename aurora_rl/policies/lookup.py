@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
@@ -159,13 +160,13 @@ class NgramDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`."""
         self._text = [np.zeros(0, dtype=np.int64)] * num_slots
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`."""
         self.hold(slots, tokens, num_new)
         self.cached[slots] += num_new
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
@@ -145,8 +146,8 @@ class MedusaDrafter(Drafter):
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     @torch.inference_mode()
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`."""
         rows = torch.arange(len(slots), device=features.device)
         last = features[rows, (num_new - 1).to(features.device)]
         self._state[slots.to(self._state.device)] = last.to(self._state.dtype)
@@ -210,8 +211,8 @@ class MedusaDrafter(Drafter):
         return Checkpoint(*to_vllm(ours.tensors, {**ours.config, "architectures": [MedusaDrafter.__name__]}))
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`."""
         return (config.get("architectures") or [""])[0] in (cls.__name__, "MedusaModel")
 
     @classmethod

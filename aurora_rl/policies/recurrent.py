@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
+from typing_extensions import override
 
 from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape, Unroll, log_softmax
@@ -96,8 +97,8 @@ class RecurrentDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`."""
         weight, attention = self.fc.weight, self._layer.self_attn
         # The last column is for padding.
         shape = (num_slots, max_length + 1, attention.num_key_heads, attention.head_dim)
@@ -106,8 +107,8 @@ class RecurrentDrafter(Drafter):
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     @torch.inference_mode()
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`."""
         tokens = tokens[:, 1:]
         device, width = tokens.device, tokens.shape[1]
         rows = slots.to(device)
@@ -141,8 +142,8 @@ class RecurrentDrafter(Drafter):
         return log_softmax(self._head(self._read_by_head(carried)))
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`."""
         rows = slots.to(self._state.device)
         b = len(rows)
         end = int(self.cached[slots].max())

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from aurora_rl.models.inference_modules import GROUPED_ATTENTION, grouped_mask
 from aurora_rl.models.kv_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
@@ -216,8 +217,8 @@ class StandaloneDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`."""
         weight = self.lm_head.weight
         self._longest = max_length
         self._cache = SlotCache(

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.policies.drafter import Proposal, TreeShape
 
@@ -95,8 +96,8 @@ class TopKSearch(TreeSearch):
         self._expanded: tuple[Tensor, Tensor] | None = None
         self._before = 0  # candidates of all depths but the last
 
+    @override
     def add(self, log_probs: Tensor) -> None:
-        """See :meth:`TreeSearch.add`."""
         best, choice = log_probs.topk(self._children)
         parents = torch.full_like(choice, -1)
         joint = best
@@ -109,8 +110,8 @@ class TopKSearch(TreeSearch):
         self._log_probs.append(best.flatten(1))
         self._joint.append(joint.flatten(1))
 
+    @override
     def frontier(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`TreeSearch.frontier`."""
         tokens, joint = self._tokens[-1], self._joint[-1]
         # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
         if tokens.shape[1] <= self._shape.width:
@@ -154,8 +155,8 @@ class SampledSearch(TreeSearch):
         self._log_probs: list[Tensor] = []
         self._q: list[Tensor] = []
 
+    @override
     def add(self, log_probs: Tensor) -> None:
-        """See :meth:`TreeSearch.add`."""
         q, draws = log_probs.exp(), 1 if self._tokens else self._chains
         if not self._replacement and draws > int((q > 0).sum(-1).min()):
             raise ValueError(
@@ -167,14 +168,14 @@ class SampledSearch(TreeSearch):
         self._log_probs.append(log_probs.gather(-1, choice).flatten(1))
         self._q.append(q.repeat_interleave(draws, dim=1))
 
+    @override
     def frontier(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`TreeSearch.frontier`."""
         tokens = self._tokens[-1]
         place = torch.arange(self._chains, device=tokens.device).expand_as(tokens)
         return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
 
+    @override
     def proposal(self) -> Proposal:
-        """See :meth:`TreeSearch.proposal`."""
         tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
         above = torch.arange(tokens.shape[1], device=tokens.device) - self._chains
         return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))

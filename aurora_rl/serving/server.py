@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from transformers import LogitsProcessorList
+from typing_extensions import override
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
@@ -68,13 +69,13 @@ class InferenceServer(Figures):
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
 
     @property
+    @override
     def depth(self) -> int:
-        """See :attr:`Figures.depth`."""
         return self.policy.shape.depth
 
     @property
+    @override
     def dropped(self) -> int:
-        """See :attr:`Figures.dropped`."""
         return self._sink.dropped if self._sink is not None else 0
 
     def step(self) -> bool:
@@ -98,7 +99,7 @@ class InferenceServer(Figures):
         for slot in env.engine.store.occupied.tolist():
             self._asked.setdefault(env.request_of(slot).id, []).append(bool(asked[slot]))
         done, self._td = env.step_and_maybe_reset(action)
-        # TrajectoryDataset is a cost of speculation, in whichever round it happens.
+        # Recording is a cost of speculation, in whichever round it happens.
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from typing_extensions import override
+
 from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.control import ControlError
@@ -61,13 +63,13 @@ class SGLangServer(Figures):
         log.write("attached", status=self.status)
 
     @property
+    @override
     def depth(self) -> int:
-        """See :attr:`Figures.depth`."""
         return self._depth
 
     @property
+    @override
     def dropped(self) -> int:
-        """See :attr:`Figures.dropped`."""
         return self.status.get("dropped", 0)
 
     def step(self) -> bool:

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
@@ -47,8 +48,8 @@ class TabularDrafter(Drafter):
         """``[Vd]`` after a text."""
         return self.table[TEXTS.index(text)].log_softmax(-1)
 
+    @override
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`."""
         trees = TreeIndex.of(batch)
         texts: list[Text] = [()] * trees.num_rounds
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
@@ -67,24 +68,24 @@ class TabularDrafter(Drafter):
         """It does not serve, as the rest says too."""
         raise NotImplementedError
 
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`allocate`."""
         raise NotImplementedError
 
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`allocate`."""
         raise NotImplementedError
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         """There is no text to unroll over."""
         raise NotImplementedError
 
+    @override
     def published(self) -> dict[str, Tensor]:
-        """See :meth:`allocate`."""
         raise NotImplementedError
 
+    @override
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`allocate`."""
         raise NotImplementedError
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import context_rows
@@ -34,14 +35,14 @@ class GappyDrafter(Eagle3Drafter):
     max_depth = 3
     filler = 0.0
 
+    @override
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`."""
         trees = TreeIndex.of(batch)
         predicted = (trees.root >= 0) & (trees.depth < self.max_depth)
         return self._filled(super().context_logits(batch, wanted), predicted[wanted])
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`."""
         logits, valid, states = super().unroll(batch, steps)
         return Unroll(self._steps_filled(logits, valid), valid, states and self._steps_filled(states, valid))
 
@@ -64,13 +65,13 @@ class EchoDrafter(Eagle3Drafter):
     head: Tensor
     factor = 1.0
 
+    @override
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`."""
         rows = context_rows(batch, TreeIndex.of(batch), wanted, ("sequence", "hidden"), ("nodes", "hidden"))
         return self._logits(self.factor * rows["hidden"])
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`."""
         states = self.factor * batch["sequence", "hidden"]
         _, _, valid = true_chains(batch, steps)
         return Unroll([self._logits(states)] * steps, valid, [states] * steps)
