@@ -19,12 +19,14 @@ from aurora_rl.envs.exactness import (
     ELSEWHERE,
     SGLANG,
     Exactness,
+    NotCausalError,
     Probe,
     UnsupportedModelError,
     WrongLogitsError,
     few_layers_in_float32,
     quiet,
     takes_positions,
+    with_larger_products,
 )
 from aurora_rl.models.inference_modules import (
     GROUPED_ATTENTION,
@@ -50,8 +52,9 @@ logger = logging.getLogger(__name__)
 _PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
 # The fastest first; what computes something else than the model is switched off.
 _FORMS = ("fused", "grouped", "sdpa", "eager")
-# By which the weights of the float32 probe are multiplied: so that clips, caps and scales show, else as they are.
-_FACTORS = (4.0, 1.0)
+# By which the products of the float32 probe are multiplied: 1 shows what a token attends to, and 4, which makes
+# attention all but one-hot, shows clips, caps and scales.
+_FACTORS = (1.0, 4.0)
 
 
 class TransformersEngine(Engine):
@@ -89,6 +92,7 @@ class TransformersEngine(Engine):
 
     _least_tolerance: ClassVar[float] = 0.0
     _feature_layers: tuple[int, ...] = ()
+    _prefill_rows: int = _PREFILL_ROWS
 
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
@@ -119,7 +123,10 @@ class TransformersEngine(Engine):
         try:
             self._layers, self._output = decoder_layers(model), TargetHead.of(model)
             with quiet():
-                probe = Probe(model, max_length)
+                self._wrong = self._wrong_in_float32(max_length)
+                probe = Probe(model, max_length, by_median=self._wrong is not None)
+        except UnsupportedModelError:
+            raise
         except Exception as error:  # whatever a forward raises that is called in another way
             own = isinstance(error, ValueError) and name in str(error)
             raise UnsupportedModelError(
@@ -163,7 +170,7 @@ class TransformersEngine(Engine):
 
     def _choose_form(self, probe: Probe, max_length: int) -> Exactness:
         """Put the model into the fastest form whose logits are the model's own."""
-        switched_off, tolerance = self._wrong_in_float32(max_length), max(probe.tolerance, self._least_tolerance)
+        switched_off, tolerance = dict(self._wrong or {}), max(probe.tolerance, self._least_tolerance)
         for form in _FORMS:
             if form in switched_off:
                 continue
@@ -199,31 +206,42 @@ class TransformersEngine(Engine):
         except Exception as raised:  # of a layer that looks into another
             error, reason = torch.inf, _reason(raised)
         if error > exactness.tolerance:
-            raise UnsupportedModelError(
+            kind = WrongLogitsError if error < torch.inf else UnsupportedModelError
+            raise kind(
                 f"the norms and linear layers of {type(self.model).__name__} compute something else in inference "
                 f"form: {reason}; {ELSEWHERE}"
             )
         return replace(exactness, error=error)
 
-    def _wrong_in_float32(self, max_length: int) -> dict[str, str]:
+    def _wrong_in_float32(self, max_length: int) -> dict[str, str] | None:
         """Forms that are wrong on a few of the model's layers in float32, and why; of a model of half precision alone.
 
-        There nothing hides in rounding. Where such a copy cannot be made or run, as of layers that read the keys of
-        others, it says nothing.
+        There nothing hides in rounding. None where such a copy cannot be made or run, as of layers that read the keys
+        of others.
+
+        Raises:
+            NotCausalError: The copy of the layers is no causal model.
+            WrongLogitsError: It is wrong in every form.
         """
         if self.model.dtype not in (torch.bfloat16, torch.float16) or self._form_is_taken():
-            return {}
-        for factor in _FACTORS:
-            try:
-                copied = few_layers_in_float32(self.model, self._layers, factor)
-                switched_off = _FewLayers(copied, max_length).switched_off
-            except WrongLogitsError as error:
-                raise WrongLogitsError(f"{error} (found in float32)") from error
-            except Exception as error:  # of a copy that no model of the family looks like
-                logger.debug("no probe of %s in float32: %s", type(self.model).__name__, error)
-            else:
-                return {form: f"{reason} (in float32)" for form, reason in switched_off.items()}
-        return {}
+            return None
+        wrong: dict[str, str] = {}
+        try:
+            few = few_layers_in_float32(self.model, self._layers)
+            for factor in _FACTORS:
+                try:
+                    probed = _FewLayers(with_larger_products(few, factor), max_length)
+                except NotCausalError:
+                    if factor == 1:
+                        raise
+                    continue  # rounding weighs more here, too
+                wrong |= {form: f"{reason} (in float32)" for form, reason in probed.switched_off.items()}
+        except (NotCausalError, WrongLogitsError) as error:
+            raise type(error)(f"{error} (found in float32)") from error
+        except Exception as error:  # of a copy that no model of the family looks like
+            logger.debug("no probe of %s in float32: %s", type(self.model).__name__, error)
+            return None
+        return wrong
 
     def _form_is_taken(self) -> bool:
         """Whether another engine has put the model into inference form."""
@@ -247,30 +265,31 @@ class TransformersEngine(Engine):
         Every row goes through all that a request meets: prefill, a tree with wrong nodes among the true ones,
         the move of the accepted path, and a plain round after it, with slots of unequal length in one pass.
         """
-        rows, length = probe.tokens.shape
-        self._allocate(rows, length, 0)
-        kinds, slots = self._mask_kinds, torch.arange(rows)
+        length = max(len(text) for text in probe.texts)
+        self._allocate(len(probe.texts), length, 0)
+        kinds, slots = self._mask_kinds, torch.arange(len(probe.texts))
         with probe.short_windows():
             self._mask_kinds = mask_kinds(self._config, type(self.model).__name__, length)
             self._starts = probe.starts if self._takes_positions else None
             try:
-                self.prefill(
-                    slots.tolist(), [text[: root + 1] for text, root in zip(probe.tokens, probe.roots, strict=True)]
+                roots = probe.roots.tolist()
+                self._prefill_rows = length // 2
+                self.prefill(slots.tolist(), [text[: root + 1] for text, root in zip(probe.texts, roots, strict=True)])
+                following = torch.stack(
+                    [text[root + 1 : root + 4] for text, root in zip(probe.texts, roots, strict=True)]
                 )
-                after = probe.roots[:, None] + torch.arange(1, 4)
-                following = probe.tokens[slots[:, None], after].to(probe.tokens.device)
                 # Nodes 1 and 3 are the text; the others are other tokens, above, among and below them.
                 wrong = (following + 1) % self.vocab_size
                 tree = torch.stack([wrong[:, 0], following[:, 0], wrong[:, 1], following[:, 1], wrong[:, 2]], dim=1)
-                parents = torch.tensor([-1, -1, 1, 1, 0], device=tree.device).expand(rows, -1)
+                parents = torch.tensor([-1, -1, 1, 1, 0], device=tree.device).expand(len(slots), -1)
                 hidden = self.verify(slots, tree, parents, torch.ones_like(tree, dtype=torch.bool))
-                path = torch.tensor([1, 3, -1, -1, -1], device=tree.device).expand(rows, -1)
+                path = torch.tensor([1, 3, -1, -1, -1], device=tree.device).expand(len(slots), -1)
                 delivered = torch.cat([following, following], dim=1)
-                self.commit(slots, path, delivered, torch.full((rows,), 3))
+                self.commit(slots, path, delivered, torch.full((len(slots),), 3))
                 none = tree[:, :0]
                 last = self.verify(slots, none, none, none.bool())
             finally:
-                self._mask_kinds, self._starts = kinds, None
+                self._mask_kinds, self._starts, self._prefill_rows = kinds, None, _PREFILL_ROWS
         return probe.difference(self.logits(torch.cat([hidden[:, [0, 2, 4]], last], dim=1)), probe.logits)
 
     def _place_alibi(self, max_length: int) -> None:
@@ -358,7 +377,7 @@ class TransformersEngine(Engine):
             prompt = prompt.to(self.store.tokens.device)
             where, body = torch.tensor([slot]), prompt[:-1]
             rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
-            for start, part in _chunks(body, max(16, min(rows, _PREFILL_ROWS))):
+            for start, part in _chunks(body, max(16, min(rows, self._prefill_rows))):
                 depth = torch.arange(len(part), device=prompt.device)[None]
                 causal = depth[:, :, None] >= depth[:, None, :]
                 _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
@@ -424,7 +443,9 @@ class _FewLayers(TransformersEngine):
     _least_tolerance = 1e-4
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
-        self.switched_off = self._choose_form(self._set_up(model, max_length), max_length).switched_off
+        probe = self._set_up(model, max_length)
+        prepare_for_inference(model)  # before the form is chosen, which saves a comparison: it is a copy
+        self.switched_off = self._choose_form(probe, max_length).switched_off
 
 
 def _reason(error: Exception) -> str:

@@ -262,7 +262,8 @@ class FusedDecoderLayer(nn.Module):
             turned = torch.cat([self.q_norm(turned[:, :, :heads]), self.k_norm(turned[:, :, heads:])], dim=2)
         cos, sin = (part[:, :, None] for part in position_embeddings)
         first, second = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+        # Some families have float32 cosines whatever the dtype.
+        turned = (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(qkv.dtype)
         key, value = turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._index)

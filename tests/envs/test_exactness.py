@@ -19,6 +19,7 @@ from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine, exactness
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models import inference_modules
 from aurora_rl.models import kv_cache as slot_cache
+from aurora_rl.models.target_head import decoder_layers
 from aurora_rl.testing import check_engine
 
 # Wide weights: a random model with small ones has nearly flat logits, and everything would agree by chance.
@@ -565,3 +566,107 @@ def test_weights_that_say_nothing_are_named() -> None:
 def test_a_router_that_returns_more_than_a_product_is_not_packed() -> None:
     config = hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     assert engine_of(model_of(config, dtype=torch.bfloat16)).exactness.form in ("grouped", "sdpa", "eager")
+
+
+def _sees_its_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = transformers_engine.ancestor_mask
+
+    def wrong(parents: Tensor, valid: Tensor) -> Tensor:
+        seen = right(parents, valid).clone()
+        if seen.shape[1] > 2:
+            seen[:, 2, 1] = True
+        return seen
+
+    monkeypatch.setattr(transformers_engine, "ancestor_mask", wrong)
+
+
+def _keys_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_cache.SlotCache, "move", lambda *args: None)
+
+
+@pytest.mark.parametrize("mutate", [_sees_its_sibling, _keys_stay])
+@pytest.mark.parametrize("family", ["gpt-2", "llama", "opt"])
+def test_a_wrong_mask_or_cache_is_found_in_half_precision(
+    family: str, mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights that make attention all but one-hot nothing of it shows; the weights as they are show it."""
+    mutate(monkeypatch)
+    for seed in range(3):
+        with pytest.raises(UnsupportedModelError, match="not served exactly"):
+            engine_of(model_of(FAMILIES[family][1](), seed=seed, dtype=torch.bfloat16))
+
+
+def _later_tokens(x: Tensor) -> Tensor:
+    return x + 0.1 * x.mean(1, keepdim=True)
+
+
+def _other_rows(x: Tensor) -> Tensor:
+    return x + 0.1 * x.mean(0, keepdim=True)
+
+
+def _length_of_the_pass(x: Tensor) -> Tensor:
+    return x * (1.05 if x.shape[1] > 40 else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [_later_tokens, _other_rows, _length_of_the_pass])
+@pytest.mark.parametrize("family", ["gpt-2", "gemma 3", "llama"])
+def test_a_model_that_depends_on_more_than_its_text_is_refused(
+    family: str, change: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    model = model_of(FAMILIES[family][1](), dtype=dtype)
+
+    def hook(module: torch.nn.Module, args: tuple, out: Any) -> Any:
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    decoder_layers(model)[0].register_forward_hook(hook)
+    with pytest.raises(UnsupportedModelError, match="itself gives other logits for the same text"):
+        engine_of(model)
+
+
+def test_a_text_is_compared_beyond_its_first_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that hides what is more than 30 columns back."""
+    right = transformers_engine.cache_mask
+
+    def wrong(seen: Tensor, past: Tensor, end: int) -> Tensor:
+        mask = right(seen, past, end).clone()
+        mask[..., : max(end - 30, 0)] = False
+        return mask
+
+    monkeypatch.setattr(transformers_engine, "cache_mask", wrong)
+    with pytest.raises(UnsupportedModelError, match="not served exactly"):
+        engine_of(model_of(FAMILIES["llama"][1]()))
+
+
+def test_float32_cosines_are_fused_in_half_precision() -> None:
+    config = hf.OlmoConfig(**SIZES)
+    assert engine_of(model_of(config, dtype=torch.bfloat16)).exactness.form == "fused"
+
+
+def test_logits_cast_to_float32_are_judged_as_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = hf.LlamaForCausalLM.forward
+
+    def cast(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        out = right(self, *args, **kwargs)
+        out.logits = out.logits.float()
+        return out
+
+    monkeypatch.setattr(hf.LlamaForCausalLM, "forward", cast)
+    for seed in range(4):
+        exact = engine_of(model_of(hf.LlamaConfig(**HEADS), seed=seed, dtype=torch.float16)).exactness
+        assert exact.form == "fused" and exact.tolerance > 1e-3
+
+
+WIDE = {**SIZES, "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "seed"),
+    [
+        (hf.MixtralConfig(**{**WIDE, "num_hidden_layers": 4, "initializer_range": 0.1}, num_local_experts=8), 3),
+        (hf.PhimoeConfig(**{**WIDE, "num_hidden_layers": 6, "initializer_range": 0.12}, num_local_experts=8), 0),
+    ],
+    ids=["mixtral", "phimoe"],
+)
+def test_an_expert_that_rounding_chooses_does_not_switch_a_form_off(config: PretrainedConfig, seed: int) -> None:
+    assert engine_of(model_of(config, seed=seed, dtype=torch.bfloat16)).exactness.form == "grouped"
