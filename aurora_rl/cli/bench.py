@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -16,7 +17,9 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli import spec
+from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.signals import Stop
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -36,6 +39,37 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Objectives by the name of their row. The row "configured" is of those that the configuration names."""
 
 _CONFIGURED = "configured"
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    text = "learn from one recorded stream by several objectives, and compare on what is still to come"
+    parser = parser.add_subparsers(dest="what", required=True).add_parser("objectives", help=text, description=text)
+    parser.add_argument("--recording", type=Path, required=True, help="folder that learner.record=... filled")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the results")
+    parser.add_argument("--variants", default="forward_kl,discard", help="names; configured is objectives=...")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
+    parser.add_argument("--every", type=int, default=40, help="requests between two evaluations")
+    parser.add_argument("--ahead", type=int, default=40, help="requests of an evaluation: the next to come")
+    parser.add_argument("--limit", type=int, help="most requests of the recording")
+    add_config_arguments(parser, "learner.replay=4")
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Run the variants that have no result yet. Returns the exit status."""
+    torch.set_num_threads(config.learner.threads)
+    bench_objectives(
+        config,
+        arguments.recording,
+        arguments.out,
+        variants=[name.strip() for name in arguments.variants.split(",")],
+        seeds=arguments.seeds,
+        every=arguments.every,
+        ahead=arguments.ahead,
+        limit=arguments.limit,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
 
 
 def learning_curve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,12 +13,25 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli import spec
+from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
+from aurora_rl.cli.signals import Stop
 from aurora_rl.envs import Request, SamplingParams, TransformersEngine, generation_processors
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
 from aurora_rl.serving.server import measure_rounds
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_config_arguments(parser)
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Report on the model. Returns the exit status: 1 if the embedded engine does not serve it."""
+    torch.set_num_threads(config.engine.threads)
+    return 0 if check_model(config) else 1
 
 
 def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:

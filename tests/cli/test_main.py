@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from aurora_rl.cli import engines as serving
+from aurora_rl.cli import flywheel, learner_process, run_dir, spec
 from aurora_rl.cli import main as cli
-from aurora_rl.cli import spec
 from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.cli.learner_process import LearnerProcess
+from aurora_rl.cli.signals import Stop
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
 from aurora_rl.serving.server import InferenceServer
@@ -165,7 +168,8 @@ def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: 
     figures = summary(tmp_path / "run")
     assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
     assert figures["dropped_trajectories"] == 6
-    assert events(tmp_path / "run", "status")[-1]["queue"] == 6
+    status = events(tmp_path / "run", "status")[-1]
+    assert (status["queue"], status["learner"]) == (6, f"any at {load_config(overrides=arguments).wire.weights}")
     assert "written to" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
@@ -229,7 +233,23 @@ def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "learner.log").write_text("loading\naurora-rl: tcp://here is in use\n")
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
         with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
-            cli._await_learner(child, tmp_path, MetricsReader(tmp_path / "metrics.jsonl"))
+            LearnerProcess(child, tmp_path / "learner.log").wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["--version"])
+    assert error.value.code == 0
+    assert capsys.readouterr().out == f"aurora-rl {version('aurora-rl')}\n"
+
+
+def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in cli.COMMANDS.items():
+        with pytest.raises(SystemExit) as error:
+            cli.main([name, *(["objectives"] if name == "bench" else []), "--help"])
+        assert error.value.code == 0
+        text = capsys.readouterr().out
+        assert "key=value" in text and (name == "bench" or command.help.split()[0] in text)
 
 
 def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,8 +279,8 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.time, "strftime", lambda form: "20300101-000000")
-    folders = [cli._new_run_dir(load_config(), "config.yaml") for _ in range(3)]
+    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20300101-000000")
+    folders = [run_dir.new_run_dir(load_config(), "config.yaml") for _ in range(3)]
     assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
 
 
@@ -308,7 +328,7 @@ def test_an_output_that_fails_does_not_lose_the_others(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(serving, "save_drafter", full)
-    monkeypatch.setattr(cli, "write_summary", full)
+    monkeypatch.setattr(flywheel, "write_summary", full)
     assert cli.main(["serve", *arguments, *QUICK]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "aurora-rl: drafter could not be written: No space left on device",
@@ -346,7 +366,7 @@ def test_names_and_peers_texts_are_shown_as_they_are(
 ) -> None:
     refused = "handshake mismatch: target is [/x] :x: [bold]"
     monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
-    monkeypatch.setattr(cli, "every", lambda seconds, action: action)
+    monkeypatch.setattr(flywheel, "every", lambda seconds, action: action)
     run = tmp_path / "[fp16]" / "[/b]"
     assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -393,12 +413,12 @@ def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner
     (tmp_path / "aurora_rl").mkdir()
     (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
-    child = cli._spawn(load_config(overrides=arguments), tmp_path / "run")
+    learner = LearnerProcess.start(load_config(overrides=arguments), tmp_path / "run")
     try:
-        cli._await_learner(child, tmp_path / "run", MetricsReader(tmp_path / "run" / "metrics.jsonl"))
+        learner.wait_ready(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
     finally:
-        cli._end(child, tmp_path / "run")
-    assert child.returncode == 0
+        learner.end()
+    assert learner.child.returncode == 0
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -409,7 +429,7 @@ def interrupt() -> None:
 
 
 def test_signals_raise_once_while_starting() -> None:
-    stop = cli._Stop()
+    stop = Stop()
     with pytest.raises(KeyboardInterrupt):
         interrupt()
     interrupt()
@@ -417,7 +437,7 @@ def test_signals_raise_once_while_starting() -> None:
 
 
 def test_signals_are_held_while_a_child_is_made() -> None:
-    stop, after = cli._Stop(), []
+    stop, after = Stop(), []
     with pytest.raises(KeyboardInterrupt), stop.held():
         interrupt()
         after.append("made")
@@ -428,9 +448,9 @@ def test_signals_are_held_while_a_child_is_made() -> None:
 def test_signals_are_noted_while_working_and_a_second_one_raises(name: str) -> None:
     code = f"""
 import signal
-from aurora_rl.cli import main as cli
+from aurora_rl.cli.signals import Stop
 signal.signal(signal.{name}, signal.SIG_DFL)  # whoever started the tests may have had it ignored
-stop = cli._Stop()
+stop = Stop()
 stop.working = True
 signal.raise_signal(signal.{name})
 print("noted" if stop.requested else "lost")
@@ -446,14 +466,14 @@ except KeyboardInterrupt:
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and where it is taken nevertheless, it only sets a flag
-    stop = cli._Stop()
+    stop = Stop()
     stop.working = True
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.requested
 
 
 def test_signals_do_nothing_while_ending() -> None:
-    stop = cli._Stop()
+    stop = Stop()
     stop.ignore()
     interrupt()
     assert not stop.requested
@@ -528,23 +548,26 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
 
 
 def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_END_S", 0.2)
+    monkeypatch.setattr(learner_process, "_END_S", 0.2)
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert cli._end(child, Path("r")) == "the learner did not end within 0 s and was killed; see r/learner.log"
+        assert (
+            LearnerProcess(child, Path("r/learner.log")).end()
+            == "the learner did not end within 0 s and was killed; see r/learner.log"
+        )
         assert child.returncode == -signal.SIGKILL
-    assert cli._end(child, Path("r")) is None  # nothing to do any more
+    assert LearnerProcess(child, Path("r/learner.log")).end() is None  # nothing to do any more
 
 
 def test_the_state_of_the_learner() -> None:
-    config = load_config()
-    assert cli._learner_state(None, Path("r"), config) == "any at tcp://127.0.0.1:5558"
     running: Any = SimpleNamespace(poll=lambda: None)
-    assert cli._learner_state(running, Path("r"), config) == "running"
+    assert LearnerProcess(running, Path("r/learner.log")).state == "running"
     dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
-    assert "died with status -9, serving goes on; see r/learner.log" in cli._learner_state(dead, Path("r"), config)
+    assert (
+        "died with status -9, serving goes on; see r/learner.log" in LearnerProcess(dead, Path("r/learner.log")).state
+    )
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,17 @@
+"""Arguments that every command takes."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine.slots=1") -> None:
+    """Add ``--config``, ``--print-config`` and the ``key=value`` pairs, as the last arguments of a command.
+
+    Args:
+        parser: Parser of the command.
+        example: A pair that this command reads.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
+    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")
