@@ -6,14 +6,12 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
 from torchrl.collectors import BaseCollector
-from torchrl.weight_update import WeightSyncScheme
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
 from aurora_rl.collectors.handshake import Handshake
@@ -44,8 +42,6 @@ class ZMQCollector(BaseCollector):
         frames_per_batch: trajectories in a batch of the iterator.
         total_frames: trajectories after which the iterator ends; -1: never.
         validate: raises ValueError for a trajectory whose contents do not fit together.
-        policy: the drafter in training, the source of `update_policy_weights_`.
-        weight_sync_schemes: by model id, normally ``{"policy": ZMQWeightSyncScheme(...)}``; made senders here.
         limits: of a message.
         high_water: messages that ZeroMQ may hold per engine, and the most that one `poll` looks at.
         context: to share; needed for ``inproc://`` only. It must outlive the collector.
@@ -63,8 +59,6 @@ class ZMQCollector(BaseCollector):
         frames_per_batch: int = 1,
         total_frames: int = -1,
         validate: Callable[[TensorDictBase], None] | None = None,
-        policy: nn.Module | None = None,
-        weight_sync_schemes: Mapping[str, WeightSyncScheme] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         high_water: int = 64,
         context: zmq.Context | None = None,
@@ -76,7 +70,6 @@ class ZMQCollector(BaseCollector):
             )
         self.frames_per_batch = self.requested_frames_per_batch = frames_per_batch
         self.total_frames = total_frames
-        self.policy = policy  # the schemes look it up by its model id
         self.rejections: Counter[str] = Counter()
         """Dropped messages by kind: ``malformed``, ``handshake`` or ``invalid``."""
         self.handshake_error: str | None = None
@@ -95,10 +88,6 @@ class ZMQCollector(BaseCollector):
         self._socket.rcvhwm = high_water
         self._socket.maxmsgsize = limits.max_bytes  # of one frame: refused before it is received
         self.address = bind(self._socket, address, self._owned_context, limits=limits)
-        self._weight_sync_schemes = dict(weight_sync_schemes or {})
-        for model_id, scheme in self._weight_sync_schemes.items():
-            scheme.init_on_sender(model_id=model_id, context=self)
-            scheme.connect()
 
     @property
     def rejected(self) -> int:
@@ -164,14 +153,12 @@ class ZMQCollector(BaseCollector):
         self.rejections = Counter(state_dict["rejections"])
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
-        """Close the socket and the weight-sync schemes. Idempotent; ends an iteration elsewhere within 0.1 s."""
+        """Close the socket. Idempotent; ends an iteration elsewhere within 0.1 s."""
         self._closed = True
         with self._lock:
             self._socket.close()
             if self._owned_context is not None:
                 self._owned_context.term()
-        for scheme in self._weight_sync_schemes.values():
-            scheme.shutdown()
 
     def _receive(self, timeout_s: float) -> list[zmq.Frame] | None:
         deadline = time.monotonic() + timeout_s

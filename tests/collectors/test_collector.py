@@ -13,15 +13,12 @@ import pytest
 import torch
 import zmq
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
 from torchrl.collectors import BaseCollector
 
 from aurora_rl.collectors.codec import encode
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
-from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
-from aurora_rl.collectors.weights import WeightReceiver
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
@@ -186,33 +183,3 @@ def test_shutdown_from_another_thread_ends_the_iteration(collector: ZMQCollector
 def test_errors_of_the_caller() -> None:
     with pytest.raises(ValueError, match="must be positive, got 0"):
         ZMQCollector(LOCAL, handshake=HANDSHAKE, frames_per_batch=0)
-
-
-def test_update_policy_weights_reaches_an_engine() -> None:
-    policy = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    scheme = ZMQWeightSyncScheme(LOCAL, handshake=HANDSHAKE)
-    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, policy=policy, weight_sync_schemes={"policy": scheme})
-    assert scheme.publisher is not None
-    receiver = WeightReceiver(scheme.publisher.address, handshake=HANDSHAKE, heartbeat_s=0.1)
-    for version in (1, 2):
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.zero_()
-                parameter += version - 1.0
-        collector.update_policy_weights_()
-        deadline = time.monotonic() + 10
-        while (latest := receiver.latest()) is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        assert latest is not None and latest[0] == version
-        assert (latest[1]["0", "weight"] == version - 1).all() and (latest[1]["1", "bias"] == version - 1).all()
-        assert latest[1]["1", "running_var"].shape == (2,)  # buffers travel too
-    receiver.close()
-    collector.shutdown()
-
-
-def test_update_policy_weights_without_a_policy_is_an_error() -> None:
-    scheme = ZMQWeightSyncScheme(LOCAL, handshake=HANDSHAKE)
-    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, weight_sync_schemes={"policy": scheme})
-    with pytest.raises(ValueError, match="no weights to publish: the context has no policy"):
-        collector.update_policy_weights_()
-    collector.shutdown()
