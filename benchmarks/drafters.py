@@ -45,12 +45,14 @@ from aurora_rl.policies import (
     save_drafter,
     token_prior,
 )
+from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.server import InferenceServer, measure_rounds
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
-from aurora_rl.training.optimizers import drafter_optimizers, train_on
+from aurora_rl.training.offline import train_on
+from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.workload.traffic import generate, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.

@@ -22,10 +22,11 @@ from torch import Tensor
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, get_drafter
+from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.server import InferenceServer, cost_table, measure_rounds
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, rates
 

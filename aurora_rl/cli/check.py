@@ -20,7 +20,7 @@ from aurora_rl.envs import Request, SamplingParams, TransformersEngine, generati
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
-from aurora_rl.serving.server import measure_rounds
+from aurora_rl.policies.calibration import measure_rounds
 
 
 def register(parser: argparse.ArgumentParser) -> None:

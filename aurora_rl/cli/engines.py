@@ -20,11 +20,12 @@ from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_con
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.answers import Answers
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.server import DrafterFault, InferenceServer, cost_table, measure_rounds
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows

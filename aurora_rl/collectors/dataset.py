@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
-from aurora_rl.training.checkpoint import save_tensors
+from aurora_rl.storage import save_tensors
 
 _LAYERS = "feature_layers"  # in the metadata of each file
 

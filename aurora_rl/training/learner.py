@@ -25,10 +25,11 @@ from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.training.checkpoint import CheckpointError, load_training_state, save_training_state
+from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.optimizers import train_step
+from aurora_rl.training.offline import train_step
 from aurora_rl.training.served_weights import drafts_agreed
 from aurora_rl.trajectories import pack
 

@@ -16,8 +16,8 @@ from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.workload.traffic import TrafficError, generate
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from aurora_rl.envs import Request
 from aurora_rl.policies import HybridDrafter, Proposal, TreeShape
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.server import DrafterFault, measure_rounds
 
 
 class Broken(Oracle):
@@ -294,14 +293,6 @@ def test_without_a_server_a_drafters_own_error_comes_through(tmp_path: Path) -> 
     serving.policy.on_fault = None
     with pytest.raises(RuntimeError, match="no more ideas"):
         serving.run()
-
-
-def test_a_fault_while_rounds_are_measured_leaves_the_engine_free(tmp_path: Path) -> None:
-    waiting = requests(2, budget=22)
-    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "not a number"), slots=2)
-    with pytest.raises(DrafterFault, match="Broken failed: ValueError.*not a number"):
-        measure_rounds(serving.engine, serving.policy, waiting[1], [TreeShape(0), TreeShape(DEPTH)])
-    assert not len(serving.engine.store.occupied) and serving.policy.shape == TreeShape(DEPTH)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("d2t")])

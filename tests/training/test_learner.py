@@ -23,9 +23,9 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.testing import serve, tiny_target
-from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.training.gate import Gate, replay
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers

@@ -27,7 +27,7 @@ from aurora_rl.envs.sglang import ENVIRONMENT
 from aurora_rl.envs.sglang.control import ControlError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
-from aurora_rl.training.checkpoint import CheckpointError, read_folder
+from aurora_rl.storage import CheckpointError, read_folder
 
 _START_S = 300.0
 _TAIL = 2_000

@@ -5,8 +5,8 @@ import torch
 
 from aurora_rl.envs.sglang.client import drafter_arguments
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target
-from aurora_rl.training.checkpoint import CheckpointError
 
 PART, WHOLE = torch.tensor([2, 7, 11, 30]), torch.arange(32)
 
