@@ -21,11 +21,12 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Write the drafter. Returns the exit status."""
-    from aurora_rl.cli import spec
+    from aurora_rl.cli.spec import load, resolve
     from aurora_rl.policies import get_drafter, load_drafter, save_drafter
 
     # Sizes and positions are checked against the target, and written as the target has them.
-    target = spec.load(config)
+    spec = resolve(config)
+    target = load(spec)
     settings = config.drafter
     # Drafters that have names recognize their folders. Of others only the user may say what is imported.
     name = str(settings.options.get("learned", settings.name))
@@ -38,6 +39,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         options=settings.options,
         made_for=settings.made_for,
     )
-    save_drafter(drafter.to(spec.dtype_of(config)), arguments.out.resolve(), arguments.to)
+    save_drafter(drafter.to(spec.dtype), arguments.out.resolve(), arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0

@@ -37,11 +37,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
     import torch
 
-    from aurora_rl.cli import spec
+    from aurora_rl.cli.learner import build_learner
+    from aurora_rl.cli.spec import resolve
 
     torch.set_num_threads(config.learner.threads)
     with gone_if_refused(run_dir) if alone else contextlib.nullcontext():
-        learner = spec.learner(config, log, run_dir)
+        learner = build_learner(resolve(config), log, run_dir)
     stop.working = True
     log.write("learner_ready", pid=os.getpid())
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)

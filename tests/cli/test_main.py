@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import engines as serving
 from aurora_rl.cli import flywheel, learner_process, run_dir, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import ConfigError, load_config
@@ -32,7 +31,7 @@ from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
-from aurora_rl.telemetry.report import EMPTY_SUMMARY
+from aurora_rl.telemetry.stats import Stats
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
@@ -92,7 +91,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     assert "96 (0 failed)" in done.stdout
 
     figures = summary(run)
-    assert list(figures) == list(EMPTY_SUMMARY)
+    assert list(figures) == list(Stats().summary())
     assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
     assert figures["swaps"] >= 1
     assert len(figures["versions_served"]) == figures["swaps"] + 1
@@ -268,7 +267,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(spec, "load", lambda spec: pytest.fail("a model was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("of an earlier run")
     assert cli.main([command, *arguments]) == 2
@@ -327,7 +326,7 @@ def test_an_output_that_fails_does_not_lose_the_others(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(serving, "save_drafter", full)
+    monkeypatch.setattr("aurora_rl.serving.server.save_drafter", full)
     monkeypatch.setattr(flywheel, "write_summary", full)
     assert cli.main(["serve", *arguments, *QUICK]) == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -340,14 +339,14 @@ def test_an_output_that_fails_does_not_lose_the_others(
 def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = InferenceServer.summary
+    made_summary = Stats.summary
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def summary_then_full(server: InferenceServer, **figures: Any) -> dict[str, Any]:
+    def full_then_summary(stats: Stats, **figures: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        return served(server, **figures)
+        return made_summary(stats, **figures)
 
-    monkeypatch.setattr(InferenceServer, "summary", summary_then_full)
+    monkeypatch.setattr(Stats, "summary", full_then_summary)
     try:
         assert cli.main(["serve", *arguments, *QUICK]) == 1
     finally:
@@ -365,7 +364,7 @@ def test_names_and_peers_texts_are_shown_as_they_are(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = "handshake mismatch: target is [/x] :x: [bold]"
-    monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
+    monkeypatch.setattr(InferenceServer, "refused", property(lambda self: refused))
     monkeypatch.setattr(flywheel, "every", lambda seconds, action: action)
     run = tmp_path / "[fp16]" / "[/b]"
     assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
@@ -482,9 +481,9 @@ def test_signals_do_nothing_while_ending() -> None:
 def test_ctrl_c_while_loading(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda config: interrupt())
+    monkeypatch.setattr(spec, "load", lambda spec: interrupt())
     assert cli.main(["flywheel", *arguments]) == 130
-    assert summary(tmp_path / "run") == EMPTY_SUMMARY | {"duration_s": summary(tmp_path / "run")["duration_s"]}
+    assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert "interrupted" in capsys.readouterr().out
 
@@ -538,7 +537,7 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(spec, "load", lambda config: {}["missing"])
+    monkeypatch.setattr(spec, "load", lambda spec: {}["missing"])
     pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
     assert cli.main(["export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -582,11 +581,11 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    target = spec.load(config)
+    target = spec.load(spec.resolve(config))
     # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
     for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
         config.drafter.feature_layers = layers
-        save_drafter(spec.drafter(config, target, []), tmp_path / "ours")
+        save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
         there, back = tmp_path / layout, tmp_path / f"from-{layout}"
         assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
         assert export(there, back, "--from", layout, "--to", again, *pairs) == 0
@@ -606,7 +605,7 @@ def test_export_of_a_class_that_the_library_does_not_know(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     named = [*pairs, "drafter.name=other_heads:OtherHeads"]
     config = load_config(overrides=[*named, "drafter.vocab_size=64"])
-    save_drafter(spec.drafter(config, spec.load(config), []), tmp_path / "ours")
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
     assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
     assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
     back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
@@ -637,7 +636,7 @@ def test_export_says_what_it_cannot_do(
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    save_drafter(spec.drafter(config, spec.load(config), []), tmp_path / "ours")
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
     assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2

@@ -15,16 +15,15 @@ from aurora_rl.telemetry.view import LiveView, every
 
 
 def serving() -> Any:
-    """What the view asks of a serving half."""
-    server = SimpleNamespace(
+    """What the view asks of a server."""
+    stats = SimpleNamespace(
         finished=[(10, 5)] * 20,
         version=3,
-        depth=2,
         swap_ms=[1.0, 2.0],
         rates=lambda share: Rates(10.0, 15.0),
         acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
     )
-    return SimpleNamespace(server=server, queued=4, dropped=1, refused=None)
+    return SimpleNamespace(stats=stats, depth=2, queued=4, dropped=1, refused=None)
 
 
 @pytest.fixture
@@ -56,8 +55,8 @@ def test_the_view_shows_the_run(made: SimpleNamespace) -> None:
 
 
 def test_a_run_that_has_nothing_to_show_yet(made: SimpleNamespace) -> None:
-    made.serving.server.finished = []
-    made.serving.server.rates = lambda share: Rates(None, None)
+    made.serving.stats.finished = []
+    made.serving.stats.rates = lambda share: Rates(None, None)
     assert "requests 0/40 | acceptance length – at depth 2 | tokens/s plain · speculative – · –" in made.view.line()
     made.view.log_status()
     (status,) = made.reader.new()
