@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,10 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.output import plain_console
-from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir, one_line
+from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir
 from aurora_rl.cli.signals import Stop
-from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.outputs import Outputs, one_line
 from aurora_rl.telemetry.report import draw_report, summary_table, write_summary
 from aurora_rl.telemetry.stats import Stats
 from aurora_rl.telemetry.view import LiveView, Server, every
@@ -44,7 +44,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     server: Server | None = None
     requests: RequestQueue | None = None
     answers: Answers | None = None
-    outputs = _Outputs()
+    view: LiveView | None = None
+    outputs = Outputs()
     try:
         import torch
 
@@ -83,7 +84,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         if server is not None:
             outputs.write("the end of serving", server.close)
         if learner is not None and (lost := learner.end()):
-            outputs.failures.append(lost)
+            outputs.failures["learner"] = lost
+        if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
+            outputs.failures["learner"] = f"the learner's last training state was not written: {view.unsaved}"
         if stop.working or stop.requested:
             if stop.requested:
                 console.print("interrupted")
@@ -97,35 +100,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 log.write("failed", reason=reason)
             outputs.count(log)
             _report(run_dir, summary, stats, console, outputs)
-        for failure in outputs.failures:
+        for failure in outputs.failures.values():
             print(f"aurora-rl: {failure}", file=sys.stderr)
     return 1 if outputs.failures else 130 if stop.requested else 0
 
 
-class _Outputs:
-    """Writes what a run leaves, each file whatever became of the others.
-
-    Attributes:
-        failures: What could not be written, and why.
-    """
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def write(self, name: str, write: Callable[[], None]) -> None:
-        """Write one output; a failure is noted."""
-        try:
-            write()
-        except Exception as error:  # whatever it is, the others are not lost for it
-            self.failures.append(f"{name} could not be written: {one_line(error) or repr(error)}")
-
-    def count(self, lines: JsonLines) -> None:
-        """Note the lines that a file has lost."""
-        if lines.lost:
-            self.failures.append(f"{lines.path} lacks {lines.lost} lines that could not be written")
-
-
-def _report(run_dir: Path, summary: dict[str, Any], stats: Stats, console: Console, outputs: _Outputs) -> None:
+def _report(run_dir: Path, summary: dict[str, Any], stats: Stats, console: Console, outputs: Outputs) -> None:
     events = MetricsReader(run_dir / "metrics.jsonl")
     swaps = [event["requests"] for event in events if event["event"] == "swap"]
     outputs.write("summary.json", lambda: write_summary(run_dir, summary))

@@ -17,6 +17,7 @@ from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -66,9 +67,15 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
     except ValueError as error:
         raise ConfigError(f"learner.record: {error}") from error
+    outputs = Outputs(log)
+
+    def record(trajectory: TensorDictBase) -> None:
+        if recording is not None:
+            outputs.write("a trajectory", lambda: recording.append(trajectory))
+
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
-            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one)
+            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one, record=record)
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
             publisher = WeightPublisher(config.wire.weights, handshake=greeting)
@@ -88,7 +95,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
             publish_every=settings.publish_every,
             max_skipped=settings.max_skipped,
             checkpoint=run_dir / "learner",
-            recording=recording,
+            outputs=outputs,
         )
         if settings.resume is not None:
             result.resume(Path(settings.resume))

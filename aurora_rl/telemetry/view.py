@@ -61,7 +61,10 @@ class LiveView:
         log: gets "status", and "refused" and "learner_died" if that happens.
         reader: follows the run's metrics, where the learner's events are too.
         total: requests to serve.
-        learner: says how the learner is: "running", or that it died.
+        learner: Says how the learner is: "running", or that it died.
+
+    Attributes:
+        unsaved: Why the learner could not write its last training state; None if it could.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class LiveView:
         self._loss: float | None = None
         self._skipped = 0
         self._unwritten = False
+        self.unsaved: str | None = None
         self._gate: dict[str, Any] | None = None
         # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
         self._accepted: Counter[int] = Counter()
@@ -88,7 +92,11 @@ class LiveView:
                 if not self._skipped:
                     told.append(f"the learner skipped a step, and goes on: {event['reason']}")
                 self._skipped = event["skipped"]
+            elif event["event"] == "checkpoint":
+                self.unsaved = None
             elif event["event"] == "not_written":
+                if event["what"] == "the training state":
+                    self.unsaved = event["reason"]
                 if not self._unwritten:
                     told.append(f"the learner could not write {event['what']}, and goes on: {event['reason']}")
                 self._unwritten = True

@@ -111,7 +111,8 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
     config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
     with learner(config, tmp_path) as made:
         assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
-        assert made._recording.folder == tmp_path / "stream"
+        made._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
+    assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -120,6 +120,18 @@ def test_what_the_learner_cannot_write_is_told_once(made: SimpleNamespace) -> No
     ]
 
 
+def test_a_training_state_that_was_not_written_is_remembered_until_one_is(made: SimpleNamespace) -> None:
+    made.log.write("not_written", what="a trajectory", reason="full")
+    made.view.follow()
+    assert made.view.unsaved is None
+    made.log.write("not_written", what="the training state", reason="full")
+    made.view.follow()
+    assert made.view.unsaved == "full"
+    made.log.write("checkpoint", steps=3, version=1)
+    made.view.follow()
+    assert made.view.unsaved is None
+
+
 def test_text_of_peers_is_no_markup(made: SimpleNamespace) -> None:
     made.serving.refused = "target is [/x] [bold]"
     console = Console(record=True, width=100, file=io.StringIO())
