@@ -30,8 +30,11 @@ class JsonLines:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self.path, self.lost = path, 0
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":  # whoever wrote it was killed within a line
+            os.write(self._file, b"\n")
 
     def append(self, **fields: Any) -> None:
         """Append one line; ``fields`` are JSON values."""
@@ -72,10 +75,12 @@ class MetricsReader:
 
     Args:
         path: the file; it may not exist yet.
+        from_now: Leave out the events that are there already, as of an earlier part of the run.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path, self._offset = Path(path), 0
+    def __init__(self, path: str | os.PathLike[str], *, from_now: bool = False) -> None:
+        self._path = Path(path)
+        self._offset = self._path.stat().st_size if from_now and self._path.exists() else 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Events since the last one that was read, a line of the file in memory at a time.
