@@ -20,11 +20,11 @@ class JsonLines:
     as on a full disk, is lost and counted: a log is no reason to stop serving.
 
     Args:
-        path: the file; created where it is missing.
+        path: File; created where it is missing.
 
     Attributes:
-        path: the file.
-        lost: lines that could not be written.
+        path: File.
+        lost: Lines that could not be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,8 +57,8 @@ class MetricsLog(JsonLines):
     """Append events to ``metrics.jsonl``.
 
     Args:
-        path: see :class:`JsonLines`.
-        source: name of the process, written into each line.
+        path: File; see :class:`JsonLines`.
+        source: Name of the process, written into each line.
     """
 
     def __init__(self, path: Path, source: str) -> None:
@@ -74,7 +74,7 @@ class MetricsReader:
     """Follow a metrics file.
 
     Args:
-        path: the file; it may not exist yet.
+        path: File; it may not exist yet.
         from_now: Leave out the events that are there already, as of an earlier part of the run.
     """
 

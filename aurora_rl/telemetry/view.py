@@ -58,9 +58,9 @@ class LiveView:
 
     Args:
         server: Serving half of the run.
-        log: gets "status", and "refused" and "learner_died" if that happens.
-        reader: follows the run's metrics, where the learner's events are too.
-        total: requests to serve.
+        log: Gets "status", and "refused" and "learner_died" if that happens.
+        reader: Follows the run's metrics, where the learner's events are too.
+        total: Requests to serve.
         learner: Says how the learner is: "running", or that it died.
 
     Attributes:

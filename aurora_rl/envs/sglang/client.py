@@ -115,8 +115,8 @@ class SGLangClient:
             environment: More environment variables.
 
         Raises:
-            SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
-            CheckpointError: the drafter's folder is not one.
+            SGLangError: It ends or does not answer within five minutes; the message has the end of its log.
+            CheckpointError: The drafter's folder is not one.
         """
         context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
         port, control_port = free_ports(2)
@@ -171,7 +171,7 @@ class SGLangClient:
         """Wait until the server answers.
 
         Raises:
-            SGLangError: it does not, or its process has ended.
+            SGLangError: It does not, or its process has ended.
         """
         deadline = time.monotonic() + timeout
         while not self._healthy():
@@ -245,7 +245,7 @@ class SGLangClient:
         """Post to any of the server's endpoints; returns what its JSON says.
 
         Raises:
-            SGLangError: the server refuses, or does not answer within ``timeout`` seconds.
+            SGLangError: The server refuses, or does not answer within ``timeout`` seconds.
         """
         try:
             reply = self._http.post(self.url + path, json=body, timeout=timeout)
@@ -288,7 +288,7 @@ class SGLangClient:
             The plugin's status.
 
         Raises:
-            ControlError: the plugin refuses, or its hooks did not see the request.
+            ControlError: The plugin refuses, or its hooks did not see the request.
         """
         status = self.status()
         before, self._argmax = status["seen"], status["device"] == "cpu"
