@@ -23,7 +23,7 @@ from aurora_rl.models.parts import TargetParts
 if TYPE_CHECKING:
     from aurora_rl.policies.drafter import Drafter
 
-_EMBEDDED_TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SGLANG = {"LlamaForCausalLMEagle3": "EAGLE3", "LlamaForCausalLMEagle": "EAGLE", "DFlashDraftModel": "DFLASH"}
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _Path = str | os.PathLike[str]
@@ -111,7 +111,7 @@ class HubMixin:
 
         Args:
             repo_id: Repository, such as "name/smollm2-eagle3".
-            base_model: Hub id of the target; None takes the model of the run.
+            base_model: Hub id of the target; None takes the model of the run, unless that was a folder.
             run: Folder of the run that trained the drafter; its ``summary.json`` and ``config.yaml`` go into the card.
             license: License of the weights, such as "apache-2.0"; None states none.
             layout: One of the drafter's ``formats``; None takes the first.
@@ -156,7 +156,7 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
         kind: Class of the drafter.
         config: What its ``config.json`` holds.
         drafter: Folder or hub id of the drafter.
-        target: Folder or hub id of the target.
+        target: Target as in the configuration: a folder, a hub id, or "smollm2".
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
@@ -165,11 +165,14 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     """
     from aurora_rl.policies import StandaloneDrafter
 
-    name, nested = config["architectures"][0], (config.get("eagle_config") or {}).get(_LAYER_IDS) or ()
+    name = config["architectures"][0]
+    nested = (config.get("eagle_config") or {}).get(_LAYER_IDS) or ()
+    left = nested or (config.get("dflash_config") or {}).get("target_layer_ids") or ()  # layers that states leave
     standalone = issubclass(kind, StandaloneDrafter)
     commands = {"aurora_rl": f"aurora-rl serve model={target} drafter.path={drafter}"}
+    target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
     algorithm = "STANDALONE" if standalone else _SGLANG.get(name)
-    if algorithm is not None and min(nested, default=0) >= 0:  # SGLang cannot capture what enters layer 0
+    if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
         commands["sglang"] = (
             f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} "
             f"--speculative-draft-model-path {drafter}"
@@ -199,7 +202,7 @@ def model_card(
         drafter: The drafter.
         repo_id: Repository of the card.
         config: What its ``config.json`` holds.
-        base_model: Hub id of the target; None takes the model of the run.
+        base_model: Hub id of the target; None takes the model of the run, unless that was a folder.
         run: Folder of a run; None leaves its figures out.
         license: License of the weights; None keeps what ``metadata`` states.
         metadata: Front matter of the card that is replaced.
@@ -208,8 +211,8 @@ def model_card(
         ValueError: The run has no summary.
     """
     settings, figures = ({}, []) if run is None else _run(Path(run))
-    base_model = base_model or settings.get("model")
-    base_model = _EMBEDDED_TARGET if base_model == DEFAULT_TARGET else base_model
+    target = next((name for name in (settings.get("model"), base_model) if name and not _is_folder(name)), "TARGET")
+    base_model = base_model or {"TARGET": None, DEFAULT_TARGET: _EMBEDDED_ID}.get(target, target)
     kind = type(drafter)
     tags = ["speculative-decoding", kind.__name__.removesuffix("Drafter").lower()]
     stated = {"base_model": base_model, "library_name": "aurora_rl", "tags": tags, "license": license}
@@ -222,7 +225,6 @@ def model_card(
         ("fingerprint of the target's weights", f"`{drafter.made_for}`" if drafter.made_for else "not known"),
         ("written with", ", ".join(f"{name} {version(name)}" for name in ("aurora-rl", "torch", "transformers"))),
     ]
-    target = base_model or "TARGET"
     commands = "\n".join(engine_commands(kind, config, repo_id, target).values())
     about = f"`{base_model}`" if base_model else "a causal language model"
     parts = [
@@ -262,6 +264,11 @@ def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("versions served", f"{versions[0]} to {versions[-1]}" if versions else None),
     ]
     return settings, [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _is_folder(model: str) -> bool:
+    """Whether a model's name is that of a folder of this machine, which is nobody else's business."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
 
 
 def _length(value: Mapping[str, float | None] | float | None) -> str | None:

@@ -168,7 +168,7 @@ A drafter for speculative decoding of `HuggingFaceTB/SmolLM2-135M-Instruct`, tra
 ## Use
 
 ```bash
-aurora-rl serve model=HuggingFaceTB/SmolLM2-135M-Instruct drafter.path=me/drafter
+aurora-rl serve model=smollm2 drafter.path=me/drafter
 python -m sglang.launch_server --model-path HuggingFaceTB/SmolLM2-135M-Instruct --speculative-algorithm EAGLE3 """
         """--speculative-draft-model-path me/drafter
 vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --speculative-config """
@@ -178,10 +178,29 @@ vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --speculative-config """
 ```python
 from aurora_rl.policies import Drafter
 
-drafter = Drafter.from_pretrained("me/drafter", "HuggingFaceTB/SmolLM2-135M-Instruct")
+drafter = Drafter.from_pretrained("me/drafter", "smollm2")
 ```
 """
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "base_model", "stated", "command"),
+    [
+        ("FOLDER", None, None, "model=TARGET "),
+        ("FOLDER", "me/target", "me/target", "model=me/target "),
+        ("../models/mine", None, None, "model=TARGET "),
+        ("me/target", None, "me/target", "model=me/target "),
+        ("me/target", "me/family", "me/family", "model=me/target "),
+    ],
+)
+def test_a_card_names_no_folder_of_the_machine(
+    drafter: Eagle3Drafter, run: Path, model: str, base_model: str | None, stated: str | None, command: str
+) -> None:
+    (run / "config.yaml").write_text(f"model: {str(run) if model == 'FOLDER' else model}\nengine: {{name: x}}\n")
+    card = model_card(drafter, "me/drafter", drafter.write("sglang").config, base_model=base_model, run=run)
+    assert (f"base_model: {stated}\n" in card) if stated else ("base_model" not in card)
+    assert command in card and str(run) not in card and "models/mine" not in card
 
 
 @pytest.mark.parametrize(
