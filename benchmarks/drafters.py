@@ -182,7 +182,6 @@ def serve(world: World, name: str) -> dict[str, Any]:
         requests,
         num_nodes=policy.num_nodes,
         stop_tokens=stop_token_ids(model, world.tokenizer),
-        on_completion=lambda completion: server.completed(completion),
     )
     drafting: list[float] = []
     draft = policy.draft
@@ -209,8 +208,8 @@ def serve(world: World, name: str) -> dict[str, Any]:
         "draft_ms": 1e3 * statistics.median(drafting),
         "round_ms": 1e3 * costs[world.shape],
         "plain_ms": 1e3 * costs[none],
-        "acceptance_length": server.acceptance(0, len(server.finished)),
-        "speedup": server.rates().speedup,
+        "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
+        "speedup": server.stats.rates().speedup,
     }
 
 

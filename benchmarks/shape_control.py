@@ -87,12 +87,12 @@ def serve(
     asked = 0
 
     def part() -> int:
-        return sum(len(server.finished) >= end for end in ends)
+        return sum(len(server.stats.finished) >= end for end in ends)
 
     def requests() -> Request | None:
         nonlocal asked
         here = part()
-        if here == len(parts) or asked == ends[here] or asked - len(server.finished) >= parts[here][2]:
+        if here == len(parts) or asked == ends[here] or asked - len(server.stats.finished) >= parts[here][2]:
             return None
         asked += 1
         return source()
@@ -102,7 +102,6 @@ def serve(
         requests,
         num_nodes=most.most_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
-        on_completion=lambda completion: server.completed(completion),
     )
     script = Script(later, parts[0][1])
     server = InferenceServer(
@@ -114,11 +113,11 @@ def serve(
         receiver=script,
         note=source.completed,
     )
-    server.rounds = []  # every round, for the parts
-    script.completed = lambda: len(server.finished)
+    server.stats.rounds = []  # every round, for the parts
+    script.completed = lambda: len(server.stats.finished)
     chosen: list[Counter[str]] = [Counter() for _ in parts]
     while (here := part()) < len(parts) and server.step():
-        if server.rounds[-1].speculative:
+        if server.stats.rounds[-1].speculative:
             shape = policy.shape
             name = f"{shape.depth}x{shape.width}{' free' * shape.free}"  # as in the table of costs
             chosen[here][name if shape.depth else "none"] += 1
@@ -140,9 +139,9 @@ def serve(
 
 
 def figures(server: InferenceServer, begin: int, end: int) -> dict:
-    measured = rates([r for r in server.rounds if begin <= r.request < end])
+    measured = rates([r for r in server.stats.rounds if begin <= r.request < end])
     return {
-        "acceptance_length_where_drafted": server.acceptance(begin, end),
+        "acceptance_length_where_drafted": server.stats.acceptance(begin, end),
         "tokens_per_second": {"plain": measured.baseline, "controlled": measured.speculative},
         "over_plain": measured.speedup,
     }

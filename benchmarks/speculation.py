@@ -61,7 +61,6 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         requests,
         num_nodes=shape.most_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
-        on_completion=lambda completion: server.completed(completion),
     )
     server = InferenceServer(
         env,
@@ -93,11 +92,11 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
             policy.install(weights[policy.version % len(weights)], policy.version + 1)
             installs.append((time.perf_counter() - at) * 1e3)
     total = time.perf_counter() - began
-    measured = server.rates()
+    measured = server.stats.rates()
     return {
         "slots": slots,
-        "requests": len(server.finished),
-        "acceptance_length": server.acceptance(0, len(server.finished)),
+        "requests": len(server.stats.finished),
+        "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
         "shape_at_end": {"depth": policy.shape.depth, "width": policy.shape.width},
         "tokens_per_second": {"baseline": measured.baseline, "speculative": measured.speculative},
         "speedup": measured.speedup,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli import spec
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config, ConfigError
 from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, Target, load, resolve, start_drafter
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -74,8 +74,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 def learning_curve(
-    config: Config,
-    target: spec.Target,
+    spec: RunSpec,
+    target: Target,
     stream: Sequence[TensorDictBase],
     objectives: list[dict[str, Any]],
     *,
@@ -90,7 +90,7 @@ def learning_curve(
     configuration samples.
 
     Args:
-        config: drafter, learner and shape settings.
+        spec: Drafter, learner and tree.
         target: what the stream was recorded with.
         stream: in order of arrival.
         objectives: names and settings.
@@ -103,9 +103,8 @@ def learning_curve(
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
-    config = replace(config, seed=seed)
-    drafter = spec.drafter(config, target, prompts)
-    dtype, settings, served_shape = spec.dtype_of(config), config.learner, spec.shape(config)
+    drafter = start_drafter(replace(spec, config=replace(spec.config, seed=seed)), target, prompts)
+    dtype, settings, served_shape = spec.dtype, spec.config.learner, spec.tree
     shapes = {mode: replace(served_shape, mode=mode) for mode in dict.fromkeys(("topk", served_shape.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
     optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
@@ -170,6 +169,7 @@ def bench_objectives(
             was made with other settings.
     """
     recording, out = Path(recording), Path(out)
+    spec = resolve(config)
     _check_arguments(config, variants, seeds=seeds, every=every, ahead=ahead, limit=limit)
     known = {**VARIANTS, _CONFIGURED: config.objectives}
     found = TrajectoryDataset(recording)
@@ -178,7 +178,7 @@ def bench_objectives(
         raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
     if count < every + ahead:
         raise ConfigError(f"--recording {recording} has {count} trajectories; at least {every + ahead} are needed")
-    settings = _settings(config, every, ahead, count, found.digest(count))
+    settings = _settings(spec, every, ahead, count, found.digest(count))
     missing = []
     for seed in range(seeds):
         for variant in dict.fromkeys(variants):
@@ -190,9 +190,9 @@ def bench_objectives(
     out.mkdir(parents=True, exist_ok=True)
     if missing:
         stream = [found[index] for index in range(count)]
-        target = spec.load(config)
+        target = load(spec)
         # Another drafter's features may be as wide as this one's.
-        TrajectoryDataset(recording, spec.drafter(config, target, []).feature_layers)
+        TrajectoryDataset(recording, start_drafter(spec, target, []).feature_layers)
         for variant, seed in missing:
             began, spent = time.monotonic(), time.process_time()
 
@@ -201,7 +201,7 @@ def bench_objectives(
 
             try:
                 curves, skipped = learning_curve(
-                    config, target, stream, known[variant], seed=seed, every=every, ahead=ahead, tell=tell
+                    spec, target, stream, known[variant], seed=seed, every=every, ahead=ahead, tell=tell
                 )
             except ValueError as error:
                 raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
@@ -232,18 +232,17 @@ def _check_arguments(config: Config, variants: Sequence[str], **numbers: int | N
     for variant in variants:
         if variant not in (*VARIANTS, _CONFIGURED):
             raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join((*VARIANTS, _CONFIGURED))}")
-    if _CONFIGURED in variants:
-        spec.check_objectives(config)
-    elif config.objectives != Config().objectives:
+    if _CONFIGURED not in variants and config.objectives != Config().objectives:
         raise ConfigError(f"no variant learns by objectives={config.objectives}; add {_CONFIGURED!r} to --variants")
 
 
-def _settings(config: Config, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
+def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
     """What a curve depends on beside its objectives and its seed, by the names that the user knows."""
+    config = spec.config
     drafter, learner = asdict(config.drafter), asdict(config.learner)
     return {
         "model": config.model,
-        "dtype": str(spec.dtype_of(config)).removeprefix("torch."),
+        "dtype": str(spec.dtype).removeprefix("torch."),
         **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("made_for", "adaptive")},  # these change none
         **{f"learner.{k}": learner[k] for k in ("batch_size", "replay", "muon_lr", "adam_lr")},
         "--every": every,

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from aurora_rl.cli import spec
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
 from aurora_rl.policies.formats.files import local_folder
 from aurora_rl.policies.hub import engine_commands
@@ -60,20 +60,21 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 def _init(config: Config, out: Path, layout: str | None) -> int:
-    config = replace(config, drafter=replace(config.drafter, path=None))
-    prompts = spec.check(config)
-    target = spec.load(config)
-    drafter = spec.drafter(config, target, spec.request_queue(config, target, prompts).first_prompts(_PROMPTS))
+    spec = resolve(replace(config, drafter=replace(config.drafter, path=None)))
+    prompts = traffic(config)
+    target = load(spec)
+    drafter = start_drafter(spec, target, request_queue(spec, target, prompts).first_prompts(_PROMPTS))
     layout = layout or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
-    drafter.to(spec.dtype_of(config)).save_pretrained(out.resolve(), layout=layout)
+    drafter.to(spec.dtype).save_pretrained(out.resolve(), layout=layout)
     print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({layout})")
     return 0
 
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
     # Sizes and positions are checked against the target, and written as the target has them.
-    drafter = _load(config, spec.load(config), arguments.drafter, arguments.layout)
-    drafter.to(spec.dtype_of(config)).save_pretrained(arguments.out.resolve(), layout=arguments.to)
+    spec = resolve(config)
+    drafter = _load(spec, load(spec), arguments.drafter, arguments.layout)
+    drafter.to(spec.dtype).save_pretrained(arguments.out.resolve(), layout=arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
 
@@ -118,12 +119,12 @@ def _named_kind(config: Config) -> type[Drafter] | None:
     return get_drafter(settings.name) if ":" in name else None
 
 
-def _load(config: Config, target: spec.Target, source: str | os.PathLike[str], layout: str | None = None) -> Drafter:
-    settings = config.drafter
+def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout: str | None = None) -> Drafter:
+    settings = spec.config.drafter
     return load_drafter(
         source,
         target.parts,
-        _named_kind(config),
+        _named_kind(spec.config),
         layout=layout,
         options=settings.options,
         made_for=settings.made_for,
@@ -132,9 +133,10 @@ def _load(config: Config, target: spec.Target, source: str | os.PathLike[str], l
 
 def _misfit(config: Config, source: str) -> str | None:
     """Why a drafter does not fit the target; None if it does."""
-    target = spec.load(config)
+    spec = resolve(config)
+    target = load(spec)
     try:
-        _load(config, target, source)
+        _load(spec, target, source)
     except CheckpointError as error:
         return str(error)
     return None

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir, one_line
+from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import one_line
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +38,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
     import torch
 
-    from aurora_rl.cli import spec
+    from aurora_rl.cli.learner import build_learner
+    from aurora_rl.cli.spec import resolve
 
     torch.set_num_threads(config.learner.threads)
     with gone_if_refused(run_dir) if alone else contextlib.nullcontext():
-        learner = spec.learner(config, log, run_dir)
+        learner = build_learner(resolve(config), log, run_dir)
     stop.working = True
     log.write("learner_ready", pid=os.getpid())
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
@@ -58,10 +60,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     finally:
         learner.close()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
-    if learner.unrecorded:
-        print(f"aurora-rl: {config.learner.record} lacks {learner.unrecorded} trajectories", file=sys.stderr)
-        return 1
-    return 0
+    for failure in learner.outputs.failures.values():
+        print(f"aurora-rl: {failure}", file=sys.stderr)
+    return 1 if learner.outputs.failures else 0
 
 
 def _end_with(parent: int) -> None:

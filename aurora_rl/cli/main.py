@@ -14,8 +14,9 @@ from typing import Any
 
 from aurora_rl.cli.config import Config, ConfigError, load_config, nearest_key, to_yaml
 from aurora_rl.cli.output import SafeStream
-from aurora_rl.cli.run_dir import one_line, write_traceback
+from aurora_rl.cli.run_dir import write_traceback
 from aurora_rl.cli.signals import Stop
+from aurora_rl.telemetry.outputs import one_line
 
 
 @dataclass(frozen=True, slots=True)

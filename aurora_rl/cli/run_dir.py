@@ -72,9 +72,3 @@ def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path
         path = Path(tempfile.mkdtemp(prefix="aurora-rl-")) / path.name
         path.write_text(text, encoding="utf-8")
     return path
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
-    return " ".join(text.split())

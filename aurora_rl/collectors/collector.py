@@ -42,6 +42,7 @@ class ZMQCollector(BaseCollector):
         frames_per_batch: trajectories in a batch of the iterator.
         total_frames: trajectories after which the iterator ends; -1: never.
         validate: raises ValueError for a trajectory whose contents do not fit together.
+        record: Called with each trajectory that is accepted, before :meth:`poll` returns it.
         limits: of a message.
         high_water: messages that ZeroMQ may hold per engine, and the most that one `poll` looks at.
         context: to share; needed for ``inproc://`` only. It must outlive the collector.
@@ -59,6 +60,7 @@ class ZMQCollector(BaseCollector):
         frames_per_batch: int = 1,
         total_frames: int = -1,
         validate: Callable[[TensorDictBase], None] | None = None,
+        record: Callable[[TensorDictBase], None] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         high_water: int = 64,
         context: zmq.Context | None = None,
@@ -76,7 +78,7 @@ class ZMQCollector(BaseCollector):
         """How the latest engine of another deployment differed."""
         self._handshake = handshake
         self._handshake_meta = handshake.to_meta()
-        self._validate = validate
+        self._validate, self._record = validate, record
         self._limits = limits
         self._high_water = high_water
         self._frames = 0  # read by BaseCollector.stats, as is _iter
@@ -194,6 +196,8 @@ class ZMQCollector(BaseCollector):
             except (ValueError, TypeError, LookupError, RuntimeError) as error:  # no message may end the learner
                 self._reject("invalid", error)
                 return None
+        if self._record is not None:
+            self._record(message.tensors)
         return message.tensors
 
     def _reject(self, kind: str, reason: object) -> None:

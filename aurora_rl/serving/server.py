@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from typing_extensions import override
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
@@ -20,27 +20,31 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, SpecDecodeEnv
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, Round
-from aurora_rl.telemetry.stats import Figures
+from aurora_rl.telemetry.stats import Stats
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 
 logger = logging.getLogger(__name__)
 
 
-class InferenceServer(Figures):
+class InferenceServer:
     """Drives ``policy`` and ``env.step_and_maybe_reset`` round by round; nothing it does waits for the learner.
 
     Args:
-        env: the environment; its ``on_completion`` must be :meth:`completed`.
-        policy: the drafter's policy on the same engine.
-        windows: which rounds decode plainly.
-        log: where requests and swaps are written.
-        shapes: chooses the shape of every round's drafts; None keeps the policy's.
-        sink: takes trajectories; None where nobody learns.
-        receiver: brings weights; None where nobody learns.
-        note: called with each completion; returns its domain.
+        env: Environment that records trajectories; the server sets its ``on_completion``.
+        policy: Policy of the drafter on the same engine.
+        windows: Chooses the rounds that decode plainly.
+        log: Log of requests and swaps.
+        shapes: Chooses the shape of every round's drafts; None keeps the policy's.
+        sink: Takes trajectories; None where nobody learns.
+        receiver: Brings weights; None where nobody learns.
+        note: Called with each completion; returns its domain.
+
+    Attributes:
+        stats: Statistics of the run so far.
     """
 
     def __init__(
@@ -55,8 +59,8 @@ class InferenceServer(Figures):
         receiver: WeightReceiver | None = None,
         note: Callable[[Completion], str] = lambda completion: "",
     ) -> None:
-        super().__init__(policy.version)
-        self.env, self.policy = env, policy
+        self.env, self.policy, self.stats = env, policy, Stats(policy.version)
+        env.on_completion = self.completed
         self._windows, self._log, self._shapes = windows, log, shapes
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
@@ -68,14 +72,24 @@ class InferenceServer(Figures):
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
 
     @property
-    @override
     def depth(self) -> int:
+        """Longest path of the trees that are drafted now."""
         return self.policy.shape.depth
 
     @property
-    @override
     def dropped(self) -> int:
+        """Trajectories that no learner took."""
         return self._sink.dropped if self._sink is not None else 0
+
+    @property
+    def queued(self) -> int:
+        """Trajectories that wait to be sent."""
+        return self._sink.queued if self._sink is not None else 0
+
+    @property
+    def refused(self) -> str | None:
+        """Why the learner refuses this server; None if it does not."""
+        return self._receiver.error if self._receiver is not None else None
 
     def step(self) -> bool:
         """One round. False where there was nothing to decode."""
@@ -90,7 +104,7 @@ class InferenceServer(Figures):
             self._reshape(self._shapes.choose(occupied))
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
-        completed = len(self.finished)
+        completed = len(self.stats.finished)
         began = time.perf_counter()
         action = policy(self._td)
         # A drafter that failed its slots together leaves the trees of each alone, for the last time.
@@ -106,8 +120,8 @@ class InferenceServer(Figures):
             self._observe(self._shapes, done, occupied, seconds)
         if baseline:
             seconds -= recording
-            self.rounds.append(Round(True, occupied, 0, recording, completed))
-        self.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
+            self.stats.rounds.append(Round(True, occupied, 0, recording, completed))
+        self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
         self._windows.spent(seconds)
         return True
 
@@ -143,7 +157,7 @@ class InferenceServer(Figures):
         asked = torch.tensor(self._asked.pop(completion.request.id))
         tokens, rounds = acceptance_length(trajectory, asked)
         covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
-        self.finish(domain, len(completion.tokens), tokens, rounds)
+        self.stats.finish(domain, len(completion.tokens), tokens, rounds)
         accepted, drafted = accepted_per_round(trajectory)
         self._log.write(
             "request",
@@ -175,9 +189,9 @@ class InferenceServer(Figures):
             request: which it failed; None where it failed before there were any.
             outcome: what is done about it.
         """
-        self.drafter_faults += 1
-        self._log.write("drafter_fault", request=request, version=self.version, fault=fault)
-        if self.drafter_faults == 1:
+        self.stats.drafter_faults += 1
+        self._log.write("drafter_fault", request=request, version=self.stats.version, fault=fault)
+        if self.stats.drafter_faults == 1:
             logger.warning("%s: %s", outcome, fault)
 
     def _swap(self) -> None:
@@ -199,13 +213,26 @@ class InferenceServer(Figures):
             self._log.write("swap_failed", version=version, reason=reason)
             return
         milliseconds = (time.perf_counter() - began) * 1e3
-        self.swap_ms.append(milliseconds)
-        self.versions.append(version)
-        self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.finished))
+        self.stats.swap_ms.append(milliseconds)
+        self.stats.versions.append(version)
+        self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.stats.finished))
         if self._shapes is not None:
             self._shapes.swapped()
         # These tensors stay what they are: the next swap puts others in their place.
         self._background.submit(self._acknowledge, version, self.policy.drafter.published(), milliseconds)
+
+    def save_drafter(self, folder: str | os.PathLike[str]) -> None:
+        """Save the drafter that serves now, if it has weights."""
+        if self.policy.drafter.formats:
+            save_drafter(self.policy.drafter, folder)
+
+    def close(self) -> None:
+        """Send the trajectories that can still be sent, and close the wire."""
+        self._background.shutdown()
+        if self._sink is not None:
+            self._sink.close(timeout=2.0)
+        if self._receiver is not None:
+            self._receiver.close()
 
     def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
         assert self._receiver is not None

@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import engines as serving
-from aurora_rl.cli import flywheel, learner_process, run_dir, spec
+from aurora_rl.cli import drafter, flywheel, learner_process, run_dir, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import ConfigError, load_config
 from aurora_rl.cli.learner_process import LearnerProcess
@@ -30,7 +29,7 @@ from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
-from aurora_rl.telemetry.report import EMPTY_SUMMARY
+from aurora_rl.telemetry.stats import Stats
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
@@ -90,7 +89,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     assert "96 (0 failed)" in done.stdout
 
     figures = summary(run)
-    assert list(figures) == list(EMPTY_SUMMARY)
+    assert list(figures) == list(Stats().summary())
     assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
     assert figures["swaps"] >= 1
     assert len(figures["versions_served"]) == figures["swaps"] + 1
@@ -242,12 +241,13 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"bench": ["objectives"], "drafter": ["init"]}
     for name, command in cli.COMMANDS.items():
         with pytest.raises(SystemExit) as error:
-            cli.main([name, *(["objectives"] if name == "bench" else []), "--help"])
+            cli.main([name, *parts.get(name, []), "--help"])
         assert error.value.code == 0
         text = capsys.readouterr().out
-        assert "key=value" in text and (name == "bench" or command.help.split()[0] in text)
+        assert "key=value" in text and (name in parts or command.help.split()[0] in text)
 
 
 def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +266,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(spec, "load", lambda spec: pytest.fail("a model was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("of an earlier run")
     assert cli.main([command, *arguments]) == 2
@@ -325,7 +325,7 @@ def test_an_output_that_fails_does_not_lose_the_others(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(serving, "save_drafter", full)
+    monkeypatch.setattr("aurora_rl.serving.server.save_drafter", full)
     monkeypatch.setattr(flywheel, "write_summary", full)
     assert cli.main(["serve", *arguments, *QUICK]) == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -338,14 +338,14 @@ def test_an_output_that_fails_does_not_lose_the_others(
 def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = InferenceServer.summary
+    made_summary = Stats.summary
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def summary_then_full(server: InferenceServer, **figures: Any) -> dict[str, Any]:
+    def full_then_summary(stats: Stats, **figures: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        return served(server, **figures)
+        return made_summary(stats, **figures)
 
-    monkeypatch.setattr(InferenceServer, "summary", summary_then_full)
+    monkeypatch.setattr(Stats, "summary", full_then_summary)
     try:
         assert cli.main(["serve", *arguments, *QUICK]) == 1
     finally:
@@ -363,7 +363,7 @@ def test_names_and_peers_texts_are_shown_as_they_are(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = "handshake mismatch: target is [/x] :x: [bold]"
-    monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
+    monkeypatch.setattr(InferenceServer, "refused", property(lambda self: refused))
     monkeypatch.setattr(flywheel, "every", lambda seconds, action: action)
     run = tmp_path / "[fp16]" / "[/b]"
     assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
@@ -480,9 +480,9 @@ def test_signals_do_nothing_while_ending() -> None:
 def test_ctrl_c_while_loading(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda config: interrupt())
+    monkeypatch.setattr(spec, "load", lambda spec: interrupt())
     assert cli.main(["flywheel", *arguments]) == 130
-    assert summary(tmp_path / "run") == EMPTY_SUMMARY | {"duration_s": summary(tmp_path / "run")["duration_s"]}
+    assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert "interrupted" in capsys.readouterr().out
 
@@ -536,7 +536,7 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(spec, "load", lambda config: {}["missing"])
+    monkeypatch.setattr(drafter, "load", lambda spec: {}["missing"])
     pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
     assert cli.main(["drafter", "export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
     (line,) = capsys.readouterr().err.splitlines()

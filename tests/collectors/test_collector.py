@@ -65,6 +65,17 @@ def test_for_batch_in_collector(collector: ZMQCollector) -> None:
     assert list(collector.state_dict().items()) == [("frames", 10), ("batches", 3), ("rejections", {})]
 
 
+def test_what_is_accepted_is_recorded_and_nothing_else() -> None:
+    recorded: list[TensorDictBase] = []
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, validate=no_negatives, record=recorded.append)
+    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
+        for number in (1, -1, 2):
+            sink.extend(item(number))
+        assert poll(collector, 2) == [1, 2]
+    assert numbers(recorded) == [1, 2]  # type: ignore[arg-type]
+    collector.shutdown()
+
+
 def test_next_and_load_state_dict(collector: ZMQCollector) -> None:
     state = collector.state_dict()
     collector.load_state_dict(json.loads(json.dumps({**state, "frames": 8, "batches": 2})))

@@ -96,7 +96,7 @@ def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: P
     serving.check_texts()
     (fault,) = serving.events("drafter_fault")  # of whoever shared the round, none
     assert fault["request"] == 1 and fault["fault"].startswith("Broken failed: ") and FAULTS[how] in fault["fault"]
-    assert server.drafter_faults == server.summary(failed=0, duration_s=1.0)["drafter_faults"] == 1
+    assert server.stats.drafter_faults == server.stats.summary(failed=0, duration_s=1.0)["drafter_faults"] == 1
     rounds = {event["request"]: event["speculative_rounds"] for event in serving.events("request")}
     # The oracle needs six rounds for these texts; of the broken request's only the first two were drafted for.
     assert rounds.pop(1) == 2 and set(rounds.values()) == {6}
@@ -129,7 +129,7 @@ def test_a_request_that_the_drafter_fails_goes_on_with_its_drafts_from_the_text(
     server = serving.run()
     serving.check_texts()
     (fault,) = serving.events("drafter_fault")
-    assert fault["request"] == 1 and FAULTS[how] in fault["fault"] and server.drafter_faults == 1
+    assert fault["request"] == 1 and FAULTS[how] in fault["fault"] and server.stats.drafter_faults == 1
     accepted = {event["request"]: event["accepted"] for event in serving.events("request")}
     # The prefill delivers a token, two rounds of the oracle four each, then every round the right token and the bonus.
     assert accepted.pop(1) == {"1": 7, "3": 2}
@@ -153,7 +153,7 @@ def test_a_hybrid_whose_learned_half_raises_serves_n_grams(tmp_path: Path, free:
     # Alone, n-grams need nothing of the learned half; beside it, each request meets its fault once.
     faulty = [] if free else list(range(6))
     assert sorted(event["request"] for event in serving.events("drafter_fault")) == faulty
-    assert server.drafter_faults == len(faulty) and bool(called) != free
+    assert server.stats.drafter_faults == len(faulty) and bool(called) != free
     assert sum(rounds * int(accepted) for event in serving.events("request")
                for accepted, rounds in event["accepted"].items()) > 20  # fmt: skip
     # Rounds in which n-grams found nothing count in the acceptance length: drafts were asked for.
@@ -211,8 +211,8 @@ def test_n_grams_of_a_request_that_the_learned_half_fails_are_no_trial_of_it(tmp
     serving = Serving(tmp_path, waiting, hybrid, shapes=books)
     server = serving.run()
     serving.check_texts()
-    assert serving.policy.shape == tree and server.drafter_faults == 3
-    assert sum(r.tokens for r in server.rounds) > len(server.rounds)  # n-grams were accepted
+    assert serving.policy.shape == tree and server.stats.drafter_faults == 3
+    assert sum(r.tokens for r in server.stats.rounds) > len(server.stats.rounds)  # n-grams were accepted
     assert {shape for shape, _ in books.booked} == {free if arm else NONE}
     assert books._likeliest == books._siblings == books._drafted == [[0.0, 0.0]] * DEPTH
     assert (books._free[0][0] > 0) == arm
@@ -236,10 +236,10 @@ def test_drafts_from_the_text_alone_let_the_cache_be_and_it_catches_up(tmp_path:
     for _ in range(3):
         serving.server.step()
     assert serving.policy.drafter.cached.tolist() == [0, 0]
-    assert [r.tokens for r in serving.server.rounds] == [4] * 3  # two slots, the right token and the bonus
+    assert [r.tokens for r in serving.server.stats.rounds] == [4] * 3  # two slots, the right token and the bonus
     serving.policy.shape = TreeShape(DEPTH)
     serving.server.step()
-    assert serving.server.rounds[-1].tokens == 2 * (DEPTH + 1)
+    assert serving.server.stats.rounds[-1].tokens == 2 * (DEPTH + 1)
     serving.run()
     serving.check_texts()
 
@@ -258,8 +258,10 @@ def test_finding_nothing_is_a_trial_of_drafts_from_the_text(tmp_path: Path) -> N
     server = serving.run()
     serving.check_texts()
     hits, trials = shapes._free[0]
-    found = sum(round_.tokens == 2 for round_ in server.rounds)
-    assert trials == pytest.approx(len(server.rounds)) and 0 < found < trials and hits == pytest.approx(found, abs=1)
+    found = sum(round_.tokens == 2 for round_ in server.stats.rounds)
+    assert (
+        trials == pytest.approx(len(server.stats.rounds)) and 0 < found < trials and hits == pytest.approx(found, abs=1)
+    )
 
 
 def test_a_drafter_that_cannot_forget_loses_every_request_and_the_texts_stay(tmp_path: Path) -> None:

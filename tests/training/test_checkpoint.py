@@ -10,7 +10,8 @@ from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-from aurora_rl.telemetry.report import EMPTY_SUMMARY, draw_report, write_summary
+from aurora_rl.telemetry.report import draw_report, write_summary
+from aurora_rl.telemetry.stats import Stats
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -113,6 +114,6 @@ def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(tensors["x"], NEW["x"]) and config == {"a": 1}
     MetricsLog("run/metrics.jsonl", "server").write("swap")
     assert [event["event"] for event in MetricsReader("run/metrics.jsonl").new()] == ["swap"]
-    write_summary("run", EMPTY_SUMMARY)
+    write_summary("run", Stats().summary())
     draw_report("run/report.png", [], [], [])
     assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}
