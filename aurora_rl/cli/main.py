@@ -39,6 +39,7 @@ COMMANDS = {
     "flywheel": Command("serve traffic, learn from it in a second process, and swap the drafter", "flywheel"),
     "serve": Command("the serving half: needs a learner at wire.* to improve, and serves without one", "flywheel"),
     "learn": Command("the training half: waits for a server's trajectories until interrupted", "learn", learns=True),
+    "train": Command("learn a drafter offline, from recordings or from a JSONL of chats", "train", learns=True),
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
     "bench": Command("compare objectives on one recorded stream, resumable run by run", "bench", learns=True),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),

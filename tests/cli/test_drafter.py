@@ -94,7 +94,7 @@ def test_inspect_prints_what_a_folder_holds(
         "feature layers    1, 2",
         f"parameters        {parameters:,} in float32",
         f"size              {size:.1f} MiB",
-        f"engine aurora_rl  aurora-rl serve model=TARGET drafter.path={folder}",
+        f"engine aurora_rl  aurora-rl serve model=TARGET drafter.name=eagle3 drafter.path={folder}",
         "engine sglang     python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 "
         f"--speculative-draft-model-path {folder}",
     ]

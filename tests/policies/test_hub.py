@@ -168,7 +168,7 @@ A drafter for speculative decoding of `HuggingFaceTB/SmolLM2-135M-Instruct`, tra
 ## Use
 
 ```bash
-aurora-rl serve model=smollm2 drafter.path=me/drafter
+aurora-rl serve model=smollm2 drafter.name=eagle3 drafter.path=me/drafter
 python -m sglang.launch_server --model-path HuggingFaceTB/SmolLM2-135M-Instruct --speculative-algorithm EAGLE3 """
         """--speculative-draft-model-path me/drafter
 vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --speculative-config """
