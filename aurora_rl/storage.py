@@ -37,31 +37,31 @@ def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; names the folder, which is as it was.
+        OSError: It cannot be written, as on a full disk; names the folder, which is as it was.
     """
     folder = Path(folder)
-    made, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
-    shutil.rmtree(made, ignore_errors=True)  # of a call that was killed
+    new, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
     try:
-        made.mkdir(parents=True)
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, made / "model.safetensors")
+        new.mkdir(parents=True)
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / "model.safetensors")
         for name, document in documents.items():
-            (made / name).write_text(json.dumps(document, indent=2) + "\n")
+            (new / name).write_text(json.dumps(document, indent=2) + "\n")
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from error
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
-    os.replace(made, folder)
+    os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and one document of a folder that :func:`write_folder` made, or of one with PyTorch's ``.bin`` in place.
+    """Read the tensors and one document of a folder from :func:`write_folder`, or from one with PyTorch's ``.bin``.
 
     Raises:
-        CheckpointError: a file is missing or broken.
+        CheckpointError: A file is missing or broken.
     """
     folder = Path(folder)
     old = folder.with_name(f".{folder.name}-old")

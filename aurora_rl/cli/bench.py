@@ -86,18 +86,18 @@ def learning_curve(
 ) -> tuple[dict[str, list[tuple[int, float]]], int]:
     """Acceptance length on the next requests of a stream, after every so many learned from.
 
-    Likeliest drafts are evaluated always, since that is what is served by default; sampled ones beside them where the
-    configuration samples.
+    Likeliest drafts are evaluated always, since they are served by default; sampled ones as well if the configuration
+    samples.
 
     Args:
         spec: Drafter, learner and tree.
-        target: what the stream was recorded with.
-        stream: in order of arrival.
-        objectives: names and settings.
-        seed: of the drafter's start and of replay.
-        every: requests between two evaluations, a multiple of ``learner.batch_size``.
-        ahead: requests of an evaluation, the next of the stream, which were not learned from yet.
-        tell: called with each point as it comes.
+        target: Target that the stream was recorded with.
+        stream: Trajectories in order of arrival.
+        objectives: Names and settings.
+        seed: Seed of the drafter's start and of replay.
+        every: Requests between two evaluations, a multiple of ``learner.batch_size``.
+        ahead: Requests of an evaluation, the next of the stream, which were not learned from yet.
+        tell: Called with each point as it comes.
 
     Returns:
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
@@ -153,18 +153,18 @@ def bench_objectives(
     """Run the variants that have no result yet, then write the table and the plot of all results in the folder.
 
     Args:
-        config: of the runs.
-        recording: folder of a recorded stream.
-        out: folder of the results, one file a run; its table and plot cover every recording that it has results of.
-        variants: names of :data:`VARIANTS`, or "configured" for the objectives of ``config``.
-        seeds: runs of each variant.
-        every: requests between two evaluations.
-        ahead: requests of an evaluation.
-        limit: most requests of the recording.
-        say: takes a line of progress.
+        config: Configuration of the runs.
+        recording: Folder of a recorded stream.
+        out: Folder of the results, one file a run; its table and plot cover every recording that it has results of.
+        variants: Names of :data:`VARIANTS`, or "configured" for the objectives of ``config``.
+        seeds: Runs of each variant.
+        every: Requests between two evaluations.
+        ahead: Requests of an evaluation.
+        limit: Most requests of the recording.
+        say: Takes a line of progress.
 
     Raises:
-        ConfigError: an unknown variant, a number below 1, objectives that no variant uses, a recording that is too
+        ConfigError: An unknown variant, a number below 1, objectives that no variant uses, a recording that is too
             short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
             was made with other settings.
     """
@@ -237,7 +237,7 @@ def _check_arguments(config: Config, variants: Sequence[str], **numbers: int | N
 
 
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
-    """What a curve depends on beside its objectives and its seed, by the names that the user knows."""
+    """What a curve depends on, apart from its objectives and its seed, by the names that the user knows."""
     config = spec.config
     drafter, learner = asdict(config.drafter), asdict(config.learner)
     return {
@@ -254,15 +254,15 @@ def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) ->
 
 def _check_reuse(path: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
     """Raise ConfigError where a result was made with other settings."""
-    made = json.loads(path.read_text()).get("settings")
-    if made is None:
-        say(f"{path} does not say what it was made with, as results did not once; it is taken as it is")
+    earlier = json.loads(path.read_text()).get("settings")
+    if earlier is None:
+        say(f"{path} does not say its settings, as older results do not; it is taken as it is")
         return
     for name, value in settings.items():
-        if made.get(name) != value:
+        if earlier.get(name) != value:
             raise ConfigError(
-                f"{path} was made with {name}={made.get(name)}, and this run has {name}={value}; name another folder "
-                "by --out"
+                f"{path} was made with {name}={earlier.get(name)}, and this run has {name}={value}; name another "
+                "folder by --out"
             )
 
 

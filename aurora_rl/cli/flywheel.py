@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
-from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.output import plain_console
-from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir
+from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.outputs import Outputs, one_line
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from aurora_rl.serving.requests import RequestQueue
 
 
+_DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
+
+
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands' arguments."""
+    add_resume_argument(parser)
     add_config_arguments(parser)
 
 
@@ -37,9 +41,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve the traffic. Returns the exit status."""
     spawn_learner = arguments.command == "flywheel"
     began, console = time.monotonic(), plain_console()
-    run_dir = new_run_dir(config, "config.yaml")
+    folder = RunDir(config, _DOCUMENTS, resume=arguments.resume is not None)
+    run_dir = folder.path
     log = MetricsLog(run_dir / "metrics.jsonl", "server")
-    reader = MetricsReader(run_dir / "metrics.jsonl")
+    reader, events = (MetricsReader(log.path, from_now=True) for _ in range(2))
     learner: LearnerProcess | None = None
     server: Server | None = None
     requests: RequestQueue | None = None
@@ -55,7 +60,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         from aurora_rl.serving.answers import Answers
 
         torch.set_num_threads(config.engine.threads)
-        with gone_if_refused(run_dir):
+        with folder.undone_if_refused():
             spec, prompts = resolve(config), traffic(config)
             console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
             target = load(spec)
@@ -85,6 +90,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             outputs.write("the end of serving", server.close)
         if learner is not None and (lost := learner.end()):
             outputs.failures["learner"] = lost
+        if view is not None:
+            view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
             outputs.failures["learner"] = f"the learner's last training state was not written: {view.unsaved}"
         if stop.working or stop.requested:
@@ -99,14 +106,15 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             for reason in failed:
                 log.write("failed", reason=reason)
             outputs.count(log)
-            _report(run_dir, summary, stats, console, outputs)
+            _report(run_dir, summary, stats, events, console, outputs)
         for failure in outputs.failures.values():
             print(f"aurora-rl: {failure}", file=sys.stderr)
     return 1 if outputs.failures else 130 if stop.requested else 0
 
 
-def _report(run_dir: Path, summary: dict[str, Any], stats: Stats, console: Console, outputs: Outputs) -> None:
-    events = MetricsReader(run_dir / "metrics.jsonl")
+def _report(
+    run_dir: Path, summary: dict[str, Any], stats: Stats, events: MetricsReader, console: Console, outputs: Outputs
+) -> None:
     swaps = [event["requests"] for event in events if event["event"] == "swap"]
     outputs.write("summary.json", lambda: write_summary(run_dir, summary))
     outputs.write("report.png", lambda: draw_report(run_dir / "report.png", stats.finished, stats.rounds, swaps))

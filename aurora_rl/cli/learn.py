@@ -11,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir
+from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import one_line
@@ -22,6 +22,7 @@ from aurora_rl.telemetry.outputs import one_line
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the flywheel that the learner belongs to
+    add_resume_argument(parser)
     add_config_arguments(parser)
 
 
@@ -32,8 +33,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # A flywheel's learner shares its folder, where its configuration is already.
-    alone = parent is None
-    run_dir = new_run_dir(config, "learner.yaml", suffix="-learner") if alone else Path(config.run_dir or "")
+    resume = arguments.resume is not None
+    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume) if parent is None else None
+    run_dir = Path(config.run_dir or "")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner")
 
     import torch
@@ -42,7 +44,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     from aurora_rl.cli.spec import resolve
 
     torch.set_num_threads(config.learner.threads)
-    with gone_if_refused(run_dir) if alone else contextlib.nullcontext():
+    with contextlib.nullcontext() if folder is None else folder.undone_if_refused():
         learner = build_learner(resolve(config), log, run_dir)
     stop.working = True
     log.write("learner_ready", pid=os.getpid())

@@ -36,7 +36,7 @@ class LearnerProcess:
         # parent that imports from there itself, as under python -m, shares its modules with the learner.
         safe = [] if os.getcwd() in sys.path else ["-P"]
         command = [sys.executable, *safe, "-m", "aurora_rl.cli.main", "learn", "--config", str(path)]
-        with open(log, "wb") as output:
+        with open(log, "ab") as output:
             child = subprocess.Popen(
                 [*command, "--parent", str(os.getpid()), f"run_dir={run_dir}"],
                 stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from typing import Any
 
 from aurora_rl.cli.config import Config, ConfigError, load_config, nearest_key, to_yaml
 from aurora_rl.cli.output import SafeStream
-from aurora_rl.cli.run_dir import write_traceback
+from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.outputs import one_line
 
@@ -78,7 +78,11 @@ def _main(words: list[str]) -> int:
             _limit_caches()
         module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
         arguments = _parse(words, name, module)
-        config = load_config(arguments.config, arguments.overrides)
+        if (folder := getattr(arguments, "resume", None)) is None:
+            config = load_config(arguments.config, arguments.overrides)
+        else:
+            document = "learner.yaml" if name == "learn" else "config.yaml"
+            config = resumed_config(folder, document, arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0

@@ -15,8 +15,8 @@ class Stop:
     a round or a step ends whole, and a second one raises. However many come, one exception is raised.
 
     Attributes:
-        requested: whether the user asked for an end.
-        working: set by the command when it has started.
+        requested: Whether the user asked for an end.
+        working: Set by the command when it has started.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Stop:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Raise behind this block and not inside: a child process whose handle is lost could not be ended."""
+        """Defer KeyboardInterrupt until the block exits: a child process whose handle is lost could not be ended."""
         self._held = True
         try:
             yield

@@ -151,8 +151,8 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
         prompts: First prompts, for the draft vocabulary of an untrained drafter; may be empty.
 
     Raises:
-        ConfigError: settings that do not fit, such as trees deeper than the drafter drafts.
-        ValueError: a checkpoint that does not fit the target.
+        ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
+        ValueError: A checkpoint that does not fit the target.
     """
     config, made = spec.config, _made(spec, target, prompts)
     if config.drafter.depth > made.max_depth:
@@ -229,14 +229,14 @@ def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder:
     return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
-def handshake(parts: TargetParts, made: Drafter, name: str) -> Handshake:
+def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
     """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
     return Handshake(
         schema=SCHEMA,
         target=parts.digest,
         head_checksum=checksum(parts.head.tensors()),
-        feature_layers=tuple(made.feature_layers),
-        draft_map_checksum=checksum({"draft_vocab": made.draft_vocab}),
+        feature_layers=tuple(drafter.feature_layers),
+        draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
         drafter=name,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from torch.utils.data import ConcatDataset, Subset
 from torchrl.objectives import LossModule
 from typing_extensions import override
 
-from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import Watch, watch
-from aurora_rl.cli.run_dir import gone_if_refused, new_run_dir
+from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
@@ -43,7 +44,7 @@ from aurora_rl.workload.traffic import Prompt
 
 _PROMPTS = 64  # that shape the draft vocabulary
 _SAVE_S = 300.0
-_FILES = {"config.yaml", "drafter-day0", "recording", "learner", "drafter", "metrics.jsonl", "summary.json"}
+_ARGUMENTS = "train.json"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -56,37 +57,39 @@ def register(parser: argparse.ArgumentParser) -> None:
         help="folder of trajectories, as learner.record fills it; may be repeated. Without it the target answers the "
         "traffic first, such as traffic.path=chats.jsonl, and its answers are recorded",
     )
-    parser.add_argument("--epochs", type=int, default=4, help="passes over what is learned from (4)")
+    parser.add_argument("--epochs", type=int, help="passes over what is learned from (4)")
     parser.add_argument(
-        "--held-out", type=float, default=0.1, metavar="SHARE", help="last part of each recording, to evaluate on (0.1)"
+        "--held-out", type=float, metavar="SHARE", help="last part of each recording, to evaluate on (0.1)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with run_dir=..., which was interrupted")
+    add_resume_argument(parser)
     add_config_arguments(parser, "traffic.path=chats.jsonl")
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
-    if arguments.epochs < 1:
-        raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
-    if not 0 < arguments.held_out < 1:
-        raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
+    _settle(arguments)
     spec, began = resolve(config), time.monotonic()
     prompts = [] if arguments.recording else _questions(traffic(config))
-    if arguments.resume:
-        run_dir = _resumed(config)
+    folder = None
+    if arguments.resume is None:
+        folder = RunDir(config, ["config.yaml"], suffix="-train")
+        chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")}
+        (folder.path / _ARGUMENTS).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
     else:
-        run_dir = new_run_dir(config, "config.yaml", suffix="-train")
+        _check_resumed(config, Path(arguments.resume))
+    run_dir = Path(config.run_dir or "")
     torch.set_num_threads(config.engine.threads)
     console = plain_console()
     try:
-        training = _start(spec, arguments, prompts, run_dir, console)
+        refused = contextlib.nullcontext() if folder is None else folder.undone_if_refused()
+        training = _start(spec, arguments, prompts, run_dir, console, refused)
         stop.working = True
         finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
         finished = False
     if not finished:
         stop.ignore()
-        console.print(f"interrupted; the same command with --resume run_dir={run_dir} goes on", soft_wrap=True)
+        console.print(f"interrupted; aurora-rl train --resume {run_dir} goes on", soft_wrap=True)
         return 130
     training.report(time.monotonic() - began)
     return 0
@@ -108,11 +111,37 @@ def _questions(prompts: Sequence[Prompt]) -> list[Prompt]:
     return questions
 
 
-# ---- what must not change between an interruption and its resumption ---------------------------------------------
+# ---- what is the same when a training is resumed ------------------------------------------------------------------
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Fill in the options that are not given: those of the training that is resumed, or the defaults."""
+    defaults = {"recording": None, "epochs": 4, "held_out": 0.1}
+    arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
+    if arguments.resume is not None:
+        path = Path(arguments.resume) / _ARGUMENTS
+        if not path.is_file():
+            raise ConfigError(
+                f"--resume {arguments.resume}: there is no {_ARGUMENTS} in it; it is no training's folder"
+            )
+        defaults = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("recording", "held_out"):
+            if getattr(arguments, name) not in (None, defaults[name]):
+                raise ConfigError(
+                    f"--resume {arguments.resume}: it was started with --{name.replace('_', '-')} {defaults[name]}, "
+                    "which stays; leave the option out, or start in another folder"
+                )
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.epochs < 1:
+        raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
+    if not 0 < arguments.held_out < 1:
+        raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What a training depends on, by the names that the user knows."""
+    """What a training depends on, by the names that the user knows. The drafter starts from the folder of the run."""
     values = asdict(config)
     keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
     learner = ("batch_size", "muon_lr", "adam_lr")
@@ -120,36 +149,35 @@ def _settings(config: Config) -> dict[str, Any]:
         **{key: values[key] for key in (*keys, "objectives")},
         **{f"{part}.{key}": value for part in ("traffic", "drafter") for key, value in values[part].items()},
         **{f"learner.{key}": values["learner"][key] for key in learner},
+        "drafter.path": None,
     }
 
 
-def _resumed(config: Config) -> Path:
-    """The folder to go on with; raises ConfigError if there is none, or if it was started with other settings."""
-    if config.run_dir is None:
-        raise ConfigError("--resume needs the folder to go on with: run_dir=...")
-    folder = Path(config.run_dir)
-    found = {path.name for path in folder.glob("[a-z]*")} - {"train-traceback.txt"}
-    if "config.yaml" not in found or found - _FILES:
-        raise ConfigError(f"run_dir={config.run_dir!r} holds no training to resume; leave --resume out to start one")
+def _check_resumed(config: Config, folder: Path) -> None:
+    """Raise ConfigError where a training is resumed with other settings than it was started with."""
     before = _settings(load_config(folder / "config.yaml"))
     for key, value in _settings(config).items():
         if before[key] != value:
             raise ConfigError(
-                f"run_dir={config.run_dir!r} was started with {key}={before[key]}, and this command has {key}={value}; "
-                "resume with the same, or start in another folder"
+                f"--resume {folder}: it was started with {key}={before[key]}, and this command has {key}={value}; "
+                "leave the key out, or start in another folder"
             )
-    return folder
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------
 
 
 def _start(
-    spec: RunSpec, arguments: argparse.Namespace, prompts: Sequence[Prompt], run_dir: Path, console: Console
+    spec: RunSpec,
+    arguments: argparse.Namespace,
+    prompts: Sequence[Prompt],
+    run_dir: Path,
+    console: Console,
+    refused: contextlib.AbstractContextManager[None],
 ) -> _Training:
     """Load everything, and record the answers to the prompts that are not recorded yet."""
-    folders: list[Path] = arguments.recording or []
-    with contextlib.nullcontext() if arguments.resume else gone_if_refused(run_dir):
+    folders = [Path(folder) for folder in arguments.recording or []]
+    with refused:
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
         target, day0 = load(spec), run_dir / "drafter-day0"
         requests = None if folders else request_queue(spec, target, prompts)
@@ -329,8 +357,8 @@ class _Training:
         progress = self.trainer.resume(state)
         if progress["recorded"] != self._recorded():
             raise ConfigError(
-                f"run_dir={str(self.run_dir)!r} was started on {progress['recorded']} requests (to learn from, held "
-                f"out), and this command has {self._recorded()}; resume with the same --recording and --held-out"
+                f"--resume {self.run_dir}: it was started on {progress['recorded']} requests (to learn from, held "
+                f"out), and there are {self._recorded()} now; did a recording grow?"
             )
         self._first, self._best = progress["first"], progress["best"]
 

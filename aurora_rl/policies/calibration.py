@@ -29,19 +29,19 @@ def measure_rounds(
     """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
 
     Args:
-        engine: an engine whose slots are free.
-        policy: a policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
-        request: to put into each slot, again whenever it ends.
-        shapes: to measure, within the policy's ``num_nodes``.
-        repeats: timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
+        engine: Engine whose slots are free.
+        policy: Policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
+        request: Request of each slot, started again whenever it ends.
+        shapes: Shapes to measure, within the policy's ``num_nodes``.
+        repeats: Timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
             drifts, or that does other work now and then, hardly changes.
-        processors: those of the environment that will serve, since they take time at every node.
+        processors: Logits processors of the environment that will serve; they take time at every node.
 
     Returns:
         Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
 
     Raises:
-        DrafterFault: the drafter failed; the slots are free again.
+        DrafterFault: The drafter failed; the slots are free again.
     """
     kept, slots = policy.shape, engine.num_slots
     powers = [2**i for i in range(slots.bit_length())]

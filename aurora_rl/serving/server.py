@@ -67,7 +67,7 @@ class InferenceServer:
         self._recording = 0.0
         self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
         policy.on_fault = self._fault
-        # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
+        # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
 
@@ -126,13 +126,13 @@ class InferenceServer:
         return True
 
     def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
-        """Book a round as what it was: slots whose requests the drafter failed are no trials of it."""
+        """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
         policy, shape, outcomes = self.policy, shapes.plain, []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
         elif bool(policy.from_text.any()):
             shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.from_text)
-            # Where n-grams found nothing is no less a trial of them.
+            # An empty lookup counts as a failed trial.
             outcomes += [["undrafted"] for _ in range(int(policy.from_text.sum()) - len(outcomes))]
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
@@ -185,9 +185,9 @@ class InferenceServer:
         """Count and log that the drafter failed, and warn of the first time.
 
         Args:
-            fault: what it did.
-            request: which it failed; None where it failed before there were any.
-            outcome: what is done about it.
+            fault: What the drafter did.
+            request: Id of the request that it failed; None where it failed before there were any.
+            outcome: What is done about it.
         """
         self.stats.drafter_faults += 1
         self._log.write("drafter_fault", request=request, version=self.stats.version, fault=fault)
@@ -255,9 +255,9 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
     # N-grams' log-probabilities are all alike, and the likelier stands before its siblings.
     before = torch.ones_like(siblings).tril(-1)
-    one, other = log_probs[:, :, None], log_probs[:, None]
-    likeliest = ~(siblings & ((other > one) | (other == one) & before)).any(-1)
-    # Where a request ended inside the path, what lies behind its last token was not judged.
+    own, sibling = log_probs[:, :, None], log_probs[:, None]
+    likeliest = ~(siblings & ((sibling > own) | (sibling == own) & before)).any(-1)
+    # Where a request ended inside the path, nothing after its last token was judged.
     judged = (verifier["bonus_token"] >= 0).tolist()
     out = []
     for slot in (mask.any(1) & slots.to(mask.device)).nonzero().flatten().tolist():

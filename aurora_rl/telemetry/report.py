@@ -60,10 +60,10 @@ def draw_report(
 
     Args:
         path: PNG file to write.
-        finished: speculative tokens and rounds of each request, in order of completion.
-        rounds: the decoding of the run.
-        swaps: number of completed requests at each swap.
-        bins: parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
+        finished: Speculative tokens and rounds of each request, in order of completion.
+        rounds: The decoding of the run.
+        swaps: Number of completed requests at each swap.
+        bins: Parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
     """
     import matplotlib
 

@@ -32,7 +32,7 @@ def load_training_state(
     """Restore what :func:`save_training_state` wrote and return the counters.
 
     Raises:
-        CheckpointError: the folder is missing or broken, or was written for another drafter; names the first tensor.
+        CheckpointError: The folder is missing or broken, or was written for another drafter; names the first tensor.
     """
     tensors, progress = read_folder(folder, "progress.json")
     weights = {name[len("module.") :]: t for name, t in tensors.items() if name.startswith("module.")}

@@ -35,27 +35,27 @@ class Learner:
     """Learns from trajectories as they arrive and replays old ones in between.
 
     Args:
-        drafter: in training, float32.
-        loss: objective on packed batches of it.
-        optimizers: over its parameters.
-        buffer: replay buffer whose samples are packed batches.
-        collector: brings trajectories.
-        publisher: takes weights.
-        gate: decides about candidates.
-        log: where steps, candidates and decisions are written.
-        serving_dtype: dtype of published weights.
-        batch_size: new trajectories of an optimizer step.
-        replay: replayed batches for each batch of new trajectories.
-        publish_every: new trajectories between two candidates.
-        max_skipped: steps in a row that may come out without a finite loss and gradient.
-        checkpoint: folder of the training state.
+        drafter: Drafter in training, float32.
+        loss: Objective on packed batches.
+        optimizers: Optimizers of the drafter's parameters.
+        buffer: Replay buffer whose samples are packed batches.
+        collector: Brings trajectories.
+        publisher: Takes weights.
+        gate: Decides about candidates.
+        log: Log of steps, candidates and decisions.
+        serving_dtype: Dtype of published weights.
+        batch_size: New trajectories of an optimizer step.
+        replay: Replayed batches for each batch of new trajectories.
+        publish_every: New trajectories between two candidates.
+        max_skipped: Steps in a row that may come out without a finite loss and gradient.
+        checkpoint: Folder of the training state.
         outputs: Writes the training state.
 
     Attributes:
-        seen: trajectories learned from.
-        steps: optimizer steps.
-        skipped: steps that were left out because loss or gradient were not finite.
-        version: newest published version.
+        seen: Trajectories learned from.
+        steps: Optimizer steps.
+        skipped: Steps that were left out because loss or gradient were not finite.
+        version: Newest published version.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Learner:
         }
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from a training checkpoint; its weights are published, since an engine may have started over."""
+        """Continue from a training checkpoint, and publish its weights, since an engine may have started over."""
         progress = load_training_state(folder, self._drafter, self._optimizers)
         if progress.get("draft_vocab") != self._draft_vocab():
             raise CheckpointError(
@@ -175,7 +175,7 @@ class Learner:
         """Leave a step out; what is learned stays as it was before it.
 
         Raises:
-            FloatingPointError: too many in a row; what was learned up to them is saved.
+            FloatingPointError: Too many in a row; what was learned up to them is saved.
         """
         self.skipped += 1
         self._skipped_in_a_row += 1
@@ -221,7 +221,7 @@ class Learner:
         """Write the training state, and the drafter that was published last.
 
         Raises:
-            OSError: a folder cannot be written; the one that was there before is left as it was.
+            OSError: A folder cannot be written; the earlier one is left as it was.
         """
         progress = {
             "seen": self.seen,
@@ -231,7 +231,7 @@ class Learner:
         }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
         save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
-        self.outputs.failures.pop(_STATE, None)  # this one makes good for those that failed
+        self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", steps=self.steps, version=self.version)
 
     def _draft_vocab(self) -> str:

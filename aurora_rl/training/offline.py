@@ -34,16 +34,16 @@ def train_step(
     """One step on the sum of a loss's "loss_" entries, the gradient's norm clipped to 1.
 
     Args:
-        loss: of packed batches.
-        optimizers: together over all parameters that learn.
-        batch: on their device.
-        autocast: whether to compute in bfloat16.
+        loss: Loss of packed batches.
+        optimizers: Optimizers of all parameters that learn.
+        batch: Packed batch on their device.
+        autocast: Whether to compute in bfloat16.
 
     Returns:
         The sum, and what the loss returned.
 
     Raises:
-        FloatingPointError: the sum or its gradient is not finite; no step was taken.
+        FloatingPointError: The sum or its gradient is not finite; no step was taken.
     """
     device = batch["sequence", "tokens"].device
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -85,23 +85,23 @@ def train_on(
     before follow. Between two batches whoever iterates may evaluate on what is still to come.
 
     Args:
-        stream: in order of arrival.
-        loss: see :func:`train_step`, as ``optimizers`` and ``autocast``.
-        optimizers: see there.
-        batch_size: trajectories of a step.
-        replay: replayed batches for each new one.
-        autocast: see there.
-        seed: of the replay.
-        max_skipped: steps in a row whose loss or gradient is not finite. Such a step is skipped, with a warning.
-        on_skip: called with the reason of each skipped step, for whoever counts them.
+        stream: Trajectories in order of arrival.
+        loss: Loss of packed batches.
+        optimizers: Optimizers of all parameters that learn.
+        batch_size: Trajectories of a step.
+        replay: Replayed batches for each new one.
+        autocast: Whether to compute in bfloat16.
+        seed: Seed of the replay.
+        max_skipped: Steps in a row whose loss or gradient is not finite. Such a step is skipped, with a warning.
+        on_skip: Called with the reason of each skipped step.
 
     Yields:
         After each new batch and its replays: trajectories seen, the last step's loss, and what it returned; NaN and
         nothing as long as every step was skipped.
 
     Raises:
-        FloatingPointError: more skipped steps in a row.
-        ValueError: the stream is shorter than a batch, or it has ended without a single drafted node and an objective
+        FloatingPointError: More skipped steps in a row.
+        ValueError: The stream is shorter than a batch, or it has ended without a single drafted node and an objective
             learns from nodes.
     """
     if len(stream) < batch_size:

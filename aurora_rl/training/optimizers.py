@@ -11,21 +11,21 @@ def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> l
     """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/learning.md).
 
     Raises:
-        ValueError: the drafter has nothing to learn.
+        ValueError: The drafter has nothing to learn.
     """
     named = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(f"{type(drafter).__name__} has no weights to learn; serve it alone, or choose another")
     matrices = [p for name, p in named if p.ndim == 2 and not _is_table(name)]
     others = [p for name, p in named if p.ndim != 2 or _is_table(name)]
-    made: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         # Three Newton-Schulz iterations instead of five: they learn as much a step, and on a CPU the five take as long
         # as forward and backward together.
-        made.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, ns_steps=3))
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, ns_steps=3))
     if others:
-        made.append(torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0))
-    return made
+        optimizers.append(torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0))
+    return optimizers
 
 
 def _is_table(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whether an engine drafts with the weights that it says it does: silent failure to load is the classic one."""
+"""Whether an engine drafts with the weights that it says it loaded."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class WeightAudit:
 
 @torch.inference_mode()
 def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], version: int) -> tuple[int, int]:
-    """Compare recorded first drafts with those that a drafter would have made.
+    """Compare recorded first drafts with those of a drafter.
 
     The tokens proposed at the root of a round are the likeliest there by the weights that drafted it. Those that prompt
     lookup added are left out. Where the engine's drafter cache holds rows of older weights, or in bfloat16, some drafts
@@ -93,7 +93,7 @@ def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], vers
         version: Version whose rounds are compared.
 
     Returns:
-        First drafts of such rounds, and how many of them the drafter would have made.
+        First drafts of such rounds, and how many of them the drafter would have drafted.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts

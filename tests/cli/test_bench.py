@@ -106,7 +106,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(
     path.write_text(json.dumps(older))
     capsys.readouterr()
     assert bench(tiny_folder, streams["topk"], tmp_path, *same, "drafter.depth=1") == 0
-    assert f"{path} does not say what it was made with" in capsys.readouterr().out
+    assert f"{path} does not say its settings" in capsys.readouterr().out
 
 
 def test_objectives_of_the_configuration_are_a_variant(

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,9 +19,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import drafter, flywheel, learner_process, run_dir, spec
+from aurora_rl.cli import drafter, flywheel, learner_process, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import ConfigError, load_config
 from aurora_rl.cli.learner_process import LearnerProcess
@@ -171,6 +173,51 @@ def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: 
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_from_what_it_learned(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step, run = InferenceServer.step, tmp_path / "run"
+
+    def stepped(server: InferenceServer) -> bool:
+        if not server.stats.swap_ms:
+            time.sleep(0.05)  # until there is something to go on from
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    pairs = ["learner.publish_every=4", "learner.batch_size=2", "gate.requests=3", "learner.replay=1", "gate.margin=9"]
+    pairs += ["drafter.adaptive=false", "baseline.share=0"]
+    assert cli.main(["flywheel", *arguments, *pairs, "traffic.requests=30"]) == 0
+    first, (over,) = summary(run), events(run, "learner_done")
+    assert over["version"] and first["requests"] == 30
+    saved = load_file(run / "learner" / "drafter" / "model.safetensors")
+
+    assert cli.main(["flywheel", "--resume", str(run), "traffic.requests=10"]) == 0
+    assert json.loads((run / "part-1" / "summary.json").read_text()) == first
+    assert {path.name for path in (run / "part-1").iterdir()} == set(flywheel._DOCUMENTS)
+    assert load_config(run / "part-1" / "config.yaml").traffic.requests == 30
+    config = load_config(run / "config.yaml")
+    assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
+    assert (config.drafter.path, config.learner.resume) == (str(run / "learner" / "drafter"), str(run / "learner"))
+    assert saved.keys() == load_file(run / "learner" / "drafter" / "model.safetensors").keys()
+    assert summary(run)["requests"] == 10 and len(events(run, "request")) == 40
+    assert len((run / "answers.jsonl").read_text().splitlines()) == 40
+    last = events(run, "learner_done")[-1]
+    assert last["version"] > over["version"] and last["steps"] >= over["steps"] and last["seen"] >= over["seen"]
+    later = [event for event in events(run, "train") if event["time"] > over["time"]]
+    assert all(event["steps"] > over["steps"] for event in later)
+    # The figures are of this part alone, and the engine had what was learned before it.
+    assert max(event["requests"] for event in events(run, "swap")[first["swaps"] :]) <= 10
+    assert summary(run)["versions_served"][1] > over["version"]
+
+    # What is refused leaves the folder as it was.
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"}
+    assert cli.main(["flywheel", "--resume", str(run), "drafter.vocab_size=0"]) == 2
+    assert cli.main(["flywheel", "--resume", str(run), "traffic.path=/no/file"]) == 2
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"} == before
+    assert "cannot read requests from /no/file" in capfd.readouterr().err
+
+
 # ---- configuration and errors ---------------------------------------------------------------------------------------
 
 
@@ -272,14 +319,8 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     assert cli.main([command, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"run_dir={str(tmp_path / 'run')!r} is not empty" in line and "name a new folder" in line
+    assert line.endswith(f"or go on with that run: --resume {tmp_path / 'run'}")
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of an earlier run"]
-
-
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20300101-000000")
-    folders = [run_dir.new_run_dir(load_config(), "config.yaml") for _ in range(3)]
-    assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
 
 
 def test_every_completed_request_is_answered_in_a_file(

@@ -20,7 +20,16 @@ from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
 
-FILES = {"config.yaml", "drafter-day0", "recording", "learner", "drafter", "metrics.jsonl", "summary.json"}
+FILES = {
+    "config.yaml",
+    "train.json",
+    "drafter-day0",
+    "recording",
+    "learner",
+    "drafter",
+    "metrics.jsonl",
+    "summary.json",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -151,8 +160,14 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     assert {name: domain["requests"] for name, domain in figures["domains"].items()} == {"code": 1, "math": 1}
     assert not (run / "recording").exists()
     capsys.readouterr()
-    assert train(*words, "--recording", str(recordings[0]), "--resume", *pairs, f"run_dir={run}") == 2
-    assert "was started on [4, 2] requests (to learn from, held out), and this command has [7, 3]" in (
+    assert train("--resume", str(run), *words, "--recording", str(recordings[0])) == 2
+    assert "which stays; leave the option out" in capsys.readouterr().err
+    assert train("--resume", str(run), "--held-out", "0.5") == 2
+    assert "it was started with --held-out 0.25, which stays" in capsys.readouterr().err
+    path = run / "learner" / "progress.json"
+    path.write_text(path.read_text().replace("4,", "9,", 1))
+    assert train("--resume", str(run)) == 2
+    assert "it was started on [9, 2] requests (to learn from, held out), and there are [4, 2] now" in (
         capsys.readouterr().err
     )
 
@@ -169,13 +184,13 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     for owner, method, call in ((TrajectoryDataset, "append", 3), (OfflineTrainer, "step", 3)):
         with monkeypatch.context() as patch:
             interrupt(patch, owner, method, call)
-            resume = ["--resume"] if parts.exists() else []
-            assert train("--epochs", "2", *resume, *pairs, f"run_dir={parts}") == 130
+            words = ["--resume", str(parts)] if parts.exists() else ["--epochs", "2", *pairs, f"run_dir={parts}"]
+            assert train(*words) == 130
         out = capsys.readouterr().out
-        assert f"interrupted; the same command with --resume run_dir={parts} goes on" in out
+        assert f"interrupted; aurora-rl train --resume {parts} goes on" in out
         assert not (parts / "summary.json").exists()
     assert json.loads((parts / "learner" / "progress.json").read_text())["batches"] == 3
-    assert train("--epochs", "2", "--resume", *pairs, f"run_dir={parts}") == 0
+    assert train("--resume", str(parts)) == 0
     recorded = [int(trajectory["request"]) for trajectory in TrajectoryDataset(parts / "recording")]
     assert recorded == list(range(6))
     states = [load_file(run / "learner" / "model.safetensors") for run in (whole, parts)]
@@ -184,7 +199,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     duration = {"duration_s": 0.0}
     assert summary(parts) | duration == summary(whole) | duration
     # More epochs go on from there.
-    assert train("--epochs", "3", "--resume", *pairs, f"run_dir={parts}") == 0
+    assert train("--epochs", "3", "--resume", str(parts)) == 0
     assert summary(parts)["steps"] == 6
 
 
@@ -196,9 +211,10 @@ def test_other_settings_are_not_resumed(
     run.mkdir()
     assert cli.main(["train", "--print-config", *pairs]) == 0
     (run / "config.yaml").write_text(capsys.readouterr().out)
-    assert train("--resume", *pairs, pair, f"run_dir={run}") == 2
+    (run / "train.json").write_text('{"recording": null, "epochs": 1, "held_out": 0.1}')
+    assert train("--resume", str(run), pair) == 2
     key, _, value = pair.partition("=")
-    assert f"and this command has {key}={value}; resume with the same" in capsys.readouterr().err
+    assert f"and this command has {key}={value}; leave the key out" in capsys.readouterr().err
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -209,8 +225,8 @@ def test_other_settings_are_not_resumed(
     [
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--held-out", "1.5"], "--held-out must lie between 0 and 1, got 1.5"),
-        (["--resume", "run_dir=null"], "--resume needs the folder to go on with: run_dir=..."),
-        (["--resume"], "holds no training to resume; leave --resume out to start one"),
+        (["--resume", "NOWHERE", "run_dir=null"], "there is no config.yaml in it"),
+        (["--resume", "SERVED", "run_dir=null"], "there is no train.json in it; it is no training's folder"),
         (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
         (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
         (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
@@ -222,7 +238,10 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
 ) -> None:
     chats(tmp_path / "answers.jsonl", [("assistant", "yes")])
     (tmp_path / "empty").mkdir()
-    places = {"EMPTY": str(tmp_path / "empty"), "ANSWERS": str(tmp_path / "answers.jsonl")}
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "config.yaml").write_text("seed: 0")
+    names = {"NOWHERE": str(tmp_path / "nowhere"), "SERVED": str(tmp_path / "served")}
+    places = names | {"EMPTY": str(tmp_path / "empty"), "ANSWERS": str(tmp_path / "answers.jsonl")}
     for name, place in places.items():
         words = [word.replace(name, place) for word in words]
     assert train(*pairs, f"run_dir={tmp_path / 'run'}", *words) == 2
