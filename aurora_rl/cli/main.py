@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from aurora_rl.cli.config import Config, load_config, nearest_key, to_yaml
+from aurora_rl.cli.config import Config, ConfigError, load_config, nearest_key, to_yaml
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
@@ -39,10 +39,12 @@ COMMANDS = {
     "flywheel": Command("serve traffic, learn from it in a second process, and swap the drafter", "flywheel"),
     "serve": Command("the serving half: needs a learner at wire.* to improve, and serves without one", "flywheel"),
     "learn": Command("the training half: waits for a server's trajectories until interrupted", "learn", learns=True),
+    "train": Command("learn a drafter offline, from recordings or from a JSONL of chats", "train", learns=True),
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
     "bench": Command("compare objectives on one recorded stream, resumable run by run", "bench", learns=True),
-    "export": Command("write a drafter as an engine loads it", "export"),
+    "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
 }
+_MOVED = {"export": "drafter export"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +71,8 @@ def _main(words: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name, stop, config = next((word for word in words if not word.startswith("-")), ""), Stop(), Config()
     try:
+        if name in _MOVED:
+            raise ConfigError(f"`aurora-rl {name}` is called `aurora-rl {_MOVED[name]}` now")
         command = COMMANDS.get(name)
         if command is not None and command.learns:
             _limit_caches()

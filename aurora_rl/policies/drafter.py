@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aurora_rl.models.inference_modules import stage
 from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies.hub import HubMixin
 from aurora_rl.settings import check, settings_of
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TreeIndex, true_chains
@@ -120,7 +121,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
 
 
-class Drafter(nn.Module, ABC):
+class Drafter(HubMixin, nn.Module, ABC):
     """A drafter with two faces that must agree: serving (with a cache) and training (on packed trajectories).
 
     A *pair* ``t`` is the feature of position ``t`` with token ``t + 1``; a slot of length ``n`` has ``n - 1`` pairs,

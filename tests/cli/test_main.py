@@ -19,17 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import flywheel, learner_process, spec
+from aurora_rl.cli import drafter, flywheel, learner_process, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import ConfigError, load_config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.signals import Stop
 from aurora_rl.envs import Completion
-from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
+from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.stats import Stats
@@ -289,12 +288,13 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"bench": ["objectives"], "drafter": ["init"]}
     for name, command in cli.COMMANDS.items():
         with pytest.raises(SystemExit) as error:
-            cli.main([name, *(["objectives"] if name == "bench" else []), "--help"])
+            cli.main([name, *parts.get(name, []), "--help"])
         assert error.value.code == 0
         text = capsys.readouterr().out
-        assert "key=value" in text and (name == "bench" or command.help.split()[0] in text)
+        assert "key=value" in text and (name in parts or command.help.split()[0] in text)
 
 
 def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -577,9 +577,9 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(spec, "load", lambda spec: {}["missing"])
+    monkeypatch.setattr(drafter, "load", lambda spec: {}["missing"])
     pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
-    assert cli.main(["export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
+    assert cli.main(["drafter", "export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     start, _, path = line.partition("; the traceback is in ")
     assert start == "aurora-rl: KeyError: 'missing'"
@@ -609,75 +609,6 @@ def test_the_state_of_the_learner() -> None:
     )
 
 
-# ---- export ---------------------------------------------------------------------------------------------------------
-
-
-def export(drafter: Path, out: Path, *more: str) -> int:
-    return cli.main(["export", "--drafter", str(drafter), "--out", str(out), *more])
-
-
-def test_export_writes_what_an_engine_reads_and_reads_it_back(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    target = spec.load(spec.resolve(config))
-    # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
-    for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
-        config.drafter.feature_layers = layers
-        save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
-        there, back = tmp_path / layout, tmp_path / f"from-{layout}"
-        assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
-        assert export(there, back, "--from", layout, "--to", again, *pairs) == 0
-        assert load_file(back / "model.safetensors").keys() == load_file(tmp_path / "ours" / "model.safetensors").keys()
-        for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
-            assert torch.equal(load_file(back / "model.safetensors")[name], tensor)
-    assert f"Eagle3Drafter for {tiny_folder} written to {tmp_path / 'vllm'} (vllm)" in capsys.readouterr().out
-
-
-def test_export_of_a_class_that_the_library_does_not_know(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "other_heads.py").write_text(
-        "from aurora_rl.policies import MedusaDrafter\nclass OtherHeads(MedusaDrafter):\n    pass\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    named = [*pairs, "drafter.name=other_heads:OtherHeads"]
-    config = load_config(overrides=[*named, "drafter.vocab_size=64"])
-    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
-    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
-    assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
-    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
-    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
-    assert "OtherHeads for" in capsys.readouterr().out
-    under = [*pairs, "drafter.options={learned: other_heads:OtherHeads}"]  # as a run's configuration names it
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *under) == 0
-    assert (
-        load_file(tmp_path / "here" / "model.safetensors").keys()
-        == load_file(tmp_path / "vllm" / "model.safetensors").keys()
-    )
-    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
-    assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wrong"),
-    [
-        (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
-        (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
-        (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
-    ],
-)
-def test_export_says_what_it_cannot_do(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str
-) -> None:
-    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
-    drafter, out, *rest = arguments
-    drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
-    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
-    assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()
+def test_a_command_that_moved_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--drafter", "a", "--out", "b", "--to", "vllm"]) == 2
+    assert capsys.readouterr().err == "aurora-rl: `aurora-rl export` is called `aurora-rl drafter export` now\n"

@@ -123,7 +123,7 @@ def load_drafter(
         ...     type(load_drafter(folder, parts)).__name__
         'MedusaDrafter'
     """
-    folder = _local(source)
+    folder = local_folder(source)
     tensors, config = read_folder(folder, "config.json")
     try:
         _check_types(tensors, config)
@@ -220,8 +220,8 @@ def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[t
             yield name, there[name], value
 
 
-def _local(source: str | os.PathLike[str]) -> Path:
-    """The folder, downloaded if ``source`` names none."""
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """Return the folder of a drafter, downloaded if ``source`` names none here."""
     folder = Path(source)
     # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):

@@ -1,0 +1,166 @@
+"""``aurora-rl drafter init | export | inspect``: folders of drafters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.policies import Drafter, get_drafter, load_drafter
+from aurora_rl.policies.formats.files import local_folder
+from aurora_rl.policies.hub import engine_commands
+from aurora_rl.policies.registry import recognized
+from aurora_rl.storage import CheckpointError, read_folder
+
+_FORMATS = "sglang, vllm, hf (its authors' own), or another of its formats"
+_PROMPTS = 64  # that shape the draft vocabulary
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    commands = parser.add_subparsers(dest="what", required=True)
+
+    text = "write an untrained drafter for a target, which serve and the engines load"
+    init = commands.add_parser("init", help=text, description=text)
+    init.add_argument("--out", type=Path, required=True, help="folder to write; a drafter in it is replaced")
+    init.add_argument("--to", help=f"{_FORMATS}; vllm by default if the drafter has it, else its first")
+    add_config_arguments(init, "drafter.name=eagle3 traffic.path=chats.jsonl, whose tokens the drafter knows")
+
+    text = "write a drafter as an engine loads it"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("--drafter", required=True, help="folder such as RUN_DIR/drafter, or hub id")
+    export.add_argument("--out", type=Path, required=True, help="folder to write; a drafter in it is replaced")
+    export.add_argument("--to", required=True, help=_FORMATS)
+    export.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
+    add_config_arguments(export, "model=..., the target")
+
+    text = "print what a drafter's folder holds and which engines load it"
+    inspect = commands.add_parser("inspect", help=text, description=text)
+    inspect.add_argument("drafter", help="folder such as RUN_DIR/drafter, or hub id")
+    add_config_arguments(inspect, "model=..., the target that it is checked against")
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Run one of the three. Returns the exit status."""
+    if arguments.what == "init":
+        return _init(config, arguments.out, arguments.to)
+    if arguments.what == "export":
+        return _export(config, arguments)
+    named = arguments.config is not None or any(pair.startswith("model=") for pair in arguments.overrides)
+    return _inspect(config, arguments.drafter, named)
+
+
+def _init(config: Config, out: Path, layout: str | None) -> int:
+    spec = resolve(replace(config, drafter=replace(config.drafter, path=None)))
+    prompts = traffic(config)
+    target = load(spec)
+    drafter = start_drafter(spec, target, request_queue(spec, target, prompts).first_prompts(_PROMPTS))
+    layout = layout or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
+    drafter.to(spec.dtype).save_pretrained(out.resolve(), layout=layout)
+    print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({layout})")
+    return 0
+
+
+def _export(config: Config, arguments: argparse.Namespace) -> int:
+    # Sizes and positions are checked against the target, and written as the target has them.
+    spec = resolve(config)
+    drafter = _load(spec, load(spec), arguments.drafter, arguments.layout)
+    drafter.to(spec.dtype).save_pretrained(arguments.out.resolve(), layout=arguments.to)
+    print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
+    return 0
+
+
+def _inspect(config: Config, source: str, check: bool) -> int:
+    folder = local_folder(source)
+    tensors, entries = read_folder(folder, "config.json")
+    kind = _named_kind(config) or _recognized(folder, entries)
+    commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
+    made_for = entries.get("aurora_rl_made_for")
+    weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))
+    lines = {
+        "architecture": f"{kind.__name__} ({', '.join(entries['architectures'])})",
+        "format": _format(kind, entries, commands),
+        "trained for": f"target weights {made_for}" if made_for else "not stated",
+        "vocabulary": f"{_rows(tensors, entries):,} of {entries['vocab_size']:,} tokens",
+        "feature layers": _feature_layers(entries),
+        "parameters": f"{sum(tensor.numel() for tensor in weights):,} in {dtypes}",
+        "size": f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB",
+        **{f"engine {name}": command for name, command in commands.items()},
+    }
+    reason = _misfit(config, source) if check else None
+    if check:
+        lines["target"] = f"{config.model}: " + ("fits" if reason is None else f"does not fit: {reason}")
+    for name, value in lines.items():
+        print(f"{name:<18}{value}")
+    return 0 if reason is None else 1
+
+
+def _recognized(folder: Path, entries: Mapping[str, Any]) -> type[Drafter]:
+    try:
+        return recognized(entries)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _named_kind(config: Config) -> type[Drafter] | None:
+    """The class that the user names by its import path: no file may say what is imported."""
+    settings = config.drafter
+    name = str(settings.options.get("learned", settings.name))
+    return get_drafter(settings.name) if ":" in name else None
+
+
+def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout: str | None = None) -> Drafter:
+    settings = spec.config.drafter
+    return load_drafter(
+        source,
+        target.parts,
+        _named_kind(spec.config),
+        layout=layout,
+        options=settings.options,
+        made_for=settings.made_for,
+    )
+
+
+def _misfit(config: Config, source: str) -> str | None:
+    """Why a drafter does not fit the target; None if it does."""
+    spec = resolve(config)
+    target = load(spec)
+    try:
+        _load(spec, target, source)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[str, str]) -> str:
+    """The formats that the folder is in: those of the engines that load it, else the one that no engine has."""
+    engines = [name for name in ("sglang", "vllm") if name in commands]
+    if engines:
+        return ", ".join(engines)
+    return "sglang" if "eagle_config" in entries else next(n for n in kind.formats if n not in ("sglang", "vllm"))
+
+
+def _rows(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> int:
+    """Rows of the draft head."""
+    maps = (tensors[name] for name in ("d2t", "draft_id_to_target_id", "token_map") if name in tensors)
+    found = next(maps, entries.get("aurora_rl_draft_vocab"))
+    return int(entries.get("draft_vocab_size") or entries["vocab_size"]) if found is None else len(found)
+
+
+def _feature_layers(entries: Mapping[str, Any]) -> str:
+    """Layers of the target by the numbers of this library, the layer that a state enters."""
+    entered = entries.get("feature_layers") or entries.get("eagle_aux_hidden_state_layer_ids") or []
+    for part, name in (("eagle_config", "eagle_aux_hidden_state_layer_ids"), ("dflash_config", "target_layer_ids")):
+        left = (entries.get(part) or {}).get(name) or []
+        entered = entered or [layer + 1 for layer in left]
+    return ", ".join(map(str, entered)) or "not stated: the architecture's own"

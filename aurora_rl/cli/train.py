@@ -1,0 +1,439 @@
+"""``aurora-rl train``: learn a drafter offline, from recordings or from chats that are recorded first."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tensordict import TensorDict
+from torch.utils.data import ConcatDataset, Subset
+from torchrl.objectives import LossModule
+from typing_extensions import override
+
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.progress import Watch, watch
+from aurora_rl.cli.run_dir import RunDir
+from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.envs import generation_processors
+from aurora_rl.memory import return_freed_memory
+from aurora_rl.models.loading import stop_token_ids
+from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.policies import Drafter
+from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.report import write_summary
+from aurora_rl.telemetry.view import every
+from aurora_rl.training.offline import OfflineTrainer, replay_groups
+from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.trajectories import validate
+from aurora_rl.workload.traffic import Prompt
+
+_PROMPTS = 64  # that shape the draft vocabulary
+_SAVE_S = 300.0
+_ARGUMENTS = "train.json"
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "--recording",
+        action="append",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of trajectories, as learner.record fills it; may be repeated. Without it the target answers the "
+        "traffic first, such as traffic.path=chats.jsonl, and its answers are recorded",
+    )
+    parser.add_argument("--epochs", type=int, help="passes over what is learned from (4)")
+    parser.add_argument(
+        "--held-out", type=float, metavar="SHARE", help="last part of each recording, to evaluate on (0.1)"
+    )
+    add_resume_argument(parser)
+    add_config_arguments(parser, "traffic.path=chats.jsonl")
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
+    _settle(arguments)
+    spec, began = resolve(config), time.monotonic()
+    prompts = [] if arguments.recording else _questions(traffic(config))
+    folder = None
+    if arguments.resume is None:
+        folder = RunDir(config, ["config.yaml"], suffix="-train")
+        chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")}
+        (folder.path / _ARGUMENTS).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
+    else:
+        _check_resumed(config, Path(arguments.resume))
+    run_dir = Path(config.run_dir or "")
+    torch.set_num_threads(config.engine.threads)
+    console = plain_console()
+    try:
+        refused = contextlib.nullcontext() if folder is None else folder.undone_if_refused()
+        training = _start(spec, arguments, prompts, run_dir, console, refused)
+        stop.working = True
+        finished = training.run(arguments.epochs, stop)
+    except KeyboardInterrupt:
+        finished = False
+    if not finished:
+        stop.ignore()
+        console.print(f"interrupted; aurora-rl train --resume {run_dir} goes on", soft_wrap=True)
+        return 130
+    training.report(time.monotonic() - began)
+    return 0
+
+
+def _questions(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """What the target answers: chats without their last answer, if they have one.
+
+    Later turns that depend on the target's answers, and strings that end them, are for serving.
+    """
+    questions = []
+    for prompt in prompts:
+        messages = prompt.messages
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise ConfigError(f"traffic.path: chat {prompt.id!r} has answers only; put a question before them")
+        questions.append(replace(prompt, messages=messages, follow_ups=(), stop=()))
+    return questions
+
+
+# ---- what is the same when a training is resumed ------------------------------------------------------------------
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Fill in the options that are not given: those of the training that is resumed, or the defaults."""
+    defaults = {"recording": None, "epochs": 4, "held_out": 0.1}
+    arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
+    if arguments.resume is not None:
+        path = Path(arguments.resume) / _ARGUMENTS
+        if not path.is_file():
+            raise ConfigError(
+                f"--resume {arguments.resume}: there is no {_ARGUMENTS} in it; it is no training's folder"
+            )
+        defaults = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("recording", "held_out"):
+            if getattr(arguments, name) not in (None, defaults[name]):
+                raise ConfigError(
+                    f"--resume {arguments.resume}: it was started with --{name.replace('_', '-')} {defaults[name]}, "
+                    "which stays; leave the option out, or start in another folder"
+                )
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.epochs < 1:
+        raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
+    if not 0 < arguments.held_out < 1:
+        raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What a training depends on, by the names that the user knows. The drafter starts from the folder of the run."""
+    values = asdict(config)
+    keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
+    learner = ("batch_size", "muon_lr", "adam_lr")
+    return {
+        **{key: values[key] for key in (*keys, "objectives")},
+        **{f"{part}.{key}": value for part in ("traffic", "drafter") for key, value in values[part].items()},
+        **{f"learner.{key}": values["learner"][key] for key in learner},
+        "drafter.path": None,
+    }
+
+
+def _check_resumed(config: Config, folder: Path) -> None:
+    """Raise ConfigError where a training is resumed with other settings than it was started with."""
+    before = _settings(load_config(folder / "config.yaml"))
+    for key, value in _settings(config).items():
+        if before[key] != value:
+            raise ConfigError(
+                f"--resume {folder}: it was started with {key}={before[key]}, and this command has {key}={value}; "
+                "leave the key out, or start in another folder"
+            )
+
+
+# ---- before the first step ---------------------------------------------------------------------------------------
+
+
+def _start(
+    spec: RunSpec,
+    arguments: argparse.Namespace,
+    prompts: Sequence[Prompt],
+    run_dir: Path,
+    console: Console,
+    refused: contextlib.AbstractContextManager[None],
+) -> _Training:
+    """Load everything, and record the answers to the prompts that are not recorded yet."""
+    folders = [Path(folder) for folder in arguments.recording or []]
+    with refused:
+        console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
+        target, day0 = load(spec), run_dir / "drafter-day0"
+        requests = None if folders else request_queue(spec, target, prompts)
+        first = requests.first_prompts(_PROMPTS) if requests is not None else _recorded_prompts(folders)
+        started = day0.is_dir()
+        if started:
+            settings = replace(spec.config.drafter, path=str(day0))
+            spec = replace(spec, config=replace(spec.config, drafter=settings))
+        drafter = start_drafter(spec, target, first)
+        loss, optimizers = _objectives(spec, target, drafter)
+        recordings = [_open(folder, target, drafter) for folder in folders]
+        counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
+        _check_enough(sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size)
+        if not started:
+            drafter.save_pretrained(day0)
+    if requests is not None:
+        recordings = [_record(spec, target, requests, drafter, run_dir / "recording", console)]
+    del target
+    return_freed_memory(collect=True)
+    parts = [_split(len(recording), arguments.held_out) for recording in recordings]
+    names = [folder.name if len(folders) > 1 else "" for folder in folders]
+    groups: dict[str, list[int]] = defaultdict(list)
+    train: list[int] = []
+    start = 0
+    for number, (recording, kept) in enumerate(zip(recordings, parts, strict=True)):
+        train += range(start, start + kept)
+        for index in range(kept, len(recording)):
+            name = names[number] if names else prompts[int(recording[index]["request"])].domain
+            groups[name].append(start + index)
+        start += len(recording)
+    every_one: ConcatDataset[TensorDict] = ConcatDataset(recordings)
+    trainer = OfflineTrainer(
+        drafter.to(spec.device),
+        loss,
+        optimizers,
+        Subset(every_one, train),
+        batch_size=spec.config.learner.batch_size,
+        autocast=spec.dtype == torch.bfloat16,
+        seed=spec.config.seed,
+        max_skipped=spec.config.learner.max_skipped,
+    )
+    training = _Training(
+        spec=spec,
+        drafter=drafter,
+        trainer=trainer,
+        held_out={name: Subset(every_one, indices) for name, indices in sorted(groups.items())},
+        requests=len(train),
+        run_dir=run_dir,
+        console=console,
+    )
+    training.resume()
+    return training
+
+
+def _split(count: int, share: float) -> int:
+    """Trajectories to learn from; the others, at least one, are held out."""
+    return count - max(round(count * share), 1)
+
+
+def _check_enough(count: int, batch_size: int) -> None:
+    """Raise ConfigError where there is not a batch to learn from."""
+    if count < batch_size:
+        raise ConfigError(
+            f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from; set it to "
+            "that, or record more"
+        )
+
+
+def _recorded_prompts(folders: Sequence[Path]) -> list[list[int]]:
+    """The first prompts of all recordings, as many of each."""
+    prompts: list[list[int]] = []
+    for folder in folders:
+        recording = TrajectoryDataset(folder)
+        if not len(recording):
+            raise ConfigError(f"--recording {folder} holds no trajectories; learner.record={folder} records a run's")
+        for index in range(min(len(recording), -(-_PROMPTS // len(folders)))):
+            sequence = recording[index]["sequence"]
+            prompts.append(sequence["tokens"][: int(sequence["prompt_length"])].tolist())
+    return prompts
+
+
+def _open(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
+    """A recording whose first trajectory fits the target and the drafter."""
+    width = target.parts.head.weight.shape[1]
+    try:
+        recording = TrajectoryDataset(folder, drafter.feature_layers)
+        validate(
+            recording[0],
+            vocab_size=len(target.parts.head),
+            hidden_size=width,
+            feature_size=width * len(drafter.feature_layers),
+        )
+    except ValueError as error:
+        raise ConfigError(f"--recording {folder}: {error}") from error
+    return recording
+
+
+def _objectives(spec: RunSpec, target: Target, drafter: Drafter) -> tuple[LossModule, list[torch.optim.Optimizer]]:
+    # A copy: an engine changes the form of the target's weights in place. Autocast multiplies the head in bfloat16.
+    head, settings = copy.deepcopy(target.parts.head), spec.config.learner
+    try:
+        loss = SumLoss(
+            make_objectives(spec.config.objectives, drafter, head if spec.dtype == torch.bfloat16 else head.float())
+        )
+    except ValueError as error:
+        raise ConfigError(f"objectives: {error}") from error
+    try:
+        return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
+    except ValueError as error:
+        raise ConfigError(f"drafter.name={spec.config.drafter.name}: {error}") from error
+
+
+class _Watched(TrajectoryDataset):
+    """A recording whose growth is shown."""
+
+    watch: Watch
+
+    @override
+    def append(self, trajectory: TensorDict) -> None:
+        super().append(trajectory)
+        self.watch.tell(len(self))
+
+
+def _record(
+    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
+) -> TrajectoryDataset:
+    """Serve the requests that are not recorded yet by the embedded engine, with the drafter as it starts."""
+    config, model = spec.config, target.model
+    stop_tokens = stop_token_ids(model, target.tokenizer)
+    try:
+        processors = generation_processors(model, stop_tokens) if config.generation_config == "auto" else None
+    except ValueError as error:
+        raise ConfigError(f"model={config.model}: {error}") from error
+    for reason in requests.failed:
+        console.print(f"not recorded: {reason}", soft_wrap=True)
+    waiting, recording = list(iter(requests, None)), _Watched(folder, drafter.feature_layers)
+    with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
+        record(
+            model,
+            drafter,
+            waiting,
+            recording,
+            shape=spec.tree,
+            slots=config.engine.slots,
+            stop_tokens=stop_tokens,
+            processors=processors,
+            seed=config.seed,
+        )
+    return recording
+
+
+# ---- the steps ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Training:
+    """Steps, evaluations and what they leave in the run's folder."""
+
+    spec: RunSpec
+    drafter: Drafter
+    trainer: OfflineTrainer
+    held_out: dict[str, Subset[TensorDict]]
+    requests: int
+    run_dir: Path
+    console: Console
+
+    def __post_init__(self) -> None:
+        self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
+        self._served = copy.deepcopy(self.drafter).to(self.spec.dtype).eval().requires_grad_(False)
+        self._first: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Go on from the state in the run's folder, if there is one."""
+        if not (state := self.run_dir / "learner").is_dir():
+            return
+        progress = self.trainer.resume(state)
+        if progress["recorded"] != self._recorded():
+            raise ConfigError(
+                f"--resume {self.run_dir}: it was started on {progress['recorded']} requests (to learn from, held "
+                f"out), and there are {self._recorded()} now; did a recording grow?"
+            )
+        self._first, self._best = progress["first"], progress["best"]
+
+    def _recorded(self) -> list[int]:
+        return [self.requests, sum(len(group) for group in self.held_out.values())]
+
+    def run(self, epochs: int, stop: Stop) -> bool:
+        """Learn until the epochs are over, which is True, or a signal comes."""
+        trainer, total = self.trainer, epochs * self.trainer.batches_per_epoch
+        if not self._first:
+            self._evaluate()
+        save = every(_SAVE_S, self._save)
+        with watch(self.console, "learning", total, trainer.batches) as shown:
+            while trainer.batches < total and not stop.requested:
+                began = time.perf_counter()
+                result = trainer.step()
+                if result is None:
+                    self._log.write("step_skipped", batches=trainer.batches, skipped=trainer.skipped)
+                else:
+                    loss, out = result
+                    objectives = {key: round(float(value.detach().mean()), 4) for key, value in out.items()}
+                    seconds = round(time.perf_counter() - began, 3)
+                    self._log.write("train", loss=loss, objectives=objectives, batches=trainer.batches, seconds=seconds)
+                    shown.tell(trainer.batches, f"loss {loss:.3f}")
+                if not trainer.batches % trainer.batches_per_epoch:
+                    self._evaluate()
+                save()
+        if trainer.batches % trainer.batches_per_epoch:
+            self._save()
+        return trainer.batches >= total
+
+    def _evaluate(self) -> None:
+        """Replay the held-out requests, and keep the drafter if it is the best so far."""
+        self._served.install(self.drafter.published())
+        replays = replay_groups(self._served, self.held_out, self.spec.tree)
+        tokens, rounds = (sum(int(getattr(r, name).sum()) for r in replays.values()) for name in ("tokens", "rounds"))
+        lengths = {name: found.acceptance_length for name, found in replays.items()}
+        found = {"all": tokens / rounds, **lengths}
+        epoch = self.trainer.batches // self.trainer.batches_per_epoch
+        self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, acceptance_length=found)
+        by_group = ", ".join(f"{name or 'none'} {length:.2f}" for name, length in lengths.items())
+        self.console.print(
+            f"epoch {epoch}: acceptance length {found['all']:.3f} on {self._recorded()[1]} held-out requests"
+            + (f" ({by_group})" if len(lengths) > 1 else ""),
+            soft_wrap=True,
+        )
+        self._first = self._first or found
+        if not self._best or found["all"] >= self._best["all"]:
+            self._best = found
+            self._served.save_pretrained(self.run_dir / "drafter")
+        self._save()
+        return_freed_memory()
+
+    def _save(self) -> None:
+        self.trainer.save(self.run_dir / "learner", recorded=self._recorded(), first=self._first, best=self._best)
+
+    def report(self, duration_s: float) -> None:
+        """Write ``summary.json`` and say how to serve the result."""
+        first, best, config, folder = self._first, self._best, self.spec.config, self.run_dir / "drafter"
+        domains = {
+            group: {"requests": len(stream), "acceptance_length": {"first": first[group], "last": best[group]}}
+            for group, stream in self.held_out.items()
+        }
+        summary = {
+            "requests": self.requests,
+            "held_out": self._recorded()[1],
+            "steps": self.trainer.batches - self.trainer.skipped,
+            "skipped": self.trainer.skipped,
+            "acceptance_length": {"first": first["all"], "last": best["all"]},
+            "domains": domains if any(domains) else {},
+            "duration_s": duration_s,
+        }
+        write_summary(self.run_dir, summary)
+        self.console.print(
+            f"acceptance length {first['all']:.3f} → {best['all']:.3f}; serve it by\n"
+            f"aurora-rl serve model={config.model} drafter.name={config.drafter.name} drafter.path={folder}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,221 @@
+"""`aurora-rl drafter`: folders are started, written for engines, and looked into."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aurora_rl.cli import main as cli
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import load_config
+from aurora_rl.policies import save_drafter
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# ---- init -----------------------------------------------------------------------------------------------------------
+
+
+def init(out: Path, *pairs: str) -> int:
+    return cli.main(["drafter", "init", "--out", str(out), *pairs])
+
+
+@pytest.fixture
+def target(tiny_folder: Path) -> list[str]:
+    return [f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.max_length=256"]
+
+
+def test_init_writes_a_folder_that_serve_and_engines_load(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(tmp_path / "d0", *target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]") == 0
+    assert capsys.readouterr().out.endswith(f"untrained, written to {tmp_path / 'd0'} (vllm)\n")
+    config = load_config(overrides=[*target, "drafter.name=eagle3", f"drafter.path={tmp_path / 'd0'}"])
+    read = spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), [])
+    assert read.feature_layers == (1, 2) and len(read.draft_vocab) == 64
+    assert cli.main(["drafter", "inspect", str(tmp_path / "d0")]) == 0
+    out = capsys.readouterr().out
+    assert all(f"engine {name} " in out for name in ("aurora_rl", "sglang", "vllm"))
+
+
+def test_the_draft_vocabulary_is_of_the_traffic(target: list[str], tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "zzz QQQ"}]}) + "\n")
+    pairs = [*target[:3], "drafter.vocab_size=8", "drafter.name=medusa", "engine.max_length=256"]
+    vocab = {}
+    for name, more in (("chats", [f"traffic.path={chats}"]), ("built-in", [])):
+        assert init(tmp_path / name, "--to", "aurora_rl", *pairs, *more) == 0
+        offsets = load_file(tmp_path / name / "model.safetensors")["d2t"]
+        vocab[name] = set((offsets + torch.arange(8)).tolist())
+    config = load_config(overrides=pairs)
+    asked = spec.load(spec.resolve(config)).tokenizer("zzz QQQ")["input_ids"]
+    assert set(asked) <= vocab["chats"] and not set(asked) <= vocab["built-in"]
+
+
+def test_init_refuses_what_has_no_folder(target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(tmp_path / "d0", *target, "drafter.name=ngram") == 2
+    assert "NgramDrafter has no format" in capsys.readouterr().err
+    assert init(tmp_path / "d0", "--to", "gguf", *target, "drafter.name=medusa") == 2
+    assert "MedusaDrafter has no format 'gguf'; it has aurora_rl, vllm" in capsys.readouterr().err
+    assert not (tmp_path / "d0").exists()
+
+
+# ---- inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_what_a_folder_holds(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "d0"
+    assert init(folder, "--to", "sglang", *target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]") == 0
+    capsys.readouterr()
+    assert cli.main(["drafter", "inspect", str(folder)]) == 0
+    tensors = load_file(folder / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    made_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    assert capsys.readouterr().out.splitlines() == [
+        "architecture      Eagle3Drafter (LlamaForCausalLMEagle3)",
+        "format            sglang",
+        f"trained for       target weights {made_for}",
+        "vocabulary        64 of 300 tokens",
+        "feature layers    1, 2",
+        f"parameters        {parameters:,} in float32",
+        f"size              {size:.1f} MiB",
+        f"engine aurora_rl  aurora-rl serve model=TARGET drafter.name=eagle3 drafter.path={folder}",
+        "engine sglang     python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 "
+        f"--speculative-draft-model-path {folder}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "format", "rows", "layers"),
+    [
+        ("medusa", "aurora_rl", "aurora_rl", "64 of 300", "3"),
+        ("medusa", "vllm", "vllm", "64 of 300", "3"),
+        ("eagle", "hf", "hf", "64 of 300", "not stated: the architecture's own"),
+        ("dflash", "sglang", "sglang", "64 of 300", "1, 2"),
+        ("standalone", "hf", "sglang, vllm", "64 of 300", "not stated: the architecture's own"),
+    ],
+)
+def test_inspect_knows_every_architecture(
+    target: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    layout: str,
+    format: str,
+    rows: str,
+    layers: str,
+) -> None:
+    own = ["drafter.feature_layers=[1,2]"] if name == "dflash" else []
+    assert init(tmp_path / "d0", "--to", layout, *target, f"drafter.name={name}", *own) == 0
+    capsys.readouterr()
+    assert cli.main(["drafter", "inspect", str(tmp_path / "d0"), *target[:3]]) == 0
+    lines = dict((line[:18].strip(), line[18:]) for line in capsys.readouterr().out.splitlines())
+    assert lines["format"] == format and lines["feature layers"] == layers
+    assert lines["vocabulary"] == f"{rows} tokens" and lines["target"].endswith(": fits")
+
+
+def test_inspect_says_why_a_drafter_does_not_fit(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "d0"
+    assert init(folder, *target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]") == 0
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**entries, "aurora_rl_made_for": "of another"}))
+    capsys.readouterr()
+    assert cli.main(["drafter", "inspect", str(folder), *target[:3]]) == 1
+    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.made_for=any" in out
+    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.made_for=any"]) == 0
+    (folder / "config.json").write_text(json.dumps({**entries, "architectures": ["Unheard"]}))
+    assert cli.main(["drafter", "inspect", str(folder)]) == 2
+    assert f"{folder}: config.json: no drafter is of architectures ['Unheard']" in capsys.readouterr().err
+    assert cli.main(["drafter", "inspect", str(tmp_path / "nowhere")]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+def export(drafter: Path, out: Path, *more: str) -> int:
+    return cli.main(["drafter", "export", "--drafter", str(drafter), "--out", str(out), *more])
+
+
+def test_export_writes_what_an_engine_reads_and_reads_it_back(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
+    target = spec.load(spec.resolve(config))
+    # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
+    for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
+        config.drafter.feature_layers = layers
+        save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
+        there, back = tmp_path / layout, tmp_path / f"from-{layout}"
+        assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
+        assert export(there, back, "--from", layout, "--to", again, *pairs) == 0
+        assert load_file(back / "model.safetensors").keys() == load_file(tmp_path / "ours" / "model.safetensors").keys()
+        for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items():
+            assert torch.equal(load_file(back / "model.safetensors")[name], tensor)
+    assert f"Eagle3Drafter for {tiny_folder} written to {tmp_path / 'vllm'} (vllm)" in capsys.readouterr().out
+
+
+def test_export_of_a_class_that_the_library_does_not_know(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other_heads.py").write_text(
+        "from aurora_rl.policies import MedusaDrafter\nclass OtherHeads(MedusaDrafter):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    named = [*pairs, "drafter.name=other_heads:OtherHeads"]
+    config = load_config(overrides=[*named, "drafter.vocab_size=64"])
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
+    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
+    assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
+    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    assert "OtherHeads for" in capsys.readouterr().out
+    under = [*pairs, "drafter.options={learned: other_heads:OtherHeads}"]  # as a run's configuration names it
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *under) == 0
+    assert (
+        load_file(tmp_path / "here" / "model.safetensors").keys()
+        == load_file(tmp_path / "vllm" / "model.safetensors").keys()
+    )
+    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
+    assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
+        (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
+        (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
+    ],
+)
+def test_export_says_what_it_cannot_do(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
+    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
+    drafter, out, *rest = arguments
+    drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
+    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
+    assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()

@@ -1,0 +1,273 @@
+"""`aurora-rl train`: recorded, learned, evaluated on held-out requests, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aurora_rl.cli import main as cli
+from aurora_rl.cli.config import load_config
+from aurora_rl.cli.spec import load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.training.offline import OfflineTrainer
+
+FILES = {
+    "config.yaml",
+    "train.json",
+    "drafter-day0",
+    "recording",
+    "learner",
+    "drafter",
+    "metrics.jsonl",
+    "summary.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def pairs(tiny_folder: Path) -> list[str]:
+    return _pairs(tiny_folder)
+
+
+def _pairs(tiny_folder: Path) -> list[str]:
+    return [
+        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "drafter.name=eagle3"),
+        *("drafter.feature_layers=[1,2]", "engine.max_length=256", "engine.threads=1", "max_new_tokens=8"),
+        *("traffic.requests=6", "learner.batch_size=2"),
+    ]
+
+
+def train(*words: str) -> int:
+    options = [word for word in words if "=" not in word]
+    return cli.main(["train", *options, *(word for word in words if "=" in word)])
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def chats(path: Path, *messages: list[tuple[str, str]]) -> str:
+    lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in messages]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return f"traffic.path={path}"
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int) -> None:
+    """Send this process Ctrl-C after a call of a method."""
+    original: Callable[..., Any] = getattr(owner, method)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        result = original(*args, **kwargs)
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, method, counted)
+
+
+# ---- from chats -----------------------------------------------------------------------------------------------------
+
+
+def test_traffic_is_recorded_and_learned_and_the_result_is_served(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train("--held-out", "0.3", "--epochs", "2", *pairs, f"run_dir={run}") == 0
+    out = capsys.readouterr()
+    assert out.err == "" and "epoch 0: acceptance length" in out.out and "epoch 2: acceptance length" in out.out
+    assert {path.name for path in run.iterdir()} == FILES
+    assert len(TrajectoryDataset(run / "recording")) == 6
+    figures = summary(run)
+    assert (figures["requests"], figures["held_out"], figures["steps"], figures["skipped"]) == (4, 2, 4, 0)
+    lengths = [e["acceptance_length"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "evaluation"]
+    assert figures["acceptance_length"]["first"] == round(lengths[0]["all"], 4)
+    assert figures["acceptance_length"]["last"] == round(max(length["all"] for length in lengths), 4)
+    assert len(lengths) == 3 and sum(d["requests"] for d in figures["domains"].values()) == 2
+    assert set(figures["domains"]) <= {"code", "sql", "math", "finance", "chat"}
+    losses = [e["loss"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "train"]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    served = [*pairs, f"drafter.path={run / 'drafter'}", "drafter.adaptive=false", "traffic.requests=2"]
+    assert cli.main(["serve", *served, f"run_dir={tmp_path / 'served'}"]) == 0
+    assert summary(tmp_path / "served")["requests"] == 2
+
+
+def test_the_target_answers_itself_what_chats_end_with_an_answer_to(pairs: list[str], tmp_path: Path) -> None:
+    path = chats(
+        tmp_path / "chats.jsonl",
+        [("user", "one")],
+        [("user", "two"), ("assistant", "an answer that nobody reads")],
+        [("user", "three"), ("assistant", "kept"), ("user", "four")],
+    )
+    run = tmp_path / "run"
+    assert train("--epochs", "1", *pairs, path, f"run_dir={run}", "learner.batch_size=1") == 0
+    tokenizer = load(resolve(load_config(overrides=pairs))).tokenizer
+    prompts = set()
+    for trajectory in TrajectoryDataset(run / "recording"):
+        prompts.add(tokenizer.decode(trajectory["sequence", "tokens"][: int(trajectory["sequence", "prompt_length"])]))
+    assert prompts == {
+        "<user>one<assistant>",
+        "<user>two<assistant>",
+        "<user>three<assistant>kept<user>four<assistant>",
+    }
+    assert summary(run)["domains"] == {}
+
+
+# ---- from recordings ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recordings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two recordings of different length."""
+    spec = resolve(load_config(overrides=_pairs(tiny_folder)))
+    target, folders = load(spec), []
+    drafter = start_drafter(spec, target, [])
+    requests = request_queue(spec, target, traffic(spec.config))
+    waiting = list(iter(requests, None))
+    for name, part in (("code", waiting[:4]), ("math", waiting[4:])):
+        folders.append(tmp_path_factory.mktemp("recordings") / name)
+        record(target.model, drafter, part, TrajectoryDataset(folders[-1], drafter.feature_layers), shape=spec.tree)
+    return folders
+
+
+def test_recordings_are_learned_together_and_each_is_held_out_in_part(
+    pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    folders = [word for folder in recordings for word in ("--recording", str(folder))]
+    words = [*folders, "--held-out", "0.25", "--epochs", "1"]
+    assert train(*words, *pairs, f"run_dir={run}") == 0
+    figures = summary(run)
+    assert figures["requests"] == 4  # 4 - 1 and 2 - 1
+    assert {name: domain["requests"] for name, domain in figures["domains"].items()} == {"code": 1, "math": 1}
+    assert not (run / "recording").exists()
+    capsys.readouterr()
+    assert train("--resume", str(run), *words, "--recording", str(recordings[0])) == 2
+    assert "which stays; leave the option out" in capsys.readouterr().err
+    assert train("--resume", str(run), "--held-out", "0.5") == 2
+    assert "it was started with --held-out 0.25, which stays" in capsys.readouterr().err
+    path = run / "learner" / "progress.json"
+    path.write_text(path.read_text().replace("4,", "9,", 1))
+    assert train("--resume", str(run)) == 2
+    assert "it was started on [9, 2] requests (to learn from, held out), and there are [4, 2] now" in (
+        capsys.readouterr().err
+    )
+
+
+# ---- interrupted and resumed ----------------------------------------------------------------------------------------
+
+
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [*pairs, "engine.slots=1"]  # requests are recorded in their order
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train("--epochs", "2", *pairs, f"run_dir={whole}") == 0
+    for owner, method, call in ((TrajectoryDataset, "append", 3), (OfflineTrainer, "step", 3)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, owner, method, call)
+            words = ["--resume", str(parts)] if parts.exists() else ["--epochs", "2", *pairs, f"run_dir={parts}"]
+            assert train(*words) == 130
+        out = capsys.readouterr().out
+        assert f"interrupted; aurora-rl train --resume {parts} goes on" in out
+        assert not (parts / "summary.json").exists()
+    assert json.loads((parts / "learner" / "progress.json").read_text())["batches"] == 3
+    assert train("--resume", str(parts)) == 0
+    recorded = [int(trajectory["request"]) for trajectory in TrajectoryDataset(parts / "recording")]
+    assert recorded == list(range(6))
+    states = [load_file(run / "learner" / "model.safetensors") for run in (whole, parts)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    duration = {"duration_s": 0.0}
+    assert summary(parts) | duration == summary(whole) | duration
+    # More epochs go on from there.
+    assert train("--epochs", "3", "--resume", str(parts)) == 0
+    assert summary(parts)["steps"] == 6
+
+
+@pytest.mark.parametrize("pair", ["seed=1", "drafter.depth=3", "traffic.requests=9", "learner.muon_lr=0.5"])
+def test_other_settings_are_not_resumed(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert cli.main(["train", "--print-config", *pairs]) == 0
+    (run / "config.yaml").write_text(capsys.readouterr().out)
+    (run / "train.json").write_text('{"recording": null, "epochs": 1, "held_out": 0.1}')
+    assert train("--resume", str(run), pair) == 2
+    key, _, value = pair.partition("=")
+    assert f"and this command has {key}={value}; leave the key out" in capsys.readouterr().err
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--held-out", "1.5"], "--held-out must lie between 0 and 1, got 1.5"),
+        (["--resume", "NOWHERE", "run_dir=null"], "there is no config.yaml in it"),
+        (["--resume", "SERVED", "run_dir=null"], "there is no train.json in it; it is no training's folder"),
+        (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
+        (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
+        (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
+        (["traffic.path=ANSWERS"], "chat 'line-1' has answers only; put a question before them"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_by_one_line(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], wrong: str
+) -> None:
+    chats(tmp_path / "answers.jsonl", [("assistant", "yes")])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "config.yaml").write_text("seed: 0")
+    names = {"NOWHERE": str(tmp_path / "nowhere"), "SERVED": str(tmp_path / "served")}
+    places = names | {"EMPTY": str(tmp_path / "empty"), "ANSWERS": str(tmp_path / "answers.jsonl")}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    assert train(*pairs, f"run_dir={tmp_path / 'run'}", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert wrong in line
+
+
+def test_a_recording_of_another_drafter_is_refused_and_leaves_no_folder(
+    pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = [*pairs, "drafter.feature_layers=[0,1]", f"run_dir={tmp_path / 'run'}"]
+    assert train("--recording", str(recordings[0]), *other) == 2
+    assert "was recorded for a drafter that reads layers 1,2, this one reads 0,1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_from_a_checkpoint_learns_on(pairs: list[str], recordings: list[Path], tmp_path: Path) -> None:
+    config = load_config(overrides=pairs)
+    spec = resolve(config)
+    drafter = start_drafter(spec, load(spec), [])
+    drafter.save_pretrained(tmp_path / "mine")
+    run = tmp_path / "run"
+    pairs = [*pairs, f"drafter.path={tmp_path / 'mine'}", f"run_dir={run}"]
+    assert train("--recording", str(recordings[0]), "--epochs", "1", *pairs) == 0
+    mine, day0, learned = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "mine", run / "drafter-day0", run / "learner")
+    )
+    assert all(torch.equal(mine[name], tensor) for name, tensor in day0.items())
+    assert not torch.equal(learned["module.fc.weight"], mine["fc.weight"])
