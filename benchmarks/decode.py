@@ -12,7 +12,7 @@ import time
 import torch
 from common import arguments, parse, prompts, write_result
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     empty = {"tokens": none, "parents": none - 1, "mask": none.bool()}
 
     def ours(prompt: torch.Tensor) -> int:
-        queue.append(Request(0, prompt, options.max_new_tokens))
+        queue.append(Request(0, prompt, SamplingParams(max_tokens=options.max_new_tokens)))
         td = env.reset()
         while not done:
             _, td = env.step_and_maybe_reset(td.set("draft", empty))

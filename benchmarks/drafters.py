@@ -95,7 +95,7 @@ class World:
         recording, every = TrajectoryDataset(self.work / "stream"), NgramDrafter(len(self.parts.head))
         every.feature_layers = tuple(layers)
         requests = [
-            Request(i, torch.tensor(ids), self.options.max_new_tokens)
+            Request(i, torch.tensor(ids), SamplingParams(max_tokens=self.options.max_new_tokens))
             for i, ids in enumerate(self.ids[: self.options.requests])
         ]
         record(
@@ -173,7 +173,7 @@ def serve(world: World, name: str) -> dict[str, Any]:
     )
     engine = TransformersEngine(model, num_slots=1, max_length=1024, feature_layers=drafter.feature_layers)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=world.shape.most_nodes, shape=world.shape)
-    none, usual = replace(world.shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]), 64)
+    none, usual = replace(world.shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]))
     costs = measure_rounds(engine, policy, usual, [none, world.shape])[1]
     env = SpecDecodeEnv(
         engine,

@@ -75,7 +75,7 @@ def serve(
         max_length=1024,
         sampling=SamplingParams(),
     )
-    usual = Request(0, torch.tensor(source.first_prompts(1)[0]), options.max_new_tokens)
+    usual = Request(0, torch.tensor(source.first_prompts(1)[0]), SamplingParams(max_tokens=options.max_new_tokens))
     slots = max(in_flight for _, _, in_flight in parts)
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
     most = TreeShape(options.depth, options.width, options.nodes)

@@ -53,7 +53,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     shape = TreeShape(options.depth, options.width, options.nodes)
     policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
     policy.rebuild_on_install = rebuild
-    usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), options.max_new_tokens)
+    usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), SamplingParams(max_tokens=options.max_new_tokens))
     costs = measure_rounds(engine, policy, usual, TreeController.candidates(shape))
     env = SpecDecodeEnv(
         engine,

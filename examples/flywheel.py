@@ -13,7 +13,7 @@ import copy
 
 import torch
 
-from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine, generation_processors
+from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
@@ -37,7 +37,9 @@ def main() -> None:
     dtype = default_dtype(device)
     model, tokenizer = load_target(options.model, dtype=dtype, device=device)
     prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
-    queue = [Request(i, torch.tensor(p), options.max_new_tokens) for i, p in enumerate(prompts)]
+    queue = [
+        Request(i, torch.tensor(p), SamplingParams(max_tokens=options.max_new_tokens)) for i, p in enumerate(prompts)
+    ]
 
     # A drafter that knows nothing but where the target starts and ends: one copy learns, one serves.
     parts = TargetParts.of(model)

@@ -14,7 +14,7 @@ import copy
 import torch
 from common import arguments, open_stream
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine, generation_processors
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import DrafterPolicy, TreeShape
@@ -38,7 +38,7 @@ def main() -> None:
     dtype = default_dtype(device)
     model, tokenizer = load_target(options.model, dtype=dtype, device=device)
     new = [encode_chat(tokenizer, p.messages) for p in generate(options.online, seed=1)]
-    queue = [Request(i, torch.tensor(p), options.max_new_tokens) for i, p in enumerate(new)]
+    queue = [Request(i, torch.tensor(p), SamplingParams(max_tokens=options.max_new_tokens)) for i, p in enumerate(new)]
     engine = TransformersEngine(model, num_slots=2, max_length=512, feature_layers=stream.drafter.feature_layers)
     finished: list = []
     stop_tokens = stop_token_ids(model, tokenizer)

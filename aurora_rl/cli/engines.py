@@ -104,13 +104,10 @@ class EmbeddedServing(Serving):
         tree = spec.shape(config)
         stop_tokens = stop_token_ids(target.model, target.tokenizer)
         prompt = torch.tensor(requests.first_prompts(1)[0])
-        usual = Request(
-            0,
-            prompt,
-            # A prompt with a budget of its own may leave less room than the configuration's.
-            min(config.max_new_tokens, config.engine.max_length - len(prompt)),
-            SamplingParams(config.temperature, config.top_k, config.top_p),
-        )
+        # A prompt with a budget of its own may leave less room than the configuration's.
+        budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
+        sampling = SamplingParams(config.temperature, config.top_k, config.top_p, max_tokens=budget)
+        usual = Request(0, prompt, sampling)
         processors = None
         if config.generation_config == "auto":
             try:

@@ -147,7 +147,7 @@ def record(
     engine = TransformersEngine(
         model,
         num_slots=slots,
-        max_length=max(len(r.prompt) + r.max_new_tokens for r in waiting),
+        max_length=max(len(r.prompt) + r.sampling.max_tokens for r in waiting),
         feature_layers=drafter.feature_layers,
     )
 

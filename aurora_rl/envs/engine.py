@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from aurora_rl.trajectories import ContextStore
+from aurora_rl.context import ContextStore
 
 
 class Engine(ABC):

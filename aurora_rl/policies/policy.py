@@ -9,9 +9,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
-from aurora_rl.trajectories import DRAFT_MODES, ContextStore
+from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import tree_fault, valid_nodes
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.

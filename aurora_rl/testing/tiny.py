@@ -137,7 +137,7 @@ def serve(
         feature_layers=drafter.feature_layers,
     )
     requests = iter(
-        Request(first_request + i, prompt, max_new_tokens, replace(sampling, seed=sampling.seed + i))
+        Request(first_request + i, prompt, replace(sampling, seed=sampling.seed + i, max_tokens=max_new_tokens))
         for i, prompt in enumerate(prompts)
     )
     done: list[Completion] = []

@@ -37,7 +37,8 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         drafter = spec.drafter(config, target, [])
         assert isinstance(drafter, Eagle3Drafter)
         save_drafter(drafter, folders[mode].with_name("drafter-day0"))
-        requests = [Request(i, torch.randint(250, (5,)), 8, SamplingParams(1.0, seed=i)) for i in range(12)]
+        params = [SamplingParams(1.0, seed=i, max_tokens=8) for i in range(12)]
+        requests = [Request(i, torch.randint(250, (5,)), params[i]) for i in range(12)]
         record(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=spec.shape(config))
     return folders
 
@@ -138,7 +139,7 @@ def test_learning_is_what_moves_the_curve(tiny_folder: Path, tmp_path: Path) -> 
     common = ["drafter.vocab_size=300", "learner.replay=8"]
     config = load_config(overrides=[f"model={tiny_folder}", *PAIRS, *common])
     target = spec.load(config)
-    requests = [Request(i, torch.arange(250, 255), 16) for i in range(12)]
+    requests = [Request(i, torch.arange(250, 255), SamplingParams(max_tokens=16)) for i in range(12)]
     record(
         target.model,
         spec.drafter(config, target, []),
