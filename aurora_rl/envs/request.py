@@ -38,6 +38,9 @@ class Completion:
         tokens: ``[C]`` int64, the stop token included.
         terminated: Whether it ended at a stop token or string, and not at its token budget.
         trajectory: What was recorded; None where nothing was.
+        acceptance_length: Tokens that a round with drafts added on average; None if there was no such round.
+        text: The tokens as text, without a stop string, where :class:`aurora_rl.LLM` served the request.
+        error: Why the request was not served; None if it was.
 
     Example:
         >>> Completion(Request(0, torch.tensor([3])), torch.tensor([4, 5]), terminated=True).finish_reason
@@ -48,8 +51,11 @@ class Completion:
     tokens: Tensor
     terminated: bool
     trajectory: TensorDict | None = None
+    acceptance_length: float | None = None
+    text: str = ""
+    error: str | None = None
 
     @property
     def finish_reason(self) -> str:
-        """Why it ended: "stop" or "length"."""
-        return "stop" if self.terminated else "length"
+        """Why it ended: "stop", "length" or "error"."""
+        return "error" if self.error is not None else "stop" if self.terminated else "length"

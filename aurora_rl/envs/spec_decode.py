@@ -109,6 +109,7 @@ class SpecDecodeEnv(EnvBase):
         self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
         self._active: dict[int, Request] = {}
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
+        self._drafted = torch.zeros(engine.num_slots, 2)  # of each slot's request: rounds with drafts, and their tokens
         self.recording_seconds = 0.0
         self._recorder = TrajectoryRecorder(store) if record else None
         self._set_sampling()
@@ -250,6 +251,7 @@ class SpecDecodeEnv(EnvBase):
         if loaded:
             self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
             self._active.update(loaded)
+            self._drafted[[slot for slot, _ in loaded]] = 0
             if self._processors_for is not None:
                 self._processors.update((slot, self._processors_for(request)) for slot, request in loaded)
             if self._recorder:
@@ -314,6 +316,8 @@ class SpecDecodeEnv(EnvBase):
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
         sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
         num_new, ended, spent = self._deliver(slots, sequence, length)
+        drafted = valid.any(1).cpu()
+        self._drafted[slots] += torch.stack([drafted, drafted * num_new], dim=1)
 
         place = torch.arange(width, device=self.device)
         kept = path.masked_fill(place >= num_new.to(self.device)[:, None], -1)
@@ -424,4 +428,6 @@ class SpecDecodeEnv(EnvBase):
         self._processors.pop(slot, None)
         self.engine.release(slot)
         if self._on_completion:
-            self._on_completion(Completion(request, tokens, ended, trajectory))
+            rounds, committed = self._drafted[slot].tolist()
+            length = committed / rounds if rounds else None
+            self._on_completion(Completion(request, tokens, ended, trajectory, length))
