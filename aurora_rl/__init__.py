@@ -6,8 +6,11 @@ The names below are imported when they are first used, so that ``import aurora_r
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from aurora_rl._moved import MovedModules
 
 if TYPE_CHECKING:
     from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
@@ -51,6 +54,8 @@ __all__ = [
     "make_objectives",
     "register_objective",
 ]
+
+sys.meta_path.insert(0, MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,15 @@ class Chunk:
         text: New text. It may lag behind the tokens: incomplete characters and the beginnings of stop strings wait.
         tokens: New token ids.
         completion: The whole completion, in a prompt's last chunk; None before.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.testing import tiny_folder
+        >>> with TemporaryDirectory() as folder:
+        ...     llm = LLM(tiny_folder(folder), device="cpu")
+        >>> chunks = list(llm.stream("Once upon a time", SamplingParams(max_tokens=8)))
+        >>> "".join(chunk.text for chunk in chunks) == chunks[-1].completion.text
+        True
     """
 
     index: int
@@ -73,11 +82,14 @@ class LLM:
         ValueError: An argument is out of range.
 
     Example:
-        >>> llm = LLM("smollm2", drafter="ngram", dtype="float32", max_length=128)  # doctest: +SKIP
-        >>> chat = [{"role": "user", "content": "Count from 1 to 5, and again."}]  # doctest: +SKIP
-        >>> (completion,) = llm.generate(chat, SamplingParams(max_tokens=16))  # doctest: +SKIP
-        >>> completion.text  # doctest: +SKIP
-        '1, 2, 3, 4, 5, 1, 2'
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.testing import tiny_folder
+        >>> with TemporaryDirectory() as folder:
+        ...     llm = LLM(tiny_folder(folder), drafter="eagle3", device="cpu")
+        >>> chat = [{"role": "user", "content": "Write a haiku about rivers."}]
+        >>> completions = llm.generate(["Once upon a time", chat], SamplingParams(max_tokens=8))
+        >>> [len(completion.tokens) for completion in completions]
+        [8, 8]
     """
 
     def __init__(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 
 
 def tiny_target(
@@ -58,6 +70,52 @@ def tiny_target(
         torch.manual_seed(seed)
         model = model_class(config)
     return cast(model, dtype).eval().requires_grad_(False)
+
+
+def tiny_folder(folder: str | os.PathLike[str]) -> Path:
+    """Write a random Llama of hidden size 32 over bytes, with tokenizer and chat template, as a Hugging Face folder.
+
+    Args:
+        folder: New or empty folder.
+
+    Returns:
+        The folder, which configurations take as ``model``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     (tiny_folder(folder) / "config.json").is_file()
+        True
+    """
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<user>", "<assistant>", "<eos>"]
+    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<user>", "<assistant>"]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokens.index("<eos>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
 
 
 def tiny_trajectory(
@@ -129,39 +187,23 @@ def serve(
     Returns:
         One packed trajectory for each prompt, in their order.
     """
-    sampling, drafter = sampling or SamplingParams(), copy.deepcopy(drafter)
-    engine = TransformersEngine(
-        copy.deepcopy(target),
-        num_slots=num_slots,
-        max_length=max(len(p) for p in prompts) + max_new_tokens,
-        feature_layers=drafter.feature_layers,
-    )
-    requests = iter(
-        Request(first_request + i, prompt, replace(sampling, seed=sampling.seed + i, max_tokens=max_new_tokens))
-        for i, prompt in enumerate(prompts)
-    )
+    sampling = replace(sampling or SamplingParams(), max_tokens=max_new_tokens)
     done: list[Completion] = []
-    env = SpecDecodeEnv(
-        engine,
-        lambda: next(requests, None),
-        num_nodes=max(shape.most_nodes, 1),
+    decoder = SpeculativeDecoder(
+        copy.deepcopy(target),
+        drafter,
+        [Request(first_request + i, p, replace(sampling, seed=sampling.seed + i)) for i, p in enumerate(prompts)],
+        shape=shape,
+        max_length=max(len(p) for p in prompts) + max_new_tokens,
+        num_slots=num_slots,
+        seed=first_request,
         rule=rule,
-        draft_mode=shape.mode,
         on_completion=done.append,
     )
-    policy = DrafterPolicy(
-        drafter,
-        engine.store,
-        num_nodes=env.num_nodes,
-        shape=shape,
-        vocab_size=engine.vocab_size,
-        generator=torch.Generator(engine.store.tokens.device).manual_seed(first_request),
-    )
-    td, turn = env.reset(), 0
-    while env.num_active:
-        before_round(turn, policy)
-        _, td = env.step_and_maybe_reset(policy(td))
-        turn += 1
+    assert decoder.policy is not None
+    before_round(0, decoder.policy)
+    for turn, _ in enumerate(decoder.rounds(), 1):
+        before_round(turn, decoder.policy)
     done.sort(key=lambda completion: completion.request.id)
     return [completion.trajectory for completion in done if completion.trajectory is not None]
 
