@@ -19,18 +19,18 @@ from aurora_rl.trees import reorder_depth_first
 
 
 class ContextStore:
-    """Tokens, features and hidden states of every slot's request so far: the SlotContext of each slot, in one block.
+    """Tokens, features and hidden states of every slot's request so far, in one block.
 
     The engine appends at ``commit``; the environment and the policy read. Row ``t`` of ``features`` and ``hidden``
     belongs to token ``t``; the last committed token has been through no target pass yet and has no row.
 
     Args:
-        num_slots: number of slots ``B``.
-        max_length: most tokens (prompt and completion) that a slot can hold.
-        feature_size: ``F``, width of the features that the drafter reads.
-        hidden_size: ``H``, width of the output head's input.
-        dtype: dtype of features and hidden states.
-        device: where they live.
+        num_slots: Number of slots ``B``.
+        max_length: Most tokens (prompt and completion) that a slot can hold.
+        feature_size: Width ``F`` of the features that the drafter reads.
+        hidden_size: Width ``H`` of the output head's input.
+        dtype: Dtype of features and hidden states.
+        device: Device of all but the lengths.
 
     Attributes:
         tokens: ``[B, max_length]`` int64.
@@ -100,10 +100,10 @@ class _Rounds:
 
 
 class TrajectoryRecorder:
-    """Collects the rounds of each slot and cuts one packed trajectory when its request ends.
+    """Collect the rounds of each slot, and cut one packed trajectory when its request ends.
 
     Args:
-        store: the engine's context store.
+        store: The engine's context store.
     """
 
     def __init__(self, store: ContextStore) -> None:
@@ -130,16 +130,16 @@ class TrajectoryRecorder:
         """Record one round of ``b`` slots whose trees have ``n`` padded nodes.
 
         Args:
-            slots: the slots.
-            anchors: position of each slot's root in its request.
+            slots: The slots.
+            anchors: Position of each slot's root in its request.
             tokens: ``[b, n]``.
             parents: ``[b, n]``.
             log_probs: ``[b, n]``.
             valid: ``[b, n]`` bool; other nodes are left out.
             accepted: ``[b, n]`` bool.
             hidden: ``[b, n + 1, H]``, the root first.
-            policy_versions: version of the weights that drafted, per slot.
-            cache_versions: oldest version with rows in the drafter's cache, per slot.
+            policy_versions: Version of the weights that drafted, per slot.
+            cache_versions: Oldest version with rows in the drafter's cache, per slot.
         """
         columns = (tokens, parents, log_probs, accepted, hidden[:, 1:])
         for i, slot in enumerate(slots):
@@ -154,11 +154,11 @@ class TrajectoryRecorder:
         """Return the packed trajectory of the slot's request, in memory of its own, on the CPU.
 
         Args:
-            slot: the slot, whose rounds are forgotten.
-            request: number of the request.
-            sampling: see :func:`~aurora_rl.trajectories.make_trajectory`, as ``rule`` and ``draft_mode``.
-            rule: see there.
-            draft_mode: see there.
+            slot: The slot. Its rounds are forgotten.
+            request: Number of the request.
+            sampling: Parameters of the request.
+            rule: Verification rule, see :func:`~aurora_rl.trajectories.make_trajectory`.
+            draft_mode: How the nodes were drawn, see there.
         """
         store, record = self._store, self._rounds.pop(slot)
         length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])

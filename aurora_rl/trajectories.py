@@ -1,4 +1,4 @@
-"""The packed trajectory of a request: made, checked and laid end to end (the data layout of docs/design.md).
+"""The packed trajectory of a request: its layout, its checks, and batches of it (the data layout of docs/design.md).
 
 Legend: ``S`` tokens of a request of which ``P`` are prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature
 size, ``H`` hidden size, ``K`` likeliest tokens, ``V`` vocabulary.
@@ -153,13 +153,13 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     """Check a trajectory that came over the network before anything reads it.
 
     Args:
-        trajectory: a packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
-        vocab_size: the target's; every token must lie in it.
-        feature_size: ``F`` that the learner's drafter reads.
-        hidden_size: ``H`` of the target.
+        trajectory: A packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
+        vocab_size: Vocabulary of the target; every token must lie in it.
+        feature_size: Width ``F`` that the learner's drafter reads.
+        hidden_size: Width ``H`` of the target.
 
     Raises:
-        ValueError: names the first entry that is missing, mixed, misshapen, of the wrong kind or out of range.
+        ValueError: Names the first entry that is missing, mixed, misshapen, of the wrong kind or out of range.
     """
     layout, get = _layout_of(trajectory), trajectory.get
     for key, (_, kind) in layout.items():  # first of all: what follows computes with these
@@ -232,19 +232,19 @@ def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None
 
 
 def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:
-    """Accepted nodes and drafted nodes of each round, ``[R]`` and ``[R]`` int64."""
+    """Return the accepted and the drafted nodes of each round, ``[R]`` and ``[R]`` int64."""
     offset = trajectory["rounds", "offset"]
     total = torch.cat([offset.new_zeros(1), trajectory["nodes", "accepted"].long().cumsum(0)])
     return total[offset[1:]] - total[offset[:-1]], offset.diff()
 
 
 def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = None) -> tuple[int, int]:
-    """Tokens committed by speculative rounds (bonus token included) and the number of such rounds.
+    """Return the tokens that speculative rounds committed, bonus tokens included, and the number of such rounds.
 
     Args:
-        trajectory: of a request.
-        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None, where nobody noted them, takes
-            those with a tree: the same, but of a drafter that may find nothing (n-grams).
+        trajectory: Trajectory of a request.
+        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None takes those with a tree: the same,
+            except where the drafter may find nothing (n-grams).
     """
     if speculative is None:
         speculative = accepted_per_round(trajectory)[1] > 0
@@ -286,7 +286,7 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
         A TensorDict of batch size [].
 
     Raises:
-        ValueError: there is no trajectory, or the target's outputs come in different forms.
+        ValueError: There is no trajectory, or the target's outputs come in different forms.
     """
     if not trajectories:
         raise ValueError("pack needs at least one trajectory")
@@ -323,7 +323,7 @@ def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
 
 
 def pad_rows(values: Tensor, offset: Tensor) -> Tensor:
-    """Packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, zeros behind each.
+    """Return packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, padded with zeros.
 
     Example:
         >>> pad_rows(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))

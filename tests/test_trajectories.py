@@ -1,4 +1,4 @@
-"""Packing and validation of trajectories, on hand-made numbers."""
+"""The constructor of trajectories, packing and validation, on hand-made numbers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,68 @@ from aurora_rl.collectors import TrajectorySink, ZMQCollector
 from aurora_rl.collectors.codec import decode, encode
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.policies import MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory, topk_form
 from aurora_rl.trajectories import (
+    DRAFT_MODES,
+    RULE_CODES,
     TOPK_ENTRIES,
+    make_trajectory,
     pack,
     pad_rows,
     validate,
 )
 
 SIZES = {"vocab_size": 32, "feature_size": 16, "hidden_size": 16}
+
+
+# ---- the constructor ------------------------------------------------------------------------------------------------
+
+
+def trajectory_of(*trees: dict[str, Tensor], temperature: float = 1.0) -> TensorDict:
+    """Six tokens, two of them prompt, and rounds at positions 1, 2, ..."""
+    count = len(trees)
+    return make_trajectory(
+        request=3,
+        tokens=torch.arange(6),
+        prompt_length=2,
+        features=torch.ones(5, 16),
+        target={"hidden": torch.ones(4, 16)},
+        anchors=range(1, count + 1),
+        trees=trees,
+        policy_versions=[7] * count,
+        cache_versions=[6] * count,
+        sampling=SamplingParams(temperature, top_k=5, seed=9),
+        rule="rejection",
+        draft_mode="sampled",
+    )
+
+
+def tree_of(nodes: int, *, scores: bool = True) -> dict[str, Tensor]:
+    """A chain."""
+    tree = {"tokens": torch.arange(nodes), "parents": torch.arange(nodes) - 1, "accepted": torch.ones(nodes).bool()}
+    return tree | {"hidden": torch.ones(nodes, 16)} | ({"log_probs": -torch.ones(nodes)} if scores else {})
+
+
+@pytest.mark.parametrize("sizes", [(), (2,), (2, 0, 3)])
+def test_a_trajectory_of_any_number_of_rounds_is_valid(sizes: tuple[int, ...]) -> None:
+    trajectory = trajectory_of(*map(tree_of, sizes))
+    validate(trajectory, **SIZES)
+    assert trajectory["rounds", "offset"].diff().tolist() == list(sizes)
+    assert trajectory["nodes", "tokens"].tolist() == [token for size in sizes for token in range(size)]
+
+
+def test_scores_that_a_round_lacks_are_left_out() -> None:
+    trajectory = trajectory_of(tree_of(2), tree_of(1, scores=False))
+    validate(trajectory, **SIZES)
+    assert ("nodes", "log_probs") not in trajectory.keys(True) and len(trajectory["nodes", "tokens"]) == 3
+
+
+@pytest.mark.parametrize(("temperature", "rule"), [(0.0, "greedy"), (0.5, "rejection")])
+def test_a_greedy_request_is_recorded_as_greedy(temperature: float, rule: str) -> None:
+    recorded = trajectory_of(temperature=temperature)["sampling"]
+    assert RULE_CODES[recorded["rule"]] == rule and DRAFT_MODES[recorded["draft_mode"]] == "sampled"
+    assert float(recorded["temperature"]) == temperature and int(recorded["seed"]) == 9
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------

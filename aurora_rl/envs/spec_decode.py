@@ -33,28 +33,28 @@ class SpecDecodeEnv(EnvBase):
     slot for which there is none is idle: it delivers nothing and is done at every step, so that it asks again.
 
     Args:
-        engine: what serves the target.
-        requests: called for the next request; None where there is none now.
-        num_nodes: ``N``, most nodes of a tree without its root.
-        rule: name of the verification rule.
-        draft_mode: how the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
+        engine: Engine of the target.
+        requests: Called for the next request; None if there is none now.
+        num_nodes: Most nodes ``N`` of a tree without its root.
+        rule: Name of the verification rule.
+        draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
             the drafter's distribution, actions carry it as ("draft", "q"). An action that says how it was drawn, in
             ("draft", "mode") as a policy's does, has to say this.
-        stop_tokens: token ids that end a completion.
-        decode: token ids to text; needed only by requests with stop strings.
-        processors: called with a request for the logits processors of transformers that its logits pass before they
+        stop_tokens: Token ids that end a completion.
+        decode: Turns token ids into text; needed only by requests with stop strings.
+        processors: Called with a request for the logits processors of transformers that its logits pass before they
             are verified, as :func:`aurora_rl.envs.generation_processors` makes it; ValueError from it refuses the
             request. A processor has to be a function of ``input_ids`` and ``scores`` alone. None serves raw logits.
-        on_completion: called with each :class:`Completion` as it ends.
-        on_refused: called with each request that cannot be served (see :meth:`check`) and the reason; the next request
+        on_completion: Called with each :class:`Completion` as it ends.
+        on_refused: Called with each request that cannot be served (see :meth:`check`) and the reason; the next request
             takes its place. None, the default, raises the reason as a ValueError.
-        record: whether completions carry their trajectory.
+        record: Whether completions carry their trajectory.
 
     Attributes:
-        recording_seconds: wall time spent on trajectories so far.
+        recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
-        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
+        ValueError: The rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
             nodes than the engine verifies; from a request that the engine cannot hold or the rule cannot serve (see
             :meth:`check`); or from an action that was drawn in another mode, or lacks the distribution that the rule
             needs.
@@ -182,7 +182,7 @@ class SpecDecodeEnv(EnvBase):
                 raise ValueError(f"{where}: {error}") from error
 
     def request_of(self, slot: int) -> Request:
-        """The request in an occupied slot."""
+        """Return the request in an occupied slot."""
         return self._active[slot]
 
     @property

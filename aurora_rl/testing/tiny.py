@@ -39,10 +39,10 @@ def tiny_target(
 
     Args:
         architecture: "llama" or "qwen3".
-        vocab_size: its vocabulary.
-        num_layers: its decoder layers.
-        dtype: its dtype.
-        seed: of its weights.
+        vocab_size: Size of its vocabulary.
+        num_layers: Number of its decoder layers.
+        dtype: Dtype of its weights.
+        seed: Seed of its weights.
 
     Example:
         >>> tiny_target("qwen3").dtype
@@ -128,16 +128,16 @@ def tiny_trajectory(
     sampling: SamplingParams | None = None,
     request: int = 0,
 ) -> TensorDict:
-    """A packed trajectory, made by serving a tiny target with a drafter; the same at every call.
+    """Serve a tiny target with a drafter and return a packed trajectory, the same at every call.
 
     Args:
-        drafter: made for :func:`tiny_target` (32 tokens, hidden size 16); served as a copy, in its own dtype.
-        architecture: of the target.
-        prompt_length: ``P``; the prompt follows from ``request``.
-        max_new_tokens: length of the completion.
-        shape: the trees; None takes a chain of 3.
-        sampling: of the request; None samples at temperature 1.
-        request: the request's number, at least 0.
+        drafter: Drafter of :func:`tiny_target` (32 tokens, hidden size 16); a copy serves, in its own dtype.
+        architecture: Architecture of the target.
+        prompt_length: Length ``P`` of the prompt, which follows from ``request``.
+        max_new_tokens: Length of the completion.
+        shape: Trees to draft; None takes a chain of 3.
+        sampling: Parameters of the request; None samples at temperature 1.
+        request: Number of the request, at least 0.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter, TargetParts
@@ -173,16 +173,16 @@ def serve(
     """Serve prompts speculatively, all rounds drafted, and return their trajectories.
 
     Args:
-        drafter: what drafts; a copy serves, so its cache and modules stay as they are.
-        target: the target; a copy serves.
-        prompts: each ``[P]`` int64.
-        shape: the trees.
-        max_new_tokens: length of every completion; nothing else ends one.
-        num_slots: slots of the engine.
-        sampling: of every request, its seed raised by the number of the prompt; None decodes greedily.
-        rule: name of the verification rule.
-        first_request: number of the first request.
-        before_round: called with the number of each round, from 0 on, and the policy, which it may change.
+        drafter: The drafter; a copy serves, so its cache and modules stay as they are.
+        target: The target; a copy serves.
+        prompts: Prompts, each ``[P]`` int64.
+        shape: Trees to draft.
+        max_new_tokens: Length of every completion; nothing else ends it.
+        num_slots: Slots of the engine.
+        sampling: Parameters of every request, the seed raised by the prompt's place; None decodes greedily.
+        rule: Name of the verification rule.
+        first_request: Number of the first request.
+        before_round: Called with the number of each round, from 0 on, and the policy, which it may change.
 
     Returns:
         One packed trajectory for each prompt, in their order.

@@ -85,8 +85,8 @@ def warp_logits(
     >>> warp_logits(torch.tensor([0.5, 0.3, 0.2]).log(), temperature=1.0, top_k=2).exp()
     tensor([0.6250, 0.3750, 0.0000])
     """
-    given = (torch.as_tensor(each, device=logits.device) for each in (temperature, top_k, top_p))
-    temperature, top_k, top_p = (each.expand(logits.shape[:-1]).reshape(-1) for each in given)
+    params = (torch.as_tensor(each, device=logits.device) for each in (temperature, top_k, top_p))
+    temperature, top_k, top_p = (each.expand(logits.shape[:-1]).reshape(-1) for each in params)
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature is {temperature.min().item()}; give > 0, and take the argmax for greedy rows")
     scores = warp(logits.reshape(-1, logits.shape[-1]), temperature, top_k, top_p)
@@ -121,8 +121,8 @@ def served_log_probs(
         that are left out keep their mass: rows of `[R, T]` sum to what the tokens have of it. A row of logits that
         has no finite largest is not a number throughout.
 
-    >>> one = torch.ones(2)
-    >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * one.long(), one).exp()
+    >>> ones = torch.ones(2)
+    >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * ones.long(), ones).exp()
     tensor([[0.0000, 1.0000],
             [0.5000, 0.5000]])
     """
