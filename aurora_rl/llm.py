@@ -263,7 +263,10 @@ class LLM:
     def _ask(self, request: Request, prompt: Prompt) -> None:
         """Queue a request, or note why the prompt cannot be one."""
         try:
-            request.prompt = torch.as_tensor(self._encoded(prompt), dtype=torch.int64)
+            tokens = torch.as_tensor(self._encoded(prompt))
+            if tokens.ndim != 1 or len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+                raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
+            request.prompt = tokens.long()
         except Exception as error:  # a template is a program of the model's, which may fail in any way
             self._ended.append(_failed(request, f"the prompt cannot be encoded: {type(error).__name__}: {error}"))
         else:
@@ -295,12 +298,14 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
     if isinstance(drafter, Drafter):
         return drafter
     name = os.fspath(drafter)
-    if name not in available_drafters() and ":" not in name:
+    if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
         return load_drafter(name, parts)
     vocab = choose_draft_vocab(min(_DRAFT_VOCAB, len(parts.head)), torch.zeros(len(parts.head)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_drafter(name).from_target(parts, draft_vocab=vocab)
+        started = get_drafter(name).from_target(parts, draft_vocab=vocab)
+    started.made_for = parts.fingerprint
+    return started
 
 
 def _asked(

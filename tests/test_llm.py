@@ -102,7 +102,9 @@ def test_a_prompt_that_fails_ends_no_other(drafted: LLM) -> None:
         "unknown": ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         "long": ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
         "chat": ([*CHAT, 5], "the prompt cannot be encoded: TypeError"),
-        "kind": ([None], "the prompt cannot be encoded: "),
+        "kind": (None, "the prompt cannot be encoded: TypeError"),
+        "float": ([1.5, 2.0], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
+        "nested": ([[1, 2]], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
     }
     mixed = [part for prompt, _ in bad.values() for part in (prompt, "good")]
     completions = drafted.generate(mixed, SHORT)
@@ -198,7 +200,8 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"dtype": "int8"}, "dtype is 'int8'; give auto, float32"),
         ({"dtype": "double precision"}, "dtype is 'double precision'; give auto, float32"),
         ({"drafter": "medusa", "num_speculative_tokens": 9}, "the trees are 9 deep, and this drafter drafts [0-9]+ "),
-        ({"drafter": "no_such_drafter"}, "no_such_drafter"),
+        ({"drafter": "eagel3"}, "no drafter is called 'eagel3'; did you mean 'eagle3'"),
+        ({"drafter": "/no/such/folder"}, "/no/such/folder"),
         ({"max_length": 513}, r"max_length must lie in 2\.\.512"),
     ],
 )
