@@ -1,226 +1,101 @@
-"""What serving remembers of a request, and the packed trajectory that it becomes (the data layout of docs/design.md).
+"""The packed trajectory of a request: its layout, its checks, and batches of it (the data layout of docs/design.md).
 
-Legend: ``B`` slots, ``N`` padded nodes of a draft tree without its root, ``S`` tokens of a request of which ``P`` are
-prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature size, ``H`` hidden size, ``K`` likeliest tokens, ``V``
-vocabulary.
+Legend: ``S`` tokens of a request of which ``P`` are prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature
+size, ``H`` hidden size, ``K`` likeliest tokens, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from aurora_rl.trees import reorder_depth_first
+from aurora_rl.sampling_params import SamplingParams
 
 RULE_CODES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
 # How the drafter chose a tree's nodes: its likeliest, or draws, whose siblings are independent or all different.
 DRAFT_MODES = ("topk", "sampled", "sampled_without_replacement")
-# What stands for "hidden", beside it, where an engine gives the target's likeliest tokens and not its states.
+# What stands for "hidden" where an engine gives the target's likeliest tokens and not its states.
 TOPK_ENTRIES = ("topk_ids", "topk_log_probs", "tail_log_prob")
 
 
-class ContextStore:
-    """Tokens, features and hidden states of every slot's request so far: the SlotContext of each slot, in one block.
-
-    The engine appends at ``commit``; the environment and the policy read. Row ``t`` of ``features`` and ``hidden``
-    belongs to token ``t``; the last committed token has been through no target pass yet and has no row.
-
-    Args:
-        num_slots: number of slots ``B``.
-        max_length: most tokens (prompt and completion) that a slot can hold.
-        feature_size: ``F``, width of the features that the drafter reads.
-        hidden_size: ``H``, width of the output head's input.
-        dtype: dtype of features and hidden states.
-        device: where they live.
-
-    Attributes:
-        tokens: ``[B, max_length]`` int64.
-        features: ``[B, max_length, F]``.
-        hidden: ``[B, max_length, H]``, filled from position ``P - 1`` on.
-        lengths: ``[B]`` int64 on the CPU; 0 where the slot is free.
-        prompt_lengths: ``[B]`` int64 on the CPU.
-    """
-
-    def __init__(
-        self,
-        num_slots: int,
-        max_length: int,
-        feature_size: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.num_slots, self.max_length = num_slots, max_length
-        self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int64, device=device)
-        self.features = torch.zeros(num_slots, max_length, feature_size, dtype=dtype, device=device)
-        self.hidden = torch.zeros(num_slots, max_length, hidden_size, dtype=dtype, device=device)
-        self.lengths = torch.zeros(num_slots, dtype=torch.int64)
-        self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
-
-    @property
-    def occupied(self) -> Tensor:
-        """Indices of the slots that hold a request, ``[b]`` int64 on the CPU."""
-        return self.lengths.nonzero().flatten()
-
-    def start(self, slot: int, prompt: Tensor) -> None:
-        """Put a prompt (``[P]`` int64) into a free slot; its features follow by :meth:`write_features`."""
-        self.tokens[slot, : len(prompt)] = prompt
-        self.lengths[slot] = self.prompt_lengths[slot] = len(prompt)
-
-    def append(self, slots: Tensor, tokens: Tensor, num_new: Tensor, features: Tensor, hidden: Tensor) -> None:
-        """Append what a round committed.
-
-        Args:
-            slots: ``[b]`` int64.
-            tokens: ``[b, D]`` new tokens, oldest first; columns from ``num_new`` on are ignored.
-            num_new: ``[b]`` int64 on the CPU.
-            features: ``[b, D, F]``, row ``i`` belongs to the position just before ``tokens[:, i]``.
-            hidden: ``[b, D, H]``, aligned like ``features``.
-        """
-        start = self.lengths[slots]
-        row, column = torch.where(torch.arange(tokens.shape[1]) < num_new[:, None])
-        device = self.tokens.device
-        where = (slots[row].to(device), (start[row] + column).to(device))
-        row, column = row.to(device), column.to(device)
-        self.tokens[where] = tokens[row, column]
-        self.features[where[0], where[1] - 1] = features[row, column].to(self.features.dtype)
-        self.hidden[where[0], where[1] - 1] = hidden[row, column].to(self.hidden.dtype)
-        self.lengths[slots] = start + num_new
-
-    def release(self, slot: int) -> None:
-        """Free the slot."""
-        self.lengths[slot] = self.prompt_lengths[slot] = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a request was served, as the trajectory records it."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    rule: str = "greedy"
-    draft_mode: str = "topk"
-
-    def entries(self) -> dict[str, Tensor]:
-        """The group "sampling" of a trajectory."""
-        return {
-            "temperature": torch.tensor(self.temperature, dtype=torch.float32),
-            "top_k": torch.tensor(self.top_k),
-            "top_p": torch.tensor(self.top_p, dtype=torch.float32),
-            "seed": torch.tensor(self.seed),
-            "rule": torch.tensor(RULE_CODES.index(self.rule)),
-            "draft_mode": torch.tensor(DRAFT_MODES.index(self.draft_mode)),
-        }
-
-
-@dataclass(slots=True)
-class _Rounds:
-    anchors: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    cache_versions: list[int] = field(default_factory=list)
-    nodes: list[tuple[Tensor, ...]] = field(default_factory=list)
-
-
-class TrajectoryRecorder:
-    """Collects the rounds of each slot and cuts one packed trajectory when its request ends.
+def make_trajectory(
+    *,
+    request: int,
+    tokens: Tensor,
+    prompt_length: int,
+    features: Tensor,
+    target: Mapping[str, Tensor],
+    anchors: Sequence[int],
+    trees: Sequence[Mapping[str, Tensor]],
+    policy_versions: Sequence[int],
+    cache_versions: Sequence[int],
+    sampling: SamplingParams,
+    rule: str = "sample_and_match",
+    draft_mode: str = "topk",
+) -> TensorDict:
+    """Lay out a packed trajectory.
 
     Args:
-        store: the engine's context store.
+        request: Number of the request, not negative.
+        tokens: ``[S]`` int64, prompt and completion.
+        prompt_length: ``P``.
+        features: ``[S - 1, F]``, row ``t`` belongs to token ``t``.
+        target: The target's outputs from position ``P - 1`` to ``S - 2``: "hidden" ``[S - P, H]``, or
+            :data:`TOPK_ENTRIES`.
+        anchors: Position of each round's root, rising; ``R`` of them.
+        trees: Nodes of each round in topological order: "tokens", "parents" (−1 is the root), "accepted", the entries
+            of ``target``, and "log_probs" if the drafter has scores. An entry that a round lacks is left out of all.
+        policy_versions: Version of the weights that drafted each round.
+        cache_versions: Oldest version with rows in the drafter's cache at each round.
+        sampling: Parameters of the request. Its budget and stop strings are not recorded.
+        rule: Verification rule of sampled requests. A request at temperature 0 is recorded as "greedy".
+        draft_mode: How the nodes were drawn, one of :data:`DRAFT_MODES`.
+
+    Returns:
+        A TensorDict of batch size [] on the CPU, in the layout that :func:`validate` checks.
+
+    Example:
+        >>> trajectory = make_trajectory(
+        ...     request=0, tokens=torch.tensor([5, 6, 7]), prompt_length=2, features=torch.zeros(2, 16),
+        ...     target={"hidden": torch.zeros(1, 16)}, anchors=[], trees=[], policy_versions=[], cache_versions=[],
+        ...     sampling=SamplingParams(),
+        ... )
+        >>> validate(trajectory, vocab_size=32, feature_size=16, hidden_size=16)
     """
-
-    def __init__(self, store: ContextStore) -> None:
-        self._store = store
-        self._rounds: dict[int, _Rounds] = {}
-
-    def start(self, slot: int) -> None:
-        """Begin an empty record for the request that entered the slot."""
-        self._rounds[slot] = _Rounds()
-
-    def round(
-        self,
-        slots: Sequence[int],
-        anchors: Sequence[int],
-        tokens: Tensor,
-        parents: Tensor,
-        log_probs: Tensor,
-        valid: Tensor,
-        accepted: Tensor,
-        hidden: Tensor,
-        policy_versions: Sequence[int],
-        cache_versions: Sequence[int],
-    ) -> None:
-        """Record one round of ``b`` slots whose trees have ``n`` padded nodes.
-
-        Args:
-            slots: the slots.
-            anchors: position of each slot's root in its request.
-            tokens: ``[b, n]``.
-            parents: ``[b, n]``.
-            log_probs: ``[b, n]``.
-            valid: ``[b, n]`` bool; other nodes are left out.
-            accepted: ``[b, n]`` bool.
-            hidden: ``[b, n + 1, H]``, the root first.
-            policy_versions: version of the weights that drafted, per slot.
-            cache_versions: oldest version with rows in the drafter's cache, per slot.
-        """
-        columns = (tokens, parents, log_probs, accepted, hidden[:, 1:])
-        for i, slot in enumerate(slots):
-            record = self._rounds[slot]
-            record.anchors.append(anchors[i])
-            record.versions.append(policy_versions[i])
-            record.cache_versions.append(cache_versions[i])
-            keep = valid[i].nonzero().flatten()
-            record.nodes.append((keep, *(c[i, keep] for c in columns)))
-
-    def cut(self, slot: int, request: int, sampling: Sampling) -> TensorDict:
-        """The packed trajectory of the slot's request, in memory of its own, on the CPU."""
-        store, record = self._store, self._rounds.pop(slot)
-        length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])
-        trees = [_pack_tree(*nodes) for nodes in record.nodes]
-        counts = torch.tensor([0] + [len(t[0]) for t in trees])
-        tokens, parents, log_probs, accepted, hidden = (torch.cat(c) for c in zip(*trees, strict=True))
-        return TensorDict(
-            {
-                "request": torch.tensor(request),
-                "sequence": {
-                    "tokens": store.tokens[slot, :length].cpu().clone(),
-                    "prompt_length": torch.tensor(prompt),
-                    "features": store.features[slot, : length - 1].cpu().clone(),
-                    "hidden": store.hidden[slot, prompt - 1 : length - 1].cpu().clone(),
-                },
-                "rounds": {
-                    "anchor": torch.tensor(record.anchors),
-                    "offset": counts.cumsum(0),
-                    "policy_version": torch.tensor(record.versions),
-                    "cache_version": torch.tensor(record.cache_versions),
-                },
-                "nodes": {
-                    "tokens": tokens.cpu(),
-                    "parents": parents.cpu(),
-                    "log_probs": log_probs.cpu(),
-                    "accepted": accepted.cpu(),
-                    "hidden": hidden.cpu(),
-                },
-                "sampling": sampling.entries(),
+    none = torch.zeros(0, dtype=torch.int64)
+    no_nodes = {"tokens": none, "parents": none, "accepted": none.bool(), "log_probs": none.float()}
+    no_nodes |= {name: rows[:0] for name, rows in target.items()}
+    keys = set(no_nodes).intersection(*trees)
+    return TensorDict(
+        {
+            "request": torch.tensor(request),
+            "sequence": {
+                "tokens": tokens,
+                "prompt_length": torch.tensor(prompt_length),
+                "features": features,
+                **target,
             },
-            batch_size=[],
-        )
-
-
-def _pack_tree(
-    keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor
-) -> tuple[Tensor, ...]:
-    """One tree's valid nodes, depth-first, parents relative to the tree."""
-    place = torch.full((int(keep[-1]) + 2 if len(keep) else 1,), -1, dtype=torch.int64, device=keep.device)
-    place[keep] = torch.arange(len(keep), device=keep.device)
-    order, parents = reorder_depth_first(torch.where(parents < 0, -1, place[parents]))
-    return tokens[order], parents, log_probs[order], accepted[order], hidden[order]
+            "rounds": {
+                "anchor": torch.tensor(anchors, dtype=torch.int64),
+                "offset": torch.tensor([0, *(len(tree["tokens"]) for tree in trees)]).cumsum(0),
+                "policy_version": torch.tensor(policy_versions, dtype=torch.int64),
+                "cache_version": torch.tensor(cache_versions, dtype=torch.int64),
+            },
+            "nodes": {key: torch.cat([no_nodes[key], *(tree[key].cpu() for tree in trees)]) for key in keys},
+            "sampling": {
+                "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
+                "top_k": torch.tensor(sampling.top_k),
+                "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
+                "seed": torch.tensor(sampling.seed),
+                "rule": torch.tensor(RULE_CODES.index(rule if sampling.temperature > 0 else "greedy")),
+                "draft_mode": torch.tensor(DRAFT_MODES.index(draft_mode)),
+            },
+        },
+        batch_size=[],
+    )
 
 
 _Layout = dict[tuple[str, ...], tuple[str, str]]  # of every entry: shape, dtype
@@ -278,13 +153,13 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     """Check a trajectory that came over the network before anything reads it.
 
     Args:
-        trajectory: a packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
-        vocab_size: the target's; every token must lie in it.
-        feature_size: ``F`` that the learner's drafter reads.
-        hidden_size: ``H`` of the target.
+        trajectory: A packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
+        vocab_size: Vocabulary of the target; every token must lie in it.
+        feature_size: Width ``F`` that the learner's drafter reads.
+        hidden_size: Width ``H`` of the target.
 
     Raises:
-        ValueError: names the first entry that is missing, mixed, misshapen, of the wrong kind or out of range.
+        ValueError: Names the first entry that is missing, mixed, misshapen, of the wrong kind or out of range.
     """
     layout, get = _layout_of(trajectory), trajectory.get
     for key, (_, kind) in layout.items():  # first of all: what follows computes with these
@@ -357,19 +232,19 @@ def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None
 
 
 def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:
-    """Accepted nodes and drafted nodes of each round, ``[R]`` and ``[R]`` int64."""
+    """Return the accepted and the drafted nodes of each round, ``[R]`` and ``[R]`` int64."""
     offset = trajectory["rounds", "offset"]
     total = torch.cat([offset.new_zeros(1), trajectory["nodes", "accepted"].long().cumsum(0)])
     return total[offset[1:]] - total[offset[:-1]], offset.diff()
 
 
 def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = None) -> tuple[int, int]:
-    """Tokens committed by speculative rounds (bonus token included) and the number of such rounds.
+    """Return the tokens that speculative rounds committed, bonus tokens included, and the number of such rounds.
 
     Args:
-        trajectory: of a request.
-        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None, where nobody noted them, takes
-            those with a tree: the same, but of a drafter that may find nothing (n-grams).
+        trajectory: Trajectory of a request.
+        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None takes those with a tree: the same,
+            except where the drafter may find nothing (n-grams).
     """
     if speculative is None:
         speculative = accepted_per_round(trajectory)[1] > 0
@@ -411,7 +286,7 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
         A TensorDict of batch size [].
 
     Raises:
-        ValueError: there is no trajectory, or the target's outputs come in different forms.
+        ValueError: There is no trajectory, or the target's outputs come in different forms.
     """
     if not trajectories:
         raise ValueError("pack needs at least one trajectory")
@@ -448,7 +323,7 @@ def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
 
 
 def pad_rows(values: Tensor, offset: Tensor) -> Tensor:
-    """Packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, zeros behind each.
+    """Return packed rows ``[sum, ...]`` with offsets ``[n + 1]`` as ``[n, longest, ...]``, padded with zeros.
 
     Example:
         >>> pad_rows(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))

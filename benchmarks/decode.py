@@ -12,8 +12,8 @@ import time
 import torch
 from common import arguments, parse, prompts, write_result
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl import LLM, SamplingParams
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target
 
 
 def main() -> None:
@@ -21,29 +21,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
-    served, _ = load_target("smollm2", dtype=dtype, device=options.device)
-    engine = TransformersEngine(served, num_slots=1, max_length=1024, feature_layers=(0,))
-    queue: list[Request] = []
-    done: list = []
-    env = SpecDecodeEnv(
-        engine,
-        lambda: queue.pop() if queue else None,
-        num_nodes=1,
-        stop_tokens=stop_token_ids(model, tokenizer),
-        on_completion=done.append,
-        record=False,
-    )
-    none = torch.zeros(1, 1, dtype=torch.int64, device=options.device)
-    empty = {"tokens": none, "parents": none - 1, "mask": none.bool()}
+    llm = LLM("smollm2", dtype=dtype, device=options.device, num_slots=1, max_length=1024)
+    sampling = SamplingParams(max_tokens=options.max_new_tokens)
 
-    def ours(prompt: torch.Tensor) -> int:
-        queue.append(Request(0, prompt, options.max_new_tokens))
-        td = env.reset()
-        while not done:
-            _, td = env.step_and_maybe_reset(td.set("draft", empty))
-        return len(done.pop().tokens)
+    def embedded(prompt: torch.Tensor) -> int:
+        (completion,) = llm.generate(prompt, sampling)
+        return len(completion.tokens)
 
-    def theirs(prompt: torch.Tensor, **kwargs: int) -> int:
+    def transformers(prompt: torch.Tensor, **kwargs: int) -> int:
         ids = prompt[None].to(options.device)
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=options.max_new_tokens, **kwargs
@@ -51,9 +36,9 @@ def main() -> None:
         return out.shape[1] - ids.shape[1]
 
     ways = {
-        "transformers_engine": ours,
-        "transformers_generate": theirs,
-        "transformers_prompt_lookup": lambda p: theirs(p, prompt_lookup_num_tokens=8),
+        "transformers_engine": embedded,
+        "transformers_generate": transformers,
+        "transformers_prompt_lookup": lambda p: transformers(p, prompt_lookup_num_tokens=8),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     ids = [torch.tensor(encode_chat(tokenizer, p.messages)) for p in prompts(options)]

@@ -7,7 +7,7 @@ any of the drafters read. Each drafter learns from it in order of arrival; its a
 the next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over
 that of a round with drafts. In the end what it has become serves requests behind the stream, in turns with plain
 decoding, and transformers' prompt lookup is timed on them beside its plain `generate`. All that is there in --work
-already is not made again.
+already is kept.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
-from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import (
     Drafter,
-    DrafterPolicy,
     HybridDrafter,
     NgramDrafter,
     TargetParts,
@@ -46,6 +45,7 @@ from aurora_rl.policies import (
     token_prior,
 )
 from aurora_rl.policies.calibration import measure_rounds
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
@@ -97,7 +97,7 @@ class World:
         recording, every = TrajectoryDataset(self.work / "stream"), NgramDrafter(len(self.parts.head))
         every.feature_layers = tuple(layers)
         requests = [
-            Request(i, torch.tensor(ids), self.options.max_new_tokens)
+            Request(i, torch.tensor(ids), SamplingParams(max_tokens=self.options.max_new_tokens))
             for i, ids in enumerate(self.ids[: self.options.requests])
         ]
         record(
@@ -163,7 +163,6 @@ def learn(world: World, name: str, hybrids: Sequence[str], stream: list[TensorDi
 def serve(world: World, name: str) -> dict[str, Any]:
     """Requests that come behind the stream, speculative and plain in turns."""
     options = world.options
-    drafter = world.trained(name).to(options.device, world.dtype).eval().requires_grad_(False)
     model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
     requests = RequestQueue(
         world.prompts,
@@ -173,16 +172,17 @@ def serve(world: World, name: str) -> dict[str, Any]:
         max_length=1024,
         sampling=SamplingParams(),
     )
-    engine = TransformersEngine(model, num_slots=1, max_length=1024, feature_layers=drafter.feature_layers)
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=world.shape.most_nodes, shape=world.shape)
-    none, usual = replace(world.shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]), 64)
-    costs = measure_rounds(engine, policy, usual, [none, world.shape])[1]
-    env = SpecDecodeEnv(
-        engine,
+    decoder = SpeculativeDecoder(
+        model,
+        world.trained(name),
         requests,
-        num_nodes=policy.num_nodes,
+        shape=world.shape,
+        max_length=1024,
         stop_tokens=stop_token_ids(model, world.tokenizer),
     )
+    policy = decoder.policy
+    none, usual = replace(world.shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]))
+    costs = measure_rounds(decoder.engine, policy, usual, [none, world.shape])[1]
     drafting: list[float] = []
     draft = policy.draft
 
@@ -196,7 +196,7 @@ def serve(world: World, name: str) -> dict[str, Any]:
     policy.draft = timed
     with TemporaryDirectory() as folder:
         server = InferenceServer(
-            env,
+            decoder.env,
             policy,
             windows=BaselineWindows(0.4, 16),
             log=MetricsLog(Path(folder) / "metrics.jsonl", "server"),
@@ -274,8 +274,8 @@ def main() -> None:
     names, domains = options.drafters.split(","), {}
     for path in [Path(name) for name in options.prompts.split(",")] if options.prompts else [None]:
         world = World(options, path)
-        made = {name: world.drafter(name) for name in map(learned, names)}
-        layers = sorted({layer for drafter in made.values() for layer in drafter.feature_layers})
+        untrained = {name: world.drafter(name) for name in map(learned, names)}
+        layers = sorted({layer for drafter in untrained.values() for layer in drafter.feature_layers})
         asked = world.work / "layers.json"
         world.work.mkdir(parents=True, exist_ok=True)
         if not asked.exists():
@@ -284,9 +284,9 @@ def main() -> None:
         stream = world.stream(recorded)
         if options.until == "record":
             continue
-        for name, drafter in made.items():
+        for name, drafter in untrained.items():
             if not (world.work / name / "curve.json").exists():
-                hybrids = [other for other in names if other != name and learned(other) == name]
+                hybrids = [hybrid for hybrid in names if hybrid != name and learned(hybrid) == name]
                 learn(world, name, hybrids, of_layers(list(stream), recorded, drafter.feature_layers))
         if options.until == "learn":
             continue

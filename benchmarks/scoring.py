@@ -21,7 +21,8 @@ from tensordict import TensorDict
 from transformers import LlamaConfig
 
 from aurora_rl.policies import Eagle3Drafter
-from aurora_rl.trajectories import pack
+from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.trajectories import make_trajectory, pack
 
 # SmolLM2-135M's sizes.
 CONFIG = LlamaConfig(
@@ -33,37 +34,30 @@ DRAFT_VOCAB, STRIDE, CHUNK = 4096, 16, 16
 
 def trajectory(sequence: int, parents: list[int], anchors: list[int]) -> TensorDict:
     """Random tokens and features; the same tree at every anchor."""
-    count, hidden = len(parents) * len(anchors), CONFIG.hidden_size
-    prompt = min(anchors) + 1
-    return TensorDict(
+    count, hidden = len(parents), CONFIG.hidden_size
+    prompt, versions = min(anchors) + 1, [0] * len(anchors)
+    trees = [
         {
-            "request": torch.tensor(0),
-            "sequence": {
-                "tokens": torch.randint(DRAFT_VOCAB, (sequence,)),
-                "prompt_length": torch.tensor(prompt),
-                "features": torch.randn(sequence - 1, 3 * hidden),
-                "hidden": torch.zeros(sequence - prompt, 1),
-            },
-            "rounds": {
-                "anchor": torch.tensor(anchors),
-                "offset": torch.arange(len(anchors) + 1) * len(parents),
-                "policy_version": torch.zeros(len(anchors), dtype=torch.int64),
-                "cache_version": torch.zeros(len(anchors), dtype=torch.int64),
-            },
-            "nodes": {
-                "tokens": torch.randint(DRAFT_VOCAB, (count,)),
-                "parents": torch.tensor(parents * len(anchors)),
-                "log_probs": torch.zeros(count),
-                "accepted": torch.zeros(count, dtype=torch.bool),
-                "hidden": torch.zeros(count, 1),
-            },
-            "sampling": {
-                "temperature": torch.tensor(0.0), "top_k": torch.tensor(0), "top_p": torch.tensor(1.0),
-                "seed": torch.tensor(0), "rule": torch.tensor(0), "draft_mode": torch.tensor(0),
-            },
-        },
-        batch_size=[],
-    )  # fmt: skip
+            "tokens": torch.randint(DRAFT_VOCAB, (count,)),
+            "parents": torch.tensor(parents),
+            "log_probs": torch.zeros(count),
+            "accepted": torch.zeros(count, dtype=torch.bool),
+            "hidden": torch.zeros(count, 1),
+        }
+        for _ in anchors
+    ]
+    return make_trajectory(
+        request=0,
+        tokens=torch.randint(DRAFT_VOCAB, (sequence,)),
+        prompt_length=prompt,
+        features=torch.randn(sequence - 1, 3 * hidden),
+        target={"hidden": torch.zeros(sequence - prompt, 1)},
+        anchors=anchors,
+        trees=trees,
+        policy_versions=versions,
+        cache_versions=versions,
+        sampling=SamplingParams(),
+    )
 
 
 def tree(nodes: int) -> list[int]:

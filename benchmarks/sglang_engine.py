@@ -19,7 +19,7 @@ from common import arguments, parse, prompts, write_result
 from aurora_rl.cli import spec
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.envs import Request
+from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangClient
 from aurora_rl.models.loading import default_dtype, embedded_model_path, encode_chat, load_target, stop_token_ids
 from aurora_rl.policies import TargetParts
@@ -36,7 +36,7 @@ class Load:
         """Tokens a second and accepted drafts, over all prompts."""
         asked = []
         for tokens in self._tokens:
-            asked.append(Request(self._next, torch.tensor(tokens), self._new))
+            asked.append(Request(self._next, torch.tensor(tokens), SamplingParams(max_tokens=self._new)))
             self._next += 1
         began = time.perf_counter()
         with ThreadPoolExecutor(concurrency) as pool:
@@ -54,7 +54,8 @@ class Load:
     def keep_busy(self, engine: SGLangClient, number: int, done: threading.Event) -> None:
         """One request after the other, unrecorded."""
         while not done.is_set():
-            engine.generate(Request(10**9 + number, torch.tensor(self._tokens[number]), 2 * self._new), learn=False)
+            warm = SamplingParams(max_tokens=2 * self._new)
+            engine.generate(Request(10**9 + number, torch.tensor(self._tokens[number]), warm), learn=False)
 
 
 def rate(runs: list[dict]) -> float:

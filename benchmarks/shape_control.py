@@ -19,10 +19,10 @@ from common import arguments, parse, prompts, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl import Drafter, Request, SamplingParams, TargetParts, TreeShape, get_drafter
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.calibration import cost_table, measure_rounds
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
@@ -67,7 +67,6 @@ def serve(
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     drafter = load(options, options.trained, TargetParts.of(model))
     drafter.install(first)
-    drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     source = RequestQueue(
         prompts(options),
         tokenizer,
@@ -76,13 +75,6 @@ def serve(
         max_length=1024,
         sampling=SamplingParams(),
     )
-    usual = Request(0, torch.tensor(source.first_prompts(1)[0]), options.max_new_tokens)
-    slots = max(in_flight for _, _, in_flight in parts)
-    engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
-    most = TreeShape(options.depth, options.width, options.nodes)
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=most.most_nodes, shape=most)
-    tried = TreeController.candidates(most, free=drafter.min_depth > 0)
-    costs = measure_rounds(engine, policy, usual, tried) if adaptive else {}
     ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
     asked = 0
 
@@ -97,15 +89,23 @@ def serve(
         asked += 1
         return source()
 
-    env = SpecDecodeEnv(
-        engine,
+    most = TreeShape(options.depth, options.width, options.nodes)
+    decoder = SpeculativeDecoder(
+        model,
+        drafter,
         requests,
-        num_nodes=most.most_nodes,
+        shape=most,
+        max_length=1024,
+        num_slots=max(in_flight for _, _, in_flight in parts),
         stop_tokens=stop_token_ids(model, tokenizer),
     )
+    policy = decoder.policy
+    usual = Request(0, torch.tensor(source.first_prompts(1)[0]), SamplingParams(max_tokens=options.max_new_tokens))
+    tried = TreeController.candidates(most, free=drafter.min_depth > 0)
+    costs = measure_rounds(decoder.engine, policy, usual, tried) if adaptive else {}
     script = Script(later, parts[0][1])
     server = InferenceServer(
-        env,
+        decoder.env,
         policy,
         windows=BaselineWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
@@ -147,9 +147,9 @@ def figures(server: InferenceServer, begin: int, end: int) -> dict:
     }
 
 
-def blend(one: Weights, other: Weights, share: float) -> Weights:
+def blend(start: Weights, end: Weights, share: float) -> Weights:
     return {
-        name: tensor.lerp(other[name], share) if tensor.is_floating_point() else tensor for name, tensor in one.items()
+        name: tensor.lerp(end[name], share) if tensor.is_floating_point() else tensor for name, tensor in start.items()
     }
 
 

@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 import torch
 from common import arguments, parse, prompts, write_result
 
-from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl import Request, SamplingParams, TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import DrafterPolicy, HybridDrafter, TargetParts, TreeShape
+from aurora_rl.policies import HybridDrafter
 from aurora_rl.policies.calibration import cost_table, measure_rounds
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
@@ -37,11 +38,9 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     drafter = load_drafter(options.drafter, parts)
     if options.lookup:
         drafter = HybridDrafter(drafter, options.lookup)
-    drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     weights = [copy.deepcopy(drafter.published())]
     if options.swap_to:
-        other = load_drafter(options.swap_to, parts).to(options.device, dtype)
-        weights.insert(0, other.published())
+        weights.insert(0, load_drafter(options.swap_to, parts).published())
     requests = RequestQueue(
         prompts(options),
         tokenizer,
@@ -50,18 +49,21 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         max_length=1024,
         sampling=SamplingParams(),
     )
-    engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
     shape = TreeShape(options.depth, options.width, options.nodes)
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
-    policy.rebuild_on_install = rebuild
-    usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), options.max_new_tokens)
-    costs = measure_rounds(engine, policy, usual, TreeController.candidates(shape))
-    env = SpecDecodeEnv(
-        engine,
+    decoder = SpeculativeDecoder(
+        model,
+        drafter,
         requests,
-        num_nodes=shape.most_nodes,
+        shape=shape,
+        max_length=1024,
+        num_slots=slots,
         stop_tokens=stop_token_ids(model, tokenizer),
     )
+    env, policy = decoder.env, decoder.policy
+    policy.rebuild_on_install = rebuild
+    sampling = SamplingParams(max_tokens=options.max_new_tokens)
+    usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), sampling)
+    costs = measure_rounds(decoder.engine, policy, usual, TreeController.candidates(shape))
     server = InferenceServer(
         env,
         policy,

@@ -12,7 +12,7 @@ import itertools
 import torch
 from torchrl.collectors import Collector, MultiSyncCollector
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target
 
@@ -29,7 +29,9 @@ def parts() -> tuple[Eagle3Drafter, TransformersEngine]:
 def make_env() -> SpecDecodeEnv:
     _, engine = parts()
     ids = itertools.count()
-    return SpecDecodeEnv(engine, lambda: Request(next(ids), torch.randint(0, 32, (5,)), 16), num_nodes=6)
+    return SpecDecodeEnv(
+        engine, lambda: Request(next(ids), torch.randint(0, 32, (5,)), SamplingParams(max_tokens=16)), num_nodes=6
+    )
 
 
 def make_policy() -> DrafterPolicy:

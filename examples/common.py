@@ -79,7 +79,7 @@ def open_stream(
     torch.manual_seed(0)
     drafter = kind.from_target(parts, draft_vocab=vocab).to(device)
     requests = [
-        Request(i, torch.tensor(p), options.max_new_tokens, SamplingParams(temperature, seed=i))
+        Request(i, torch.tensor(p), SamplingParams(temperature, seed=i, max_tokens=options.max_new_tokens))
         for i, p in enumerate(prompts)
     ]
     recording = TrajectoryDataset(options.recording, drafter.feature_layers)

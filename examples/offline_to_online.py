@@ -9,15 +9,14 @@ processes, behind a gate.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from common import arguments, open_stream
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine, generation_processors
+from aurora_rl import Request, SamplingParams, TreeShape
+from aurora_rl.envs import generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives import ImitationLoss
-from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.training.offline import train_step
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
@@ -38,29 +37,28 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = default_dtype(device)
     model, tokenizer = load_target(options.model, dtype=dtype, device=device)
-    new = [encode_chat(tokenizer, p.messages) for p in generate(options.online, seed=1)]
-    queue = [Request(i, torch.tensor(p), options.max_new_tokens) for i, p in enumerate(new)]
-    engine = TransformersEngine(model, num_slots=2, max_length=512, feature_layers=stream.drafter.feature_layers)
-    finished: list = []
+    sampling = SamplingParams(max_tokens=options.max_new_tokens)
+    prompts = [torch.tensor(encode_chat(tokenizer, p.messages)) for p in generate(options.online, seed=1)]
     stop_tokens = stop_token_ids(model, tokenizer)
-    env = SpecDecodeEnv(
-        engine,
-        lambda: queue.pop(0) if queue else None,
-        num_nodes=shape.budget,
+    finished: list = []
+    decoder = SpeculativeDecoder(
+        model,
+        stream.drafter,
+        [Request(i, prompt, sampling) for i, prompt in enumerate(prompts)],
+        shape=shape,
+        max_length=512,
+        num_slots=2,
         stop_tokens=stop_tokens,
         processors=generation_processors(model, stop_tokens),
         on_completion=lambda completion: finished.append(completion.trajectory),
     )
-    served = copy.deepcopy(stream.drafter).to(device, dtype).eval().requires_grad_(False)
-    policy = DrafterPolicy(served, engine.store, num_nodes=shape.budget, shape=shape)
+    policy = decoder.policy
     optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
     buffer = trajectory_buffer(1000, batch_size=4)
-    buffer.extend(stream.train)  # what was recorded is replayed beside what comes
+    buffer.extend(stream.train)  # what was recorded is replayed with what comes
 
-    td = env.reset()
-    while env.num_active:
-        _, td = env.step_and_maybe_reset(policy(td))
-        if len(finished) < options.round and env.num_active:
+    for _ in decoder.rounds():
+        if len(finished) < options.round and decoder.env.num_active:
             continue
         tokens, rounds = (sum(column) for column in zip(*map(acceptance_length, finished), strict=True))
         print(f"version {policy.version}: acceptance length {tokens / rounds:.2f} over {len(finished)} requests")

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models import loading as models
 from aurora_rl.policies import Drafter, DrafterPolicy, HybridDrafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
@@ -84,7 +84,7 @@ def serve(
     each: Callable[[DrafterPolicy, int], None] = lambda policy, number: None,
 ) -> dict[int, Completion]:
     """Serve prompts with a drafter, compare every answer, and return the completions by number."""
-    waiting = [Request(i, world.prompts[i], NEW) for i in numbers]
+    waiting = [Request(i, world.prompts[i], SamplingParams(max_tokens=NEW)) for i in numbers]
     engine = TransformersEngine(world.model, num_slots=slots, max_length=192, feature_layers=LAYERS)
     done: dict[int, Completion] = {}
     env = SpecDecodeEnv(
@@ -231,7 +231,7 @@ def test_scores_in_bf16(smollm2_path: Path) -> None:
     made = eagle(parts, torch.bfloat16)
     again = copy.deepcopy(made)
     engine = TransformersEngine(model, num_slots=2, max_length=192, feature_layers=LAYERS)
-    waiting = [Request(i, prompt, 24) for i, prompt in enumerate(prompts)]
+    waiting = [Request(i, prompt, SamplingParams(max_tokens=24)) for i, prompt in enumerate(prompts)]
     done: list[Completion] = []
     env = SpecDecodeEnv(
         engine, lambda: waiting.pop() if waiting else None, num_nodes=5, rule="greedy", on_completion=done.append

@@ -51,6 +51,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "aurora_rl/py.typed" in names
 
 
 def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:

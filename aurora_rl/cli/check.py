@@ -92,8 +92,8 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
 
 
 def _request(config: Config, prompt: Tensor, max_new_tokens: int) -> Request:
-    sampling = SamplingParams(config.temperature, config.top_k, config.top_p)
-    return Request(0, prompt, max_new_tokens, sampling)
+    sampling = SamplingParams(config.temperature, config.top_k, config.top_p, max_tokens=max_new_tokens)
+    return Request(0, prompt, sampling)
 
 
 def _report_drafters(config: Config, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:

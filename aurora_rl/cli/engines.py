@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def _embedded_server(
     prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
     budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
-    usual = Request(0, prompt, budget, spec.sampling)
+    usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
     processors = _processors(spec, target, stop_tokens, usual)
     engine = TransformersEngine(
         target.model,

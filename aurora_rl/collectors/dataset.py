@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.envs import Completion, Request
+from aurora_rl.policies import Drafter, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.storage import save_tensors
 
 _LAYERS = "feature_layers"  # in the metadata of each file
@@ -35,6 +34,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
             width, and be something else.
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
         >>> from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -143,32 +143,23 @@ def record(
     waiting = [request for request in requests if request.id not in recorded]
     if not waiting:
         return
-    served = copy.deepcopy(drafter).to(model.device, model.dtype).eval().requires_grad_(False)
-    engine = TransformersEngine(
-        model,
-        num_slots=slots,
-        max_length=max(len(r.prompt) + r.max_new_tokens for r in waiting),
-        feature_layers=drafter.feature_layers,
-    )
 
     def keep(completion: Completion) -> None:
         assert completion.trajectory is not None
         recording.append(completion.trajectory)
 
-    env = SpecDecodeEnv(
-        engine,
-        lambda: waiting.pop(0) if waiting else None,
-        num_nodes=max(shape.most_nodes, 1),
+    decoder = SpeculativeDecoder(
+        model,
+        drafter,
+        waiting,
+        shape=shape,
+        max_length=max(len(r.prompt) + r.sampling.max_tokens for r in waiting),
+        num_slots=slots,
+        seed=seed,
         rule=rule,
-        draft_mode=shape.mode,
         stop_tokens=stop_tokens,
         processors=processors,
         on_completion=keep,
     )
-    generator = torch.Generator(model.device).manual_seed(seed)
-    policy = DrafterPolicy(
-        served, engine.store, num_nodes=env.num_nodes, shape=shape, vocab_size=engine.vocab_size, generator=generator
-    )
-    td = env.reset()
-    while env.num_active:
-        _, td = env.step_and_maybe_reset(policy(td))
+    for _ in decoder.rounds():
+        pass

@@ -1,4 +1,4 @@
-"""The engine seam: what serves the target, by rounds, on slots."""
+"""The engine seam: it serves the target in rounds, on slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from aurora_rl.trajectories import ContextStore
+from aurora_rl.context import ContextStore
 
 
 class Engine(ABC):
@@ -17,9 +17,9 @@ class Engine(ABC):
     token but the last, which is the *root* of the next tree; the store's features end at the same place.
 
     Attributes:
-        store: tokens, features and hidden states of each slot; the engine appends to it.
-        vocab_size: the target's vocabulary.
-        prefill_seconds: wall time spent in :meth:`prefill` so far.
+        store: Tokens, features and hidden states of each slot; the engine appends to it.
+        vocab_size: Size of the target's vocabulary.
+        prefill_seconds: Wall time spent in :meth:`prefill` so far.
         max_nodes: Most nodes of a slot's tree without its root.
     """
 
@@ -45,7 +45,7 @@ class Engine(ABC):
 
     @abstractmethod
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
-        """Run the target once over the root and every node of each given slot's tree.
+        """Run the target once over the root and every node of each slot's tree.
 
         Args:
             slots: ``[b]`` int64 on the CPU, occupied slots in rising order.
@@ -66,8 +66,8 @@ class Engine(ABC):
         """Keep the accepted path of the round just verified and append its tokens.
 
         Args:
-            slots: ``[b]``, as given to :meth:`verify`.
-            path: ``[b, n]`` int64, indices of the accepted nodes in order of depth, −1 behind them.
+            slots: ``[b]``, those of :meth:`verify`.
+            path: ``[b, n]`` int64, indices of the accepted nodes in order of depth, then −1.
             tokens: ``[b, n + 1]`` int64, delivered tokens oldest first.
             num_new: ``[b]`` int64 on the CPU, how many are delivered, at least one.
 

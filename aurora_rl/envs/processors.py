@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from transformers import (
 )
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from aurora_rl.envs.spec_decode import Request
+from aurora_rl.envs.request import Request
 
 # Fields whose logits processors are applied.
 _APPLIED = (
@@ -104,7 +103,7 @@ def generation_processors(
         >>> from aurora_rl.testing import tiny_target
         >>> model = tiny_target()
         >>> model.generation_config.repetition_penalty = 1.1
-        >>> [type(p).__name__ for p in generation_processors(model, ())(Request(0, torch.tensor([5]), 8))]
+        >>> [type(p).__name__ for p in generation_processors(model, ())(Request(0, torch.tensor([5])))]
         ['RepetitionPenaltyLogitsProcessor']
     """
     found = text_settings(model.generation_config)
@@ -156,7 +155,7 @@ def generation_processors(
                 f"temperature {request.sampling.temperature:g} with {name}={value!r} of the model's generation config, "
                 f"which is not applied to samples; set temperature=0, {cure}"
             )
-        return build(request.prompt, request.max_new_tokens, model.device)
+        return build(request.prompt, request.sampling.max_tokens, model.device)
 
     return processors_of
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,54 +14,14 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 from transformers import LogitsProcessorList
 
+from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.processors import process
+from aurora_rl.envs.request import Completion, Request
 from aurora_rl.envs.verification.rules import get_rule
-from aurora_rl.envs.verification.sampling import SamplingBatch, SamplingParams
-from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling, TrajectoryRecorder
+from aurora_rl.sampling_params import SamplingBatch
+from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES
 from aurora_rl.trees import accepted_path, valid_nodes
-
-
-@dataclass(slots=True)
-class Request:
-    """One request for a completion.
-
-    Attributes:
-        id: number of the request, not negative, as the trajectory carries it.
-        prompt: ``[P]`` int64 tokens, at least one.
-        max_new_tokens: token budget of the completion, at least 1.
-        sampling: temperature, top-k, top-p and seed.
-        stop: strings that end the completion; the text is cut at the token that completes one. A string alone is one
-            stop string.
-
-    Raises:
-        ValueError: ``stop`` is neither a string nor strings, or a stop string is empty.
-    """
-
-    id: int
-    prompt: Tensor
-    max_new_tokens: int
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        """Take a string for one stop string, and refuse what every text or none would contain."""
-        if isinstance(self.stop, bytes) or not isinstance(self.stop, Iterable):
-            raise ValueError(f"request {self.id}: stop is {self.stop!r}; give a string or a sequence of strings")
-        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"request {self.id}: stop has {text!r}; give strings that are not empty")
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A request that ended: its tokens, why it ended, and its trajectory where one was recorded."""
-
-    request: Request
-    tokens: Tensor
-    terminated: bool
-    trajectory: TensorDict | None
 
 
 class SpecDecodeEnv(EnvBase):
@@ -74,37 +33,37 @@ class SpecDecodeEnv(EnvBase):
     slot for which there is none is idle: it delivers nothing and is done at every step, so that it asks again.
 
     Args:
-        engine: what serves the target.
-        requests: called for the next request; None where there is none now.
-        num_nodes: ``N``, most nodes of a tree without its root.
-        rule: name of the verification rule.
-        draft_mode: how the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
+        engine: Engine of the target.
+        requests: Called for the next request; None if there is none now.
+        num_nodes: Most nodes ``N`` of a tree without its root.
+        rule: Name of the verification rule.
+        draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
             the drafter's distribution, actions carry it as ("draft", "q"). An action that says how it was drawn, in
             ("draft", "mode") as a policy's does, has to say this.
-        stop_tokens: token ids that end a completion.
-        decode: token ids to text; needed only by requests with stop strings.
-        processors: called with a request for the logits processors of transformers that its logits pass before they
+        stop_tokens: Token ids that end a completion.
+        decode: Turns token ids into text; needed only by requests with stop strings.
+        processors: Called with a request for the logits processors of transformers that its logits pass before they
             are verified, as :func:`aurora_rl.envs.generation_processors` makes it; ValueError from it refuses the
             request. A processor has to be a function of ``input_ids`` and ``scores`` alone. None serves raw logits.
-        on_completion: called with each :class:`Completion` as it ends.
-        on_refused: called with each request that cannot be served (see :meth:`check`) and the reason; the next request
+        on_completion: Called with each :class:`Completion` as it ends.
+        on_refused: Called with each request that cannot be served (see :meth:`check`) and the reason; the next request
             takes its place. None, the default, raises the reason as a ValueError.
-        record: whether completions carry their trajectory.
+        record: Whether completions carry their trajectory.
 
     Attributes:
-        recording_seconds: wall time spent on trajectories so far.
+        recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
-        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
+        ValueError: The rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
             nodes than the engine verifies; from a request that the engine cannot hold or the rule cannot serve (see
             :meth:`check`); or from an action that was drawn in another mode, or lacks the distribution that the rule
             needs.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
-        >>> from aurora_rl.envs import TransformersEngine
+        >>> from aurora_rl.envs import SamplingParams, TransformersEngine
         >>> engine = TransformersEngine(tiny_target(), num_slots=1, max_length=64, feature_layers=(0, 1))
-        >>> queue = [Request(0, torch.tensor([3, 4, 5]), max_new_tokens=8)]
+        >>> queue = [Request(0, torch.tensor([3, 4, 5]), SamplingParams(max_tokens=8))]
         >>> env = SpecDecodeEnv(engine, lambda: queue.pop() if queue else None, num_nodes=3)
         >>> rollout = env.rollout(4)  # random trees: whatever is proposed, the text is the target's
         >>> rollout["next", "reward"].shape
@@ -150,6 +109,7 @@ class SpecDecodeEnv(EnvBase):
         self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
         self._active: dict[int, Request] = {}
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
+        self._drafted = torch.zeros(engine.num_slots, 2)  # of each slot's request: rounds with drafts, and their tokens
         self.recording_seconds = 0.0
         self._recorder = TrajectoryRecorder(store) if record else None
         self._set_sampling()
@@ -204,18 +164,16 @@ class SpecDecodeEnv(EnvBase):
                 f"{where}: the prompt's tokens must lie in 0..{vocab - 1} (the target's vocabulary), got "
                 f"{int(request.prompt.min())}..{int(request.prompt.max())}; was it encoded by another tokenizer?"
             )
-        if request.max_new_tokens < 1:
-            raise ValueError(f"{where}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
-        if length + request.max_new_tokens > limit:
+        if length + request.sampling.max_tokens > limit:
             raise ValueError(
-                f"{where}: a prompt of {length} tokens and {request.max_new_tokens} new ones exceed the context of "
-                f"{limit}; shorten the prompt, lower max_new_tokens or raise engine.max_length"
+                f"{where}: a prompt of {length} tokens and {request.sampling.max_tokens} new ones exceed the context "
+                f"of {limit}; shorten the prompt, lower max_tokens or raise max_length"
             )
         if request.sampling.temperature > 0 and self.rule.name == "greedy":
             raise ValueError(
                 f"{where}: temperature {request.sampling.temperature} needs the rule 'sample_and_match', not 'greedy'"
             )
-        if request.stop and self._decode is None:
+        if request.sampling.stop and self._decode is None:
             raise ValueError(f"{where}: stop strings need the environment's `decode`")
         if self._processors_for is not None:
             try:
@@ -224,7 +182,7 @@ class SpecDecodeEnv(EnvBase):
                 raise ValueError(f"{where}: {error}") from error
 
     def request_of(self, slot: int) -> Request:
-        """The request in an occupied slot."""
+        """Return the request in an occupied slot."""
         return self._active[slot]
 
     @property
@@ -293,6 +251,7 @@ class SpecDecodeEnv(EnvBase):
         if loaded:
             self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
             self._active.update(loaded)
+            self._drafted[[slot for slot, _ in loaded]] = 0
             if self._processors_for is not None:
                 self._processors.update((slot, self._processors_for(request)) for slot, request in loaded)
             if self._recorder:
@@ -343,7 +302,7 @@ class SpecDecodeEnv(EnvBase):
 
         hidden = engine.verify(slots, tokens, parents, valid)
         roots = store.lengths[slots] - 1
-        sampling = SamplingBatch(*(getattr(self._sampling, f.name)[rows] for f in fields(SamplingBatch)))
+        sampling = self._sampling[rows]
         q = None
         if self.rule.needs_q:  # rounds that are decoded plainly may come without
             q = draft["q"][rows, :width] if width else hidden.new_zeros(len(slots), 0, engine.vocab_size)
@@ -357,6 +316,8 @@ class SpecDecodeEnv(EnvBase):
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
         sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
         num_new, ended, spent = self._deliver(slots, sequence, length)
+        drafted = valid.any(1).cpu()
+        self._drafted[slots] += torch.stack([drafted, drafted * num_new], dim=1)
 
         place = torch.arange(width, device=self.device)
         kept = path.masked_fill(place >= num_new.to(self.device)[:, None], -1)
@@ -406,14 +367,14 @@ class SpecDecodeEnv(EnvBase):
         counts, ended, spent = [], [], []
         columns = zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)
         for i, (slot, drafted, done) in enumerate(columns):
-            request = self._active[slot]
-            count = min(drafted + 1, request.max_new_tokens - done)
+            wanted = self._active[slot].sampling
+            count = min(drafted + 1, wanted.max_tokens - done)
             stop = next((j + 1 for j in range(count) if stops[i][j]), None)
-            if request.stop:
-                stop = self._stop_string(slot, sequence[i, : stop or count].tolist(), request.stop) or stop
+            if wanted.stop:
+                stop = self._stop_string(slot, sequence[i, : stop or count].tolist(), wanted.stop) or stop
             counts.append(stop or count)
             ended.append(stop is not None)
-            spent.append(done + counts[-1] >= request.max_new_tokens)
+            spent.append(done + counts[-1] >= wanted.max_tokens)
         return torch.tensor(counts), torch.tensor(ended), torch.tensor(spent)
 
     def _stop_string(self, slot: int, new: list[int], stop: Sequence[str]) -> int | None:
@@ -461,14 +422,12 @@ class SpecDecodeEnv(EnvBase):
         trajectory = None
         if self._recorder:
             began = time.perf_counter()
-            rule = "greedy" if request.sampling.temperature == 0 else self.rule.name
-            s = request.sampling
-            trajectory = self._recorder.cut(
-                slot, request.id, Sampling(s.temperature, s.top_k, s.top_p, s.seed, rule, self.draft_mode)
-            )
+            trajectory = self._recorder.cut(slot, request.id, request.sampling, self.rule.name, self.draft_mode)
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
         self._processors.pop(slot, None)
         self.engine.release(slot)
         if self.on_completion:
-            self.on_completion(Completion(request, tokens, ended, trajectory))
+            rounds, committed = self._drafted[slot].tolist()
+            length = committed / rounds if rounds else None
+            self.on_completion(Completion(request, tokens, ended, trajectory, length))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from aurora_rl.context import ContextStore
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.exactness import (
@@ -43,7 +44,6 @@ from aurora_rl.models.kv_cache import (
     column_positions,
 )
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
-from aurora_rl.trajectories import ContextStore
 from aurora_rl.trees import ancestor_mask, depths
 
 logger = logging.getLogger(__name__)

@@ -47,21 +47,21 @@ class ModelError(ValueError):
 
 
 def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
-    """Returns the folder of the embedded target, converting it at the first call.
+    """Return the folder of the embedded target, converting it at the first call.
 
     Processes may call this at the same time: each converts into a folder of its own, the first rename wins and the
     others take its result.
 
     Args:
-        cache_dir: where converted models are kept; default `$AURORA_RL_CACHE`, else `aurora_rl` under
+        cache_dir: Folder where converted models are kept; default `$AURORA_RL_CACHE`, else `aurora_rl` under
             `$XDG_CACHE_HOME` or `~/.cache`.
-        progress: tell on stderr what the conversion is doing. A call that finds the folder says nothing.
+        progress: Whether to tell on stderr what the conversion does. A call that finds the folder says nothing.
 
     Returns:
         A folder with config, bf16 safetensors (270 MB), tokenizer and chat template.
 
     Raises:
-        ModelError: the package that carries the model is not installed, or holds no single GGUF file.
+        ModelError: The package that carries the model is not installed, or holds no single GGUF file.
     """
     gguf = _embedded_gguf()
     version = importlib.metadata.version(_PACKAGE)
@@ -70,25 +70,25 @@ def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progres
 
 
 def is_embedded_model_installed() -> bool:
-    """Tells whether the package that carries the embedded target is there, without importing it."""
+    """Tell whether the package that carries the embedded target is there, without importing it."""
     return importlib.util.find_spec(_MODULE) is not None
 
 
 def load_target(
     model: str | os.PathLike[str], *, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a target, frozen and in evaluation mode.
+    """Load a target, frozen and in evaluation mode.
 
     Args:
         model: `"smollm2"` for the embedded one, a folder, or the id of a causal language model on the hub.
-        dtype: of the weights; see `default_dtype`.
-        device: where the weights go, such as `"cpu"` or `"cuda:0"`.
+        dtype: Dtype of the weights; see `default_dtype`.
+        device: Device of the weights, such as `"cpu"` or `"cuda:0"`.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        ModelError: nothing of that name, a folder with parts missing or damaged, weights that do not fill the
+        ModelError: Nothing of that name, a folder with parts missing or damaged, weights that do not fill the
             model, or an architecture that is not a causal language model.
     """
     model = os.fspath(model)
@@ -118,7 +118,7 @@ def load_target(
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
-    """Returns bf16 where the device computes in it natively, else fp32.
+    """Return bf16 where the device computes in it natively, else fp32.
 
     Emulated bf16 is slower than fp32, and less exact.
 
@@ -137,7 +137,7 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the ids that end an answer, ascending: the generation config's and the tokenizer's end of sequence.
+    """Return the ids that end an answer, ascending: the generation config's and the tokenizer's end of sequence.
 
     Chat models often list several in one place and a single one in the other, so both are read. The result is empty
     for a model that declares none; its answers end at the token budget.
@@ -151,17 +151,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Encodes a conversation up to the point where the assistant speaks next.
+    """Encode a conversation up to the point where the assistant speaks next.
 
     Args:
-        tokenizer: its chat template is applied; without one (a base model) the contents are joined by newlines.
-        messages: each with `role` and `content`.
+        tokenizer: Tokenizer whose chat template is applied. Without one (a base model) the contents are joined by
+            newlines.
+        messages: Messages, each with `role` and `content`.
 
     Returns:
         The prompt's token ids.
 
     Raises:
-        jinja2.TemplateError: the template refuses the conversation, such as one with a role it does not know.
+        jinja2.TemplateError: The template refuses the conversation, such as one with a role it does not know.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
@@ -181,7 +182,7 @@ class _Where(NamedTuple):
 
 
 def _resolve(model: str) -> tuple[str, _Where]:
-    """Turns a model name into what transformers is asked for, refusing early what cannot work."""
+    """Return the source that transformers loads, and how an error message names it; refuse early what cannot work."""
     if model == DEFAULT_TARGET:
         folder = embedded_model_path()
         return str(folder), _Where(f"{folder}", "Delete that folder: it is converted again.", is_local=True)
@@ -204,7 +205,7 @@ def _resolve(model: str) -> tuple[str, _Where]:
 
 
 def _embedded_gguf() -> Path:
-    """Finds the GGUF file without importing its package, whose import needs the chat program it plugs into."""
+    """Find the GGUF file without importing its package, whose import needs the chat program it plugs into."""
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or spec.submodule_search_locations is None:
         raise ModelError(
@@ -233,11 +234,11 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, filled by `build` if it does not exist; it never exists half filled."""
+    """Return `folder`, filled by `build` if it does not exist; it never exists half filled."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its destination, since a rename is atomic within one file system only.
+    # Next to its destination, since a rename is atomic within one file system only.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         built = Path(scratch) / "model"
         built.mkdir()
@@ -252,7 +253,7 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Writes the model in a GGUF file as a Hugging Face folder."""
+    """Write the model in a GGUF file as a Hugging Face folder."""
     start = time.perf_counter()
     say(f"preparing {gguf.name} (once; kept in {folder.parent.parent})")
     with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
@@ -274,7 +275,7 @@ def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    r"""Gives the tokenizer what the GGUF file says and its reader in transformers drops.
+    r"""Give the tokenizer what the GGUF file says and its reader in transformers drops.
 
     The reader takes `<|im_start|>` for the end of sequence, which would never stop an answer, and forgets that SmolLM
     splits off every digit before the byte-level rule: "\n\n1" would become three tokens where the model was trained
@@ -294,7 +295,7 @@ def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' progress bars and warnings, which would tear a live view; errors still raise."""
+    """Silence transformers' progress bars and warnings, which would tear a live view; errors still raise."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     if bars:

@@ -35,6 +35,14 @@ def register_objective(name: str) -> Callable[[_O], _O]:
 
     Raises:
         ValueError: another class has the name. One that is defined again, as a notebook's is, replaces itself.
+
+    Example:
+        >>> from aurora_rl.objectives import ImitationLoss
+        >>> @register_objective("short_imitation")
+        ... class ShortImitation(ImitationLoss):
+        ...     pass
+        >>> get_objective("short_imitation").__name__, OBJECTIVES.pop("short_imitation").name
+        ('ShortImitation', 'short_imitation')
     """
 
     def register(cls: _O) -> _O:
@@ -112,6 +120,14 @@ def make_objectives(
 
     Raises:
         ValueError: see :func:`check_settings`.
+
+    Example:
+        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target())
+        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
+        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, parts.head)]
+        ['imitation']
     """
     return [_make(each, drafter, head) for each in settings]
 

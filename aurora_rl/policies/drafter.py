@@ -142,6 +142,13 @@ class Drafter(HubMixin, nn.Module, ABC):
         options: what :meth:`from_target` was given beside its own arguments.
         made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in its folder; None where it is
             not known.
+
+    Example:
+        >>> from aurora_rl.policies import MedusaDrafter
+        >>> from aurora_rl.testing import tiny_target
+        >>> drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+        >>> isinstance(drafter, Drafter), drafter.vocab_size, len(drafter.draft_vocab)
+        (True, 32, 16)
     """
 
     max_depth: float = math.inf

@@ -9,9 +9,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
-from aurora_rl.trajectories import DRAFT_MODES, ContextStore
+from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import tree_fault, valid_nodes
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -51,6 +52,18 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted: ``[B]`` bool, slots that the drafter drafted for in the last call, if only an empty tree.
         from_text: the same of its drafts from the text, which took the place of its own or were asked for alone.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
+
+    Example:
+        >>> from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+        >>> from aurora_rl.policies import MedusaDrafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target
+        >>> target, requests = tiny_target(), [Request(0, torch.tensor([3, 4, 5]))]
+        >>> drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16))
+        >>> engine = TransformersEngine(target, num_slots=1, max_length=256, feature_layers=drafter.feature_layers)
+        >>> policy = DrafterPolicy(drafter.double(), engine.store, num_nodes=3, shape=TreeShape(depth=3))
+        >>> env = SpecDecodeEnv(engine, requests.pop, num_nodes=3)
+        >>> env.rollout(4, policy)["draft", "tokens"].shape
+        torch.Size([1, 4, 3])
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class Answers(JsonLines):
             domain=prompt.domain,
             turn=turn + 1,
             text=str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True)),
-            finish_reason="stop" if completion.terminated else "length",
+            finish_reason=completion.finish_reason,
             tokens=len(completion.tokens),
         )
         return self._requests.completed(completion)

@@ -166,5 +166,6 @@ class RequestQueue:
             )
         settings = {"seed": (self._sampling.seed + index) % 2**63, **prompt.sampling}
         sampling = replace(self._sampling, **settings)
-        sampling = replace(sampling, seed=turn_seed(sampling.seed, number))
-        return Request(id, torch.tensor(tokens), budget, sampling, prompt.stop)
+        seed = turn_seed(sampling.seed, number)
+        sampling = replace(sampling, seed=seed, max_tokens=budget, stop=prompt.stop)
+        return Request(id, torch.tensor(tokens), sampling)

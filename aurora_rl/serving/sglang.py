@@ -102,7 +102,7 @@ class SGLangServer:
         return True
 
     def _completed(self, completion: SGLangCompletion, occupied: int) -> None:
-        domain = self._note(Completion(completion.request, completion.tokens, completion.terminated, None))
+        domain = self._note(Completion(completion.request, completion.tokens, completion.terminated))
         drafted = sum((count + 1) * rounds for count, rounds in completion.accepted.items())
         now, count = time.perf_counter(), len(self.stats.finished)
         # Of a remote engine only what is answered is seen: between two answers all slots together made this one.

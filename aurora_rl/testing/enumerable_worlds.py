@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
-from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, pack
+from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex
 
 VOCAB = 3
@@ -226,38 +227,26 @@ def tree_trajectory(
     """
     count = len(tree.tokens)
     hidden = [target.table[TEXTS.index(text)] for text in tree.texts]
-    return TensorDict(
-        {
-            "request": torch.tensor(0),
-            "sequence": {
-                "tokens": torch.tensor([0, 0, 0]),
-                "prompt_length": torch.tensor(2),
-                "features": torch.zeros(2, 1, dtype=torch.float64),
-                "hidden": target.table[TEXTS.index(())][None],
-            },
-            "rounds": {
-                "anchor": torch.tensor([1]),
-                "offset": torch.tensor([0, count]),
-                "policy_version": torch.tensor([version]),
-                "cache_version": torch.tensor([version]),
-            },
-            "nodes": {
-                "tokens": torch.tensor(tree.tokens, dtype=torch.int64),
-                "parents": torch.tensor(tree.parents, dtype=torch.int64),
-                "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count, dtype=torch.float64),
-                "accepted": torch.tensor(accepted if accepted is not None else [False] * count, dtype=torch.bool),
-                "hidden": torch.stack(hidden) if hidden else torch.zeros(0, VOCAB, dtype=torch.float64),
-            },
-            "sampling": {
-                "temperature": torch.tensor(target.temperature, dtype=torch.float64),
-                "top_k": torch.tensor(0),
-                "top_p": torch.tensor(1.0),
-                "seed": torch.tensor(0),
-                "rule": torch.tensor(RULE_CODES.index(rule)),
-                "draft_mode": torch.tensor(DRAFT_MODES.index(mode)),
-            },
-        },
-        batch_size=[],
+    nodes = {
+        "tokens": torch.tensor(tree.tokens, dtype=torch.int64),
+        "parents": torch.tensor(tree.parents, dtype=torch.int64),
+        "log_probs": torch.tensor(log_probs if log_probs is not None else [-1.0] * count, dtype=torch.float64),
+        "accepted": torch.tensor(accepted if accepted is not None else [False] * count, dtype=torch.bool),
+        "hidden": torch.stack(hidden) if hidden else torch.zeros(0, VOCAB, dtype=torch.float64),
+    }
+    return make_trajectory(
+        request=0,
+        tokens=torch.tensor([0, 0, 0]),
+        prompt_length=2,
+        features=torch.zeros(2, 1, dtype=torch.float64),
+        target={"hidden": target.table[TEXTS.index(())][None]},
+        anchors=[1],
+        trees=[nodes],
+        policy_versions=[version],
+        cache_versions=[version],
+        sampling=SamplingParams(target.temperature),
+        rule=rule,
+        draft_mode=mode,
     )
 
 

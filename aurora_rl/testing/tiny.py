@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 
 
 def tiny_target(
@@ -27,10 +39,10 @@ def tiny_target(
 
     Args:
         architecture: "llama" or "qwen3".
-        vocab_size: its vocabulary.
-        num_layers: its decoder layers.
-        dtype: its dtype.
-        seed: of its weights.
+        vocab_size: Size of its vocabulary.
+        num_layers: Number of its decoder layers.
+        dtype: Dtype of its weights.
+        seed: Seed of its weights.
 
     Example:
         >>> tiny_target("qwen3").dtype
@@ -60,6 +72,52 @@ def tiny_target(
     return cast(model, dtype).eval().requires_grad_(False)
 
 
+def tiny_folder(folder: str | os.PathLike[str]) -> Path:
+    """Write a random Llama of hidden size 32 over bytes, with tokenizer and chat template, as a Hugging Face folder.
+
+    Args:
+        folder: New or empty folder.
+
+    Returns:
+        The folder, which configurations take as ``model``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     (tiny_folder(folder) / "config.json").is_file()
+        True
+    """
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<user>", "<assistant>", "<eos>"]
+    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<user>", "<assistant>"]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokens.index("<eos>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
 def tiny_trajectory(
     drafter: Drafter,
     *,
@@ -70,16 +128,16 @@ def tiny_trajectory(
     sampling: SamplingParams | None = None,
     request: int = 0,
 ) -> TensorDict:
-    """A packed trajectory, made by serving a tiny target with a drafter; the same at every call.
+    """Serve a tiny target with a drafter and return a packed trajectory, the same at every call.
 
     Args:
-        drafter: made for :func:`tiny_target` (32 tokens, hidden size 16); served as a copy, in its own dtype.
-        architecture: of the target.
-        prompt_length: ``P``; the prompt follows from ``request``.
-        max_new_tokens: length of the completion.
-        shape: the trees; None takes a chain of 3.
-        sampling: of the request; None samples at temperature 1.
-        request: the request's number, at least 0.
+        drafter: Drafter of :func:`tiny_target` (32 tokens, hidden size 16); a copy serves, in its own dtype.
+        architecture: Architecture of the target.
+        prompt_length: Length ``P`` of the prompt, which follows from ``request``.
+        max_new_tokens: Length of the completion.
+        shape: Trees to draft; None takes a chain of 3.
+        sampling: Parameters of the request; None samples at temperature 1.
+        request: Number of the request, at least 0.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter, TargetParts
@@ -115,53 +173,37 @@ def serve(
     """Serve prompts speculatively, all rounds drafted, and return their trajectories.
 
     Args:
-        drafter: what drafts; a copy serves, so its cache and modules stay as they are.
-        target: the target; a copy serves.
-        prompts: each ``[P]`` int64.
-        shape: the trees.
-        max_new_tokens: length of every completion; nothing else ends one.
-        num_slots: slots of the engine.
-        sampling: of every request, its seed raised by the number of the prompt; None decodes greedily.
-        rule: name of the verification rule.
-        first_request: number of the first request.
-        before_round: called with the number of each round, from 0 on, and the policy, which it may change.
+        drafter: The drafter; a copy serves, so its cache and modules stay as they are.
+        target: The target; a copy serves.
+        prompts: Prompts, each ``[P]`` int64.
+        shape: Trees to draft.
+        max_new_tokens: Length of every completion; nothing else ends it.
+        num_slots: Slots of the engine.
+        sampling: Parameters of every request, the seed raised by the prompt's place; None decodes greedily.
+        rule: Name of the verification rule.
+        first_request: Number of the first request.
+        before_round: Called with the number of each round, from 0 on, and the policy, which it may change.
 
     Returns:
         One packed trajectory for each prompt, in their order.
     """
-    sampling, drafter = sampling or SamplingParams(), copy.deepcopy(drafter)
-    engine = TransformersEngine(
-        copy.deepcopy(target),
-        num_slots=num_slots,
-        max_length=max(len(p) for p in prompts) + max_new_tokens,
-        feature_layers=drafter.feature_layers,
-    )
-    requests = iter(
-        Request(first_request + i, prompt, max_new_tokens, replace(sampling, seed=sampling.seed + i))
-        for i, prompt in enumerate(prompts)
-    )
+    sampling = replace(sampling or SamplingParams(), max_tokens=max_new_tokens)
     done: list[Completion] = []
-    env = SpecDecodeEnv(
-        engine,
-        lambda: next(requests, None),
-        num_nodes=max(shape.most_nodes, 1),
+    decoder = SpeculativeDecoder(
+        copy.deepcopy(target),
+        drafter,
+        [Request(first_request + i, p, replace(sampling, seed=sampling.seed + i)) for i, p in enumerate(prompts)],
+        shape=shape,
+        max_length=max(len(p) for p in prompts) + max_new_tokens,
+        num_slots=num_slots,
+        seed=first_request,
         rule=rule,
-        draft_mode=shape.mode,
         on_completion=done.append,
     )
-    policy = DrafterPolicy(
-        drafter,
-        engine.store,
-        num_nodes=env.num_nodes,
-        shape=shape,
-        vocab_size=engine.vocab_size,
-        generator=torch.Generator(engine.store.tokens.device).manual_seed(first_request),
-    )
-    td, turn = env.reset(), 0
-    while env.num_active:
-        before_round(turn, policy)
-        _, td = env.step_and_maybe_reset(policy(td))
-        turn += 1
+    assert decoder.policy is not None
+    before_round(0, decoder.policy)
+    for turn, _ in enumerate(decoder.rounds(), 1):
+        before_round(turn, decoder.policy)
     done.sort(key=lambda completion: completion.request.id)
     return [completion.trajectory for completion in done if completion.trajectory is not None]
 

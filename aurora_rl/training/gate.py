@@ -10,9 +10,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_rl.context import ContextStore
 from aurora_rl.policies.drafter import Drafter, TreeShape
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
-from aurora_rl.trajectories import ContextStore, check_features
+from aurora_rl.trajectories import check_features
 from aurora_rl.trees import depths, walk
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_rl.envs.verification.sampling import SamplingParams
+from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.pools import POOLS
 from aurora_rl.workload.templates import TEMPLATES
 

@@ -38,7 +38,8 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         drafter = spec.start_drafter(run, target, [])
         assert isinstance(drafter, Eagle3Drafter)
         save_drafter(drafter, folders[mode].with_name("drafter-day0"))
-        requests = [Request(i, torch.randint(250, (5,)), 8, SamplingParams(1.0, seed=i)) for i in range(12)]
+        params = [SamplingParams(1.0, seed=i, max_tokens=8) for i in range(12)]
+        requests = [Request(i, torch.randint(250, (5,)), params[i]) for i in range(12)]
         record(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=run.tree)
     return folders
 
@@ -140,7 +141,7 @@ def test_learning_is_what_moves_the_curve(tiny_folder: Path, tmp_path: Path) -> 
     config = load_config(overrides=[f"model={tiny_folder}", *PAIRS, *common])
     run = spec.resolve(config)
     target = spec.load(run)
-    requests = [Request(i, torch.arange(250, 255), 16) for i in range(12)]
+    requests = [Request(i, torch.arange(250, 255), SamplingParams(max_tokens=16)) for i in range(12)]
     record(
         target.model,
         spec.start_drafter(run, target, []),

@@ -65,7 +65,7 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
     target, shape = tiny_target(), TreeShape(3, 2, mode="sampled")
     drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
     prompts = [torch.arange(2 + i) for i in range(4)]
-    requests = [Request(i, prompt, 5, SamplingParams(1.0, seed=i)) for i, prompt in enumerate(prompts)]
+    requests = [Request(i, prompt, SamplingParams(1.0, seed=i, max_tokens=5)) for i, prompt in enumerate(prompts)]
     record(tiny_target(), drafter, requests[:2], TrajectoryDataset(tmp_path), shape=shape)
     recording = TrajectoryDataset(tmp_path)
     record(tiny_target(), drafter, requests, recording, shape=shape)

@@ -15,7 +15,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine, exactness, transformers_engine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine, exactness, transformers_engine
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models import inference_modules
 from aurora_rl.models import kv_cache as slot_cache
@@ -147,7 +147,10 @@ def served(
 ) -> tuple[list[list[int]], int]:
     """Greedy texts and the rounds they took; trees hold the right path among wrong nodes, and errors in it."""
     rng, nodes = random.Random(0), 6
-    queue = [Request(i, prompt, len(text)) for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))]
+    queue = [
+        Request(i, prompt, SamplingParams(max_tokens=len(text)))
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
     done: dict[int, list[int]] = {}
     env = SpecDecodeEnv(
         engine,

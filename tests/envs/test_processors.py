@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def served(
 ) -> tuple[list[list[int]], int]:
     """The text of each prompt from two slots, and how many nodes were accepted."""
     engine = TransformersEngine(copy.deepcopy(model), num_slots=2, max_length=64, feature_layers=(0, 1))
-    queue = [Request(i, p, BUDGET, sampling or SamplingParams()) for i, p in enumerate(PROMPTS)]
+    queue = [Request(i, p, replace(sampling or SamplingParams(), max_tokens=BUDGET)) for i, p in enumerate(PROMPTS)]
     done: dict[int, list[int]] = {}
     env = SpecDecodeEnv(
         engine,
@@ -193,7 +194,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
     processors_of = generation_processors(model, ())
     assert processors_of is not None
     law = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
-    own = processors_of(Request(0, prompt, 2))
+    own = processors_of(Request(0, prompt, SamplingParams(max_tokens=2)))
 
     def after(text: torch.Tensor) -> torch.Tensor:
         return (own(text[None], model(text[None]).logits[:, -1].float())[0].double() / temperature).softmax(-1)
@@ -206,7 +207,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
     engine = TransformersEngine(
         copy.deepcopy(model), num_slots=50, max_length=16, feature_layers=drafter.feature_layers
     )
-    waiting = [Request(i, prompt, 2, SamplingParams(temperature, seed=i)) for i in range(count)]
+    waiting = [Request(i, prompt, SamplingParams(temperature, seed=i, max_tokens=2)) for i in range(count)]
     seen = torch.zeros(VOCAB, VOCAB)
     shape, drafted = TreeShape(2, 3, mode=mode), 0
 
@@ -248,7 +249,7 @@ def test_a_sampled_tree_of_forbidden_tokens_ends_as_any_other() -> None:
     model = target(CHANGES["every token forbidden"], torch.float64)
     drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(VOCAB)).double().eval()
     engine = TransformersEngine(copy.deepcopy(model), num_slots=2, max_length=32, feature_layers=drafter.feature_layers)
-    waiting = [Request(i, PROMPTS[i], 8, SamplingParams(float(i), seed=i)) for i in range(2)]
+    waiting = [Request(i, PROMPTS[i], SamplingParams(float(i), seed=i, max_tokens=8)) for i in range(2)]
     done: list = []
     shape = TreeShape(2, 2, mode="sampled")
     env = SpecDecodeEnv(
@@ -301,7 +302,7 @@ def test_processors_are_made_for_each_request() -> None:
     """The second request of a slot has its own budget: its last token is forced where its own budget ends."""
     model = target({"forced_eos_token_id": 0})
     engine = TransformersEngine(copy.deepcopy(model), num_slots=1, max_length=64, feature_layers=(0,))
-    queue = [Request(0, PROMPTS[0], 3), Request(1, PROMPTS[1], 7)]
+    queue = [Request(i, PROMPTS[i], SamplingParams(max_tokens=budget)) for i, budget in enumerate((3, 7))]
     done: list[list[int]] = []
     env = SpecDecodeEnv(
         engine,
@@ -396,7 +397,7 @@ def test_ids_of_ends_beyond_the_vocabulary_are_left_out() -> None:
     model, text = target({"exponential_decay_length_penalty": [2, 1.2]}), torch.zeros(1, 9, dtype=torch.int64)
     processors_of = generation_processors(model, (STOP, VOCAB))
     assert processors_of is not None
-    out = processors_of(Request(0, PROMPTS[0], BUDGET))(text, torch.ones(1, VOCAB))
+    out = processors_of(Request(0, PROMPTS[0], SamplingParams(max_tokens=BUDGET)))(text, torch.ones(1, VOCAB))
     assert (out > 1).nonzero().tolist() == [[0, STOP]]
 
 

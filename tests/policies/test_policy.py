@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl.envs import SerialEnv
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.policy import not_finite
 from aurora_rl.testing import tiny_target
@@ -32,7 +32,9 @@ class Serving:
         self.engine = TransformersEngine(
             target, num_slots=3, max_length=120, feature_layers=self.drafter.feature_layers
         )
-        self.queue = [Request(i, torch.arange(n) % 32, new_tokens) for i, n in enumerate(prompts)]
+        self.queue = [
+            Request(i, torch.arange(n) % 32, SamplingParams(max_tokens=new_tokens)) for i, n in enumerate(prompts)
+        ]
         self.env = SpecDecodeEnv(self.engine, lambda: self.queue.pop(0) if self.queue else None, num_nodes=6)
         self.policy = DrafterPolicy(copy.deepcopy(self.drafter), self.engine.store, num_nodes=6, shape=SHAPE)
         self.td = self.env.reset()
@@ -247,7 +249,7 @@ def test_several_environments_have_a_policy_each() -> None:
     done: list[dict[int, list[int]]] = [{}, {}]
 
     def environment(number: int) -> SpecDecodeEnv:
-        queue = [Request(i, torch.arange(3 + i + number) % 32, 9) for i in range(3)]
+        queue = [Request(i, torch.arange(3 + i + number) % 32, SamplingParams(max_tokens=9)) for i in range(3)]
         return SpecDecodeEnv(
             engines[number],
             lambda: queue.pop(0) if queue else None,

@@ -57,9 +57,9 @@ def test_first_turns_in_order() -> None:
     assert [TOKENIZER.decode(tokens) for tokens in source.first_prompts(2)] == ["<u>one<a>", "<u>two<a>"]
     requests = [source(), source(), source()]
     assert [read(r) for r in requests] == ["<u>one<a>", "<u>two<a>", "<u>three<a>"]
-    assert [r.id for r in requests] == [0, 1, 2] and all(r.max_new_tokens == 10 for r in requests)
+    assert [r.id for r in requests] == [0, 1, 2]
     # A seed of its own for each, so that two requests with one prompt do not share their noise.
-    assert [r.sampling for r in requests] == [SamplingParams(0.5, 7, 0.9, seed=100 + i) for i in range(3)]
+    assert [r.sampling for r in requests] == [SamplingParams(0.5, 7, 0.9, 100 + i, max_tokens=10) for i in range(3)]
     assert source() is None
     assert source.completed(answer(requests[1], "x")) == "chat" and source.completed(answer(requests[0], "x")) == "code"
     assert source() is None and source.failed == []
@@ -177,13 +177,11 @@ def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
     short = Prompt("q", "", ({"role": "user", "content": "x" * 45},), max_tokens=9)
     source = queue_of(asked, short, prompt("r", "three"))
     requests = [source(), source(), source()]
-    assert [r.max_new_tokens for r in requests] == [50, 9, 10]
     assert [r.sampling for r in requests] == [
-        SamplingParams(0, 7, 0.9, seed=7),
-        SamplingParams(0.5, 7, 0.9, seed=101),
-        SamplingParams(0.5, 7, 0.9, seed=102),
+        SamplingParams(0, 7, 0.9, seed=7, max_tokens=50, stop=("\n", "END")),
+        SamplingParams(0.5, 7, 0.9, seed=101, max_tokens=9),
+        SamplingParams(0.5, 7, 0.9, seed=102, max_tokens=10),
     ]
-    assert [r.stop for r in requests] == [("\n", "END"), (), ()]
     source.completed(answer(requests[0], "yes"))
     assert source.failed == [
         "prompt 'p', turn 2: the prompt has 22 tokens; with max_tokens=50 that exceeds engine.max_length=60; "

@@ -12,12 +12,12 @@ from oracle_server import DEPTH, OnTime, Oracle, Plain, Serving, Wrong, eagle, r
 from tensordict import TensorDict
 from torch import Tensor
 
+from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import HybridDrafter, TreeShape
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.server import _outcomes
 from aurora_rl.telemetry.rates import BaselineWindows, Round, Rounds
-from aurora_rl.trajectories import TrajectoryRecorder
 
 # ---- the figures ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def endless(known: Sequence[Request]) -> Iterator[Request]:
     number = 0
     while True:
         request = known[number % len(known)]
-        yield Request(number, request.prompt, request.max_new_tokens)
+        yield Request(number, request.prompt, request.sampling)
         number += 1
 
 

@@ -10,8 +10,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing.tiny import cast
-from aurora_rl.trajectories import Sampling
+from aurora_rl.trajectories import make_trajectory
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -115,37 +116,22 @@ class Texts(NamedTuple):
 
     def trajectories(self, feature_layers: Sequence[int], *, prompt_length: int = 4) -> list[TensorDict]:
         """As serving would have recorded them without drafts, made without an engine: not every one serves all."""
-        none = torch.zeros(0, dtype=torch.int64)
         trajectories = []
         for request, tokens in enumerate(self.tokens):
             states = [states[request, :-1] for states in self.hidden_states]
             last = states[-1]
             trajectories.append(
-                TensorDict(
-                    {
-                        "request": torch.tensor(request),
-                        "sequence": {
-                            "tokens": tokens,
-                            "prompt_length": torch.tensor(prompt_length),
-                            "features": torch.cat([last[:, :0], *(states[layer] for layer in feature_layers)], dim=1),
-                            "hidden": last[prompt_length - 1 :],
-                        },
-                        "rounds": {
-                            "anchor": none,
-                            "offset": torch.zeros(1, dtype=torch.int64),
-                            "policy_version": none,
-                            "cache_version": none,
-                        },
-                        "nodes": {
-                            "tokens": none,
-                            "parents": none,
-                            "log_probs": torch.zeros(0),
-                            "accepted": none.bool(),
-                            "hidden": last[:0],
-                        },
-                        "sampling": Sampling(temperature=1.0, rule="sample_and_match").entries(),
-                    },
-                    batch_size=[],
+                make_trajectory(
+                    request=request,
+                    tokens=tokens,
+                    prompt_length=prompt_length,
+                    features=torch.cat([last[:, :0], *(states[layer] for layer in feature_layers)], dim=1),
+                    target={"hidden": last[prompt_length - 1 :]},
+                    anchors=[],
+                    trees=[],
+                    policy_versions=[],
+                    cache_versions=[],
+                    sampling=SamplingParams(temperature=1.0),
                 )
             )
         return trajectories

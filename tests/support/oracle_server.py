@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.tree_controller import TreeController
@@ -34,7 +34,8 @@ HANDSHAKE = Handshake(1, "config", "head", LAYERS, "", "eagle3")
 
 def requests(count: int, budget: int = 24, length: int = 5) -> list[Request]:
     generator = torch.Generator().manual_seed(1)
-    return [Request(i, torch.randint(0, VOCAB, (length + i % 3,), generator=generator), budget) for i in range(count)]
+    sampling = SamplingParams(max_tokens=budget)
+    return [Request(i, torch.randint(0, VOCAB, (length + i % 3,), generator=generator), sampling) for i in range(count)]
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def text(prompt: tuple[int, ...], count: int) -> list[int]:
 
 
 def truth(request: Request) -> list[int]:
-    return text(tuple(request.prompt.tolist()), request.max_new_tokens)
+    return text(tuple(request.prompt.tolist()), request.sampling.max_tokens)
 
 
 class Oracle(Drafter):
@@ -65,7 +66,9 @@ class Oracle(Drafter):
         self.feature_layers, self.nap = LAYERS, nap
         self.draft_vocab = torch.arange(VOCAB)
         # Beyond the budget too: what is drafted there is cut, not wrong.
-        self._texts = [r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.max_new_tokens + DEPTH + 1) for r in known]
+        self._texts = [
+            r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.sampling.max_tokens + DEPTH + 1) for r in known
+        ]
 
     @classmethod
     def from_target(cls, parts: TargetParts, **options: object) -> Oracle:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs import Request
+from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang import ENVIRONMENT
 from aurora_rl.envs.sglang.control import ControlError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
@@ -213,10 +213,10 @@ class SGLangClient:
                 " argmax whatever is asked for; set temperature=0"
             )
         params: dict[str, Any] = {
-            "max_new_tokens": request.max_new_tokens,
+            "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "stop": list(request.stop) or None,
+            "stop": list(sampling.stop) or None,
             "stop_token_ids": list(stop_tokens) or None,
         }
         if sampling.top_k:
@@ -292,7 +292,7 @@ class SGLangClient:
         """
         status = self.status()
         before, self._argmax = status["seen"], status["device"] == "cpu"
-        self.generate(Request(_PROBE, torch.arange(1, 5), max_new_tokens=4), learn=False)
+        self.generate(Request(_PROBE, torch.arange(1, 5), SamplingParams(max_tokens=4)), learn=False)
         seen = self.status()["seen"]
         silent = [hook for hook in ("prefill", "verify") if seen.get(hook, 0) <= before.get(hook, 0)]
         if silent:

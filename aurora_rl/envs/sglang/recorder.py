@@ -14,7 +14,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.trajectories import Sampling
+from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.trajectories import make_trajectory
 from aurora_rl.trees import reorder_depth_first
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class TrajectoryAssembler:
         self._records: dict[str, _Record] = {}
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
-        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], Sampling] | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
         self._thread.start()
 
@@ -183,7 +184,7 @@ class TrajectoryAssembler:
         self._taken -= self._records.pop(rid).nbytes
         self.counts[reason] += 1
 
-    def finish(self, rid: str, completion: Sequence[int], sampling: Sampling) -> None:
+    def finish(self, rid: str, completion: Sequence[int], sampling: SamplingParams) -> None:
         """A recorded request ended with these tokens."""
         self._ended.put((rid, self._records.pop(rid), list(completion), sampling))
 
@@ -209,7 +210,7 @@ class TrajectoryAssembler:
             finally:
                 self._given_back += record.nbytes
 
-    def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: Sampling) -> TensorDict | str:
+    def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: SamplingParams) -> TensorDict | str:
         """The trajectory, or why there is none."""
         prompt, version = record.prompt, record.cache_version
         tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
@@ -232,33 +233,23 @@ class TrajectoryAssembler:
         sequence_features = torch.cat(features)
         if len(sequence_features) < last or any(int(r.anchor) < len(prompt) for r in rounds):
             return "incomplete"
-        trees = [_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)]
         visited = [{k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True)]
         sequence = [record.first, *visited]
-        # An engine that does not always keep scores has kept none that a loss could use.
-        keys = set.intersection(*(set(tree) for tree in trees)) if trees else set()
-        nodes = {k: torch.cat([tree[k] for tree in trees]) for k in keys} if trees else _no_nodes(record.first)
         sequence_features = sequence_features[:last].clone()
         self._store.put(tokens[:last].clone(), sequence_features, version)
-        return TensorDict(
-            {
-                "request": torch.tensor(request_number(rid)),
-                "sequence": {
-                    "tokens": tokens,
-                    "prompt_length": torch.tensor(len(prompt)),
-                    "features": sequence_features,
-                    **{k: torch.cat([part[k] for part in sequence])[: len(completion)].clone() for k in record.first},
-                },
-                "rounds": {
-                    "anchor": torch.tensor([int(r.anchor) for r in rounds], dtype=torch.int64),
-                    "offset": torch.tensor([0] + [len(t["tokens"]) for t in trees]).cumsum(0),
-                    "policy_version": torch.tensor([r.policy_version for r in rounds], dtype=torch.int64),
-                    "cache_version": torch.full((len(rounds),), version, dtype=torch.int64),
-                },
-                "nodes": nodes,
-                "sampling": sampling.entries(),
-            },
-            batch_size=[],
+        return make_trajectory(
+            request=request_number(rid),
+            tokens=tokens,
+            prompt_length=len(prompt),
+            features=sequence_features,
+            target={k: torch.cat([part[k] for part in sequence])[: len(completion)].clone() for k in record.first},
+            anchors=[int(r.anchor) for r in rounds],
+            # An engine that does not always keep scores has kept none that a loss could use: they are left out then.
+            trees=[_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)],
+            policy_versions=[r.policy_version for r in rounds],
+            cache_versions=[version] * len(rounds),
+            sampling=sampling,
+            rule="sample_and_match",  # the law of SGLang's own rule, by other noise
         )
 
     def _prefix(self, tokens: Tensor) -> tuple[Tensor, int] | None:
@@ -322,15 +313,3 @@ def _tree(drafted: EngineRound, path: Tensor, last: int) -> dict[str, Tensor]:
         of_parent = torch.where(above < 0, 0.0, joint[above])
         nodes["log_probs"] = (joint - of_parent).float()[order]
     return nodes
-
-
-def _no_nodes(like: TargetRows) -> dict[str, Tensor]:
-    """The nodes of a request that took no round."""
-    empty = torch.zeros(0, dtype=torch.int64)
-    return {
-        "tokens": empty,
-        "parents": empty.clone(),
-        "accepted": torch.zeros(0, dtype=torch.bool),
-        "log_probs": torch.zeros(0),
-        **{key: rows[:0] for key, rows in like.items()},
-    }

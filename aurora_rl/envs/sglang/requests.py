@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aurora_rl.envs.sglang.recorder import request_number
-from aurora_rl.trajectories import Sampling
+from aurora_rl.sampling_params import SamplingParams
 
 # A digest's range, and SGLang's top-k where there is none.
 _ROTATION = 1 << 30
@@ -42,14 +42,13 @@ def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
     return None
 
 
-def sampling_of(req: Any) -> Sampling:
+def sampling_of(req: Any) -> SamplingParams:
     """How a request was sampled."""
     params = req.sampling_params
     greedy = params.top_k == 1
-    return Sampling(
+    return SamplingParams(
         temperature=0.0 if greedy else params.temperature,
         top_k=0 if greedy or params.top_k >= _ROTATION else params.top_k,
         top_p=1.0 if greedy else params.top_p,
-        seed=params.sampling_seed or 0,
-        rule="greedy" if greedy else "sample_and_match",  # the law of SGLang's own rule, by other coins
+        seed=(params.sampling_seed or 0) % 2**63,
     )

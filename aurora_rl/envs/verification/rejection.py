@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aurora_rl.envs.verification.rules import Verdict, VerificationRule, check_shapes, register_rule
-from aurora_rl.envs.verification.sampling import SamplingBatch, gumbel, served_log_probs, uniform
+from aurora_rl.envs.verification.sampling import gumbel, served_log_probs, uniform
+from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import depths, sibling_ranks
 

@@ -15,7 +15,8 @@ from typing import ClassVar, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor
 
-from aurora_rl.envs.verification.sampling import SamplingBatch, argmax, gumbel, warp
+from aurora_rl.envs.verification.sampling import argmax, gumbel, warp
+from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import last_accepted, repeated_siblings, walk
 

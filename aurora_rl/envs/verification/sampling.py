@@ -1,95 +1,11 @@
-"""How a request's tokens are drawn: parameters, the distribution that is served, and noise that replays."""
+"""How a request's tokens are drawn: the distribution that is served, and noise that replays."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling parameters
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one request wants its tokens drawn from the target.
-
-    Attributes:
-        temperature: Divides the logits; 0 means greedy, whatever the other fields say.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
-        seed: Key of the request's noise. The same seed, prompt and parameters give the same text.
-
-    Raises:
-        ValueError: If a field is out of its range.
-
-    >>> SamplingParams(temperature=0.7, top_p=0.9, seed=5)
-    SamplingParams(temperature=0.7, top_k=0, top_p=0.9, seed=5)
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what no sampler could serve."""
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise ValueError(f"{name} is {value!r}; give a number")
-        for name in ("top_k", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise ValueError(f"{name} is {value!r}; give an integer")
-        if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
-            raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
-        if not 0 <= self.top_k < 2**63:
-            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 turns it off)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63")
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """The sampling parameters of a batch of slots, one tensor of shape `[B]` for each.
-
-    Attributes:
-        temperature: float32.
-        top_k: int64.
-        top_p: float32.
-        seed: int64.
-    """
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    seed: Tensor
-
-    @classmethod
-    def from_params(
-        cls, params: Sequence[SamplingParams | None], device: torch.device | str | None = None
-    ) -> SamplingBatch:
-        """Stack the parameters of the slots; None, an empty slot, decodes greedily.
-
-        >>> SamplingBatch.from_params([SamplingParams(temperature=1.0, seed=3), None]).seed
-        tensor([3, 0])
-        """
-        filled = [each or SamplingParams() for each in params]
-        return cls(
-            temperature=torch.tensor([each.temperature for each in filled], dtype=torch.float32, device=device),
-            top_k=torch.tensor([each.top_k for each in filled], dtype=torch.int64, device=device),
-            top_p=torch.tensor([each.top_p for each in filled], dtype=torch.float32, device=device),
-            seed=torch.tensor([each.seed for each in filled], dtype=torch.int64, device=device),
-        )
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The served distribution
@@ -169,8 +85,8 @@ def warp_logits(
     >>> warp_logits(torch.tensor([0.5, 0.3, 0.2]).log(), temperature=1.0, top_k=2).exp()
     tensor([0.6250, 0.3750, 0.0000])
     """
-    given = (torch.as_tensor(each, device=logits.device) for each in (temperature, top_k, top_p))
-    temperature, top_k, top_p = (each.expand(logits.shape[:-1]).reshape(-1) for each in given)
+    params = (torch.as_tensor(each, device=logits.device) for each in (temperature, top_k, top_p))
+    temperature, top_k, top_p = (each.expand(logits.shape[:-1]).reshape(-1) for each in params)
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature is {temperature.min().item()}; give > 0, and take the argmax for greedy rows")
     scores = warp(logits.reshape(-1, logits.shape[-1]), temperature, top_k, top_p)
@@ -205,8 +121,8 @@ def served_log_probs(
         that are left out keep their mass: rows of `[R, T]` sum to what the tokens have of it. A row of logits that
         has no finite largest is not a number throughout.
 
-    >>> one = torch.ones(2)
-    >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * one.long(), one).exp()
+    >>> ones = torch.ones(2)
+    >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * ones.long(), ones).exp()
     tensor([[0.0000, 1.0000],
             [0.5000, 0.5000]])
     """

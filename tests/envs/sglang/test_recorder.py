@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from aurora_rl.envs.sglang.recorder import EngineRound, FeatureStore, TrajectoryAssembler, parents_of, request_number
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,7 @@ def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds
 
 def sampling_of(trajectory):
     s = trajectory["sampling"]
-    rule, mode = RULE_CODES[int(s["rule"])], DRAFT_MODES[int(s["draft_mode"])]
-    return Sampling(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]), int(s["seed"]), rule, mode)
+    return SamplingParams(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]), int(s["seed"]))
 
 
 def await_count(records, reason, count=1):
@@ -172,7 +171,7 @@ def test_acceptance_ends_with_the_text(drafter, out):
     records = assembler(out)
     rid = "1"
     play(records, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
-    records.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), Sampling())
+    records.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), SamplingParams())
     records.close()
     assert len(out[0]["sequence", "tokens"]) == end and len(out[0]["sequence", "features"]) == end - 1
     last = slice(*out[0]["rounds", "offset"][-2:].tolist())

@@ -65,7 +65,7 @@ class Engine:
 @pytest.fixture
 def run(tmp_path):
     engine, failed = Engine(), []
-    queue = [Request(n, torch.tensor([1, 2]), 5) for n in range(8)]
+    queue = [Request(n, torch.tensor([1, 2]), SamplingParams(max_tokens=5)) for n in range(8)]
     server = SGLangServer(
         engine,
         engine.attach,
@@ -205,6 +205,6 @@ def test_a_server_that_cannot_start_says_why():
 def test_a_server_that_is_not_there_is_named():
     engine = SGLangClient("http://127.0.0.1:9/")
     with pytest.raises(SGLangError, match=r"SGLang at http://127.0.0.1:9 does not answer /generate"):
-        engine.generate(Request(0, torch.tensor([1]), 1))
+        engine.generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
     with pytest.raises(SGLangError, match="does not answer after 0 s"):
         engine.wait_ready(0.1)

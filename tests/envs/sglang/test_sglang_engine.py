@@ -117,11 +117,10 @@ def attached(chain, learner, handshake):
 _numbers = iter(range(1, 10**6))
 
 
-def requests(*lengths, new=NEW, seed=0, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
+def requests(*lengths, new=NEW, seed=0, temperature=0.0):
+    generator, sampling = torch.Generator().manual_seed(seed), SamplingParams(temperature, max_tokens=new)
     return [
-        Request(next(_numbers), torch.randint(3, 250, (length,), generator=generator), new, **kwargs)
-        for length in lengths
+        Request(next(_numbers), torch.randint(3, 250, (length,), generator=generator), sampling) for length in lengths
     ]
 
 
@@ -219,7 +218,7 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
 def test_a_cached_prefix_is_recorded_with_its_features(attached, learner, model, drafter, tmp_path):
     (first,) = requests(60, seed=2)
     attached.generate(first)
-    longer = Request(next(_numbers), torch.cat([first.prompt, torch.tensor([9, 8, 7])]), NEW)
+    longer = Request(next(_numbers), torch.cat([first.prompt, torch.tensor([9, 8, 7])]), first.sampling)
     attached.generate(longer)
     (trajectory,) = learner.take(longer.id)
     own = recorded_here(model, drafter, [longer], SHAPES["chain"], tmp_path)
@@ -270,7 +269,7 @@ def test_recording_can_be_switched_off_and_on_in_service(attached, learner):
 
 
 def test_a_temperature_is_refused_by_name_on_this_device(attached):
-    (request,) = requests(6, sampling=SamplingParams(0.7))
+    (request,) = requests(6, temperature=0.7)
     with pytest.raises(SGLangError, match="temperature 0.7.*argmax"):
         attached.generate(request)
 
@@ -367,7 +366,7 @@ def test_weights_that_do_not_fit_are_rejected_and_the_old_ones_serve(attached, l
 def test_swaps_under_load_change_no_text_and_fail_no_request(attached, learner, drafter):
     asked = requests(*[10] * 12, new=120, seed=5)
     expected = [answer.tokens for answer in ask_all(attached, asked[:4])]
-    again = [Request(next(_numbers), each.prompt, each.max_new_tokens) for _ in range(4) for each in asked[:4]]
+    again = [Request(next(_numbers), each.prompt, each.sampling) for _ in range(4) for each in asked[:4]]
     stop = threading.Event()
     answers = []
 

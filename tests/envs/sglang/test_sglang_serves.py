@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from aurora_rl.envs import Request
+from aurora_rl.envs import Request, SamplingParams
 
 pytestmark = pytest.mark.sglang
 
@@ -40,7 +40,10 @@ def test_greedy_output_is_that_of_transformers(
 ) -> None:
     engine = request.getfixturevalue(kind)
     # The second prompt twice: then it is found in the prefix cache.
-    answers = [engine.generate(Request(i, p, NEW_TOKENS)) for i, p in enumerate([*PROMPTS, PROMPTS[1]])]
+    answers = [
+        engine.generate(Request(i, p, SamplingParams(max_tokens=NEW_TOKENS)))
+        for i, p in enumerate([*PROMPTS, PROMPTS[1]])
+    ]
     assert [answer.tokens.tolist() for answer in answers] == [*expected, expected[1]]
     # What has to be told apart from plain decoding: whole paths accepted, and rounds in which nothing was.
     assert {count for answer in answers for count in answer.accepted} == set(range(depth + 1))

@@ -23,8 +23,8 @@ from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersE
 from aurora_rl.envs.verification import rules as verification
 from aurora_rl.envs.verification.rejection import Rejection, RejectionWithoutReplacement, reject
 from aurora_rl.envs.verification.rules import Verdict, VerificationRule, get_rule, register_rule
-from aurora_rl.envs.verification.sampling import SamplingBatch
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.testing import tiny_target
 
 VOCAB = 3
@@ -427,7 +427,7 @@ def serve(
     drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(1, 13)).double().eval()
     engine = TransformersEngine(model, num_slots=slots, max_length=16, feature_layers=drafter.feature_layers)
     prompt = torch.tensor([3, 5, 9])
-    waiting = [Request(i, prompt, 2, SamplingParams(temperature, seed=i)) for i in range(count)]
+    waiting = [Request(i, prompt, SamplingParams(temperature, seed=i, max_tokens=2)) for i in range(count)]
     done: list = []
     shape = TreeShape(depth, 3, mode=drawn or mode)
     env = SpecDecodeEnv(

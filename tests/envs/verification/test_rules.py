@@ -28,7 +28,8 @@ from aurora_rl.envs.verification.rules import (
     register_rule,
     settle,
 )
-from aurora_rl.envs.verification.sampling import SamplingBatch, SamplingParams, gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.sampling_params import SamplingBatch, SamplingParams
 from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
 # ---------------------------------------------------------------------------------------------------------------------

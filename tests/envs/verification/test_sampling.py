@@ -1,10 +1,9 @@
-"""Sampling parameters, warps against transformers, and the noise: known answers and statistics."""
+"""Warps against transformers, and the noise: known answers and statistics."""
 
 from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -14,52 +13,13 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from aurora_rl.envs.verification import sampling
 from aurora_rl.envs.verification.rules import SampleAndMatch
 from aurora_rl.envs.verification.sampling import (
-    SamplingBatch,
-    SamplingParams,
     argmax,
     gumbel,
     served_log_probs,
     uniform,
     warp_logits,
 )
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling parameters
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "cure"),
-    [
-        ("temperature", -0.5, "give a finite number >= 0"),
-        ("temperature", math.inf, "give a finite number >= 0"),
-        ("temperature", math.nan, "give a finite number >= 0"),
-        ("temperature", 10**39, "give a finite number >= 0"),  # no float32
-        ("top_k", -1, "0 <= top_k"),
-        ("top_k", 2**63, r"0 <= top_k < 2\*\*63"),
-        ("top_k", 2.5, "give an integer"),
-        ("top_k", True, "give an integer"),
-        ("seed", 1.0, "give an integer"),
-        ("top_p", None, "give a number"),
-        ("top_p", 0.0, "0 < top_p <= 1"),
-        ("top_p", 1.5, "0 < top_p <= 1"),
-        ("top_p", math.nan, "0 < top_p <= 1"),
-        ("seed", -1, r"0 <= seed < 2\*\*63"),
-        ("seed", 2**63, r"0 <= seed < 2\*\*63"),
-    ],
-)
-def test_params_out_of_range_name_value_and_cure(field: str, value: Any, cure: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field} is {value}; .*{cure}"):
-        SamplingParams(**{field: value})
-
-
-def test_batch_of_params() -> None:
-    batch = SamplingBatch.from_params([SamplingParams(0.5, 7, 0.25, 2**63 - 1), None])
-    assert batch.temperature.tolist() == [0.5, 0.0] and batch.temperature.dtype == torch.float32
-    assert batch.top_k.tolist() == [7, 0] and batch.top_k.dtype == torch.int64
-    assert batch.top_p.tolist() == [0.25, 1.0] and batch.top_p.dtype == torch.float32
-    assert batch.seed.tolist() == [2**63 - 1, 0] and batch.seed.dtype == torch.int64
-
+from aurora_rl.sampling_params import SamplingBatch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Warps

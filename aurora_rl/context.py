@@ -1,0 +1,189 @@
+"""What serving remembers of each slot's request: its context, and its rounds until they become a trajectory.
+
+Legend: ``B`` slots, ``b`` of them in a call, ``P`` tokens of a prompt, ``F`` feature size, ``H`` hidden size, ``D``
+most new tokens of a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.trajectories import make_trajectory
+from aurora_rl.trees import reorder_depth_first
+
+
+class ContextStore:
+    """Tokens, features and hidden states of every slot's request so far, in one block.
+
+    The engine appends at ``commit``; the environment and the policy read. Row ``t`` of ``features`` and ``hidden``
+    belongs to token ``t``; the last committed token has been through no target pass yet and has no row.
+
+    Args:
+        num_slots: Number of slots ``B``.
+        max_length: Most tokens (prompt and completion) that a slot can hold.
+        feature_size: Width ``F`` of the features that the drafter reads.
+        hidden_size: Width ``H`` of the output head's input.
+        dtype: Dtype of features and hidden states.
+        device: Device of all but the lengths.
+
+    Attributes:
+        tokens: ``[B, max_length]`` int64.
+        features: ``[B, max_length, F]``.
+        hidden: ``[B, max_length, H]``, filled from position ``P - 1`` on.
+        lengths: ``[B]`` int64 on the CPU; 0 where the slot is free.
+        prompt_lengths: ``[B]`` int64 on the CPU.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_length: int,
+        feature_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_slots, self.max_length = num_slots, max_length
+        self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int64, device=device)
+        self.features = torch.zeros(num_slots, max_length, feature_size, dtype=dtype, device=device)
+        self.hidden = torch.zeros(num_slots, max_length, hidden_size, dtype=dtype, device=device)
+        self.lengths = torch.zeros(num_slots, dtype=torch.int64)
+        self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
+
+    @property
+    def occupied(self) -> Tensor:
+        """Indices of the slots that hold a request, ``[b]`` int64 on the CPU."""
+        return self.lengths.nonzero().flatten()
+
+    def start(self, slot: int, prompt: Tensor) -> None:
+        """Put a prompt (``[P]`` int64) into a free slot; its features follow by :meth:`write_features`."""
+        self.tokens[slot, : len(prompt)] = prompt
+        self.lengths[slot] = self.prompt_lengths[slot] = len(prompt)
+
+    def append(self, slots: Tensor, tokens: Tensor, num_new: Tensor, features: Tensor, hidden: Tensor) -> None:
+        """Append what a round committed.
+
+        Args:
+            slots: ``[b]`` int64.
+            tokens: ``[b, D]`` new tokens, oldest first; columns from ``num_new`` on are ignored.
+            num_new: ``[b]`` int64 on the CPU.
+            features: ``[b, D, F]``, row ``i`` belongs to the position just before ``tokens[:, i]``.
+            hidden: ``[b, D, H]``, aligned like ``features``.
+        """
+        start = self.lengths[slots]
+        row, column = torch.where(torch.arange(tokens.shape[1]) < num_new[:, None])
+        device = self.tokens.device
+        where = (slots[row].to(device), (start[row] + column).to(device))
+        row, column = row.to(device), column.to(device)
+        self.tokens[where] = tokens[row, column]
+        self.features[where[0], where[1] - 1] = features[row, column].to(self.features.dtype)
+        self.hidden[where[0], where[1] - 1] = hidden[row, column].to(self.hidden.dtype)
+        self.lengths[slots] = start + num_new
+
+    def release(self, slot: int) -> None:
+        """Free the slot."""
+        self.lengths[slot] = self.prompt_lengths[slot] = 0
+
+
+@dataclass(slots=True)
+class _Rounds:
+    anchors: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    cache_versions: list[int] = field(default_factory=list)
+    nodes: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+class TrajectoryRecorder:
+    """Collect the rounds of each slot, and cut one packed trajectory when its request ends.
+
+    Args:
+        store: The engine's context store.
+    """
+
+    def __init__(self, store: ContextStore) -> None:
+        self._store = store
+        self._rounds: dict[int, _Rounds] = {}
+
+    def start(self, slot: int) -> None:
+        """Begin an empty record for the request that entered the slot."""
+        self._rounds[slot] = _Rounds()
+
+    def round(
+        self,
+        slots: Sequence[int],
+        anchors: Sequence[int],
+        tokens: Tensor,
+        parents: Tensor,
+        log_probs: Tensor,
+        valid: Tensor,
+        accepted: Tensor,
+        hidden: Tensor,
+        policy_versions: Sequence[int],
+        cache_versions: Sequence[int],
+    ) -> None:
+        """Record one round of ``b`` slots whose trees have ``n`` padded nodes.
+
+        Args:
+            slots: The slots.
+            anchors: Position of each slot's root in its request.
+            tokens: ``[b, n]``.
+            parents: ``[b, n]``.
+            log_probs: ``[b, n]``.
+            valid: ``[b, n]`` bool; other nodes are left out.
+            accepted: ``[b, n]`` bool.
+            hidden: ``[b, n + 1, H]``, the root first.
+            policy_versions: Version of the weights that drafted, per slot.
+            cache_versions: Oldest version with rows in the drafter's cache, per slot.
+        """
+        columns = (tokens, parents, log_probs, accepted, hidden[:, 1:])
+        for i, slot in enumerate(slots):
+            record = self._rounds[slot]
+            record.anchors.append(anchors[i])
+            record.versions.append(policy_versions[i])
+            record.cache_versions.append(cache_versions[i])
+            keep = valid[i].nonzero().flatten()
+            record.nodes.append((keep, *(c[i, keep] for c in columns)))
+
+    def cut(self, slot: int, request: int, sampling: SamplingParams, rule: str, draft_mode: str) -> TensorDict:
+        """Return the packed trajectory of the slot's request, in memory of its own, on the CPU.
+
+        Args:
+            slot: The slot. Its rounds are forgotten.
+            request: Number of the request.
+            sampling: Parameters of the request.
+            rule: Verification rule, see :func:`~aurora_rl.trajectories.make_trajectory`.
+            draft_mode: How the nodes were drawn, see there.
+        """
+        store, record = self._store, self._rounds.pop(slot)
+        length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])
+        return make_trajectory(
+            request=request,
+            tokens=store.tokens[slot, :length].cpu().clone(),
+            prompt_length=prompt,
+            features=store.features[slot, : length - 1].cpu().clone(),
+            target={"hidden": store.hidden[slot, prompt - 1 : length - 1].cpu().clone()},
+            anchors=record.anchors,
+            trees=[_pack_tree(*nodes) for nodes in record.nodes],
+            policy_versions=record.versions,
+            cache_versions=record.cache_versions,
+            sampling=sampling,
+            rule=rule,
+            draft_mode=draft_mode,
+        )
+
+
+def _pack_tree(
+    keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor
+) -> dict[str, Tensor]:
+    """One tree's valid nodes, depth-first, parents relative to the tree."""
+    place = torch.full((int(keep[-1]) + 2 if len(keep) else 1,), -1, dtype=torch.int64, device=keep.device)
+    place[keep] = torch.arange(len(keep), device=keep.device)
+    order, parents = reorder_depth_first(torch.where(parents < 0, -1, place[parents]))
+    rows = {"tokens": tokens, "log_probs": log_probs, "accepted": accepted, "hidden": hidden}
+    return {"parents": parents, **{name: row[order] for name, row in rows.items()}}

@@ -1,0 +1,327 @@
+"""A language model with a drafter: text in, text out, decoded speculatively."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora_rl.envs import Completion, Request, SamplingParams, generation_processors
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.target_head import context_length
+from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, choose_draft_vocab, get_drafter
+from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.training.offline import train_on
+from aurora_rl.training.optimizers import drafter_optimizers
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
+"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
+
+_DRAFT_VOCAB = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one round added to one completion.
+
+    Attributes:
+        index: Place of the prompt in the call.
+        text: New text. It may lag behind the tokens: incomplete characters and the beginnings of stop strings wait.
+        tokens: New token ids.
+        completion: The whole completion, in a prompt's last chunk; None before.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.testing import tiny_folder
+        >>> with TemporaryDirectory() as folder:
+        ...     llm = LLM(tiny_folder(folder), device="cpu")
+        >>> chunks = list(llm.stream("Once upon a time", SamplingParams(max_tokens=8)))
+        >>> "".join(chunk.text for chunk in chunks) == chunks[-1].completion.text
+        True
+    """
+
+    index: int
+    text: str
+    tokens: list[int]
+    completion: Completion | None = None
+
+
+class LLM:
+    """A target and a drafter in this process. The text is that of plain decoding, whatever is drafted.
+
+    Args:
+        model: ``"smollm2"`` for the embedded model, a hub id, or a folder of a causal LM.
+        drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`); a checkpoint, as a
+            folder or hub id; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
+        num_speculative_tokens: Drafted tokens of a round, a chain.
+        shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then.
+        dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
+        device: Device of the target; "auto" is CUDA if there is one.
+        num_slots: Requests decoded side by side.
+        max_length: Most tokens of prompt and completion; None takes the model's context, at most 2048.
+        record: Whether completions carry their trajectory, which :meth:`learn` needs.
+        seed: Seed of an untrained drafter's weights, and of drafts that are sampled.
+
+    Attributes:
+        drafter: The drafter that learns, in float32; a copy serves. None without one.
+        tokenizer: The target's tokenizer.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+        UnsupportedModelError: The engine cannot serve the model exactly.
+        CheckpointError: The drafter's checkpoint is broken, or made for another target.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.testing import tiny_folder
+        >>> with TemporaryDirectory() as folder:
+        ...     llm = LLM(tiny_folder(folder), drafter="eagle3", device="cpu")
+        >>> chat = [{"role": "user", "content": "Write a haiku about rivers."}]
+        >>> completions = llm.generate(["Once upon a time", chat], SamplingParams(max_tokens=8))
+        >>> [len(completion.tokens) for completion in completions]
+        [8, 8]
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        drafter: str | os.PathLike[str] | Drafter | None = None,
+        num_speculative_tokens: int = 4,
+        shape: TreeShape | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        num_slots: int = 4,
+        max_length: int | None = None,
+        record: bool = False,
+        seed: int = 0,
+    ) -> None:
+        shape = shape or TreeShape(num_speculative_tokens)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
+        self.drafter: Drafter | None = None
+        self._optimizers: list[torch.optim.Optimizer] | None = None
+        if drafter is not None:
+            parts = TargetParts.of(target)
+            self.drafter, self._head = _drafter(drafter, parts, seed), parts.head
+            self.drafter.to(device)
+            if shape.depth > self.drafter.max_depth:
+                raise ValueError(
+                    f"the trees are {shape.depth} deep, and this drafter drafts {self.drafter.max_depth} tokens at "
+                    f"most; set num_speculative_tokens={self.drafter.max_depth} or less"
+                )
+        if max_length is None:
+            max_length = min(context_length(target.config.get_text_config()) or 2048, 2048)
+        stop_tokens = stop_token_ids(target, self.tokenizer)
+        self._waiting: deque[Request] = deque()
+        self._ended: list[Completion] = []
+        self._busy, self._next_id = False, 0
+        self._decoder = SpeculativeDecoder(
+            target,
+            self.drafter,
+            lambda: self._waiting.popleft() if self._waiting else None,
+            shape=shape,
+            max_length=max_length,
+            num_slots=num_slots,
+            seed=seed,
+            stop_tokens=stop_tokens,
+            decode=lambda tokens: str(self.tokenizer.decode(tokens)),
+            processors=generation_processors(target, stop_tokens),
+            on_completion=self._ended.append,
+            on_refused=lambda request, reason: self._ended.append(_failed(request, reason)),
+            record=record,
+        )
+        if self._decoder.policy is not None:
+            self._decoder.policy.on_fault = lambda slot, fault: logger.warning("a request goes on plainly: %s", fault)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Complete prompts.
+
+        Args:
+            prompts: One prompt or several, each a text to continue, token ids, or the messages of a chat.
+            sampling: Parameters of all, or of each; None decodes greedily.
+
+        Returns:
+            A completion for each prompt, in their order. A prompt that cannot be served has ``error`` set, and the
+            others are served.
+
+        Raises:
+            ValueError: There are neither one nor as many parameters as prompts.
+            RuntimeError: A stream of this LLM is still open.
+        """
+        served = self._serve(_asked(prompts, sampling))
+        completions = {index: done for index, _, done in served if done is not None}
+        return [completions[index] for index in sorted(completions)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Chunk]:
+        """Complete prompts, and yield what each round added. The texts of a prompt's chunks make up its completion.
+
+        Arguments and errors are those of :meth:`generate`. Closing the iterator drops what is not complete.
+        """
+        asked = _asked(prompts, sampling)
+        tokens: list[list[int]] = [[] for _ in asked]
+        said = [""] * len(asked)
+        for index, new, done in self._serve(asked):
+            if done is None:
+                tokens[index] += new
+                text = self._text(tokens[index])
+                # The beginning of a stop string is not said, nor a character that the next token completes.
+                held = max((len(s) - 1 for s in asked[index][1].stop), default=0)
+                text = text[: max(len(text) - held, 0)]
+                text = said[index] if text.endswith("\ufffd") else text
+            else:
+                text = done.text
+            yield Chunk(index, text[len(said[index]) :], new, done)
+            said[index] = max(said[index], text, key=len)
+
+    def learn(
+        self,
+        completions: Iterable[Completion],
+        objectives: Sequence[Mapping[str, Any]] = ({"name": "imitation"},),
+        *,
+        batch_size: int = 4,
+        replay: int = 4,
+    ) -> float:
+        """Train the drafter on completions, and serve its new weights from then on.
+
+        Args:
+            completions: Completions of an LLM with ``record=True``; those with an error are passed over.
+            objectives: What to learn, see :func:`~aurora_rl.objectives.make_objectives`.
+            batch_size: Most completions of a gradient step.
+            replay: Replayed batches for each new batch.
+
+        Returns:
+            The last step's loss.
+
+        Raises:
+            ValueError: There is no drafter, nothing was recorded, or an objective does not fit.
+        """
+        if self.drafter is None or self._decoder.policy is None:
+            raise ValueError("there is no drafter to train; name one, such as LLM(model, drafter='eagle3')")
+        stream = [done.trajectory for done in completions if done.trajectory is not None]
+        if not stream:
+            raise ValueError("no completion has a trajectory to learn from; make the LLM with record=True")
+        autocast = stream[0]["sequence", "features"].dtype == torch.bfloat16
+        loss = SumLoss(make_objectives(objectives, self.drafter, self._head if autocast else self._head.float()))
+        if self._optimizers is None:
+            self._optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
+        batch_size = min(batch_size, len(stream))
+        for _, value, _ in train_on(
+            stream, loss, self._optimizers, batch_size=batch_size, replay=replay, autocast=autocast
+        ):
+            last = value
+        self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
+        return last
+
+    def _serve(
+        self, asked: Sequence[tuple[Prompt, SamplingParams]]
+    ) -> Iterator[tuple[int, list[int], Completion | None]]:
+        """Yield a prompt's index, the tokens that a round added, and its completion if it has ended."""
+        if self._busy:
+            raise RuntimeError("a stream of this LLM is still open; read it to its end, or close() it")
+        self._busy = True
+        try:
+            first, self._next_id = self._next_id, self._next_id + len(asked)
+            for id, (prompt, sampling) in enumerate(asked, first):
+                self._ask(Request(id, torch.zeros(0, dtype=torch.int64), sampling), prompt)
+            for step in self._decoder.rounds():
+                after = step["next"]
+                ids, counts, rows = after["request"], after["observation", "num_new"], after["observation", "tokens"]
+                columns = zip(ids.tolist(), counts.tolist(), rows.tolist(), strict=True)
+                new = {id: row[:count] for id, count, row in columns if count}
+                for done in self._completed():
+                    yield done.request.id - first, new.pop(done.request.id, []), done
+                yield from ((id - first, tokens, None) for id, tokens in new.items())
+            # Those that were refused, where no round was left to decode.
+            yield from ((done.request.id - first, [], done) for done in self._completed())
+        finally:
+            self._waiting.clear()
+            self._ended.clear()
+            self._busy = False
+
+    def _completed(self) -> list[Completion]:
+        """Take what has ended since the last call, as text too."""
+        ended = [replace(c, text=self._text(c.tokens.tolist(), c.request.sampling.stop)) for c in self._ended]
+        self._ended.clear()
+        return ended
+
+    def _ask(self, request: Request, prompt: Prompt) -> None:
+        """Queue a request, or note why the prompt cannot be one."""
+        try:
+            tokens = torch.as_tensor(self._encoded(prompt))
+            if tokens.ndim != 1 or len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+                raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
+            request.prompt = tokens.long()
+        except Exception as error:  # a template is a program of the model's, which may fail in any way
+            self._ended.append(_failed(request, f"the prompt cannot be encoded: {type(error).__name__}: {error}"))
+        else:
+            self._waiting.append(request)
+
+    def _encoded(self, prompt: Prompt) -> Sequence[int] | Tensor:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if isinstance(prompt, Tensor) or not any(isinstance(part, Mapping) for part in prompt):
+            return prompt  # type: ignore[return-value]
+        return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
+
+    def _text(self, tokens: list[int], stop: Sequence[str] = ()) -> str:
+        """The text of a completion, up to the first stop string."""
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
+
+
+def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    if name == "auto":
+        return default_dtype(device)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {name!r}; give auto, float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed: int) -> Drafter:
+    if isinstance(drafter, Drafter):
+        return drafter
+    name = os.fspath(drafter)
+    if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
+        return load_drafter(name, parts)
+    vocab = choose_draft_vocab(min(_DRAFT_VOCAB, len(parts.head)), torch.zeros(len(parts.head)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        started = get_drafter(name).from_target(parts, draft_vocab=vocab)
+    started.made_for = parts.fingerprint
+    return started
+
+
+def _asked(
+    prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Return each prompt with its parameters."""
+    first = prompts[0] if len(prompts) else None
+    alone = isinstance(prompts, str) or isinstance(first, int | Mapping) or isinstance(prompts, Tensor)
+    listed: list[Any] = [prompts] if alone else list(prompts)
+    params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(listed)
+    if len(params) != len(listed):
+        raise ValueError(f"there are {len(listed)} prompts and {len(params)} SamplingParams; give one, or as many")
+    return list(zip(listed, params, strict=True))
+
+
+def _failed(request: Request, reason: str) -> Completion:
+    reason = reason.removeprefix(f"request {request.id}: ")
+    return Completion(request, torch.zeros(0, dtype=torch.int64), terminated=False, error=reason)

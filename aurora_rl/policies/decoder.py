@@ -1,0 +1,94 @@
+"""A target and a drafter, wired to decode requests: engine, environment and policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from transformers import PreTrainedModel
+
+from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.policy import DrafterPolicy
+
+
+class SpeculativeDecoder:
+    """An engine on the target, an environment on its slots, and the drafter's policy.
+
+    Args:
+        model: The target. The engine puts it into inference form in place.
+        drafter: The drafter. A copy on the target's device and in its dtype serves. None decodes plainly.
+        requests: Requests in order, or a function that returns the next one, None if there is none now.
+        shape: Trees to draft.
+        max_length: Most tokens of a slot, prompt and completion.
+        num_slots: Requests decoded side by side.
+        seed: Seed of drafts that are sampled.
+        **settings: Further arguments of :class:`~aurora_rl.envs.SpecDecodeEnv`, such as ``on_completion``.
+
+    Attributes:
+        engine: The engine.
+        env: The environment.
+        policy: The drafter's policy; None if there is no drafter.
+
+    Raises:
+        UnsupportedModelError: The engine cannot serve the target exactly.
+        ValueError: An argument is out of range, see the three classes.
+
+    Example:
+        >>> from aurora_rl.policies import MedusaDrafter, TargetParts
+        >>> from aurora_rl.testing import tiny_target
+        >>> target = tiny_target()
+        >>> drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16))
+        >>> requests = [Request(0, torch.tensor([3, 4, 5])), Request(1, torch.tensor([6]))]
+        >>> texts = {}
+        >>> decoder = SpeculativeDecoder(
+        ...     target, drafter, requests, shape=TreeShape(3), max_length=256,
+        ...     on_completion=lambda completion: texts.update({completion.request.id: completion.tokens}),
+        ... )
+        >>> rounds = sum(1 for step in decoder.rounds())
+        >>> len(texts[0]), len(texts[1]), rounds < 256
+        (128, 128, True)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter | None,
+        requests: Iterable[Request] | Callable[[], Request | None],
+        *,
+        shape: TreeShape,
+        max_length: int,
+        num_slots: int = 1,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        if drafter is not None:
+            drafter = copy.deepcopy(drafter).to(model.device, model.dtype).eval().requires_grad_(False)
+        layers = () if drafter is None else drafter.feature_layers
+        self.engine = TransformersEngine(model, num_slots=num_slots, max_length=max_length, feature_layers=layers)
+        if not callable(requests):
+            waiting = iter(requests)
+            requests = lambda: next(waiting, None)  # noqa: E731
+        nodes = max(shape.most_nodes, 1)
+        self.env = SpecDecodeEnv(self.engine, requests, num_nodes=nodes, draft_mode=shape.mode, **settings)
+        self.policy: DrafterPolicy | None = None
+        if drafter is not None:
+            self.policy = DrafterPolicy(
+                drafter,
+                self.engine.store,
+                num_nodes=nodes,
+                shape=shape,
+                vocab_size=self.engine.vocab_size,
+                generator=torch.Generator(model.device).manual_seed(seed),
+            )
+
+    def rounds(self) -> Iterator[TensorDictBase]:
+        """Decode until no request is left, and yield each round's step, with its results in "next"."""
+        td, empty = self.env.reset(), self.env.full_action_spec.zero()["draft"]
+        while self.env.num_active:
+            action = td.set("draft", empty) if self.policy is None else self.policy(td)
+            step, td = self.env.step_and_maybe_reset(action)
+            yield step

@@ -1,0 +1,105 @@
+"""How the tokens of a request are drawn: its parameters, and those of a batch of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request wants its completion.
+
+    Attributes:
+        temperature: Divides the logits; 0 decodes greedily, whatever top-k, top-p and seed say.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
+        seed: Key of the request's noise. The same seed, prompt and parameters give the same text.
+        max_tokens: Token budget of the completion.
+        stop: Strings that end the completion, at the token that completes one. A single string is one stop string.
+
+    Raises:
+        ValueError: A field is out of its range.
+
+    Example:
+        >>> SamplingParams(temperature=0.7, top_p=0.9, seed=5, stop="END")
+        SamplingParams(temperature=0.7, top_k=0, top_p=0.9, seed=5, max_tokens=128, stop=('END',))
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 128
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler could serve."""
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} is {value!r}; give a number")
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} is {value!r}; give an integer")
+        if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
+            raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
+        if not 0 <= self.top_k < 2**63:
+            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 turns it off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
+        if isinstance(self.stop, bytes) or not isinstance(self.stop, Iterable):
+            raise ValueError(f"stop is {self.stop!r}; give a string or a sequence of strings")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop has {text!r}; give strings that are not empty")
+        object.__setattr__(self, "stop", stop)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """The law and the noise of a batch of slots, one tensor of shape ``[B]`` for each field of theirs.
+
+    Attributes:
+        temperature: float32.
+        top_k: int64.
+        top_p: float32.
+        seed: int64.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+
+    @classmethod
+    def from_params(
+        cls, params: Sequence[SamplingParams | None], device: torch.device | str | None = None
+    ) -> SamplingBatch:
+        """Stack the parameters of the slots; None, an empty slot, decodes greedily.
+
+        Example:
+            >>> SamplingBatch.from_params([SamplingParams(temperature=1.0, seed=3), None]).seed
+            tensor([3, 0])
+        """
+        filled = [each or SamplingParams() for each in params]
+
+        def stack(name: str) -> Tensor:
+            dtype = torch.float32 if name in ("temperature", "top_p") else torch.int64
+            return torch.tensor([getattr(each, name) for each in filled], dtype=dtype, device=device)
+
+        return cls(*(stack(field.name) for field in fields(cls)))
+
+    def __getitem__(self, rows: Tensor) -> SamplingBatch:
+        """Return the parameters of some of the slots."""
+        return SamplingBatch(*(getattr(self, field.name)[rows] for field in fields(self)))

@@ -1,0 +1,249 @@
+"""LLM: its text is that of plain decoding, its prompts fail one by one, and it learns from what it served."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
+from aurora_rl.envs import SpecDecodeEnv
+from aurora_rl.models.loading import encode_chat, load_target
+from aurora_rl.policies import save_drafter
+
+CHAT = [{"role": "user", "content": "Hello"}]
+SHORT = SamplingParams(max_tokens=24)
+
+
+def llm(folder: Path, drafter: object = "eagle3", **settings: object) -> LLM:
+    return LLM(folder, drafter=drafter, dtype="float64", device="cpu", **{"num_slots": 2, **settings})
+
+
+@pytest.fixture(scope="module")
+def drafted(tiny_folder: Path) -> LLM:
+    return llm(tiny_folder, record=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path) -> LLM:
+    return llm(tiny_folder, None)
+
+
+def by_transformers(
+    folder: Path, prompts: list[object], count: int, dtype: torch.dtype = torch.float64
+) -> list[list[int]]:
+    model, tokenizer = load_target(folder, dtype=dtype, device="cpu")
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([encoded(tokenizer, prompt)])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
+        texts.append(out[0, ids.shape[1] :].tolist())
+    return texts
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: object) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return encode_chat(tokenizer, prompt) if isinstance(prompt[0], dict) else list(prompt)
+
+
+def texts(completions: list[Completion]) -> list[list[int]]:
+    return [completion.tokens.tolist() for completion in completions]
+
+
+PROMPTS = ["Once upon", CHAT, [5, 6, 7], [*CHAT, {"role": "assistant", "content": "Hi"}, *CHAT], "x"]
+
+
+@pytest.mark.parametrize("drafter", ["eagle3", "ngram", None])
+def test_the_text_is_that_of_transformers(tiny_folder: Path, drafter: str | None) -> None:
+    served = llm(tiny_folder, drafter)
+    completions = served.generate(PROMPTS, SHORT)
+    assert texts(completions) == by_transformers(tiny_folder, PROMPTS, 24)
+    for completion in completions:
+        assert completion.text == served.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        assert completion.finish_reason == ("length" if len(completion.tokens) == 24 else "stop")
+        assert completion.error is None and completion.trajectory is None
+        if drafter != "ngram":  # which may find nothing
+            assert (completion.acceptance_length is None) == (drafter is None)
+
+
+def test_samples_are_those_of_plain_decoding_in_trees_too(tiny_folder: Path, plain: LLM) -> None:
+    params = [SamplingParams(1.0, top_k=k, top_p=0.95, seed=seed, max_tokens=20) for seed, k in enumerate((0, 3, 9))]
+    trees = llm(tiny_folder, shape=TreeShape(3, 2, mode="sampled"))
+    found = texts(trees.generate(["abc"] * 3, params))
+    assert found == texts(plain.generate(["abc"] * 3, params)) and len(set(map(tuple, found))) == 3
+    again = trees.generate("abc", params[1])
+    assert texts(again) == [found[1]]  # whatever else is served, and where
+
+
+@pytest.mark.parametrize("prompt", ["one", [4, 5], torch.tensor([4, 5]), CHAT])
+def test_one_prompt_is_a_list_of_one(plain: LLM, prompt: object) -> None:
+    assert len(plain.generate(prompt, SHORT)) == 1
+
+
+def test_nothing_asked_is_nothing_answered(plain: LLM) -> None:
+    assert plain.generate([]) == [] and list(plain.stream([])) == []
+
+
+def test_acceptance_is_what_was_recorded(drafted: LLM) -> None:
+    for completion in drafted.generate(PROMPTS, SHORT):
+        assert completion.trajectory is not None
+        anchor, tokens = completion.trajectory["rounds", "anchor"], completion.trajectory["sequence", "tokens"]
+        assert completion.acceptance_length == pytest.approx((len(tokens) - 1 - int(anchor[0])) / len(anchor))
+
+
+def test_a_prompt_that_fails_ends_no_other(drafted: LLM) -> None:
+    bad = {
+        "empty": ([], "the prompt is empty; give at least one token"),
+        "unknown": ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
+        "long": ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
+        "chat": ([*CHAT, 5], "the prompt cannot be encoded: TypeError"),
+        "kind": (None, "the prompt cannot be encoded: TypeError"),
+        "float": ([1.5, 2.0], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
+        "nested": ([[1, 2]], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
+    }
+    mixed = [part for prompt, _ in bad.values() for part in (prompt, "good")]
+    completions = drafted.generate(mixed, SHORT)
+    expected = texts(drafted.generate("good", SHORT))
+    assert texts(completions[1::2]) == expected * len(bad)
+    for completion, (_, message) in zip(completions[::2], bad.values(), strict=True):
+        assert completion.finish_reason == "error" and completion.text == ""
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(completion.error)
+    assert [c.finish_reason for c in drafted.generate([prompt for prompt, _ in bad.values()])] == ["error"] * len(bad)
+
+
+def test_parameters_are_one_or_as_many_as_the_prompts(plain: LLM) -> None:
+    with pytest.raises(ValueError, match="there are 2 prompts and 3 SamplingParams; give one, or as many"):
+        plain.generate(["a", "b"], [SHORT] * 3)
+    lengths = [len(t) for t in texts(plain.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (3, 5)]))]
+    assert lengths == [3, 5]
+
+
+def test_chunks_make_up_the_completions(drafted: LLM) -> None:
+    params = replace(SHORT, temperature=1.0)  # random bytes, many of them parts of characters
+    chunks = list(drafted.stream(PROMPTS, params))
+    completions = drafted.generate(PROMPTS, params)
+    assert sum(len(chunk.tokens) > 1 for chunk in chunks) + len(completions) < len(chunks)
+    for index, completion in enumerate(completions):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert [token for chunk in own for token in chunk.tokens] == completion.tokens.tolist()
+        assert "".join(chunk.text for chunk in own) == completion.text
+        assert [chunk.completion is not None for chunk in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].completion.text == completion.text
+
+
+def test_a_stop_string_ends_the_text_before_it(drafted: LLM) -> None:
+    # Random texts of single bytes, so that most are no whole characters.
+    found = [
+        (p, c.text, re.search(r"[ -~]{3}", c.text))
+        for p, c in zip(PROMPTS, drafted.generate(PROMPTS, SHORT), strict=True)
+    ]
+    prompt, text, stop = next(each for each in found if each[2])
+    params = replace(SHORT, stop=("never there", stop[0]))
+    (cut,) = drafted.generate([prompt], params)
+    assert cut.finish_reason == "stop" and cut.text == text[: stop.start()]
+    assert "".join(chunk.text for chunk in drafted.stream([prompt], params)) == cut.text
+
+
+def test_a_stream_that_is_left_drops_its_requests(drafted: LLM) -> None:
+    expected = texts(drafted.generate("good", SHORT))
+    stream = drafted.stream(PROMPTS, SHORT)
+    next(stream)
+    with pytest.raises(RuntimeError, match=r"a stream of this LLM is still open; read it to its end, or close\(\) it"):
+        drafted.generate("good", SHORT)
+    stream.close()
+    assert texts(drafted.generate("good", SHORT)) == expected
+
+
+def test_it_learns_from_what_it_served(tiny_folder: Path) -> None:
+    served = llm(tiny_folder, record=True)
+    before = served.generate(PROMPTS, SHORT)
+    for _ in range(6):
+        served.learn(before, [{"name": "imitation", "steps": 3}], replay=8)
+    after = served.generate(PROMPTS, SHORT)
+    assert texts(after) == texts(before)
+
+    def acceptance(completions: list[Completion]) -> float:
+        return sum(completion.acceptance_length for completion in completions) / len(completions)
+
+    assert acceptance(after) > acceptance(before) + 0.5
+    assert after[0].trajectory["rounds", "policy_version"].unique().tolist() == [6]
+
+
+def test_there_must_be_something_to_learn_from(plain: LLM, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="there is no drafter to train; name one, such as"):
+        plain.learn([])
+    silent = llm(tiny_folder)
+    with pytest.raises(ValueError, match="no completion has a trajectory to learn from; make the LLM with record=True"):
+        silent.learn(silent.generate("abc", SHORT))
+
+
+def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_path: Path, plain: LLM) -> None:
+    model, _ = load_target(tiny_folder, dtype=torch.float64, device="cpu")
+    own = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(50))
+    save_drafter(own, tmp_path / "saved")
+    expected = texts(plain.generate(PROMPTS, SHORT))
+    for drafter, rows in (("eagle3", 300), (str(tmp_path / "saved"), 50), (tmp_path / "saved", 50), (own, 50)):
+        served = llm(tiny_folder, drafter)
+        assert len(served.drafter.draft_vocab) == rows
+        assert texts(served.generate(PROMPTS, SHORT)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; give auto, float32"),
+        ({"dtype": "double precision"}, "dtype is 'double precision'; give auto, float32"),
+        ({"drafter": "medusa", "num_speculative_tokens": 9}, "the trees are 9 deep, and this drafter drafts [0-9]+ "),
+        ({"drafter": "eagel3"}, "no drafter is called 'eagel3'; did you mean 'eagle3'"),
+        ({"drafter": "/no/such/folder"}, "/no/such/folder"),
+        ({"max_length": 513}, r"max_length must lie in 2\.\.512"),
+    ],
+)
+def test_what_cannot_be_is_named(tiny_folder: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(tiny_folder, **{"drafter": "eagle3", "device": "cpu", **settings})
+
+
+def test_a_drafter_that_fails_ends_no_request(
+    tiny_folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(Eagle3Drafter, "propose", broken)
+    completions = llm(tiny_folder).generate(PROMPTS, SHORT)
+    assert texts(completions) == texts(plain.generate(PROMPTS, SHORT)) and "out of order" in caplog.text
+
+
+def test_an_engine_that_fails_leaves_a_model_that_serves(
+    tiny_folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, rounds = llm(tiny_folder), []
+    round = SpecDecodeEnv._round
+
+    def failing(*arguments: object) -> None:
+        rounds.append(1)
+        if len(rounds) == 3:
+            raise MemoryError("no room")
+        round(*arguments)
+
+    monkeypatch.setattr(SpecDecodeEnv, "_round", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        served.generate(PROMPTS, SHORT)
+    assert texts(served.generate(PROMPTS, SHORT)) == texts(plain.generate(PROMPTS, SHORT))
+
+
+@pytest.mark.smollm2
+def test_the_embedded_model_counts(smollm2_path: Path) -> None:
+    served = LLM(smollm2_path, drafter="ngram", dtype="float32", max_length=256)
+    chat = [{"role": "user", "content": "Repeat after me: one two three one two three one two three"}]
+    (completion,) = served.generate(chat, SamplingParams(max_tokens=24))
+    assert [completion.tokens.tolist()] == by_transformers(smollm2_path, [chat], 24, torch.float32)
+    assert "".join(chunk.text for chunk in served.stream(chat, SamplingParams(max_tokens=24))) == completion.text
+    assert "<|" not in completion.text and completion.acceptance_length > 1.2

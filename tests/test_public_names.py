@@ -1,0 +1,63 @@
+"""What `import aurora_rl` gives: sixteen names, at once and without torch; and paths that moved name the new one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+import aurora_rl
+from aurora_rl._moved import MOVED
+
+NAMES = [name for name in aurora_rl.__all__ if name != "__version__"]
+
+
+def test_the_import_alone_is_fast_and_loads_no_torch() -> None:
+    code = """if True:
+        import sys, time
+        began = time.process_time()
+        import aurora_rl
+        seconds = time.process_time() - began
+        names = dir(aurora_rl)
+        print(seconds, "torch" in sys.modules, set(aurora_rl.__all__) <= set(names))
+        aurora_rl.LLM
+        print("torch" in sys.modules)
+    """
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    seconds, torch, listed, torch_later = out.split()
+    assert float(seconds) < 0.3 and torch == "False" and listed == "True" and torch_later == "True"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_there_and_has_an_example(name: str) -> None:
+    thing = getattr(aurora_rl, name)
+    assert thing.__name__ == name and ">>> " in thing.__doc__
+    assert "+SKIP" not in thing.__doc__
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert aurora_rl.__version__ == importlib.metadata.version("aurora-rl")
+
+
+def test_other_names_are_refused_as_usual() -> None:
+    with pytest.raises(AttributeError, match="module 'aurora_rl' has no attribute 'LLn'"):
+        aurora_rl.LLn  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'LLn'"):
+        exec("from aurora_rl import LLn")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'aurora_rl.no_such_module'"):
+        importlib.import_module("aurora_rl.no_such_module")
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_path_that_moved_names_the_new_one(old: str) -> None:
+    new = f"aurora_rl.{MOVED[old]}"
+    assert importlib.util.find_spec(new) is not None
+    with pytest.raises(ModuleNotFoundError, match=rf"^aurora_rl\.{old} is {new} now$"):
+        importlib.import_module(f"aurora_rl.{old}")
+    if "." not in old:
+        with pytest.raises(ModuleNotFoundError, match=rf"^aurora_rl\.{old} is {new} now$"):
+            exec(f"from aurora_rl import {old}")

@@ -1,0 +1,63 @@
+"""Parameters of a request: out of range they name value and cure, and of a batch they are stacked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from aurora_rl.sampling_params import SamplingBatch, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "cure"),
+    [
+        ("temperature", -0.5, "give a finite number >= 0"),
+        ("temperature", math.inf, "give a finite number >= 0"),
+        ("temperature", math.nan, "give a finite number >= 0"),
+        ("temperature", 10**39, "give a finite number >= 0"),  # no float32
+        ("top_k", -1, "0 <= top_k"),
+        ("top_k", 2**63, r"0 <= top_k < 2\*\*63"),
+        ("top_k", 2.5, "give an integer"),
+        ("top_k", True, "give an integer"),
+        ("seed", 1.0, "give an integer"),
+        ("top_p", None, "give a number"),
+        ("top_p", 0.0, "0 < top_p <= 1"),
+        ("top_p", 1.5, "0 < top_p <= 1"),
+        ("top_p", math.nan, "0 < top_p <= 1"),
+        ("max_tokens", 0, "give an integer >= 1"),
+        ("max_tokens", None, "give an integer"),
+        ("seed", -1, r"0 <= seed < 2\*\*63"),
+        ("seed", 2**63, r"0 <= seed < 2\*\*63"),
+    ],
+)
+def test_params_out_of_range_name_value_and_cure(field: str, value: Any, cure: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is {value}; .*{cure}"):
+        SamplingParams(**{field: value})
+
+
+def test_batch_of_params() -> None:
+    batch = SamplingBatch.from_params([SamplingParams(0.5, 7, 0.25, 2**63 - 1), None])
+    assert batch.temperature.tolist() == [0.5, 0.0] and batch.temperature.dtype == torch.float32
+    assert batch.top_k.tolist() == [7, 0] and batch.top_k.dtype == torch.int64
+    assert batch.top_p.tolist() == [0.25, 1.0] and batch.top_p.dtype == torch.float32
+    assert batch.seed.tolist() == [2**63 - 1, 0] and batch.seed.dtype == torch.int64
+
+
+@pytest.mark.parametrize("stop", [("",), ("a", ""), (3,), ("a", None)])
+def test_a_stop_string_that_every_text_or_none_has_is_refused(stop: tuple) -> None:
+    with pytest.raises(ValueError, match="stop has .*; give strings that are not empty"):
+        SamplingParams(stop=stop)
+
+
+@pytest.mark.parametrize("stop", [None, 3, b"x"])
+def test_a_stop_that_is_no_string_and_no_strings_is_refused(stop: object) -> None:
+    with pytest.raises(ValueError, match=f"stop is {stop!r}; give a string or a sequence of strings"):
+        SamplingParams(stop=stop)  # type: ignore[arg-type]
+
+
+def test_a_string_is_one_stop_string() -> None:
+    assert SamplingParams(stop="abc").stop == ("abc",) == SamplingParams(stop=["abc"]).stop
+    assert SamplingParams().stop == ()
