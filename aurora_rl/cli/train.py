@@ -18,28 +18,23 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 from torchrl.objectives import LossModule
-from typing_extensions import override
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.cli.output import plain_console
-from aurora_rl.cli.progress import Watch, watch
+from aurora_rl.cli.progress import watch
+from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
-from aurora_rl.envs import generation_processors
 from aurora_rl.memory import return_freed_memory
-from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
-from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.report import write_summary
 from aurora_rl.telemetry.view import every
 from aurora_rl.training.offline import OfflineTrainer, replay_groups
 from aurora_rl.training.optimizers import drafter_optimizers
-from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt
 
 _PROMPTS = 64  # that shape the draft vocabulary
@@ -69,7 +64,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
     _settle(arguments)
     spec, began = resolve(config), time.monotonic()
-    prompts = [] if arguments.recording else _questions(traffic(config))
+    prompts = [] if arguments.recording else questions(traffic(config))
     folder = None
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
@@ -93,22 +88,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         return 130
     training.report(time.monotonic() - began)
     return 0
-
-
-def _questions(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """What the target answers: chats without their last answer, if they have one.
-
-    Later turns that depend on the target's answers, and strings that end them, are for serving.
-    """
-    questions = []
-    for prompt in prompts:
-        messages = prompt.messages
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise ConfigError(f"traffic.path: chat {prompt.id!r} has answers only; put a question before them")
-        questions.append(replace(prompt, messages=messages, follow_ups=(), stop=()))
-    return questions
 
 
 # ---- what is the same when a training is resumed ------------------------------------------------------------------
@@ -181,20 +160,20 @@ def _start(
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
         target, day0 = load(spec), run_dir / "drafter-day0"
         requests = None if folders else request_queue(spec, target, prompts)
-        first = requests.first_prompts(_PROMPTS) if requests is not None else _recorded_prompts(folders)
+        first = requests.first_prompts(_PROMPTS) if requests is not None else recorded_prompts(folders, _PROMPTS)
         started = day0.is_dir()
         if started:
             settings = replace(spec.config.drafter, path=str(day0))
             spec = replace(spec, config=replace(spec.config, drafter=settings))
         drafter = start_drafter(spec, target, first)
         loss, optimizers = _objectives(spec, target, drafter)
-        recordings = [_open(folder, target, drafter) for folder in folders]
+        recordings = [open_recording(folder, target, drafter) for folder in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
         _check_enough(sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size)
         if not started:
             drafter.save_pretrained(day0)
     if requests is not None:
-        recordings = [_record(spec, target, requests, drafter, run_dir / "recording", console)]
+        recordings = [record_answers(spec, target, requests, drafter, run_dir / "recording", console)]
     del target
     return_freed_memory(collect=True)
     parts = [_split(len(recording), arguments.held_out) for recording in recordings]
@@ -246,35 +225,6 @@ def _check_enough(count: int, batch_size: int) -> None:
         )
 
 
-def _recorded_prompts(folders: Sequence[Path]) -> list[list[int]]:
-    """The first prompts of all recordings, as many of each."""
-    prompts: list[list[int]] = []
-    for folder in folders:
-        recording = TrajectoryDataset(folder)
-        if not len(recording):
-            raise ConfigError(f"--recording {folder} holds no trajectories; learner.record={folder} records a run's")
-        for index in range(min(len(recording), -(-_PROMPTS // len(folders)))):
-            sequence = recording[index]["sequence"]
-            prompts.append(sequence["tokens"][: int(sequence["prompt_length"])].tolist())
-    return prompts
-
-
-def _open(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
-    """A recording whose first trajectory fits the target and the drafter."""
-    width = target.parts.head.weight.shape[1]
-    try:
-        recording = TrajectoryDataset(folder, drafter.feature_layers)
-        validate(
-            recording[0],
-            vocab_size=len(target.parts.head),
-            hidden_size=width,
-            feature_size=width * len(drafter.feature_layers),
-        )
-    except ValueError as error:
-        raise ConfigError(f"--recording {folder}: {error}") from error
-    return recording
-
-
 def _objectives(spec: RunSpec, target: Target, drafter: Drafter) -> tuple[LossModule, list[torch.optim.Optimizer]]:
     # A copy: an engine changes the form of the target's weights in place. Autocast multiplies the head in bfloat16.
     head, settings = copy.deepcopy(target.parts.head), spec.config.learner
@@ -288,45 +238,6 @@ def _objectives(spec: RunSpec, target: Target, drafter: Drafter) -> tuple[LossMo
         return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     except ValueError as error:
         raise ConfigError(f"drafter.name={spec.config.drafter.name}: {error}") from error
-
-
-class _Watched(TrajectoryDataset):
-    """A recording whose growth is shown."""
-
-    watch: Watch
-
-    @override
-    def append(self, trajectory: TensorDict) -> None:
-        super().append(trajectory)
-        self.watch.tell(len(self))
-
-
-def _record(
-    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
-) -> TrajectoryDataset:
-    """Serve the requests that are not recorded yet by the embedded engine, with the drafter as it starts."""
-    config, model = spec.config, target.model
-    stop_tokens = stop_token_ids(model, target.tokenizer)
-    try:
-        processors = generation_processors(model, stop_tokens) if config.generation_config == "auto" else None
-    except ValueError as error:
-        raise ConfigError(f"model={config.model}: {error}") from error
-    for reason in requests.failed:
-        console.print(f"not recorded: {reason}", soft_wrap=True)
-    waiting, recording = list(iter(requests, None)), _Watched(folder, drafter.feature_layers)
-    with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
-        record(
-            model,
-            drafter,
-            waiting,
-            recording,
-            shape=spec.tree,
-            slots=config.engine.slots,
-            stop_tokens=stop_tokens,
-            processors=processors,
-            seed=config.seed,
-        )
-    return recording
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""Recordings to learn from: opened, or made by letting the target answer chats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from tensordict import TensorDict
+from typing_extensions import override
+
+from aurora_rl.cli.config import ConfigError
+from aurora_rl.cli.progress import Watch, watch
+from aurora_rl.cli.spec import RunSpec, Target
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.envs import generation_processors
+from aurora_rl.models.loading import stop_token_ids
+from aurora_rl.policies import Drafter
+from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.trajectories import validate
+from aurora_rl.workload.traffic import Prompt
+
+
+def questions(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return what the target is to answer: the chats without their last answer, if they have one.
+
+    Follow-ups and stop strings are left out: they are for serving.
+
+    Raises:
+        ConfigError: A chat has nothing but answers.
+    """
+    asked = []
+    for prompt in prompts:
+        messages = prompt.messages
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise ConfigError(f"traffic.path: chat {prompt.id!r} has answers only; put a question before them")
+        asked.append(replace(prompt, messages=messages, follow_ups=(), stop=()))
+    return asked
+
+
+def recorded_prompts(folders: Sequence[Path], count: int) -> list[list[int]]:
+    """Return about ``count`` of the first prompts of recordings, as many of each."""
+    prompts: list[list[int]] = []
+    for folder in folders:
+        recording = TrajectoryDataset(folder)
+        if not len(recording):
+            raise ConfigError(f"--recording {folder} holds no trajectories; learner.record={folder} records a run's")
+        for index in range(min(len(recording), -(-count // len(folders)))):
+            sequence = recording[index]["sequence"]
+            prompts.append(sequence["tokens"][: int(sequence["prompt_length"])].tolist())
+    return prompts
+
+
+def open_recording(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
+    """Open a recording, and check that its first trajectory fits the target and the drafter."""
+    width = target.parts.head.weight.shape[1]
+    try:
+        recording = TrajectoryDataset(folder, drafter.feature_layers)
+        validate(
+            recording[0],
+            vocab_size=len(target.parts.head),
+            hidden_size=width,
+            feature_size=width * len(drafter.feature_layers),
+        )
+    except ValueError as error:
+        raise ConfigError(f"--recording {folder}: {error}") from error
+    return recording
+
+
+class _Watched(TrajectoryDataset):
+    """A recording whose growth is shown."""
+
+    watch: Watch
+
+    @override
+    def append(self, trajectory: TensorDict) -> None:
+        super().append(trajectory)
+        self.watch.tell(len(self))
+
+
+def record_answers(
+    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
+) -> TrajectoryDataset:
+    """Serve the requests that are not recorded yet by the embedded engine, with the drafter as it starts."""
+    config, model = spec.config, target.model
+    stop_tokens = stop_token_ids(model, target.tokenizer)
+    try:
+        processors = generation_processors(model, stop_tokens) if config.generation_config == "auto" else None
+    except ValueError as error:
+        raise ConfigError(f"model={config.model}: {error}") from error
+    for reason in requests.failed:
+        console.print(f"not recorded: {reason}", soft_wrap=True)
+    waiting, recording = list(iter(requests, None)), _Watched(folder, drafter.feature_layers)
+    with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
+        record(
+            model,
+            drafter,
+            waiting,
+            recording,
+            shape=spec.tree,
+            slots=config.engine.slots,
+            stop_tokens=stop_tokens,
+            processors=processors,
+            seed=config.seed,
+        )
+    return recording
