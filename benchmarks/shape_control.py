@@ -3,7 +3,7 @@
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
 weights are learned here: the useless drafter is the trained one with the rows of its draft heads permuted, and the
 improving one is swapped in by steps between an untrained and a trained checkpoint of one draft vocabulary. With
-``--drafter hybrid`` both are served with n-grams, and n-grams alone are a choice of the controller.
+``--lookup 2`` lookup is merged into the trees of both, and lookup alone is a choice of the controller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, get_drafter
+from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
@@ -48,10 +48,6 @@ class Script:
         pass
 
 
-def load(options: argparse.Namespace, folder: str, parts: TargetParts) -> Drafter:
-    return load_drafter(folder, parts, get_drafter(options.drafter) if options.drafter else None)
-
-
 def serve(
     options: argparse.Namespace,
     folder: Path,
@@ -64,7 +60,7 @@ def serve(
     """Serve the prompts in parts, each of a name, a number of requests and how many are in flight at once."""
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
-    drafter = load(options, options.trained, TargetParts.of(model))
+    drafter = load_drafter(options.trained, TargetParts.of(model))
     drafter.install(first)
     drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     source = RequestQueue(
@@ -78,9 +74,9 @@ def serve(
     usual = Request(0, torch.tensor(source.first_prompts(1)[0]), options.max_new_tokens)
     slots = max(in_flight for _, _, in_flight in parts)
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
-    most = TreeShape(options.depth, options.width, options.nodes)
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=most.most_nodes, shape=most)
-    tried = TreeController.candidates(most, free=drafter.min_depth > 0)
+    most = TreeShape(options.depth, options.width, options.nodes, lookup=options.lookup)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=most.num_nodes, shape=most)
+    tried = TreeController.candidates(most)
     costs = measure_rounds(engine, policy, usual, tried) if adaptive else {}
     ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
     asked = 0
@@ -99,7 +95,7 @@ def serve(
     env = SpecDecodeEnv(
         engine,
         requests,
-        num_nodes=most.most_nodes,
+        num_nodes=most.num_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
         on_completion=lambda completion: server.completed(completion),
     )
@@ -119,7 +115,7 @@ def serve(
     while (here := part()) < len(parts) and server.step():
         if server.rounds[-1].speculative:
             shape = policy.shape
-            name = f"{shape.depth}x{shape.width}{' free' * shape.free}"  # as in the table of costs
+            name = f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}"  # as in the table of costs
             chosen[here][name if shape.depth else "none"] += 1
     return {
         "controller": adaptive,
@@ -157,7 +153,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trained", required=True, help="trained drafter, such as RUN_DIR/drafter")
     parser.add_argument("--untrained", required=True, help="what it started from, such as RUN_DIR/drafter-day0")
-    parser.add_argument("--drafter", help="architecture to serve them as, such as hybrid; by default their own")
+    parser.add_argument("--lookup", type=int, default=2, help="most tokens that are looked up for a tree; 0 for none")
     parser.add_argument("--streams", default="useless,improving,batch")
     parser.add_argument("--slots", type=int, default=2, help="of the useless and the improving drafter")
     parser.add_argument("--depth", type=int, default=4)
@@ -168,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, _ = load_target("smollm2", dtype=torch.float32, device="cpu")
     target = TargetParts.of(model)
-    drafters = [load(options, folder, target).requires_grad_(False) for folder in (options.trained, options.untrained)]
+    drafters = [load_drafter(folder, target).requires_grad_(False) for folder in (options.trained, options.untrained)]
     trained, untrained = (drafter.published() for drafter in drafters)
     rows = torch.randperm(len(drafters[0].draft_vocab), generator=torch.Generator().manual_seed(0))
     del model, drafters
@@ -207,7 +203,7 @@ def main() -> None:
                 result[f"{name}, {'controller' if adaptive else 'fixed shape'}"] = cell
                 print(name, cell, flush=True)
     shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
-    figures_of_run = {"threads": options.threads, "drafter": options.drafter, "most": shape, "streams": result}
+    figures_of_run = {"threads": options.threads, "lookup": options.lookup, "most": shape, "streams": result}
     write_result(__file__, options, figures_of_run)
 
 

@@ -20,7 +20,7 @@ from common import arguments, parse, prompts, write_result
 
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import DrafterPolicy, HybridDrafter, TargetParts, TreeShape
+from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
@@ -34,8 +34,6 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     parts = TargetParts.of(model)
     drafter = load_drafter(options.drafter, parts)
-    if options.lookup:
-        drafter = HybridDrafter(drafter, options.lookup)
     drafter = drafter.to(options.device, dtype).eval().requires_grad_(False)
     weights = [copy.deepcopy(drafter.published())]
     if options.swap_to:
@@ -50,15 +48,15 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         sampling=SamplingParams(),
     )
     engine = TransformersEngine(model, num_slots=slots, max_length=1024, feature_layers=drafter.feature_layers)
-    shape = TreeShape(options.depth, options.width, options.nodes)
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
+    shape = TreeShape(options.depth, options.width, options.nodes, lookup=options.lookup)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
     policy.rebuild_on_install = rebuild
     usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), options.max_new_tokens)
     costs = measure_rounds(engine, policy, usual, TreeController.candidates(shape))
     env = SpecDecodeEnv(
         engine,
         requests,
-        num_nodes=shape.most_nodes,
+        num_nodes=shape.num_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
         on_completion=lambda completion: server.completed(completion),
     )
@@ -113,7 +111,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int)
-    parser.add_argument("--lookup", type=int, default=2, help="most tokens of n-grams in a tree; 0 for none")
+    parser.add_argument("--lookup", type=int, default=2, help="most tokens that are looked up for a tree; 0 for none")
     parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
     parser.add_argument("--swap-to", help="another drafter of the same draft vocabulary")
     options = parse(parser)

@@ -45,13 +45,13 @@ def main() -> None:
     env = SpecDecodeEnv(
         engine,
         lambda: queue.pop(0) if queue else None,
-        num_nodes=shape.budget,
+        num_nodes=shape.num_nodes,
         stop_tokens=stop_tokens,
         processors=generation_processors(model, stop_tokens),
         on_completion=lambda completion: finished.append(completion.trajectory),
     )
     served = copy.deepcopy(stream.drafter).to(device, dtype).eval().requires_grad_(False)
-    policy = DrafterPolicy(served, engine.store, num_nodes=shape.budget, shape=shape)
+    policy = DrafterPolicy(served, engine.store, num_nodes=shape.num_nodes, shape=shape)
     optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
     buffer = trajectory_buffer(1000, batch_size=4)
     buffer.extend(stream.train)  # what was recorded is replayed beside what comes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -129,18 +130,19 @@ class EmbeddedServing(Serving):
         policy = DrafterPolicy(
             served,
             engine.store,
-            num_nodes=tree.most_nodes,
+            num_nodes=tree.num_nodes,
             shape=tree,
             generator=torch.Generator(device).manual_seed(config.seed),
         )
         shapes, fault = None, None
         if config.drafter.adaptive:
-            tried = TreeController.candidates(tree, free=made.min_depth > 0)
+            tried = TreeController.candidates(tree)
             try:
                 costs = measure_rounds(engine, policy, usual, tried, processors=processors)
             except DrafterFault as error:
                 fault = error
-                policy.shape = TreeShape(tree.depth, free=True) if made.min_depth else TreeShape(0, mode=tree.mode)
+                alone = replace(tree, width=1, num_nodes=tree.depth, lookup_only=True) if tree.lookup else None
+                policy.shape = alone or TreeShape(0, mode=tree.mode)
             else:
                 log.write("costs", round_ms=cost_table(costs))
                 shapes = TreeController(costs)
@@ -148,7 +150,7 @@ class EmbeddedServing(Serving):
         env = SpecDecodeEnv(
             engine,
             requests,
-            num_nodes=tree.most_nodes,
+            num_nodes=tree.num_nodes,
             draft_mode=tree.mode,
             stop_tokens=stop_tokens,
             decode=lambda tokens: str(tokenizer.decode(tokens)),
@@ -262,7 +264,7 @@ class SGLangServing(Serving):
     @staticmethod
     def _launch(config: Config, made: Drafter, context: int, run_dir: Path) -> SGLangClient:
         folder, tree = run_dir / "drafter-served", spec.shape(config)
-        room = context - reserved_context(tree.depth, tree.width, tree.budget)
+        room = context - reserved_context(tree.depth, tree.width, tree.num_nodes)
         if config.engine.max_length > room:
             raise SGLangError(
                 f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
@@ -274,7 +276,7 @@ class SGLangServing(Serving):
             drafter=folder,
             depth=tree.depth,
             width=tree.width,
-            num_nodes=tree.budget,
+            num_nodes=tree.num_nodes,
             slots=config.engine.slots,
             max_length=config.engine.max_length,
             dtype=str(spec.dtype_of(config)).removeprefix("torch."),

@@ -291,8 +291,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
     target = spec.load(config)
     settings = config.drafter
     # Drafters that have names recognize their folders. Of others only the user may say what is imported.
-    name = str(settings.options.get("learned", settings.name))
-    kind = get_drafter(settings.name) if ":" in name else None
+    kind = get_drafter(settings.name) if ":" in settings.name else None
     drafter = load_drafter(
         arguments.drafter,
         target.parts,

@@ -158,7 +158,7 @@ def record(
     env = SpecDecodeEnv(
         engine,
         lambda: waiting.pop(0) if waiting else None,
-        num_nodes=max(shape.most_nodes, 1),
+        num_nodes=max(shape.num_nodes, 1),
         rule=rule,
         draft_mode=shape.mode,
         stop_tokens=stop_tokens,

@@ -6,7 +6,6 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape,
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
-from aurora_rl.policies.hybrid import HybridDrafter
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
 from aurora_rl.policies.policy import DrafterPolicy
@@ -20,7 +19,6 @@ __all__ = [
     "DrafterPolicy",
     "Eagle3Drafter",
     "EagleDrafter",
-    "HybridDrafter",
     "MedusaDrafter",
     "NgramDrafter",
     "Proposal",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -24,60 +24,73 @@ from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TreeIndex, true_chains
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class TreeShape:
     """The tree that is drafted in a round.
 
     Attributes:
-        depth: longest path of the drafter's tree; 0 proposes nothing.
-        width: nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: node budget; the likeliest of the drafter's nodes by joint probability are kept.
+        depth: Longest path of the drafter's tree; 0 drafts nothing.
+        width: Nodes expanded at each depth and children tried of each; 1 is a chain.
+        num_nodes: Node budget: the drafter's likeliest nodes by joint probability are kept. None, or more than there
+            can be, stands for all nodes of this depth and width.
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
             many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
             tokens that differ.
-        free: only what the drafter proposes without a pass of its own, see :meth:`Drafter.from_text`.
+        lookup: Most tokens of the chain that is looked up in the request's own text and merged into the drafter's tree
+            (``policies.lookup``); it counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges none.
+        lookup_only: Whether the drafter rests: the whole tree, of this depth and width, is looked up.
 
     Raises:
-        ValueError: depth, width or mode out of range, or a budget that cannot hold one path.
+        ValueError: An attribute is out of range, the budget cannot hold one path, or lookup is combined with a mode
+            that samples.
 
     Example:
-        >>> TreeShape(depth=3, width=2).most_nodes, TreeShape(depth=3, width=2, num_nodes=8).budget
+        >>> TreeShape(depth=3, width=2).num_nodes, TreeShape(depth=3, width=2, num_nodes=8).num_nodes
         (10, 8)
     """
 
     depth: int
-    width: int = 1
-    num_nodes: int | None = None
-    mode: str = "topk"
-    free: bool = False
+    width: int
+    num_nodes: int
+    mode: str
+    lookup: int
+    lookup_only: bool
 
-    def __post_init__(self) -> None:
-        if self.mode not in DRAFT_MODES:
-            raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {self.mode!r}")
-        if self.depth < 0 or self.width < 1:
-            raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
-        if self.num_nodes is not None and self.num_nodes < self.depth:
-            raise ValueError(f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}")
+    def __init__(
+        self,
+        depth: int,
+        width: int = 1,
+        num_nodes: int | None = None,
+        mode: str = "topk",
+        lookup: int = 0,
+        lookup_only: bool = False,
+    ) -> None:
+        if mode not in DRAFT_MODES:
+            raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {mode!r}")
+        if depth < 0 or width < 1:
+            raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {depth}, width {width}")
+        if num_nodes is not None and num_nodes < depth:
+            raise ValueError(f"num_nodes={num_nodes} cannot hold one path of depth {depth}")
+        if lookup < 0 or (lookup_only and not lookup):
+            raise ValueError(f"lookup must be at least {int(lookup_only)}, got {lookup}")
+        if lookup and mode != "topk":
+            raise ValueError(f"lookup={lookup} adds nodes that the drafter did not draw; set it to 0 in mode {mode!r}")
+        if not depth:
+            nodes = 0
+        elif mode == "topk":
+            nodes = width + (depth - 1) * width**2
+        else:
+            nodes = depth * width
+        if num_nodes is not None:
+            nodes = min(num_nodes, nodes + lookup if depth else 0)
+        values = {"depth": depth, "width": width, "num_nodes": nodes, "mode": mode, "lookup": lookup}
+        for name, value in {**values, "lookup_only": lookup_only}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def chains(self) -> int:
         """Chains of a sampled tree."""
-        return self.width if self.num_nodes is None else min(self.width, self.num_nodes // max(self.depth, 1))
-
-    @property
-    def budget(self) -> int:
-        """Most nodes that grow to this depth and width."""
-        if self.mode != "topk":
-            return self.depth * self.chains
-        full = self.width + max(self.depth - 1, 0) * self.width**2 if self.depth else 0
-        return full if self.num_nodes is None else min(self.num_nodes, full)
-
-    @property
-    def most_nodes(self) -> int:
-        """Most nodes of a round with this tree or a shallower one, and with what a drafter merges into it."""
-        if not self.depth:
-            return 0
-        return self.budget if self.num_nodes is None else self.num_nodes
+        return min(self.width, self.num_nodes // max(self.depth, 1))
 
 
 class Proposal(NamedTuple):
@@ -132,7 +145,6 @@ class Drafter(nn.Module, ABC):
         vocab_size: of the target.
         cached: ``[B]`` int64 on the CPU, pairs held for each slot.
         max_depth: deepest node that the drafter can propose.
-        min_depth: depth that its trees may have however shallow the shape, where such nodes cost no pass.
         draft_modes: modes of :class:`TreeShape` that it can draft in.
         formats: names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: entries of a checkpoint's ``config.json`` that must be the target's.
@@ -144,7 +156,6 @@ class Drafter(nn.Module, ABC):
     """
 
     max_depth: float = math.inf
-    min_depth: int = 0
     draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
     target_sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size")
@@ -209,20 +220,6 @@ class Drafter(nn.Module, ABC):
             shape: the tree.
             generator: of the draws where the shape's mode samples; None takes PyTorch's own.
         """
-
-    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal | None:
-        """Draft for one slot from its text alone: without a pass, and whatever the cache holds.
-
-        It is what a shape that is ``free`` asks for, and what a request goes on with where :meth:`propose` failed it.
-
-        Args:
-            text: all tokens of the request so far.
-            shape: the tree.
-
-        Returns:
-            Nodes ``[1, n]``; None, the default, where the drafter has no such nodes (``min_depth`` is 0).
-        """
-        return None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -330,11 +327,6 @@ class Drafter(nn.Module, ABC):
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` is of a drafter of this class, in whichever of its :attr:`formats`."""
         return config.get("architectures") == [cls.__name__]
-
-    @classmethod
-    def saved_as(cls, options: Mapping[str, Any]) -> type[Drafter] | None:
-        """The class whose folders a drafter with these options is kept in; None where the folder has to tell."""
-        return cls
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:

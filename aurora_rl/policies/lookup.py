@@ -67,14 +67,21 @@ class Tree(NamedTuple):
     """A draft tree in topological order.
 
     Attributes:
-        tokens: of the nodes.
-        parents: likewise, −1 = root.
-        log_probs: of each node given its path; −inf where the drafter did not draw it.
+        tokens: Token of each node.
+        parents: Parent of each node, −1 = root.
+        log_probs: Log-probability of each node given its path; −inf where the drafter did not draw it.
     """
 
     tokens: list[int]
     parents: list[int]
     log_probs: list[float]
+
+    def kept(self, nodes: Sequence[int]) -> Tree:
+        """Return the tree of some of the nodes, which rise and have their parents among them."""
+        place = {-1: -1, **{node: i for i, node in enumerate(nodes)}}
+        return Tree(
+            [self.tokens[i] for i in nodes], [place[self.parents[i]] for i in nodes], [self.log_probs[i] for i in nodes]
+        )
 
 
 def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
@@ -103,7 +110,7 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
     tokens = np.asarray(text, dtype=np.int64)
     if shape.depth:
         grow(-1, 0.0, tokens)
-    while open_nodes and len(tree.tokens) < shape.budget:
+    while open_nodes and len(tree.tokens) < shape.num_nodes:
         joint, _, parent, token, log_prob, before = heapq.heappop(open_nodes)
         tree.tokens.append(token)
         tree.parents.append(parent)
@@ -113,9 +120,43 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
     return tree
 
 
-def padded(trees: Sequence[Tree], device: torch.device) -> Proposal:
-    """Trees of unequal size as a proposal, padded behind each."""
-    width = max(len(tree.tokens) for tree in trees)
+def merged(tree: Tree, found: Tree, budget: int) -> Tree:
+    """Add a tree that was looked up to a drafter's, sharing the nodes that both have.
+
+    Args:
+        tree: The drafter's.
+        found: What was looked up, at most ``budget`` nodes.
+        budget: Most nodes of the result. What was looked up displaces the drafter's least likely nodes: a repetition in
+            the text is a better guess than they are.
+
+    Returns:
+        The new tree. Nodes that were looked up alone have a log-probability of −inf.
+
+    Example:
+        >>> found = Tree([7, 8], [-1, 0], [0.0, 0.0])
+        >>> merged(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, budget=3)
+        Tree(tokens=[5, 7, 8], parents=[-1, -1, 1], log_probs=[-0.9, -0.5, -inf])
+    """
+    both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())
+    index = {pair: node for node, pair in enumerate(zip(both.parents, both.tokens, strict=True))}
+    place = {-1: -1}  # of each node that was looked up, in the result
+    for node, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
+        place[node] = index.setdefault((place[parent], token), len(both.tokens))
+        if place[node] == len(both.tokens):
+            both.tokens.append(token)
+            both.parents.append(place[parent])
+            both.log_probs.append(-math.inf)
+    joint: list[float] = []
+    for parent, log_prob in zip(both.parents, both.log_probs, strict=True):
+        joint.append(log_prob + (joint[parent] if parent >= 0 else 0.0))
+    needed = {node for node in place.values() if node >= 0}
+    # A node is no likelier than its parent and comes after it, so what is kept is a tree.
+    others = sorted((i for i in range(len(both.tokens)) if i not in needed), key=lambda i: -joint[i])
+    return both.kept(sorted(needed.union(others[: budget - len(needed)])))
+
+
+def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:
+    """Return trees of unequal size as a proposal of ``width`` columns, padded after each."""
     tokens, parents = (torch.full((len(trees), width), fill, device=device) for fill in (0, -1))
     log_probs = torch.zeros(tokens.shape, device=device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -167,34 +208,23 @@ class NgramDrafter(Drafter):
 
     @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        self.hold(slots, tokens, num_new)
-        self.cached[slots] += num_new
-
-    def hold(self, slots: Tensor, tokens: Tensor, num_new: Tensor) -> None:
-        """What :meth:`extend` does but for counting, for a drafter that counts already."""
         held, rows = self.cached[slots].tolist(), tokens.cpu().numpy()
         for slot, before, row, count in zip(slots.tolist(), held, rows, num_new.tolist(), strict=True):
             # What is held ends with the first token of the new pairs.
             self._text[slot] = np.concatenate([self._text[slot][:before], row[: count + 1]])
+        self.cached[slots] += num_new
 
-    def text(self, slot: int) -> np.ndarray:
-        """The tokens of a slot's pairs, from the first of all on."""
-        return self._text[slot][: int(self.cached[slot]) + 1]
-
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`; no nodes where nothing matches.
-
-        Raises:
-            ValueError: the shape's mode samples.
-        """
         if shape.mode not in self.draft_modes:
             raise ValueError(f"n-grams have no distribution over all tokens to draw from; mode {shape.mode!r}")
-        return padded([ngram_tree(self.text(slot), shape) for slot in slots.tolist()], self.draft_vocab.device)
+        trees = [ngram_tree(self._text[slot][: int(self.cached[slot]) + 1], shape) for slot in slots.tolist()]
+        return padded(trees, shape.num_nodes, self.draft_vocab.device)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`; without gradients, and zeros where nothing matches."""
         trees, sequence = TreeIndex.of(batch), batch["sequence", "tokens"].tolist()
         start = batch["sequence", "offset"].tolist()
         paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
@@ -211,6 +241,6 @@ class NgramDrafter(Drafter):
         return logits
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`: there are no checkpoints."""
         return False

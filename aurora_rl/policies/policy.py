@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
+from aurora_rl.policies.lookup import Tree, merged, ngram_tree, padded
 from aurora_rl.trajectories import DRAFT_MODES, ContextStore
 from aurora_rl.trees import tree_fault, valid_nodes
 
@@ -45,11 +46,12 @@ class DrafterPolicy(TensorDictModuleBase):
 
     Attributes:
         on_fault: called with a slot and what is wrong, where the drafter fails or its tree is malformed: the slot's
-            request goes on with what the drafter proposes from the text, or without speculation where that is nothing
-            or fails too. None, the default, raises the drafter's own error instead.
+            request goes on with what is looked up in its text, or without speculation where the shape has no lookup.
+            None, the default, raises the drafter's own error instead.
         speculate: False emits empty trees: plain decoding.
         drafted: ``[B]`` bool, slots that the drafter drafted for in the last call, if only an empty tree.
-        from_text: the same of its drafts from the text, which took the place of its own or were asked for alone.
+        looked_up: ``[B]`` bool, slots whose whole tree was looked up in the last call, if only an empty one: the
+            drafter failed their requests, or the shape is ``lookup_only``.
         rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
     """
 
@@ -79,9 +81,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
-        # Of slots' requests: whether the drafter failed them, and whether its drafts from the text did.
-        self._refused, self._mute = torch.zeros(2, store.num_slots, dtype=torch.bool)
-        self.drafted, self.from_text = torch.zeros(2, store.num_slots, dtype=torch.bool)
+        self._refused = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
+        self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -93,8 +94,8 @@ class DrafterPolicy(TensorDictModuleBase):
 
     @shape.setter
     def shape(self, shape: TreeShape) -> None:
-        if shape.most_nodes > self.num_nodes:
-            raise ValueError(f"a tree of {shape.most_nodes} nodes does not fit the policy's num_nodes={self.num_nodes}")
+        if shape.num_nodes > self.num_nodes:
+            raise ValueError(f"a tree of {shape.num_nodes} nodes does not fit the policy's num_nodes={self.num_nodes}")
         self._shape = shape
 
     def stage(self, weights: dict[str, Tensor], version: int) -> Callable[[], None]:
@@ -165,7 +166,6 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self._refused &= ~fresh
-            self._mute &= ~fresh
             self._forget(fresh.nonzero().flatten())
         # An empty cache has no older rows: what is put into it now is of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
@@ -180,15 +180,15 @@ class DrafterPolicy(TensorDictModuleBase):
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.
         ready = store.lengths > 1
-        self.drafted, self.from_text = torch.zeros(2, store.num_slots, dtype=torch.bool)
+        self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         if self.speculate and self.shape.depth:
             slots = (ready & ~self._refused).nonzero().flatten()
-            if len(slots) and not self.shape.free:
+            if len(slots) and not self.shape.lookup_only:
                 self._fill(draft, slots)
                 self.drafted = ready & ~self._refused
-            # Those that the drafter failed just now are among them.
-            for slot in (ready & ~self._mute & (self._refused | self.shape.free)).nonzero().flatten():
-                self._fill_from_text(draft, slot)
+            if self.shape.lookup:
+                self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
+                self._look_up(draft)
         return TensorDict(draft, batch_size=shape[:1])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
@@ -208,17 +208,26 @@ class DrafterPolicy(TensorDictModuleBase):
                 # It fails slots together only: that would come again each round, and cost all their caches.
                 self._refuse(slots, error)
 
-    def _fill_from_text(self, draft: dict[str, Tensor], slot: Tensor) -> None:
-        """Draft for a slot without the drafter's cache, which catches up when it is wanted again."""
-        text = self._store.tokens[slot, : self._store.lengths[slot]].tolist()
-        try:
-            proposal = self.drafter.from_text(text, self.shape)
-            if proposal is not None:
-                self._write(draft, slot[None], proposal)
-                self.from_text[slot] = True
-        except Exception as error:  # whatever a drafter does, the requests are served
-            self._mute[slot] = True
-            self._refuse(slot[None], error)
+    def _look_up(self, draft: dict[str, Tensor]) -> None:
+        """Merge what is looked up in each slot's text into its tree, which is empty where the drafter did not draft."""
+        shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
+        chain = TreeShape(min(shape.lookup, shape.num_nodes))
+        found: dict[int, Tree] = {}
+        for slot in (self.drafted | self.looked_up).nonzero().flatten().tolist():
+            tree = ngram_tree(texts[slot, : lengths[slot]], chain if self.drafted[slot] else shape)
+            if tree.tokens:
+                found[slot] = tree
+        if not found:
+            return
+        device = draft["tokens"].device
+        rows, trees = torch.tensor(list(found), device=device), []
+        held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
+        for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
+            drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
+            trees.append(merged(drafted, tree, shape.num_nodes))
+        both = padded(trees, self.num_nodes, device)
+        for name in ("tokens", "parents", "log_probs", "mask"):
+            draft[name][rows] = getattr(both, name)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
         """Put sound trees into the rows of ``draft``.

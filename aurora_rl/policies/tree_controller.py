@@ -17,7 +17,7 @@ _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
 # A chance of which nothing is known yet, and how many trials this guess is worth; a time measured at start is worth as
 # many rounds.
 _GUESS, _WORTH = 0.25, 4
-# What n-grams are hoped to do where little is known of them: trying them costs next to nothing.
+# What lookup is hoped to do where little is known of it: trying it costs next to nothing.
 _HOPE = 0.75
 # Trials that are left of what was measured, where it may not hold any more.
 _LEFT = 8
@@ -28,7 +28,7 @@ _RECENT, _LOSS = 64, 32
 _PROBE, _SHARE, _PATIENCE = 24, 0.02, 8
 
 # Kinds of rounds, each of which has a pace in common.
-_PLAIN, _DRAFTER, _FREE = range(3)
+_PLAIN, _DRAFTER, _LOOKUP = range(3)
 
 Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
 """At the end of an accepted path: which child was accepted, or that none was, or that none was drafted."""
@@ -43,12 +43,12 @@ class TreeController:
     have had, and a round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. A depth that was
     not tried is taken to be as good as the one before it, and is tried if that would pay.
 
-    Shapes that are ``free`` of the drafter's passes (n-grams alone) have a chance by depth of their own, in which to
-    draft nothing is a miss. It fades in every round towards a hope, so that they are tried first and again now and
-    then. The best of them takes the place of no speculation in what follows, wherever it is faster.
+    Shapes of ``lookup_only`` have a chance by depth of their own, in which to find nothing is a miss. It fades in every
+    round towards a hope, so that they are tried first and again now and then. The best of them takes the place of no
+    speculation in what follows, wherever it is faster.
 
     A round takes the time measured for its shape and number of occupied slots, times the pace of the live rounds of its
-    kind (plain, drafter's or free), which context lengths and the machine's other work change.
+    kind (plain, drafter's or lookup's), which context lengths and the machine's other work change.
 
     Where no speculation is best it stays so until the number of occupied slots changes, or a probe, which drafts for a
     few rounds now and then, finds a drafter that improved: soon after :meth:`swapped`, otherwise at growing intervals,
@@ -90,8 +90,8 @@ class TreeController:
         deepest = max(shape.depth for shape in self._shapes)
         # [hits, trials] by depth.
         self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
-        self._free = [[0.0, 0.0] for _ in range(deepest)]  # the same of free shapes
-        # Live over measured seconds of plain, of drafter's and of free rounds, and of how many of each.
+        self._found = [[0.0, 0.0] for _ in range(deepest)]  # the same of lookup alone
+        # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
         self._kind, self._run = -1, 0  # which of the three ran last, and for how many rounds
         self._resting = 0  # the number of occupied slots at which it was best to leave the drafter alone
@@ -103,30 +103,31 @@ class TreeController:
         self._below = 0.0  # nodes accepted below the shape's depth, of a slot that was drafted for
 
     @staticmethod
-    def candidates(most: TreeShape, *, free: bool = False) -> list[TreeShape]:
+    def candidates(most: TreeShape) -> list[TreeShape]:
         """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a bare chain.
 
+        With lookup the bare chains are looked up, without the drafter: a chain of the drafter with lookup's nodes
+        merged into it is no bare one.
+
         Args:
-            most: the widest and deepest.
-            free: whether the drafter has nodes without a pass. Chains of them alone are then among the shapes, and the
-                drafter's bare chains are not, as others' nodes are merged into them.
+            most: The widest and deepest.
 
         Example:
-            >>> [(s.depth, s.width, s.budget) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
+            >>> [(s.depth, s.width, s.num_nodes) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
             [(0, 4, 0), (1, 1, 1), (1, 4, 4), (2, 1, 2), (2, 4, 5)]
         """
         shapes = [replace(most, depth=0)]
         for depth in range(1, most.depth + 1):
             # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
-            if free or (most.width > 1 and most.mode == "topk"):
-                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth, free=free))
+            if most.lookup or (most.width > 1 and most.mode == "topk"):
+                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth, lookup_only=most.lookup > 0))
             shapes.append(replace(most, depth=depth))
         return shapes
 
     def acceptance(self, shape: TreeShape) -> list[float]:
         """The chances ``a[1], a[2], ...`` of a shape, as they are estimated now."""
-        if shape.free:
-            tried = self._free[: shape.depth]
+        if shape.lookup_only:
+            tried = self._found[: shape.depth]
             return list(accumulate(tried, lambda guess, counts: _estimate(counts, guess), initial=_HOPE))[1:]
         likeliest, sibling, drafted, passed = _GUESS, _GUESS, 1.0, []
         for d in range(shape.depth):
@@ -137,9 +138,11 @@ class TreeController:
         return passed
 
     def without_drafter(self, shape: TreeShape) -> TreeShape:
-        """What a round of this shape is where the drafter failed every slot: n-grams alone, or plain without them."""
-        free = replace(shape, width=1, num_nodes=shape.depth, free=True)
-        return free if free in self._shapes else self.plain
+        """What a round of this shape is where the drafter failed every slot: lookup alone, or plain without it."""
+        if not shape.lookup:
+            return self.plain
+        alone = replace(shape, width=1, num_nodes=shape.depth, lookup_only=True)
+        return alone if alone in self._shapes else self.plain
 
     def choose(self, occupied: int) -> TreeShape:
         """The shape of the next round, of so many occupied slots."""
@@ -154,7 +157,7 @@ class TreeController:
                 as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
                 return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
         elif not self._probing:
-            if rest.free and self._free[0][1] < _LEFT:
+            if rest.lookup_only and self._found[0][1] < _LEFT:
                 return rest  # a hope, which a few rounds confirm or not
             self._resting = occupied
         if not self._probing:
@@ -181,14 +184,14 @@ class TreeController:
             seconds: wall time of the round.
             outcomes: of each slot that was drafted for, by depth, as far as it was judged. Slots that the drafter
                 failed are none of them, and a round that has no others is not of this shape (:meth:`without_drafter`).
-            below: nodes that were accepted below the shape's depth, of all slots: n-grams' (``HybridDrafter``).
+            below: nodes that were accepted below the shape's depth, of all slots: lookup's.
         """
         self._keep_pace(shape, occupied, seconds)
-        _fade(self._free, self._memory)
+        _fade(self._found, self._memory)
         if _kind(shape) != _DRAFTER:
             self._since += seconds
             for path in outcomes:
-                for counts, outcome in zip(self._free, path, strict=False):
+                for counts, outcome in zip(self._found, path, strict=False):
                     _count(counts, outcome == "likeliest")
             return
         plain = self._seconds(self.plain, occupied)
@@ -233,8 +236,8 @@ class TreeController:
 
     def _rest(self, occupied: int) -> TreeShape:
         """The best of the shapes that leave the drafter alone."""
-        free = [shape for shape in self._shapes if shape.free]
-        best = max(free, key=lambda shape: self._rate(shape, occupied), default=self.plain)
+        alone = [shape for shape in self._shapes if shape.lookup_only]
+        best = max(alone, key=lambda shape: self._rate(shape, occupied), default=self.plain)
         enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(best, occupied)
         return self.plain if enough else best
 
@@ -246,7 +249,7 @@ class TreeController:
         for passed in self.acceptance(shape):
             reach *= passed
             tokens += reach
-        # What n-grams add below the tree is taken to be the same for every depth of it.
+        # What lookup adds below the tree is taken to be the same for every depth of it.
         return tokens + self._below if _kind(shape) == _DRAFTER else tokens
 
     def _seconds(self, shape: TreeShape, occupied: int) -> float:
@@ -282,7 +285,7 @@ class TreeController:
 def _kind(shape: TreeShape) -> int:
     if not shape.depth:
         return _PLAIN
-    return _FREE if shape.free else _DRAFTER
+    return _LOOKUP if shape.lookup_only else _DRAFTER
 
 
 def _fade(table: Sequence[list[float]], memory: int) -> None:

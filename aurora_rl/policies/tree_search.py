@@ -126,7 +126,7 @@ class TopKSearch(TreeSearch):
         """The trees, cut to the shape's budget."""
         columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
         tokens, parents, log_probs, joint = columns
-        return best_first(tokens, parents, log_probs, joint, self._shape.budget)
+        return best_first(tokens, parents, log_probs, joint, self._shape.num_nodes)
 
 
 class SampledSearch(TreeSearch):

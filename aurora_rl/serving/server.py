@@ -95,7 +95,7 @@ class InferenceServer(Figures):
         began = time.perf_counter()
         action = policy(self._td)
         # A drafter that failed its slots together leaves the trees of each alone, for the last time.
-        asked = policy.drafted | policy.from_text | action["draft", "mask"].any(1).cpu()
+        asked = policy.drafted | policy.looked_up | action["draft", "mask"].any(1).cpu()
         for slot in env.engine.store.occupied.tolist():
             self._asked.setdefault(env.request_of(slot).id, []).append(bool(asked[slot]))
         done, self._td = env.step_and_maybe_reset(action)
@@ -117,12 +117,12 @@ class InferenceServer(Figures):
         policy, shape, outcomes = self.policy, shapes.plain, []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
-        elif bool(policy.from_text.any()):
-            shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.from_text)
-            # Where n-grams found nothing is no less a trial of them.
-            outcomes += [["undrafted"] for _ in range(int(policy.from_text.sum()) - len(outcomes))]
+        elif bool(policy.looked_up.any()):
+            shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.looked_up)
+            # An empty lookup counts as a failed trial.
+            outcomes += [["undrafted"] for _ in range(int(policy.looked_up.sum()) - len(outcomes))]
         judged = [path[: shape.depth] for path in outcomes]
-        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        # What lookup had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
         shapes.observe(shape, occupied, seconds, judged, below)
 
@@ -132,8 +132,8 @@ class InferenceServer(Figures):
             self.policy.shape = shape
             acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
             self._log.write(
-                "shape", depth=shape.depth, width=shape.width, nodes=shape.budget, free=shape.free,
-                acceptance=acceptance, occupied=self.env.num_active,
+                "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes,
+                lookup_only=shape.lookup_only, acceptance=acceptance, occupied=self.env.num_active,
             )  # fmt: skip
 
     def completed(self, completion: Completion) -> None:
@@ -227,7 +227,7 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
-    # N-grams' log-probabilities are all alike, and the likelier stands before its siblings.
+    # Log-probabilities of what was looked up are all alike, and the likelier stands before its siblings.
     before = torch.ones_like(siblings).tril(-1)
     one, other = log_probs[:, :, None], log_probs[:, None]
     likeliest = ~(siblings & ((other > one) | (other == one) & before)).any(-1)
@@ -296,7 +296,7 @@ def measure_rounds(
 
     def dearer(shape: TreeShape) -> list[TreeShape]:
         deeper = [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
-        return [s for s in deeper if shape.free or not shape.depth or not s.free]
+        return [s for s in deeper if shape.lookup_only or not shape.depth or not s.lookup_only]
 
     # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
     return {
@@ -306,7 +306,7 @@ def measure_rounds(
 
 
 def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
-    """What :func:`measure_rounds` returns, for a log: milliseconds, shapes by depth and width, and whether free.
+    """What :func:`measure_rounds` returns, for a log: milliseconds, by depth and width, and whether looked up.
 
     Example:
         >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
@@ -314,7 +314,8 @@ def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, 
     """
     return {
         count: {
-            f"{shape.depth}x{shape.width}{' free' * shape.free}": round(s * 1e3, 3) for shape, s in by_shape.items()
+            f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}": round(s * 1e3, 3)
+            for shape, s in by_shape.items()
         }
         for count, by_shape in costs.items()
     }

@@ -48,26 +48,13 @@ def check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: Tre
     require(empty.shape == (len(slots), 0), f"propose at depth 0 gave {tuple(empty.shape)} and not no nodes")
 
 
-def check_from_text(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
-    """What is drafted from the text alone are trees too, and no nodes of the drafter's own law."""
-    for trajectory in trajectories:
-        proposal = drafter.from_text(trajectory["sequence", "tokens"].tolist(), shape)
-        free = proposal is not None
-        require(
-            free == (drafter.min_depth > 0), f"from_text is {'' if free else 'not '}there, min_depth says otherwise"
-        )
-        if proposal is not None:
-            _check_nodes(drafter, proposal, 1, shape, vocab_size, f"from_text with {shape}")
-            require(bool((proposal.log_probs == -torch.inf).all()), "from_text gives log-probabilities above -inf")
-
-
 def _check_nodes(drafter: Drafter, proposal: Proposal, rows: int, shape: TreeShape, vocab_size: int, what: str) -> None:
     tokens, parents, log_probs, _, mask = proposal
     require(tokens.shape == parents.shape == log_probs.shape, f"{what}: tokens, parents and log_probs differ in shape")
     least = 1 if mask is None else 0
     require(
-        tokens.shape[0] == rows and least <= tokens.shape[1] <= shape.most_nodes,
-        f"{what}: expected [{rows}, {least}..{shape.most_nodes}] nodes, got {tuple(tokens.shape)}",
+        tokens.shape[0] == rows and least <= tokens.shape[1] <= shape.num_nodes,
+        f"{what}: expected [{rows}, {least}..{shape.num_nodes}] nodes, got {tuple(tokens.shape)}",
     )
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     require(mask.shape == tokens.shape and mask.dtype == torch.bool, f"{what}: mask is not bool {tuple(tokens.shape)}")
@@ -75,8 +62,7 @@ def _check_nodes(drafter: Drafter, proposal: Proposal, rows: int, shape: TreeSha
     require(log_probs.dtype == torch.float32, f"{what}: log_probs are {log_probs.dtype}, not float32")
     earlier = (parents >= -1) & (parents < torch.arange(parents.shape[1]))
     require(bool(earlier[mask].all()), f"{what}: a node's parent is neither an earlier node nor -1")
-    deepest = max(shape.depth, drafter.min_depth)
-    require(bool((depths(parents)[mask] <= deepest).all()), f"{what}: a path is deeper than {deepest}")
+    require(bool((depths(parents)[mask] <= shape.depth).all()), f"{what}: a path is deeper than {shape.depth}")
     drawn = tokens[mask & (log_probs > -torch.inf)]
     require(bool(torch.isin(drawn, drafter.draft_vocab).all()), f"{what}: a token is outside the draft vocabulary")
     legal = valid_nodes(tokens, parents, mask, vocab_size)

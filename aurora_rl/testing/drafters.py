@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from aurora_rl.envs import SamplingParams
 from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.testing.asserts import COMPUTED, require
-from aurora_rl.testing.drafter_serving import check_cache, check_draws, check_from_text, check_proposals
+from aurora_rl.testing.drafter_serving import check_cache, check_draws, check_proposals
 from aurora_rl.testing.drafter_training import (
     check_gradients,
     check_packing,
@@ -70,7 +70,6 @@ def check_drafter(
     plain = served(TreeShape(0))
     for shape in shapes:
         check_proposals(drafter, plain, shape, vocab_size)
-        check_from_text(drafter, plain, shape, vocab_size)
     for shape in shapes:
         trajectories = served(shape)
         check_recorded(drafter, trajectories, shape)

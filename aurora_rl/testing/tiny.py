@@ -144,7 +144,7 @@ def serve(
     env = SpecDecodeEnv(
         engine,
         lambda: next(requests, None),
-        num_nodes=max(shape.most_nodes, 1),
+        num_nodes=max(shape.num_nodes, 1),
         rule=rule,
         draft_mode=shape.mode,
         on_completion=done.append,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,15 +28,16 @@ from aurora_rl.tree_index import TreeIndex
         (TreeShape(3, 3), 3 + 9 + 9),
         (TreeShape(3, 3, 8), 8),
         (TreeShape(2, 2, 100), 6),
+        (TreeShape(2, 2, 100, mode="sampled"), 4),
+        (TreeShape(2, 2, 7, lookup=3), 7),  # what is looked up shares the budget
+        (TreeShape(2, 2, 100, lookup=3), 9),
+        (TreeShape(2, 2, None, lookup=3), 6),
+        (TreeShape(0, 2, 4, lookup=3), 0),
     ],
 )
 def test_budget(shape: TreeShape, budget: int) -> None:
-    assert shape.budget == budget
-
-
-def test_what_is_merged_into_a_tree_shares_its_budget() -> None:
-    assert [TreeShape(2, 2, nodes).most_nodes for nodes in (None, 4, 8, 100)] == [6, 4, 8, 100]
-    assert TreeShape(0, 2, 4).most_nodes == 0
+    assert shape.num_nodes == budget
+    assert replace(shape) == shape
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int,
             children = {(*p, t): j + q for (p, j), (t, q) in itertools.product(frontier.items(), best)}
             nodes |= children
             frontier = dict(sorted(children.items(), key=lambda item: -item[1])[:width])
-        expected = set(sorted(nodes, key=lambda path: -nodes[path])[: shape.budget])
+        expected = set(sorted(nodes, key=lambda path: -nodes[path])[: shape.num_nodes])
         paths: list[tuple[int, ...]] = []
         for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True):
             paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -143,16 +145,18 @@ def test_sampled_chains_have_the_drafters_law(mode: str) -> None:
 
 
 def test_sampled_shapes_hold_whole_chains() -> None:
-    assert [TreeShape(d, 4, n, mode="sampled").budget for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
-        0, 4, 4, 3, 8,
+    assert [TreeShape(d, 4, n, mode="sampled").chains for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
+        0, 4, 2, 1, 4,
     ]  # fmt: skip
 
 
 def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
     """Depth control moves within what was allocated for the deepest tree."""
     for nodes, budgets in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
-        assert [TreeShape(depth, 4, nodes, mode="sampled").budget for depth in range(5)] == budgets
-        assert TreeShape(4, 4, nodes, mode="sampled").most_nodes >= max(budgets)
+        most = TreeShape(4, 4, nodes, mode="sampled")
+        shapes = [TreeShape(depth, 4, nodes, mode="sampled") for depth in range(5)]
+        assert [shape.depth * shape.chains for shape in shapes] == budgets and most.num_nodes >= max(budgets)
+        assert [replace(most, depth=depth).chains for depth in range(5)] == [shape.chains for shape in shapes]
 
 
 def test_first_tokens_that_cannot_differ() -> None:
