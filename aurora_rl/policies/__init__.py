@@ -1,6 +1,7 @@
 """Drafters and the policy that serves them."""
 
-from aurora_rl.models.parts import TargetParts, choose_draft_vocab, token_prior
+from aurora_rl.models.draft_vocab import choose_draft_vocab, token_prior
+from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.dflash import DFlashDrafter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.eagle import EagleDrafter

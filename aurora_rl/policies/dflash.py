@@ -20,21 +20,11 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from typing_extensions import override
 
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_captured,
-    check_fixed_rope,
-    check_heads_stated,
-    check_layers_rise,
-    check_rope,
-    copy_layer,
-    layer_config,
-    targets_entries,
-    written_config,
-)
+from aurora_rl.models.parts import TargetParts, copy_layer, layer_config, target_entries
 from aurora_rl.policies.attention import KeysValues
 from aurora_rl.policies.block_layer import BlockLayer, Rotation
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.formats.dflash import read_dflash, write_dflash
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
@@ -321,38 +311,9 @@ class DFlashDrafter(Drafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`.
-
-        Both layouts are the ``DFlashDraftModel`` that the authors publish and SGLang serves: neither embedding nor
-        head, which are the target's. They name a captured state by the decoder layer that it leaves (the authors' code
-        reads ``hidden_states[id + 1]``, SGLang captures what enters layer ``id + 1``), this library by the layer that
-        it enters: the ids in the file are one less than ``feature_layers``. "sglang" holds what SGLang can capture,
-        the states between two layers; "hf" also the embedding, as −1, and what the target's head reads.
-
-        A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids, that SGLang passes over:
-        it drafts from the whole vocabulary, of the same logits. vLLM loads the file where there is no such tensor,
-        which is where every token has the row of its own id.
-
-        Raises:
-            ValueError: SGLang cannot capture one of the features.
-        """
-        if layout == "sglang":  # whose DFlash has no place for the embedding
-            check_captured(self.feature_layers, self.num_target_layers, lowest=1)
-        tensors = self.published()
-        config: dict[str, Any] = {
-            **written_config(self.config, self.fc.weight.dtype),
-            "architectures": ["DFlashDraftModel"],
-            "block_size": self.block_size,
-            "num_target_layers": self.num_target_layers,
-            "dflash_config": {
-                "mask_token_id": self.mask_token_id,
-                "target_layer_ids": [layer - 1 for layer in self.feature_layers],
-            },
-        }
-        if len(tensors["d2t"]) == self.vocab_size and not bool(tensors["d2t"].any()):
-            del tensors["d2t"]
-        return Checkpoint(tensors, config)
+        return write_dflash(self, layout)
 
     @classmethod
     @override
@@ -360,63 +321,13 @@ class DFlashDrafter(Drafter):
         return config.get("architectures") == ["DFlashDraftModel"]
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. A file that names its mask by text alone needs the option ``mask_token_id``.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        config, tensors = checkpoint.config, dict(checkpoint.tensors)
-        for entry, plain in _UNSUPPORTED.items():
-            if (value := _setting(config, entry)) not in (None, plain):
-                raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
-        if "sliding_attention" in (config.get("layer_types") or ()):
-            raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
-        check_heads_stated(config)
-        own = Qwen3Config.from_dict({**config, **targets_entries(parts)})
-        check_fixed_rope(own)
-        check_rope(own, parts)
-        depth = parts.config.num_hidden_layers
-        if (made_for := _setting(config, "num_target_layers") or depth) != depth:
-            raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
-        mask_token_id = _setting(config, "mask_token_id", options.get("mask_token_id"))
-        if mask_token_id is None:
-            raise ValueError("config.json: mask_token_id is missing; set the option of the same name")
-        layers = _setting(config, "target_layer_ids")
-        check_layers_rise(layers or ())
-        tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
-        drafter = cls(
-            own,
-            **_targets(parts),
-            draft_vocab=torch.arange(len(tensors["d2t"])),
-            feature_layers=tuple(layer + 1 for layer in layers) if layers else _spread(depth, own.num_hidden_layers),
-            block_size=_setting(config, "block_size", 16),
-            mask_token_id=mask_token_id,
-        )
+        arguments, tensors = read_dflash(checkpoint, parts, options.get("mask_token_id"))
+        usual = _spread(parts.config.num_hidden_layers, arguments["config"].num_hidden_layers)
+        drafter = cls(**{**arguments, **_targets(parts), "feature_layers": arguments["feature_layers"] or usual})
         drafter.install(tensors)
         return drafter
-
-
-# Settings of other block drafters that change what is computed, and the value at which they do not.
-_UNSUPPORTED: dict[str, Any] = {
-    "attention_bias": False,
-    "attention_sink_bias": False,
-    "attention_value_scale": 1.0,
-    "conv_kernel_size": 0,
-    "final_logit_softcapping": 0,
-    "hidden_act": "silu",
-    "input_embedding_scale": 1.0,
-    "is_causal": False,
-    "output_multiplier": 1.0,
-    "projector_type": None,
-    "sample_from_anchor": True,
-    "selector_rank": 0,
-}
-
-
-def _setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """An entry of ``dflash_config``, or of the file itself, where older files have it."""
-    return (config.get("dflash_config") or {}).get(name, config.get(name, default))
 
 
 def _targets(parts: TargetParts) -> dict[str, Any]:
@@ -444,7 +355,7 @@ def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
         rope_parameters=layer.rope_parameters,
         vocab_size=layer.vocab_size,
         tie_word_embeddings=False,
-        **targets_entries(parts),
+        **target_entries(parts),
     )
 
 

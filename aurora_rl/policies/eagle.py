@@ -14,18 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from typing_extensions import override
 
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_heads_stated,
-    copy_layer,
-    layer_config,
-    refuse_own_attention,
-    settle_attention,
-    targets_entries,
-    written_config,
-)
-from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
+from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
+from aurora_rl.policies.drafter import Checkpoint
+from aurora_rl.policies.formats.checks import refuse_own_attention
+from aurora_rl.policies.formats.llama_eagle import read_eagle, write_eagle
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 
@@ -180,67 +174,22 @@ class EagleDrafter(RecurrentDrafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`.
-
-        "sglang" is what ``LlamaForCausalLMEagle`` loads; embedding and head are the target's and left out. "hf" is
-        what the authors publish, a Llama of one layer with the embedding. Neither has a place for a draft vocabulary,
-        which SGLang takes from ``--speculative-token-map``: ``d2t`` is added where it is not the whole vocabulary, and
-        SGLang passes it over with a warning in its log.
-        """
-        config: dict[str, Any] = {
-            **written_config(self.config, self.fc.weight.dtype),
-            "architectures": ["LlamaForCausalLMEagle" if layout == "sglang" else "LlamaForCausalLM"],
-            "bias": True,
-        }
-        tensors = self.published()
-        if not bool(tensors["d2t"].any()) and len(tensors["d2t"]) == self.vocab_size:
-            del tensors["d2t"]
-        if layout == "hf":
-            tensors["embed_tokens.weight"] = self.embedding
-        return Checkpoint(tensors, config)
+        return write_eagle(self, layout)
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`; the authors' own files name Llama, of one layer."""
+        # The authors' own files name Llama, of one layer.
         name = (config.get("architectures") or [""])[0]
         alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config and OWN_NAME not in config
         return name == "LlamaForCausalLMEagle" or (name == "LlamaForCausalLM" and alone)
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. An embedding or a head in the file is passed over: the target's are shared.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        config = checkpoint.config
-        tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items()}
-        for shared in ("embed_tokens.weight", "lm_head.weight"):
-            tensors.pop(shared, None)
-        for entry in _UNSUPPORTED:
-            if config.get(entry):
-                raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        check_heads_stated(config)
-        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
-        if own.num_hidden_layers != 1:
-            raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
-        settle_attention(own, config, parts, options.get("attention", "target"))
-        if config.get("bias") is False:  # as the authors trained their later ones
-            tensors.setdefault("fc.bias", torch.zeros(own.hidden_size))
-        tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
-        draft_vocab = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        check_draft_vocab(draft_vocab, own.vocab_size)
-        drafter = cls(
-            own,
-            embedding=parts.embedding.float(),
-            head=parts.head.rows(draft_vocab).float(),
-            draft_vocab=draft_vocab,
-            feature_layers=(parts.config.num_hidden_layers,),
-        )
+        arguments, tensors = read_eagle(checkpoint, parts, options.get("attention", "target"))
+        drafter = cls(**arguments)
         drafter.install(tensors)
         return drafter
-
-
-# Settings of other EAGLE drafters that change what is computed.
-_UNSUPPORTED = ("attention_bias", "mlp_bias", "add_para_norm")

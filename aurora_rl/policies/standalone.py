@@ -17,41 +17,27 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_rl.models.inference_modules import GROUPED_ATTENTION, grouped_mask
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_fixed_rope,
-    context_length,
-    copy_layer,
-    layer_config,
-    written_config,
+from aurora_rl.models.kv_cache import SlotCache, cache_mask, uniform_shapes
+from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.formats.causal_lm import (
+    check_causal_lm,
+    layers_of,
+    load_causal_lm,
+    read_causal_lm,
+    write_causal_lm,
 )
-from aurora_rl.policies.drafter import (
-    Checkpoint,
-    Drafter,
-    Proposal,
-    TreeShape,
-    Unroll,
-    check_draft_vocab,
-    check_weights,
-    log_softmax,
-)
-from aurora_rl.policies.registry import OWN_NAME, register_drafter
+from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex, true_chains
 
 # Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
 _SLACK = 64
-# Rows of the embedding and of the head of a model that is built for its layers alone: as many as `_check_served` needs.
-_FEW = 8
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# The reduced draft vocabulary in config.json. Not `draft_vocab_size`, by which EAGLE-3's own files are known.
-_DRAFT_VOCAB = "aurora_rl_draft_vocab"
 
 
 class Branches(NamedTuple):
@@ -154,7 +140,7 @@ class StandaloneDrafter(Drafter):
         self.lm_head = nn.Linear(head.shape[1], len(draft_vocab), bias=False)
         with torch.no_grad():
             self.lm_head.weight.copy_(head[draft_vocab])
-        self._whole_head = head  # no buffer: it is needed for checkpoints alone, in the target's memory
+        self.whole_head = head  # no buffer: it is needed for checkpoints alone, in the target's memory
         self._groups = self.config.num_attention_heads // self.config.num_key_value_heads
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
@@ -189,14 +175,14 @@ class StandaloneDrafter(Drafter):
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         if model is not None:
-            lm = _load(model)
-            _check_fits(lm.config, parts, f"the model {model!r}")
+            lm = load_causal_lm(model)
+            check_causal_lm(lm.config, parts, f"the model {model!r}")
             tables = (lm.get_input_embeddings(), lm.get_output_embeddings())
             embedding, head = (table.get_parameter("weight").detach() for table in tables)
         else:
             config = layer_config(parts)
             config.num_hidden_layers = num_layers
-            lm, embedding, head = _layers_of(config), parts.embedding.float(), parts.head.rows()
+            lm, embedding, head = layers_of(config), parts.embedding.float(), parts.head.rows()
             _start_from(lm, parts)
         width = parts.embedding.shape[1]
         drafter = cls(lm, embedding=embedding, head=head, draft_vocab=draft_vocab, target_width=width)
@@ -318,82 +304,22 @@ class StandaloneDrafter(Drafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`: a causal LM's folder, one layout for all engines.
-
-        Engines want every row of the head. Rows outside the draft vocabulary were not trained: they are those that the
-        drafter was made with, the target's own where it was made of the target. ``config.json`` says which were.
-        """
-        tensors = {name: value.detach() for name, value in self.state_dict().items()}
-        head = self._whole_head.to(tensors[_HEAD], copy=True)
-        head[self.draft_vocab] = tensors[_HEAD]
-        tensors |= {_EMBEDDING: self.model.embed_tokens.weight.detach(), _HEAD: head}
-        config = {
-            **written_config(self.config, head.dtype),
-            "tie_word_embeddings": False,  # the head learns, the embedding does not
-            OWN_NAME: "standalone",  # a Llama of one layer would pass for an EAGLE of its authors
-        }
-        if self.draft_vocab.tolist() != list(range(self.vocab_size)):
-            config[_DRAFT_VOCAB] = self.draft_vocab.tolist()
-        return Checkpoint(tensors, config)
+        return write_causal_lm(self)
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`: any causal LM that no other drafter claims."""
-        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")  # that no other drafter claims
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`: the folder of any causal LM of the target's vocabulary, its weights in one file.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        entries = dict(checkpoint.config)
-        entries.pop(OWN_NAME, None)
-        vocab = torch.tensor(entries.pop(_DRAFT_VOCAB, range(len(parts.head))))
-        check_draft_vocab(vocab, len(parts.head), f"config.json: {_DRAFT_VOCAB}")
-        if "model_type" not in entries:
-            raise ValueError("config.json: model_type is missing; it says which architecture the tensors are of")
-        config = AutoConfig.for_model(entries.pop("model_type"), **entries)
-        _check_fits(config, parts, "config.json: the model")
-        # Old exports carry the rotary frequencies, which the configuration gives.
-        tensors = {name: t for name, t in checkpoint.tensors.items() if not name.endswith("inv_freq")}
-        if config.tie_word_embeddings and _HEAD not in tensors and _EMBEDDING in tensors:
-            tensors[_HEAD] = tensors[_EMBEDDING]
-        lm = _layers_of(config)
-        tables = {name: torch.empty(len(parts.head), config.hidden_size, device="meta") for name in (_EMBEDDING, _HEAD)}
-        check_weights(lm.state_dict() | tables, tensors)
-        lm.load_state_dict({name: t[:_FEW] if name in tables else t for name, t in tensors.items()})
-        drafter = cls(
-            lm,
-            embedding=tensors[_EMBEDDING].float(),
-            head=tensors[_HEAD].float(),
-            draft_vocab=vocab,
-            target_width=parts.embedding.shape[1],
-        )
+        drafter = cls(**read_causal_lm(checkpoint, parts), target_width=parts.embedding.shape[1])
         if "model" in options:  # what it was made of once; the folder holds what it became
             drafter.options = options
         return drafter
-
-
-def _load(model: str) -> PreTrainedModel:
-    """A causal LM in float32, every weight of it read."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
-        raise ValueError(f"the model {model!r} cannot be loaded; name a folder or hub id: {error}") from error
-    lm, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the model {model!r} has no weights {missing[0]!r}; name a complete folder of a causal LM")
-    return lm
-
-
-def _layers_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal LM with random weights and hardly any rows of embedding and head, which come from elsewhere."""
-    config = copy.deepcopy(config)
-    config.vocab_size, config.pad_token_id, config.tie_word_embeddings = _FEW, None, False
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -406,22 +332,6 @@ def _start_from(lm: Any, parts: TargetParts) -> None:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     copy_layer(last, parts.last_layer)
-
-
-def _check_fits(config: PretrainedConfig, parts: TargetParts, name: str) -> None:
-    """Raise ValueError where an LM cannot draft for a target, whatever its weights."""
-    check_fixed_rope(config, name)
-    vocab, context = len(parts.head), context_length(parts.config)
-    if config.vocab_size != vocab:
-        raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, the target one of {vocab}; a standalone drafter "
-            "needs the target's tokenizer"
-        )
-    if (window := sliding_window(config)) is not None and (context is None or window < context):
-        raise ValueError(
-            f"{name} slides its attention over {window} tokens, and the target has a context of "
-            f"{context or 'any length'}; the drafter's cache has no windows"
-        )
 
 
 @torch.no_grad()
