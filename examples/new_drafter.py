@@ -17,7 +17,6 @@ from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.testing import check_drafter, tiny_target
-from aurora_rl.tree_index import TreeIndex
 
 
 class RecurrentDrafter(Drafter):
@@ -61,8 +60,8 @@ class RecurrentDrafter(Drafter):
             growth.add(log_softmax(self.lm_head(states)))
         return growth.proposal()
 
-    def context_logits(self, batch, wanted):
-        trees, sequence = TreeIndex.of(batch), batch["sequence"]
+    def context_logits(self, batch, trees, wanted):
+        sequence = batch["sequence"]
         start, pair = sequence["offset"][trees.request], trees.root.clamp(min=0)
         # A request has one feature less than tokens.
         states = self.step(sequence["tokens"][start + pair + 1], sequence["features"][start - trees.request + pair])

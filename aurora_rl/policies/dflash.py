@@ -206,8 +206,8 @@ class DFlashDrafter(Drafter):
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     @torch.inference_mode()
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`; of the tokens only the last one is read, the root's."""
         device = features.device
         row, column = (torch.arange(features.shape[1]) < num_new[:, None]).nonzero(as_tuple=True)
         position = self.cached[slots][row] + column
@@ -220,8 +220,8 @@ class DFlashDrafter(Drafter):
         self.cached[slots] += num_new
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`; one pass however deep the tree, and no deeper than a block holds masks."""
         held = self.cached[slots]
         end = int(held.max())
         rows, held = slots.to(self._root.device), held.to(self._root.device)
@@ -269,8 +269,8 @@ class DFlashDrafter(Drafter):
         )
         return states[torch.arange(tokens.shape[1], device=offset.device) < counts[:, None]]
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`; one pass over the blocks behind all anchors, at most ``W - 1`` steps."""
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
@@ -282,12 +282,10 @@ class DFlashDrafter(Drafter):
         valid = torch.stack([(column >= step) & (root >= step) for step in range(len(states))])
         return Unroll([F.linear(state, self.head) for state in states], valid, states)
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. One pass over the blocks of all rounds that are asked for.
-
-        What a context predicts depends on its root and depth only.
-        """
-        trees, offset = TreeIndex.of(batch), batch["rounds", "offset"]
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        # A context predicts by its root and depth only: one pass over the blocks of the rounds that are asked for.
+        offset = batch["rounds", "offset"]
         number = torch.arange(trees.num_rounds, device=offset.device)
         rounds = torch.cat([number, torch.repeat_interleave(number, offset.diff())])
         asked, block = rounds[wanted].unique(return_inverse=True)
@@ -297,8 +295,9 @@ class DFlashDrafter(Drafter):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
+    @override
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`; another draft vocabulary takes other rows of the target's head."""
+        # Another draft vocabulary takes other rows of the target's head.
         put, before = super().stage(weights), self.draft_vocab
         vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
         head = self.head if torch.equal(vocab, before) else self._head_rows(vocab)

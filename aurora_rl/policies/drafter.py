@@ -224,13 +224,14 @@ class Drafter(nn.Module, ABC):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """What the drafter predicts at contexts of the recorded trees, on its own states as in serving.
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        """Predict at contexts of the recorded trees, on the drafter's own states as in serving.
 
         Args:
-            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            wanted: ``[R + M]`` bool, the contexts asked for, in the order of :class:`TreeIndex`. Those without a
-                prediction (:attr:`TreeIndex.root` of −1, a depth of ``max_depth`` or more) get meaningless rows.
+            batch: Packed trajectories, see ``aurora_rl.trajectories.pack``.
+            trees: ``TreeIndex.of(batch)``.
+            wanted: ``[R + M]`` bool, the contexts asked for, in the order of ``trees``. Rows of those without a
+                prediction (a ``root`` of −1, a depth of ``max_depth`` or more) mean nothing.
 
         Returns:
             ``[number wanted, Vd]``, with gradients.
@@ -252,7 +253,7 @@ class Drafter(nn.Module, ABC):
         contexts = trees.parent[node.clamp(min=0)]
         wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=contexts.device)
         wanted[contexts[valid]] = True
-        predicted = self.context_logits(chains, wanted)
+        predicted = self.context_logits(chains, trees, wanted)
         rows = (wanted.cumsum(0) - 1).clamp(min=0)[contexts]
         return Unroll([predicted[row] for row in rows], valid)
 
@@ -265,7 +266,7 @@ class Drafter(nn.Module, ABC):
         trees = TreeIndex.of(batch)
         wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=trees.depth.device)
         wanted[trees.parent] = True
-        log_q = log_softmax(self.context_logits(batch, wanted))
+        log_q = log_softmax(self.context_logits(batch, trees, wanted))
         row, nodes = draft_rows(self.draft_vocab, batch["nodes", "tokens"]), slice(trees.num_rounds, None)
         possible = (row >= 0) & (trees.root[nodes] >= 0) & (trees.depth[nodes] <= self.max_depth)
         picked = log_q[(wanted.cumsum(0) - 1)[trees.parent], row.clamp(min=0)]

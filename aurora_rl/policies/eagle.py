@@ -165,8 +165,9 @@ class EagleDrafter(RecurrentDrafter):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
+    @override
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`. The draft vocabulary stays: of the target's head only its rows are here."""
+        # The draft vocabulary stays: of the target's head only its rows are here.
         install = super().stage(weights)
         if not torch.equal(weights["d2t"].to(self.draft_vocab), self.published()["d2t"]):
             raise ValueError("tensor 'd2t' is another draft vocabulary than the one whose rows of the head are held")

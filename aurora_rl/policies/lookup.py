@@ -224,8 +224,8 @@ class NgramDrafter(Drafter):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @override
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        trees, sequence = TreeIndex.of(batch), batch["sequence", "tokens"].tolist()
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        sequence = batch["sequence", "tokens"].tolist()
         start = batch["sequence", "offset"].tolist()
         paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):

@@ -139,8 +139,8 @@ class MedusaDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`; a slot holds one feature, however long its text."""
         weight = next(self.lm_heads.parameters())
         self._state = weight.new_zeros(num_slots, weight.shape[1])
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
@@ -154,8 +154,8 @@ class MedusaDrafter(Drafter):
         self.cached[slots] += num_new
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`; no deeper than there are heads."""
         features = self._state[slots.to(self._state.device), None]
         growth = grow(self.draft_vocab, shape, generator)
         growth.add(self._log_probs(0, features))
@@ -174,8 +174,8 @@ class MedusaDrafter(Drafter):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`; at most as many steps as there are heads."""
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
@@ -189,9 +189,9 @@ class MedusaDrafter(Drafter):
         states, logits = zip(*predicted, strict=True)
         return Unroll(list(logits), torch.stack(valid), list(states))
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. What a context predicts depends on its root and depth only."""
-        trees = TreeIndex.of(batch)
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        # A context predicts by its root and depth only.
         request, root, depth = trees.request[wanted], trees.root[wanted].clamp(min=0), trees.depth[wanted]
         features = batch["sequence", "features"][_first_pair(batch)[request] + root]
         logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
@@ -202,8 +202,8 @@ class MedusaDrafter(Drafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`. "vllm" is what ``MedusaModel`` loads (``vllm_format``); SGLang has no Medusa."""
         ours = super().write("aurora_rl")
         if layout != "vllm":
             return ours
@@ -216,9 +216,10 @@ class MedusaDrafter(Drafter):
         return (config.get("architectures") or [""])[0] in (cls.__name__, "MedusaModel")
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. The heads of other programs read the input of the target's output head."""
         if layout == "vllm" or checkpoint.config.get("architectures") == ["MedusaModel"]:
+            # Heads that other programs trained read the input of the target's output head.
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
         return super().read(checkpoint, parts, "aurora_rl", **options)

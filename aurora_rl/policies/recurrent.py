@@ -171,13 +171,10 @@ class RecurrentDrafter(Drafter):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`.
-
-        Only keys and values are computed at prompt positions. Query row ``c`` sits at pair ``t = P − 2 + c``, which
-        predicts completion token ``c``; at step ``j`` its anchor's pair is ``t − j``, and it carries what row
-        ``c − 1`` gave at step ``j − 1``.
-        """
+        # Only keys and values are computed at prompt positions. Query row c sits at pair t = P − 2 + c, which predicts
+        # completion token c; at step j its anchor's pair is t − j, and it carries what row c − 1 gave at step j − 1.
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         tokens, x, residual, sequence = self._read_sequence(batch)
@@ -216,14 +213,12 @@ class RecurrentDrafter(Drafter):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`.
-
-        One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
-        the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is not
-        before it, a node's key by the nodes from itself to the end of its subtree.
-        """
-        trees, requests = TreeIndex.of(batch), len(batch["sequence", "offset"]) - 1
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        # One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
+        # the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is
+        # not before it, a node's key by the nodes from itself to the end of its subtree.
+        requests = len(batch["sequence", "offset"]) - 1
         _, x, residual, sequence = self._read_sequence(batch)
         every = torch.arange(x.shape[1], device=x.device)
         place = torch.zeros_like(trees.depth)  # of a context among those of its depth

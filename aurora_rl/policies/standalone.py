@@ -225,12 +225,10 @@ class StandaloneDrafter(Drafter):
         ).last_hidden_state
 
     @torch.inference_mode()
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`.
-
-        The first column is read again where a slot holds pairs already. That is a row of a pass that is needed anyway,
-        and the state of the last token is then there for :meth:`propose`, which would need a pass of its own for it.
-        """
+        # The first column is read again if a slot holds pairs already. That is a row of a pass that is needed anyway,
+        # and it gives the state of the last token, for which `propose` would need a pass of its own.
         (b, width), device = tokens.shape, tokens.device
         held, row = self.cached[slots].to(device)[:, None], torch.arange(width, device=device)
         causal = (row[:, None] >= row).expand(b, -1, -1)
@@ -242,8 +240,9 @@ class StandaloneDrafter(Drafter):
         self.cached[slots] += num_new
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`. Nodes are written behind the text, where the next pairs go."""
+        # Nodes are written after the text, where the next pairs go.
         self._cache.widen(self._longest + shape.depth * shape.width + 1)
         rows = slots.to(self._state.device)
         past = self.cached[slots].to(rows.device)[:, None] + 1
@@ -265,24 +264,20 @@ class StandaloneDrafter(Drafter):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`.
-
-        A chain of the true tokens is the text itself, and an LM predicts from the text whatever the anchor: one
-        teacher-forced pass, the same rows at every step. States are given where they have the target's width.
-        """
-        _, _, valid = true_chains(batch, steps)
-        anchors, _, _ = true_chains(batch, 1)
-        trees = TreeIndex.of(anchors)
-        roots = torch.arange(len(trees.depth), device=valid.device) < trees.num_rounds
-        states = self._states(anchors, trees, roots)
+        # A chain of the true tokens is the text itself, and an LM predicts from the text whatever the anchor: one
+        # teacher-forced pass, the same rows at every step.
+        chains, _, valid = true_chains(batch, steps)
+        trees = TreeIndex.of(chains)
+        states = self._states(chains, trees, trees.depth == 0)
         logits = self.lm_head(states)
         same_width = states.shape[1] == self._target_width
         return Unroll([logits] * steps, valid, [states] * steps if same_width else None)
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. One pass over the text of each request and the nodes that leave it."""
-        return self.lm_head(self._states(batch, TreeIndex.of(batch), wanted))
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        return self.lm_head(self._states(batch, trees, wanted))
 
     def _states(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         """What the head reads at the wanted contexts, ``[number wanted, H]``."""

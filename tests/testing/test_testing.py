@@ -316,12 +316,11 @@ def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) ->
 
 
 class CountsItsTree(MedusaDrafter):
-    def context_logits(self, batch, wanted: Tensor) -> Tensor:
-        trees = TreeIndex.of(batch)
+    def context_logits(self, batch, trees: TreeIndex, wanted: Tensor) -> Tensor:
         size = batch["rounds", "offset"].diff()
         drafted_in = torch.repeat_interleave(torch.arange(len(size)), size)
         of_context = torch.cat([size, size[drafted_in]]) if len(trees.depth) else size
-        return super().context_logits(batch, wanted) * (1 + 0.01 * of_context[wanted])[:, None]
+        return super().context_logits(batch, trees, wanted) * (1 + 0.01 * of_context[wanted])[:, None]
 
 
 def test_scores_that_depend_on_other_branches_are_caught() -> None:
