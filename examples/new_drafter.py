@@ -52,13 +52,13 @@ class RecurrentDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, slots, shape, generator=None):
-        growth, states = grow(self.draft_vocab, shape, generator), self.states[slots, None]
-        growth.add(log_softmax(self.lm_head(states)))
+        search, states = grow(self.draft_vocab, shape, generator), self.states[slots, None]
+        search.add(log_softmax(self.lm_head(states)))
         for _ in range(1, shape.depth):
-            tokens, parent = growth.frontier()
+            tokens, parent = search.frontier()
             states = self.step(tokens, states.gather(1, parent[..., None].expand(-1, -1, states.shape[-1])))
-            growth.add(log_softmax(self.lm_head(states)))
-        return growth.proposal()
+            search.add(log_softmax(self.lm_head(states)))
+        return search.proposal()
 
     def context_logits(self, batch, trees, wanted):
         sequence = batch["sequence"]

@@ -21,11 +21,11 @@ _PROBED_TOKENS = 16
 
 @torch.inference_mode()
 def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
-    """How often the target would say each token, before it has said any: ``[V]`` expected counts, float32.
+    """Estimate how often the target will say each token, from prompts alone: ``[V]`` expected counts, float32.
 
-    The sum over all positions of the prompts of the target's next-token distribution, plus the prompts' own tokens.
-    On code prompts the best 4,096 tokens by this held 90% of the tokens that were then generated, the 4,096 lowest ids
-    with the prompts' tokens 84%. Of a prompt longer than the model's context the last tokens count.
+    The estimate is the target's next-token distribution summed over all positions of the prompts, plus the prompts' own
+    tokens. On code prompts its best 4,096 tokens held 90% of the tokens that were then generated; the 4,096 lowest ids
+    with the prompts' tokens held 84%. Of a prompt longer than the model's context the last tokens count.
     """
     head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
     context = context_length(model.config.get_text_config())
@@ -43,7 +43,7 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
 
 
 def _hidden_states(decoder: Any, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """What the output head reads of a text, ``[·, H]`` for each of its chunks ``[·]``."""
+    """Yield the output head's inputs ``[·, H]`` for each chunk ``[·]`` of a text."""
     cache: dict[str, Any] = {"use_cache": len(chunks) > 1}
     for chunk in chunks:
         out = decoder(chunk[None], **cache)
@@ -53,7 +53,7 @@ def _hidden_states(decoder: Any, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
-    """Whether a decoder reads a text ``[S]`` alike in chunks and in one pass. Some with a state do not."""
+    """Return whether a decoder reads a text ``[S]`` alike in chunks and in one pass. Some with a state do not."""
     whole = next(_hidden_states(decoder, [tokens]))
     try:
         parts = torch.cat([*_hidden_states(decoder, tokens.tensor_split(2))])
@@ -64,14 +64,14 @@ def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
 
 
 def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:
-    """Day-0 draft vocabulary: the tokens of highest prior, of equal ones the lowest ids.
+    """Choose the day-0 draft vocabulary: the tokens of highest prior, and the lowest ids among equals.
 
-    Merges of a byte-pair tokenizer are numbered by how early, hence how often, they were made, so low ids are the
-    frequent tokens where nothing else is known.
+    A byte-pair tokenizer numbers its merges in the order of frequency, so low ids are the frequent tokens if nothing
+    else is known.
 
     Args:
-        size: rows of the draft head; at most the target's vocabulary.
-        prior: ``[V]``, see :func:`token_prior`; zeros where there are no prompts yet.
+        size: Rows of the draft head, at most the target's vocabulary.
+        prior: Expected counts of :func:`token_prior`, ``[V]``; zeros if there are no prompts yet.
 
     Returns:
         ``[size]`` int64, rising.

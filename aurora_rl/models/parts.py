@@ -34,9 +34,9 @@ class TargetParts:
 
     Attributes:
         config: The target's (text) configuration.
-        embedding: ``[V, H]``.
-        head: The output head; its weight and ``embedding`` are one tensor where they are tied.
-        norm: ``[H]``, what the final norm multiplies normalised states by; None where the decoder ends without a norm.
+        embedding: Input embedding, ``[V, H]``.
+        head: The output head; its weight and ``embedding`` are one tensor if they are tied.
+        norm: Factor of the final norm on normalised states, ``[H]``; None if the decoder ends without a norm.
         last_layer: Weights of the last decoder layer by their names in a Llama layer, those alone that a Llama layer
             has in this form. Norms are what they multiply by: Gemma stores this less 1.
         parameters: All parameters of the last decoder layer, by the family's own names.

@@ -1,4 +1,4 @@
-"""DFlash: a few decoder layers fill a block of masks behind the root in one pass, over the target's states as context.
+"""DFlash: a few decoder layers fill a block of masks after the root in one pass, over the target's states as context.
 
 Chen et al., "DFlash: Block Diffusion for Flash Speculative Decoding" (arXiv 2602.06036). Parameter names are those of
 the checkpoints that SGLang, vLLM and the authors' own code load.
@@ -43,16 +43,17 @@ class DFlashDrafter(Drafter):
 
     Args:
         config: Qwen3-style configuration of the layers; ``num_hidden_layers`` of them.
-        embedding: ``[V, H]``, the target's.
-        head: ``[V, H]``, the target's; None where it is the embedding.
-        draft_vocab: ``[Vd]`` int64, target ids of the head's rows that are used.
-        feature_layers: the target's layer ids, low to deep.
+        embedding: The target's embedding, ``[V, H]``.
+        head: The target's head, ``[V, H]``; None if it is the embedding.
+        draft_vocab: Target ids of the head's rows that are used, ``[Vd]`` int64.
+        feature_layers: Layer ids of the target, low to deep.
         num_target_layers: decoder layers of the target, which checkpoints name.
-        block_size: ``W``, the root's position included.
-        mask_token_id: token whose embedding stands for what is to be drafted.
+        block_size: Positions ``W`` of a block, the root's included.
+        mask_token_id: Token whose embedding stands for what is to be drafted.
 
     Raises:
-        ValueError: a block of fewer than two positions, no layers or features, or a mask outside the vocabulary.
+        ValueError: A block has fewer than two positions, there are no layers or features, or the mask is outside the
+            vocabulary.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -122,12 +123,12 @@ class DFlashDrafter(Drafter):
         block_size: int = 8,
         mask_token_id: int | None = None,
     ) -> Self:
-        """A day-0 drafter in float32 whose layers all start as the target's last, reading its deepest feature.
+        """Start a day-0 drafter in float32, all layers as the target's last, reading its deepest feature.
 
         Args:
-            parts: the target's.
-            draft_vocab: ``[Vd]`` int64.
-            feature_layers: layer ids to read; None spreads as many as there are layers, at least three, as DFlash does.
+            parts: Frozen pieces of the target.
+            draft_vocab: Target ids of the rows to draft, ``[Vd]`` int64.
+            feature_layers: Layer ids to read; None spreads as many as there are layers, at least three, as DFlash does.
             num_layers: decoder layers. With one, masks do not see each other's work: a mask is the same to the others
                 whatever the text is.
             block_size: positions of a block, one more than the deepest draft.
@@ -180,10 +181,10 @@ class DFlashDrafter(Drafter):
         """One pass over blocks.
 
         Args:
-            tokens: ``[r, A]`` int64, the roots'.
-            positions: ``[r, A]`` int64, the roots'.
+            tokens: Tokens of the roots, ``[r, A]`` int64.
+            positions: Positions of the roots, ``[r, A]`` int64.
             context: keys and values of each layer, ``[r, S, g, d]``.
-            mask: ``[r, A, S]`` bool.
+            mask: Which context positions each anchor sees, ``[r, A, S]`` bool.
 
         Returns:
             ``[r, A, W - 1, H]``, what the head reads at each depth.
@@ -232,22 +233,22 @@ class DFlashDrafter(Drafter):
         mask = torch.arange(end, device=rows.device) < held[:, None, None]
         states = self._fill(self._root[rows, None], held[:, None], context, mask)
         log_probs = log_softmax(F.linear(states[:, 0, : max(shape.depth, 1)], self.head))
-        growth = grow(self.draft_vocab, shape, generator)
-        growth.add(log_probs[:, :1])
+        search = grow(self.draft_vocab, shape, generator)
+        search.add(log_probs[:, :1])
         for depth in range(1, log_probs.shape[1]):
-            tokens, _ = growth.frontier()
-            growth.add(log_probs[:, depth : depth + 1].expand(-1, tokens.shape[1], -1))
-        return growth.proposal()
+            tokens, _ = search.frontier()
+            search.add(log_probs[:, depth : depth + 1].expand(-1, tokens.shape[1], -1))
+        return search.proposal()
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def _blocks(self, batch: TensorDictBase, request: Tensor, root: Tensor) -> Tensor:
-        """What the head reads of blocks that are laid behind anchors in the text.
+        """Return the head's inputs for blocks that start at anchors in the text.
 
         Args:
             batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            request: ``[a]`` int64, the request of each anchor, rising.
-            root: ``[a]`` int64, the pair of each root; −1 sees no context.
+            request: Request of each anchor, rising, ``[a]`` int64.
+            root: Pair of each root, ``[a]`` int64; −1 sees no context.
 
         Returns:
             ``[a, W - 1, H]``.
@@ -330,7 +331,7 @@ class DFlashDrafter(Drafter):
 
 
 def _targets(parts: TargetParts) -> dict[str, Any]:
-    """What a drafter shares with its target."""
+    """Return the arguments that a drafter shares with its target."""
     head = parts.head.rows()
     tied = head.data_ptr() == parts.embedding.data_ptr()
     return {
@@ -341,7 +342,7 @@ def _targets(parts: TargetParts) -> dict[str, Any]:
 
 
 def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
-    """Configuration of layers of the target's sizes and rotary settings."""
+    """Return the configuration of layers of the target's sizes and rotary settings."""
     layer = layer_config(parts)
     return Qwen3Config(
         hidden_size=layer.hidden_size,
@@ -359,7 +360,7 @@ def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
 
 
 def _spread(num_layers: int, count: int) -> tuple[int, ...]:
-    """Layer ids that DFlash reads where nobody says: ``count``, from the second layer's input's to the third last's.
+    """Return the ids of ``count`` layers that DFlash reads by default, from the second's input to the third last's.
 
     DFlash has no rule for targets of fewer than four layers; here its ids are moved to between two layers.
 
@@ -374,7 +375,7 @@ def _spread(num_layers: int, count: int) -> tuple[int, ...]:
 
 
 def _usual_size(projection: Tensor, norm: Tensor) -> Tensor:
-    """Root mean square of what a projection ``[out, H]`` gives behind a norm with weight ``[H]``.
+    """Return the root mean square of the outputs of a projection ``[out, H]`` after a norm with weight ``[H]``.
 
     Queries and keys of targets that do not normalise them have a size of their own, which a norm's weight gives back.
     Exact where normalised inputs are uncorrelated; of SmolLM2's last layer it is three quarters of what is measured.

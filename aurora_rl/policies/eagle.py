@@ -1,8 +1,8 @@
 """EAGLE and EAGLE-2: one decoder layer that predicts the next feature, which the target's own head reads.
 
 Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv 2401.15077); EAGLE-2 (arXiv
-2406.16858) is the same model and grows the trees by the drafter's probabilities, as ``policies.growth`` does. Parameter
-names are those of the checkpoints that SGLang loads.
+2406.16858) is the same model, and its trees follow the drafter's probabilities, as ``policies.tree_search`` has it.
+Parameter names are those of the checkpoints that SGLang loads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aurora_rl.policies.formats.llama_eagle import read_eagle, write_eagle
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 
-# Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
+# Size of the embedding's image by day-0 `fc` relative to the feature's, by root mean squares.
 _TOKEN_SHARE = 0.5
 
 
@@ -37,13 +37,13 @@ class EagleDrafter(RecurrentDrafter):
 
     Args:
         config: Llama-style configuration of the layer.
-        embedding: ``[V, H]``, the target's, shared and frozen.
-        head: ``[Vd, H]``, the rows of the target's head that the draft vocabulary has, frozen.
-        draft_vocab: ``[Vd]`` int64, target ids of these rows.
-        feature_layers: the one layer id that is read.
+        embedding: The target's embedding, shared and frozen, ``[V, H]``.
+        head: Rows of the target's head for the draft vocabulary, frozen, ``[Vd, H]``.
+        draft_vocab: Target ids of these rows, ``[Vd]`` int64.
+        feature_layers: Layer id of the one feature.
 
     Raises:
-        ValueError: ``feature_layers`` is not a single id, or ``head`` has other rows than ``draft_vocab``.
+        ValueError: ``feature_layers`` is no single id, or ``head`` has other rows than ``draft_vocab``.
 
     Example:
         >>> from aurora_rl.policies import TreeShape
@@ -93,7 +93,7 @@ class EagleDrafter(RecurrentDrafter):
         feature_layers: tuple[int, ...] | None = None,
         attention: str = "target",
     ) -> Self:
-        """A day-0 drafter in float32 that predicts the feature it was given.
+        """Start a day-0 drafter in float32 that predicts the feature that it reads.
 
         ``fc`` passes the feature on and adds a random image of the embedding, half as large: embeddings are small, and
         a layer that has to learn to see them first learns late. On SmolLM2 (chains of 3, 24 unseen requests) it costs
@@ -107,7 +107,7 @@ class EagleDrafter(RecurrentDrafter):
         the target's.
 
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head, ``attention`` than "target".
+            ValueError: ``feature_layers`` is not the input of the target's head, or ``attention`` is not "target".
         """
         refuse_own_attention(attention)
         last = (parts.config.num_hidden_layers,)
@@ -136,8 +136,8 @@ class EagleDrafter(RecurrentDrafter):
         nn.init.zeros_(self.fc.bias)
         copy_layer(layer, last)
         if parts.norm is not None:
-            # A feature is the normalised state times the final norm's weight, and in its place comes the weight of the
-            # norm before the projections. Where the former is 0 a feature says nothing.
+            # Divide out the final norm's weight, then fold in the pre-attention norm's. A feature says nothing where
+            # the former is 0.
             final, before = parts.norm.float(), last.get("input_layernorm.weight", torch.ones(size)).float()
             inverse = torch.where(final == 0, 0.0, 1 / final)
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):

@@ -42,11 +42,11 @@ class Eagle3Drafter(RecurrentDrafter):
 
     Args:
         config: Llama-style configuration of the layer.
-        embedding: ``[V, H]``, the target's, shared and frozen.
-        draft_vocab: ``[Vd]`` int64, target ids of the draft head's rows.
-        feature_layers: the target's layer ids, low to deep.
-        fc_norm: whether each layer's feature is normalised before they are joined (EAGLE-3.1).
-        norm_output: whether the next depth reads the state behind the final norm, not before it (EAGLE-3.1).
+        embedding: The target's embedding, shared and frozen, ``[V, H]``.
+        draft_vocab: Target ids of the draft head's rows, ``[Vd]`` int64.
+        feature_layers: Layer ids of the target, low to deep.
+        fc_norm: Whether each layer's feature is normalised before they are joined (EAGLE-3.1).
+        norm_output: Whether the next depth reads the state after the final norm, not before it (EAGLE-3.1).
 
     Example:
         >>> from aurora_rl.policies import TreeShape
@@ -97,17 +97,17 @@ class Eagle3Drafter(RecurrentDrafter):
         norm_output: bool = False,
         attention: str = "target",
     ) -> Self:
-        """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
+        """Start a day-0 drafter in float32, its weights from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
-        input. Pieces that the target does not have in this form start
-        at random; where they are of its attention or its MLP, that adds nothing until it has learned.
+        input. Pieces that the target does not have in this form start at random; an attention or MLP that lacks some
+        adds nothing until it has learned.
 
         The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
         the target's.
 
         Raises:
-            ValueError: ``attention`` is another than "target".
+            ValueError: ``attention`` is not "target".
         """
         refuse_own_attention(attention)
         drafter = cls(

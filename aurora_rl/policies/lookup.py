@@ -1,7 +1,7 @@
-"""N-grams of the request itself: a text goes on as it went on when its last tokens occurred before.
+"""Lookup: a text goes on as it went on when its last tokens occurred before.
 
-Saxena, "Prompt Lookup Decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding). It has no weights, costs next to
-nothing, and proposes what a young drafter cannot know: names, numbers and phrases of the request itself.
+Saxena, "Prompt Lookup Decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding). Lookup has no weights, costs
+next to nothing, and proposes what a young drafter cannot know: names, numbers and phrases of the request itself.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.tree_index import TreeIndex
 
-# Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
+# Most and fewest tokens that must agree. The longest match counts; a single token matches by chance too often to pay.
 _LONGEST, _SHORTEST = 4, 2
-# Occurrences that count. An older one has less than a part in four billion of the weight; after a thousand repetitions
-# it is too little for a float.
+# Number of occurrences that count. Older ones have less than a part in four billion of the weight, and after a thousand
+# repetitions their weight underflows.
 _COUNTED = 32
 
 
 def continuations(text: Sequence[int] | np.ndarray) -> dict[int, float]:
-    """Probabilities of the next token by how the text went on after its last tokens before.
+    """Estimate the next token by how the text went on when its last tokens occurred before.
 
-    The longest run of four to two last tokens that occurred earlier counts. The latest occurrence has twice the weight
-    of the one before it, and so on, so that it is never outvoted; 32 occurrences count.
+    The longest run of four to two last tokens that occurred earlier counts. Each occurrence has twice the weight of the
+    one before it, so that the latest is never outvoted; 32 occurrences count.
 
     Args:
-        text: tokens, at least the last of which are looked for.
+        text: Tokens of the text.
 
     Returns:
-        Tokens with their probabilities, likeliest first; empty where the last two tokens did not occur before.
+        Tokens with their probabilities, likeliest first; empty if the last two tokens did not occur before.
 
     Example:
         >>> continuations([1, 2, 3, 1, 2, 4, 1, 2])
@@ -85,18 +85,18 @@ class Tree(NamedTuple):
 
 
 def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
-    """The likeliest nodes behind a text, by :func:`continuations` of it and of each path.
+    """Return the likeliest nodes after a text, by :func:`continuations` of it and of each path.
 
     Args:
-        text: a request so far, prompt and completion.
-        shape: depth, width and budget.
+        text: Tokens of a request so far, prompt and completion.
+        shape: Depth, width and node budget of the tree.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
         [4, 5, 3]
     """
     tree = Tree([], [], [])
-    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before it)
+    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before the token)
     open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
     arrived = 0
 
@@ -170,10 +170,10 @@ def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:
 
 @register_drafter("ngram")
 class NgramDrafter(Drafter):
-    """Drafts what followed the last tokens of a request where they occurred before; nothing to learn, nothing to save.
+    """Lookup as a drafter of its own, with nothing to learn and nothing to save.
 
     Args:
-        vocab_size: the target's; every token has a row.
+        vocab_size: Size of the target's vocabulary; every token has a row.
 
     Example:
         >>> drafter = NgramDrafter(vocab_size=10)
@@ -196,7 +196,7 @@ class NgramDrafter(Drafter):
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
     ) -> Self:
-        """N-grams of any text: neither the target's weights nor a reduced vocabulary matter."""
+        """Return the drafter: neither the target's weights nor a reduced vocabulary matter."""
         return cls(len(parts.head))
 
     # ---- serving ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Medusa: one head per depth, all reading the feature behind the root, in one pass and without a cache.
+"""Medusa: one head per depth, all reading the feature before the root, in one pass and without a cache.
 
 Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (arXiv 2401.10774).
 Parameter names are those of vLLM's ``MedusaModel``.
@@ -46,15 +46,15 @@ class MedusaDrafter(Drafter):
     are not read, so all nodes of a depth share one distribution and a tree is a Cartesian product of top tokens.
 
     Args:
-        hidden_size: ``H`` of the target.
-        vocab_size: the target's.
-        draft_vocab: ``[Vd]`` int64, target ids of the heads' rows.
-        feature_layers: the one layer id that is read.
-        num_heads: heads, hence the deepest depth.
-        num_layers: residual blocks of each head.
+        hidden_size: Hidden size ``H`` of the target.
+        vocab_size: Size of the target's vocabulary.
+        draft_vocab: Target ids of the heads' rows, ``[Vd]`` int64.
+        feature_layers: Layer id of the one feature.
+        num_heads: Number of heads, hence the deepest depth.
+        num_layers: Residual blocks of each head.
 
     Raises:
-        ValueError: ``feature_layers`` is not a single id, or there are no heads.
+        ValueError: ``feature_layers`` is no single id, or there are no heads.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -104,10 +104,10 @@ class MedusaDrafter(Drafter):
         num_heads: int = 4,
         num_layers: int = 1,
     ) -> Self:
-        """A day-0 drafter in float32 whose every head is the target's own: its rows, behind residual blocks at zero.
+        """Start a day-0 drafter in float32, every head the target's own: its rows, after residual blocks at zero.
 
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head.
+            ValueError: ``feature_layers`` is not the input of the target's head.
         """
         config = parts.config
         last = (config.num_hidden_layers,)
@@ -157,12 +157,12 @@ class MedusaDrafter(Drafter):
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         features = self._state[slots.to(self._state.device), None]
-        growth = grow(self.draft_vocab, shape, generator)
-        growth.add(self._log_probs(0, features))
+        search = grow(self.draft_vocab, shape, generator)
+        search.add(self._log_probs(0, features))
         for depth in range(1, min(shape.depth, self.num_heads)):
-            tokens, _ = growth.frontier()
-            growth.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
-        return growth.proposal()
+            tokens, _ = search.frontier()
+            search.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
+        return search.proposal()
 
     def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """States ``[..., H]`` and logits ``[..., Vd]`` of one head (counted from 0) at features ``[..., H]``."""

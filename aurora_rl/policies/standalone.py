@@ -1,4 +1,4 @@
-"""A causal LM as drafter: one of the target's tokenizer, or a few layers made of the target's own pieces.
+"""A causal LM as drafter: one with the target's tokenizer, or a few layers that start from the target's own.
 
 Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192). It reads tokens only,
 no features of the target, and its checkpoints are ordinary Hugging Face folders.
@@ -36,22 +36,22 @@ from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex, true_chains
 
-# Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
+# Columns after the longest text. A pass over slots of unequal length pads into them, and trees are written there.
 _SLACK = 64
 
 
 class Branches(NamedTuple):
-    """Where contexts of recorded trees are read from: a context whose path the text went on with is the text's own.
+    """Where contexts of recorded trees are read from: a context whose path is that of the text is read from the text.
 
     Attributes:
-        on_text: ``[R + M]`` bool, contexts that stand on the text.
-        position: ``[R + M]`` int64, of each context's token in its request.
-        leaves: ``[R + M]`` int64, the position of the last token that a context's path shares with the text.
-        nodes: ``[m]`` int64, the contexts off the text that are wanted, and those above them.
-        place: ``[R + M]`` int64, of each of these among those of its request.
-        offset: ``[n + 1]`` int64, where each request's start in ``nodes``.
-        ancestors: ``[m, J]`` int64, places of the nodes on each one's path that are off the text, itself first; −1
-            fills up.
+        on_text: Whether each context stands on the text, ``[R + M]`` bool.
+        position: Position of each context's token in its request, ``[R + M]`` int64.
+        leaves: Position of the last token that each context's path shares with the text, ``[R + M]`` int64.
+        nodes: Wanted contexts off the text and those above them, ``[m]`` int64.
+        place: Place of each of these among those of its request, ``[R + M]`` int64.
+        offset: Start of each request in ``nodes``, ``[n + 1]`` int64.
+        ancestors: Places of the nodes on each path that are off the text, the last first, padded by −1, ``[m, J]``
+            int64.
     """
 
     on_text: Tensor
@@ -64,7 +64,7 @@ class Branches(NamedTuple):
 
     @classmethod
     def of(cls, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Branches:
-        """Sort the contexts of a packed batch (``wanted`` ``[R + M]`` bool)."""
+        """Sort the contexts of a packed batch, of which ``wanted`` (``[R + M]`` bool) are asked for."""
         offset, rounds = batch["sequence", "offset"], torch.arange(trees.num_rounds, device=wanted.device)
         above, levels = torch.cat([rounds, trees.parent]), range(int(trees.depth.max()))
         position = trees.root + 1 + trees.depth
@@ -100,14 +100,14 @@ class StandaloneDrafter(Drafter):
     learn.
 
     Args:
-        lm: gives its decoder layers and final norm; any architecture that attends as Llama does.
-        embedding: ``[V, H]``, of the drafter.
-        head: ``[V, H]``, of the drafter, every row of it: what a checkpoint has outside the draft vocabulary.
-        draft_vocab: ``[Vd]`` int64, the tokens that it may draft.
-        target_width: the target's hidden size.
+        lm: Causal LM of any architecture that attends as Llama does; its decoder layers and final norm are used.
+        embedding: Embedding of the drafter, ``[V, H]``.
+        head: All rows of the drafter's head, ``[V, H]``; checkpoints need those outside the draft vocabulary too.
+        draft_vocab: Tokens that it may draft, ``[Vd]`` int64.
+        target_width: Hidden size of the target.
 
     Raises:
-        ValueError: the LM computes in a way that the slot cache has no form for.
+        ValueError: The LM computes in a way that the slot cache has no form for.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -154,21 +154,21 @@ class StandaloneDrafter(Drafter):
         model: str | None = None,
         num_layers: int = 2,
     ) -> Self:
-        """A day-0 drafter in float32: a model that was trained elsewhere, or layers made of the target's pieces.
+        """Start a day-0 drafter in float32: a model that was trained elsewhere, or layers from the target's pieces.
 
         An untrained one is the target's last layer, final norm and head on the target's embedding. The layers before
         the last add nothing until they have learned, so at day 0 their number does not matter.
 
         Args:
-            parts: the target's.
-            draft_vocab: ``[Vd]`` int64.
-            feature_layers: none are read.
-            model: folder or hub id of a causal LM with the target's tokenizer; None makes an untrained one.
-            num_layers: of the untrained one.
+            parts: Frozen pieces of the target.
+            draft_vocab: Tokens that it may draft, ``[Vd]`` int64.
+            feature_layers: Must be empty: no features are read.
+            model: Folder or hub id of a causal LM with the target's tokenizer; None starts an untrained LM.
+            num_layers: Decoder layers of an untrained LM.
 
         Raises:
-            ValueError: the model cannot be loaded or served, or has another vocabulary; no layers, or feature layers
-                are asked for.
+            ValueError: The model cannot be loaded or served, or has another vocabulary; or there are no layers, or
+                feature layers.
         """
         if feature_layers:
             raise ValueError(f"a standalone drafter reads no features; leave feature_layers={feature_layers} out")
@@ -233,7 +233,7 @@ class StandaloneDrafter(Drafter):
         held, row = self.cached[slots].to(device)[:, None], torch.arange(width, device=device)
         causal = (row[:, None] >= row).expand(b, -1, -1)
         end = int((self.cached[slots] + num_new).max()) + 1
-        # Padding goes behind the text, where the next pass writes; the last column of all is never read.
+        # Padding goes after the text, where the next pass writes; the last column of all is never read.
         columns = (held + row).clamp(max=self._cache.columns - 1)
         hidden = self._read(slots, tokens, held + row, columns, cache_mask(causal, held, end))
         self._state[slots.to(device)] = hidden[torch.arange(b, device=device), num_new.to(device)]
@@ -247,11 +247,11 @@ class StandaloneDrafter(Drafter):
         rows = slots.to(self._state.device)
         past = self.cached[slots].to(rows.device)[:, None] + 1
         every = torch.arange(len(rows), device=rows.device)[:, None]
-        growth = grow(self.draft_vocab, shape, generator)
-        growth.add(log_softmax(self.lm_head(self._state[rows, None])))
+        search = grow(self.draft_vocab, shape, generator)
+        search.add(log_softmax(self.lm_head(self._state[rows, None])))
         seen = torch.zeros(len(rows), 1, 0, dtype=torch.bool, device=rows.device)
         for depth in range(1, shape.depth):
-            tokens, parent = growth.frontier()
+            tokens, parent = search.frontier()
             width, used = tokens.shape[1], seen.shape[2]
             # A node sees what its parent saw, and itself.
             itself = torch.eye(width, dtype=torch.bool, device=rows.device).expand(len(rows), -1, -1)
@@ -259,8 +259,8 @@ class StandaloneDrafter(Drafter):
             columns = past + used + torch.arange(width, device=rows.device)
             mask = cache_mask(seen, past, int(self.cached[slots].max()) + 1 + used + width)
             hidden = self._read(slots, tokens, (past + depth - 1).expand_as(tokens), columns, mask)
-            growth.add(log_softmax(self.lm_head(hidden)))
-        return growth.proposal()
+            search.add(log_softmax(self.lm_head(hidden)))
+        return search.proposal()
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class StandaloneDrafter(Drafter):
         return self.lm_head(self._states(batch, trees, wanted))
 
     def _states(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
-        """What the head reads at the wanted contexts, ``[number wanted, H]``."""
+        """Return the head's inputs at the wanted contexts, ``[number wanted, H]``."""
         branches = Branches.of(batch, trees, wanted)
         nodes, offset = branches.nodes, branches.offset
         text = pad_rows(batch["sequence", "tokens"], batch["sequence", "offset"])
@@ -319,7 +319,7 @@ class StandaloneDrafter(Drafter):
 
 @torch.no_grad()
 def _start_from(lm: Any, parts: TargetParts) -> None:
-    """The target's final norm, and its last layer where its weights fit; layers before it pass on what they read."""
+    """Copy the target's final norm, and its last layer where weights fit; layers before it pass on what they read."""
     if parts.norm is not None:
         lm.model.norm.weight.copy_(parts.norm)
     *before, last = lm.model.layers
@@ -331,10 +331,9 @@ def _start_from(lm: Any, parts: TargetParts) -> None:
 
 @torch.no_grad()
 def _check_served(lm: Any) -> None:
-    """Raise ValueError where an LM is not its layers, cached and masked by us, and its head: a probe and no name tells.
+    """Raise ValueError unless the LM's layers with our cache and masks, followed by its head, reproduce its logits.
 
-    Serving's and training's passes over four tokens are compared with the model's own. Its attention is ours then, and
-    its head a product with a weight.
+    Serving's and training's passes over four tokens are compared with the model's own. The LM keeps our attention.
     """
     name, tokens = type(lm).__name__, torch.arange(4, device=lm.device)[None]
     try:

@@ -21,9 +21,9 @@ def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeSha
     def drawn(seed: int) -> Proposal:
         return drafter.propose(slots, shape, torch.Generator().manual_seed(seed))
 
-    first, again, others = drawn(seed), drawn(seed), [drawn(seed + i) for i in range(1, 5)]
+    first, again, rest = drawn(seed), drawn(seed), [drawn(seed + i) for i in range(1, 5)]
     require(torch.equal(first.tokens, again.tokens), f"{what} ignores the generator: one seed gave two trees")
-    differ = any(not torch.equal(first.tokens, other.tokens) for other in others)
+    differ = any(not torch.equal(first.tokens, tree.tokens) for tree in rest)
     require(differ, f"{what} draws nothing: seeds do not matter")
     nodes = (*first.tokens.shape, len(drafter.draft_vocab))
     require(first.q is not None and first.q.shape == nodes, f"{what}: q is not {nodes}")
@@ -105,9 +105,9 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     middle = lengths - 1 - torch.arange(len(slots)) % 3
     _extend(drafter, trajectories, slots, torch.zeros_like(lengths), middle)
     _extend(drafter, trajectories, slots, middle, lengths)
-    same(slots, "when slots of unequal length are extended in one call, or beside empty slots")
+    same(slots, "when slots of unequal length are extended in one call, or next to empty slots")
 
-    # A slot that is all but full, beside one that catches up from its first pair: the padding has no room there.
+    # A slot that is all but full, next to one that catches up from its first pair: the padding has no room there.
     longest = [trajectories[int(lengths.argmax())]] * 2
     full = lengths.max().expand(2)
     drafter.allocate(2, int(full[0]) + 1)
@@ -115,7 +115,7 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     _extend(drafter, longest, slots[:2], torch.stack([full[0] - 1, torch.tensor(0)]), full)
     got = drafter.propose(slots[:2], shape)
     equal = all(close(a.double(), b.double(), atol) for a, b in zip(_nodes(got, 0), _nodes(got, 1), strict=True))
-    require(equal, "proposals change when a full slot is extended beside one that catches up")
+    require(equal, "proposals change when a full slot is extended next to one that catches up")
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Tree shapes, growth of trees, cutting to a budget, and checks of weights: literal numbers and brute force."""
+"""Tree shapes, search for trees, cutting to a budget, and checks of weights: literal numbers and brute force."""
 
 from __future__ import annotations
 
@@ -84,17 +84,17 @@ def test_best_first_on_ties_keeps_a_parent_before_its_child() -> None:
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 12), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
-def test_growth_equals_a_beam_search_by_hand(depth: int, width: int, extra: int, seed: int) -> None:
+def test_search_equals_a_beam_search_by_hand(depth: int, width: int, extra: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     vocab = torch.tensor([7, 3, 9])
     levels = torch.randn(2, depth, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
     shape = TreeShape(depth, width, depth + extra)
-    growth = TopKSearch(vocab, shape)
-    growth.add(levels[:, :1])
+    search = TopKSearch(vocab, shape)
+    search.add(levels[:, :1])
     for level in range(1, depth):
-        tokens, _ = growth.frontier()
-        growth.add(levels[:, level : level + 1].expand(-1, tokens.shape[1], -1))
-    tokens, parents, log_probs, *_ = growth.proposal()
+        tokens, _ = search.frontier()
+        search.add(levels[:, level : level + 1].expand(-1, tokens.shape[1], -1))
+    tokens, parents, log_probs, *_ = search.proposal()
 
     for row in range(2):
         nodes: dict[tuple[int, ...], float] = {}
@@ -122,13 +122,13 @@ def test_sampled_chains_have_the_drafters_law(mode: str) -> None:
     count, vocab = 20_000, torch.tensor([7, 3, 9])
     first = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     second = torch.tensor([[0.1, 0.6, 0.3], [0.8, 0.1, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)  # by the first
-    growth = SampledSearch(vocab, TreeShape(2, 2, mode=mode), torch.Generator().manual_seed(0))
-    growth.add(first.log().expand(count, 1, 3))
-    tokens, above = growth.frontier()
+    search = SampledSearch(vocab, TreeShape(2, 2, mode=mode), torch.Generator().manual_seed(0))
+    search.add(first.log().expand(count, 1, 3))
+    tokens, above = search.frontier()
     assert above.unique().tolist() == [0]
     drawn = (tokens[:, :, None] == vocab).int().argmax(-1)
-    growth.add(second[drawn].log())
-    tokens, parents, log_probs, q, _ = growth.proposal()
+    search.add(second[drawn].log())
+    tokens, parents, log_probs, q, _ = search.proposal()
     assert parents.unique(dim=0).tolist() == [[-1, -1, 0, 1]]
     drawn = (tokens[:, :, None] == vocab).int().argmax(-1)
     assert q is not None
@@ -160,9 +160,9 @@ def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
 
 
 def test_first_tokens_that_cannot_differ() -> None:
-    growth = SampledSearch(torch.tensor([1, 2]), TreeShape(1, 2, mode="sampled_without_replacement"))
+    search = SampledSearch(torch.tensor([1, 2]), TreeShape(1, 2, mode="sampled_without_replacement"))
     with pytest.raises(ValueError, match="2 first tokens cannot all differ"):
-        growth.add(torch.tensor([[[0.0, -torch.inf]]]))
+        search.add(torch.tensor([[[0.0, -torch.inf]]]))
 
 
 def test_draft_rows() -> None:

@@ -27,16 +27,16 @@ _ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_la
 
 
 def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:
-    """Write a drafter.
+    """Write a drafter to a folder.
 
     Args:
-        drafter: the drafter.
-        folder: replaced if it holds a drafter.
-        layout: one of the drafter's ``formats``; None takes the first, in which runs are kept.
+        drafter: Drafter to write.
+        folder: Folder to write to; a drafter in it is replaced.
+        layout: One of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: the drafter has no such format, or the layout cannot say what it is, or the folder holds
-            something else.
+        CheckpointError: The drafter has no such format, the layout cannot say what it is, or the folder holds something
+            else.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -66,7 +66,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
 
 
 def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
-    """What :func:`save_drafter` would write.
+    """Return what :func:`save_drafter` would write.
 
     Raises:
         ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
@@ -101,17 +101,17 @@ def load_drafter(
     """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.made_for``.
 
     Args:
-        source: a folder, or the id of a repository on the Hugging Face hub.
-        parts: the target's.
-        kind: the class; None takes the one that recognizes ``config.json``.
-        layout: one of the class's ``formats``; None takes the first.
-        options: see ``Drafter.read``.
+        source: Folder, or id of a repository on the Hugging Face hub.
+        parts: Frozen pieces of the target.
+        kind: Class of the drafter; None takes the one that recognizes ``config.json``.
+        layout: One of the class's ``formats``; None takes the first.
+        options: ``drafter.options``, see ``Drafter.read``.
         made_for: "target" refuses a folder that says that it was trained for other weights than the target's; "any"
             starts from it, as from that of an earlier state of the target.
 
     Raises:
-        CheckpointError: files are missing or broken, or the drafter was made for another target; names the first
-            entry or tensor that does not match.
+        CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
+            first entry or tensor that does not match.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -131,9 +131,9 @@ def load_drafter(
         # A folder that several could have written is of the class that is asked for.
         found = kind if kind is not None and kind.recognizes(config) else recognized(config)
         for name in found.target_sizes:
-            mine = getattr(parts.config, name)
-            if config.get(name, mine) != mine:
-                raise ValueError(f"config.json: {name} is {config[name]}, the target has {mine}")
+            size = getattr(parts.config, name)
+            if config.get(name, size) != size:
+                raise ValueError(f"config.json: {name} is {config[name]}, the target has {size}")
         layout = layout or found.formats[0]
         if layout not in found.formats:
             raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
