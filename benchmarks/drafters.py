@@ -44,12 +44,14 @@ from aurora_rl.policies import (
     save_drafter,
     token_prior,
 )
+from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.server import InferenceServer, measure_rounds
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
-from aurora_rl.training.optimizers import drafter_optimizers, train_on
+from aurora_rl.training.offline import train_on
+from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.workload.traffic import generate, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.
@@ -181,7 +183,6 @@ def serve(world: World, name: str) -> dict[str, Any]:
         requests,
         num_nodes=policy.num_nodes,
         stop_tokens=stop_token_ids(model, world.tokenizer),
-        on_completion=lambda completion: server.completed(completion),
     )
     drafting: list[float] = []
     draft = policy.draft
@@ -208,8 +209,8 @@ def serve(world: World, name: str) -> dict[str, Any]:
         "draft_ms": 1e3 * statistics.median(drafting),
         "round_ms": 1e3 * costs[shape],
         "plain_ms": 1e3 * costs[none],
-        "acceptance_length": server.acceptance(0, len(server.finished)),
-        "speedup": server.rates().speedup,
+        "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
+        "speedup": server.stats.rates().speedup,
     }
 
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
+from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.server import InferenceServer, cost_table, measure_rounds
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, rates
 
@@ -82,12 +83,12 @@ def serve(
     asked = 0
 
     def part() -> int:
-        return sum(len(server.finished) >= end for end in ends)
+        return sum(len(server.stats.finished) >= end for end in ends)
 
     def requests() -> Request | None:
         nonlocal asked
         here = part()
-        if here == len(parts) or asked == ends[here] or asked - len(server.finished) >= parts[here][2]:
+        if here == len(parts) or asked == ends[here] or asked - len(server.stats.finished) >= parts[here][2]:
             return None
         asked += 1
         return source()
@@ -97,7 +98,6 @@ def serve(
         requests,
         num_nodes=most.num_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
-        on_completion=lambda completion: server.completed(completion),
     )
     script = Script(later, parts[0][1])
     server = InferenceServer(
@@ -109,11 +109,11 @@ def serve(
         receiver=script,
         note=source.completed,
     )
-    server.rounds = []  # every round, for the parts
-    script.completed = lambda: len(server.finished)
+    server.stats.rounds = []  # every round, for the parts
+    script.completed = lambda: len(server.stats.finished)
     chosen: list[Counter[str]] = [Counter() for _ in parts]
     while (here := part()) < len(parts) and server.step():
-        if server.rounds[-1].speculative:
+        if server.stats.rounds[-1].speculative:
             shape = policy.shape
             name = f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}"  # as in the table of costs
             chosen[here][name if shape.depth else "none"] += 1
@@ -135,9 +135,9 @@ def serve(
 
 
 def figures(server: InferenceServer, begin: int, end: int) -> dict:
-    measured = rates([r for r in server.rounds if begin <= r.request < end])
+    measured = rates([r for r in server.stats.rounds if begin <= r.request < end])
     return {
-        "acceptance_length_where_drafted": server.acceptance(begin, end),
+        "acceptance_length_where_drafted": server.stats.acceptance(begin, end),
         "tokens_per_second": {"plain": measured.baseline, "controlled": measured.speculative},
         "over_plain": measured.speedup,
     }

@@ -21,10 +21,11 @@ from common import arguments, parse, prompts, write_result
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
+from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.server import InferenceServer, cost_table, measure_rounds
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 
@@ -58,7 +59,6 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         requests,
         num_nodes=shape.num_nodes,
         stop_tokens=stop_token_ids(model, tokenizer),
-        on_completion=lambda completion: server.completed(completion),
     )
     server = InferenceServer(
         env,
@@ -90,11 +90,11 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
             policy.install(weights[policy.version % len(weights)], policy.version + 1)
             installs.append((time.perf_counter() - at) * 1e3)
     total = time.perf_counter() - began
-    measured = server.rates()
+    measured = server.stats.rates()
     return {
         "slots": slots,
-        "requests": len(server.finished),
-        "acceptance_length": server.acceptance(0, len(server.finished)),
+        "requests": len(server.stats.finished),
+        "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
         "shape_at_end": {"depth": policy.shape.depth, "width": policy.shape.width},
         "tokens_per_second": {"baseline": measured.baseline, "speculative": measured.speculative},
         "speedup": measured.speedup,

@@ -18,7 +18,8 @@ from aurora_rl.objectives import ImitationLoss, make_objectives, overlap, regist
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.testing import check_objective
-from aurora_rl.training.optimizers import drafter_optimizers, train_on
+from aurora_rl.training.offline import train_on
+from aurora_rl.training.optimizers import drafter_optimizers
 
 
 @register_objective("focal_imitation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli import spec
+from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, Target, load, resolve, start_drafter
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.training.gate import replay
-from aurora_rl.training.optimizers import drafter_optimizers, train_on
+from aurora_rl.training.offline import train_on
+from aurora_rl.training.optimizers import drafter_optimizers
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "forward_kl": [{"name": "imitation"}],
@@ -38,9 +42,40 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 _CONFIGURED = "configured"
 
 
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    text = "learn from one recorded stream by several objectives, and compare on what is still to come"
+    parser = parser.add_subparsers(dest="what", required=True).add_parser("objectives", help=text, description=text)
+    parser.add_argument("--recording", type=Path, required=True, help="folder that learner.record=... filled")
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the results")
+    parser.add_argument("--variants", default="forward_kl,discard", help="names; configured is objectives=...")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
+    parser.add_argument("--every", type=int, default=40, help="requests between two evaluations")
+    parser.add_argument("--ahead", type=int, default=40, help="requests of an evaluation: the next to come")
+    parser.add_argument("--limit", type=int, help="most requests of the recording")
+    add_config_arguments(parser, "learner.replay=4")
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Run the variants that have no result yet. Returns the exit status."""
+    torch.set_num_threads(config.learner.threads)
+    bench_objectives(
+        config,
+        arguments.recording,
+        arguments.out,
+        variants=[name.strip() for name in arguments.variants.split(",")],
+        seeds=arguments.seeds,
+        every=arguments.every,
+        ahead=arguments.ahead,
+        limit=arguments.limit,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
 def learning_curve(
-    config: Config,
-    target: spec.Target,
+    spec: RunSpec,
+    target: Target,
     stream: Sequence[TensorDictBase],
     objectives: list[dict[str, Any]],
     *,
@@ -51,26 +86,25 @@ def learning_curve(
 ) -> tuple[dict[str, list[tuple[int, float]]], int]:
     """Acceptance length on the next requests of a stream, after every so many learned from.
 
-    Likeliest drafts are evaluated always, since that is what is served by default; sampled ones beside them where the
-    configuration samples.
+    Likeliest drafts are evaluated always, since they are served by default; sampled ones as well if the configuration
+    samples.
 
     Args:
-        config: drafter, learner and shape settings.
-        target: what the stream was recorded with.
-        stream: in order of arrival.
-        objectives: names and settings.
-        seed: of the drafter's start and of replay.
-        every: requests between two evaluations, a multiple of ``learner.batch_size``.
-        ahead: requests of an evaluation, the next of the stream, which were not learned from yet.
-        tell: called with each point as it comes.
+        spec: Drafter, learner and tree.
+        target: Target that the stream was recorded with.
+        stream: Trajectories in order of arrival.
+        objectives: Names and settings.
+        seed: Seed of the drafter's start and of replay.
+        every: Requests between two evaluations, a multiple of ``learner.batch_size``.
+        ahead: Requests of an evaluation, the next of the stream, which were not learned from yet.
+        tell: Called with each point as it comes.
 
     Returns:
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
-    config = replace(config, seed=seed)
-    drafter = spec.drafter(config, target, prompts)
-    dtype, settings, served_shape = spec.dtype_of(config), config.learner, spec.shape(config)
+    drafter = start_drafter(replace(spec, config=replace(spec.config, seed=seed)), target, prompts)
+    dtype, settings, served_shape = spec.dtype, spec.config.learner, spec.tree
     shapes = {mode: replace(served_shape, mode=mode) for mode in dict.fromkeys(("topk", served_shape.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
     optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
@@ -119,22 +153,23 @@ def bench_objectives(
     """Run the variants that have no result yet, then write the table and the plot of all results in the folder.
 
     Args:
-        config: of the runs.
-        recording: folder of a recorded stream.
-        out: folder of the results, one file a run; its table and plot cover every recording that it has results of.
-        variants: names of :data:`VARIANTS`, or "configured" for the objectives of ``config``.
-        seeds: runs of each variant.
-        every: requests between two evaluations.
-        ahead: requests of an evaluation.
-        limit: most requests of the recording.
-        say: takes a line of progress.
+        config: Configuration of the runs.
+        recording: Folder of a recorded stream.
+        out: Folder of the results, one file a run; its table and plot cover every recording that it has results of.
+        variants: Names of :data:`VARIANTS`, or "configured" for the objectives of ``config``.
+        seeds: Runs of each variant.
+        every: Requests between two evaluations.
+        ahead: Requests of an evaluation.
+        limit: Most requests of the recording.
+        say: Takes a line of progress.
 
     Raises:
-        ConfigError: an unknown variant, a number below 1, objectives that no variant uses, a recording that is too
+        ConfigError: An unknown variant, a number below 1, objectives that no variant uses, a recording that is too
             short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
             was made with other settings.
     """
     recording, out = Path(recording), Path(out)
+    spec = resolve(config)
     _check_arguments(config, variants, seeds=seeds, every=every, ahead=ahead, limit=limit)
     known = {**VARIANTS, _CONFIGURED: config.objectives}
     found = TrajectoryDataset(recording)
@@ -143,7 +178,7 @@ def bench_objectives(
         raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
     if count < every + ahead:
         raise ConfigError(f"--recording {recording} has {count} trajectories; at least {every + ahead} are needed")
-    settings = _settings(config, every, ahead, count, found.digest(count))
+    settings = _settings(spec, every, ahead, count, found.digest(count))
     missing = []
     for seed in range(seeds):
         for variant in dict.fromkeys(variants):
@@ -155,9 +190,9 @@ def bench_objectives(
     out.mkdir(parents=True, exist_ok=True)
     if missing:
         stream = [found[index] for index in range(count)]
-        target = spec.load(config)
+        target = load(spec)
         # Another drafter's features may be as wide as this one's.
-        TrajectoryDataset(recording, spec.drafter(config, target, []).feature_layers)
+        TrajectoryDataset(recording, start_drafter(spec, target, []).feature_layers)
         for variant, seed in missing:
             began, spent = time.monotonic(), time.process_time()
 
@@ -166,7 +201,7 @@ def bench_objectives(
 
             try:
                 curves, skipped = learning_curve(
-                    config, target, stream, known[variant], seed=seed, every=every, ahead=ahead, tell=tell
+                    spec, target, stream, known[variant], seed=seed, every=every, ahead=ahead, tell=tell
                 )
             except ValueError as error:
                 raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
@@ -197,18 +232,17 @@ def _check_arguments(config: Config, variants: Sequence[str], **numbers: int | N
     for variant in variants:
         if variant not in (*VARIANTS, _CONFIGURED):
             raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join((*VARIANTS, _CONFIGURED))}")
-    if _CONFIGURED in variants:
-        spec.check_objectives(config)
-    elif config.objectives != Config().objectives:
+    if _CONFIGURED not in variants and config.objectives != Config().objectives:
         raise ConfigError(f"no variant learns by objectives={config.objectives}; add {_CONFIGURED!r} to --variants")
 
 
-def _settings(config: Config, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
-    """What a curve depends on beside its objectives and its seed, by the names that the user knows."""
+def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
+    """What a curve depends on, apart from its objectives and its seed, by the names that the user knows."""
+    config = spec.config
     drafter, learner = asdict(config.drafter), asdict(config.learner)
     return {
         "model": config.model,
-        "dtype": str(spec.dtype_of(config)).removeprefix("torch."),
+        "dtype": str(spec.dtype).removeprefix("torch."),
         **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("made_for", "adaptive")},  # these change none
         **{f"learner.{k}": learner[k] for k in ("batch_size", "replay", "muon_lr", "adam_lr")},
         "--every": every,
@@ -220,15 +254,15 @@ def _settings(config: Config, every: int, ahead: int, count: int, digest: str) -
 
 def _check_reuse(path: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
     """Raise ConfigError where a result was made with other settings."""
-    made = json.loads(path.read_text()).get("settings")
-    if made is None:
-        say(f"{path} does not say what it was made with, as results did not once; it is taken as it is")
+    earlier = json.loads(path.read_text()).get("settings")
+    if earlier is None:
+        say(f"{path} does not say its settings, as older results do not; it is taken as it is")
         return
     for name, value in settings.items():
-        if made.get(name) != value:
+        if earlier.get(name) != value:
             raise ConfigError(
-                f"{path} was made with {name}={made.get(name)}, and this run has {name}={value}; name another folder "
-                "by --out"
+                f"{path} was made with {name}={earlier.get(name)}, and this run has {name}={value}; name another "
+                "folder by --out"
             )
 
 

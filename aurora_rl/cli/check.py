@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,13 +12,26 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from aurora_rl.cli import spec
+from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
+from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, Target, check_context, load, resolve, start_drafter
 from aurora_rl.envs import Request, SamplingParams, TransformersEngine, generation_processors
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
-from aurora_rl.serving.server import measure_rounds
+from aurora_rl.policies.calibration import measure_rounds
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_config_arguments(parser)
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Report on the model. Returns the exit status: 1 if the embedded engine does not serve it."""
+    torch.set_num_threads(config.engine.threads)
+    return 0 if check_model(config) else 1
 
 
 def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
@@ -33,7 +47,8 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     Raises:
         ModelError: The model cannot be loaded.
     """
-    target = spec.load(config)
+    spec = resolve(config)
+    target = load(spec)
     model = target.model
     weights = _size(sum(p.nbytes for p in model.parameters()))
     dtype = str(model.dtype).removeprefix("torch.")
@@ -51,7 +66,7 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     drafters = _report_drafters(config, target, say)
     drafter = drafters.get(config.drafter.name)
     try:
-        spec.check_context(config, target)
+        check_context(config, target)
         engine = TransformersEngine(
             model,
             num_slots=config.engine.slots,
@@ -72,7 +87,7 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     say(f"memory       {held} of keys and values for {engine.num_slots} slots of {engine.max_length} tokens")
     if drafter is None:
         return False
-    _report_rounds(config, engine, drafter, processors, say)
+    _report_rounds(spec, engine, drafter, processors, say)
     return served
 
 
@@ -81,7 +96,7 @@ def _request(config: Config, prompt: Tensor, max_new_tokens: int) -> Request:
     return Request(0, prompt, max_new_tokens, sampling)
 
 
-def _report_drafters(config: Config, target: spec.Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
+def _report_drafters(config: Config, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
     """Start every drafter untrained; the configured one as it is configured."""
     started = {}
     for name in sorted({*available_drafters(), config.drafter.name}):
@@ -89,7 +104,7 @@ def _report_drafters(config: Config, target: spec.Target, say: Callable[[str], A
         if name != settings.name:
             settings = replace(settings, name=name, options={}, path=None, feature_layers=None)
         try:
-            started[name] = drafter = spec.drafter(replace(config, drafter=settings), target, [])
+            started[name] = drafter = start_drafter(resolve(replace(config, drafter=settings)), target, [])
         except ValueError as error:
             say(f"drafter      {name} does not start: {error}")
             continue
@@ -99,13 +114,13 @@ def _report_drafters(config: Config, target: spec.Target, say: Callable[[str], A
 
 
 def _report_rounds(
-    config: Config,
+    spec: RunSpec,
     engine: TransformersEngine,
     drafter: Drafter,
     processors: Callable[[Request], LogitsProcessorList] | None,
     say: Callable[[str], Any],
 ) -> None:
-    shape = spec.shape(config)
+    config, shape = spec.config, spec.tree
     served = (
         copy.deepcopy(drafter).to(device=engine.model.device, dtype=engine.model.dtype).eval().requires_grad_(False)
     )

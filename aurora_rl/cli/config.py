@@ -34,7 +34,7 @@ class EngineConfig:
 
     name: str = "transformers"
     slots: int = 2
-    """Requests decoded side by side."""
+    """Requests decoded at the same time."""
     max_length: int = 1024
     """Tokens of a slot, prompt and completion."""
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
@@ -188,10 +188,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: YAML file with any of the keys.
-        overrides: pairs such as ``engine.slots=2``.
+        overrides: Pairs such as ``engine.slots=2``.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
+        ConfigError: The file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
             wrong type or out of range.
 
     Example:
@@ -215,20 +215,20 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
         sources.append((pair, _from_pair(pair, merged)))
     known = _keys(merged)
-    for source, given in sources:
-        for key in _keys(given):
+    for source, values in sources:
+        for key in _keys(values):
             if (now := _moved(key)) is not None:
                 raise ConfigError(f"{key!r} in {source} is called {now!r} now")
             if key not in known:
                 near = nearest_key(key)
                 if near == f"{key}.name":  # drafter=eagle3
-                    near += f"={OmegaConf.select(given, key)}"
+                    near += f"={OmegaConf.select(values, key)}"
                 raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near!r}?")
-            node = _node(given, key)
+            node = _node(values, key)
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
-            merged = OmegaConf.merge(merged, given)
+            merged = OmegaConf.merge(merged, values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
@@ -271,9 +271,9 @@ def _from_pair(pair: str, config: DictConfig) -> DictConfig:
             raise ConfigError(
                 f"{pair}: ${{ begins the name of a key, such as ${{model}}, got {rest[rest.index('${') :]!r}"
             )
-        given = OmegaConf.create({})
-        OmegaConf.update(given, key, text)
-        return given
+        values = OmegaConf.create({})
+        OmegaConf.update(values, key, text)
+        return values
     try:
         return OmegaConf.from_dotlist([pair])
     except Exception as error:  # the YAML parser has its own hierarchy of errors

@@ -1,38 +1,26 @@
-"""From a configuration to the parts of a run. This and ``engines`` alone read the configuration."""
+"""The configuration, resolved once, and what both halves of a run are built from."""
 
 from __future__ import annotations
 
-import copy
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tensordict import TensorDictBase
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.cli.config import Config, ConfigError
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Engine, SamplingParams
-from aurora_rl.memory import return_freed_memory
 from aurora_rl.models.loading import default_dtype, load_target
 from aurora_rl.models.target_head import context_length
-from aurora_rl.objectives import SumLoss, check_settings, make_objectives
+from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
 from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.training.gate import Gate
-from aurora_rl.training.learner import Learner
-from aurora_rl.training.optimizers import drafter_optimizers
-from aurora_rl.training.replay import trajectory_buffer
-from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 SCHEMA = 2
@@ -48,7 +36,53 @@ class Target:
     parts: TargetParts
 
 
-def device_of(config: Config) -> torch.device:
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """A configuration, resolved once: what the parts of a run are built from.
+
+    Attributes:
+        config: The configuration. Whatever stands below is read here, not there.
+        device: Device of the target.
+        dtype: Dtype in which the target and the drafter are served.
+        tree: The trees that are drafted.
+        drafter_class: Architecture of the drafter.
+        sampling: Temperature, top-k, top-p and seed of the first request.
+    """
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    tree: TreeShape
+    drafter_class: type[Drafter]
+    sampling: SamplingParams
+
+
+def resolve(config: Config) -> RunSpec:
+    """Resolve a configuration, and find what is wrong with it before a model is loaded.
+
+    Raises:
+        ConfigError: The message names the key, the value and the fix.
+
+    Example:
+        >>> from aurora_rl.cli.config import load_config
+        >>> resolve(load_config(overrides=["device=cpu", "dtype=float32", "drafter.depth=3"])).tree.depth
+        3
+    """
+    device = _device(config)
+    drafter_class = _drafter_class(config)
+    tree = _shape(config)
+    check_objectives(config, tree)
+    return RunSpec(
+        config,
+        device,
+        default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype),
+        tree,
+        drafter_class,
+        SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+    )
+
+
+def _device(config: Config) -> torch.device:
     """The device that ``device`` names; "auto" is CUDA where there is one."""
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -59,28 +93,14 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
-def dtype_of(config: Config) -> torch.dtype:
-    """The dtype that ``dtype`` names; "auto" is bfloat16 where the device has it."""
-    return default_dtype(device_of(config)) if config.dtype == "auto" else getattr(torch, config.dtype)
-
-
-def load(config: Config) -> Target:
+def load(spec: RunSpec) -> Target:
     """Load the target."""
-    model, tokenizer = load_target(config.model, dtype=dtype_of(config), device=device_of(config))
+    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
     return Target(model, tokenizer, TargetParts.of(model))
 
 
-def check(config: Config) -> list[Prompt]:
-    """Find what is wrong with a serving configuration before a model is loaded. Returns the prompts of the run."""
-    device_of(config)
-    _drafter_class(config)
-    check_objectives(config)
-    return traffic(config)
-
-
-def check_objectives(config: Config) -> None:
-    """Find what is wrong with the objectives, alone and with the trees that the configuration asks for."""
-    tree = shape(config)
+def check_objectives(config: Config, tree: TreeShape) -> None:
+    """Find what is wrong with the objectives, alone and with the trees that are drafted."""
     if not config.objectives:
         raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
     try:
@@ -108,8 +128,9 @@ def check_context(config: Config, target: Target) -> None:
         )
 
 
-def request_queue(config: Config, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
+def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
     """The run's requests, in order."""
+    config = spec.config
     check_context(config, target)
     return RequestQueue(
         prompts,
@@ -117,23 +138,23 @@ def request_queue(config: Config, target: Target, prompts: Sequence[Prompt]) -> 
         vocab_size=target.parts.config.vocab_size,
         max_new_tokens=config.max_new_tokens,
         max_length=config.engine.max_length,
-        sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+        sampling=spec.sampling,
     )
 
 
-def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
+def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
     """The drafter that the run starts with, in float32 on the CPU.
 
     Args:
-        config: names a checkpoint, or the architecture of an untrained drafter.
-        target: the loaded target, before an engine has it.
-        prompts: first prompts, for the draft vocabulary of an untrained drafter; may be empty.
+        spec: Names a checkpoint, or the architecture of an untrained drafter.
+        target: The loaded target, before an engine has it.
+        prompts: First prompts, for the draft vocabulary of an untrained drafter; may be empty.
 
     Raises:
-        ConfigError: settings that do not fit, such as trees deeper than the drafter drafts.
-        ValueError: a checkpoint that does not fit the target.
+        ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
+        ValueError: A checkpoint that does not fit the target.
     """
-    made = _made(config, target, prompts)
+    config, made = spec.config, _made(spec, target, prompts)
     if config.drafter.depth > made.max_depth:
         raise ConfigError(
             f"drafter.depth={config.drafter.depth} is more than the {made.max_depth} nodes that this drafter drafts "
@@ -147,11 +168,11 @@ def drafter(config: Config, target: Target, prompts: list[list[int]]) -> Drafter
     return made
 
 
-def _made(config: Config, target: Target, prompts: list[list[int]]) -> Drafter:
-    settings, made = config.drafter, _drafter_class(config)
+def _made(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
+    settings, made = spec.config.drafter, spec.drafter_class
     if settings.path is not None:
         return load_drafter(settings.path, target.parts, made, options=settings.options, made_for=settings.made_for)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
     try:
@@ -188,39 +209,39 @@ def _drafter_class(config: Config) -> type[Drafter]:
     return made
 
 
-def first_drafter(
-    config: Config, target: Target, requests: RequestQueue, folder: Path | None
-) -> tuple[Drafter, Config]:
+def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
     """The drafter that is served first, and the configuration of a learner that starts from the same one.
 
     Args:
-        config: the run's.
-        target: the loaded target.
-        requests: its first prompts shape the draft vocabulary.
-        folder: where to, for a learner of our own. None for one that is started apart: it does not know the prompts.
+        spec: Spec of the run.
+        target: The loaded target.
+        requests: Requests of the run; the first prompts shape the draft vocabulary.
+        folder: Folder to save it to for a learner of our own. None for one that is started apart: it does not know
+            the prompts.
     """
+    config = spec.config
     if folder is None or config.drafter.path is not None:
-        return drafter(config, target, []), config
-    made = drafter(config, target, requests.first_prompts(64))
+        return start_drafter(spec, target, []), config
+    made = start_drafter(spec, target, requests.first_prompts(64))
     if not made.formats:
         return made, config
     save_drafter(made, folder)
     return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
-def handshake(parts: TargetParts, made: Drafter, name: str) -> Handshake:
+def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
     """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
     return Handshake(
         schema=SCHEMA,
         target=parts.digest,
         head_checksum=checksum(parts.head.tensors()),
-        feature_layers=tuple(made.feature_layers),
-        draft_map_checksum=checksum({"draft_vocab": made.draft_vocab}),
+        feature_layers=tuple(drafter.feature_layers),
+        draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
         drafter=name,
     )
 
 
-def shape(config: Config) -> TreeShape:
+def _shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
@@ -254,72 +275,3 @@ def opening(key: str, address: str) -> Iterator[None]:
                 f"{address} is in use; stop the process that holds it, or set {key} to another address on both sides"
             ) from error
         raise ConfigError(f"{key}: {error.strerror}") from error
-
-
-def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
-    """The training half of a run."""
-    _drafter_class(config)
-    check_objectives(config)
-    target = load(config)
-    parts, device = target.parts, device_of(config)
-    made = drafter(config, target, [])
-    greeting = handshake(parts, made, config.drafter.name)
-    made.to(device)
-    # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
-    # multiplies it in bfloat16, whatever it is kept in.
-    head = copy.deepcopy(parts.head)
-    if dtype_of(config) != torch.bfloat16:
-        head = head.float()
-    del target, parts
-    return_freed_memory(collect=True)
-    scratch = copy.deepcopy(made).to(dtype_of(config)).eval().requires_grad_(False)
-
-    def check_one(trajectory: TensorDictBase) -> None:
-        validate(
-            trajectory,
-            vocab_size=len(head),
-            hidden_size=head.weight.shape[1],
-            feature_size=head.weight.shape[1] * len(made.feature_layers),
-        )
-
-    try:
-        loss = SumLoss(make_objectives(config.objectives, made, head))
-    except ValueError as error:
-        raise ConfigError(f"objectives: {error}") from error
-    settings = config.learner
-    try:
-        optimizers = drafter_optimizers(made, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
-    except ValueError as error:
-        raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
-    try:
-        recording = None if settings.record is None else TrajectoryDataset(settings.record, made.feature_layers)
-    except ValueError as error:
-        raise ConfigError(f"learner.record: {error}") from error
-    with ExitStack() as opened:  # closed again if what follows fails
-        with opening("wire.trajectories", config.wire.trajectories):
-            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one)
-        opened.callback(collector.shutdown)
-        with opening("wire.weights", config.wire.weights):
-            publisher = WeightPublisher(config.wire.weights, handshake=greeting)
-        opened.callback(publisher.close)
-        result = Learner(
-            drafter=made,
-            loss=loss,
-            optimizers=optimizers,
-            buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
-            collector=collector,
-            publisher=publisher,
-            gate=Gate(config.gate.requests, config.gate.margin, shape(config), scratch),
-            log=log,
-            serving_dtype=dtype_of(config),
-            batch_size=settings.batch_size,
-            replay=settings.replay,
-            publish_every=settings.publish_every,
-            max_skipped=settings.max_skipped,
-            checkpoint=run_dir / "learner",
-            recording=recording,
-        )
-        if settings.resume is not None:
-            result.resume(Path(settings.resume))
-        opened.pop_all()
-    return result

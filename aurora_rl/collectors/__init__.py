@@ -1,12 +1,10 @@
-"""Trajectories and weights over ZeroMQ: codec, sink, collector, weight sync, replay buffer."""
+"""Trajectories and weights over ZeroMQ: codec, sink, collector, weight sync."""
 
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
-from aurora_rl.collectors.weight_scheme import ZMQWeightSyncScheme
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.training.replay import trajectory_buffer
 
 __all__ = [
     "CodecError",
@@ -16,9 +14,7 @@ __all__ = [
     "WeightPublisher",
     "WeightReceiver",
     "ZMQCollector",
-    "ZMQWeightSyncScheme",
     "checksum",
     "decode",
     "encode",
-    "trajectory_buffer",
 ]

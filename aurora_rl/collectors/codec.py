@@ -53,10 +53,10 @@ class Limits:
     """What `decode` accepts from a peer.
 
     Args:
-        max_bytes: total bytes of all frames, header included.
-        max_leaves: tensors in a message.
-        max_dims: dimensions of a tensor.
-        max_header_bytes: bytes of the JSON header.
+        max_bytes: Total bytes of all frames, header included.
+        max_leaves: Tensors in a message.
+        max_dims: Dimensions of a tensor.
+        max_header_bytes: Bytes of the JSON header.
     """
 
     max_bytes: int = 1 << 30
@@ -95,16 +95,16 @@ def encode(
     message has left. Tensors on other devices, and views with gaps, are copied once.
 
     Args:
-        kind: what the message is, for example ``"trajectory"``.
-        meta: small JSON values (finite numbers only).
-        tensors: a TensorDict, or a flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer,
+        kind: Kind of the message, for example ``"trajectory"``.
+        meta: Small JSON values (finite numbers only).
+        tensors: A TensorDict, or a flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer,
             fp8, fp16, bf16, fp32 or fp64.
 
     Returns:
         The header, then one frame per tensor.
 
     Raises:
-        CodecError: for a leaf that is not a dense tensor of these types, an unusable key, or ``meta`` that is not JSON.
+        CodecError: For a leaf that is not a dense tensor of these types, an unusable key, or ``meta`` that is not JSON.
 
     >>> frames = encode("weights", {"version": 3}, {("head", "weight"): torch.ones(2, 2, dtype=torch.bfloat16)})
     >>> [len(frame) for frame in frames[1:]]
@@ -134,14 +134,14 @@ def decode(frames: Sequence[Any], *, limits: Limits = DEFAULT_LIMITS) -> Message
     tensor over a read-only buffer is undefined behaviour. It also gives every tensor torch's own alignment.
 
     Args:
-        frames: bytes-like objects (``bytes``, ``memoryview``, ``zmq.Frame``), as `encode` made them.
-        limits: what to accept.
+        frames: Bytes-like objects (``bytes``, ``memoryview``, ``zmq.Frame``) from `encode`.
+        limits: Limits of what is accepted.
 
     Returns:
         The message. The meaning of ``meta``, and which tensors must be there, is for the caller to check.
 
     Raises:
-        CodecError: for anything that does not fit, before memory for the tensors is allocated; nothing else is raised.
+        CodecError: For anything that does not fit, before memory for the tensors is allocated; nothing else is raised.
     """
     if not 1 <= len(frames) <= limits.max_leaves + 1:
         raise CodecError(f"a message has 1 to {limits.max_leaves + 1} frames, this one has {len(frames)}")
@@ -174,13 +174,13 @@ def checksum(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
     """Hash keys, dtypes, shapes and bytes; equal on every machine, whatever the order, strides or device.
 
     Args:
-        tensors: as for `encode`.
+        tensors: Tensors as for `encode`.
 
     Returns:
         32 hexadecimal digits (BLAKE2b, 16 bytes).
 
     Raises:
-        CodecError: as `encode`.
+        CodecError: As `encode`.
 
     >>> a, b = torch.arange(3), torch.zeros(())
     >>> checksum({"a": a, "b": b}) == checksum({("b",): b, ("a",): a})
@@ -200,7 +200,7 @@ def leaves(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> list[tuple[K
     """The tensors by full key, all of them fit for the wire.
 
     Raises:
-        CodecError: as `encode`.
+        CodecError: As `encode`.
     """
     items: Iterable[tuple[Any, Any]] = tensors.items()
     if isinstance(tensors, TensorDictBase):
@@ -231,7 +231,7 @@ def _view(frame: Any) -> memoryview:
 
 def _read_header(view: memoryview) -> tuple[str, dict[str, Any], list[Any]]:
     try:
-        # Decoded here because json.loads guesses UTF-16 and UTF-32 when it is given bytes.
+        # Decoded here because json.loads guesses UTF-16 and UTF-32 for bytes.
         header = json.loads(bytes(view).decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CodecError(f"the header is not JSON: {_short(error)}") from error

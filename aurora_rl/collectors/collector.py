@@ -1,19 +1,15 @@
-"""The learner's end of the trajectory stream, as a TorchRL collector."""
+"""The learner's end of the trajectory stream."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
 
 import zmq
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
-from torchrl.collectors import BaseCollector
-from torchrl.weight_update import WeightSyncScheme
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
 from aurora_rl.collectors.handshake import Handshake
@@ -27,32 +23,27 @@ logger = logging.getLogger(__name__)
 _TURN_S = 0.1
 
 
-class ZMQCollector(BaseCollector):
+class ZMQCollector:
     """Receives packed trajectories from any number of engines.
 
-    The engines own their decode loops, so this collector steps no environment; a *frame*, TorchRL's unit, is one
-    trajectory here. Trajectories differ in length, so a batch is a list. Two ways to read::
-
-        for batch in collector: ...              # blocks until `frames_per_batch` trajectories are there
-        new = collector.poll(timeout_s=0.0)      # what is there now, for a loop that trains in between
+    The engines own their decode loops, so this collector steps no environment. In one process, TorchRL's own
+    ``Collector(env, policy)`` steps a :class:`aurora_rl.envs.SpecDecodeEnv`.
 
     A message that is malformed, from another deployment or refused by ``validate`` is dropped and counted, not raised.
 
     Args:
-        address: to bind, for example ``tcp://0.0.0.0:5555``; ``tcp://127.0.0.1:*`` takes a free port, see `address`.
-        handshake: what an engine's handshake must equal.
-        frames_per_batch: trajectories in a batch of the iterator.
-        total_frames: trajectories after which the iterator ends; -1: never.
-        validate: raises ValueError for a trajectory whose contents do not fit together.
-        policy: the drafter in training, the source of `update_policy_weights_`.
-        weight_sync_schemes: by model id, normally ``{"policy": ZMQWeightSyncScheme(...)}``; made senders here.
-        limits: of a message.
-        high_water: messages that ZeroMQ may hold per engine, and the most that one `poll` looks at.
-        context: to share; needed for ``inproc://`` only. It must outlive the collector.
+        address: Address to bind, such as ``tcp://0.0.0.0:5555``; ``tcp://127.0.0.1:*`` takes a free port, see
+            `address`.
+        handshake: What an engine's handshake must equal.
+        validate: Raises ValueError for a trajectory whose contents do not fit together.
+        record: Called with each trajectory that is accepted, before :meth:`poll` returns it.
+        limits: Limits of a message.
+        high_water: Messages that ZeroMQ may hold per engine, and the most that one `poll` looks at.
+        context: Context to share; needed for ``inproc://`` only. It must outlive the collector.
 
     Raises:
-        ValueError: if ``frames_per_batch`` or ``high_water`` is not positive.
-        OSError: if the address is taken or cannot be bound.
+        ValueError: ``high_water`` is not positive.
+        OSError: The address is taken or cannot be bound.
     """
 
     def __init__(
@@ -60,45 +51,29 @@ class ZMQCollector(BaseCollector):
         address: str,
         *,
         handshake: Handshake,
-        frames_per_batch: int = 1,
-        total_frames: int = -1,
         validate: Callable[[TensorDictBase], None] | None = None,
-        policy: nn.Module | None = None,
-        weight_sync_schemes: Mapping[str, WeightSyncScheme] | None = None,
+        record: Callable[[TensorDictBase], None] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         high_water: int = 64,
         context: zmq.Context | None = None,
     ) -> None:
-        super().__init__()
-        if frames_per_batch < 1 or high_water < 1:
-            raise ValueError(
-                f"frames_per_batch and high_water must be positive, got {frames_per_batch} and {high_water}"
-            )
-        self.frames_per_batch = self.requested_frames_per_batch = frames_per_batch
-        self.total_frames = total_frames
-        self.policy = policy  # the schemes look it up by its model id
+        if high_water < 1:
+            raise ValueError(f"high_water must be positive, got {high_water}")
         self.rejections: Counter[str] = Counter()
         """Dropped messages by kind: ``malformed``, ``handshake`` or ``invalid``."""
         self.handshake_error: str | None = None
         """How the latest engine of another deployment differed."""
         self._handshake = handshake
         self._handshake_meta = handshake.to_meta()
-        self._validate = validate
+        self._validate, self._record = validate, record
         self._limits = limits
         self._high_water = high_water
-        self._frames = 0  # read by BaseCollector.stats, as is _iter
-        self._iter = -1
-        self._batches: Iterator[list[TensorDict]] | None = None
         self._closed = False
         self._lock = threading.Lock()  # shutdown may come from another thread than poll
         self._socket, self._owned_context = open_socket(zmq.PULL, context)
         self._socket.rcvhwm = high_water
         self._socket.maxmsgsize = limits.max_bytes  # of one frame: refused before it is received
         self.address = bind(self._socket, address, self._owned_context, limits=limits)
-        self._weight_sync_schemes = dict(weight_sync_schemes or {})
-        for model_id, scheme in self._weight_sync_schemes.items():
-            scheme.init_on_sender(model_id=model_id, context=self)
-            scheme.connect()
 
     @property
     def rejected(self) -> int:
@@ -109,8 +84,8 @@ class ZMQCollector(BaseCollector):
         """Take the trajectories that have arrived, oldest first.
 
         Args:
-            timeout_s: seconds to wait for the first one; the others are not waited for.
-            max_items: at most so many; None: ``high_water``.
+            timeout_s: Seconds to wait for the first one; the others are not waited for.
+            max_items: Most trajectories to take; None takes ``high_water``.
 
         Returns:
             Valid trajectories that own their memory; empty if none arrived, or after `shutdown`.
@@ -128,50 +103,15 @@ class ZMQCollector(BaseCollector):
             trajectory = self._accept(frames)
             if trajectory is not None:
                 trajectories.append(trajectory)
-        self._frames += len(trajectories)
         return trajectories
 
-    def iterator(self) -> Iterator[list[TensorDict]]:
-        """Yield lists of ``frames_per_batch`` trajectories; at the end, the last may be shorter."""
-        while not self._closed and not 0 <= self.total_frames <= self._frames:
-            left = self.total_frames - self._frames if self.total_frames >= 0 else self.frames_per_batch
-            wanted = min(self.frames_per_batch, left)
-            batch: list[TensorDict] = []
-            while len(batch) < wanted and not self._closed:
-                batch += self.poll(_TURN_S, wanted - len(batch))
-            if batch:
-                self._iter += 1
-                yield batch
-
-    def next(self) -> list[TensorDict] | None:
-        """The next batch, or None at the end. TorchRL's own version asks the batch for its device; a list has none."""
-        if self._batches is None:
-            self._batches = iter(self)
-        return next(self._batches, None)
-
-    def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Nothing is random here: returns ``seed`` as it is."""
-        return seed
-
-    def state_dict(self) -> OrderedDict[str, Any]:
-        """The counters; weights and data are in the learner's checkpoint."""
-        return OrderedDict(frames=self._frames, batches=self._iter + 1, rejections=dict(self.rejections))
-
-    def load_state_dict(self, state_dict: OrderedDict[str, Any]) -> None:
-        """Continue the counters of `state_dict`, so that ``total_frames`` spans restarts."""
-        self._frames = state_dict["frames"]
-        self._iter = state_dict["batches"] - 1
-        self.rejections = Counter(state_dict["rejections"])
-
-    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
-        """Close the socket and the weight-sync schemes. Idempotent; ends an iteration elsewhere within 0.1 s."""
+    def shutdown(self) -> None:
+        """Close the socket. Idempotent; ends a `poll` in another thread within 0.1 s."""
         self._closed = True
         with self._lock:
             self._socket.close()
             if self._owned_context is not None:
                 self._owned_context.term()
-        for scheme in self._weight_sync_schemes.values():
-            scheme.shutdown()
 
     def _receive(self, timeout_s: float) -> list[zmq.Frame] | None:
         deadline = time.monotonic() + timeout_s
@@ -191,8 +131,8 @@ class ZMQCollector(BaseCollector):
             if message.kind != TRAJECTORY:
                 raise CodecError(f"expected a {TRAJECTORY!r} message, got {message.kind!r}")
             # Equal JSON spares parsing the same handshake with every trajectory.
-            theirs = message.meta.get("handshake")
-            engine = self._handshake if theirs == self._handshake_meta else Handshake.from_meta(theirs)
+            meta = message.meta.get("handshake")
+            engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
         except CodecError as error:
             self._reject("malformed", error)
             return None
@@ -207,6 +147,8 @@ class ZMQCollector(BaseCollector):
             except (ValueError, TypeError, LookupError, RuntimeError) as error:  # no message may end the learner
                 self._reject("invalid", error)
                 return None
+        if self._record is not None:
+            self._record(message.tensors)
         return message.tensors
 
     def _reject(self, kind: str, reason: object) -> None:

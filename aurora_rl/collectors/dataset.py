@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
-from aurora_rl.training.checkpoint import save_tensors
+from aurora_rl.storage import save_tensors
 
 _LAYERS = "feature_layers"  # in the metadata of each file
 
@@ -26,7 +26,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
     """The trajectories of a folder.
 
     Args:
-        folder: Folder of the recording; made by the first :meth:`append`.
+        folder: Folder of the recording; the first :meth:`append` creates it.
         feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None where that is
             not known.
 
@@ -72,7 +72,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
         return self.folder / f"{index:06d}.safetensors"
 
     def append(self, trajectory: TensorDictBase) -> None:
-        """Write a trajectory behind the others. A file is there whole or not at all."""
+        """Append a trajectory. Its file is there whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
         path = self._path(self._count)
@@ -89,8 +89,8 @@ class TrajectoryDataset(Dataset[TensorDict]):
         """The trajectory of a place, counted from 0.
 
         Raises:
-            IndexError: there are not so many.
-            ValueError: the file is not what :meth:`append` wrote.
+            IndexError: There are not so many.
+            ValueError: The file is not what :meth:`append` wrote.
         """
         if not 0 <= index < self._count:
             raise IndexError(f"{self.folder} holds {self._count} trajectories, asked for number {index}")
@@ -128,16 +128,16 @@ def record(
     """Serve requests in this process, and record those that are not there yet.
 
     Args:
-        model: the target; an engine puts it into inference form in place.
-        drafter: a copy of it, in the model's dtype, drafts every round.
-        requests: told apart by their ids.
-        recording: gets the trajectories in the order of completion.
-        shape: the trees.
-        slots: requests served side by side.
-        rule: name of the verification rule.
-        stop_tokens: ids that end a completion.
-        processors: logits processors of a request, see :class:`aurora_rl.envs.SpecDecodeEnv`.
-        seed: of drafts that are sampled.
+        model: The target; an engine puts it into inference form in place.
+        drafter: Drafter of which a copy, in the model's dtype, drafts every round.
+        requests: Requests, told apart by their ids.
+        recording: Dataset that gets the trajectories, in the order of completion.
+        shape: The trees.
+        slots: Requests served at the same time.
+        rule: Name of the verification rule.
+        stop_tokens: Ids that end a completion.
+        processors: Logits processors of a request, see :class:`aurora_rl.envs.SpecDecodeEnv`.
+        seed: Seed of sampled drafts.
     """
     recorded = {int(trajectory["request"]) for trajectory in recording}
     waiting = [request for request in requests if request.id not in recorded]

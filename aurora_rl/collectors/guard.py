@@ -38,10 +38,10 @@ class Meter:
     """Follows the framing of one direction of a ZMTP 3 connection.
 
     Args:
-        limits: of a message.
+        limits: Limits of a message.
 
     Attributes:
-        held: bytes of the unfinished message so far.
+        held: Bytes of the unfinished message so far.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -103,12 +103,12 @@ class Guard:
     """Relays the connections of a listening socket, and closes those whose messages exceed the limits.
 
     Args:
-        listener: takes connections; closed by :meth:`close`.
-        dial: opens the connection that an accepted one is relayed to; OSError closes the accepted one.
-        limits: of a message that comes from the network. Unfinished messages of all connections together may hold as
-            much as one message, at least 64 MiB; above it the connection that holds most is closed.
-        accepts: whether the network is where connections are accepted from, and not where they are relayed to.
-        name: of the socket, for the log.
+        listener: Socket that takes connections; closed by :meth:`close`.
+        dial: Opens the connection that an accepted one is relayed to; OSError closes the accepted one.
+        limits: Limits of a message that comes from the network. Unfinished messages of all connections together may
+            hold as much as one message, at least 64 MiB; above it the connection that holds most is closed.
+        accepts: Whether the network is where connections are accepted from, and not where they are relayed to.
+        name: Name of the socket, for the log.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Guard:
         """Listen no more, and wait for what is on its way to the network.
 
         Args:
-            timeout: seconds; connections that are still open then are closed.
+            timeout: Seconds; connections that are still open then are closed.
         """
         self._closing = True
         with contextlib.suppress(OSError):

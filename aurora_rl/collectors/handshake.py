@@ -27,12 +27,12 @@ class Handshake:
     """The identity of a deployment, sent by the engine with its trajectories and its weight requests.
 
     Args:
-        schema: version of the wire format and of the trajectory layout.
-        target: digest of the target model's config.
+        schema: Version of the wire format and of the trajectory layout.
+        target: Digest of the target model's config.
         head_checksum: `codec.checksum` of the target's output head, with which the learner makes logits of ``hidden``.
-        feature_layers: layers whose residual stream is recorded, in order of concatenation.
-        draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty where the drafter uses all of it.
-        drafter: registered name of the drafter's architecture.
+        feature_layers: Layers whose residual stream is recorded, in order of concatenation.
+        draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty if the drafter uses all of it.
+        drafter: Registered name of the drafter's architecture.
 
     >>> learner = Handshake(1, "llama-3.1-8b", "ab12", (2, 16, 29), "", "eagle3")
     >>> engine = Handshake.from_meta({**learner.to_meta(), "feature_layers": [2, 16, 30]})
@@ -56,10 +56,10 @@ class Handshake:
         """Read what a peer sent.
 
         Args:
-            meta: the value of `to_meta` after JSON; not trusted.
+            meta: Value of `to_meta` after JSON; not trusted.
 
         Raises:
-            CodecError: naming the field that is missing, unknown or of the wrong type.
+            CodecError: Names the field that is missing, unknown or of the wrong type.
         """
         if not isinstance(meta, dict):
             raise CodecError(f"a handshake is not a JSON object but a {type(meta).__name__}")
@@ -76,8 +76,8 @@ class Handshake:
                 raise CodecError(f"{name} in a handshake is not a string of at most {_MAX_TEXT} characters")
         return cls(**{**meta, "feature_layers": tuple(layers)})
 
-    def mismatch(self, other: Handshake) -> str | None:
-        """Compare the learner's handshake (``self``) with an engine's (``other``).
+    def mismatch(self, engine: Handshake) -> str | None:
+        """Compare the learner's handshake (``self``) with an engine's.
 
         The learner makes the comparison and sends the sentence back, so both sides show the same one.
 
@@ -85,8 +85,8 @@ class Handshake:
             One sentence that names the first field that differs, both values and what to do, or None where all agree.
         """
         for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if ours != theirs:
-                found = f"handshake mismatch: {field.name} is {ours!r} at the learner and {theirs!r} at the engine"
+            here, there = getattr(self, field.name), getattr(engine, field.name)
+            if here != there:
+                found = f"handshake mismatch: {field.name} is {here!r} at the learner and {there!r} at the engine"
                 return f"{found}; {_CURES[field.name]}"
         return None

@@ -33,14 +33,15 @@ class TrajectorySink:
     TorchRL's collectors ask of a ``replay_buffer=``.
 
     Args:
-        address: of the learner's collector, for example ``tcp://127.0.0.1:5555``. The learner binds, the sink connects.
-        handshake: goes along with every trajectory, since a learner may be replaced at any time.
-        capacity: trajectories held while no learner takes them.
-        context: to share; needed for ``inproc://`` only. It must outlive the sink.
+        address: Address of the learner's collector, such as ``tcp://127.0.0.1:5555``. The learner binds, the sink
+            connects.
+        handshake: Sent with every trajectory, since a learner may be replaced at any time.
+        capacity: Trajectories held while no learner takes them.
+        context: Context to share; needed for ``inproc://`` only. It must outlive the sink.
 
     Raises:
-        ValueError: if ``capacity`` is not positive.
-        OSError: if ``address`` is malformed. An absent learner is no error.
+        ValueError: ``capacity`` is not positive.
+        OSError: ``address`` is malformed. An absent learner is no error.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class TrajectorySink:
         """Queue one packed trajectory.
 
         Args:
-            trajectory: the sink's from now on. Its tensors are encoded later, in another thread and without a copy, so
-                the caller must not write to them again.
+            trajectory: Trajectory, the sink's from now on. Its tensors are encoded later, in another thread and without
+                a copy, so the caller must not write to them again.
         """
         with self._changed:
             if self._closed:

@@ -25,7 +25,7 @@ __all__ = ["SocketThread", "bind", "connect", "open_socket"]
 
 logger = logging.getLogger(__name__)
 
-# A peer whose machine vanished sends no FIN. ZMTP pings find that out, but a ping waits behind the message being sent,
+# A peer whose machine vanished sends no FIN. ZMTP pings find that out, but a ping waits for the message being sent,
 # so the timeout must exceed the transfer of the largest one.
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_TIMEOUT_MS = 60_000
@@ -57,8 +57,8 @@ def open_socket(kind: int, context: zmq.Context | None) -> tuple[_Socket, zmq.Co
     """A socket that notices dead peers, reconnects within seconds and never delays the end of the process.
 
     Args:
-        kind: of socket, for example ``zmq.PUSH``.
-        context: to share; None: a new one.
+        kind: Kind of socket, such as ``zmq.PUSH``.
+        context: Context to share; None makes a new one.
 
     Returns:
         The socket, and the new context, which the caller must terminate after the socket; None if it was shared.
@@ -80,16 +80,16 @@ def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, lim
     """Bind, guarded against peers whose messages never end; close everything if that fails.
 
     Args:
-        socket: from `open_socket`, with all its options set.
+        socket: Socket from `open_socket`, with all its options set.
         address: ``tcp://host:port`` (port ``*`` or 0: any free one), ``ipc://path`` or ``inproc://name``.
-        owned: context from `open_socket`, terminated on failure.
-        limits: of a message; a peer that exceeds them while it sends loses its connection. ``inproc`` has no guard.
+        owned: Context from `open_socket`, terminated on failure.
+        limits: Limits of a message; a peer that exceeds them loses its connection. ``inproc`` has no guard.
 
     Returns:
         The address as bound, with the real port.
 
     Raises:
-        OSError: if the address is taken or cannot be bound, a file that is no socket among them; the text names it and
+        OSError: The address is taken or cannot be bound, a file that is no socket among them; the text names it and
             the cure.
     """
     try:
@@ -132,14 +132,14 @@ def connect(socket: _Socket, address: str, owned: zmq.Context | None = None, *, 
     """Connect in the background; the peer need not exist yet.
 
     Args:
-        socket: from `open_socket`, with all its options set.
-        address: as for `bind`.
-        owned: context from `open_socket`, terminated on failure.
-        limits: of a message from the peer, which loses the connection if it exceeds them while it sends; None where
-            nothing is received, or not for long.
+        socket: Socket from `open_socket`, with all its options set.
+        address: Address as for `bind`.
+        owned: Context from `open_socket`, terminated on failure.
+        limits: Limits of a message from the peer, which loses the connection if it exceeds them; None where nothing is
+            received, or not for long.
 
     Raises:
-        OSError: if the address is malformed; socket and ``owned`` are closed then.
+        OSError: The address is malformed; socket and ``owned`` are closed then.
     """
     try:
         _check_port(address, lowest=1)
@@ -234,10 +234,10 @@ class SocketThread:
     """A daemon thread that owns a socket (ZeroMQ's must not be shared) and calls ``step`` until it returns False.
 
     Args:
-        socket: handed over; closed by the thread.
-        step: one short turn of work, at most some tens of milliseconds, so that `close` is prompt.
-        name: of the thread.
-        owned_context: terminated by the thread at its end, which waits for messages on their way out; None: left alone.
+        socket: Socket, handed over; closed by the thread.
+        step: One short turn of work, at most some tens of milliseconds, so that `close` is prompt.
+        name: Name of the thread.
+        owned_context: Context that the thread terminates at its end, when messages have left; None terminates none.
     """
 
     def __init__(

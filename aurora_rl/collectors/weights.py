@@ -43,8 +43,6 @@ from aurora_rl.collectors.codec import (
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
 
-__all__ = ["EngineStatus", "WeightPublisher", "WeightReceiver"]
-
 logger = logging.getLogger(__name__)
 
 _TURN_MS = 20
@@ -86,13 +84,13 @@ class WeightPublisher:
     """The learner's side: offers the newest weights to every engine, in a thread of its own.
 
     Args:
-        address: to bind; ``tcp://127.0.0.1:*`` takes a free port, see `address`.
-        handshake: what an engine's handshake must equal before it gets weights.
-        limits: refuses weights that the engines would refuse; the same on both sides.
-        context: to share; needed for ``inproc://`` only. It must outlive the publisher.
+        address: Address to bind; ``tcp://127.0.0.1:*`` takes a free port, see `address`.
+        handshake: What an engine's handshake must equal before it gets weights.
+        limits: Limits of a message, the same on both sides: weights that engines would refuse are refused here.
+        context: Context to share; needed for ``inproc://`` only. It must outlive the publisher.
 
     Raises:
-        OSError: if the address is taken or cannot be bound.
+        OSError: The address is taken or cannot be bound.
     """
 
     def __init__(
@@ -100,10 +98,8 @@ class WeightPublisher:
     ) -> None:
         self.error: str | None = None
         """How the latest refused engine differed."""
-        self.rejected = 0
-        """Malformed messages dropped."""
-        self._handshake = handshake
-        self._limits = limits
+        self.rejected = 0  # malformed messages dropped
+        self._handshake, self._limits = handshake, limits
         self._newest: _Published | None = None
         self._engines: OrderedDict[str, EngineStatus] = OrderedDict()
         self._changed = threading.Condition()
@@ -132,15 +128,15 @@ class WeightPublisher:
         """Make these the newest weights. Copies and hashes them in the calling thread, sends them in another.
 
         Args:
-            version: larger than any before; an engine that already serves it or a later one ignores the weights.
-            tensors: any device; may be trained on as soon as this returns.
+            version: Version, larger than any before; an engine that serves it or a later one ignores the weights.
+            tensors: Tensors on any device; they may be trained on as soon as this returns.
 
         Returns:
             The checksum that acknowledgements must repeat.
 
         Raises:
-            ValueError: if ``version`` is not larger than the last one, or the weights exceed ``limits``.
-            CodecError: if a leaf cannot be sent.
+            ValueError: ``version`` is not larger than the last one, or the weights exceed ``limits``.
+            CodecError: If a leaf cannot be sent.
         """
         owned: dict[str | Key, Tensor] = {k: leaf.detach().to("cpu", copy=True) for k, leaf in leaves(tensors)}
         digest = checksum(owned)
@@ -164,25 +160,23 @@ class WeightPublisher:
         """Wait until enough engines have loaded a version.
 
         Args:
-            version: this one, or a newer one in its place.
-            timeout: seconds.
-            engines: how many; engines come and go, so "all" would mean nothing.
+            version: Version, or a newer one in its place.
+            timeout: Seconds to wait.
+            engines: How many; engines come and go, so "all" would mean nothing.
 
         Returns:
             True once they have; False when the time is up or an engine rejected this very version, see `engines`.
         """
 
-        def acknowledged() -> int:
-            return sum((status.acknowledged or 0) >= version for status in self._engines.values())
+        def acknowledged() -> bool:
+            return sum((status.acknowledged or 0) >= version for status in self._engines.values()) >= engines
 
         def rejected() -> bool:
-            return any(
-                status.rejected is not None and status.rejected[0] == version for status in self._engines.values()
-            )
+            return any((status.rejected or (None,))[0] == version for status in self._engines.values())
 
         with self._changed:
-            self._changed.wait_for(lambda: acknowledged() >= engines or rejected(), timeout)
-            return acknowledged() >= engines
+            self._changed.wait_for(lambda: acknowledged() or rejected(), timeout)
+            return acknowledged()
 
     def close(self, timeout: float = 1.0) -> None:
         """End; messages on their way get at most ``timeout`` seconds. Idempotent."""
@@ -312,16 +306,16 @@ class WeightReceiver:
     The server polls `latest` between rounds, installs what it gets, and answers with `acknowledge` or `reject`.
 
     Args:
-        address: of the learner's publisher, which binds.
-        handshake: what this engine is; a learner that differs refuses it, see `error`.
-        version: of the weights served at the start.
-        name: of this engine in the learner's books; the default is unique to the process.
-        limits: of a weights message.
-        heartbeat_s: seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
-        context: to share; needed for ``inproc://`` only. It must outlive the receiver.
+        address: Address of the learner's publisher, which binds.
+        handshake: What this engine is; a learner that differs refuses it, see `error`.
+        version: Version of the weights served at the start.
+        name: Name of this engine at the learner; the default is unique to the process.
+        limits: Limits of a weights message.
+        heartbeat_s: Seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
+        context: Context to share; needed for ``inproc://`` only. It must outlive the receiver.
 
     Raises:
-        OSError: if ``address`` is malformed. An absent learner is no error.
+        OSError: ``address`` is malformed. An absent learner is no error.
     """
 
     def __init__(
@@ -341,8 +335,7 @@ class WeightReceiver:
         self.rejected = 0
         """Messages dropped because they were malformed or their checksum was wrong."""
         self._handshake_meta = handshake.to_meta()
-        self._limits = limits
-        self._heartbeat_s = heartbeat_s
+        self._limits, self._heartbeat_s = limits, heartbeat_s
         self._lock = threading.Lock()
         self._version = version
         self._checksum: str | None = None
@@ -375,10 +368,10 @@ class WeightReceiver:
         """Report weights as serving.
 
         Args:
-            version: as `latest` gave it.
+            version: Version from `latest`.
             checksum: `codec.checksum` of what the model holds after the swap, not of what was received: this is how a
                 swap that silently did nothing is found.
-            swap_ms: milliseconds that serving stood still.
+            swap_ms: Milliseconds that serving stood still.
         """
         with self._lock:
             self._version, self._checksum = version, checksum

@@ -144,7 +144,7 @@ class SpecDecodeEnv(EnvBase):
                 f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULE_CODES)}; set record=False"
             )
         self._requests, self._decode = requests, decode
-        self._on_completion, self._on_refused = on_completion, on_refused
+        self.on_completion, self._on_refused = on_completion, on_refused
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._processors_for = processors
         self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
@@ -470,5 +470,5 @@ class SpecDecodeEnv(EnvBase):
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
         self._processors.pop(slot, None)
         self.engine.release(slot)
-        if self._on_completion:
-            self._on_completion(Completion(request, tokens, ended, trajectory))
+        if self.on_completion:
+            self.on_completion(Completion(request, tokens, ended, trajectory))

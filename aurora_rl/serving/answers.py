@@ -15,7 +15,7 @@ class Answers(JsonLines):
     """Append each completion to ``answers.jsonl``, next to noting it in its conversation.
 
     Args:
-        path: see :class:`JsonLines`.
+        path: File; see :class:`JsonLines`.
         requests: RequestQueue that the completions belong to.
         tokenizer: Tokenizer of the target.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,36 +13,38 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from transformers import LogitsProcessorList
-from typing_extensions import override
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv
+from aurora_rl.envs import Completion, SpecDecodeEnv
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, Round
-from aurora_rl.telemetry.stats import Figures
+from aurora_rl.telemetry.stats import Stats
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 
 logger = logging.getLogger(__name__)
 
 
-class InferenceServer(Figures):
+class InferenceServer:
     """Drives ``policy`` and ``env.step_and_maybe_reset`` round by round; nothing it does waits for the learner.
 
     Args:
-        env: the environment; its ``on_completion`` must be :meth:`completed`.
-        policy: the drafter's policy on the same engine.
-        windows: which rounds decode plainly.
-        log: where requests and swaps are written.
-        shapes: chooses the shape of every round's drafts; None keeps the policy's.
-        sink: takes trajectories; None where nobody learns.
-        receiver: brings weights; None where nobody learns.
-        note: called with each completion; returns its domain.
+        env: Environment that records trajectories; the server sets its ``on_completion``.
+        policy: Policy of the drafter on the same engine.
+        windows: Chooses the rounds that decode plainly.
+        log: Log of requests and swaps.
+        shapes: Chooses the shape of every round's drafts; None keeps the policy's.
+        sink: Takes trajectories; None where nobody learns.
+        receiver: Brings weights; None where nobody learns.
+        note: Called with each completion; returns its domain.
+
+    Attributes:
+        stats: Statistics of the run so far.
     """
 
     def __init__(
@@ -56,27 +59,37 @@ class InferenceServer(Figures):
         receiver: WeightReceiver | None = None,
         note: Callable[[Completion], str] = lambda completion: "",
     ) -> None:
-        super().__init__(policy.version)
-        self.env, self.policy = env, policy
+        self.env, self.policy, self.stats = env, policy, Stats(policy.version)
+        env.on_completion = self.completed
         self._windows, self._log, self._shapes = windows, log, shapes
         self._sink, self._receiver, self._note = sink, receiver, note
         self._td = None
         self._recording = 0.0
         self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
         policy.on_fault = self._fault
-        # Weights are made ready, and hashed, beside the rounds: one thread, so that acknowledgements keep their order.
+        # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[Callable[[], None]]] | None = None
 
     @property
-    @override
     def depth(self) -> int:
+        """Longest path of the trees that are drafted now."""
         return self.policy.shape.depth
 
     @property
-    @override
     def dropped(self) -> int:
+        """Trajectories that no learner took."""
         return self._sink.dropped if self._sink is not None else 0
+
+    @property
+    def queued(self) -> int:
+        """Trajectories that wait to be sent."""
+        return self._sink.queued if self._sink is not None else 0
+
+    @property
+    def refused(self) -> str | None:
+        """Why the learner refuses this server; None if it does not."""
+        return self._receiver.error if self._receiver is not None else None
 
     def step(self) -> bool:
         """One round. False where there was nothing to decode."""
@@ -91,7 +104,7 @@ class InferenceServer(Figures):
             self._reshape(self._shapes.choose(occupied))
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
-        completed = len(self.finished)
+        completed = len(self.stats.finished)
         began = time.perf_counter()
         action = policy(self._td)
         # A drafter that failed its slots together leaves the trees of each alone, for the last time.
@@ -107,13 +120,13 @@ class InferenceServer(Figures):
             self._observe(self._shapes, done, occupied, seconds)
         if baseline:
             seconds -= recording
-            self.rounds.append(Round(True, occupied, 0, recording, completed))
-        self.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
+            self.stats.rounds.append(Round(True, occupied, 0, recording, completed))
+        self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
         self._windows.spent(seconds)
         return True
 
     def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
-        """Book a round as what it was: slots whose requests the drafter failed are no trials of it."""
+        """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
         policy, shape, outcomes = self.policy, shapes.plain, []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
@@ -122,7 +135,7 @@ class InferenceServer(Figures):
             # An empty lookup counts as a failed trial.
             outcomes += [["undrafted"] for _ in range(int(policy.looked_up.sum()) - len(outcomes))]
         judged = [path[: shape.depth] for path in outcomes]
-        # What lookup had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
         shapes.observe(shape, occupied, seconds, judged, below)
 
@@ -132,8 +145,8 @@ class InferenceServer(Figures):
             self.policy.shape = shape
             acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
             self._log.write(
-                "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes,
-                lookup_only=shape.lookup_only, acceptance=acceptance, occupied=self.env.num_active,
+                "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes, lookup_only=shape.lookup_only,
+                acceptance=acceptance, occupied=self.env.num_active,
             )  # fmt: skip
 
     def completed(self, completion: Completion) -> None:
@@ -144,7 +157,7 @@ class InferenceServer(Figures):
         asked = torch.tensor(self._asked.pop(completion.request.id))
         tokens, rounds = acceptance_length(trajectory, asked)
         covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
-        self.finish(domain, len(completion.tokens), tokens, rounds)
+        self.stats.finish(domain, len(completion.tokens), tokens, rounds)
         accepted, drafted = accepted_per_round(trajectory)
         self._log.write(
             "request",
@@ -172,13 +185,13 @@ class InferenceServer(Figures):
         """Count and log that the drafter failed, and warn of the first time.
 
         Args:
-            fault: what it did.
-            request: which it failed; None where it failed before there were any.
-            outcome: what is done about it.
+            fault: What the drafter did.
+            request: Id of the request that it failed; None where it failed before there were any.
+            outcome: What is done about it.
         """
-        self.drafter_faults += 1
-        self._log.write("drafter_fault", request=request, version=self.version, fault=fault)
-        if self.drafter_faults == 1:
+        self.stats.drafter_faults += 1
+        self._log.write("drafter_fault", request=request, version=self.stats.version, fault=fault)
+        if self.stats.drafter_faults == 1:
             logger.warning("%s: %s", outcome, fault)
 
     def _swap(self) -> None:
@@ -200,13 +213,26 @@ class InferenceServer(Figures):
             self._log.write("swap_failed", version=version, reason=reason)
             return
         milliseconds = (time.perf_counter() - began) * 1e3
-        self.swap_ms.append(milliseconds)
-        self.versions.append(version)
-        self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.finished))
+        self.stats.swap_ms.append(milliseconds)
+        self.stats.versions.append(version)
+        self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.stats.finished))
         if self._shapes is not None:
             self._shapes.swapped()
         # These tensors stay what they are: the next swap puts others in their place.
         self._background.submit(self._acknowledge, version, self.policy.drafter.published(), milliseconds)
+
+    def save_drafter(self, folder: str | os.PathLike[str]) -> None:
+        """Save the drafter that serves now, if it has weights."""
+        if self.policy.drafter.formats:
+            save_drafter(self.policy.drafter, folder)
+
+    def close(self) -> None:
+        """Send the trajectories that can still be sent, and close the wire."""
+        self._background.shutdown()
+        if self._sink is not None:
+            self._sink.close(timeout=2.0)
+        if self._receiver is not None:
+            self._receiver.close()
 
     def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
         assert self._receiver is not None
@@ -227,11 +253,11 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
-    # Log-probabilities of what was looked up are all alike, and the likelier stands before its siblings.
+    # N-grams' log-probabilities are all alike, and the likelier stands before its siblings.
     before = torch.ones_like(siblings).tril(-1)
-    one, other = log_probs[:, :, None], log_probs[:, None]
-    likeliest = ~(siblings & ((other > one) | (other == one) & before)).any(-1)
-    # Where a request ended inside the path, what lies behind its last token was not judged.
+    own, sibling = log_probs[:, :, None], log_probs[:, None]
+    likeliest = ~(siblings & ((sibling > own) | (sibling == own) & before)).any(-1)
+    # Where a request ended inside the path, nothing after its last token was judged.
     judged = (verifier["bonus_token"] >= 0).tolist()
     out = []
     for slot in (mask.any(1) & slots.to(mask.device)).nonzero().flatten().tolist():
@@ -246,108 +272,3 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
 
 def _accepted(path: Sequence[Outcome]) -> int:
     return sum(outcome in ("likeliest", "sibling") for outcome in path)
-
-
-class DrafterFault(Exception):
-    """A drafter failed before there was a request that could go on without it."""
-
-
-def measure_rounds(
-    engine: Engine,
-    policy: DrafterPolicy,
-    request: Request,
-    shapes: Sequence[TreeShape],
-    *,
-    repeats: int = 11,
-    processors: Callable[[Request], LogitsProcessorList] | None = None,
-) -> dict[int, dict[TreeShape, float]]:
-    """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
-
-    Args:
-        engine: an engine whose slots are free.
-        policy: a policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
-        request: to put into each slot, again whenever it ends.
-        shapes: to measure, within the policy's ``num_nodes``.
-        repeats: timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
-            drifts, or that does other work now and then, hardly changes.
-        processors: those of the environment that will serve, since they take time at every node.
-
-    Returns:
-        Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
-
-    Raises:
-        DrafterFault: the drafter failed; the slots are free again.
-    """
-    kept, slots = policy.shape, engine.num_slots
-    powers = [2**i for i in range(slots.bit_length())]
-
-    def give_up(slot: int, fault: str) -> None:
-        raise DrafterFault(fault)
-
-    policy.on_fault = give_up  # until a server takes over
-    try:
-        seconds = {
-            n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in (*powers, slots)
-        }
-    finally:
-        for slot in engine.store.occupied.tolist():
-            engine.release(slot)
-        policy.shape, policy.on_fault, engine.prefill_seconds = kept, None, 0.0
-
-    def dearer(shape: TreeShape) -> list[TreeShape]:
-        deeper = [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
-        return [s for s in deeper if shape.lookup_only or not shape.depth or not s.lookup_only]
-
-    # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
-    return {
-        count: {s: min(seconds[c][d] for c in seconds if c >= count for d in dearer(s)) for s in shapes}
-        for count in seconds
-    }
-
-
-def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
-    """What :func:`measure_rounds` returns, for a log: milliseconds, by depth and width, and whether looked up.
-
-    Example:
-        >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
-        {1: {'0x1': 20.0, '3x2': 31.2}}
-    """
-    return {
-        count: {
-            f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}": round(s * 1e3, 3)
-            for shape, s in by_shape.items()
-        }
-        for count, by_shape in costs.items()
-    }
-
-
-def _time_rounds(
-    engine: Engine,
-    policy: DrafterPolicy,
-    waiting: list[Request],
-    shapes: Sequence[TreeShape],
-    repeats: int,
-    processors: Callable[[Request], LogitsProcessorList] | None,
-) -> dict[TreeShape, float]:
-    """Seconds of a round of each shape, with as many slots occupied as there are requests."""
-    env = SpecDecodeEnv(
-        engine,
-        lambda: waiting.pop() if waiting else None,
-        num_nodes=policy.num_nodes,
-        draft_mode=policy.shape.mode,
-        processors=processors,
-        on_completion=lambda completion: waiting.append(completion.request),
-    )
-    td = env.reset()
-    turns = torch.zeros(repeats, len(shapes), dtype=torch.float64)
-    for turn in turns:
-        for i, shape in enumerate(shapes):
-            policy.shape, prefill = shape, engine.prefill_seconds
-            began = time.perf_counter()
-            _, td = env.step_and_maybe_reset(policy(td))
-            turn[i] = time.perf_counter() - began - (engine.prefill_seconds - prefill)
-    whole = turns.sum(1, keepdim=True)
-    seconds = (turns / whole).median(0).values * whole.median()
-    for slot in engine.store.occupied.tolist():
-        engine.release(slot)
-    return dict(zip(shapes, seconds.tolist(), strict=True))

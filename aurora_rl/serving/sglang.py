@@ -1,41 +1,45 @@
-"""The server of a run whose engine is SGLang: asks for completions, watches the plugin, keeps the figures."""
+"""The server of a run whose engine is SGLang: requests completions, watches the plugin, keeps the statistics."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
-
-from typing_extensions import override
 
 from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
-from aurora_rl.telemetry.stats import Figures
+from aurora_rl.telemetry.stats import Stats
 
 _TURN_S = 0.25
 _WATCH_S = 1.0
 
 
-class SGLangServer(Figures):
+class SGLangServer:
     """Keeps an engine's slots filled with requests. Rounds, records and swaps happen in the engine itself.
 
     Args:
-        engine: to serve by.
-        attach: attaches the learner to it; called now, and again when the server was restarted.
-        requests: called for the next request; None where there is none now.
-        slots: requests in flight.
-        depth: of the trees that the engine drafts.
-        stop_tokens: ids that end a completion.
-        log: where requests and swaps are written.
-        note: called with each completion; returns its domain.
-        on_refused: called with each request that the engine did not answer, and the reason.
+        engine: Client of the engine.
+        attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
+        requests: Called for the next request; None where there is none now.
+        slots: Requests in flight.
+        depth: Depth of the trees that the engine drafts.
+        stop_tokens: Token ids that end a completion.
+        log: Log of requests and swaps.
+        note: Called with each completion; returns its domain.
+        on_refused: Called with each request that the engine did not answer, and the reason.
+        published: Folder where the learner saves the drafter that it published last; None where that is not known.
 
     Attributes:
-        status: the plugin's, as last heard.
+        stats: Statistics of the run so far.
+        status: Status of the plugin, as last heard.
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class SGLangServer(Figures):
         log: MetricsLog,
         note: Callable[[Completion], str],
         on_refused: Callable[[Request, str], None],
+        published: Path | None = None,
     ) -> None:
-        super().__init__(0)
-        self.engine, self._requests, self._slots, self._depth = engine, requests, slots, depth
+        self.stats, self.engine, self.depth = Stats(0), engine, depth
+        self._requests, self._slots, self._published = requests, slots, published
         self._stop_tokens, self._log, self._note, self._on_refused = tuple(stop_tokens), log, note, on_refused
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
         self._flying: dict[Future[SGLangCompletion], Request] = {}
@@ -63,14 +68,19 @@ class SGLangServer(Figures):
         log.write("attached", status=self.status)
 
     @property
-    @override
-    def depth(self) -> int:
-        return self._depth
+    def dropped(self) -> int:
+        """Trajectories that no learner took."""
+        return self.status.get("dropped", 0)
 
     @property
-    @override
-    def dropped(self) -> int:
-        return self.status.get("dropped", 0)
+    def queued(self) -> int:
+        """Trajectories that wait to be sent."""
+        return self.status.get("queued", 0)
+
+    @property
+    def refused(self) -> str | None:
+        """Why the learner refuses this engine, or why it is not recorded; None if neither."""
+        return self.status.get("refused") or self.status.get("error") or None
 
     def step(self) -> bool:
         """Ask for what there is room for and take what is finished. False where nothing is in flight."""
@@ -94,11 +104,11 @@ class SGLangServer(Figures):
     def _completed(self, completion: SGLangCompletion, occupied: int) -> None:
         domain = self._note(Completion(completion.request, completion.tokens, completion.terminated, None))
         drafted = sum((count + 1) * rounds for count, rounds in completion.accepted.items())
-        now, count = time.perf_counter(), len(self.finished)
+        now, count = time.perf_counter(), len(self.stats.finished)
         # Of a remote engine only what is answered is seen: between two answers all slots together made this one.
-        self.rounds.append(Round(True, occupied, len(completion.tokens), now - self._last_completion, count))
+        self.stats.rounds.append(Round(True, occupied, len(completion.tokens), now - self._last_completion, count))
         self._last_completion = now
-        self.finish(domain, len(completion.tokens), drafted, completion.rounds)
+        self.stats.finish(domain, len(completion.tokens), drafted, completion.rounds)
         self._log.write(
             "request",
             request=completion.request.id,
@@ -109,7 +119,7 @@ class SGLangServer(Figures):
             speculative_rounds=completion.rounds,
             accepted=completion.accepted,
             versions=completion.versions,
-            depth=self._depth,
+            depth=self.depth,
             coverage=None,
         )
 
@@ -130,11 +140,20 @@ class SGLangServer(Figures):
         self.status, self._reachable = status, True
         new, self._told_swaps = status["swaps"] - self._told_swaps, status["swaps"]
         for milliseconds in status["swap_ms"][-new:] if new > 0 else []:
-            self.swap_ms.append(milliseconds)
-            self._log.write("swap", version=self.status["version"], ms=milliseconds, requests=len(self.finished))
-        if self.status["version"] != self.version:
-            self.versions.append(self.status["version"])
+            self.stats.swap_ms.append(milliseconds)
+            self._log.write("swap", version=self.status["version"], ms=milliseconds, requests=len(self.stats.finished))
+        if self.status["version"] != self.stats.version:
+            self.stats.versions.append(self.status["version"])
+
+    def save_drafter(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the drafter that the learner published last, if there is one."""
+        if self._published is not None and self._published.is_dir():
+            shutil.copytree(self._published, folder, dirs_exist_ok=True)
 
     def close(self) -> None:
-        """Wait for what is in flight."""
+        """Wait for the requests in flight, detach so that the records are sent, and end the engine if it is ours."""
         self._pool.shutdown(cancel_futures=True)
+        self.watch()
+        with contextlib.suppress(ControlError):  # it is gone already
+            self.engine.detach()
+        self.engine.close()

@@ -20,18 +20,21 @@ class JsonLines:
     as on a full disk, is lost and counted: a log is no reason to stop serving.
 
     Args:
-        path: the file; created where it is missing.
+        path: File; created where it is missing.
 
     Attributes:
-        path: the file.
-        lost: lines that could not be written.
+        path: File.
+        lost: Lines that could not be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self.path, self.lost = path, 0
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":  # whoever wrote it was killed within a line
+            os.write(self._file, b"\n")
 
     def append(self, **fields: Any) -> None:
         """Append one line; ``fields`` are JSON values."""
@@ -54,8 +57,8 @@ class MetricsLog(JsonLines):
     """Append events to ``metrics.jsonl``.
 
     Args:
-        path: see :class:`JsonLines`.
-        source: name of the process, written into each line.
+        path: File; see :class:`JsonLines`.
+        source: Name of the process, written into each line.
     """
 
     def __init__(self, path: Path, source: str) -> None:
@@ -71,11 +74,13 @@ class MetricsReader:
     """Follow a metrics file.
 
     Args:
-        path: the file; it may not exist yet.
+        path: File; it may not exist yet.
+        from_now: Leave out the events that are there already, as of an earlier part of the run.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path, self._offset = Path(path), 0
+    def __init__(self, path: str | os.PathLike[str], *, from_now: bool = False) -> None:
+        self._path = Path(path)
+        self._offset = self._path.stat().st_size if from_now and self._path.exists() else 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Events since the last one that was read, a line of the file in memory at a time.

@@ -12,9 +12,9 @@ class BaselineWindows:
     """Says which rounds decode plainly: windows of whole rounds, placed at random, for a share of decode time.
 
     Args:
-        share: of decode time that the windows take; 0 for none.
-        window: rounds of a window.
-        seed: of their placing.
+        share: Share of decode time that the windows take; 0 for none.
+        window: Rounds of a window.
+        seed: Seed of their placing.
     """
 
     def __init__(self, share: float, window: int, seed: int = 0) -> None:
@@ -48,11 +48,11 @@ class Round:
     """One round of decoding.
 
     Attributes:
-        speculative: false in baseline windows; all other rounds are the policy's, be they without drafts.
-        occupied: slots that took part.
-        tokens: tokens delivered.
-        seconds: wall time, prefill excluded.
-        request: requests completed before it.
+        speculative: False in baseline windows; all other rounds are the policy's, also those without drafts.
+        occupied: Slots that took part.
+        tokens: Tokens delivered.
+        seconds: Wall time, prefill excluded.
+        request: Requests completed before it.
     """
 
     speculative: bool
@@ -69,7 +69,7 @@ class Rounds:
     more than ``buckets`` requests have completed, two neighbours share a bucket, then four, and so on.
 
     Args:
-        buckets: the most parts of the run that are told apart; there are at least half as many in a long run.
+        buckets: The most parts of the run that are told apart; there are at least half as many in a long run.
 
     Example:
         >>> rounds = Rounds()

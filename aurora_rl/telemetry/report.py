@@ -11,22 +11,6 @@ from rich.table import Table
 
 from aurora_rl.telemetry.rates import Round, Rounds, rates
 
-EMPTY_SUMMARY: dict[str, Any] = {
-    "requests": 0,
-    "failed": 0,
-    "swaps": 0,
-    "swap_ms": {"p50": None, "max": None},
-    "acceptance_length": {"first": None, "last": None},
-    "domains": {},
-    "tokens_per_second": {"baseline": None, "speculative": None},
-    "speedup": None,
-    "dropped_trajectories": 0,
-    "drafter_faults": 0,
-    "duration_s": 0.0,
-    "versions_served": [],
-}
-"""The keys of ``summary.json``; null where a thing was not measured."""
-
 
 def write_summary(run_dir: str | os.PathLike[str], summary: dict[str, Any]) -> None:
     """Write ``summary.json``, numbers rounded to what the measurement carries."""
@@ -76,10 +60,10 @@ def draw_report(
 
     Args:
         path: PNG file to write.
-        finished: speculative tokens and rounds of each request, in order of completion.
-        rounds: the decoding of the run.
-        swaps: number of completed requests at each swap.
-        bins: parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
+        finished: Speculative tokens and rounds of each request, in order of completion.
+        rounds: The decoding of the run.
+        swaps: Number of completed requests at each swap.
+        bins: Parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
     """
     import matplotlib
 

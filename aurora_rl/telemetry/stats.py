@@ -1,54 +1,43 @@
-"""What is kept of a run while it serves, whatever engine serves it, and the figures made of it."""
+"""Statistics of a serving run, whichever engine serves it."""
 
 from __future__ import annotations
 
 import statistics
-from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any
 
 from aurora_rl.telemetry.rates import Rates, Round, Rounds, rates
 
 
-class Figures(ABC):
-    """Counts of a serving run.
+class Stats:
+    """Counts of a serving run, and the summary made of them.
 
     Args:
-        version: of the weights that draft first.
+        version: Version of the weights that draft first; None where nothing drafts yet.
 
     Attributes:
-        rounds: the decoding so far. By default sums over rounds that are alike (:class:`Rounds`), so that memory does
-            not grow with them; a list in its place keeps every round.
-        finished: (tokens, rounds) of the speculative rounds of each completed request, in order of completion: two
-            numbers a request are all that grows with a run, next to a few a swap.
-        domains: requests, tokens, and tokens and rounds of speculation, of the completed requests of each domain.
-        swap_ms: milliseconds that serving stood still at each swap.
-        versions: versions of weights that have drafted.
-        drafter_faults: requests that went on without the drafter, which failed or whose tree was malformed.
+        rounds: Rounds so far. By default sums over rounds that are alike (:class:`Rounds`), so that memory does not
+            grow with them; assign a list to keep every round.
+        finished: Tokens and rounds of speculation of each completed request, in order of completion. These two numbers
+            a request, and a few a swap, are all that grows with a run.
+        domains: Requests, tokens, and tokens and rounds of speculation of the completed requests of each domain.
+        swap_ms: Milliseconds that serving stood still at each swap.
+        versions: Versions of the weights that have drafted.
+        drafter_faults: Requests that went on without the drafter because it failed or its tree was malformed.
     """
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int | None = None) -> None:
         self.rounds: Rounds | list[Round] = Rounds()
         self.finished: list[tuple[int, int]] = []
         self.domains: dict[str, Counter[str]] = {}
         self.swap_ms: list[float] = []
-        self.versions: list[int] = [version]
+        self.versions: list[int] = [] if version is None else [version]
         self.drafter_faults = 0
 
     @property
     def version(self) -> int:
-        """Of the weights that draft now."""
+        """Version of the weights that draft now."""
         return self.versions[-1]
-
-    @property
-    @abstractmethod
-    def depth(self) -> int:
-        """Longest path of the trees that are drafted now."""
-
-    @property
-    @abstractmethod
-    def dropped(self) -> int:
-        """Trajectories that no learner took."""
 
     def rates(self, share: float = 1.0) -> Rates:
         """Tokens per second of both kinds over the last ``share`` of the requests.
@@ -85,8 +74,14 @@ class Figures(ABC):
             for domain, count in sorted(self.domains.items())
         }
 
-    def summary(self, *, failed: int, duration_s: float) -> dict[str, Any]:
-        """The run in figures: what ``summary.json`` holds."""
+    def summary(self, *, failed: int = 0, dropped: int = 0, duration_s: float = 0.0) -> dict[str, Any]:
+        """Return what ``summary.json`` holds; null stands for what was not measured.
+
+        Args:
+            failed: Requests that could not be served.
+            dropped: Trajectories that no learner took.
+            duration_s: Seconds of the run.
+        """
         count = len(self.finished)
         tenth = max(count // 10, 1)
         last = self.rates(0.25)
@@ -105,7 +100,7 @@ class Figures(ABC):
             "domains": self.by_domain(),
             "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},
             "speedup": last.speedup,
-            "dropped_trajectories": self.dropped,
+            "dropped_trajectories": dropped,
             "drafter_faults": self.drafter_faults,
             "duration_s": duration_s,
             "versions_served": self.versions,

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from rich.table import Table
 from rich.text import Text
 
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-
-if TYPE_CHECKING:
-    from aurora_rl.cli.engines import Serving
+from aurora_rl.telemetry.stats import Stats
 
 _REMEMBERED = 100
 """Messages that are not told again. A peer may send ever new ones, so not all of them are kept."""
+
+
+class Server(Protocol):
+    """The serving half of a run, whatever its engine.
+
+    Attributes:
+        stats: Statistics of the run so far.
+    """
+
+    stats: Stats
+
+    @property
+    def depth(self) -> int:
+        """Longest path of the trees that are drafted now."""
+
+    @property
+    def queued(self) -> int:
+        """Trajectories that wait to be sent."""
+
+    @property
+    def dropped(self) -> int:
+        """Trajectories that no learner took."""
+
+    @property
+    def refused(self) -> str | None:
+        """Why the learner refuses this server; None if it does not."""
+
+    def step(self) -> bool:
+        """Serve for a moment. False where there was nothing to do."""
+
+    def save_drafter(self, folder: str | os.PathLike[str]) -> None:
+        """Save the drafter that served last, if it has weights."""
+
+    def close(self) -> None:
+        """Send the trajectories that can still be sent, and close."""
 
 
 class LiveView:
     """Follows a run: a table for a terminal, a line elsewhere, and "status" events in the log.
 
     Args:
-        serving: the serving half.
-        log: gets "status", and "refused" and "learner_died" if that happens.
-        reader: follows the run's metrics, where the learner's events are too.
-        total: requests to serve.
-        learner: says how the learner is: "running", or that it died.
+        server: Serving half of the run.
+        log: Gets "status", and "refused" and "learner_died" if that happens.
+        reader: Follows the run's metrics, where the learner's events are too.
+        total: Requests to serve.
+        learner: Says how the learner is: "running", or that it died.
+
+    Attributes:
+        unsaved: Why the learner could not write its last training state; None if it could.
     """
 
     def __init__(
-        self, serving: Serving, log: MetricsLog, reader: MetricsReader, *, total: int, learner: Callable[[], str]
+        self, server: Server, log: MetricsLog, reader: MetricsReader, *, total: int, learner: Callable[[], str]
     ) -> None:
-        self._serving, self._log, self._reader = serving, log, reader
+        self._server, self._log, self._reader = server, log, reader
         self._total, self._learner = total, learner
         self._told: deque[str] = deque(maxlen=_REMEMBERED)
         self._loss: float | None = None
         self._skipped = 0
         self._unwritten = False
+        self.unsaved: str | None = None
         self._gate: dict[str, Any] | None = None
         # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
         self._accepted: Counter[int] = Counter()
@@ -54,7 +92,11 @@ class LiveView:
                 if not self._skipped:
                     told.append(f"the learner skipped a step, and goes on: {event['reason']}")
                 self._skipped = event["skipped"]
+            elif event["event"] == "checkpoint":
+                self.unsaved = None
             elif event["event"] == "not_written":
+                if event["what"] == "the training state":
+                    self.unsaved = event["reason"]
                 if not self._unwritten:
                     told.append(f"the learner could not write {event['what']}, and goes on: {event['reason']}")
                 self._unwritten = True
@@ -66,7 +108,7 @@ class LiveView:
                     self._coverage.append(event["coverage"])
         state = self._learner()
         died = f"the learner {state}" if state.startswith("died") else None
-        for name, news in (("refused", self._serving.refused), ("learner_died", died)):
+        for name, news in (("refused", self._server.refused), ("learner_died", died)):
             if news is not None and news not in self._told:
                 self._told.append(news)
                 self._log.write(name, reason=news)
@@ -76,48 +118,48 @@ class LiveView:
     def log_status(self) -> None:
         """Write a "status" event about the time since the last one."""
         self.follow()
-        server, accepted, coverage = self._serving.server, self._accepted, self._coverage
-        rounds, speed = accepted.total(), server.rates(0.25)
+        server, accepted, coverage = self._server, self._accepted, self._coverage
+        stats, rounds, speed = server.stats, accepted.total(), server.stats.rates(0.25)
         reached = [
             sum(n for count, n in accepted.items() if count >= d) for d in range(1, max(accepted, default=0) + 1)
         ]
         self._log.write(
             "status",
-            requests=len(server.finished),
-            version=server.version,
+            requests=len(stats.finished),
+            version=stats.version,
             acceptance_length=self._recent(),
             acceptance_by_position=[round(count / rounds, 4) for count in reached],
             tokens_per_second={"baseline": speed.baseline, "speculative": speed.speculative},
             depth=server.depth,
             coverage=sum(coverage) / len(coverage) if coverage else None,
-            queue=self._serving.queued,
-            dropped=self._serving.dropped,
+            queue=server.queued,
+            dropped=server.dropped,
             learner=self._learner(),
         )
         self._accepted, self._coverage = Counter(), []
 
     def _recent(self) -> float | None:
         """Acceptance length of the last tenth of the requests, at least eight."""
-        server = self._serving.server
-        count = len(server.finished)
-        return server.acceptance(max(count - max(count // 10, 8), 0), count) if count else None
+        stats = self._server.stats
+        count = len(stats.finished)
+        return stats.acceptance(max(count - max(count // 10, 8), 0), count) if count else None
 
     def _rows(self) -> list[tuple[str, str]]:
-        server = self._serving.server
-        speed = server.rates(0.25)
+        server, stats = self._server, self._server.stats
+        speed = stats.rates(0.25)
 
         def show(value: float | None, digits: int = 2) -> str:
             return "–" if value is None else f"{value:.{digits}f}"
 
         gate = self._gate and f"{self._gate['difference']:+.3f} {'published' if self._gate['publish'] else 'refused'}"
         return [
-            ("requests", f"{len(server.finished)}/{self._total}"),
+            ("requests", f"{len(stats.finished)}/{self._total}"),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show(speed.speedup)),
-            ("version · swaps", f"{server.version} · {len(server.swap_ms)}"),
-            ("queue · dropped", f"{self._serving.queued} · {self._serving.dropped}"),
-            ("learner", self._serving.refused or self._learner()),
+            ("version · swaps", f"{stats.version} · {len(stats.swap_ms)}"),
+            ("queue · dropped", f"{server.queued} · {server.dropped}"),
+            ("learner", self._server.refused or self._learner()),
             ("learner loss · skipped steps", f"{show(self._loss, 3)} · {self._skipped}"),
             ("gate", gate or "–"),
         ]

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape, load_drafter, save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.testing.asserts import RECORDED, close, require
 from aurora_rl.testing.drafter_serving import filled
 from aurora_rl.testing.tiny import dtype_of, serve
-from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
 
 

@@ -46,12 +46,12 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
     drafts the target would have accepted.
 
     Args:
-        drafter: its serving cache is used; give a copy of one that serves.
-        trajectories: recorded requests.
-        shape: the tree to draft at every round.
+        drafter: Drafter whose serving cache is used; pass a copy of one that serves.
+        trajectories: Recorded requests.
+        shape: The tree to draft at every round.
 
     Raises:
-        ValueError: the features were recorded for another drafter.
+        ValueError: The features were recorded for another drafter.
     """
     n = len(trajectories)
     for trajectory in trajectories:
@@ -93,13 +93,13 @@ class Decision:
     """What the gate found about a candidate.
 
     Attributes:
-        publish: whether the candidate is to be served.
-        difference: mean over the held-back requests of candidate minus serving acceptance, tokens per round.
+        publish: Whether the candidate is to be served.
+        difference: Mean over the held-back requests of candidate minus serving acceptance, tokens per round.
         interval: 95% interval of that mean (normal approximation).
-        candidate: acceptance length of the candidate over these requests.
-        serving: acceptance length of the serving weights.
-        requests: how many were held back.
-        reason: why a candidate that cannot draft is refused. It counts as plain decoding, one token per round.
+        candidate: Acceptance length of the candidate over these requests.
+        serving: Acceptance length of the serving weights.
+        requests: Number of requests held back.
+        reason: Why a candidate that cannot draft is refused. It counts as plain decoding, one token per round.
     """
 
     publish: bool
@@ -119,9 +119,9 @@ class Gate:
 
     Args:
         requests: ``K``, arrivals of a decision.
-        margin: publish if the mean paired difference in acceptance is above minus this.
-        shape: the tree of the replays.
-        drafter: a drafter of the served kind and dtype, used as scratch.
+        margin: Publish if the mean paired difference in acceptance is above minus this.
+        shape: The tree of the replays.
+        drafter: A drafter of the served kind and dtype, used as scratch.
     """
 
     def __init__(self, requests: int, margin: float, shape: TreeShape, drafter: Drafter) -> None:
@@ -150,13 +150,13 @@ class Gate:
         """Replay candidate and serving weights on the held-back requests, and release both.
 
         Args:
-            serving: the weights that are served.
+            serving: Weights that are served.
 
         Returns:
             The decision, and the requests, which may be learned from now.
 
         Raises:
-            ValueError: these are not weights of this drafter, see ``Drafter.stage``.
+            ValueError: These are not weights of this drafter, see ``Drafter.stage``.
         """
         assert self.candidate is not None
         new, reason = None, not_finite(self.candidate)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
@@ -20,49 +15,47 @@ from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.training.checkpoint import CheckpointError, load_training_state, save_training_state
+from aurora_rl.telemetry.outputs import Outputs
+from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.optimizers import train_step
-from aurora_rl.training.served_weights import drafts_agreed
+from aurora_rl.training.offline import train_step
+from aurora_rl.training.served_weights import WeightAudit, with_weights
 from aurora_rl.trajectories import pack
 
-logger = logging.getLogger(__name__)
-
-_CHECKED_DRAFTS = 100
+_STATE = "the training state"
 
 
 class Learner:
     """Learns from trajectories as they arrive and replays old ones in between.
 
     Args:
-        drafter: in training, float32.
-        loss: objective on packed batches of it.
-        optimizers: over its parameters.
-        buffer: replay buffer whose samples are packed batches.
-        collector: brings trajectories.
-        publisher: takes weights.
-        gate: decides about candidates.
-        log: where steps, candidates and decisions are written.
-        serving_dtype: dtype of published weights.
-        batch_size: new trajectories of an optimizer step.
-        replay: replayed batches for each batch of new trajectories.
-        publish_every: new trajectories between two candidates.
-        max_skipped: steps in a row that may come out without a finite loss and gradient.
-        checkpoint: folder of the training state.
-        recording: takes every trajectory as it arrives; None keeps none.
+        drafter: Drafter in training, float32.
+        loss: Objective on packed batches.
+        optimizers: Optimizers of the drafter's parameters.
+        buffer: Replay buffer whose samples are packed batches.
+        collector: Brings trajectories.
+        publisher: Takes weights.
+        gate: Decides about candidates.
+        log: Log of steps, candidates and decisions.
+        serving_dtype: Dtype of published weights.
+        batch_size: New trajectories of an optimizer step.
+        replay: Replayed batches for each batch of new trajectories.
+        publish_every: New trajectories between two candidates.
+        max_skipped: Steps in a row that may come out without a finite loss and gradient.
+        checkpoint: Folder of the training state.
+        outputs: Writes the training state.
 
     Attributes:
-        seen: trajectories learned from.
-        steps: optimizer steps.
-        skipped: steps that were left out because loss or gradient were not finite.
-        unrecorded: trajectories that could not be recorded.
-        version: newest published version.
+        seen: Trajectories learned from.
+        steps: Optimizer steps.
+        skipped: Steps that were left out because loss or gradient were not finite.
+        version: Newest published version.
     """
 
     def __init__(
@@ -82,23 +75,21 @@ class Learner:
         publish_every: int,
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
-        recording: TrajectoryDataset | None = None,
+        outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
         self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
-        self._recording = recording
+        self.outputs = outputs
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = 0
         self._refusal: str | None = None
-        # The version whose drafts were compared; drafts seen of it, those of its own and those of the one before.
-        self._checked, self._drafts = 0, [0, 0, 0]
-        self._serving = self._replaced = self._frozen()
-        self.seen = self.steps = self.skipped = self.unrecorded = self.version = 0
-        self._told_unwritten = False
+        self._serving = self._frozen()
+        self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
+        self.seen = self.steps = self.skipped = self.version = 0
 
     def _frozen(self) -> dict[str, Tensor]:
         """A copy of the weights as they would be served."""
@@ -108,7 +99,7 @@ class Learner:
         }
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from a training checkpoint; its weights are published, since an engine may have started over."""
+        """Continue from a training checkpoint, and publish its weights, since an engine may have started over."""
         progress = load_training_state(folder, self._drafter, self._optimizers)
         if progress.get("draft_vocab") != self._draft_vocab():
             raise CheckpointError(
@@ -121,11 +112,7 @@ class Learner:
         """Take what arrived, and learn from one batch. False where there was nothing to do."""
         busy = len(self._new) >= self._batch_size or self._credit > 0
         arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
-        if self._recording is not None:
-            for trajectory in arrivals:
-                record = functools.partial(self._recording.append, trajectory)
-                self.unrecorded += not self._try_to_write("a trajectory", record)
-        self._check_served(arrivals)
+        self._audit.check(arrivals)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
         if self._gate.ready:
@@ -147,38 +134,6 @@ class Learner:
         else:
             return bool(arrivals)
         return True
-
-    def _check_served(self, arrivals: list[TensorDictBase]) -> None:
-        """Once a version: do the drafts that it is said to have made come from it?"""
-        if self._checked == self.version or not self.version:
-            return
-        made = [
-            t
-            for t in arrivals
-            if int(t["sampling", "draft_mode"]) == 0 and bool((t["rounds", "policy_version"] == self.version).any())
-        ]
-        if not made:
-            return
-        drafted, own = drafts_agreed(self._drafter_with(self._serving), made, self.version)
-        _, old = drafts_agreed(self._drafter_with(self._replaced), made, self.version)
-        self._drafts = [total + more for total, more in zip(self._drafts, (drafted, own, old), strict=True)]
-        drafted, own, old = self._drafts
-        if drafted < _CHECKED_DRAFTS:
-            return
-        self._checked, self._replaced = self.version, self._serving
-        self._log.write("served", version=self.version, drafts=drafted, own=own, of_replaced=old)
-        if own < old:
-            logger.warning(
-                "of %d drafts said to be of version %d the weights before it explain %d and its own %d: "
-                "the engine did not load it",
-                *(drafted, self.version, old, own),
-            )
-
-    def _drafter_with(self, weights: dict[str, Tensor]) -> Drafter:
-        """A drafter as it is served with these weights."""
-        made = copy.deepcopy(self._drafter).to(self._dtype).eval().requires_grad_(False)
-        made.install(weights)
-        return made
 
     def _admit(self, trajectories: list[TensorDictBase]) -> None:
         if trajectories:
@@ -220,17 +175,19 @@ class Learner:
         """Leave a step out; what is learned stays as it was before it.
 
         Raises:
-            FloatingPointError: too many in a row; what was learned up to them is saved.
+            FloatingPointError: Too many in a row; what was learned up to them is saved.
         """
         self.skipped += 1
         self._skipped_in_a_row += 1
         self._log.write("step_skipped", reason=reason, steps=self.steps, skipped=self.skipped)
         if self._skipped_in_a_row > self._max_skipped:
             # A step that was finite itself may have led to weights that are not.
-            if all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values()):
-                self._try_to_write("the training state", self.save)
+            finite = all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values())
+            written = not finite or self.outputs.write(_STATE, self.save)
             there = self._checkpoint.exists()
             kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
+            if not written:
+                kept = f"{self.outputs.failures[_STATE]}{f'; an older one is in {self._checkpoint}' * there}"
             raise FloatingPointError(
                 f"{self._skipped_in_a_row} steps in a row had no finite loss and gradient (the last: {reason}); "
                 f"{kept}; lower the learning rate, or set learner.max_skipped higher"
@@ -255,27 +212,16 @@ class Learner:
     def _publish(self, weights: dict[str, Tensor]) -> None:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
-        self._serving, self._replaced, self._drafts = weights, self._serving, [0, 0, 0]
+        self._serving = weights
+        self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
-        self._try_to_write("the training state", self.save)
-
-    def _try_to_write(self, what: str, write: Callable[[], None]) -> bool:
-        """Write what learning can go on without; log each failure, and warn of the first. False where it failed."""
-        try:
-            write()
-        except (OSError, SafetensorError) as error:
-            self._log.write("not_written", what=what, reason=str(error))
-            if not self._told_unwritten:
-                logger.warning("%s was not written, and learning goes on: %s", what, error)
-            self._told_unwritten = True
-            return False
-        return True
+        self.outputs.write(_STATE, self.save)
 
     def save(self) -> None:
         """Write the training state, and the drafter that was published last.
 
         Raises:
-            OSError: a folder cannot be written; the one that was there before is left as it was.
+            OSError: A folder cannot be written; the earlier one is left as it was.
         """
         progress = {
             "seen": self.seen,
@@ -284,7 +230,9 @@ class Learner:
             "draft_vocab": self._draft_vocab(),
         }
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        save_drafter(self._drafter_with(self._serving), self._checkpoint / "drafter")
+        save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
+        self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
+        self._log.write("checkpoint", steps=self.steps, version=self.version)
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

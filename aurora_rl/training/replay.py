@@ -13,9 +13,9 @@ def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0) -> ReplayBu
     """A TorchRL replay buffer whose samples are packed batches.
 
     Args:
-        capacity: trajectories kept; the oldest goes first.
-        batch_size: trajectories of a sample.
-        seed: of the sampling.
+        capacity: Trajectories kept; the oldest goes first.
+        batch_size: Trajectories of a sample.
+        seed: Seed of the sampling.
     """
     generator = torch.Generator().manual_seed(seed)
     return ReplayBuffer(

@@ -1,32 +1,99 @@
-"""Whether an engine drafts with the weights that it says it does: silent failure to load is the classic one."""
+"""Whether an engine drafts with the weights that it says it loaded."""
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from aurora_rl.policies.drafter import Drafter, draft_rows
+from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import pack
 from aurora_rl.tree_index import TreeIndex
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_DRAFTS = 100
+
+
+def with_weights(drafter: Drafter, weights: dict[str, Tensor], dtype: torch.dtype) -> Drafter:
+    """Return a copy of a drafter as it is served with these weights, in ``dtype``."""
+    served = copy.deepcopy(drafter).to(dtype).eval().requires_grad_(False)
+    served.install(weights)
+    return served
+
+
+class WeightAudit:
+    """Checks, once per version, that the drafts attributed to it came from its weights.
+
+    An event "served" says how many drafts of a version match its weights, and how many those that it replaced. If the
+    replaced ones match more, a warning says that the engine probably did not load the new ones.
+
+    Args:
+        drafter: Drafter in training; copies of it draft with the weights to compare.
+        weights: Weights that are served before anything is published.
+        dtype: Dtype in which the drafter is served.
+        log: Metrics of the run.
+    """
+
+    def __init__(self, drafter: Drafter, weights: dict[str, Tensor], dtype: torch.dtype, log: MetricsLog) -> None:
+        self._drafter, self._weights, self._dtype, self._log = drafter, weights, dtype, log
+        self._replaced: dict[str, Tensor] | None = None  # until the version is checked
+        self._version, self._drafted, self._own, self._old = 0, 0, 0, 0
+
+    def published(self, version: int, weights: dict[str, Tensor]) -> None:
+        """Begin to check a version."""
+        self._replaced, self._weights = self._weights, weights
+        self._version, self._drafted, self._own, self._old = version, 0, 0, 0
+
+    def check(self, arrivals: Sequence[TensorDictBase]) -> None:
+        """Compare the drafts of the newest version among trajectories that arrived, until there were enough."""
+        if self._replaced is None:
+            return
+        labelled = [
+            t
+            for t in arrivals
+            if int(t["sampling", "draft_mode"]) == 0 and bool((t["rounds", "policy_version"] == self._version).any())
+        ]
+        if not labelled:
+            return
+        drafted, own = drafts_agreed(self._with(self._weights), labelled, self._version)
+        _, old = drafts_agreed(self._with(self._replaced), labelled, self._version)
+        self._drafted, self._own, self._old = self._drafted + drafted, self._own + own, self._old + old
+        if self._drafted < _CHECKED_DRAFTS:
+            return
+        self._replaced = None
+        self._log.write("served", version=self._version, drafts=self._drafted, own=self._own, of_replaced=self._old)
+        if self._own < self._old:
+            logger.warning(
+                "of %d drafts labelled version %d, %d match the previous weights and %d match its own: "
+                "the engine probably did not load it",
+                *(self._drafted, self._version, self._old, self._own),
+            )
+
+    def _with(self, weights: dict[str, Tensor]) -> Drafter:
+        return with_weights(self._drafter, weights, self._dtype)
 
 
 @torch.inference_mode()
 def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], version: int) -> tuple[int, int]:
-    """Compare recorded first drafts with those that a drafter would have made.
+    """Compare recorded first drafts with those of a drafter.
 
     The tokens proposed at the root of a round are the likeliest there by the weights that drafted it. Those that prompt
     lookup added are left out. Where the engine's drafter cache holds rows of older weights, or in bfloat16, some drafts
     differ: compare with another version's weights, which agree less often.
 
     Args:
-        drafter: holds the weights of the version.
-        trajectories: as they arrived, drafted by likelihood ("topk").
-        version: to look at.
+        drafter: Drafter with the weights of the version.
+        trajectories: Trajectories as they arrived, drafted in mode "topk".
+        version: Version whose rounds are compared.
 
     Returns:
-        First drafts of such rounds, and how many of them the drafter would have made.
+        First drafts of such rounds, and how many of them the drafter would have drafted.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aurora_rl.envs.verification.sampling import SamplingParams
-from aurora_rl.workload.templates import POOLS, TEMPLATES
+from aurora_rl.workload.pools import POOLS
+from aurora_rl.workload.templates import TEMPLATES
 
 Message = Mapping[str, str]
 
@@ -36,13 +37,13 @@ class Prompt:
     """One conversation to serve.
 
     Attributes:
-        id: a name, unique within its traffic. The generator's begins with the name of the template.
-        domain: what the request is about; metrics are grouped by it. Empty where a file does not say.
-        messages: the first turn, each message with `role` and `content`.
-        follow_ups: what the user says next, each after the answer to the turn before.
-        max_tokens: token budget of each completion; None takes the configuration's.
-        sampling: those of temperature, top_p, top_k and seed that are other than the configuration's.
-        stop: strings that end a completion.
+        id: A name, unique within its traffic. The generator's begins with the name of the template.
+        domain: What the request is about; metrics are grouped by it. Empty where a file does not say.
+        messages: First turn, each message with `role` and `content`.
+        follow_ups: What the user says next, each after the answer to the turn before.
+        max_tokens: Token budget of each completion; None takes the configuration's.
+        sampling: Those of temperature, top_p, top_k and seed that differ from the configuration's.
+        stop: Strings that end a completion.
     """
 
     id: str
@@ -69,16 +70,16 @@ def read_jsonl(
     that a run never meets a bad line half way.
 
     Args:
-        path: the file, UTF-8.
-        limit: return this many requests at most; default all.
-        shuffle: return them in random order; a limit is then applied to the shuffled order.
-        seed: of that order.
+        path: File, in UTF-8.
+        limit: Most requests to return; None returns all.
+        shuffle: Whether to return them in random order; a limit is then applied to the shuffled order.
+        seed: Seed of that order.
 
     Returns:
         The requests. One without an id is called `line-<number>`.
 
     Raises:
-        TrafficError: a file that is missing, unreadable or without requests, a malformed line (file and line number
+        TrafficError: A file that is missing, unreadable or without requests, a malformed line (file and line number
             are named), an id used twice, or a limit below 1.
     """
     if limit is not None and limit < 1:
@@ -196,14 +197,14 @@ def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
     there says how a drafter does on requests of a kind it has not learned from.
 
     Args:
-        num_requests: how many.
-        seed: the same seed gives the same requests.
+        num_requests: Number of requests.
+        seed: The same seed gives the same requests.
 
     Returns:
         The requests; each id reads `<domain>-<template>-<position>`.
 
     Raises:
-        TrafficError: fewer than 1, or more than can be distinct.
+        TrafficError: Fewer than 1, or more than can be distinct.
 
     >>> prompts = generate(100, seed=7)
     >>> len({prompt.messages[0]["content"] for prompt in prompts})
@@ -220,7 +221,7 @@ def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
 
 
 class _Filled(NamedTuple):
-    """A generated request with what it was made from."""
+    """A generated request, and what it was generated from."""
 
     prompt: Prompt
     template: str

@@ -11,9 +11,10 @@ import threading
 import time
 from pathlib import Path
 
-from aurora_rl.cli import spec
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import serving
+from aurora_rl.cli.engines import build_server
+from aurora_rl.cli.learner import build_learner
+from aurora_rl.cli.spec import first_drafter, load, request_queue, resolve, traffic
 from aurora_rl.telemetry.log import MetricsLog
 
 
@@ -27,30 +28,30 @@ def main() -> None:
     run_dir.mkdir(parents=True)
     logs = {half: MetricsLog(run_dir / "metrics.jsonl", half) for half in ("server", "learner")}
 
-    prompts = spec.check(config)
-    target = spec.load(config)
-    requests = spec.request_queue(config, target, prompts)
-    drafter, theirs = spec.first_drafter(config, target, requests, run_dir / "drafter-day0")
+    spec, prompts = resolve(config), traffic(config)
+    target = load(spec)
+    requests = request_queue(spec, target, prompts)
+    drafter, learner_config = first_drafter(spec, target, requests, run_dir / "drafter-day0")
 
-    learner = spec.learner(theirs, logs["learner"], run_dir)
+    learner = build_learner(resolve(learner_config), logs["learner"], run_dir)
     done = threading.Event()
     learning = threading.Thread(target=lambda: [learner.step() for _ in iter(done.is_set, True)])
     learning.start()
     try:
-        half = serving(config, target, requests, drafter, logs["server"], run_dir)
+        server = build_server(spec, target, requests, drafter, logs["server"], run_dir, requests.completed)
         try:
-            while half.server.step():
+            while server.step():
                 pass
         finally:
-            half.close()
+            server.close()
     finally:
         done.set()
         learning.join()
         learner.close()
-    server = half.server
-    count = len(server.finished)
-    first, last = server.acceptance(0, count // 4), server.acceptance(count - count // 4, count)
-    print(f"{count} requests, {len(server.swap_ms)} swaps, acceptance length {first:.2f} -> {last:.2f}, in {run_dir}")
+    stats = server.stats
+    count = len(stats.finished)
+    first, last = stats.acceptance(0, count // 4), stats.acceptance(count - count // 4, count)
+    print(f"{count} requests, {len(stats.swap_ms)} swaps, acceptance length {first:.2f} -> {last:.2f}, in {run_dir}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.objectives.registry import OBJECTIVES
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.training import optimizers as training
+from aurora_rl.training import offline as training
 
 PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3", "learner.replay=1"]
 
@@ -33,12 +33,13 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     for mode in ("topk", "sampled"):
         folders[mode] = tmp_path_factory.mktemp(mode) / mode
         config = load_config(overrides=[f"model={tiny_folder}", f"drafter.mode={mode}", *PAIRS])
-        target = spec.load(config)
-        drafter = spec.drafter(config, target, [])
+        run = spec.resolve(config)
+        target = spec.load(run)
+        drafter = spec.start_drafter(run, target, [])
         assert isinstance(drafter, Eagle3Drafter)
         save_drafter(drafter, folders[mode].with_name("drafter-day0"))
         requests = [Request(i, torch.randint(250, (5,)), 8, SamplingParams(1.0, seed=i)) for i in range(12)]
-        record(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=spec.shape(config))
+        record(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=run.tree)
     return folders
 
 
@@ -105,7 +106,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(
     path.write_text(json.dumps(older))
     capsys.readouterr()
     assert bench(tiny_folder, streams["topk"], tmp_path, *same, "drafter.depth=1") == 0
-    assert f"{path} does not say what it was made with" in capsys.readouterr().out
+    assert f"{path} does not say its settings" in capsys.readouterr().out
 
 
 def test_objectives_of_the_configuration_are_a_variant(
@@ -137,14 +138,15 @@ def test_learning_is_what_moves_the_curve(tiny_folder: Path, tmp_path: Path) -> 
     # One greedy text again and again: what is learned of it holds for the next.
     common = ["drafter.vocab_size=300", "learner.replay=8"]
     config = load_config(overrides=[f"model={tiny_folder}", *PAIRS, *common])
-    target = spec.load(config)
+    run = spec.resolve(config)
+    target = spec.load(run)
     requests = [Request(i, torch.arange(250, 255), 16) for i in range(12)]
     record(
         target.model,
-        spec.drafter(config, target, []),
+        spec.start_drafter(run, target, []),
         requests,
         TrajectoryDataset(tmp_path / "stream"),
-        shape=spec.shape(config),
+        shape=run.tree,
     )
 
     def curve(out: str, *pairs: str) -> list[float]:

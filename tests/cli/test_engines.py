@@ -13,7 +13,7 @@ import pytest
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import ConfigError, load_config
-from aurora_rl.cli.engines import serving
+from aurora_rl.cli.engines import build_server
 from aurora_rl.envs import Completion
 from aurora_rl.telemetry.log import MetricsLog
 
@@ -25,7 +25,7 @@ Serve = Callable[..., tuple[list[list[int]], list[list[int]]]]
 def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
     """Serves three prompts with fields in generation_config.json; the texts, and those of `generate`."""
 
-    def run(fields: dict[str, Any], *pairs: str) -> tuple[list[list[int]], list[list[int]]]:
+    def serve_three(fields: dict[str, Any], *pairs: str) -> tuple[list[list[int]], list[list[int]]]:
         folder = tmp_path / "model"
         shutil.copytree(tiny_folder, folder)
         path = folder / "generation_config.json"
@@ -42,21 +42,22 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
                 *pairs,
             ]
         )
-        target = spec.load(config)
-        requests = spec.request_queue(config, target, spec.check(config))
-        made, model, done = spec.drafter(config, target, []), copy.deepcopy(target.model), []
+        run = spec.resolve(config)
+        target = spec.load(run)
+        requests = spec.request_queue(run, target, spec.traffic(config))
+        made, model, done = spec.start_drafter(run, target, []), copy.deepcopy(target.model), []
 
         def keep(completion: Completion) -> str:
             done.append(completion)
             return "domain"
 
-        requests.completed = keep  # type: ignore[method-assign]
-        half = serving(config, target, requests, made, MetricsLog(tmp_path / "metrics.jsonl", "test"), tmp_path)
+        log = MetricsLog(tmp_path / "metrics.jsonl", "test")
+        server = build_server(run, target, requests, made, log, tmp_path, keep)
         try:
-            while half.server.step():
+            while server.step():
                 pass
         finally:
-            half.close()
+            server.close()
         done.sort(key=lambda completion: completion.request.id)
         generated = [
             model.generate(
@@ -70,7 +71,7 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
         ]
         return [completion.tokens.tolist() for completion in done], generated
 
-    return run
+    return serve_three
 
 
 PENALTY = {"repetition_penalty": 1.5, "min_new_tokens": 5}

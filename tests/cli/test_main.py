@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +23,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import engines as serving
+from aurora_rl.cli import flywheel, learner_process, spec
 from aurora_rl.cli import main as cli
-from aurora_rl.cli import spec
 from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.cli.learner_process import LearnerProcess
+from aurora_rl.cli.signals import Stop
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter, save_drafter
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
-from aurora_rl.telemetry.report import EMPTY_SUMMARY
+from aurora_rl.telemetry.stats import Stats
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
@@ -89,7 +92,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
     assert "96 (0 failed)" in done.stdout
 
     figures = summary(run)
-    assert list(figures) == list(EMPTY_SUMMARY)
+    assert list(figures) == list(Stats().summary())
     assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
     assert figures["swaps"] >= 1
     assert len(figures["versions_served"]) == figures["swaps"] + 1
@@ -165,9 +168,55 @@ def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: 
     figures = summary(tmp_path / "run")
     assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
     assert figures["dropped_trajectories"] == 6
-    assert events(tmp_path / "run", "status")[-1]["queue"] == 6
+    status = events(tmp_path / "run", "status")[-1]
+    assert (status["queue"], status["learner"]) == (6, f"any at {load_config(overrides=arguments).wire.weights}")
     assert "written to" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_what_it_learned(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step, run = InferenceServer.step, tmp_path / "run"
+
+    def stepped(server: InferenceServer) -> bool:
+        if not server.stats.swap_ms:
+            time.sleep(0.05)  # until there is something to go on from
+        return step(server)
+
+    monkeypatch.setattr(InferenceServer, "step", stepped)
+    pairs = ["learner.publish_every=4", "learner.batch_size=2", "gate.requests=3", "learner.replay=1", "gate.margin=9"]
+    pairs += ["drafter.adaptive=false", "baseline.share=0"]
+    assert cli.main(["flywheel", *arguments, *pairs, "traffic.requests=30"]) == 0
+    first, (over,) = summary(run), events(run, "learner_done")
+    assert over["version"] and first["requests"] == 30
+    saved = load_file(run / "learner" / "drafter" / "model.safetensors")
+
+    assert cli.main(["flywheel", "--resume", str(run), "traffic.requests=10"]) == 0
+    assert json.loads((run / "part-1" / "summary.json").read_text()) == first
+    assert {path.name for path in (run / "part-1").iterdir()} == set(flywheel._DOCUMENTS)
+    assert load_config(run / "part-1" / "config.yaml").traffic.requests == 30
+    config = load_config(run / "config.yaml")
+    assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
+    assert (config.drafter.path, config.learner.resume) == (str(run / "learner" / "drafter"), str(run / "learner"))
+    assert saved.keys() == load_file(run / "learner" / "drafter" / "model.safetensors").keys()
+    assert summary(run)["requests"] == 10 and len(events(run, "request")) == 40
+    assert len((run / "answers.jsonl").read_text().splitlines()) == 40
+    last = events(run, "learner_done")[-1]
+    assert last["version"] > over["version"] and last["steps"] >= over["steps"] and last["seen"] >= over["seen"]
+    later = [event for event in events(run, "train") if event["time"] > over["time"]]
+    assert all(event["steps"] > over["steps"] for event in later)
+    # The figures are of this part alone, and the engine had what was learned before it.
+    assert max(event["requests"] for event in events(run, "swap")[first["swaps"] :]) <= 10
+    assert summary(run)["versions_served"][1] > over["version"]
+
+    # What is refused leaves the folder as it was.
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"}
+    assert cli.main(["flywheel", "--resume", str(run), "drafter.vocab_size=0"]) == 2
+    assert cli.main(["flywheel", "--resume", str(run), "traffic.path=/no/file"]) == 2
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"} == before
+    assert "cannot read requests from /no/file" in capfd.readouterr().err
 
 
 # ---- configuration and errors ---------------------------------------------------------------------------------------
@@ -229,7 +278,23 @@ def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "learner.log").write_text("loading\naurora-rl: tcp://here is in use\n")
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
         with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
-            cli._await_learner(child, tmp_path, MetricsReader(tmp_path / "metrics.jsonl"))
+            LearnerProcess(child, tmp_path / "learner.log").wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["--version"])
+    assert error.value.code == 0
+    assert capsys.readouterr().out == f"aurora-rl {version('aurora-rl')}\n"
+
+
+def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in cli.COMMANDS.items():
+        with pytest.raises(SystemExit) as error:
+            cli.main([name, *(["objectives"] if name == "bench" else []), "--help"])
+        assert error.value.code == 0
+        text = capsys.readouterr().out
+        assert "key=value" in text and (name == "bench" or command.help.split()[0] in text)
 
 
 def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,20 +313,14 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(spec, "load", lambda spec: pytest.fail("a model was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("of an earlier run")
     assert cli.main([command, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"run_dir={str(tmp_path / 'run')!r} is not empty" in line and "name a new folder" in line
+    assert line.endswith(f"or go on with that run: --resume {tmp_path / 'run'}")
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of an earlier run"]
-
-
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.time, "strftime", lambda form: "20300101-000000")
-    folders = [cli._new_run_dir(load_config(), "config.yaml") for _ in range(3)]
-    assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
 
 
 def test_every_completed_request_is_answered_in_a_file(
@@ -307,8 +366,8 @@ def test_an_output_that_fails_does_not_lose_the_others(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(serving, "save_drafter", full)
-    monkeypatch.setattr(cli, "write_summary", full)
+    monkeypatch.setattr("aurora_rl.serving.server.save_drafter", full)
+    monkeypatch.setattr(flywheel, "write_summary", full)
     assert cli.main(["serve", *arguments, *QUICK]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "aurora-rl: drafter could not be written: No space left on device",
@@ -320,14 +379,14 @@ def test_an_output_that_fails_does_not_lose_the_others(
 def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = InferenceServer.summary
+    made_summary = Stats.summary
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def summary_then_full(server: InferenceServer, **figures: Any) -> dict[str, Any]:
+    def full_then_summary(stats: Stats, **figures: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        return served(server, **figures)
+        return made_summary(stats, **figures)
 
-    monkeypatch.setattr(InferenceServer, "summary", summary_then_full)
+    monkeypatch.setattr(Stats, "summary", full_then_summary)
     try:
         assert cli.main(["serve", *arguments, *QUICK]) == 1
     finally:
@@ -345,8 +404,8 @@ def test_names_and_peers_texts_are_shown_as_they_are(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = "handshake mismatch: target is [/x] :x: [bold]"
-    monkeypatch.setattr(serving.EmbeddedServing, "refused", property(lambda self: refused))
-    monkeypatch.setattr(cli, "every", lambda seconds, action: action)
+    monkeypatch.setattr(InferenceServer, "refused", property(lambda self: refused))
+    monkeypatch.setattr(flywheel, "every", lambda seconds, action: action)
     run = tmp_path / "[fp16]" / "[/b]"
     assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -393,12 +452,12 @@ def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner
     (tmp_path / "aurora_rl").mkdir()
     (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
-    child = cli._spawn(load_config(overrides=arguments), tmp_path / "run")
+    learner = LearnerProcess.start(load_config(overrides=arguments), tmp_path / "run")
     try:
-        cli._await_learner(child, tmp_path / "run", MetricsReader(tmp_path / "run" / "metrics.jsonl"))
+        learner.wait_ready(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
     finally:
-        cli._end(child, tmp_path / "run")
-    assert child.returncode == 0
+        learner.end()
+    assert learner.child.returncode == 0
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -409,7 +468,7 @@ def interrupt() -> None:
 
 
 def test_signals_raise_once_while_starting() -> None:
-    stop = cli._Stop()
+    stop = Stop()
     with pytest.raises(KeyboardInterrupt):
         interrupt()
     interrupt()
@@ -417,7 +476,7 @@ def test_signals_raise_once_while_starting() -> None:
 
 
 def test_signals_are_held_while_a_child_is_made() -> None:
-    stop, after = cli._Stop(), []
+    stop, after = Stop(), []
     with pytest.raises(KeyboardInterrupt), stop.held():
         interrupt()
         after.append("made")
@@ -428,9 +487,9 @@ def test_signals_are_held_while_a_child_is_made() -> None:
 def test_signals_are_noted_while_working_and_a_second_one_raises(name: str) -> None:
     code = f"""
 import signal
-from aurora_rl.cli import main as cli
+from aurora_rl.cli.signals import Stop
 signal.signal(signal.{name}, signal.SIG_DFL)  # whoever started the tests may have had it ignored
-stop = cli._Stop()
+stop = Stop()
 stop.working = True
 signal.raise_signal(signal.{name})
 print("noted" if stop.requested else "lost")
@@ -446,14 +505,14 @@ except KeyboardInterrupt:
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and where it is taken nevertheless, it only sets a flag
-    stop = cli._Stop()
+    stop = Stop()
     stop.working = True
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.requested
 
 
 def test_signals_do_nothing_while_ending() -> None:
-    stop = cli._Stop()
+    stop = Stop()
     stop.ignore()
     interrupt()
     assert not stop.requested
@@ -462,9 +521,9 @@ def test_signals_do_nothing_while_ending() -> None:
 def test_ctrl_c_while_loading(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda config: interrupt())
+    monkeypatch.setattr(spec, "load", lambda spec: interrupt())
     assert cli.main(["flywheel", *arguments]) == 130
-    assert summary(tmp_path / "run") == EMPTY_SUMMARY | {"duration_s": summary(tmp_path / "run")["duration_s"]}
+    assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert "interrupted" in capsys.readouterr().out
 
@@ -518,7 +577,7 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(spec, "load", lambda config: {}["missing"])
+    monkeypatch.setattr(spec, "load", lambda spec: {}["missing"])
     pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
     assert cli.main(["export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -528,23 +587,26 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
 
 
 def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_END_S", 0.2)
+    monkeypatch.setattr(learner_process, "_END_S", 0.2)
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert cli._end(child, Path("r")) == "the learner did not end within 0 s and was killed; see r/learner.log"
+        assert (
+            LearnerProcess(child, Path("r/learner.log")).end()
+            == "the learner did not end within 0 s and was killed; see r/learner.log"
+        )
         assert child.returncode == -signal.SIGKILL
-    assert cli._end(child, Path("r")) is None  # nothing to do any more
+    assert LearnerProcess(child, Path("r/learner.log")).end() is None  # nothing to do any more
 
 
 def test_the_state_of_the_learner() -> None:
-    config = load_config()
-    assert cli._learner_state(None, Path("r"), config) == "any at tcp://127.0.0.1:5558"
     running: Any = SimpleNamespace(poll=lambda: None)
-    assert cli._learner_state(running, Path("r"), config) == "running"
+    assert LearnerProcess(running, Path("r/learner.log")).state == "running"
     dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
-    assert "died with status -9, serving goes on; see r/learner.log" in cli._learner_state(dead, Path("r"), config)
+    assert (
+        "died with status -9, serving goes on; see r/learner.log" in LearnerProcess(dead, Path("r/learner.log")).state
+    )
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -559,11 +621,11 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    target = spec.load(config)
+    target = spec.load(spec.resolve(config))
     # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
     for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
         config.drafter.feature_layers = layers
-        save_drafter(spec.drafter(config, target, []), tmp_path / "ours")
+        save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
         there, back = tmp_path / layout, tmp_path / f"from-{layout}"
         assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
         assert export(there, back, "--from", layout, "--to", again, *pairs) == 0
@@ -583,7 +645,7 @@ def test_export_of_a_class_that_the_library_does_not_know(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     named = [*pairs, "drafter.name=other_heads:OtherHeads"]
     config = load_config(overrides=[*named, "drafter.vocab_size=64"])
-    save_drafter(spec.drafter(config, spec.load(config), []), tmp_path / "ours")
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
     assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
     assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
     back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
@@ -613,7 +675,7 @@ def test_export_says_what_it_cannot_do(
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    save_drafter(spec.drafter(config, spec.load(config), []), tmp_path / "ours")
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
     assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2

@@ -13,12 +13,13 @@ from tensordict import TensorDict
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.learner import build_learner
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.workload.traffic import TrafficError, generate
 
 
@@ -44,12 +45,12 @@ def config(tiny_folder: Path, ports: list[str]) -> Config:
 
 @pytest.fixture(scope="module")
 def target(tiny_folder: Path) -> spec.Target:
-    return spec.load(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"]))
+    return spec.load(spec.resolve(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"])))
 
 
 @contextlib.contextmanager
 def learner(config: Config, folder: Path) -> Iterator[object]:
-    made = spec.learner(config, MetricsLog(folder / "metrics.jsonl", "learner"), folder)
+    made = build_learner(spec.resolve(config), MetricsLog(folder / "metrics.jsonl", "learner"), folder)
     try:
         yield made
     finally:
@@ -107,13 +108,11 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("why", OBJECTIVES)
-def test_objectives_are_checked_before_a_model_is_loaded(why: str, tmp_path: Path) -> None:
+def test_objectives_are_checked_before_a_model_is_loaded(why: str) -> None:
     pairs, message = OBJECTIVES[why]
     config = load_config(overrides=["model=/nowhere", *pairs])  # loading it would be another error
     with pytest.raises(ConfigError, match=message):
-        spec.check(config)
-    with pytest.raises(ConfigError, match=message):
-        spec.learner(config, MetricsLog(tmp_path / "metrics.jsonl", "learner"), tmp_path)
+        spec.resolve(config)
 
 
 def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
@@ -121,7 +120,8 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
     config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
     with learner(config, tmp_path) as made:
         assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
-        assert made._recording.folder == tmp_path / "stream"
+        made._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
+    assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -132,7 +132,7 @@ def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_pa
     # Under autocast the product is in bfloat16 anyway.
     assert weight.dtype == getattr(torch, dtype)
     assert weight.untyped_storage().nbytes() == weight.nbytes
-    assert torch.equal(weight, spec.load(config).parts.head.weight)
+    assert torch.equal(weight, spec.load(spec.resolve(config)).parts.head.weight)
 
 
 def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None
 
 
 def test_device_and_dtype(config: Config) -> None:
-    assert spec.device_of(config) == torch.device("cpu")
-    assert spec.dtype_of(config) == torch.float32
+    run = spec.resolve(config)
+    assert (run.device, run.dtype) == (torch.device("cpu"), torch.float32)
     config.dtype = "auto"
-    assert spec.dtype_of(config) in (torch.bfloat16, torch.float32)
+    assert spec.resolve(config).dtype in (torch.bfloat16, torch.float32)
     config.device = "warp"
     with pytest.raises(ConfigError, match="device='warp' cannot be used here .*; try cpu"):
-        spec.device_of(config)
+        spec.resolve(config)
 
 
 @pytest.mark.parametrize(
@@ -187,46 +187,48 @@ def test_device_and_dtype(config: Config) -> None:
 )
 def test_what_is_wrong_is_found_before_the_model_is_loaded(pair: str, wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong):
-        spec.check(load_config(overrides=["model=/never/read", "drafter.depth=4", *pair.split("; ")]))
+        spec.traffic(
+            spec.resolve(load_config(overrides=["model=/never/read", "drafter.depth=4", *pair.split("; ")])).config
+        )
 
 
 def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
     config.traffic.limit = 3
-    assert len(spec.check(config)) == 3
+    assert len(spec.traffic(config)) == 3
     config.traffic.limit = 99
-    assert len(spec.check(config)) == 5
+    assert len(spec.traffic(config)) == 5
 
 
 def test_prompts_that_cannot_be_served(config: Config, target: spec.Target, tmp_path: Path) -> None:
-    prompts = spec.check(config)
-    assert spec.request_queue(config, target, prompts).total == 5
+    prompts = spec.traffic(config)
+    assert spec.request_queue(spec.resolve(config), target, prompts).total == 5
     config.engine.max_length = 40
     reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
     with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
-        spec.request_queue(config, target, prompts)
+        spec.request_queue(spec.resolve(config), target, prompts)
     config.engine.max_length = 513
     with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
-        spec.request_queue(config, target, prompts)
+        spec.request_queue(spec.resolve(config), target, prompts)
 
 
 def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
-    target = spec.load(config)
+    target = spec.load(spec.resolve(config))
     target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
-        spec.request_queue(config, target, generate(2))
+        spec.request_queue(spec.resolve(config), target, generate(2))
 
 
 def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
-    target = spec.load(config)
+    target = spec.load(spec.resolve(config))
     target.tokenizer.add_tokens([f"<beyond-{i}>" for i in range(60)])  # ids up to 318; the model knows 300
-    prompts = spec.check(config)
+    prompts = spec.traffic(config)
     beyond = replace(prompts[3], messages=({"role": "user", "content": "What is <beyond-59>?"},))
-    requests = spec.request_queue(config, target, [*prompts[:3], beyond, prompts[4]])
+    requests = spec.request_queue(spec.resolve(config), target, [*prompts[:3], beyond, prompts[4]])
     assert (
         len(requests.failed) == 1 and "the tokenizer gives token 318, and the model knows 0..299" in requests.failed[0]
     )
     assert len(requests.first_prompts(64)) == 4
-    spec.drafter(config, target, requests.first_prompts(64))  # the target reads them
+    spec.start_drafter(spec.resolve(config), target, requests.first_prompts(64))  # the target reads them
 
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
@@ -235,29 +237,33 @@ def test_both_halves_start_from_the_same_drafter(
     config: Config, target: spec.Target, tmp_path: Path, name: str, own_learner: bool
 ) -> None:
     config.drafter.name = name
-    requests = spec.request_queue(config, target, spec.check(config))
-    served, theirs = spec.first_drafter(config, target, requests, tmp_path / "day0" if own_learner else None)
-    learned = spec.drafter(theirs, target, [])
+    requests = spec.request_queue(spec.resolve(config), target, spec.traffic(config))
+    served, theirs = spec.first_drafter(
+        spec.resolve(config), target, requests, tmp_path / "day0" if own_learner else None
+    )
+    learned = spec.start_drafter(spec.resolve(theirs), target, [])
     assert spec.handshake(target.parts, served, "eagle3") == spec.handshake(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
     assert config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
-    knows = not served.draft_vocab.equal(spec.drafter(config, target, []).draft_vocab)
+    knows = not served.draft_vocab.equal(spec.start_drafter(spec.resolve(config), target, []).draft_vocab)
     assert knows == own_learner == (theirs.drafter.path is not None)
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
-    ours = spec.handshake(target.parts, spec.drafter(config, target, []), config.drafter.name)
+    ours = spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
     config.drafter.vocab_size = 32
-    mismatch = ours.mismatch(spec.handshake(target.parts, spec.drafter(config, target, []), config.drafter.name))
+    mismatch = ours.mismatch(
+        spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    )
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 
 def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
     def lookup(*pairs: str) -> int:
-        return spec.shape(load_config(overrides=list(pairs))).lookup
+        return spec.resolve(load_config(overrides=["device=cpu", *pairs])).tree.lookup
 
-    assert spec.shape(config) == TreeShape(4, 4, 4, lookup=2)
+    assert spec.resolve(config).tree == TreeShape(4, 4, 4, lookup=2)
     assert lookup("drafter.name=eagle3") == lookup("drafter.lookup=null") == 2
     assert lookup("drafter.name=ngram") == lookup("drafter.mode=sampled") == lookup("drafter.lookup=0") == 0
     assert lookup("engine.name=sglang", "drafter.name=eagle3") == 0
@@ -265,11 +271,11 @@ def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
 
 
 def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target: spec.Target) -> None:
-    config.drafter.depth = 5
+    config.drafter.depth, config.drafter.num_nodes = 5, 5
     with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
     config.drafter.options = {"num_heads": 5}
-    assert spec.drafter(config, target, []).max_depth == 5
+    assert spec.start_drafter(spec.resolve(config), target, []).max_depth == 5
 
 
 def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: Config, target: spec.Target) -> None:
@@ -277,12 +283,12 @@ def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: C
     with pytest.raises(
         ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines capture"
     ):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
     config.drafter.feature_layers = [0, 1]
-    spec.drafter(config, target, [])
+    spec.start_drafter(spec.resolve(config), target, [])
     config.engine.name = "sglang"
     with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot capture what enters layer 0"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
 
 
 def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
@@ -296,22 +302,22 @@ def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: 
 def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
     config: Config, target: spec.Target, tmp_path: Path
 ) -> None:
-    save_drafter(spec.drafter(config, target, []), tmp_path / "drafter")
+    save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
     config.drafter.path = str(tmp_path / "drafter")
     newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
     with pytest.raises(CheckpointError, match="the drafter was trained for others"):
-        spec.drafter(config, newer, [])
+        spec.start_drafter(spec.resolve(config), newer, [])
     config.drafter.made_for = "any"
-    assert spec.drafter(config, newer, []).made_for == newer.parts.fingerprint
+    assert spec.start_drafter(spec.resolve(config), newer, []).made_for == newer.parts.fingerprint
 
 
 def test_a_drafter_for_another_model_names_what_does_not_match(
     config: Config, target: spec.Target, tmp_path: Path
 ) -> None:
     config.drafter.name = "eagle3"
-    save_drafter(spec.drafter(config, target, []), tmp_path / "drafter")
+    save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
     config.drafter.path = str(tmp_path / "drafter")
-    spec.drafter(config, target, [])
+    spec.start_drafter(spec.resolve(config), target, [])
     document = json.loads((tmp_path / "drafter" / "config.json").read_text())
 
     def edit(**entries: object) -> None:
@@ -319,16 +325,16 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
 
     edit(hidden_size=64)
     with pytest.raises(CheckpointError, match="drafter: config.json: hidden_size is 64, the target has 32"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
     edit(intermediate_size=128)
     with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
     edit(architectures=["MedusaDrafter"])
     with pytest.raises(CheckpointError, match="config.json is of MedusaDrafter, and Eagle3Drafter is asked for"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
     config.drafter.path = str(tmp_path)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
 
 
 THEIRS = """
@@ -359,14 +365,14 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("theirs")
 def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Target, tmp_path: Path) -> None:
     config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
-    started = spec.drafter(config, target, [])
+    started = spec.start_drafter(spec.resolve(config), target, [])
     save_drafter(started, tmp_path / "drafter")
     config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}
-    read = spec.drafter(config, target, [])
+    read = spec.start_drafter(spec.resolve(config), target, [])
     assert read.published().keys() == started.published().keys() and read.max_depth == 3
     with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
         config.drafter.options = {"heads": 2.5}
-        spec.check(config)
+        spec.resolve(config)
     assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
     read.feature_layers = [3]  # type: ignore[assignment]
     assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
@@ -376,7 +382,7 @@ def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Ta
 def test_a_class_that_makes_no_drafter_is_named(config: Config, target: spec.Target) -> None:
     config.drafter.name = "their_drafters:Returnless"
     with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
-        spec.drafter(config, target, [])
+        spec.start_drafter(spec.resolve(config), target, [])
 
 
 @pytest.mark.parametrize("key", ["wire.trajectories", "wire.weights"])

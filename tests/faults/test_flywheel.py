@@ -19,8 +19,8 @@ import pytest
 from aurora_rl.cli import main as cli
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.serving.server import InferenceServer
+from aurora_rl.storage import read_folder
 from aurora_rl.telemetry.log import MetricsReader
-from aurora_rl.training.checkpoint import read_folder
 
 pytestmark = pytest.mark.faults
 

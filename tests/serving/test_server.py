@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.server import _outcomes, measure_rounds
+from aurora_rl.serving.server import _outcomes
 from aurora_rl.telemetry.rates import BaselineWindows, Round, Rounds
 from aurora_rl.trajectories import TrajectoryRecorder
 
@@ -30,17 +28,19 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     server = serving.run()
     serving.check_texts()
     # 24 tokens are six rounds of three drafted tokens and the bonus token.
-    assert server.finished == [(24, 6)] * 5 and server.acceptance(0, 5) == DEPTH + 1
-    assert all(r.speculative for r in server.rounds) and sum(r.tokens for r in server.rounds) == 5 * 24
-    assert [r.request for r in server.rounds][:7] == [0] * 6 + [2]
-    assert {r.occupied for r in server.rounds[:12]} == {2} and {r.occupied for r in server.rounds[12:]} == {1}
+    assert server.stats.finished == [(24, 6)] * 5 and server.stats.acceptance(0, 5) == DEPTH + 1
+    assert all(r.speculative for r in server.stats.rounds) and sum(r.tokens for r in server.stats.rounds) == 5 * 24
+    assert [r.request for r in server.stats.rounds][:7] == [0] * 6 + [2]
+    assert {r.occupied for r in server.stats.rounds[:12]} == {2} and {r.occupied for r in server.stats.rounds[12:]} == {
+        1
+    }
     event = serving.events("request")[0]
     expected = {
         "request": 0, "domain": "tiny", "tokens": 24, "terminated": False, "speculative_tokens": 24,
         "speculative_rounds": 6, "accepted": {"3": 6}, "versions": [0], "depth": 3,
     }  # fmt: skip
     assert {key: event[key] for key in expected} == expected
-    summary = server.summary(failed=2, duration_s=1.5)
+    summary = server.stats.summary(failed=2, duration_s=1.5)
     assert summary["acceptance_length"] == {"first": 4.0, "last": 4.0}
     assert summary["domains"] == {"tiny": {"requests": 5, "tokens": 120, "acceptance_length": 4.0}}
     assert (
@@ -51,14 +51,14 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
 def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None:
     waiting = requests(6)
     serving = Serving(tmp_path, waiting[:1], Oracle(waiting), windows=Plain())
-    plain = [r.seconds for r in serving.run().rounds if not r.speculative]
+    plain = [r.seconds for r in serving.run().stats.rounds if not r.speculative]
     nap = max(20 * statistics.median(plain), 0.15)  # the least: far above what a busy machine adds to a round
     # The seed places the first window after 25 ms.
     serving = Serving(tmp_path, waiting, Oracle(waiting, nap), windows=BaselineWindows(0.5, window=8, seed=31))
     server = serving.run()
     serving.check_texts()
-    assert server.acceptance(0, 6) >= 2
-    measured = server.rates()
+    assert server.stats.acceptance(0, 6) >= 2
+    measured = server.stats.rates()
     assert measured.baseline is not None and measured.speculative is not None
     # By acceptance alone it would be 2 or more.
     assert measured.speedup < 1
@@ -70,12 +70,12 @@ def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:
     serving = Serving(tmp_path, waiting, Oracle(waiting, 0.01), slots=3, windows=BaselineWindows(0.5, 5, seed=31))
     server = serving.run()
     serving.check_texts()
-    plain = [r for r in server.rounds if not r.speculative]
+    plain = [r for r in server.stats.rounds if not r.speculative]
     assert plain and all(r.tokens == r.occupied for r in plain)  # every slot, one token each
-    assert sum(r.tokens for r in server.rounds) == 6 * 24
+    assert sum(r.tokens for r in server.stats.rounds) == 6 * 24
     # Plain rounds are no rounds of the acceptance length.
-    assert all(tokens <= 4 * rounds for tokens, rounds in server.finished)
-    assert sum(tokens for tokens, _ in server.finished) == 6 * 24 - sum(r.tokens for r in plain)
+    assert all(tokens <= 4 * rounds for tokens, rounds in server.stats.finished)
+    assert sum(tokens for tokens, _ in server.stats.finished) == 6 * 24 - sum(r.tokens for r in plain)
 
 
 @pytest.mark.parametrize("where", ["note", "cut", "round"])
@@ -97,8 +97,8 @@ def test_recording_is_charged_to_speculation(where: str, tmp_path: Path, monkeyp
     began = time.perf_counter()
     server = serving.run()
     wall = time.perf_counter() - began
-    plain = [r for r in server.rounds if not r.speculative]
-    charged = [r for r in server.rounds if r.speculative]
+    plain = [r for r in server.stats.rounds if not r.speculative]
+    charged = [r for r in server.stats.rounds if r.speculative]
     assert sum(r.tokens for r in plain) == count * 8 and all(r.tokens == 0 for r in charged)
     seconds = sum(r.seconds for r in charged)
     assert seconds >= nap * count * (8 if where == "round" else 1)
@@ -121,12 +121,12 @@ def test_prefill_is_charged_to_nobody(tmp_path: Path, monkeypatch: pytest.Monkey
     server = serving.run()
     wall = time.perf_counter() - began
     assert serving.engine.prefill_seconds >= 5 * nap
-    assert sum(r.seconds for r in server.rounds) <= wall - serving.engine.prefill_seconds
+    assert sum(r.seconds for r in server.stats.rounds) <= wall - serving.engine.prefill_seconds
 
 
 def test_summary(tmp_path: Path) -> None:
     server = Serving(tmp_path, [], eagle()).server
-    assert server.summary(failed=0, duration_s=0.0) == {
+    assert server.stats.summary(failed=0, duration_s=0.0) == {
         "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
         "acceptance_length": {"first": None, "last": None}, "domains": {},
         "tokens_per_second": {"baseline": None, "speculative": None}, "speedup": None,
@@ -134,15 +134,15 @@ def test_summary(tmp_path: Path) -> None:
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
     # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
-    server.finished = [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]
-    server.rounds = Rounds()
+    server.stats.finished = [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]
+    server.stats.rounds = Rounds()
     for each in (
         Round(True, 1, 900, 1.0, 0), Round(False, 1, 1, 1.0, 14), Round(True, 1, 4, 1.5, 15),
         Round(True, 1, 2, 0.5, 15), Round(False, 1, 2, 1.0, 19),
     ):  # fmt: skip
-        server.rounds.append(each)
-    server.swap_ms, server.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
-    assert server.summary(failed=3, duration_s=7.5) == {
+        server.stats.rounds.append(each)
+    server.stats.swap_ms, server.stats.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
+    assert server.stats.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
         "acceptance_length": {"first": 9 / 6, "last": 15 / 5}, "domains": {},
         "tokens_per_second": {"baseline": 2.0, "speculative": 3.0}, "speedup": 1.5,
@@ -158,11 +158,11 @@ def test_serving_rests_and_resumes(tmp_path: Path) -> None:
     waiting = requests(4, budget=6)
     serving = Serving(tmp_path, [], Oracle(waiting), slots=2)
     server = serving.server
-    assert not server.step() and not server.step() and server.rounds == []
+    assert not server.step() and not server.step() and server.stats.rounds == []
     serving.queue.append(waiting[0])
-    assert server.step() and server.rounds[-1].occupied == 1
+    assert server.step() and server.stats.rounds[-1].occupied == 1
     serving.queue += waiting[1:3]  # the idle slot takes the next at once, in the middle of the first
-    assert server.step() and server.step() and max(r.occupied for r in server.rounds) == 2
+    assert server.step() and server.step() and max(r.occupied for r in server.stats.rounds) == 2
     serving.run()
     assert not server.step()
     serving.queue.append(waiting[3])
@@ -197,7 +197,7 @@ def test_the_draft_lengthens_to_what_pays(tmp_path: Path) -> None:
     # The oracle is always right, and an end inside a path is no mistake: every trial of these depths was a hit.
     for hits, trials in shapes._likeliest:
         assert trials == pytest.approx(hits) and trials > 8
-    assert server.finished[-2:] == [(22, 6)] * 2 and server.depth == 3
+    assert server.stats.finished[-2:] == [(22, 6)] * 2 and server.depth == 3
 
 
 def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> Non
     # A probe of 24 drafts at first; what it lost, half a round at each, forbids another for longer than this run.
     assert sum(drafted) == drafted[0] + drafted[1] == 24
     # What is not drafted for is the policy's doing, and no baseline window.
-    assert all(r.speculative for r in server.rounds) and server.finished[-1] == (0, 0) and server.depth == 0
+    assert all(r.speculative for r in server.stats.rounds) and server.stats.finished[-1] == (0, 0) and server.depth == 0
     assert serving.events("request")[-1]["accepted"] == {}
 
 
@@ -262,38 +262,3 @@ def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(t
     assert shapes._likeliest[0][1] > 8 and shapes._likeliest[1] == [0.0, 0.0]
     # Yet these tokens are delivered, and count for drafting against no speculation.
     assert shapes._below > 0 and shapes._tokens(short) > 1 + shapes.acceptance(short)[0]
-
-
-def test_measure_rounds_leaves_no_trace(tmp_path: Path) -> None:
-    waiting = requests(3)
-    serving = Serving(tmp_path, waiting, eagle(), slots=3)
-    shapes = TreeController.candidates(TreeShape(DEPTH))
-    costs = measure_rounds(serving.engine, serving.policy, waiting[2], shapes, repeats=2)
-    assert sorted(costs) == [1, 2, 3] and all(list(by_shape) == shapes for by_shape in costs.values())
-    for count, by_shape in costs.items():
-        seconds = [by_shape[shape] for shape in shapes]
-        assert 0 < seconds[0] and seconds == sorted(seconds)  # nothing that does more is cheaper
-        assert count == 1 or by_shape[shapes[1]] >= costs[count - 1][shapes[1]]
-    assert serving.policy.shape == TreeShape(DEPTH)
-    assert serving.engine.store.lengths.tolist() == [0, 0, 0] and serving.engine.prefill_seconds == 0
-    fresh = Serving(tmp_path / "fresh", waiting, eagle(), slots=3)
-    # The same drafts as a server that measured nothing, hence the same acceptance.
-    assert serving.run().finished == fresh.run().finished
-    serving.check_texts()
-
-
-def test_measured_costs_are_those_of_undisturbed_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serving = Serving(tmp_path, waiting := requests(1), eagle(), slots=1)
-    policy, shapes = serving.policy, TreeController.candidates(TreeShape(DEPTH))
-    clock, rounds, forward = [0.0], itertools.count(), policy.forward
-
-    def timed(td: TensorDict) -> TensorDict:
-        number = next(rounds)
-        # A machine that slows down, holds up a round in nine, and hurries another.
-        clock[0] += (1 + policy.shape.depth) * (1 + number / 200) * {4: 5.0, 6: 0.3}.get(number % 9, 1.0)
-        return forward(td)
-
-    monkeypatch.setattr(policy, "forward", timed)
-    monkeypatch.setattr("aurora_rl.serving.server.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    seconds = measure_rounds(serving.engine, policy, waiting[0], shapes)[1]
-    assert [seconds[shape] / seconds[shapes[0]] for shape in shapes] == pytest.approx([1, 2, 3, 4], rel=0.05)

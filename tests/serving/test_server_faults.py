@@ -16,7 +16,6 @@ from aurora_rl.envs import Request
 from aurora_rl.policies import Proposal, TreeShape
 from aurora_rl.policies.lookup import ngram_tree
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.server import DrafterFault, measure_rounds
 
 
 class Broken(Oracle):
@@ -98,7 +97,7 @@ def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: P
     serving.check_texts()
     (fault,) = serving.events("drafter_fault")  # of whoever shared the round, none
     assert fault["request"] == 1 and fault["fault"].startswith("Broken failed: ") and FAULTS[how] in fault["fault"]
-    assert server.drafter_faults == server.summary(failed=0, duration_s=1.0)["drafter_faults"] == 1
+    assert server.stats.drafter_faults == server.stats.summary(failed=0, duration_s=1.0)["drafter_faults"] == 1
     rounds = {event["request"]: event["speculative_rounds"] for event in serving.events("request")}
     # The oracle needs six rounds for these texts; of the broken request's only the first two were drafted for.
     assert rounds.pop(1) == 2 and set(rounds.values()) == {6}
@@ -124,7 +123,7 @@ def test_a_request_that_the_drafter_fails_goes_on_with_lookup(tmp_path: Path, ho
     server = serving.run()
     serving.check_texts()
     (fault,) = serving.events("drafter_fault")
-    assert fault["request"] == 1 and FAULTS[how] in fault["fault"] and server.drafter_faults == 1
+    assert fault["request"] == 1 and FAULTS[how] in fault["fault"] and server.stats.drafter_faults == 1
     (trajectory,) = (completion.trajectory for completion in serving.completions if completion.request.id == 1)
     # Two rounds of the oracle deliver four tokens each.
     assert len(trajectory["rounds", "anchor"]) == 2 + lookup_rounds(waiting[1], 8, shape) < 2 + 32
@@ -147,7 +146,7 @@ def test_a_drafter_that_raises_leaves_lookup(tmp_path: Path, alone: bool) -> Non
     # Alone, lookup needs nothing of the drafter; together, each request meets the drafter's fault once.
     faulty = [] if alone else list(range(6))
     assert sorted(event["request"] for event in serving.events("drafter_fault")) == faulty
-    assert server.drafter_faults == len(faulty) and bool(called) != alone
+    assert server.stats.drafter_faults == len(faulty) and bool(called) != alone
     assert sum(rounds * int(accepted) for event in serving.events("request")
                for accepted, rounds in event["accepted"].items()) > 20  # fmt: skip
     # Rounds in which lookup found nothing count in the acceptance length: drafts were asked for.
@@ -206,8 +205,8 @@ def test_lookup_for_a_request_that_the_drafter_fails_is_no_trial_of_the_drafter(
     serving = Serving(tmp_path, waiting, drafter, shapes=books)
     server = serving.run()
     serving.check_texts()
-    assert serving.policy.shape == tree and server.drafter_faults == 3
-    assert sum(r.tokens for r in server.rounds) > len(server.rounds)  # lookup was accepted
+    assert serving.policy.shape == tree and server.stats.drafter_faults == 3
+    assert sum(r.tokens for r in server.stats.rounds) > len(server.stats.rounds)  # lookup was accepted
     assert {shape for shape, _ in books.booked} == {alone if arm else NONE}
     assert books._likeliest == books._siblings == books._drafted == [[0.0, 0.0]] * DEPTH
     assert (books._found[0][0] > 0) == arm
@@ -220,10 +219,10 @@ def test_lookup_alone_lets_the_cache_be_and_it_catches_up(tmp_path: Path) -> Non
     for _ in range(10):
         serving.server.step()
     assert serving.policy.drafter.cached.tolist() == [0, 0]
-    assert sum(r.tokens for r in serving.server.rounds) > 2 * 10  # it found something
+    assert sum(r.tokens for r in serving.server.stats.rounds) > 2 * 10  # it found something
     serving.policy.shape = TreeShape(DEPTH)
     serving.server.step()
-    assert serving.server.rounds[-1].tokens == 2 * (DEPTH + 1)
+    assert serving.server.stats.rounds[-1].tokens == 2 * (DEPTH + 1)
     serving.run()
     serving.check_texts()
 
@@ -236,8 +235,10 @@ def test_an_empty_lookup_is_a_failed_trial(tmp_path: Path) -> None:
     server = serving.run()
     serving.check_texts()
     hits, trials = shapes._found[0]
-    found = sum(round_.tokens >= 2 for round_ in server.rounds)
-    assert trials == pytest.approx(len(server.rounds)) and 0 < found < trials and hits == pytest.approx(found, abs=1)
+    found = sum(round_.tokens >= 2 for round_ in server.stats.rounds)
+    assert (
+        trials == pytest.approx(len(server.stats.rounds)) and 0 < found < trials and hits == pytest.approx(found, abs=1)
+    )
 
 
 def test_a_drafter_that_cannot_forget_loses_every_request_and_the_texts_stay(tmp_path: Path) -> None:
@@ -271,14 +272,6 @@ def test_without_a_server_a_drafters_own_error_comes_through(tmp_path: Path) -> 
     serving.policy.on_fault = None
     with pytest.raises(RuntimeError, match="no more ideas"):
         serving.run()
-
-
-def test_a_fault_while_rounds_are_measured_leaves_the_engine_free(tmp_path: Path) -> None:
-    waiting = requests(2, budget=22)
-    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "not a number"), slots=2)
-    with pytest.raises(DrafterFault, match="Broken failed: ValueError.*not a number"):
-        measure_rounds(serving.engine, serving.policy, waiting[1], [TreeShape(0), TreeShape(DEPTH)])
-    assert not len(serving.engine.store.occupied) and serving.policy.shape == TreeShape(DEPTH)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("d2t")])

@@ -71,11 +71,15 @@ def test_swaps_while_requests_are_in_flight(tmp_path: Path, wire: Wire) -> None:
     status = publisher.engines["engine"]
     assert (status.acknowledged, status.serving, status.rejected) == (3, 3, None)
     assert checksum(serving.policy.drafter.published()) == checksum(eagle(3).published())
-    assert server.versions == [0, 1, 2, 3] and len(server.swap_ms) == 3 and status.swap_ms == server.swap_ms[-1]
+    assert (
+        server.stats.versions == [0, 1, 2, 3]
+        and len(server.stats.swap_ms) == 3
+        and status.swap_ms == server.stats.swap_ms[-1]
+    )
     assert [event["version"] for event in serving.events("swap")] == [1, 2, 3]
     # None dropped, all right: every request that was taken is among the completions.
     assert sorted(c.request.id for c in serving.completions) == list(range(len(serving.completions)))
-    assert len(server.finished) == len(serving.completions) and serving.engine.store.lengths.tolist() == [0, 0, 0]
+    assert len(server.stats.finished) == len(serving.completions) and serving.engine.store.lengths.tolist() == [0, 0, 0]
     serving.check_texts()
     # Recorded: versions rise within a request, and each swap fell into the middle of one.
     versions = [c.trajectory["rounds", "policy_version"].tolist() for c in serving.completions]
@@ -84,7 +88,7 @@ def test_swaps_while_requests_are_in_flight(tmp_path: Path, wire: Wire) -> None:
     assert {(0, 1), (1, 2), (2, 3)} <= pairs
     assert all(torch.equal(c.trajectory["rounds", "cache_version"], c.trajectory["rounds", "policy_version"])
                for c in serving.completions)  # fmt: skip
-    assert server.summary(failed=0, duration_s=1.0)["versions_served"] == [0, 1, 2, 3]
+    assert server.stats.summary(failed=0, duration_s=1.0)["versions_served"] == [0, 1, 2, 3]
 
 
 def test_weights_of_another_shape_are_rejected_and_serving_goes_on(tmp_path: Path, wire: Wire) -> None:
@@ -98,12 +102,12 @@ def test_weights_of_another_shape_are_rejected_and_serving_goes_on(tmp_path: Pat
     version, reason = publisher.engines["engine"].rejected
     assert version == 1 and "tensor 'lm_head.weight' has shape (5, 16), this drafter needs (6, 16)" in reason
     assert serving.policy.version == 0 and checksum(serving.policy.drafter.published()) == before
-    assert serving.server.swap_ms == [] and serving.server.versions == [0]
+    assert serving.server.stats.swap_ms == [] and serving.server.stats.versions == [0]
     (event,) = serving.events("swap_failed")
     assert event["version"] == 1 and event["reason"] == reason
     publisher.publish(2, eagle(2).published())  # better ones are taken
     serve_until(serving, source, lambda: publisher.wait_ack(2, 0))
-    assert serving.server.versions == [0, 2]
+    assert serving.server.stats.versions == [0, 2]
     serving.queue.clear()
     serving.run()
     serving.check_texts()
@@ -119,7 +123,7 @@ def test_weights_that_are_not_finite_are_rejected_and_serving_goes_on(tmp_path: 
     serve_until(serving, source, lambda: any(s.rejected for s in publisher.engines.values()))
     version, reason = publisher.engines["engine"].rejected
     assert version == 1 and "'lm_head.weight' has 2 values that are infinite or not a number; lower" in reason
-    assert serving.server.versions == [0] and serving.server.drafter_faults == 0
+    assert serving.server.stats.versions == [0] and serving.server.stats.drafter_faults == 0
     serving.queue.clear()
     serving.run()
     serving.check_texts()
@@ -165,9 +169,9 @@ def test_nobody_listens(tmp_path: Path) -> None:
     waiting = requests(5)
     serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, sink=sink, receiver=receiver)
     server = serving.run()
-    assert len(serving.completions) == 5 and server.summary(failed=0, duration_s=1.0)["dropped_trajectories"] == 3
+    assert len(serving.completions) == 5 and server.stats.summary(dropped=server.dropped)["dropped_trajectories"] == 3
     assert sink.queued == 2
     serving.check_texts()
     receiver.close()
     sink.close(timeout=0.0)
-    assert server.summary(failed=0, duration_s=1.0)["dropped_trajectories"] == 5
+    assert server.stats.summary(dropped=server.dropped)["dropped_trajectories"] == 5

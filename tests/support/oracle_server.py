@@ -162,14 +162,13 @@ class Serving:
             self.engine,
             lambda: self.queue.pop(0) if self.queue else None,
             num_nodes=DEPTH,
-            on_completion=lambda completion: self.server.completed(completion),
         )
         self._path = folder / "metrics.jsonl"
         log = MetricsLog(self._path, "serve")
         self.server = InferenceServer(
             env, self.policy, windows=windows or NO_WINDOWS(), log=log, note=self._completed, **options
         )
-        self.server.rounds = []  # each by itself, not the sums
+        self.server.stats.rounds = []  # each by itself, not the sums
 
     def _completed(self, completion: Completion) -> str:
         self.completions.append(completion)

@@ -88,3 +88,22 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [e["i"] for e in events if e["source"] == "a"] == [e["i"] for e in events if e["source"] == "b"]
     assert len(events) == 1000
+
+
+def test_a_line_that_was_cut_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, "server").write("first")
+    with path.open("a") as file:
+        file.write('{"event": "cut')
+    MetricsLog(path, "server").write("second")
+    assert [event["event"] for event in MetricsReader(path).new()] == ["first", "second"]
+
+
+def test_a_reader_from_now_on_leaves_the_earlier_events_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert MetricsReader(path, from_now=True).new() == []
+    log = MetricsLog(path, "server")
+    log.write("first")
+    reader = MetricsReader(path, from_now=True)
+    log.write("second")
+    assert [event["event"] for event in reader.new()] == ["second"]

@@ -8,8 +8,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from aurora_rl.telemetry.rates import Round, Rounds
-from aurora_rl.telemetry.report import EMPTY_SUMMARY, draw_report, summary_table, write_summary
+from aurora_rl.telemetry.report import draw_report, summary_table, write_summary
+from aurora_rl.telemetry.stats import Stats
 
+EMPTY_SUMMARY = Stats().summary()
 SUMMARY = {
     "requests": 40,
     "failed": 1,

@@ -15,16 +15,15 @@ from aurora_rl.telemetry.view import LiveView, every
 
 
 def serving() -> Any:
-    """What the view asks of a serving half."""
-    server = SimpleNamespace(
+    """What the view asks of a server."""
+    stats = SimpleNamespace(
         finished=[(10, 5)] * 20,
         version=3,
-        depth=2,
         swap_ms=[1.0, 2.0],
         rates=lambda share: Rates(10.0, 15.0),
         acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
     )
-    return SimpleNamespace(server=server, queued=4, dropped=1, refused=None)
+    return SimpleNamespace(stats=stats, depth=2, queued=4, dropped=1, refused=None)
 
 
 @pytest.fixture
@@ -56,8 +55,8 @@ def test_the_view_shows_the_run(made: SimpleNamespace) -> None:
 
 
 def test_a_run_that_has_nothing_to_show_yet(made: SimpleNamespace) -> None:
-    made.serving.server.finished = []
-    made.serving.server.rates = lambda share: Rates(None, None)
+    made.serving.stats.finished = []
+    made.serving.stats.rates = lambda share: Rates(None, None)
     assert "requests 0/40 | acceptance length – at depth 2 | tokens/s plain · speculative – · –" in made.view.line()
     made.view.log_status()
     (status,) = made.reader.new()
@@ -119,6 +118,18 @@ def test_what_the_learner_cannot_write_is_told_once(made: SimpleNamespace) -> No
     assert made.view.follow() == [
         "the learner could not write the training state, and goes on: No space left on device"
     ]
+
+
+def test_a_training_state_that_was_not_written_is_remembered_until_one_is(made: SimpleNamespace) -> None:
+    made.log.write("not_written", what="a trajectory", reason="full")
+    made.view.follow()
+    assert made.view.unsaved is None
+    made.log.write("not_written", what="the training state", reason="full")
+    made.view.follow()
+    assert made.view.unsaved == "full"
+    made.log.write("checkpoint", steps=3, version=1)
+    made.view.follow()
+    assert made.view.unsaved is None
 
 
 def test_text_of_peers_is_no_markup(made: SimpleNamespace) -> None:

@@ -23,9 +23,10 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.testing import serve, tiny_target
-from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.training.gate import Gate, replay
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -92,7 +93,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             engine: Handshake = HANDSHAKE,
             version: int = 0,
         ) -> SimpleNamespace:
-            drafter = day0(vocab)
+            drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             sink = TrajectorySink(collector.address, handshake=engine)
@@ -107,13 +108,14 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 collector=collector,
                 publisher=publisher,
                 gate=Gate(gate, 10.0, SHAPE, scratch),
-                log=MetricsLog(tmp_path / "metrics.jsonl", "learner"),
+                log=log,
                 serving_dtype=dtype,
                 batch_size=batch_size,
                 replay=replay,
                 publish_every=publish_every,
                 max_skipped=max_skipped,
                 checkpoint=tmp_path / "learner",
+                outputs=Outputs(log),
             )
             for close in (sink.close, receiver.close, learner.close):
                 stack.callback(close)
@@ -480,7 +482,7 @@ def test_an_engine_that_says_it_serves_a_version_is_believed_by_its_drafts(
         assert event["own"] == event["drafts"] > event["of_replaced"] and not caplog.records
     else:
         assert event["own"] < event["drafts"] == event["of_replaced"]
-        assert "the engine did not load it" in caplog.text
+        assert "the engine probably did not load it" in caplog.text
 
 
 def test_what_cannot_be_written_does_not_end_learning(
@@ -491,17 +493,37 @@ def test_what_cannot_be_written_does_not_end_learning(
 
     made = make(publish_every=2, gate=2)
     monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
-    made.learner._recording = SimpleNamespace(append=full)
     send(made, served[:12])
     drain(made)
     steps = made.learner.steps
     send(made, served[12:20])  # the gate judges on what comes after the candidate
-    step_until(made, lambda: made.learner.version >= 1 and made.learner.unrecorded == 20)
+    step_until(made, lambda: made.learner.version >= 1)
     drain(made)
     assert made.learner.steps > steps > 0
-    assert {event["what"] for event in made.events("not_written")} == {"a trajectory", "the training state"}
+    assert {event["what"] for event in made.events("not_written")} == {"the training state"}
     assert [r.message for r in caplog.records] == [
-        "a trajectory was not written, and learning goes on: the disk is full"
+        "the training state was not written, and the run goes on: the disk is full"
     ]
+    (told,) = made.learner.outputs.failures.values()
+    assert told.startswith("the training state could not be written") and told.endswith(": the disk is full")
     with pytest.raises(OSError, match="the disk is full"):
         made.learner.save()
+    monkeypatch.undo()
+    made.learner.save()  # makes good for those that failed
+    assert not made.learner.outputs.failures
+    assert [event["steps"] for event in made.events("checkpoint")] == [made.learner.steps]
+
+
+def test_a_learner_that_stops_says_that_its_last_state_was_not_written(
+    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("the disk is full")
+
+    made = make(max_skipped=0)
+    made.learner.save()
+    monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
+    made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(made, served[:2])
+    with pytest.raises(FloatingPointError, match="the training state could not .* full; an older one is in .*learner;"):
+        drain(made)

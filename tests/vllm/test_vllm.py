@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.storage import read_folder, write_folder
 from aurora_rl.testing.tiny import serve
-from aurora_rl.training.checkpoint import read_folder, write_folder
 
 pytestmark = pytest.mark.vllm
 

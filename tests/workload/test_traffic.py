@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.workload import templates as traffic_templates
 from aurora_rl.workload import traffic
+from aurora_rl.workload.pools import POOLS
+from aurora_rl.workload.templates import TEMPLATES
 from aurora_rl.workload.traffic import Prompt, TrafficError, generate, read_jsonl
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -178,10 +179,10 @@ def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list
 
 
 def test_the_halves_of_every_pool_and_the_templates_are_disjoint() -> None:
-    pools = traffic_templates.POOLS.values()
+    pools = POOLS.values()
     halves = [{p for pool in pools for v in pool[half] for p in pieces(v)} for half in (0, 1)]
     assert not halves[0] & halves[1]
-    for first, last in traffic_templates.TEMPLATES.values():
+    for first, last in TEMPLATES.values():
         assert not first.keys() & last.keys()
         assert not set(first.values()) & set(last.values())
         assert len(first) >= 12

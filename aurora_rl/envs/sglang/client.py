@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -11,13 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from aurora_rl.envs.sglang import ENVIRONMENT
 from aurora_rl.envs.sglang.control import ControlError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
-from aurora_rl.training.checkpoint import CheckpointError, read_folder
+from aurora_rl.storage import CheckpointError, read_folder
 
 _START_S = 300.0
 _TAIL = 2_000
@@ -42,12 +40,12 @@ class SGLangCompletion:
     """A request that SGLang has answered.
 
     Attributes:
-        request: as it was asked.
+        request: The request as it was asked.
         tokens: ``[n]`` int64, a stop token included.
-        terminated: whether the text ended by itself, not by its budget.
-        rounds: verification passes, each of which delivered a token and its accepted drafts.
-        accepted: rounds by the number of drafts that they accepted.
-        versions: of the drafter's weights that were served meanwhile, oldest first.
+        terminated: Whether the text ended by itself, not by its budget.
+        rounds: Verification passes, each of which delivered a token and its accepted drafts.
+        accepted: Number of rounds by the number of drafts that they accepted.
+        versions: Versions of the drafter's weights that were served meanwhile, oldest first.
     """
 
     request: Request
@@ -62,10 +60,10 @@ class SGLangClient:
     """A client of a running server.
 
     Args:
-        url: of the server, such as ``http://127.0.0.1:30000``.
-        plugin_address: of the plugin's control socket; None where nothing is recorded or swapped.
-        process: the server, if it was launched here; ended by :meth:`close`.
-        log: file with what the process prints.
+        url: URL of the server, such as ``http://127.0.0.1:30000``.
+        plugin_address: Address of the plugin's control socket; None where nothing is recorded or swapped.
+        process: The server, if it was launched here; ended by :meth:`close`.
+        log: File with what the process prints.
     """
 
     def __init__(
@@ -79,6 +77,8 @@ class SGLangClient:
         self.url, self.plugin_address = url.rstrip("/"), plugin_address
         self._process, self._log = process, None if log is None else Path(log)
         self._argmax = False
+        # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
+        self._http = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
     @classmethod
     def launch(
@@ -100,23 +100,23 @@ class SGLangClient:
         """Start a server and wait until it answers.
 
         Args:
-            model: folder or hub id of the target.
-            drafter: folder of an EAGLE-3 or EAGLE drafter; None decodes plainly.
-            depth: drafting steps of a round.
+            model: Folder or hub id of the target.
+            drafter: Folder of an EAGLE-3 or EAGLE drafter; None decodes plainly.
+            depth: Drafting steps of a round.
             width: 1 drafts a chain; more, a tree that expands so many nodes a step.
-            num_nodes: nodes of a tree without its root.
-            slots: requests decoded side by side.
-            max_length: tokens of a request, prompt and completion; some less than the model's context.
-            dtype: of weights, "auto" for the checkpoint's.
+            num_nodes: Nodes of a tree without its root.
+            slots: Requests decoded at the same time.
+            max_length: Tokens of a request, prompt and completion; some less than the model's context.
+            dtype: Dtype of the weights, "auto" for the checkpoint's.
             device: "cpu" or "cuda".
-            log: file for what the server prints; None takes a temporary one. Where an EAGLE drafter has a reduced draft
-                vocabulary, that is written beside it.
-            arguments: more of ``sglang.launch_server``'s.
-            environment: more environment variables.
+            log: File for what the server prints; None takes a temporary one. If an EAGLE drafter has a reduced draft
+                vocabulary, it is written next to this file.
+            arguments: More arguments of ``sglang.launch_server``.
+            environment: More environment variables.
 
         Raises:
-            SGLangError: it ends or does not answer within five minutes; the message has the end of its log.
-            CheckpointError: the drafter's folder is not one.
+            SGLangError: It ends or does not answer within five minutes; the message has the end of its log.
+            CheckpointError: The drafter's folder is not one.
         """
         context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
         port, control_port = free_ports(2)
@@ -171,7 +171,7 @@ class SGLangClient:
         """Wait until the server answers.
 
         Raises:
-            SGLangError: it does not, or its process has ended.
+            SGLangError: It does not, or its process has ended.
         """
         deadline = time.monotonic() + timeout
         while not self._healthy():
@@ -183,9 +183,8 @@ class SGLangClient:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return reply.status == 200
-        except (OSError, urllib.error.URLError):
+            return self._http.get(f"{self.url}/health", timeout=5).status_code == 200
+        except (httpx.HTTPError, httpx.InvalidURL):
             return False
 
     def _tail(self) -> str:
@@ -199,13 +198,13 @@ class SGLangClient:
         """Ask for one completion and wait for it; may be called from several threads.
 
         Args:
-            request: prompt, budget and sampling.
-            stop_tokens: ids that end the text, besides those of the model's own configuration.
+            request: Prompt, budget and sampling.
+            stop_tokens: Token ids that end the text, in addition to those of the model's own configuration.
             learn: False keeps this request out of the records.
-            timeout: seconds.
+            timeout: Seconds to wait.
 
         Raises:
-            SGLangError: the server refuses, or does not answer.
+            SGLangError: The server refuses, or does not answer.
         """
         sampling = request.sampling
         if self._argmax and sampling.temperature > 0:
@@ -246,18 +245,15 @@ class SGLangClient:
         """Post to any of the server's endpoints; returns what its JSON says.
 
         Raises:
-            SGLangError: the server refuses, or does not answer within ``timeout`` seconds.
+            SGLangError: The server refuses, or does not answer within ``timeout`` seconds.
         """
-        asked = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
         try:
-            with urllib.request.urlopen(asked, timeout=timeout) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            raise SGLangError(f"SGLang refuses {path}: {error.read().decode(errors='replace')[:500]}") from error
-        except (OSError, ValueError) as error:
-            raise SGLangError(f"SGLang at {self.url} does not answer {path}: {error}") from error
+            reply = self._http.post(self.url + path, json=body, timeout=timeout)
+            if reply.is_success:
+                return reply.json()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise SGLangError(f"SGLang at {self.url} does not answer {path}: {str(error) or repr(error)}") from error
+        raise SGLangError(f"SGLang refuses {path}: {reply.text[:500]}")
 
     # ---- recording and swaps --------------------------------------------------------------------------------------
 
@@ -277,21 +273,22 @@ class SGLangClient:
         """Record from now on and take weights, after one request has shown that the hooks are in force.
 
         Args:
-            handshake: what the learner expects; compared with the engine's model, drafter and captured layers.
-            trajectories: address of the learner's collector.
-            weights: address of its publisher.
-            version: of the weights that the server has now.
-            capture_rate: share of the requests to record.
-            queue: trajectories that wait for an absent learner before the oldest is dropped.
-            top_k: of the target's distribution, where the input of its head cannot be reached (CUDA graphs).
-            max_bytes: host memory of requests on their way; further ones are served without a record.
-            store_bytes: host memory of features of earlier texts, for prompts with a cached prefix.
+            handshake: What the learner expects; compared with the engine's model, drafter and captured layers.
+            trajectories: Address of the learner's collector.
+            weights: Address of its publisher.
+            version: Version of the weights that the server has now.
+            capture_rate: Share of the requests to record.
+            queue: Trajectories that wait for an absent learner before the oldest is dropped.
+            top_k: Likeliest tokens to keep of the target's distribution, where the input of its head cannot be reached
+                (CUDA graphs).
+            max_bytes: Host memory of requests on their way; further ones are served without a record.
+            store_bytes: Host memory of features of earlier texts, for prompts with a cached prefix.
 
         Returns:
             The plugin's status.
 
         Raises:
-            ControlError: the plugin refuses, or its hooks did not see the request.
+            ControlError: The plugin refuses, or its hooks did not see the request.
         """
         status = self.status()
         before, self._argmax = status["seen"], status["device"] == "cpu"
@@ -337,6 +334,7 @@ class SGLangClient:
 
     def close(self) -> None:
         """End the server, if it was launched here. Idempotent."""
+        self._http.close()
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -356,12 +354,12 @@ def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathL
     """SGLang's arguments for a drafter.
 
     Args:
-        drafter: its folder, in the format "sglang".
-        token_map: file to write the draft vocabulary to, where it is not the whole one and SGLang does not read it from
+        drafter: Folder of the drafter, in the format "sglang".
+        token_map: File to write the draft vocabulary to, if it is not the whole one and SGLang does not read it from
             the folder, as it does for EAGLE3 alone.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint of a drafter that SGLang serves.
+        CheckpointError: The folder is not a checkpoint of a drafter that SGLang serves.
     """
     tensors, config = read_folder(drafter, "config.json")
     try:

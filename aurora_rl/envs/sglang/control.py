@@ -30,11 +30,11 @@ class ControlServer:
     """The plugin's end, in a thread of its own.
 
     Args:
-        address: to bind.
-        answer: takes kind and fields of a request, and returns the fields of ``status``; ControlError refuses.
+        address: Address to bind.
+        answer: Takes kind and fields of a request, and returns the fields of ``status``; ControlError refuses.
 
     Raises:
-        OSError: the address is taken or cannot be bound.
+        OSError: The address is taken or cannot be bound.
     """
 
     def __init__(self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
@@ -68,13 +68,13 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
     """Send one request to a plugin and wait for its status.
 
     Args:
-        address: of its control socket.
+        address: Address of its control socket.
         kind: ``status``, ``attach``, ``detach`` or ``record``.
-        fields: of the request.
-        timeout: seconds.
+        fields: Fields of the request.
+        timeout: Seconds to wait.
 
     Raises:
-        ControlError: it refuses, or does not answer in time.
+        ControlError: It refuses, or does not answer in time.
     """
     socket, owned = open_socket(zmq.DEALER, None)
     assert owned is not None
@@ -84,7 +84,7 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
         if not socket.poll(int(timeout * 1e3)):
             raise ControlError(
                 f"no answer at {address} within {timeout:.0f} s; does SGLang run with AURORA_RL_SGLANG={address} in its"
-                " environment and aurora-rl installed beside it?"
+                " environment and aurora-rl installed next to it?"
             )
         message = decode(socket.recv_multipart(), limits=_LIMITS)
     finally:

@@ -1,15 +1,14 @@
 """What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
 
-At the address that :func:`aurora_rl.envs.sglang.register` was given the plugin answers requests of
+At the address in the environment variable AURORA_RL_SGLANG the plugin answers requests of
 :mod:`aurora_rl.envs.sglang.control`; from ``attach`` to ``detach`` it records and swaps.
 
-A hook calls the engine's own function with what it was given and returns what that returned; a fault of ours switches
+A hook calls the engine's own function with the same arguments and returns its result. A fault of ours switches
 recording off and never reaches the engine.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from torch import Tensor
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang.control import ControlError, ControlServer
+from aurora_rl.envs.sglang.copies import copies_done, to_host
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.session import Session
@@ -46,7 +46,7 @@ class Plugin:
     """State of one scheduler process.
 
     Args:
-        address: where to answer control requests.
+        address: Address at which control requests are answered.
     """
 
     def __init__(self, address: str) -> None:
@@ -186,7 +186,7 @@ class Plugin:
             if getattr(args, name) < 1:
                 raise ControlError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
         target = self._target
-        # EAGLE is given what the target's head reads, which is no layer that SGLang captures.
+        # EAGLE reads what the target's head reads, which is no layer that SGLang captures.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
         if layers != handshake.feature_layers:
             raise ControlError(
@@ -360,8 +360,8 @@ class Plugin:
                 continue
             rows = None
             if head is not None and cached + count == len(req.origin_input_ids):
-                rows = _target_rows(session, head[0][i : i + 1], head[1][i : i + 1])
-            records.prompt(req.rid, _to_host(hidden[part]), rows)
+                rows = session.target_rows(head[0][i : i + 1], head[1][i : i + 1])
+            records.prompt(req.rid, to_host(hidden[part]), rows)
 
     def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         self._seen["verify"] += 1
@@ -381,7 +381,7 @@ class Plugin:
         if self._wanted:
             logits = output.next_token_logits
             hidden = self._head[0] if self._head is not None and len(self._head[0]) == len(logits) else None
-            self._rows = _target_rows(session, hidden, logits)
+            self._rows = session.target_rows(hidden, logits)
 
     def _record_round(
         self,
@@ -401,7 +401,7 @@ class Plugin:
         self._seen["log_probs"] += joint is not None
         self._seen["hidden"] += "hidden" in target
         tokens, child, sibling, path, length, anchor, rows = (
-            _to_host(t)
+            to_host(t)
             for t in (
                 tree.draft_token.view(n, width),
                 tree.retrieve_next_token.view(n, width),
@@ -412,9 +412,9 @@ class Plugin:
                 features.view(n, width, -1),
             )
         )
-        scores = None if joint is None else _to_host(joint)
+        scores = None if joint is None else to_host(joint)
         trees = {key: value.view(n, width, *value.shape[1:]) for key, value in target.items()}
-        ready = _copies_done(features.device)
+        ready = copies_done(features.device)
         for i, rid in self._wanted:
             session.records.round(
                 rid,
@@ -446,30 +446,3 @@ class Plugin:
                     session.records.drop(req.rid, "aborted")
                     continue
                 session.records.finish(req.rid, req.output_ids_through_stop, sampling_of(req))
-
-
-def _target_rows(session: Session, hidden: Tensor | None, logits: Tensor) -> TargetRows | None:
-    """The target's distribution at some positions, in the form that this session can always have."""
-    if session.exact:
-        return None if hidden is None else {"hidden": _to_host(hidden)}
-    log_probs = logits.log_softmax(-1, dtype=torch.float32)
-    best, ids = log_probs.topk(min(session.top_k, log_probs.shape[-1]))
-    tail = torch.log1p(-best.exp().sum(-1).clamp(max=1.0))
-    return {"topk_ids": _to_host(ids), "topk_log_probs": _to_host(best), "tail_log_prob": _to_host(tail)}
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; from a GPU it is under way when this returns."""
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)
-
-
-def _copies_done(device: torch.device) -> Callable[[], None]:
-    """Waits for the copies that were begun on this device until now."""
-    if device.type == "cpu":
-        return lambda: None
-    event = torch.get_device_module(device).Event()
-    event.record()
-    return functools.partial(event.synchronize)

@@ -29,17 +29,17 @@ class EngineRound:
     """One round of one request, as the engine has it; ``n`` nodes, the root before them.
 
     Attributes:
-        anchor: position of the root, ``[]`` int64.
+        anchor: Position of the root, ``[]`` int64.
         tokens: ``[n + 1]``, the root first.
         first_child: ``[n + 1]``, −1 where there is none.
         next_sibling: ``[n + 1]``, −1 where there is none.
-        path: ``[d]`` places of the root and the accepted nodes, in order; what lies behind ``path_length`` is ignored.
+        path: ``[d]`` places of the root and the accepted nodes, in order; entries after ``path_length`` are ignored.
         path_length: ``[]``, accepted nodes and the root.
         joint_log_probs: ``[n]``, the drafter's log-probability of each node's whole path; None where it kept none.
         features: ``[n + 1, F]``.
-        target: the target's distribution at the root and each node.
-        policy_version: weights that drafted.
-        ready: called before anything is read; waits for copies that are still on their way.
+        target: The target's distribution at the root and each node.
+        policy_version: Weights that drafted.
+        ready: Called before anything is read; waits for copies that are still on their way.
     """
 
     anchor: Tensor
@@ -77,7 +77,7 @@ class FeatureStore:
     A cached prefix is not run again, so its features do not pass by; they are those of the request that brought it.
 
     Args:
-        max_bytes: least recently used texts are dropped beyond this.
+        max_bytes: Least recently used texts are dropped beyond this.
 
     Example:
         >>> store = FeatureStore(1 << 20)
@@ -120,9 +120,9 @@ class TrajectoryAssembler:
     All methods may be called on the serving path: they only append to lists.
 
     Args:
-        emit: takes each trajectory.
-        max_bytes: what requests on their way may hold; a request that begins beyond it is served without a record.
-        store_bytes: of the store of prefix features.
+        emit: Takes each trajectory.
+        max_bytes: Memory that requests on their way may hold; one that begins beyond it is served without a record.
+        store_bytes: Host memory of the store of prefix features.
 
     Attributes:
         counts: "recorded", and for each reason why a request was not ("prefix", "memory", "incomplete" and those that
@@ -156,9 +156,9 @@ class TrajectoryAssembler:
         """A part of a request's prompt was run.
 
         Args:
-            rid: a request that is being recorded.
+            rid: Id of a request that is being recorded.
             features: ``[n, F]`` of the part.
-            first: the target's distribution behind the last token, with one row; None while parts are missing.
+            first: The target's distribution after the last token, with one row; None while parts are missing.
         """
         record = self._records[rid]
         record.features.append(features)
@@ -188,7 +188,7 @@ class TrajectoryAssembler:
         self._ended.put((rid, self._records.pop(rid), list(completion), sampling))
 
     def close(self) -> None:
-        """End; trajectories of requests that have ended are still made."""
+        """End, after the trajectories of requests that have ended."""
         self._ended.put(None)
         self._thread.join(5.0)
 
@@ -198,7 +198,7 @@ class TrajectoryAssembler:
             try:
                 trajectory = self._assemble(rid, record, completion, sampling)
             except Exception:
-                logger.exception("a request's trajectory could not be made")
+                logger.exception("a request's trajectory could not be assembled")
                 self.counts["error"] += 1
             else:
                 if isinstance(trajectory, str):

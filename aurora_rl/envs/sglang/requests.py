@@ -16,8 +16,8 @@ def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
 
     Args:
         req: SGLang's object.
-        capture_rate: share of requests to record.
-        greedy_only: whether the engine answers with the argmax, whatever was asked for.
+        capture_rate: Share of requests to record.
+        greedy_only: Whether the engine answers with the argmax, whatever was asked for.
     """
     params = req.sampling_params
     if req.rid.startswith("HEALTH_CHECK"):

@@ -6,11 +6,15 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs.sglang.control import ControlError
-from aurora_rl.envs.sglang.recorder import TrajectoryAssembler
+from aurora_rl.envs.sglang.copies import to_host
+from aurora_rl.envs.sglang.recorder import TargetRows, TrajectoryAssembler
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +36,12 @@ class Session:
     """From ``attach`` to ``detach``: the ends of the wire, the records, and the version that drafts.
 
     Args:
-        fields: of the request; see :data:`ATTACH`.
-        exact: whether what the target's head reads is seen in every round.
+        fields: Fields of the request; see :data:`ATTACH`.
+        exact: Whether what the target's head reads is seen in every round.
 
     Raises:
-        ControlError: a field is missing, unknown or of the wrong type.
-        OSError: an address is malformed.
+        ControlError: A field is missing, unknown or of the wrong type.
+        OSError: An address is malformed.
     """
 
     def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
@@ -67,6 +71,15 @@ class Session:
         """Switch recording off; serving goes on."""
         logger.warning("recording is off: %s", reason)
         self.recording, self.error = False, reason
+
+    def target_rows(self, hidden: Tensor | None, logits: Tensor) -> TargetRows | None:
+        """Return the target's distribution at some positions, in the form that this session can always have."""
+        if self.exact:
+            return None if hidden is None else {"hidden": to_host(hidden)}
+        log_probs = logits.log_softmax(-1, dtype=torch.float32)
+        best, ids = log_probs.topk(min(self.top_k, log_probs.shape[-1]))
+        tail = torch.log1p(-best.exp().sum(-1).clamp(max=1.0))
+        return {"topk_ids": to_host(ids), "topk_log_probs": to_host(best), "tail_log_prob": to_host(tail)}
 
     def close(self) -> None:
         """Send what can be sent and end."""

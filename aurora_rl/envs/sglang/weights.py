@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# SGLang fuses these projections; the parts lie one behind the other along the rows.
+# SGLang fuses these projections; the parts follow each other along the rows.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -19,12 +19,12 @@ def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
     """Replace the drafter's weights between two batches, in a session of SGLang for the draft runner alone.
 
     Args:
-        updater: the scheduler's weight updater.
-        runner: the draft runner, the only one that a session with the selector "draft" opens.
-        weights: by checkpoint names, the draft map left out: it is part of the engine's state and must not change.
+        updater: The scheduler's weight updater.
+        runner: The draft runner, the only one that a session with the selector "draft" opens.
+        weights: Tensors by checkpoint names, without the draft map, which is the engine's and must not change.
 
     Raises:
-        SwapError: a session is open already, or what the runner holds afterwards differs from ``weights``.
+        SwapError: A session is open already, or what the runner holds afterwards differs from ``weights``.
     """
     from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, EndWeightUpdateReqInput
 

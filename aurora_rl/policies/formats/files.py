@@ -16,7 +16,7 @@ from torch import Tensor
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab
 from aurora_rl.policies.registry import recognized
-from aurora_rl.training.checkpoint import CheckpointError, read_folder, write_folder
+from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 _FILES = ("config.json", "model.safetensors")
 # In config.json: `Drafter.made_for`. Engines pass over entries that they do not know.

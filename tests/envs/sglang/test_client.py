@@ -1,12 +1,17 @@
 """What SGLang is told of a drafter's folder. The rest of the engine is shown on real SGLang."""
 
+import http.server
+import json
+import threading
+
 import pytest
 import torch
 
-from aurora_rl.envs.sglang.client import drafter_arguments
+from aurora_rl.envs import Request
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, drafter_arguments
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, save_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target
-from aurora_rl.training.checkpoint import CheckpointError
 
 PART, WHOLE = torch.tensor([2, 7, 11, 30]), torch.arange(32)
 
@@ -43,3 +48,43 @@ def test_a_folder_that_sglang_does_not_serve_is_named(tmp_path):
 def test_a_folder_without_a_drafter_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere is not a checkpoint"):
         drafter_arguments(tmp_path / "nowhere", tmp_path / "token_map.pt")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, text = {
+            "0": (200, json.dumps({"output_ids": body["input_ids"], "meta_info": {"finish_reason": {"type": "stop"}}})),
+            "1": (400, "the input is too long"),
+            "2": (200, "<html>"),
+        }[body["rid"]]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_answers_refusals_and_nonsense_of_a_server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            with SGLangClient(url + "/") as client:
+                completion = client.generate(Request(0, torch.tensor([3, 4]), 5), timeout=10)
+                assert (completion.tokens.tolist(), completion.terminated) == ([3, 4], True)
+                with pytest.raises(SGLangError, match="SGLang refuses /generate: the input is too long"):
+                    client.generate(Request(1, torch.tensor([3]), 5), timeout=10)
+                with pytest.raises(SGLangError, match=f"SGLang at {url} does not answer /generate"):
+                    client.generate(Request(2, torch.tensor([3]), 5), timeout=10)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("url", ["localhost:9", "http://[", "http://127.0.0.1:9"])
+def test_an_address_where_nobody_answers_is_named(url):
+    with pytest.raises(SGLangError, match="does not answer /generate"):
+        SGLangClient(url).generate(Request(0, torch.tensor([1]), 1))

@@ -197,14 +197,14 @@ def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
     try:
         hidden = torch.randn(3, 2)
         logits = hidden @ HEAD.T
-        rows = plugin_module._target_rows(session, hidden, logits)
+        rows = session.target_rows(hidden, logits)
         if exact:
             assert set(rows) == {"hidden"} and torch.equal(rows["hidden"], hidden)
-            assert plugin_module._target_rows(session, None, logits) is None
+            assert session.target_rows(None, logits) is None
             return
         assert rows["topk_ids"].shape == (3, 6)
         session.top_k = 2
-        rows = plugin_module._target_rows(session, None, logits)
+        rows = session.target_rows(None, logits)
         best = logits.softmax(-1).topk(2)
         assert torch.equal(rows["topk_ids"], best.indices)
         torch.testing.assert_close(rows["topk_log_probs"].exp(), best.values)

@@ -24,7 +24,7 @@ class Engine:
         self.lock = threading.Lock()
         self.stop_tokens = None
         self.swaps = []
-        self.attached, self.reachable = 0, True
+        self.attached, self.reachable, self.closed = 0, True, False
 
     def attach(self):
         self.attached += 1
@@ -41,6 +41,14 @@ class Engine:
         if request.id == 3:
             raise SGLangError("gone")
         return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)])
+
+    def detach(self):
+        if not self.reachable:
+            raise ControlError("no answer")
+        self.attached = 0
+
+    def close(self):
+        self.closed = True
 
     def status(self):
         if not self.reachable:
@@ -84,14 +92,14 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
         pass
     assert engine.most == 3 and engine.stop_tokens == (9,)
     assert failed == [(3, "gone")]
-    assert server.finished == [(4, 3)] * 7
+    assert server.stats.finished == [(4, 3)] * 7
     assert {event["domain"] for event in events("request")} == {f"domain {n}" for n in range(8) if n != 3}
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
-    summary = server.summary(failed=len(failed), duration_s=1.0)
+    summary = server.stats.summary(failed=len(failed), dropped=server.dropped, duration_s=1.0)
     assert summary["requests"] == 7 and summary["acceptance_length"] == {"first": 4 / 3, "last": 4 / 3}
     assert summary["domains"]["domain 5"] == {"requests": 1, "tokens": 5, "acceptance_length": 4 / 3}
     assert summary["speedup"] is None and summary["dropped_trajectories"] == 7
-    assert sum(r.tokens for r in server.rounds) == 35 and all(r.seconds > 0 for r in server.rounds)
+    assert sum(r.tokens for r in server.stats.rounds) == 35 and all(r.seconds > 0 for r in server.stats.rounds)
 
 
 def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_folder, tmp_path):
@@ -121,7 +129,7 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         pass
     server.close()
     assert source.failed == ["prompt 's', turn 1: gone"] * 3  # with the two turns that would have followed
-    assert len(server.finished) + len(source.failed) == source.total == 7
+    assert len(server.stats.finished) + len(source.failed) == source.total == 7
     with pytest.raises(KeyError):
         source.asked(3)
 
@@ -129,13 +137,13 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
 def test_swaps_are_told_once_each(run):
     engine, server, _, events = run
     server.watch()
-    assert server.swap_ms == [] and server.version == 0
+    assert server.stats.swap_ms == [] and server.stats.version == 0
     engine.swaps += [1.0, 2.0]
     server.watch()
     server.watch()
     engine.swaps.append(3.0)
     server.watch()
-    assert server.swap_ms == [1.0, 2.0, 3.0] and server.versions == [0, 2, 3]
+    assert server.stats.swap_ms == [1.0, 2.0, 3.0] and server.stats.versions == [0, 2, 3]
     assert [event["ms"] for event in events("swap")] == [1.0, 2.0, 3.0]
 
 
@@ -153,7 +161,39 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     engine.swaps.append(5.0)
     server.watch()
     assert engine.attached == 1 and len(events("attached")) == 2
-    assert server.swap_ms == [1.0, 2.0, 5.0]
+    assert server.stats.swap_ms == [1.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_end_detaches_and_ends_the_engine(run, reachable):
+    engine, server, _, _ = run
+    engine.reachable = reachable
+    server.close()
+    assert engine.closed and bool(engine.attached) != reachable
+
+
+def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
+    engine, _, _, _ = run
+    published = tmp_path / "learner" / "drafter"
+    server = SGLangServer(
+        engine,
+        engine.attach,
+        lambda: None,
+        slots=1,
+        depth=4,
+        stop_tokens=[9],
+        log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
+        note=lambda completion: "",
+        on_refused=lambda request, reason: None,
+        published=published,
+    )
+    server.save_drafter(tmp_path / "drafter")
+    assert not (tmp_path / "drafter").exists()
+    published.mkdir(parents=True)
+    (published / "config.json").write_text("{}")
+    server.save_drafter(tmp_path / "drafter")
+    assert (tmp_path / "drafter" / "config.json").read_text() == "{}"
+    server.close()
 
 
 def test_a_server_that_cannot_start_says_why():

@@ -11,8 +11,8 @@ from torch import Tensor
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
+from aurora_rl.storage import read_folder
 from aurora_rl.testing import tiny_target
-from aurora_rl.training.checkpoint import read_folder
 
 Files = tuple[dict[str, Tensor], dict[str, Any]]
 IDS = "eagle_aux_hidden_state_layer_ids"

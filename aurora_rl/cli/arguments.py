@@ -1,0 +1,27 @@
+"""Arguments that every command takes."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--resume``, for commands that make the folder of a run."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="go on in the folder of an earlier run, by its configuration: learner and drafter as they were saved "
+        "last, lines appended, files that are written anew kept in RUN_DIR/part-1; the traffic starts anew",
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine.slots=1") -> None:
+    """Add ``--config``, ``--print-config`` and the ``key=value`` pairs, as the last arguments of a command.
+
+    Args:
+        parser: Parser of the command.
+        example: A pair that this command reads.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
+    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")

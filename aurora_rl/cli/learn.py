@@ -1,0 +1,74 @@
+"""``aurora-rl learn``: the training half of a run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.run_dir import RunDir
+from aurora_rl.cli.signals import Stop
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import one_line
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the flywheel that the learner belongs to
+    add_resume_argument(parser)
+    add_config_arguments(parser)
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Learn until a signal comes. Returns the exit status."""
+    parent: int | None = arguments.parent
+    os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # A flywheel's learner shares its folder, where its configuration is already.
+    resume = arguments.resume is not None
+    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume) if parent is None else None
+    run_dir = Path(config.run_dir or "")
+    log = MetricsLog(run_dir / "metrics.jsonl", "learner")
+
+    import torch
+
+    from aurora_rl.cli.learner import build_learner
+    from aurora_rl.cli.spec import resolve
+
+    torch.set_num_threads(config.learner.threads)
+    with contextlib.nullcontext() if folder is None else folder.undone_if_refused():
+        learner = build_learner(resolve(config), log, run_dir)
+    stop.working = True
+    log.write("learner_ready", pid=os.getpid())
+    print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
+    try:
+        try:
+            while not stop.requested:
+                learner.step()
+        except FloatingPointError:
+            raise
+        except (ValueError, OSError) as error:  # of the program, not of its input: show where
+            raise RuntimeError(f"learning stopped: {type(error).__name__}: {one_line(error)}") from error
+        stop.ignore()
+        learner.save()
+    finally:
+        learner.close()
+    log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
+    for failure in learner.outputs.failures.values():
+        print(f"aurora-rl: {failure}", file=sys.stderr)
+    return 1 if learner.outputs.failures else 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process in good order once the flywheel that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,103 @@
+"""The training half of a run, built from its spec."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+
+from aurora_rl.cli.config import ConfigError
+from aurora_rl.cli.spec import RunSpec, handshake, load, opening, start_drafter
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.collectors.weights import WeightPublisher
+from aurora_rl.memory import return_freed_memory
+from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import Outputs
+from aurora_rl.training.gate import Gate
+from aurora_rl.training.learner import Learner
+from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.replay import trajectory_buffer
+from aurora_rl.trajectories import validate
+
+
+def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
+    """Build the training half of a run.
+
+    Args:
+        spec: Spec of the run.
+        log: Metrics of the run.
+        run_dir: Folder of the run.
+    """
+    config, settings, target = spec.config, spec.config.learner, load(spec)
+    parts = target.parts
+    drafter = start_drafter(spec, target, [])
+    greeting = handshake(parts, drafter, config.drafter.name)
+    drafter.to(spec.device)
+    # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
+    # multiplies it in bfloat16, whatever it is kept in.
+    head = copy.deepcopy(parts.head)
+    if spec.dtype != torch.bfloat16:
+        head = head.float()
+    del target, parts
+    return_freed_memory(collect=True)
+    scratch = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
+
+    def check_one(trajectory: TensorDictBase) -> None:
+        validate(
+            trajectory,
+            vocab_size=len(head),
+            hidden_size=head.weight.shape[1],
+            feature_size=head.weight.shape[1] * len(drafter.feature_layers),
+        )
+
+    try:
+        loss = SumLoss(make_objectives(config.objectives, drafter, head))
+    except ValueError as error:
+        raise ConfigError(f"objectives: {error}") from error
+    try:
+        optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
+    except ValueError as error:
+        raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
+    try:
+        recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
+    except ValueError as error:
+        raise ConfigError(f"learner.record: {error}") from error
+    outputs = Outputs(log)
+
+    def record(trajectory: TensorDictBase) -> None:
+        if recording is not None:
+            outputs.write("a trajectory", lambda: recording.append(trajectory))
+
+    with ExitStack() as opened:  # closed again if what follows fails
+        with opening("wire.trajectories", config.wire.trajectories):
+            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one, record=record)
+        opened.callback(collector.shutdown)
+        with opening("wire.weights", config.wire.weights):
+            publisher = WeightPublisher(config.wire.weights, handshake=greeting)
+        opened.callback(publisher.close)
+        result = Learner(
+            drafter=drafter,
+            loss=loss,
+            optimizers=optimizers,
+            buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
+            collector=collector,
+            publisher=publisher,
+            gate=Gate(config.gate.requests, config.gate.margin, spec.tree, scratch),
+            log=log,
+            serving_dtype=spec.dtype,
+            batch_size=settings.batch_size,
+            replay=settings.replay,
+            publish_every=settings.publish_every,
+            max_skipped=settings.max_skipped,
+            checkpoint=run_dir / "learner",
+            outputs=outputs,
+        )
+        if settings.resume is not None:
+            result.resume(Path(settings.resume))
+        opened.pop_all()
+    return result

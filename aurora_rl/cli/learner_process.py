@@ -1,0 +1,85 @@
+"""The learner of a flywheel, as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from aurora_rl.cli.config import Config, ConfigError, to_yaml
+from aurora_rl.telemetry.log import MetricsReader
+
+_READY_S = 300.0
+_END_S = 60.0
+
+
+class LearnerProcess:
+    """``aurora-rl learn`` in a session of its own, so that Ctrl-C reaches it through the flywheel, in order.
+
+    Args:
+        child: The process.
+        log: File with what it prints.
+    """
+
+    def __init__(self, child: subprocess.Popen, log: Path) -> None:
+        self.child, self._log = child, log
+
+    @classmethod
+    def start(cls, config: Config, run_dir: Path) -> LearnerProcess:
+        """Start the learner of a run; its configuration goes to ``learner.yaml``, its output to ``learner.log``."""
+        path, log = run_dir / "learner.yaml", run_dir / "learner.log"
+        path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")
+        # -P: a file in the working directory, such as profile.py, must not take the place of an installed module. A
+        # parent that imports from there itself, as under python -m, shares its modules with the learner.
+        safe = [] if os.getcwd() in sys.path else ["-P"]
+        command = [sys.executable, *safe, "-m", "aurora_rl.cli.main", "learn", "--config", str(path)]
+        with open(log, "ab") as output:
+            child = subprocess.Popen(
+                [*command, "--parent", str(os.getpid()), f"run_dir={run_dir}"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(child, log)
+
+    def wait_ready(self, events: MetricsReader) -> None:
+        """Wait until the learner listens, so that a configuration that it refuses is told before a request is served.
+
+        Raises:
+            ConfigError: The learner ended, or it does not listen within five minutes; quotes its last line.
+        """
+        deadline = time.monotonic() + _READY_S
+        while not any(event["event"] == "learner_ready" for event in events):
+            if self.child.poll() is not None or time.monotonic() > deadline:
+                raise ConfigError(f"the learner did not start: {self._last_line()}")
+            time.sleep(0.05)
+
+    @property
+    def state(self) -> str:
+        """Say that the learner runs, or that it died."""
+        if self.child.poll() is None:
+            return "running"
+        return f"died with status {self.child.returncode}, serving goes on; see {self._log}"
+
+    def end(self) -> str | None:
+        """End the learner. Return what went wrong with its end; an earlier death was told already."""
+        if self.child.poll() is not None:
+            return None
+        self.child.send_signal(signal.SIGTERM)
+        try:
+            self.child.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+            return f"the learner did not end within {_END_S:.0f} s and was killed; see {self._log}"
+        if self.child.returncode in (0, 130, -signal.SIGTERM):  # the latter two had not begun to learn
+            return None
+        return f"the learner ended with status {self.child.returncode}: {self._last_line()}; see {self._log}"
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"

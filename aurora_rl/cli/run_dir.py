@@ -1,0 +1,136 @@
+"""The folder of a run: new for each run, or continued by ``--resume``."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from aurora_rl.cli.config import Config, ConfigError, load_config, to_yaml
+
+_DRAFTERS = ("learner/drafter", "drafter", "drafter-day0")  # newest first
+
+
+class RunDir:
+    """The folder of a run, with its configuration in it, and noted in the configuration.
+
+    A run that resumes appends to the lines of the earlier one. What it writes anew is kept in ``part-1``, the next time
+    in ``part-2``, and so on.
+
+    Args:
+        config: Configuration of the run; its ``run_dir`` is set.
+        documents: Files that this command writes anew; the first gets the configuration.
+        suffix: End of the name of a folder that is named by the time.
+        resume: Whether ``config.run_dir`` holds an earlier run to continue.
+
+    Attributes:
+        path: The folder.
+
+    Raises:
+        ConfigError: The folder cannot be made, or it holds something already and is not resumed.
+    """
+
+    def __init__(self, config: Config, documents: Sequence[str], *, suffix: str = "", resume: bool = False) -> None:
+        self.path, self._part = Path(config.run_dir or "runs"), None
+        self._made = [folder for folder in self.path.parents if not folder.exists()]
+        try:
+            if resume:
+                self._part = self._keep(documents)
+            elif config.run_dir:
+                self.path.mkdir(parents=True, exist_ok=True)
+                if any(self.path.iterdir()):
+                    raise ConfigError(
+                        f"run_dir={config.run_dir!r} is not empty, and a run would overwrite what it holds; name a new "
+                        f"folder, leave run_dir out for runs/<time>, or go on with that run: --resume {config.run_dir}"
+                    )
+            else:
+                self._made = [] if self.path.exists() else [self.path]
+                self.path = _folder_of_now(self.path, suffix)
+            config.run_dir = str(self.path)
+            # "x": of two runs that find the folder empty at the same time, one is refused here.
+            with open(self.path / documents[0], "x", encoding="utf-8") as file:
+                file.write(to_yaml(config, run_dir=False))
+        except OSError as error:
+            raise ConfigError(f"run_dir={str(self.path)!r} cannot be used: {error.strerror}") from error
+
+    def _keep(self, documents: Sequence[str]) -> Path:
+        """Move the documents of the earlier run into a folder of their own."""
+        names = (f"part-{number}" for number in itertools.count(1))
+        part = next(self.path / name for name in names if not (self.path / name).exists())
+        part.mkdir()
+        for name in documents:
+            if (self.path / name).exists():
+                (self.path / name).rename(part / name)
+        return part
+
+    @contextlib.contextmanager
+    def undone_if_refused(self) -> Iterator[None]:
+        """Leave no trace of a run that is refused, unless another process's log in a new folder says why."""
+        try:
+            yield
+        except (ValueError, OSError):
+            if self._part is not None:
+                for path in self._part.iterdir():
+                    path.replace(self.path / path.name)
+                self._part.rmdir()
+            elif not any(self.path.glob("*.log")):
+                shutil.rmtree(self.path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # something else is in there by now
+                    for folder in self._made:
+                        folder.rmdir()
+            raise
+
+
+def _folder_of_now(parent: Path, suffix: str) -> Path:
+    """Make a folder named by the time; runs of the same second get a number."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    while True:
+        folder = parent / next(names)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def resumed_config(folder: str, document: str, path: str | None, overrides: Sequence[str]) -> Config:
+    """Read the configuration of a run that goes on: its learner continues from its checkpoint, with its last drafter.
+
+    Args:
+        folder: Folder of the run.
+        document: Its saved configuration, ``config.yaml`` or ``learner.yaml``.
+        path: YAML file to read in place of the saved configuration.
+        overrides: Pairs such as ``traffic.requests=500``.
+
+    Raises:
+        ConfigError: The folder holds no such run, or the configuration cannot be used.
+    """
+    run = Path(folder)
+    if not (run / document).is_file():
+        raise ConfigError(f"--resume {folder}: there is no {document} in it; name the folder of an earlier run")
+    config = load_config(path or run / document, overrides)
+    if config.run_dir not in (None, folder):
+        raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
+    drafters = [run / name for name in _DRAFTERS if (run / name / "config.json").is_file()]
+    started = replace(config.drafter, path=str(drafters[0])) if drafters else config.drafter
+    # The second is where a learner that was killed while it wrote left its last state.
+    learned = (run / "learner").is_dir() or (run / ".learner-old").is_dir()
+    learner = replace(config.learner, resume=str(run / "learner")) if learned else config.learner
+    return replace(config, drafter=started, learner=learner, run_dir=folder)
+
+
+def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:
+    """Write a traceback into the run's folder, or into a temporary file where that cannot take it."""
+    text = "".join(traceback.format_exception(error))
+    path = Path(run_dir or tempfile.mkdtemp(prefix="aurora-rl-")) / f"{command}-traceback.txt"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError:  # the run's folder is full, or gone
+        path = Path(tempfile.mkdtemp(prefix="aurora-rl-")) / path.name
+        path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,55 @@
+"""What a command does about SIGINT, SIGTERM and SIGHUP."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Stop:
+    """What SIGINT, SIGTERM and SIGHUP do.
+
+    While a command starts they raise KeyboardInterrupt. Once it works, the first is a flag that loops look at, so that
+    a round or a step ends whole, and a second one raises. However many come, one exception is raised.
+
+    Attributes:
+        requested: Whether the user asked for an end.
+        working: Set by the command when it has started.
+    """
+
+    def __init__(self) -> None:
+        self.requested, self.working = False, False
+        self._raised, self._held = False, False
+        self._numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            self._numbers.append(signal.SIGHUP)
+        for number in self._numbers:
+            signal.signal(number, self._note)
+
+    def ignore(self) -> None:
+        """From here on they do nothing, up to the end of the process: what is left is short and must be whole."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        if (again or not self.working) and not self._held:
+            self._raise()
+
+    def _raise(self) -> None:
+        if not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Defer KeyboardInterrupt until the block exits: a child process whose handle is lost could not be ended."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.requested:
+            self._raise()

@@ -1,0 +1,118 @@
+"""The time of a round by the shape of its trees, measured before serving starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import LogitsProcessorList
+
+from aurora_rl.envs import Engine, Request, SpecDecodeEnv
+from aurora_rl.policies.drafter import TreeShape
+from aurora_rl.policies.policy import DrafterPolicy
+
+
+class DrafterFault(Exception):
+    """A drafter failed before there was a request that could go on without it."""
+
+
+def measure_rounds(
+    engine: Engine,
+    policy: DrafterPolicy,
+    request: Request,
+    shapes: Sequence[TreeShape],
+    *,
+    repeats: int = 11,
+    processors: Callable[[Request], LogitsProcessorList] | None = None,
+) -> dict[int, dict[TreeShape, float]]:
+    """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
+
+    Args:
+        engine: Engine whose slots are free.
+        policy: Policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
+        request: Request of each slot, started again whenever it ends.
+        shapes: Shapes to measure, within the policy's ``num_nodes``.
+        repeats: Timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
+            drifts, or that does other work now and then, hardly changes.
+        processors: Logits processors of the environment that will serve; they take time at every node.
+
+    Returns:
+        Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
+
+    Raises:
+        DrafterFault: The drafter failed; the slots are free again.
+    """
+    kept, slots = policy.shape, engine.num_slots
+    powers = [2**i for i in range(slots.bit_length())]
+
+    def give_up(slot: int, fault: str) -> None:
+        raise DrafterFault(fault)
+
+    policy.on_fault = give_up  # until a server takes over
+    try:
+        seconds = {
+            n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in (*powers, slots)
+        }
+    finally:
+        for slot in engine.store.occupied.tolist():
+            engine.release(slot)
+        policy.shape, policy.on_fault, engine.prefill_seconds = kept, None, 0.0
+
+    def dearer(shape: TreeShape) -> list[TreeShape]:
+        deeper = [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
+        return [s for s in deeper if shape.lookup_only or not shape.depth or not s.lookup_only]
+
+    # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
+    return {
+        count: {s: min(seconds[c][d] for c in seconds if c >= count for d in dearer(s)) for s in shapes}
+        for count in seconds
+    }
+
+
+def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
+    """What :func:`measure_rounds` returns, for a log: milliseconds, shapes by depth and width, and whether free.
+
+    Example:
+        >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
+        {1: {'0x1': 20.0, '3x2': 31.2}}
+    """
+    return {
+        count: {
+            f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}": round(s * 1e3, 3)
+            for shape, s in by_shape.items()
+        }
+        for count, by_shape in costs.items()
+    }
+
+
+def _time_rounds(
+    engine: Engine,
+    policy: DrafterPolicy,
+    waiting: list[Request],
+    shapes: Sequence[TreeShape],
+    repeats: int,
+    processors: Callable[[Request], LogitsProcessorList] | None,
+) -> dict[TreeShape, float]:
+    """Seconds of a round of each shape, with as many slots occupied as there are requests."""
+    env = SpecDecodeEnv(
+        engine,
+        lambda: waiting.pop() if waiting else None,
+        num_nodes=policy.num_nodes,
+        draft_mode=policy.shape.mode,
+        processors=processors,
+        on_completion=lambda completion: waiting.append(completion.request),
+    )
+    td = env.reset()
+    turns = torch.zeros(repeats, len(shapes), dtype=torch.float64)
+    for turn in turns:
+        for i, shape in enumerate(shapes):
+            policy.shape, prefill = shape, engine.prefill_seconds
+            began = time.perf_counter()
+            _, td = env.step_and_maybe_reset(policy(td))
+            turn[i] = time.perf_counter() - began - (engine.prefill_seconds - prefill)
+    whole = turns.sum(1, keepdim=True)
+    seconds = (turns / whole).median(0).values * whole.median()
+    for slot in engine.store.occupied.tolist():
+        engine.release(slot)
+    return dict(zip(shapes, seconds.tolist(), strict=True))

@@ -1,0 +1,81 @@
+"""Tensors and JSON documents on disk: safetensors files, and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the fix."""
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read the folder can read, as the umask says.
+
+    Safetensors itself makes files that only their owner can read.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
+    """Replace ``folder`` by one with ``model.safetensors`` and a JSON file for each document.
+
+    A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
+
+    Raises:
+        OSError: It cannot be written, as on a full disk; names the folder, which is as it was.
+    """
+    folder = Path(folder)
+    new, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
+    try:
+        new.mkdir(parents=True)
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / "model.safetensors")
+        for name, document in documents.items():
+            (new / name).write_text(json.dumps(document, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and one document of a folder from :func:`write_folder`, or from one with PyTorch's ``.bin``.
+
+    Raises:
+        CheckpointError: A file is missing or broken.
+    """
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}-old")
+    if old.exists() and not folder.exists():  # the writer was killed between its two renames
+        folder = old
+    try:
+        older = folder / "pytorch_model.bin"
+        if older.exists() and not (folder / "model.safetensors").exists():
+            # Tensors only: nothing else in the file is brought to life.
+            tensors = torch.load(older, map_location="cpu", weights_only=True)
+        else:
+            tensors = load_file(folder / "model.safetensors")
+        return tensors, json.loads((folder / document).read_text())
+    except (OSError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: {error}; give a folder with model.safetensors and {document}"
+        ) from error

@@ -1,0 +1,87 @@
+"""Folders of runs: new, refused, and continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.cli import run_dir
+from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.run_dir import RunDir, resumed_config
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20300101-000000")
+    folders = [RunDir(load_config(), ["config.yaml"]).path for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_refused_run_leaves_no_folder_that_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(run_dir=str(tmp_path / "runs" / "of" / "today") if named else None)
+    folder = RunDir(config, ["config.yaml"])
+    assert (folder.path / "config.yaml").exists()
+    with pytest.raises(ConfigError), folder.undone_if_refused():
+        raise ConfigError("refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_run_leaves_others_folders_alone(tmp_path: Path) -> None:
+    folder = RunDir(Config(run_dir=str(tmp_path / "runs" / "mine")), ["config.yaml"])
+    (tmp_path / "runs" / "another").mkdir()
+    with pytest.raises(ConfigError), folder.undone_if_refused():
+        raise ConfigError("refused")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another"]
+
+
+def test_the_log_of_a_process_that_says_why_is_kept(tmp_path: Path) -> None:
+    folder = RunDir(Config(run_dir=str(tmp_path / "run")), ["config.yaml"])
+    (folder.path / "sglang.log").write_text("no GPU")
+    with pytest.raises(OSError), folder.undone_if_refused():
+        raise OSError
+    assert (tmp_path / "run" / "sglang.log").exists()
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """The folder of a run that was killed after it had published."""
+    config = load_config(overrides=[f"run_dir={tmp_path / 'run'}", "engine.slots=3"])
+    folder = RunDir(config, ["config.yaml"]).path
+    for name in ("drafter-day0", "learner/drafter"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
+    config = resumed_config(str(earlier), "config.yaml", None, ["gate.requests=5"])
+    assert (config.engine.slots, config.gate.requests, config.run_dir) == (3, 5, str(earlier))
+    assert config.drafter.path == str(earlier / "learner" / "drafter")
+    assert config.learner.resume == str(earlier / "learner")
+    (earlier / "learner").rename(earlier / ".learner-old")  # killed while it wrote
+    config = resumed_config(str(earlier), "config.yaml", None, [])
+    assert (config.drafter.path, config.learner.resume) == (str(earlier / "drafter-day0"), str(earlier / "learner"))
+
+
+def test_each_part_keeps_its_documents(earlier: Path) -> None:
+    for number in (1, 2):
+        (earlier / "summary.json").write_text(f"of part {number}")
+        folder = RunDir(Config(run_dir=str(earlier), seed=number), ["config.yaml", "summary.json"], resume=True)
+        assert (earlier / f"part-{number}" / "summary.json").read_text() == f"of part {number}"
+        assert load_config(folder.path / "config.yaml").seed == number
+    with pytest.raises(ConfigError), folder.undone_if_refused():
+        raise ConfigError("refused")
+    assert load_config(earlier / "config.yaml").seed == 1 and not (earlier / "part-2").exists()
+    assert (earlier / "summary.json").read_text() == "of part 2" and (earlier / "part-1").exists()
+
+
+def test_what_cannot_go_on_says_so(earlier: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--resume .*nothing: there is no config.yaml in it; name the folder"):
+        resumed_config(str(tmp_path / "nothing"), "config.yaml", None, [])
+    with pytest.raises(ConfigError, match="--resume .*run and run_dir=elsewhere are two folders; leave run_dir out"):
+        resumed_config(str(earlier), "config.yaml", None, ["run_dir=elsewhere"])
