@@ -90,6 +90,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             outputs.write("the end of serving", server.close)
         if learner is not None and (lost := learner.end()):
             outputs.failures["learner"] = lost
+        if view is not None:
+            view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
             outputs.failures["learner"] = f"the learner's last training state was not written: {view.unsaved}"
         if stop.working or stop.requested:

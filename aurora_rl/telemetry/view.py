@@ -82,8 +82,8 @@ class LiveView:
         self._accepted: Counter[int] = Counter()
         self._coverage: list[float] = []
 
-    def follow(self) -> list[str]:
-        """Read what is new in the log. Returns what the user must be told, each thing once."""
+    def read(self) -> list[str]:
+        """Read what is new in the log. Return what the user must be told, each thing once."""
         told: list[str] = []
         for event in self._reader:
             if event["event"] == "train":
@@ -106,7 +106,11 @@ class LiveView:
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
                 if event["coverage"] is not None:
                     self._coverage.append(event["coverage"])
-        state = self._learner()
+        return told
+
+    def follow(self) -> list[str]:
+        """Read what is new in the log, and ask both halves. Return what the user must be told, each thing once."""
+        told, state = self.read(), self._learner()
         died = f"the learner {state}" if state.startswith("died") else None
         for name, news in (("refused", self._server.refused), ("learner_died", died)):
             if news is not None and news not in self._told:

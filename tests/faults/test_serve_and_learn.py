@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -67,3 +70,30 @@ def test_both_sides_show_the_one_mismatch(start: Start) -> None:
     assert server.events("swap") == []
     assert learner.events("train") == []
     assert learner.events("learner_done")[0]["seen"] == 0
+
+
+def test_a_learner_goes_on_in_its_folder(start: Start) -> None:
+    learner, server = start("learn"), start("serve", ENDLESS)
+    server.wait_for("swap")
+    learner.interrupt()
+    assert learner.ended() == 0, learner.text
+    (over,) = learner.events("learner_done")
+    command = [sys.executable, "-m", "aurora_rl.cli.main", "learn", "--resume", str(learner.run)]
+    with learner.output.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=output) as again:
+        try:
+            deadline = time.monotonic() + 60
+            while not any(event["steps"] > over["steps"] for event in learner.events("train")):
+                assert again.poll() is None and time.monotonic() < deadline, learner.text
+                time.sleep(0.02)
+            again.send_signal(signal.SIGINT)
+            assert again.wait(60) == 0, learner.text
+        finally:
+            again.kill()
+    first, last = learner.events("learner_done")
+    assert first == over and last["version"] > over["version"] and last["seen"] > over["seen"]
+    steps = [event["steps"] for event in learner.events("train")]
+    assert steps == sorted(set(steps))
+    assert [path.name for path in (learner.run / "part-1").iterdir()] == ["learner.yaml"]
+    server.interrupt()
+    assert server.ended() == 130, server.text
+    assert server.summary["failed"] == 0
