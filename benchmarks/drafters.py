@@ -34,7 +34,6 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import (
     Drafter,
-    HybridDrafter,
     NgramDrafter,
     TargetParts,
     TreeShape,
@@ -57,12 +56,12 @@ from aurora_rl.workload.traffic import generate, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
-HYBRID = "hybrid:"  # of n-grams and what the drafter named behind it has learned, which is not trained again
+LOOKUP = "+lookup"  # the drafter named before it with lookup merged into its trees; it is not trained again
 
 
 def learned(name: str) -> str:
-    """The drafter that learns in it."""
-    return name.removeprefix(HYBRID)
+    """The drafter that learns."""
+    return name.removesuffix(LOOKUP)
 
 
 class World:
@@ -87,10 +86,12 @@ class World:
 
     def trained(self, name: str) -> Drafter:
         """What the stream has made of it."""
-        if name.startswith(HYBRID):
-            return HybridDrafter(self.trained(learned(name)))
-        folder = self.work / name / "drafter"
-        return load_drafter(folder, self.parts) if folder.exists() else self.drafter(name)
+        folder = self.work / learned(name) / "drafter"
+        return load_drafter(folder, self.parts) if folder.exists() else self.drafter(learned(name))
+
+    def shape_of(self, name: str) -> TreeShape:
+        """The trees that it is served with."""
+        return replace(self.shape, lookup=2) if name.endswith(LOOKUP) else self.shape
 
     def stream(self, layers: Sequence[int]) -> TrajectoryDataset:
         """The recorded requests, with the features of the layers side by side."""
@@ -122,21 +123,21 @@ def of_layers(stream: Sequence[TensorDict], recorded: Sequence[int], wanted: Seq
     return out
 
 
-def learn(world: World, name: str, hybrids: Sequence[str], stream: list[TensorDict]) -> None:
+def learn(world: World, names: Sequence[str], stream: list[TensorDict]) -> None:
     """The acceptance length on the next requests, after every so many learned from; kept with the drafter."""
+    name = learned(names[0])
     every, folder = world.options.every, world.work / name
     drafter = world.drafter(name)
     served = copy.deepcopy(drafter).to(world.dtype).eval().requires_grad_(False)
-    candidates: dict[str, Drafter] = {name: served, **{hybrid: HybridDrafter(served) for hybrid in hybrids}}
-    curves: dict[str, list[tuple[int, float]]] = {candidate: [] for candidate in candidates}
+    curves: dict[str, list[tuple[int, float]]] = {each: [] for each in names}
 
     def evaluate(seen: int) -> None:
         ahead = stream[seen : seen + every]
         if drafter.formats:
             served.install(drafter.published())
-        for candidate, drafter_of_it in candidates.items():
-            curves[candidate].append((seen, replay(drafter_of_it, ahead, world.shape).acceptance_length))
-        print(f"{world.name} {name}: {seen} requests, acceptance length {curves[name][-1][1]:.3f}", flush=True)
+        for each, curve in curves.items():
+            curve.append((seen, replay(served, ahead, world.shape_of(each)).acceptance_length))
+            print(f"{world.name} {each}: {seen} requests, acceptance length {curve[-1][1]:.3f}", flush=True)
 
     began = time.perf_counter()
     evaluate(0)
@@ -162,7 +163,7 @@ def learn(world: World, name: str, hybrids: Sequence[str], stream: list[TensorDi
 
 def serve(world: World, name: str) -> dict[str, Any]:
     """Requests that come behind the stream, speculative and plain in turns."""
-    options = world.options
+    options, shape = world.options, world.shape_of(name)
     model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
     requests = RequestQueue(
         world.prompts,
@@ -176,13 +177,13 @@ def serve(world: World, name: str) -> dict[str, Any]:
         model,
         world.trained(name),
         requests,
-        shape=world.shape,
+        shape=shape,
         max_length=1024,
         stop_tokens=stop_token_ids(model, world.tokenizer),
     )
     policy = decoder.policy
-    none, usual = replace(world.shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]))
-    costs = measure_rounds(decoder.engine, policy, usual, [none, world.shape])[1]
+    none, usual = replace(shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]))
+    costs = measure_rounds(decoder.engine, policy, usual, [none, shape])[1]
     drafting: list[float] = []
     draft = policy.draft
 
@@ -206,7 +207,7 @@ def serve(world: World, name: str) -> dict[str, Any]:
             pass
     return {
         "draft_ms": 1e3 * statistics.median(drafting),
-        "round_ms": 1e3 * costs[world.shape],
+        "round_ms": 1e3 * costs[shape],
         "plain_ms": 1e3 * costs[none],
         "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
         "speedup": server.stats.rates().speedup,
@@ -258,7 +259,7 @@ def plot(domains: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,hybrid:eagle3,hybrid:medusa")
+    parser.add_argument("--drafters", default="eagle3,eagle,medusa,standalone,dflash,ngram,eagle3+lookup,medusa+lookup")
     parser.add_argument("--work", type=Path, default=Path("runs/drafters"))
     parser.add_argument("--requests", type=int, default=128, help="of each stream")
     parser.add_argument("--every", type=int, default=32, help="requests between two evaluations")
@@ -286,8 +287,8 @@ def main() -> None:
             continue
         for name, drafter in untrained.items():
             if not (world.work / name / "curve.json").exists():
-                hybrids = [hybrid for hybrid in names if hybrid != name and learned(hybrid) == name]
-                learn(world, name, hybrids, of_layers(list(stream), recorded, drafter.feature_layers))
+                same = [each for each in names if learned(each) == name]
+                learn(world, same, of_layers(list(stream), recorded, drafter.feature_layers))
         if options.until == "learn":
             continue
         cells: dict[str, Any] = {}

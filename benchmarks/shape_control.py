@@ -3,7 +3,7 @@
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
 weights are learned here: the useless drafter is the trained one with the rows of its draft heads permuted, and the
 improving one is swapped in by steps between an untrained and a trained checkpoint of one draft vocabulary. With
-``--drafter hybrid`` both are served with n-grams, and n-grams alone are a choice of the controller.
+``--lookup 2`` lookup is merged into the trees of both, and lookup alone is a choice of the controller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common import arguments, parse, prompts, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl import Drafter, Request, SamplingParams, TargetParts, TreeShape, get_drafter
+from aurora_rl import Request, SamplingParams, TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
@@ -49,10 +49,6 @@ class Script:
         pass
 
 
-def load(options: argparse.Namespace, folder: str, parts: TargetParts) -> Drafter:
-    return load_drafter(folder, parts, get_drafter(options.drafter) if options.drafter else None)
-
-
 def serve(
     options: argparse.Namespace,
     folder: Path,
@@ -65,7 +61,7 @@ def serve(
     """Serve the prompts in parts, each of a name, a number of requests and how many are in flight at once."""
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
-    drafter = load(options, options.trained, TargetParts.of(model))
+    drafter = load_drafter(options.trained, TargetParts.of(model))
     drafter.install(first)
     source = RequestQueue(
         prompts(options),
@@ -89,7 +85,7 @@ def serve(
         asked += 1
         return source()
 
-    most = TreeShape(options.depth, options.width, options.nodes)
+    most = TreeShape(options.depth, options.width, options.nodes, lookup=options.lookup)
     decoder = SpeculativeDecoder(
         model,
         drafter,
@@ -101,7 +97,7 @@ def serve(
     )
     policy = decoder.policy
     usual = Request(0, torch.tensor(source.first_prompts(1)[0]), SamplingParams(max_tokens=options.max_new_tokens))
-    tried = TreeController.candidates(most, free=drafter.min_depth > 0)
+    tried = TreeController.candidates(most)
     costs = measure_rounds(decoder.engine, policy, usual, tried) if adaptive else {}
     script = Script(later, parts[0][1])
     server = InferenceServer(
@@ -119,7 +115,7 @@ def serve(
     while (here := part()) < len(parts) and server.step():
         if server.stats.rounds[-1].speculative:
             shape = policy.shape
-            name = f"{shape.depth}x{shape.width}{' free' * shape.free}"  # as in the table of costs
+            name = f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}"  # as in the table of costs
             chosen[here][name if shape.depth else "none"] += 1
     return {
         "controller": adaptive,
@@ -157,7 +153,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trained", required=True, help="trained drafter, such as RUN_DIR/drafter")
     parser.add_argument("--untrained", required=True, help="what it started from, such as RUN_DIR/drafter-day0")
-    parser.add_argument("--drafter", help="architecture to serve them as, such as hybrid; by default their own")
+    parser.add_argument("--lookup", type=int, default=2, help="most tokens that are looked up for a tree; 0 for none")
     parser.add_argument("--streams", default="useless,improving,batch")
     parser.add_argument("--slots", type=int, default=2, help="of the useless and the improving drafter")
     parser.add_argument("--depth", type=int, default=4)
@@ -168,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model, _ = load_target("smollm2", dtype=torch.float32, device="cpu")
     target = TargetParts.of(model)
-    drafters = [load(options, folder, target).requires_grad_(False) for folder in (options.trained, options.untrained)]
+    drafters = [load_drafter(folder, target).requires_grad_(False) for folder in (options.trained, options.untrained)]
     trained, untrained = (drafter.published() for drafter in drafters)
     rows = torch.randperm(len(drafters[0].draft_vocab), generator=torch.Generator().manual_seed(0))
     del model, drafters
@@ -207,7 +203,7 @@ def main() -> None:
                 result[f"{name}, {'controller' if adaptive else 'fixed shape'}"] = cell
                 print(name, cell, flush=True)
     shape = {"depth": options.depth, "width": options.width, "num_nodes": options.nodes}
-    figures_of_run = {"threads": options.threads, "drafter": options.drafter, "most": shape, "streams": result}
+    figures_of_run = {"threads": options.threads, "lookup": options.lookup, "most": shape, "streams": result}
     write_result(__file__, options, figures_of_run)
 
 

@@ -20,7 +20,6 @@ from common import arguments, parse, prompts, write_result
 
 from aurora_rl import Request, SamplingParams, TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies import HybridDrafter
 from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter
@@ -36,8 +35,6 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     parts = TargetParts.of(model)
     drafter = load_drafter(options.drafter, parts)
-    if options.lookup:
-        drafter = HybridDrafter(drafter, options.lookup)
     weights = [copy.deepcopy(drafter.published())]
     if options.swap_to:
         weights.insert(0, load_drafter(options.swap_to, parts).published())
@@ -49,7 +46,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         max_length=1024,
         sampling=SamplingParams(),
     )
-    shape = TreeShape(options.depth, options.width, options.nodes)
+    shape = TreeShape(options.depth, options.width, options.nodes, lookup=options.lookup)
     decoder = SpeculativeDecoder(
         model,
         drafter,
@@ -115,7 +112,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int)
-    parser.add_argument("--lookup", type=int, default=2, help="most tokens of n-grams in a tree; 0 for none")
+    parser.add_argument("--lookup", type=int, default=2, help="most tokens that are looked up for a tree; 0 for none")
     parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
     parser.add_argument("--swap-to", help="another drafter of the same draft vocabulary")
     options = parse(parser)

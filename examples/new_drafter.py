@@ -17,7 +17,6 @@ from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.testing import check_drafter, tiny_target
-from aurora_rl.tree_index import TreeIndex
 
 
 class RecurrentDrafter(Drafter):
@@ -53,16 +52,16 @@ class RecurrentDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, slots, shape, generator=None):
-        growth, states = grow(self.draft_vocab, shape, generator), self.states[slots, None]
-        growth.add(log_softmax(self.lm_head(states)))
+        search, states = grow(self.draft_vocab, shape, generator), self.states[slots, None]
+        search.add(log_softmax(self.lm_head(states)))
         for _ in range(1, shape.depth):
-            tokens, parent = growth.frontier()
+            tokens, parent = search.frontier()
             states = self.step(tokens, states.gather(1, parent[..., None].expand(-1, -1, states.shape[-1])))
-            growth.add(log_softmax(self.lm_head(states)))
-        return growth.proposal()
+            search.add(log_softmax(self.lm_head(states)))
+        return search.proposal()
 
-    def context_logits(self, batch, wanted):
-        trees, sequence = TreeIndex.of(batch), batch["sequence"]
+    def context_logits(self, batch, trees, wanted):
+        sequence = batch["sequence"]
         start, pair = sequence["offset"][trees.request], trees.root.clamp(min=0)
         # A request has one feature less than tokens.
         states = self.step(sequence["tokens"][start + pair + 1], sequence["features"][start - trees.request + pair])

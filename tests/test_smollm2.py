@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.models import loading as models
-from aurora_rl.policies import Drafter, DrafterPolicy, HybridDrafter, Proposal, TargetParts, TreeShape
+from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.training.gate import replay
 from aurora_rl.trajectories import accepted_per_round, pack
@@ -88,10 +88,10 @@ def serve(
     engine = TransformersEngine(world.model, num_slots=slots, max_length=192, feature_layers=LAYERS)
     done: dict[int, Completion] = {}
     env = SpecDecodeEnv(
-        engine, lambda: waiting.pop(0) if waiting else None, num_nodes=shape.most_nodes, stop_tokens=world.stop,
+        engine, lambda: waiting.pop(0) if waiting else None, num_nodes=shape.num_nodes, stop_tokens=world.stop,
         rule="greedy", on_completion=lambda completion: done.update({completion.request.id: completion}),
     )  # fmt: skip
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.most_nodes, shape=shape)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
     td, number = env.reset(), 0
     while env.num_active:
         each(policy, number)
@@ -155,7 +155,7 @@ class Knowing(Drafter):
     def unroll(self, batch: TensorDictBase, steps: int):
         raise NotImplementedError
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+    def context_logits(self, batch: TensorDictBase, trees: object, wanted: Tensor) -> Tensor:
         raise NotImplementedError
 
     def published(self) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ def test_swaps_in_mid_request(world: World) -> None:
 
 
 def test_recorded_streams_replay_exactly_and_score_as_served(world: World) -> None:
-    made, shape = HybridDrafter(eagle(world.parts)), TreeShape(3, 2, 5)
+    made, shape = eagle(world.parts), TreeShape(3, 2, 5, lookup=2)
     again = copy.deepcopy(made)
     done = serve(world, REPLAY, made, shape, slots=2)
     trajectories = [completion.trajectory for completion in done.values()]
@@ -221,7 +221,7 @@ def test_recorded_streams_replay_exactly_and_score_as_served(world: World) -> No
     scores, recorded = again.score(batch), batch["nodes", "log_probs"]
     drafted = recorded.isfinite()
     torch.testing.assert_close(scores[drafted], recorded[drafted], rtol=0, atol=1e-4)
-    assert bool(batch["nodes", "accepted"][~drafted].any())  # n-grams were right at times
+    assert bool(batch["nodes", "accepted"][~drafted].any())  # lookup was right at times
 
 
 def test_scores_in_bf16(smollm2_path: Path) -> None:

@@ -124,7 +124,7 @@ def _report_rounds(
     served = (
         copy.deepcopy(drafter).to(device=engine.model.device, dtype=engine.model.dtype).eval().requires_grad_(False)
     )
-    policy = DrafterPolicy(served, engine.store, num_nodes=shape.most_nodes, shape=shape)
+    policy = DrafterPolicy(served, engine.store, num_nodes=shape.num_nodes, shape=shape)
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
     request = _request(config, tokens, engine.max_length - len(tokens))
     plain = TreeShape(0, mode=shape.mode)

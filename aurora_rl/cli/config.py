@@ -66,10 +66,10 @@ class TrafficConfig:
 class DrafterConfig:
     """The drafter and the trees that it proposes."""
 
-    name: str = "hybrid"
+    name: str = "medusa"
     """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the architecture is told beside, such as learned=eagle3 of hybrid."""
+    """Options of the architecture, such as fc_norm: true for eagle3."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
     made_for: str = "target"
@@ -84,6 +84,9 @@ class DrafterConfig:
     """1 drafts a chain; more, a top-k tree."""
     num_nodes: int | None = 4
     """Node budget of a tree; null keeps all."""
+    lookup: int | None = None
+    """Most tokens of a chain that is looked up in the request's own text and merged into each tree; 0 turns it off.
+    null is 2 where trees can take it: not with engine.name=sglang, with sampled trees, or with drafter.name=ngram."""
     mode: str = "topk"
     """topk takes the likeliest nodes; sampled and sampled_without_replacement draw them, for policy gradients."""
     adaptive: bool = True
@@ -338,6 +341,7 @@ def _check(config: Config) -> None:
             f"learner.buffer={config.learner.buffer} is less than learner.batch_size={config.learner.batch_size}, so "
             f"that no step would ever be taken; set learner.buffer={config.learner.batch_size} or more"
         )
+    _check_lookup(config.drafter)
     if config.drafter.made_for not in ("target", "any"):
         raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
     layers = config.drafter.feature_layers or []
@@ -361,6 +365,15 @@ def _check(config: Config) -> None:
         raise ConfigError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {config.dtype!r}")
     if config.generation_config not in ("auto", "ignore"):
         raise ConfigError(f"generation_config must be auto or ignore, got {config.generation_config!r}")
+
+
+def _check_lookup(drafter: DrafterConfig) -> None:
+    if drafter.name == "hybrid":
+        options = drafter.options
+        now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
+        raise ConfigError(f"drafter.name=hybrid is {now} now, and its learned_options are drafter.options")
+    if drafter.lookup is not None and drafter.lookup < 0:
+        raise ConfigError(f"drafter.lookup must not be negative, got {drafter.lookup}")
 
 
 def to_yaml(config: Config, *, run_dir: bool = True) -> str:

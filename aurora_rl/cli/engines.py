@@ -82,18 +82,19 @@ def _embedded_server(
     policy = DrafterPolicy(
         served,
         engine.store,
-        num_nodes=tree.most_nodes,
+        num_nodes=tree.num_nodes,
         shape=tree,
         generator=torch.Generator(spec.device).manual_seed(config.seed),
     )
     shapes, fault = None, None
     if config.drafter.adaptive:
-        tried = TreeController.candidates(tree, free=drafter.min_depth > 0)
+        tried = TreeController.candidates(tree)
         try:
             costs = measure_rounds(engine, policy, usual, tried, processors=processors)
         except DrafterFault as error:
             fault = error
-            policy.shape = TreeShape(tree.depth, free=True) if drafter.min_depth else TreeShape(0, mode=tree.mode)
+            alone = replace(tree, width=1, num_nodes=tree.depth, lookup_only=True) if tree.lookup else None
+            policy.shape = alone or TreeShape(0, mode=tree.mode)
         else:
             log.write("costs", round_ms=cost_table(costs))
             shapes = TreeController(costs)
@@ -101,7 +102,7 @@ def _embedded_server(
     env = SpecDecodeEnv(
         engine,
         requests,
-        num_nodes=tree.most_nodes,
+        num_nodes=tree.num_nodes,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,
         decode=lambda tokens: str(tokenizer.decode(tokens)),
@@ -197,7 +198,7 @@ def _sglang_server(
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGLangClient:
     """Launch SGLang on the drafter; ``context`` is the model's."""
     config, folder, tree = spec.config, run_dir / "drafter-served", spec.tree
-    room = context - reserved_context(tree.depth, tree.width, tree.budget)
+    room = context - reserved_context(tree.depth, tree.width, tree.num_nodes)
     if config.engine.max_length > room:
         raise SGLangError(
             f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
@@ -209,7 +210,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGL
         drafter=folder,
         depth=tree.depth,
         width=tree.width,
-        num_nodes=tree.budget,
+        num_nodes=tree.num_nodes,
         slots=config.engine.slots,
         max_length=config.engine.max_length,
         dtype=str(spec.dtype).removeprefix("torch."),

@@ -243,16 +243,22 @@ def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
 
 def _shape(config: Config) -> TreeShape:
     """The tree that the configuration asks for."""
-    settings = config.drafter
+    settings, lookup = config.drafter, config.drafter.lookup
+    if lookup is None:
+        lookup = (
+            2 if (config.engine.name, settings.mode) == ("transformers", "topk") and settings.name != "ngram" else 0
+        )
+    elif lookup and config.engine.name == "sglang":
+        raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
     try:
-        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode)
+        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
-    if config.engine.name == "transformers" and tree.most_nodes > Engine.max_nodes:
+    if config.engine.name == "transformers" and tree.num_nodes > Engine.max_nodes:
         budget = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
             f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.most_nodes} nodes, and the engine verifies {Engine.max_nodes} at most; set drafter.num_nodes="
+            f"of {tree.num_nodes} nodes, and the engine verifies {Engine.max_nodes} at most; set drafter.num_nodes="
             f"{Engine.max_nodes} or less"
         )
     return tree

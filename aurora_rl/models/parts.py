@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,6 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 
-logger = logging.getLogger(__name__)
-# In config.json: heads or rotary settings are not the target's, and are meant so.
-_OWN_ATTENTION = "aurora_rl_attention"
 # Weights of a Llama layer that are taken as they are, among them those of outputs, and norms of heads.
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _PROJECTIONS = tuple(
@@ -28,15 +24,8 @@ _OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 # Of the probe of a norm: far above every epsilon, and float16 holds its outliers.
 _PROBE_SIZE = 4096.0
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
-# Kinds of rotary settings whose frequencies do not depend on the length of the pass.
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-# Logits that `token_prior` holds at a time: 16 MB in float32.
-_PRIOR_LOGITS = 2**22
-# Tokens that `token_prior` reads at a time: eager attention, the only one of some families, holds a square of them.
-_PRIOR_TOKENS = 512
-# Of these it finds out whether the model can read a text in chunks.
-_PROBED_TOKENS = 16
-_CURE = " If it was trained with them, set drafter.options={attention: own}"
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary settings whose frequencies do not depend on the length of the pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +34,9 @@ class TargetParts:
 
     Attributes:
         config: The target's (text) configuration.
-        embedding: ``[V, H]``.
-        head: The output head; its weight and ``embedding`` are one tensor where they are tied.
-        norm: ``[H]``, what the final norm multiplies normalised states by; None where the decoder ends without a norm.
+        embedding: Input embedding, ``[V, H]``.
+        head: The output head; its weight and ``embedding`` are one tensor if they are tied.
+        norm: Factor of the final norm on normalised states, ``[H]``; None if the decoder ends without a norm.
         last_layer: Weights of the last decoder layer by their names in a Llama layer, those alone that a Llama layer
             has in this form. Norms are what they multiply by: Gemma stores this less 1.
         parameters: All parameters of the last decoder layer, by the family's own names.
@@ -273,7 +262,7 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
             "rope_parameters": _layer_rope(target),
             "vocab_size": target.vocab_size,
             "tie_word_embeddings": False,
-            **targets_entries(parts),
+            **target_entries(parts),
         }
     )
 
@@ -297,12 +286,12 @@ def _layer_rope(config: PretrainedConfig) -> dict[str, Any]:
     rope = dict(rope.get("full_attention") or next((v for v in rope.values() if isinstance(v, dict)), rope))
     rope.pop("partial_rotary_factor", None)
     theta = rope.get("rope_theta") or 10000.0
-    if rope.get("rope_type", "default") not in _FIXED_ROPE:
+    if rope.get("rope_type", "default") not in FIXED_ROPE:
         return {"rope_type": "default", "rope_theta": theta}
     return {"rope_type": "default", **{name: v for name, v in rope.items() if v is not None}, "rope_theta": theta}
 
 
-def targets_entries(parts: TargetParts) -> dict[str, Any]:
+def target_entries(parts: TargetParts) -> dict[str, Any]:
     """Entries of a drafter's configuration that are the target's, whatever a file says.
 
     Files are often cut to the length of their training; positions are computed here, as far as the target's go.
@@ -317,136 +306,6 @@ def targets_entries(parts: TargetParts) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value is not None}
 
 
-def written_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``config.json`` holds of a configuration, for engines on transformers 5 and 4.
-
-    The latter look for ``rope_theta``, ``rope_scaling`` and ``torch_dtype``, and would fall back to base 10000.
-    """
-    name = str(dtype).removeprefix("torch.")
-    written = {**config.to_dict(), "dtype": name, "torch_dtype": name}
-    rope = dict(written.get("rope_parameters") or {})
-    if "rope_theta" in rope:  # not where each type of layer has its own, for which the older form has no place
-        written["rope_theta"] = rope.pop("rope_theta")
-        written["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    return written
-
-
-def check_rope(config: PretrainedConfig, parts: TargetParts, cure: str = "") -> None:
-    """Raise ValueError where a drafter's positions are not the target's: it would draft, and be wrong far into a text.
-
-    Args:
-        config: read from the drafter's ``config.json``.
-        parts: the target's.
-        cure: what the message adds.
-    """
-    mine, targets = _rope(config), _rope(layer_config(parts))
-    if mine != targets:
-        raise ValueError(
-            f"config.json: rope_parameters are {mine}, the target has {targets}; was the drafter made for another "
-            f"target, or were they left out of the file?{cure}"
-        )
-
-
-def check_fixed_rope(config: PretrainedConfig, name: str = "config.json") -> None:
-    """Raise ValueError where rotary positions depend on the length of a pass: cached keys would not fit later ones."""
-    kind = _rope(config)["rope_type"]
-    if kind not in _FIXED_ROPE:
-        raise ValueError(
-            f"{name}: rope_type is {kind!r}, which turns keys by the length of the pass; drafters have "
-            f"{', '.join(_FIXED_ROPE)}"
-        )
-
-
-def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, attention: str) -> None:
-    """Check heads and positions of a drafter whose layer has its own: they may be others than the target's if meant so.
-
-    A drafter must be served as it was trained. Authors of EAGLE train with base 10000 for any target and leave rotary
-    settings out of their files, as engines read them too. Settings that a file states, and that are not the target's,
-    are most often of another target: they are refused unless the option says "own", or the file itself that this was so
-    when it was read before. Heads are compared since the shapes of tensors do not tell eight heads of two from four of
-    four.
-
-    Args:
-        config: read from the drafter's ``config.json``; marked where its attention is its own.
-        entries: of that file.
-        parts: the target's.
-        attention: the option.
-
-    Raises:
-        ValueError: heads or positions of another target, or another option than "target" and "own".
-    """
-    if attention not in ("target", "own"):
-        raise ValueError(f"the option attention must be target or own, got {attention!r}")
-    meant = "own" in (attention, entries.get(_OWN_ATTENTION))
-    heads = [f"{name} is {getattr(config, name)}, the target has {value}" for name, value in _heads(config, parts)]
-    if heads and not meant:
-        raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{_CURE}")
-    check_fixed_rope(config)
-    targets = _rope(layer_config(parts))
-    same_rope = _rope(config) == targets
-    if not same_rope and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
-        logger.warning(
-            "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
-            _rope(config),
-            targets,
-        )
-    elif not meant:
-        check_rope(config, parts, _CURE)
-    if heads or not same_rope:
-        setattr(config, _OWN_ATTENTION, "own")
-
-
-def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]]:
-    """Entries of a layer's heads that are not the target's, with the target's."""
-    target = layer_config(parts)
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return [(name, getattr(target, name)) for name in names if getattr(config, name) != getattr(target, name)]
-
-
-def check_heads_stated(entries: Mapping[str, Any]) -> None:
-    """Raise ValueError where a ``config.json`` leaves it to a default how many heads there are."""
-    if entries.get("num_attention_heads") is None:
-        raise ValueError("config.json: num_attention_heads is missing, and tensors do not tell how many there are")
-
-
-def refuse_own_attention(attention: str) -> None:
-    """Raise ValueError where a drafter that starts from the target is asked for an attention of its own."""
-    if attention != "target":
-        raise ValueError(
-            f"the option attention={attention!r} is for a checkpoint, drafter.path; a new drafter has the target's"
-        )
-
-
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary settings without those that stand for their default, or that a drafter's layer does not read."""
-    settings = {"rope_type": "default", **(getattr(config, "rope_parameters", None) or {})}
-    settings.pop("partial_rotary_factor", None)
-    return {name: value for name, value in sorted(settings.items()) if value is not None}
-
-
-def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
-    """Raise ValueError where engines cannot capture the features, or would join them in another order.
-
-    Args:
-        feature_layers: ids by the layer that a state enters.
-        num_target_layers: decoder layers of the target.
-        lowest: that the engine captures; 0 is the embedding.
-    """
-    for layer in feature_layers:
-        if not lowest <= layer < num_target_layers:
-            raise ValueError(
-                f"feature_layers has {layer}; engines capture what enters a layer, {lowest}..{num_target_layers - 1} "
-                "of this target"
-            )
-    check_layers_rise(feature_layers)
-
-
-def check_layers_rise(feature_layers: Sequence[int]) -> None:
-    """Raise ValueError where engines would join the features in another order than they are given in."""
-    if sorted(set(feature_layers)) != list(feature_layers):
-        raise ValueError(f"feature_layers must rise, got {tuple(feature_layers)}: engines join states in that order")
-
-
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:
     """EAGLE-3's early, middle and late layers, as SGLang captures them: 2, n // 2, n − 3 (fewer in tiny models).
 
@@ -456,69 +315,3 @@ def default_feature_layers(num_layers: int) -> tuple[int, ...]:
     (0, 1)
     """
     return tuple(sorted({max(min(2, num_layers - 2), 0), num_layers // 2, max(num_layers - 3, 0)}))
-
-
-@torch.inference_mode()
-def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
-    """How often the target would say each token, before it has said any: ``[V]`` expected counts, float32.
-
-    The sum over all positions of the prompts of the target's next-token distribution, plus the prompts' own tokens.
-    On code prompts the best 4,096 tokens by this held 90% of the tokens that were then generated, the 4,096 lowest ids
-    with the prompts' tokens 84%. Of a prompt longer than the model's context the last tokens count.
-    """
-    head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
-    context = context_length(model.config.get_text_config())
-    prior = torch.zeros(len(head), device=device)
-    # Logits of a few rows at a time: those of a whole prompt would take a megabyte a token at a vocabulary of 152k.
-    rows = max(_PRIOR_LOGITS // len(head), 1)
-    for prompt in prompts:
-        tokens = torch.tensor(prompt if context is None else prompt[-context:], device=device)
-        chunked = len(tokens) > _PRIOR_TOKENS and _reads_chunks(decoder, tokens[:_PROBED_TOKENS])
-        for hidden in _hidden_states(decoder, tokens.split(_PRIOR_TOKENS) if chunked else [tokens]):
-            for part in hidden.split(rows):
-                prior += head(part).softmax(-1, dtype=torch.float32).sum(0)
-        prior += torch.bincount(tokens, minlength=len(head))
-    return prior.cpu()
-
-
-def _hidden_states(decoder: Any, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """What the output head reads of a text, ``[·, H]`` for each of its chunks ``[·]``."""
-    cache: dict[str, Any] = {"use_cache": len(chunks) > 1}
-    for chunk in chunks:
-        out = decoder(chunk[None], **cache)
-        if (past := getattr(out, "past_key_values", None)) is not None:
-            cache["past_key_values"] = past
-        yield out.last_hidden_state[0]
-
-
-def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
-    """Whether a decoder reads a text ``[S]`` alike in chunks and in one pass. Some with a state do not."""
-    whole = next(_hidden_states(decoder, [tokens]))
-    try:
-        parts = torch.cat([*_hidden_states(decoder, tokens.tensor_split(2))])
-    except Exception:  # families fail in their own ways
-        return False
-    # A lost context changes states by about their spread, rounding by a few hundredths of it.
-    return bool((parts - whole).abs().max() <= 0.1 * whole.float().std())
-
-
-def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:
-    """Day-0 draft vocabulary: the tokens of highest prior, of equal ones the lowest ids.
-
-    Merges of a byte-pair tokenizer are numbered by how early, hence how often, they were made, so low ids are the
-    frequent tokens where nothing else is known.
-
-    Args:
-        size: rows of the draft head; at most the target's vocabulary.
-        prior: ``[V]``, see :func:`token_prior`; zeros where there are no prompts yet.
-
-    Returns:
-        ``[size]`` int64, rising.
-
-    Example:
-        >>> choose_draft_vocab(2, torch.tensor([0.0, 0.0, 3.0]))
-        tensor([0, 2])
-    """
-    if not 1 <= size <= len(prior):
-        raise ValueError(f"drafter.vocab_size must lie in 1..{len(prior)} (the target's vocabulary), got {size}")
-    return prior.sort(descending=True, stable=True).indices[:size].sort().values

@@ -202,7 +202,7 @@ class AcceptanceRewardLoss(Objective):
             )
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
         drawn_from[trees.parent] = True
-        log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
+        log_q = log_softmax(self.drafter.context_logits(batch, trees, drawn_from))
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
         context = (drawn_from.cumsum(0) - 1)[trees.parent]

@@ -127,7 +127,7 @@ class DiscardSamplingLoss(Objective):
             discarded &= batch[keys.log_probs] != -torch.inf
         wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
         wanted[nodes] = discarded
-        log_q = log_softmax(self.drafter.context_logits(batch, wanted))
+        log_q = log_softmax(self.drafter.context_logits(batch, trees, wanted))
         log_p, covered = self.target_law(
             batch,
             target_rows(batch, keys.node_hidden)[discarded],

@@ -140,7 +140,7 @@ class ExpectedLengthLoss(Objective):
         context = (drawn_from.cumsum(0) - 1)[trees.parent]
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         request = trees.request[drawn_from]
-        log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
+        log_q = log_softmax(self.drafter.context_logits(batch, trees, drawn_from))
         log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
         # Where the drafter predicts nothing (below its depth, before the first pair) nothing is accepted of it.
         predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]

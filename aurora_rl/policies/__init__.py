@@ -1,12 +1,12 @@
 """Drafters and the policy that serves them."""
 
-from aurora_rl.models.parts import TargetParts, choose_draft_vocab, token_prior
+from aurora_rl.models.draft_vocab import choose_draft_vocab, token_prior
+from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.dflash import DFlashDrafter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
-from aurora_rl.policies.hybrid import HybridDrafter
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
 from aurora_rl.policies.policy import DrafterPolicy
@@ -20,7 +20,6 @@ __all__ = [
     "DrafterPolicy",
     "Eagle3Drafter",
     "EagleDrafter",
-    "HybridDrafter",
     "MedusaDrafter",
     "NgramDrafter",
     "Proposal",

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 KeysValues = tuple[Tensor, Tensor]
 
-# Up to so many branch keys, those of all queries go into one fused call, masked to each query's own: at serving, where
-# a call's overhead counts. A training batch has thousands, and there a query should not even look at the others'.
+# Most branch keys that go into one fused call, masked to each query's own. At serving a call's overhead counts; a
+# training batch has thousands of keys, and no query should even look at those of the others.
 _FOLD = 64
 
 
@@ -27,8 +27,8 @@ class TreeAttention(nn.Module):
     and scoring recorded trees are all this one operation, so they agree.
 
     Args:
-        config: a Llama-style configuration: heads, key heads, head size and rotary settings are read from it.
-        input_size: width of what is projected (EAGLE-3 reads embedding and feature, ``2 * hidden_size``).
+        config: Llama-style configuration, for heads, key heads, head size and rotary settings.
+        input_size: Width of the input (EAGLE-3 reads embedding and feature, ``2 * hidden_size``).
 
     Example:
         >>> from transformers import LlamaConfig
@@ -56,7 +56,7 @@ class TreeAttention(nn.Module):
         """Rotary embedding of ``[b, T, heads, d]`` at ``[b, T]``."""
         longest = int(positions.max()) + 1
         if self._table is None or self._table[0].shape[0] < longest or self._table[0].device != x.device:
-            # Twice what is needed: a growing request must not make the table anew at every token.
+            # Twice what is needed: a growing request must not compute the table anew at every token.
             grid = torch.arange(max(2 * longest, 512), device=x.device)[None]
             cos, sin = self._rotary[0].to(x.device)(x.float(), grid)
             self._table = (cos[0], sin[0])

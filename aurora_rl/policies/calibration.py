@@ -61,7 +61,7 @@ def measure_rounds(
 
     def dearer(shape: TreeShape) -> list[TreeShape]:
         deeper = [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
-        return [s for s in deeper if shape.free or not shape.depth or not s.free]
+        return [s for s in deeper if shape.lookup_only or not shape.depth or not s.lookup_only]
 
     # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
     return {
@@ -79,7 +79,8 @@ def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, 
     """
     return {
         count: {
-            f"{shape.depth}x{shape.width}{' free' * shape.free}": round(s * 1e3, 3) for shape, s in by_shape.items()
+            f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}": round(s * 1e3, 3)
+            for shape, s in by_shape.items()
         }
         for count, by_shape in costs.items()
     }

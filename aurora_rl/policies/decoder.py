@@ -72,7 +72,7 @@ class SpeculativeDecoder:
         if not callable(requests):
             waiting = iter(requests)
             requests = lambda: next(waiting, None)  # noqa: E731
-        nodes = max(shape.most_nodes, 1)
+        nodes = max(shape.num_nodes, 1)
         self.env = SpecDecodeEnv(self.engine, requests, num_nodes=nodes, draft_mode=shape.mode, **settings)
         self.policy: DrafterPolicy | None = None
         if drafter is not None:

@@ -1,4 +1,4 @@
-"""DFlash: a few decoder layers fill a block of masks behind the root in one pass, over the target's states as context.
+"""DFlash: a few decoder layers fill a block of masks after the root in one pass, over the target's states as context.
 
 Chen et al., "DFlash: Block Diffusion for Flash Speculative Decoding" (arXiv 2602.06036). Parameter names are those of
 the checkpoints that SGLang, vLLM and the authors' own code load.
@@ -20,21 +20,11 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from typing_extensions import override
 
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_captured,
-    check_fixed_rope,
-    check_heads_stated,
-    check_layers_rise,
-    check_rope,
-    copy_layer,
-    layer_config,
-    targets_entries,
-    written_config,
-)
+from aurora_rl.models.parts import TargetParts, copy_layer, layer_config, target_entries
 from aurora_rl.policies.attention import KeysValues
 from aurora_rl.policies.block_layer import BlockLayer, Rotation
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.formats.dflash import read_dflash, write_dflash
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
@@ -53,16 +43,17 @@ class DFlashDrafter(Drafter):
 
     Args:
         config: Qwen3-style configuration of the layers; ``num_hidden_layers`` of them.
-        embedding: ``[V, H]``, the target's.
-        head: ``[V, H]``, the target's; None where it is the embedding.
-        draft_vocab: ``[Vd]`` int64, target ids of the head's rows that are used.
-        feature_layers: the target's layer ids, low to deep.
+        embedding: The target's embedding, ``[V, H]``.
+        head: The target's head, ``[V, H]``; None if it is the embedding.
+        draft_vocab: Target ids of the head's rows that are used, ``[Vd]`` int64.
+        feature_layers: Layer ids of the target, low to deep.
         num_target_layers: decoder layers of the target, which checkpoints name.
-        block_size: ``W``, the root's position included.
-        mask_token_id: token whose embedding stands for what is to be drafted.
+        block_size: Positions ``W`` of a block, the root's included.
+        mask_token_id: Token whose embedding stands for what is to be drafted.
 
     Raises:
-        ValueError: a block of fewer than two positions, no layers or features, or a mask outside the vocabulary.
+        ValueError: A block has fewer than two positions, there are no layers or features, or the mask is outside the
+            vocabulary.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -132,12 +123,12 @@ class DFlashDrafter(Drafter):
         block_size: int = 8,
         mask_token_id: int | None = None,
     ) -> Self:
-        """A day-0 drafter in float32 whose layers all start as the target's last, reading its deepest feature.
+        """Start a day-0 drafter in float32, all layers as the target's last, reading its deepest feature.
 
         Args:
-            parts: the target's.
-            draft_vocab: ``[Vd]`` int64.
-            feature_layers: layer ids to read; None spreads as many as there are layers, at least three, as DFlash does.
+            parts: Frozen pieces of the target.
+            draft_vocab: Target ids of the rows to draft, ``[Vd]`` int64.
+            feature_layers: Layer ids to read; None spreads as many as there are layers, at least three, as DFlash does.
             num_layers: decoder layers. With one, masks do not see each other's work: a mask is the same to the others
                 whatever the text is.
             block_size: positions of a block, one more than the deepest draft.
@@ -190,10 +181,10 @@ class DFlashDrafter(Drafter):
         """One pass over blocks.
 
         Args:
-            tokens: ``[r, A]`` int64, the roots'.
-            positions: ``[r, A]`` int64, the roots'.
+            tokens: Tokens of the roots, ``[r, A]`` int64.
+            positions: Positions of the roots, ``[r, A]`` int64.
             context: keys and values of each layer, ``[r, S, g, d]``.
-            mask: ``[r, A, S]`` bool.
+            mask: Which context positions each anchor sees, ``[r, A, S]`` bool.
 
         Returns:
             ``[r, A, W - 1, H]``, what the head reads at each depth.
@@ -216,8 +207,8 @@ class DFlashDrafter(Drafter):
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     @torch.inference_mode()
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`; of the tokens only the last one is read, the root's."""
         device = features.device
         row, column = (torch.arange(features.shape[1]) < num_new[:, None]).nonzero(as_tuple=True)
         position = self.cached[slots][row] + column
@@ -230,8 +221,8 @@ class DFlashDrafter(Drafter):
         self.cached[slots] += num_new
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`; one pass however deep the tree, and no deeper than a block holds masks."""
         held = self.cached[slots]
         end = int(held.max())
         rows, held = slots.to(self._root.device), held.to(self._root.device)
@@ -242,22 +233,22 @@ class DFlashDrafter(Drafter):
         mask = torch.arange(end, device=rows.device) < held[:, None, None]
         states = self._fill(self._root[rows, None], held[:, None], context, mask)
         log_probs = log_softmax(F.linear(states[:, 0, : max(shape.depth, 1)], self.head))
-        growth = grow(self.draft_vocab, shape, generator)
-        growth.add(log_probs[:, :1])
+        search = grow(self.draft_vocab, shape, generator)
+        search.add(log_probs[:, :1])
         for depth in range(1, log_probs.shape[1]):
-            tokens, _ = growth.frontier()
-            growth.add(log_probs[:, depth : depth + 1].expand(-1, tokens.shape[1], -1))
-        return growth.proposal()
+            tokens, _ = search.frontier()
+            search.add(log_probs[:, depth : depth + 1].expand(-1, tokens.shape[1], -1))
+        return search.proposal()
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def _blocks(self, batch: TensorDictBase, request: Tensor, root: Tensor) -> Tensor:
-        """What the head reads of blocks that are laid behind anchors in the text.
+        """Return the head's inputs for blocks that start at anchors in the text.
 
         Args:
             batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            request: ``[a]`` int64, the request of each anchor, rising.
-            root: ``[a]`` int64, the pair of each root; −1 sees no context.
+            request: Request of each anchor, rising, ``[a]`` int64.
+            root: Pair of each root, ``[a]`` int64; −1 sees no context.
 
         Returns:
             ``[a, W - 1, H]``.
@@ -279,8 +270,8 @@ class DFlashDrafter(Drafter):
         )
         return states[torch.arange(tokens.shape[1], device=offset.device) < counts[:, None]]
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`; one pass over the blocks behind all anchors, at most ``W - 1`` steps."""
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
@@ -292,12 +283,10 @@ class DFlashDrafter(Drafter):
         valid = torch.stack([(column >= step) & (root >= step) for step in range(len(states))])
         return Unroll([F.linear(state, self.head) for state in states], valid, states)
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. One pass over the blocks of all rounds that are asked for.
-
-        What a context predicts depends on its root and depth only.
-        """
-        trees, offset = TreeIndex.of(batch), batch["rounds", "offset"]
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        # A context predicts by its root and depth only: one pass over the blocks of the rounds that are asked for.
+        offset = batch["rounds", "offset"]
         number = torch.arange(trees.num_rounds, device=offset.device)
         rounds = torch.cat([number, torch.repeat_interleave(number, offset.diff())])
         asked, block = rounds[wanted].unique(return_inverse=True)
@@ -307,8 +296,9 @@ class DFlashDrafter(Drafter):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
+    @override
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`; another draft vocabulary takes other rows of the target's head."""
+        # Another draft vocabulary takes other rows of the target's head.
         put, before = super().stage(weights), self.draft_vocab
         vocab = weights["d2t"].to(before) + torch.arange(len(before)).to(before)
         head = self.head if torch.equal(vocab, before) else self._head_rows(vocab)
@@ -321,38 +311,9 @@ class DFlashDrafter(Drafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`.
-
-        Both layouts are the ``DFlashDraftModel`` that the authors publish and SGLang serves: neither embedding nor
-        head, which are the target's. They name a captured state by the decoder layer that it leaves (the authors' code
-        reads ``hidden_states[id + 1]``, SGLang captures what enters layer ``id + 1``), this library by the layer that
-        it enters: the ids in the file are one less than ``feature_layers``. "sglang" holds what SGLang can capture,
-        the states between two layers; "hf" also the embedding, as −1, and what the target's head reads.
-
-        A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids, that SGLang passes over:
-        it drafts from the whole vocabulary, of the same logits. vLLM loads the file where there is no such tensor,
-        which is where every token has the row of its own id.
-
-        Raises:
-            ValueError: SGLang cannot capture one of the features.
-        """
-        if layout == "sglang":  # whose DFlash has no place for the embedding
-            check_captured(self.feature_layers, self.num_target_layers, lowest=1)
-        tensors = self.published()
-        config: dict[str, Any] = {
-            **written_config(self.config, self.fc.weight.dtype),
-            "architectures": ["DFlashDraftModel"],
-            "block_size": self.block_size,
-            "num_target_layers": self.num_target_layers,
-            "dflash_config": {
-                "mask_token_id": self.mask_token_id,
-                "target_layer_ids": [layer - 1 for layer in self.feature_layers],
-            },
-        }
-        if len(tensors["d2t"]) == self.vocab_size and not bool(tensors["d2t"].any()):
-            del tensors["d2t"]
-        return Checkpoint(tensors, config)
+        return write_dflash(self, layout)
 
     @classmethod
     @override
@@ -360,67 +321,17 @@ class DFlashDrafter(Drafter):
         return config.get("architectures") == ["DFlashDraftModel"]
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. A file that names its mask by text alone needs the option ``mask_token_id``.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        config, tensors = checkpoint.config, dict(checkpoint.tensors)
-        for entry, plain in _UNSUPPORTED.items():
-            if (value := _setting(config, entry)) not in (None, plain):
-                raise ValueError(f"config.json: {entry} is {value!r}, which this drafter has no form for")
-        if "sliding_attention" in (config.get("layer_types") or ()):
-            raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
-        check_heads_stated(config)
-        own = Qwen3Config.from_dict({**config, **targets_entries(parts)})
-        check_fixed_rope(own)
-        check_rope(own, parts)
-        depth = parts.config.num_hidden_layers
-        if (made_for := _setting(config, "num_target_layers") or depth) != depth:
-            raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
-        mask_token_id = _setting(config, "mask_token_id", options.get("mask_token_id"))
-        if mask_token_id is None:
-            raise ValueError("config.json: mask_token_id is missing; set the option of the same name")
-        layers = _setting(config, "target_layer_ids")
-        check_layers_rise(layers or ())
-        tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
-        drafter = cls(
-            own,
-            **_targets(parts),
-            draft_vocab=torch.arange(len(tensors["d2t"])),
-            feature_layers=tuple(layer + 1 for layer in layers) if layers else _spread(depth, own.num_hidden_layers),
-            block_size=_setting(config, "block_size", 16),
-            mask_token_id=mask_token_id,
-        )
+        arguments, tensors = read_dflash(checkpoint, parts, options.get("mask_token_id"))
+        usual = _spread(parts.config.num_hidden_layers, arguments["config"].num_hidden_layers)
+        drafter = cls(**{**arguments, **_targets(parts), "feature_layers": arguments["feature_layers"] or usual})
         drafter.install(tensors)
         return drafter
 
 
-# Settings of other block drafters that change what is computed, and the value at which they do not.
-_UNSUPPORTED: dict[str, Any] = {
-    "attention_bias": False,
-    "attention_sink_bias": False,
-    "attention_value_scale": 1.0,
-    "conv_kernel_size": 0,
-    "final_logit_softcapping": 0,
-    "hidden_act": "silu",
-    "input_embedding_scale": 1.0,
-    "is_causal": False,
-    "output_multiplier": 1.0,
-    "projector_type": None,
-    "sample_from_anchor": True,
-    "selector_rank": 0,
-}
-
-
-def _setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """An entry of ``dflash_config``, or of the file itself, where older files have it."""
-    return (config.get("dflash_config") or {}).get(name, config.get(name, default))
-
-
 def _targets(parts: TargetParts) -> dict[str, Any]:
-    """What a drafter shares with its target."""
+    """Return the arguments that a drafter shares with its target."""
     head = parts.head.rows()
     tied = head.data_ptr() == parts.embedding.data_ptr()
     return {
@@ -431,7 +342,7 @@ def _targets(parts: TargetParts) -> dict[str, Any]:
 
 
 def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
-    """Configuration of layers of the target's sizes and rotary settings."""
+    """Return the configuration of layers of the target's sizes and rotary settings."""
     layer = layer_config(parts)
     return Qwen3Config(
         hidden_size=layer.hidden_size,
@@ -444,12 +355,12 @@ def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
         rope_parameters=layer.rope_parameters,
         vocab_size=layer.vocab_size,
         tie_word_embeddings=False,
-        **targets_entries(parts),
+        **target_entries(parts),
     )
 
 
 def _spread(num_layers: int, count: int) -> tuple[int, ...]:
-    """Layer ids that DFlash reads where nobody says: ``count``, from the second layer's input's to the third last's.
+    """Return the ids of ``count`` layers that DFlash reads by default, from the second's input to the third last's.
 
     DFlash has no rule for targets of fewer than four layers; here its ids are moved to between two layers.
 
@@ -464,7 +375,7 @@ def _spread(num_layers: int, count: int) -> tuple[int, ...]:
 
 
 def _usual_size(projection: Tensor, norm: Tensor) -> Tensor:
-    """Root mean square of what a projection ``[out, H]`` gives behind a norm with weight ``[H]``.
+    """Return the root mean square of the outputs of a projection ``[out, H]`` after a norm with weight ``[H]``.
 
     Queries and keys of targets that do not normalise them have a size of their own, which a norm's weight gives back.
     Exact where normalised inputs are uncorrelated; of SmolLM2's last layer it is three quarters of what is measured.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,71 +25,78 @@ from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TreeIndex, true_chains
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class TreeShape:
     """The tree that is drafted in a round.
 
     Attributes:
-        depth: longest path of the drafter's tree; 0 proposes nothing.
-        width: nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: node budget; the likeliest of the drafter's nodes by joint probability are kept.
+        depth: Longest path of the drafter's tree; 0 drafts nothing.
+        width: Nodes expanded at each depth and children tried of each; 1 is a chain.
+        num_nodes: Node budget: the drafter's likeliest nodes by joint probability are kept. None, or more than there
+            can be, stands for all nodes of this depth and width.
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
             many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
             tokens that differ.
-        free: only what the drafter proposes without a pass of its own, see :meth:`Drafter.from_text`.
+        lookup: Most tokens of the chain that is looked up in the request's own text and merged into the drafter's tree
+            (``policies.lookup``); it counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges none.
+        lookup_only: Whether the drafter rests: the whole tree, of this depth and width, is looked up.
 
     Raises:
-        ValueError: depth, width or mode out of range, or a budget that cannot hold one path.
+        ValueError: An attribute is out of range, the budget cannot hold one path, or lookup is combined with a mode
+            that samples.
 
     Example:
-        >>> TreeShape(depth=3, width=2).most_nodes, TreeShape(depth=3, width=2, num_nodes=8).budget
+        >>> TreeShape(depth=3, width=2).num_nodes, TreeShape(depth=3, width=2, num_nodes=8).num_nodes
         (10, 8)
     """
 
     depth: int
-    width: int = 1
-    num_nodes: int | None = None
-    mode: str = "topk"
-    free: bool = False
+    width: int
+    num_nodes: int
+    mode: str
+    lookup: int
+    lookup_only: bool
 
-    def __post_init__(self) -> None:
-        if self.mode not in DRAFT_MODES:
-            raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {self.mode!r}")
-        if self.depth < 0 or self.width < 1:
-            raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {self.depth}, width {self.width}")
-        if self.num_nodes is not None and self.num_nodes < self.depth:
-            raise ValueError(f"num_nodes={self.num_nodes} cannot hold one path of depth {self.depth}")
+    def __init__(
+        self,
+        depth: int,
+        width: int = 1,
+        num_nodes: int | None = None,
+        mode: str = "topk",
+        lookup: int = 0,
+        lookup_only: bool = False,
+    ) -> None:
+        if mode not in DRAFT_MODES:
+            raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {mode!r}")
+        if depth < 0 or width < 1:
+            raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {depth}, width {width}")
+        if num_nodes is not None and num_nodes < depth:
+            raise ValueError(f"num_nodes={num_nodes} cannot hold one path of depth {depth}")
+        if lookup < 0 or (lookup_only and not lookup):
+            raise ValueError(f"lookup must be at least {int(lookup_only)}, got {lookup}")
+        if lookup and mode != "topk":
+            raise ValueError(f"lookup={lookup} adds nodes that the drafter did not draw; set it to 0 in mode {mode!r}")
+        most = width + (depth - 1) * width**2 if mode == "topk" else depth * width
+        nodes = 0 if not depth else most if num_nodes is None else min(num_nodes, most + lookup)
+        values = {"depth": depth, "width": width, "num_nodes": nodes, "mode": mode, "lookup": lookup}
+        for name, value in {**values, "lookup_only": lookup_only}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def chains(self) -> int:
         """Chains of a sampled tree."""
-        return self.width if self.num_nodes is None else min(self.width, self.num_nodes // max(self.depth, 1))
-
-    @property
-    def budget(self) -> int:
-        """Most nodes that grow to this depth and width."""
-        if self.mode != "topk":
-            return self.depth * self.chains
-        full = self.width + max(self.depth - 1, 0) * self.width**2 if self.depth else 0
-        return full if self.num_nodes is None else min(self.num_nodes, full)
-
-    @property
-    def most_nodes(self) -> int:
-        """Most nodes of a round with this tree or a shallower one, and with what a drafter merges into it."""
-        if not self.depth:
-            return 0
-        return self.budget if self.num_nodes is None else self.num_nodes
+        return min(self.width, self.num_nodes // max(self.depth, 1))
 
 
 class Proposal(NamedTuple):
     """Trees of ``b`` slots with ``n`` nodes each, in topological order, parent −1 = root.
 
     Attributes:
-        tokens: ``[b, n]`` int64, target token ids.
-        parents: ``[b, n]`` int64.
-        log_probs: ``[b, n]`` float32, log q(token given its path) of the drafter; −inf at nodes of another source.
-        q: ``[b, n, Vd]``, the distribution at each node's parent, where nodes were sampled.
-        mask: ``[b, n]`` bool, which columns are nodes; None says all.
+        tokens: Target token ids, ``[b, n]`` int64.
+        parents: Index of each node's parent, ``[b, n]`` int64.
+        log_probs: Log-probability q of each token given its path, ``[b, n]`` float32.
+        q: Distribution at each node's parent, ``[b, n, Vd]``; None unless nodes were sampled.
+        mask: Which columns are nodes, ``[b, n]`` bool; None says all.
     """
 
     tokens: Tensor
@@ -105,8 +112,8 @@ class Unroll(NamedTuple):
     Attributes:
         logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
             of a chain of the true tokens, hence belongs to row ``c`` of ("sequence", "hidden").
-        valid: ``[J, C]`` bool; false where the anchor would lie before the last prompt token or has no feature.
-        states: ``J`` tensors ``[C, H]``, what the draft head read, where it is of the target's hidden size.
+        valid: ``[J, C]`` bool; false if the anchor would lie before the last prompt token or has no feature.
+        states: Inputs of the draft head, ``J`` tensors ``[C, H]``; None if they do not have the target's hidden size.
     """
 
     logits: list[Tensor]
@@ -128,20 +135,19 @@ class Drafter(HubMixin, nn.Module, ABC):
     and drafting for it needs all of them.
 
     Attributes:
-        feature_layers: the target's layer ids that make the features, see ``TransformersEngine``; may be empty.
-        draft_vocab: ``[Vd]`` int64, the target token of each row of the draft head, rising.
-        vocab_size: of the target.
-        cached: ``[B]`` int64 on the CPU, pairs held for each slot.
-        max_depth: deepest node that the drafter can propose.
-        min_depth: depth that its trees may have however shallow the shape, where such nodes cost no pass.
-        draft_modes: modes of :class:`TreeShape` that it can draft in.
-        formats: names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
-        target_sizes: entries of a checkpoint's ``config.json`` that must be the target's.
-        sglang_algorithm: SGLang's ``--speculative-algorithm`` for its folders of the format "sglang"; None where SGLang
-            does not serve it.
-        options: what :meth:`from_target` was given beside its own arguments.
-        made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in its folder; None where it is
-            not known.
+        feature_layers: Ids of the target's layers whose states are the features, see ``TransformersEngine``; may be
+            empty.
+        draft_vocab: Target token of each row of the draft head, ``[Vd]`` int64, rising.
+        vocab_size: Size of the target's vocabulary.
+        cached: Number of pairs held for each slot, ``[B]`` int64 on the CPU.
+        max_depth: Depth of the deepest node that the drafter can propose.
+        draft_modes: Modes of :class:`TreeShape` that the drafter can draft in.
+        formats: Names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
+        target_sizes: Entries of a checkpoint's ``config.json`` that must be the target's.
+        sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
+            not serve the architecture.
+        options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
+        made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in the folder; None if unknown.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
@@ -152,7 +158,6 @@ class Drafter(HubMixin, nn.Module, ABC):
     """
 
     max_depth: float = math.inf
-    min_depth: int = 0
     draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
     target_sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size")
@@ -176,24 +181,24 @@ class Drafter(HubMixin, nn.Module, ABC):
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
     ) -> Self:
-        """A day-0 drafter in float32 for a target.
+        """Start a day-0 drafter in float32 for a target.
 
         A subclass may take more keywords, which configurations set as ``drafter.options``.
 
         Args:
-            parts: the target's.
-            draft_vocab: ``[Vd]`` int64.
-            feature_layers: layer ids to read; None takes the architecture's own.
+            parts: Frozen pieces of the target.
+            draft_vocab: Target token of each row of the draft head, ``[Vd]`` int64.
+            feature_layers: Layer ids to read; None takes the architecture's default.
         """
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """Make room to serve ``num_slots`` requests of at most ``max_length`` tokens; empties every slot."""
+        """Allocate the cache of ``num_slots`` requests of at most ``max_length`` tokens, every slot empty."""
 
     def forget(self, slots: Tensor) -> None:
-        """Drop what is held for the slots (``[b]`` int64)."""
+        """Drop the pairs of the slots (``[b]`` int64)."""
         self.cached[slots] = 0
 
     @abstractmethod
@@ -201,47 +206,34 @@ class Drafter(HubMixin, nn.Module, ABC):
         """Append pairs to the slots.
 
         Args:
-            slots: ``[b]`` int64.
-            tokens: ``[b, T + 1]`` int64, those at the positions of the features and the one behind: pair ``i`` is
-                ``features[:, i]`` with ``tokens[:, i + 1]``. Columns behind the last new pair are padding.
-            features: ``[b, T, F]``, the feature of each pair.
-            num_new: ``[b]`` int64 on the CPU, at least 1.
+            slots: Slots to extend, ``[b]`` int64.
+            tokens: Tokens at the positions of the features and the next one, ``[b, T + 1]`` int64: pair ``i`` is
+                ``features[:, i]`` with ``tokens[:, i + 1]``. Columns after the last new pair are padding.
+            features: Feature of each pair, ``[b, T, F]``.
+            num_new: Number of new pairs, ``[b]`` int64 on the CPU, at least 1.
         """
 
     @abstractmethod
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """Draft a tree behind the last pair of each slot, of log-probabilities by ``policies.growth.grow``.
+        """Draft a tree after the last pair of each slot; ``policies.tree_search.grow`` makes it of log-probabilities.
 
         Args:
-            slots: ``[b]`` int64, each with at least one pair.
-            shape: the tree.
-            generator: of the draws where the shape's mode samples; None takes PyTorch's own.
+            slots: Slots to draft for, ``[b]`` int64, each with at least one pair.
+            shape: Shape of the tree. What it says of lookup is the policy's business.
+            generator: Source of randomness if the shape's mode samples; None takes PyTorch's own.
         """
-
-    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal | None:
-        """Draft for one slot from its text alone: without a pass, and whatever the cache holds.
-
-        It is what a shape that is ``free`` asks for, and what a request goes on with where :meth:`propose` failed it.
-
-        Args:
-            text: all tokens of the request so far.
-            shape: the tree.
-
-        Returns:
-            Nodes ``[1, n]``; None, the default, where the drafter has no such nodes (``min_depth`` is 0).
-        """
-        return None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """What the drafter predicts at contexts of the recorded trees, on its own states as in serving.
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        """Predict at contexts of the recorded trees, on the drafter's own states as in serving.
 
         Args:
-            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            wanted: ``[R + M]`` bool, the contexts asked for, in the order of :class:`TreeIndex`. Those without a
-                prediction (:attr:`TreeIndex.root` of −1, a depth of ``max_depth`` or more) get meaningless rows.
+            batch: Packed trajectories, see ``aurora_rl.trajectories.pack``.
+            trees: ``TreeIndex.of(batch)``.
+            wanted: ``[R + M]`` bool, the contexts asked for, in the order of ``trees``. Rows of those without a
+                prediction (a ``root`` of −1, a depth of ``max_depth`` or more) mean nothing.
 
         Returns:
             ``[number wanted, Vd]``, with gradients.
@@ -250,12 +242,12 @@ class Drafter(HubMixin, nn.Module, ABC):
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         """Training-time test: predict completion tokens as serving would, had the first drafts been right.
 
-        Chains of the true tokens are laid behind every anchor and go through :meth:`context_logits`; a drafter that can
-        share work between the anchors overrides it.
+        Chains of the true tokens are laid after every anchor and go through :meth:`context_logits`. Drafters that can
+        share work between the anchors override this.
 
         Args:
-            batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-            steps: ``J``, depths to unroll; a parallel drafter stops at its number of heads.
+            batch: Packed trajectories, see ``aurora_rl.trajectories.pack``.
+            steps: Depths ``J`` to unroll; a parallel drafter stops at its number of heads.
         """
         steps = int(min(steps, self.max_depth))
         chains, node, valid = true_chains(batch, steps)
@@ -263,20 +255,20 @@ class Drafter(HubMixin, nn.Module, ABC):
         contexts = trees.parent[node.clamp(min=0)]
         wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=contexts.device)
         wanted[contexts[valid]] = True
-        predicted = self.context_logits(chains, wanted)
+        predicted = self.context_logits(chains, trees, wanted)
         rows = (wanted.cumsum(0) - 1).clamp(min=0)[contexts]
         return Unroll([predicted[row] for row in rows], valid)
 
     def score(self, batch: TensorDictBase) -> Tensor:
-        """Log-probability of every recorded node given its path, ``[M]`` float, with gradients.
+        """Return the log-probability of every recorded node given its path, ``[M]`` float, with gradients.
 
-        Equals what serving recorded, where the weights are those that drafted and the cache had no older rows; −inf
-        for what the drafter cannot have drafted: a token outside the draft vocabulary, a node that is too deep.
+        It equals what serving recorded if the weights are those that drafted and the cache had no older rows. It is
+        −inf for what the drafter cannot have drafted: a token outside the draft vocabulary, or a node that is too deep.
         """
         trees = TreeIndex.of(batch)
         wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=trees.depth.device)
         wanted[trees.parent] = True
-        log_q = log_softmax(self.context_logits(batch, wanted))
+        log_q = log_softmax(self.context_logits(batch, trees, wanted))
         row, nodes = draft_rows(self.draft_vocab, batch["nodes", "tokens"]), slice(trees.num_rounds, None)
         possible = (row >= 0) & (trees.root[nodes] >= 0) & (trees.depth[nodes] <= self.max_depth)
         picked = log_q[(wanted.cumsum(0) - 1)[trees.parent], row.clamp(min=0)]
@@ -285,9 +277,9 @@ class Drafter(HubMixin, nn.Module, ABC):
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def published(self) -> dict[str, Tensor]:
-        """The tensors that a swap replaces, by their checkpoint names; frozen parts of the target are left out.
+        """Return the tensors that a swap replaces, by their checkpoint names, without frozen parts of the target.
 
-        The state dict, and ``d2t``, the offsets from draft rows to target ids, as engines name them.
+        They are the state dict, and ``d2t``, the offsets from draft rows to target ids, as engines name them.
         """
         rows = torch.arange(len(self.draft_vocab), device=self.draft_vocab.device)
         return {**{name: value.detach() for name, value in self.state_dict().items()}, "d2t": self.draft_vocab - rows}
@@ -295,12 +287,14 @@ class Drafter(HubMixin, nn.Module, ABC):
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         """Copy replacements of the :meth:`published` tensors, in the form that serving needs, while the old ones serve.
 
+        Staging may run in another thread, alongside the rounds.
+
         Returns:
-            Puts the copies in place, by reference. To be called between two rounds; staging may run beside them.
+            A function that puts the copies in place, by reference, to be called between two rounds.
 
         Raises:
-            ValueError: names the first tensor that is missing, unknown or of another shape, or a ``d2t`` that is no
-                rising map into the target's vocabulary; nothing is changed then.
+            ValueError: A tensor is missing, unknown or of another shape, or ``d2t`` is no rising map into the target's
+                vocabulary. The message names it, and nothing is changed.
         """
         old = self.draft_vocab
         check_weights(self.published(), weights)
@@ -321,9 +315,10 @@ class Drafter(HubMixin, nn.Module, ABC):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def write(self, layout: str) -> Checkpoint:
-        """The drafter in one of its :attr:`formats`.
+        """Return the drafter in one of its :attr:`formats`.
 
-        By default ``config.json`` says what :meth:`from_target` was given, and the tensors are the :meth:`published`.
+        By default ``config.json`` holds the arguments of :meth:`from_target`, and the tensors are those of
+        :meth:`published`.
         """
         config = {
             "architectures": [type(self).__name__],
@@ -336,26 +331,21 @@ class Drafter(HubMixin, nn.Module, ABC):
 
     @classmethod
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a ``config.json`` is of a drafter of this class, in whichever of its :attr:`formats`."""
+        """Return whether a ``config.json`` is of a drafter of this class, in whichever of its :attr:`formats`."""
         return config.get("architectures") == [cls.__name__]
 
     @classmethod
-    def saved_as(cls, options: Mapping[str, Any]) -> type[Drafter] | None:
-        """The class whose folders a drafter with these options is kept in; None where the folder has to tell."""
-        return cls
-
-    @classmethod
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """The drafter for a target, float32, of what :meth:`write` wrote or an engine's user has.
+        """Read a drafter for a target, in float32, from what :meth:`write` wrote or another program published.
 
         Args:
-            checkpoint: tensors and configuration.
-            parts: the target's.
-            layout: one of the :attr:`formats`.
-            options: what the user asks for; only what the checkpoint does not say is taken from here.
+            checkpoint: Tensors and configuration.
+            parts: Frozen pieces of the target.
+            layout: One of the :attr:`formats`.
+            options: ``drafter.options`` of the user; only what the checkpoint does not say is taken from here.
 
         Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
+            ValueError: An entry or tensor does not fit the target or the class; the message names the first.
         """
         tensors, config = checkpoint
         drafter = cls.from_target(
@@ -374,20 +364,20 @@ def _draft_map(tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["d2t"]
 
 
-def check_weights(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Raise ValueError naming the first tensor by which ``given`` differs from ``expected`` in name, shape or kind."""
+def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Raise ValueError naming the first tensor by which ``weights`` differ from ``expected`` in name, shape or kind."""
     for name, tensor in expected.items():
-        if name not in given:
+        if name not in weights:
             raise ValueError(f"tensor {name!r} {tuple(tensor.shape)} is missing; was it written for another drafter?")
-        if given[name].shape != tensor.shape:
+        if weights[name].shape != tensor.shape:
             raise ValueError(
-                f"tensor {name!r} has shape {tuple(given[name].shape)}, this drafter needs {tuple(tensor.shape)}; "
+                f"tensor {name!r} has shape {tuple(weights[name].shape)}, this drafter needs {tuple(tensor.shape)}; "
                 "was it written for another target or draft vocabulary?"
             )
-        if given[name].is_floating_point() != tensor.is_floating_point():
+        if weights[name].is_floating_point() != tensor.is_floating_point():
             wanted = "floating-point numbers" if tensor.is_floating_point() else "integers"
-            raise ValueError(f"tensor {name!r} is {given[name].dtype}, this drafter needs {wanted}")
-    unknown = next((name for name in given if name not in expected), None)
+            raise ValueError(f"tensor {name!r} is {weights[name].dtype}, this drafter needs {wanted}")
+    unknown = next((name for name in weights if name not in expected), None)
     if unknown is not None:
         raise ValueError(f"tensor {unknown!r} is unknown to this drafter; it has {sorted(expected)}")
 
@@ -396,9 +386,9 @@ def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 
     """Raise ValueError where the rows of a draft head are no rising map into the target's vocabulary.
 
     Args:
-        draft_vocab: ``[Vd]`` int64, the target token of each row.
-        vocab_size: of the target.
-        name: what the rows were read from.
+        draft_vocab: Target token of each row, ``[Vd]`` int64.
+        vocab_size: Size of the target's vocabulary.
+        name: Where the rows were read from, for the message.
     """
     outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
     if bool(outside.any()):
@@ -421,12 +411,12 @@ def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over the last dimension in float32, or in float64 where that is what comes in."""
+    """Return the log-softmax over the last dimension in float32, or in float64 of a float64 input."""
     return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:
-    """Row of the draft head of each target token, −1 where it has none; any shape.
+    """Return the row of the draft head of each target token, −1 if it has none; any shape.
 
     Example:
         >>> draft_rows(torch.tensor([9, 2, 5]), torch.tensor([5, 3, 9]))

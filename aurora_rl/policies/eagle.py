@@ -1,8 +1,8 @@
 """EAGLE and EAGLE-2: one decoder layer that predicts the next feature, which the target's own head reads.
 
 Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty" (arXiv 2401.15077); EAGLE-2 (arXiv
-2406.16858) is the same model and grows the trees by the drafter's probabilities, as ``policies.growth`` does. Parameter
-names are those of the checkpoints that SGLang loads.
+2406.16858) is the same model, and its trees follow the drafter's probabilities, as ``policies.tree_search`` has it.
+Parameter names are those of the checkpoints that SGLang loads.
 """
 
 from __future__ import annotations
@@ -14,22 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from typing_extensions import override
 
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_heads_stated,
-    copy_layer,
-    layer_config,
-    refuse_own_attention,
-    settle_attention,
-    targets_entries,
-    written_config,
-)
-from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
+from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
+from aurora_rl.policies.drafter import Checkpoint
+from aurora_rl.policies.formats.checks import refuse_own_attention
+from aurora_rl.policies.formats.llama_eagle import read_eagle, write_eagle
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 
-# Of the embedding's image by day-0 `fc`, to the feature: root mean squares.
+# Size of the embedding's image by day-0 `fc` relative to the feature's, by root mean squares.
 _TOKEN_SHARE = 0.5
 
 
@@ -43,13 +37,13 @@ class EagleDrafter(RecurrentDrafter):
 
     Args:
         config: Llama-style configuration of the layer.
-        embedding: ``[V, H]``, the target's, shared and frozen.
-        head: ``[Vd, H]``, the rows of the target's head that the draft vocabulary has, frozen.
-        draft_vocab: ``[Vd]`` int64, target ids of these rows.
-        feature_layers: the one layer id that is read.
+        embedding: The target's embedding, shared and frozen, ``[V, H]``.
+        head: Rows of the target's head for the draft vocabulary, frozen, ``[Vd, H]``.
+        draft_vocab: Target ids of these rows, ``[Vd]`` int64.
+        feature_layers: Layer id of the one feature.
 
     Raises:
-        ValueError: ``feature_layers`` is not a single id, or ``head`` has other rows than ``draft_vocab``.
+        ValueError: ``feature_layers`` is no single id, or ``head`` has other rows than ``draft_vocab``.
 
     Example:
         >>> from aurora_rl.policies import TreeShape
@@ -99,7 +93,7 @@ class EagleDrafter(RecurrentDrafter):
         feature_layers: tuple[int, ...] | None = None,
         attention: str = "target",
     ) -> Self:
-        """A day-0 drafter in float32 that predicts the feature it was given.
+        """Start a day-0 drafter in float32 that predicts the feature that it reads.
 
         ``fc`` passes the feature on and adds a random image of the embedding, half as large: embeddings are small, and
         a layer that has to learn to see them first learns late. On SmolLM2 (chains of 3, 24 unseen requests) it costs
@@ -113,7 +107,7 @@ class EagleDrafter(RecurrentDrafter):
         the target's.
 
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head, ``attention`` than "target".
+            ValueError: ``feature_layers`` is not the input of the target's head, or ``attention`` is not "target".
         """
         refuse_own_attention(attention)
         last = (parts.config.num_hidden_layers,)
@@ -142,8 +136,8 @@ class EagleDrafter(RecurrentDrafter):
         nn.init.zeros_(self.fc.bias)
         copy_layer(layer, last)
         if parts.norm is not None:
-            # A feature is the normalised state times the final norm's weight, and in its place comes the weight of the
-            # norm before the projections. Where the former is 0 a feature says nothing.
+            # Divide out the final norm's weight, then fold in the pre-attention norm's. A feature says nothing where
+            # the former is 0.
             final, before = parts.norm.float(), last.get("input_layernorm.weight", torch.ones(size)).float()
             inverse = torch.where(final == 0, 0.0, 1 / final)
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
@@ -171,8 +165,9 @@ class EagleDrafter(RecurrentDrafter):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
+    @override
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        """See :meth:`Drafter.stage`. The draft vocabulary stays: of the target's head only its rows are here."""
+        # The draft vocabulary stays: of the target's head only its rows are here.
         install = super().stage(weights)
         if not torch.equal(weights["d2t"].to(self.draft_vocab), self.published()["d2t"]):
             raise ValueError("tensor 'd2t' is another draft vocabulary than the one whose rows of the head are held")
@@ -180,67 +175,22 @@ class EagleDrafter(RecurrentDrafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`.
-
-        "sglang" is what ``LlamaForCausalLMEagle`` loads; embedding and head are the target's and left out. "hf" is
-        what the authors publish, a Llama of one layer with the embedding. Neither has a place for a draft vocabulary,
-        which SGLang takes from ``--speculative-token-map``: ``d2t`` is added where it is not the whole vocabulary, and
-        SGLang passes it over with a warning in its log.
-        """
-        config: dict[str, Any] = {
-            **written_config(self.config, self.fc.weight.dtype),
-            "architectures": ["LlamaForCausalLMEagle" if layout == "sglang" else "LlamaForCausalLM"],
-            "bias": True,
-        }
-        tensors = self.published()
-        if not bool(tensors["d2t"].any()) and len(tensors["d2t"]) == self.vocab_size:
-            del tensors["d2t"]
-        if layout == "hf":
-            tensors["embed_tokens.weight"] = self.embedding
-        return Checkpoint(tensors, config)
+        return write_eagle(self, layout)
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`; the authors' own files name Llama, of one layer."""
+        # The authors' own files name Llama, of one layer.
         name = (config.get("architectures") or [""])[0]
         alone = config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in config and OWN_NAME not in config
         return name == "LlamaForCausalLMEagle" or (name == "LlamaForCausalLM" and alone)
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. An embedding or a head in the file is passed over: the target's are shared.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        config = checkpoint.config
-        tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items()}
-        for shared in ("embed_tokens.weight", "lm_head.weight"):
-            tensors.pop(shared, None)
-        for entry in _UNSUPPORTED:
-            if config.get(entry):
-                raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        check_heads_stated(config)
-        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
-        if own.num_hidden_layers != 1:
-            raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
-        settle_attention(own, config, parts, options.get("attention", "target"))
-        if config.get("bias") is False:  # as the authors trained their later ones
-            tensors.setdefault("fc.bias", torch.zeros(own.hidden_size))
-        tensors.setdefault("d2t", torch.zeros(own.vocab_size, dtype=torch.int64))  # every token has a row
-        draft_vocab = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        check_draft_vocab(draft_vocab, own.vocab_size)
-        drafter = cls(
-            own,
-            embedding=parts.embedding.float(),
-            head=parts.head.rows(draft_vocab).float(),
-            draft_vocab=draft_vocab,
-            feature_layers=(parts.config.num_hidden_layers,),
-        )
+        arguments, tensors = read_eagle(checkpoint, parts, options.get("attention", "target"))
+        drafter = cls(**arguments)
         drafter.install(tensors)
         return drafter
-
-
-# Settings of other EAGLE drafters that change what is computed.
-_UNSUPPORTED = ("attention_bias", "mlp_bias", "add_para_norm")

@@ -12,22 +12,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from typing_extensions import override
 
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_captured,
-    check_heads_stated,
-    check_layers_rise,
-    copy_layer,
-    default_feature_layers,
-    layer_config,
-    refuse_own_attention,
-    settle_attention,
-    targets_entries,
-    written_config,
-)
+from aurora_rl.models.parts import TargetParts, copy_layer, default_feature_layers, layer_config
 from aurora_rl.policies.drafter import Checkpoint
-from aurora_rl.policies.formats.vllm import LAYER_IDS, from_vllm, to_vllm
+from aurora_rl.policies.formats.checks import refuse_own_attention
+from aurora_rl.policies.formats.llama_eagle import is_eagle3, read_eagle3, write_eagle3
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
 
@@ -52,11 +42,11 @@ class Eagle3Drafter(RecurrentDrafter):
 
     Args:
         config: Llama-style configuration of the layer.
-        embedding: ``[V, H]``, the target's, shared and frozen.
-        draft_vocab: ``[Vd]`` int64, target ids of the draft head's rows.
-        feature_layers: the target's layer ids, low to deep.
-        fc_norm: whether each layer's feature is normalised before they are joined (EAGLE-3.1).
-        norm_output: whether the next depth reads the state behind the final norm, not before it (EAGLE-3.1).
+        embedding: The target's embedding, shared and frozen, ``[V, H]``.
+        draft_vocab: Target ids of the draft head's rows, ``[Vd]`` int64.
+        feature_layers: Layer ids of the target, low to deep.
+        fc_norm: Whether each layer's feature is normalised before they are joined (EAGLE-3.1).
+        norm_output: Whether the next depth reads the state after the final norm, not before it (EAGLE-3.1).
 
     Example:
         >>> from aurora_rl.policies import TreeShape
@@ -107,17 +97,17 @@ class Eagle3Drafter(RecurrentDrafter):
         norm_output: bool = False,
         attention: str = "target",
     ) -> Self:
-        """A day-0 drafter in float32 whose weights start from the target's last layer, final norm and head.
+        """Start a day-0 drafter in float32, its weights from the target's last layer, final norm and head.
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
-        input. Pieces that the target does not have in this form start
-        at random; where they are of its attention or its MLP, that adds nothing until it has learned.
+        input. Pieces that the target does not have in this form start at random; an attention or MLP that lacks some
+        adds nothing until it has learned.
 
         The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
         the target's.
 
         Raises:
-            ValueError: ``attention`` is another than "target".
+            ValueError: ``attention`` is not "target".
         """
         refuse_own_attention(attention)
         drafter = cls(
@@ -167,106 +157,19 @@ class Eagle3Drafter(RecurrentDrafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`.
-
-        "sglang" is what ``LlamaForCausalLMEagle3`` loads: ``d2t[i] = target id − i`` are offsets, ``t2d`` marks the
-        target tokens that have a row, and the embedding is the target's and left out. SGLang names a captured state by
-        the layer that it leaves (it adds 1 to each id and captures what enters that layer), this library by the layer
-        that it enters: the ids in the file are one less than ``feature_layers``. "vllm" adds them as vLLM reads them
-        (``vllm_format``). "hf" is what the authors of EAGLE-3 publish, which does not say its layers.
-
-        Raises:
-            ValueError: the layout cannot say what this drafter is.
-        """
-        if layout != "hf":
-            check_captured(self.feature_layers, self.config.num_target_layers)
-        known = torch.zeros(self.vocab_size, dtype=torch.bool)
-        known[self.draft_vocab.cpu()] = True
-        config: dict[str, Any] = {
-            **written_config(self.config, self.fc.weight.dtype),
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "draft_vocab_size": len(self.draft_vocab),
-            "eagle_config": {LAYER_IDS: [layer - 1 for layer in self.feature_layers]},
-            **{name: True for name, on in self.options.items() if on},
-        }
-        tensors = {**self.published(), "t2d": known}
-        if layout == "vllm":
-            return Checkpoint(*to_vllm(tensors, config))
-        if layout == "hf":
-            theirs = default_feature_layers(self.config.num_target_layers)
-            if self.feature_layers != theirs:
-                raise ValueError(f"the drafter reads layers {self.feature_layers}, and files in 'hf' are of {theirs}")
-            del config["eagle_config"]
-        return Checkpoint(tensors, config)
+        return write_eagle3(self, layout)
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`; the authors' own files name Llama, and a draft vocabulary."""
-        name = (config.get("architectures") or [""])[0]
-        return "Eagle3" in name or (name == "LlamaForCausalLM" and "draft_vocab_size" in config)
+        return is_eagle3(config)
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. Embeddings in the file are passed over: the target's are shared.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        if layout == "vllm" or LAYER_IDS in checkpoint.config:  # of engines, vLLM alone looks for them at the top level
-            checkpoint = Checkpoint(*from_vllm(*checkpoint))
-        config = checkpoint.config
-        tensors = {_our_name(name): tensor for name, tensor in checkpoint.tensors.items()}
-        known = tensors.pop("t2d", None)
-        tensors.pop("embed_tokens.weight", None)
-        for entry in _UNSUPPORTED:
-            if config.get(entry) or (config.get("eagle_config") or {}).get(entry):
-                raise ValueError(f"config.json: {entry} is set, which this drafter has no form for")
-        check_heads_stated(config)
-        own = LlamaConfig.from_dict({**config, **targets_entries(parts)})
-        if own.num_hidden_layers != 1:
-            raise ValueError(f"config.json: num_hidden_layers is {own.num_hidden_layers}, this drafter has one layer")
-        settle_attention(own, config, parts, options.get("attention", "target"))
-        check_layers_rise(tuple((config.get("eagle_config") or {}).get(LAYER_IDS) or ()))
-        rows = config.get("draft_vocab_size") or own.vocab_size
-        if "d2t" not in tensors and rows == own.vocab_size:
-            tensors["d2t"] = torch.zeros(rows, dtype=torch.int64)  # every token has a row
-        if "d2t" not in tensors:
-            raise ValueError(f"tensor 'd2t' is missing, and draft_vocab_size is {rows} of {own.vocab_size} tokens")
-        layers = (config.get("eagle_config") or {}).get(LAYER_IDS)
-        drafter = cls(
-            own,
-            embedding=parts.embedding.float(),
-            draft_vocab=torch.arange(len(tensors["d2t"])),
-            feature_layers=(
-                tuple(layer + 1 for layer in layers)
-                if layers
-                else default_feature_layers(parts.config.num_hidden_layers)
-            ),
-            fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm")),
-            norm_output=bool(config.get("norm_output")),
-        )
+        arguments, tensors = read_eagle3(checkpoint, parts, layout, options.get("attention", "target"))
+        drafter = cls(**arguments)
         drafter.install(tensors)
-        if known is not None and not torch.equal(known.nonzero().flatten(), drafter.draft_vocab):
-            raise ValueError("tensors 't2d' and 'd2t' name different draft vocabularies")
         return drafter
-
-
-# Settings of other EAGLE-3 drafters that change what is computed.
-_UNSUPPORTED = ("norm_before_fc", "norm_before_residual", "bias", "attention_bias", "mlp_bias")
-_OTHER_NAMES = {
-    "model.": "",
-    "layers.0.": "midlayer.",
-    "aux_norm_low": "fc_norm.0",
-    "aux_norm_mid": "fc_norm.1",
-    "aux_norm_high": "fc_norm.2",
-    "draft_id_to_target_id": "d2t",
-}
-
-
-def _our_name(name: str) -> str:
-    """A tensor's name here, of those that EAGLE-3 checkpoints use."""
-    for other, ours in _OTHER_NAMES.items():
-        if name.startswith(other):
-            name = ours + name.removeprefix(other)
-    return name

@@ -1,7 +1,7 @@
-"""N-grams of the request itself: a text goes on as it went on when its last tokens occurred before.
+"""Lookup: a text goes on as it went on when its last tokens occurred before.
 
-Saxena, "Prompt Lookup Decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding). It has no weights, costs next to
-nothing, and proposes what a young drafter cannot know: names, numbers and phrases of the request itself.
+Saxena, "Prompt Lookup Decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding). Lookup has no weights, costs
+next to nothing, and proposes what a young drafter cannot know: names, numbers and phrases of the request itself.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.tree_index import TreeIndex
 
-# Tokens that must agree: the longest match counts, and one token alone is met by chance too often to pay for its rows.
+# Most and fewest tokens that must agree. The longest match counts; a single token matches by chance too often to pay.
 _LONGEST, _SHORTEST = 4, 2
-# Occurrences that count. An older one has less than a part in four billion of the weight; after a thousand repetitions
-# it is too little for a float.
+# Number of occurrences that count. Older ones have less than a part in four billion of the weight, and after a thousand
+# repetitions their weight underflows.
 _COUNTED = 32
 
 
 def continuations(text: Sequence[int] | np.ndarray) -> dict[int, float]:
-    """Probabilities of the next token by how the text went on after its last tokens before.
+    """Estimate the next token by how the text went on when its last tokens occurred before.
 
-    The longest run of four to two last tokens that occurred earlier counts. The latest occurrence has twice the weight
-    of the one before it, and so on, so that it is never outvoted; 32 occurrences count.
+    The longest run of four to two last tokens that occurred earlier counts. Each occurrence has twice the weight of the
+    one before it, so that the latest is never outvoted; 32 occurrences count.
 
     Args:
-        text: tokens, at least the last of which are looked for.
+        text: Tokens of the text.
 
     Returns:
-        Tokens with their probabilities, likeliest first; empty where the last two tokens did not occur before.
+        Tokens with their probabilities, likeliest first; empty if the last two tokens did not occur before.
 
     Example:
         >>> continuations([1, 2, 3, 1, 2, 4, 1, 2])
@@ -67,29 +67,36 @@ class Tree(NamedTuple):
     """A draft tree in topological order.
 
     Attributes:
-        tokens: of the nodes.
-        parents: likewise, −1 = root.
-        log_probs: of each node given its path; −inf where the drafter did not draw it.
+        tokens: Token of each node.
+        parents: Parent of each node, −1 = root.
+        log_probs: Log-probability of each node given its path; −inf where the drafter did not draw it.
     """
 
     tokens: list[int]
     parents: list[int]
     log_probs: list[float]
 
+    def kept(self, nodes: Sequence[int]) -> Tree:
+        """Return the tree of some of the nodes, which rise and have their parents among them."""
+        place = {-1: -1, **{node: i for i, node in enumerate(nodes)}}
+        return Tree(
+            [self.tokens[i] for i in nodes], [place[self.parents[i]] for i in nodes], [self.log_probs[i] for i in nodes]
+        )
+
 
 def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
-    """The likeliest nodes behind a text, by :func:`continuations` of it and of each path.
+    """Return the likeliest nodes after a text, by :func:`continuations` of it and of each path.
 
     Args:
-        text: a request so far, prompt and completion.
-        shape: depth, width and budget.
+        text: Tokens of a request so far, prompt and completion.
+        shape: Depth, width and node budget of the tree.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
         [4, 5, 3]
     """
     tree = Tree([], [], [])
-    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before it)
+    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before the token)
     open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
     arrived = 0
 
@@ -103,7 +110,7 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
     tokens = np.asarray(text, dtype=np.int64)
     if shape.depth:
         grow(-1, 0.0, tokens)
-    while open_nodes and len(tree.tokens) < shape.budget:
+    while open_nodes and len(tree.tokens) < shape.num_nodes:
         joint, _, parent, token, log_prob, before = heapq.heappop(open_nodes)
         tree.tokens.append(token)
         tree.parents.append(parent)
@@ -113,9 +120,43 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
     return tree
 
 
-def padded(trees: Sequence[Tree], device: torch.device) -> Proposal:
-    """Trees of unequal size as a proposal, padded behind each."""
-    width = max(len(tree.tokens) for tree in trees)
+def merged(tree: Tree, found: Tree, budget: int) -> Tree:
+    """Add a tree that was looked up to a drafter's, sharing the nodes that both have.
+
+    Args:
+        tree: The drafter's.
+        found: What was looked up, at most ``budget`` nodes.
+        budget: Most nodes of the result. What was looked up displaces the drafter's least likely nodes: a repetition in
+            the text is a better guess than they are.
+
+    Returns:
+        The new tree. Nodes that were looked up alone have a log-probability of −inf.
+
+    Example:
+        >>> found = Tree([7, 8], [-1, 0], [0.0, 0.0])
+        >>> merged(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, budget=3)
+        Tree(tokens=[5, 7, 8], parents=[-1, -1, 1], log_probs=[-0.9, -0.5, -inf])
+    """
+    both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())
+    index = {pair: node for node, pair in enumerate(zip(both.parents, both.tokens, strict=True))}
+    place = {-1: -1}  # of each node that was looked up, in the result
+    for node, (token, parent) in enumerate(zip(found.tokens, found.parents, strict=True)):
+        place[node] = index.setdefault((place[parent], token), len(both.tokens))
+        if place[node] == len(both.tokens):
+            both.tokens.append(token)
+            both.parents.append(place[parent])
+            both.log_probs.append(-math.inf)
+    joint: list[float] = []
+    for parent, log_prob in zip(both.parents, both.log_probs, strict=True):
+        joint.append(log_prob + (joint[parent] if parent >= 0 else 0.0))
+    needed = {node for node in place.values() if node >= 0}
+    # A node is no likelier than its parent and comes after it, so what is kept is a tree.
+    others = sorted((i for i in range(len(both.tokens)) if i not in needed), key=lambda i: -joint[i])
+    return both.kept(sorted(needed.union(others[: budget - len(needed)])))
+
+
+def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:
+    """Return trees of unequal size as a proposal of ``width`` columns, padded after each."""
     tokens, parents = (torch.full((len(trees), width), fill, device=device) for fill in (0, -1))
     log_probs = torch.zeros(tokens.shape, device=device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -129,10 +170,10 @@ def padded(trees: Sequence[Tree], device: torch.device) -> Proposal:
 
 @register_drafter("ngram")
 class NgramDrafter(Drafter):
-    """Drafts what followed the last tokens of a request where they occurred before; nothing to learn, nothing to save.
+    """Lookup as a drafter of its own, with nothing to learn and nothing to save.
 
     Args:
-        vocab_size: the target's; every token has a row.
+        vocab_size: Size of the target's vocabulary; every token has a row.
 
     Example:
         >>> drafter = NgramDrafter(vocab_size=10)
@@ -155,7 +196,7 @@ class NgramDrafter(Drafter):
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
     ) -> Self:
-        """N-grams of any text: neither the target's weights nor a reduced vocabulary matter."""
+        """Return the drafter: neither the target's weights nor a reduced vocabulary matter."""
         return cls(len(parts.head))
 
     # ---- serving ----------------------------------------------------------------------------------------------------
@@ -167,35 +208,24 @@ class NgramDrafter(Drafter):
 
     @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        self.hold(slots, tokens, num_new)
-        self.cached[slots] += num_new
-
-    def hold(self, slots: Tensor, tokens: Tensor, num_new: Tensor) -> None:
-        """What :meth:`extend` does but for counting, for a drafter that counts already."""
         held, rows = self.cached[slots].tolist(), tokens.cpu().numpy()
         for slot, before, row, count in zip(slots.tolist(), held, rows, num_new.tolist(), strict=True):
             # What is held ends with the first token of the new pairs.
             self._text[slot] = np.concatenate([self._text[slot][:before], row[: count + 1]])
+        self.cached[slots] += num_new
 
-    def text(self, slot: int) -> np.ndarray:
-        """The tokens of a slot's pairs, from the first of all on."""
-        return self._text[slot][: int(self.cached[slot]) + 1]
-
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`; no nodes where nothing matches.
-
-        Raises:
-            ValueError: the shape's mode samples.
-        """
         if shape.mode not in self.draft_modes:
             raise ValueError(f"n-grams have no distribution over all tokens to draw from; mode {shape.mode!r}")
-        return padded([ngram_tree(self.text(slot), shape) for slot in slots.tolist()], self.draft_vocab.device)
+        trees = [ngram_tree(self._text[slot][: int(self.cached[slot]) + 1], shape) for slot in slots.tolist()]
+        return padded(trees, shape.num_nodes, self.draft_vocab.device)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`; without gradients, and zeros where nothing matches."""
-        trees, sequence = TreeIndex.of(batch), batch["sequence", "tokens"].tolist()
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        sequence = batch["sequence", "tokens"].tolist()
         start = batch["sequence", "offset"].tolist()
         paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
@@ -211,6 +241,6 @@ class NgramDrafter(Drafter):
         return logits
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`: there are no checkpoints."""
         return False

@@ -1,4 +1,4 @@
-"""Medusa: one head per depth, all reading the feature behind the root, in one pass and without a cache.
+"""Medusa: one head per depth, all reading the feature before the root, in one pass and without a cache.
 
 Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads" (arXiv 2401.10774).
 Parameter names are those of vLLM's ``MedusaModel``.
@@ -46,15 +46,15 @@ class MedusaDrafter(Drafter):
     are not read, so all nodes of a depth share one distribution and a tree is a Cartesian product of top tokens.
 
     Args:
-        hidden_size: ``H`` of the target.
-        vocab_size: the target's.
-        draft_vocab: ``[Vd]`` int64, target ids of the heads' rows.
-        feature_layers: the one layer id that is read.
-        num_heads: heads, hence the deepest depth.
-        num_layers: residual blocks of each head.
+        hidden_size: Hidden size ``H`` of the target.
+        vocab_size: Size of the target's vocabulary.
+        draft_vocab: Target ids of the heads' rows, ``[Vd]`` int64.
+        feature_layers: Layer id of the one feature.
+        num_heads: Number of heads, hence the deepest depth.
+        num_layers: Residual blocks of each head.
 
     Raises:
-        ValueError: ``feature_layers`` is not a single id, or there are no heads.
+        ValueError: ``feature_layers`` is no single id, or there are no heads.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -104,10 +104,10 @@ class MedusaDrafter(Drafter):
         num_heads: int = 4,
         num_layers: int = 1,
     ) -> Self:
-        """A day-0 drafter in float32 whose every head is the target's own: its rows, behind residual blocks at zero.
+        """Start a day-0 drafter in float32, every head the target's own: its rows, after residual blocks at zero.
 
         Raises:
-            ValueError: ``feature_layers`` is another than the input of the target's head.
+            ValueError: ``feature_layers`` is not the input of the target's head.
         """
         config = parts.config
         last = (config.num_hidden_layers,)
@@ -139,8 +139,8 @@ class MedusaDrafter(Drafter):
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
+    @override
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """See :meth:`Drafter.allocate`; a slot holds one feature, however long its text."""
         weight = next(self.lm_heads.parameters())
         self._state = weight.new_zeros(num_slots, weight.shape[1])
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
@@ -154,15 +154,15 @@ class MedusaDrafter(Drafter):
         self.cached[slots] += num_new
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`; no deeper than there are heads."""
         features = self._state[slots.to(self._state.device), None]
-        growth = grow(self.draft_vocab, shape, generator)
-        growth.add(self._log_probs(0, features))
+        search = grow(self.draft_vocab, shape, generator)
+        search.add(self._log_probs(0, features))
         for depth in range(1, min(shape.depth, self.num_heads)):
-            tokens, _ = growth.frontier()
-            growth.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
-        return growth.proposal()
+            tokens, _ = search.frontier()
+            search.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
+        return search.proposal()
 
     def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """States ``[..., H]`` and logits ``[..., Vd]`` of one head (counted from 0) at features ``[..., H]``."""
@@ -174,8 +174,8 @@ class MedusaDrafter(Drafter):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`; at most as many steps as there are heads."""
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
@@ -189,9 +189,9 @@ class MedusaDrafter(Drafter):
         states, logits = zip(*predicted, strict=True)
         return Unroll(list(logits), torch.stack(valid), list(states))
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. What a context predicts depends on its root and depth only."""
-        trees = TreeIndex.of(batch)
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        # A context predicts by its root and depth only.
         request, root, depth = trees.request[wanted], trees.root[wanted].clamp(min=0), trees.depth[wanted]
         features = batch["sequence", "features"][_first_pair(batch)[request] + root]
         logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
@@ -202,8 +202,8 @@ class MedusaDrafter(Drafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`. "vllm" is what ``MedusaModel`` loads (``vllm_format``); SGLang has no Medusa."""
         ours = super().write("aurora_rl")
         if layout != "vllm":
             return ours
@@ -216,9 +216,10 @@ class MedusaDrafter(Drafter):
         return (config.get("architectures") or [""])[0] in (cls.__name__, "MedusaModel")
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`. The heads of other programs read the input of the target's output head."""
         if layout == "vllm" or checkpoint.config.get("architectures") == ["MedusaModel"]:
+            # Heads that other programs trained read the input of the target's output head.
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
         return super().read(checkpoint, parts, "aurora_rl", **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
+from aurora_rl.policies.lookup import Tree, merged, ngram_tree, padded
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import tree_fault, valid_nodes
 
@@ -20,7 +21,7 @@ _SHORT = 32
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """The first tensor with a value that is infinite or not a number, in a sentence; None where all are finite."""
+    """Return a message about the first tensor that is not finite; None if all are finite."""
     for name, tensor in weights.items():
         wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no isfinite
         if tensor.is_floating_point() and (bad := int((~wide.isfinite()).sum())):
@@ -31,27 +32,29 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
-    The cache catches up from the store, whatever put it behind: the tokens of the last round, a new request
-    (``is_init``), a window of plain decoding or a swap of weights.
+    Before it drafts, the cache takes from the store all that it lacks: the tokens of the last round, a new request
+    (``is_init``), a window of plain decoding, or everything after a swap of weights. What is looked up in a request's
+    text is merged into the drafter's tree, as far as the shape asks for it.
 
     Args:
-        drafter: the drafter, put into inference form in place; its serving cache is allocated here.
-        store: the engine's context store.
-        num_nodes: ``N``, padded nodes of the emitted trees.
-        shape: the tree to propose; may be replaced between rounds, within ``num_nodes``.
-        version: of the drafter's weights.
-        vocab_size: of the target. Where it is given and nodes are sampled, ("draft", "q") is written too: the
-            distribution ``[B, N, V]`` at each node's parent, which rejection rules compare with.
-        generator: of sampled drafts; its numbers must not be those of verification. None takes PyTorch's own.
+        drafter: Drafter, put into inference form in place; its serving cache is allocated here.
+        store: Context store of the engine.
+        num_nodes: Padded nodes ``N`` of the emitted trees.
+        shape: Shape of the tree to propose; may be replaced between rounds, within ``num_nodes``.
+        version: Version of the drafter's weights.
+        vocab_size: Size of the target's vocabulary. With it, sampled drafts come with ("draft", "q"): the distribution
+            ``[B, N, V]`` at each node's parent, which rejection rules compare with.
+        generator: Source of randomness for sampled drafts, apart from that of verification. None takes PyTorch's own.
 
     Attributes:
-        on_fault: called with a slot and what is wrong, where the drafter fails or its tree is malformed: the slot's
-            request goes on with what the drafter proposes from the text, or without speculation where that is nothing
-            or fails too. None, the default, raises the drafter's own error instead.
+        on_fault: Called with a slot and a message if the drafter fails or its tree is malformed. The slot's request
+            goes on with lookup, or without speculation if the shape has none. None, the default, raises the drafter's
+            own error instead.
         speculate: False emits empty trees: plain decoding.
-        drafted: ``[B]`` bool, slots that the drafter drafted for in the last call, if only an empty tree.
-        from_text: the same of its drafts from the text, which took the place of its own or were asked for alone.
-        rebuild_on_install: whether a swap drops the caches, so that every row in them is of the new weights.
+        drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
+        looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
+            drafter failed their requests, or the shape is ``lookup_only``.
+        rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
 
     Example:
         >>> from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
@@ -92,9 +95,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
-        # Of slots' requests: whether the drafter failed them, and whether its drafts from the text did.
-        self._refused, self._mute = torch.zeros(2, store.num_slots, dtype=torch.bool)
-        self.drafted, self.from_text = torch.zeros(2, store.num_slots, dtype=torch.bool)
+        self._refused = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
+        self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
@@ -106,15 +108,15 @@ class DrafterPolicy(TensorDictModuleBase):
 
     @shape.setter
     def shape(self, shape: TreeShape) -> None:
-        if shape.most_nodes > self.num_nodes:
-            raise ValueError(f"a tree of {shape.most_nodes} nodes does not fit the policy's num_nodes={self.num_nodes}")
+        if shape.num_nodes > self.num_nodes:
+            raise ValueError(f"a tree of {shape.num_nodes} nodes does not fit the policy's num_nodes={self.num_nodes}")
         self._shape = shape
 
     def stage(self, weights: dict[str, Tensor], version: int) -> Callable[[], None]:
-        """Make weights ready beside the rounds; what is returned swaps them in, between two rounds.
+        """Make weights ready alongside the rounds, and return a function that swaps them in between two rounds.
 
         Raises:
-            ValueError: a weight is infinite or not a number, or see ``Drafter.stage``; nothing has changed then.
+            ValueError: A weight is infinite or not a number, or see ``Drafter.stage``; nothing has changed then.
         """
         if (fault := not_finite(weights)) is not None:
             raise ValueError(fault)
@@ -136,7 +138,7 @@ class DrafterPolicy(TensorDictModuleBase):
         """Write the draft of every slot into ``tensordict``; rows of idle slots are empty.
 
         Raises:
-            ValueError: It is of several environments, or of another than that of the store.
+            ValueError: The tensordict is of several environments, or of another environment than the store's.
         """
         self._check_environment(tensordict)
         tensordict.set("draft", self.draft(tensordict["is_init"]))
@@ -145,8 +147,8 @@ class DrafterPolicy(TensorDictModuleBase):
         return tensordict
 
     def _check_environment(self, tensordict: TensorDictBase) -> None:
-        """Raise ValueError where the tensordict does not come from the environment whose engine has the store."""
-        cure = (
+        """Raise ValueError unless the tensordict comes from the environment whose engine has the store."""
+        fix = (
             "a policy drafts for the one environment whose engine has its store, DrafterPolicy(drafter, engine.store, "
             "...); docs/extending.md, several environments, has the recipe for more"
         )
@@ -154,13 +156,13 @@ class DrafterPolicy(TensorDictModuleBase):
         if tensordict["is_init"].shape != (slots, 1):
             raise ValueError(
                 f"is_init is {list(tensordict['is_init'].shape)} and not [{slots}, 1], a row for each slot of the "
-                f"policy's store: {cure}"
+                f"policy's store: {fix}"
             )
         position = tensordict.get(("observation", "position"), None)
         if position is not None and not torch.equal(position.cpu(), self._store.lengths - 1):
             raise ValueError(
                 f"the environment's slots stand at positions {position.tolist()}, those of the policy's store at "
-                f"{(self._store.lengths - 1).tolist()}: {cure}"
+                f"{(self._store.lengths - 1).tolist()}: {fix}"
             )
 
     @torch.inference_mode()
@@ -178,9 +180,8 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if bool(fresh.any()):
             self._refused &= ~fresh
-            self._mute &= ~fresh
             self._forget(fresh.nonzero().flatten())
-        # An empty cache has no older rows: what is put into it now is of these weights.
+        # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -193,19 +194,19 @@ class DrafterPolicy(TensorDictModuleBase):
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.
         ready = store.lengths > 1
-        self.drafted, self.from_text = torch.zeros(2, store.num_slots, dtype=torch.bool)
+        self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         if self.speculate and self.shape.depth:
             slots = (ready & ~self._refused).nonzero().flatten()
-            if len(slots) and not self.shape.free:
+            if len(slots) and not self.shape.lookup_only:
                 self._fill(draft, slots)
                 self.drafted = ready & ~self._refused
-            # Those that the drafter failed just now are among them.
-            for slot in (ready & ~self._mute & (self._refused | self.shape.free)).nonzero().flatten():
-                self._fill_from_text(draft, slot)
+            if self.shape.lookup:
+                self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
+                self._look_up(draft)
         return TensorDict(draft, batch_size=shape[:1])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
-        """Draft for the slots, whatever the drafter does: rows of those that it fails stay empty."""
+        """Draft for the slots. Whatever the drafter does, rows of slots that it fails stay empty."""
         try:
             self._catch_up(slots)
             self._write(draft, slots, self.drafter.propose(slots, self.shape, self._generator))
@@ -221,23 +222,32 @@ class DrafterPolicy(TensorDictModuleBase):
                 # It fails slots together only: that would come again each round, and cost all their caches.
                 self._refuse(slots, error)
 
-    def _fill_from_text(self, draft: dict[str, Tensor], slot: Tensor) -> None:
-        """Draft for a slot without the drafter's cache, which catches up when it is wanted again."""
-        text = self._store.tokens[slot, : self._store.lengths[slot]].tolist()
-        try:
-            proposal = self.drafter.from_text(text, self.shape)
-            if proposal is not None:
-                self._write(draft, slot[None], proposal)
-                self.from_text[slot] = True
-        except Exception as error:  # whatever a drafter does, the requests are served
-            self._mute[slot] = True
-            self._refuse(slot[None], error)
+    def _look_up(self, draft: dict[str, Tensor]) -> None:
+        """Merge what is looked up in each slot's text into its tree, which is empty where the drafter did not draft."""
+        shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
+        chain = TreeShape(min(shape.lookup, shape.num_nodes))
+        found: dict[int, Tree] = {}
+        for slot in (self.drafted | self.looked_up).nonzero().flatten().tolist():
+            tree = ngram_tree(texts[slot, : lengths[slot]], chain if self.drafted[slot] else shape)
+            if tree.tokens:
+                found[slot] = tree
+        if not found:
+            return
+        device = draft["tokens"].device
+        rows, trees = torch.tensor(list(found), device=device), []
+        held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
+        for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
+            drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
+            trees.append(merged(drafted, tree, shape.num_nodes))
+        both = padded(trees, self.num_nodes, device)
+        for name in ("tokens", "parents", "log_probs", "mask"):
+            draft[name][rows] = getattr(both, name)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
-        """Put sound trees into the rows of ``draft``.
+        """Check the trees and write them to the rows of ``draft``.
 
         Raises:
-            ValueError: something that verification, or the record of it, would stumble over; no tree is written then.
+            ValueError: Verification, or the record of it, would stumble over a tree; none is written then.
         """
         tokens, parents, log_probs, q, mask = proposal
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
@@ -275,7 +285,7 @@ class DrafterPolicy(TensorDictModuleBase):
         draft["mask"][rows, :width] = mask
 
     def _forget(self, slots: Tensor) -> None:
-        """Empty the drafter's cache for the slots; requests of those that it cannot empty are refused."""
+        """Empty the drafter's cache for the slots. If it cannot, it loses their requests."""
         try:
             self.drafter.forget(slots)
         except Exception as error:
@@ -283,7 +293,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self._cache_version[slots] = self.version
 
     def _refuse(self, slots: Tensor, error: Exception) -> None:
-        """Report the fault, and let the drafter's cache and passes be for the requests of the slots."""
+        """Report the fault, and draft no more for the requests of the slots."""
         if self.on_fault is None:
             raise error
         self._refused[slots] = True
@@ -291,11 +301,11 @@ class DrafterPolicy(TensorDictModuleBase):
             self.on_fault(slot, f"{type(self.drafter).__name__} failed: {error!r}")
 
     def _catch_up(self, slots: Tensor) -> None:
-        """Append to the drafter's cache the pairs that the store has and it has not."""
+        """Append to the drafter's cache the pairs of the store that it lacks."""
         store, drafter = self._store, self.drafter
-        behind = store.lengths[slots] - 1 - drafter.cached[slots]
-        long = behind > _SHORT
-        for group in (slots[~long & (behind > 0)], *slots[long].split(1)):
+        missing = store.lengths[slots] - 1 - drafter.cached[slots]
+        long = missing > _SHORT
+        for group in (slots[~long & (missing > 0)], *slots[long].split(1)):
             if not len(group):
                 continue
             start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]

@@ -1,4 +1,4 @@
-"""Drafters of one decoder layer that runs once per depth, on what it gave at the depth before: serving and training.
+"""Drafters of one decoder layer that runs once per depth on its own last output: serving and training.
 
 Legend: ``b`` rows, ``T`` positions, ``H`` hidden size, ``F`` features, ``Vd`` draft vocabulary.
 """
@@ -24,12 +24,12 @@ from aurora_rl.tree_index import TreeIndex
 
 
 class DraftLayer(nn.Module):
-    """A Llama decoder layer whose attention may read another thing than its residual stream.
+    """A Llama decoder layer whose attention may read something else than its residual stream.
 
     Args:
         config: Llama-style configuration.
-        input_size: width of what attention reads.
-        norms: names of norms ``[H]`` that come before it, for the drafter to apply.
+        input_size: Width of the attention's input.
+        norms: Names of norms ``[H]`` that come before it, for the drafter to apply.
     """
 
     def __init__(self, config: LlamaConfig, *, input_size: int, norms: Sequence[str] = ()) -> None:
@@ -55,15 +55,15 @@ class DraftLayer(nn.Module):
 
 
 class RecurrentDrafter(Drafter):
-    """What drafters of one layer share: a KV cache at serving, trees grown depth by depth, and their training.
+    """Base of drafters of one layer: a KV cache at serving, trees searched depth by depth, and their training.
 
-    What is *carried* at a position, ``[..., H]``, is of the target's features where the target has been, and of the
-    layer's output at the depth before where it has not. A subclass says how it is made and read.
+    The state that is *carried* at a position, ``[..., H]``, comes from the target's features if the target has been
+    there, and from the layer's output at the last depth if it has not. A subclass says how it is computed and read.
 
     Attributes:
         config: Llama-style configuration of the layer.
-        embedding: ``[V, H]``, the target's, shared and frozen.
-        fc: the layer in whose dtype and on whose device all is computed.
+        embedding: The target's embedding, shared and frozen, ``[V, H]``.
+        fc: Linear layer whose dtype and device all computation has.
     """
 
     config: LlamaConfig
@@ -77,22 +77,22 @@ class RecurrentDrafter(Drafter):
 
     @abstractmethod
     def _fuse(self, features: Tensor) -> Tensor:
-        """Features ``[..., F]`` of the target, in the drafter's dtype, to what is carried."""
+        """Turn features ``[..., F]`` of the target, in the drafter's dtype, into the carried state."""
 
     @abstractmethod
     def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer's attention reads and its residual stream, of a token's embedding and what it carries."""
+        """Return the attention's input and the residual stream for a token's embedding and the carried state."""
 
     @abstractmethod
     def _head(self, states: Tensor) -> Tensor:
-        """Logits ``[..., Vd]`` of what the head reads, ``[..., H]``."""
+        """Return the logits ``[..., Vd]`` of the head's input ``[..., H]``."""
 
     def _carried(self, hidden: Tensor) -> Tensor:
-        """What the next depth carries of the layer's output; all of it, unless a subclass says otherwise."""
+        """Return the state that the next depth carries; the layer's output, unless a subclass says otherwise."""
         return hidden
 
     def _read_by_head(self, carried: Tensor) -> Tensor:
-        """What the head reads of what is carried; all of it, unless a subclass says otherwise."""
+        """Return the head's input; the carried state, unless a subclass says otherwise."""
         return carried
 
     # ---- serving ----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class RecurrentDrafter(Drafter):
         return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
 
     def _enter_at(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`_enter` where the target has been: of tokens and the features of the positions before them."""
+        """Call :meth:`_enter` for tokens and the target's features at the positions before them."""
         return self._enter(self._embed(tokens), self._fuse(features.to(self.fc.weight.dtype)))
 
     def _log_probs(self, carried: Tensor) -> Tensor:
@@ -150,13 +150,13 @@ class RecurrentDrafter(Drafter):
         held = self.cached[slots].to(rows.device)
         sequence, sequence_mask = self._sequence(slots, end), torch.arange(end, device=rows.device) < held[:, None]
 
-        growth = grow(self.draft_vocab, shape, generator)
+        search = grow(self.draft_vocab, shape, generator)
         branch: KeysValues | None = None
         carried = self._state[rows, None]
-        growth.add(self._log_probs(carried))
+        search.add(self._log_probs(carried))
         every = torch.arange(b, device=rows.device)[:, None]
         for depth in range(1, shape.depth):
-            tokens, parent = growth.frontier()
+            tokens, parent = search.frontier()
             positions = (held + depth - 1)[:, None].expand_as(tokens)
             # Each node of the frontier reads what it was drawn from.
             x, residual = self._enter(self._embed(tokens), carried[every, parent])
@@ -166,18 +166,15 @@ class RecurrentDrafter(Drafter):
             branch = (own[0], own[1])
             mask = sequence_mask[:, None].expand(-1, tokens.shape[1], -1)
             carried = self._carried(self._layer(x, residual, positions, sequence, mask, branch))
-            growth.add(self._log_probs(carried))
-        return growth.proposal()
+            search.add(self._log_probs(carried))
+        return search.proposal()
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`.
-
-        Only keys and values are computed at prompt positions. Query row ``c`` sits at pair ``t = P − 2 + c``, which
-        predicts completion token ``c``; at step ``j`` its anchor's pair is ``t − j``, and it carries what row
-        ``c − 1`` gave at step ``j − 1``.
-        """
+        # Only keys and values are computed at prompt positions. Query row c sits at pair t = P − 2 + c, which predicts
+        # completion token c; at step j its anchor's pair is t − j, and it carries what row c − 1 gave at step j − 1.
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         tokens, x, residual, sequence = self._read_sequence(batch)
@@ -207,7 +204,7 @@ class RecurrentDrafter(Drafter):
         return Unroll(logits, torch.stack(valid), states)
 
     def _read_sequence(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
-        """Pairs of each request, padded: tokens ``[n, T]``, attention's input, the residual stream, keys and values."""
+        """Return padded pairs of requests: tokens ``[n, T]``, attention's input, residual stream, keys and values."""
         offset = batch["sequence", "offset"]
         tokens = pad_rows(batch["sequence", "tokens"], offset)[:, 1:]
         rows = torch.arange(len(offset), device=offset.device)
@@ -216,14 +213,12 @@ class RecurrentDrafter(Drafter):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`.
-
-        One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
-        the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is not
-        before it, a node's key by the nodes from itself to the end of its subtree.
-        """
-        trees, requests = TreeIndex.of(batch), len(batch["sequence", "offset"]) - 1
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        # One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
+        # the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is
+        # not before it, a node's key by the nodes from itself to the end of its subtree.
+        requests = len(batch["sequence", "offset"]) - 1
         _, x, residual, sequence = self._read_sequence(batch)
         every = torch.arange(x.shape[1], device=x.device)
         place = torch.zeros_like(trees.depth)  # of a context among those of its depth

@@ -45,7 +45,7 @@ def available_drafters() -> list[str]:
     """Names that :func:`get_drafter` knows, sorted: those registered, and the entry points of installed packages.
 
     Example:
-        >>> {"eagle3", "eagle", "medusa", "standalone", "ngram", "hybrid"} <= set(available_drafters())
+        >>> {"eagle3", "eagle", "medusa", "standalone", "ngram"} <= set(available_drafters())
         True
     """
     return sorted({*_DRAFTERS, *(point.name for point in entry_points(group=_ENTRY_POINTS))})

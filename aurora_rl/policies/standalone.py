@@ -1,4 +1,4 @@
-"""A causal LM as drafter: one of the target's tokenizer, or a few layers made of the target's own pieces.
+"""A causal LM as drafter: one with the target's tokenizer, or a few layers that start from the target's own.
 
 Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192). It reads tokens only,
 no features of the target, and its checkpoints are ordinary Hugging Face folders.
@@ -17,55 +17,41 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_rl.models.inference_modules import GROUPED_ATTENTION, grouped_mask
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
-from aurora_rl.models.parts import (
-    TargetParts,
-    check_fixed_rope,
-    context_length,
-    copy_layer,
-    layer_config,
-    written_config,
+from aurora_rl.models.kv_cache import SlotCache, cache_mask, uniform_shapes
+from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.formats.causal_lm import (
+    check_causal_lm,
+    layers_of,
+    load_causal_lm,
+    read_causal_lm,
+    write_causal_lm,
 )
-from aurora_rl.policies.drafter import (
-    Checkpoint,
-    Drafter,
-    Proposal,
-    TreeShape,
-    Unroll,
-    check_draft_vocab,
-    check_weights,
-    log_softmax,
-)
-from aurora_rl.policies.registry import OWN_NAME, register_drafter
+from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex, true_chains
 
-# Columns behind the longest text, which a pass over slots of unequal length pads into and trees are written to.
+# Columns after the longest text. A pass over slots of unequal length pads into them, and trees are written there.
 _SLACK = 64
-# Rows of the embedding and of the head of a model that is built for its layers alone: as many as `_check_served` needs.
-_FEW = 8
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# The reduced draft vocabulary in config.json. Not `draft_vocab_size`, by which EAGLE-3's own files are known.
-_DRAFT_VOCAB = "aurora_rl_draft_vocab"
 
 
 class Branches(NamedTuple):
-    """Where contexts of recorded trees are read from: a context whose path the text went on with is the text's own.
+    """Where contexts of recorded trees are read from: a context whose path is that of the text is read from the text.
 
     Attributes:
-        on_text: ``[R + M]`` bool, contexts that stand on the text.
-        position: ``[R + M]`` int64, of each context's token in its request.
-        leaves: ``[R + M]`` int64, the position of the last token that a context's path shares with the text.
-        nodes: ``[m]`` int64, the contexts off the text that are wanted, and those above them.
-        place: ``[R + M]`` int64, of each of these among those of its request.
-        offset: ``[n + 1]`` int64, where each request's start in ``nodes``.
-        ancestors: ``[m, J]`` int64, places of the nodes on each one's path that are off the text, itself first; −1
-            fills up.
+        on_text: Whether each context stands on the text, ``[R + M]`` bool.
+        position: Position of each context's token in its request, ``[R + M]`` int64.
+        leaves: Position of the last token that each context's path shares with the text, ``[R + M]`` int64.
+        nodes: Wanted contexts off the text and those above them, ``[m]`` int64.
+        place: Place of each of these among those of its request, ``[R + M]`` int64.
+        offset: Start of each request in ``nodes``, ``[n + 1]`` int64.
+        ancestors: Places of the nodes on each path that are off the text, the last first, padded by −1, ``[m, J]``
+            int64.
     """
 
     on_text: Tensor
@@ -78,7 +64,7 @@ class Branches(NamedTuple):
 
     @classmethod
     def of(cls, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Branches:
-        """Sort the contexts of a packed batch (``wanted`` ``[R + M]`` bool)."""
+        """Sort the contexts of a packed batch, of which ``wanted`` (``[R + M]`` bool) are asked for."""
         offset, rounds = batch["sequence", "offset"], torch.arange(trees.num_rounds, device=wanted.device)
         above, levels = torch.cat([rounds, trees.parent]), range(int(trees.depth.max()))
         position = trees.root + 1 + trees.depth
@@ -114,14 +100,14 @@ class StandaloneDrafter(Drafter):
     learn.
 
     Args:
-        lm: gives its decoder layers and final norm; any architecture that attends as Llama does.
-        embedding: ``[V, H]``, of the drafter.
-        head: ``[V, H]``, of the drafter, every row of it: what a checkpoint has outside the draft vocabulary.
-        draft_vocab: ``[Vd]`` int64, the tokens that it may draft.
-        target_width: the target's hidden size.
+        lm: Causal LM of any architecture that attends as Llama does; its decoder layers and final norm are used.
+        embedding: Embedding of the drafter, ``[V, H]``.
+        head: All rows of the drafter's head, ``[V, H]``; checkpoints need those outside the draft vocabulary too.
+        draft_vocab: Tokens that it may draft, ``[Vd]`` int64.
+        target_width: Hidden size of the target.
 
     Raises:
-        ValueError: the LM computes in a way that the slot cache has no form for.
+        ValueError: The LM computes in a way that the slot cache has no form for.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -154,7 +140,7 @@ class StandaloneDrafter(Drafter):
         self.lm_head = nn.Linear(head.shape[1], len(draft_vocab), bias=False)
         with torch.no_grad():
             self.lm_head.weight.copy_(head[draft_vocab])
-        self._whole_head = head  # no buffer: it is needed for checkpoints alone, in the target's memory
+        self.whole_head = head  # no buffer: it is needed for checkpoints alone, in the target's memory
         self._groups = self.config.num_attention_heads // self.config.num_key_value_heads
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
@@ -168,35 +154,35 @@ class StandaloneDrafter(Drafter):
         model: str | None = None,
         num_layers: int = 2,
     ) -> Self:
-        """A day-0 drafter in float32: a model that was trained elsewhere, or layers made of the target's pieces.
+        """Start a day-0 drafter in float32: a model that was trained elsewhere, or layers from the target's pieces.
 
         An untrained one is the target's last layer, final norm and head on the target's embedding. The layers before
         the last add nothing until they have learned, so at day 0 their number does not matter.
 
         Args:
-            parts: the target's.
-            draft_vocab: ``[Vd]`` int64.
-            feature_layers: none are read.
-            model: folder or hub id of a causal LM with the target's tokenizer; None makes an untrained one.
-            num_layers: of the untrained one.
+            parts: Frozen pieces of the target.
+            draft_vocab: Tokens that it may draft, ``[Vd]`` int64.
+            feature_layers: Must be empty: no features are read.
+            model: Folder or hub id of a causal LM with the target's tokenizer; None starts an untrained LM.
+            num_layers: Decoder layers of an untrained LM.
 
         Raises:
-            ValueError: the model cannot be loaded or served, or has another vocabulary; no layers, or feature layers
-                are asked for.
+            ValueError: The model cannot be loaded or served, or has another vocabulary; or there are no layers, or
+                feature layers.
         """
         if feature_layers:
             raise ValueError(f"a standalone drafter reads no features; leave feature_layers={feature_layers} out")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         if model is not None:
-            lm = _load(model)
-            _check_fits(lm.config, parts, f"the model {model!r}")
+            lm = load_causal_lm(model)
+            check_causal_lm(lm.config, parts, f"the model {model!r}")
             tables = (lm.get_input_embeddings(), lm.get_output_embeddings())
             embedding, head = (table.get_parameter("weight").detach() for table in tables)
         else:
             config = layer_config(parts)
             config.num_hidden_layers = num_layers
-            lm, embedding, head = _layers_of(config), parts.embedding.float(), parts.head.rows()
+            lm, embedding, head = layers_of(config), parts.embedding.float(), parts.head.rows()
             _start_from(lm, parts)
         width = parts.embedding.shape[1]
         drafter = cls(lm, embedding=embedding, head=head, draft_vocab=draft_vocab, target_width=width)
@@ -239,34 +225,33 @@ class StandaloneDrafter(Drafter):
         ).last_hidden_state
 
     @torch.inference_mode()
+    @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        """See :meth:`Drafter.extend`.
-
-        The first column is read again where a slot holds pairs already. That is a row of a pass that is needed anyway,
-        and the state of the last token is then there for :meth:`propose`, which would need a pass of its own for it.
-        """
+        # The first column is read again if a slot holds pairs already. That is a row of a pass that is needed anyway,
+        # and it gives the state of the last token, for which `propose` would need a pass of its own.
         (b, width), device = tokens.shape, tokens.device
         held, row = self.cached[slots].to(device)[:, None], torch.arange(width, device=device)
         causal = (row[:, None] >= row).expand(b, -1, -1)
         end = int((self.cached[slots] + num_new).max()) + 1
-        # Padding goes behind the text, where the next pass writes; the last column of all is never read.
+        # Padding goes after the text, where the next pass writes; the last column of all is never read.
         columns = (held + row).clamp(max=self._cache.columns - 1)
         hidden = self._read(slots, tokens, held + row, columns, cache_mask(causal, held, end))
         self._state[slots.to(device)] = hidden[torch.arange(b, device=device), num_new.to(device)]
         self.cached[slots] += num_new
 
     @torch.inference_mode()
+    @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        """See :meth:`Drafter.propose`. Nodes are written behind the text, where the next pairs go."""
+        # Nodes are written after the text, where the next pairs go.
         self._cache.widen(self._longest + shape.depth * shape.width + 1)
         rows = slots.to(self._state.device)
         past = self.cached[slots].to(rows.device)[:, None] + 1
         every = torch.arange(len(rows), device=rows.device)[:, None]
-        growth = grow(self.draft_vocab, shape, generator)
-        growth.add(log_softmax(self.lm_head(self._state[rows, None])))
+        search = grow(self.draft_vocab, shape, generator)
+        search.add(log_softmax(self.lm_head(self._state[rows, None])))
         seen = torch.zeros(len(rows), 1, 0, dtype=torch.bool, device=rows.device)
         for depth in range(1, shape.depth):
-            tokens, parent = growth.frontier()
+            tokens, parent = search.frontier()
             width, used = tokens.shape[1], seen.shape[2]
             # A node sees what its parent saw, and itself.
             itself = torch.eye(width, dtype=torch.bool, device=rows.device).expand(len(rows), -1, -1)
@@ -274,32 +259,28 @@ class StandaloneDrafter(Drafter):
             columns = past + used + torch.arange(width, device=rows.device)
             mask = cache_mask(seen, past, int(self.cached[slots].max()) + 1 + used + width)
             hidden = self._read(slots, tokens, (past + depth - 1).expand_as(tokens), columns, mask)
-            growth.add(log_softmax(self.lm_head(hidden)))
-        return growth.proposal()
+            search.add(log_softmax(self.lm_head(hidden)))
+        return search.proposal()
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """See :meth:`Drafter.unroll`.
-
-        A chain of the true tokens is the text itself, and an LM predicts from the text whatever the anchor: one
-        teacher-forced pass, the same rows at every step. States are given where they have the target's width.
-        """
-        _, _, valid = true_chains(batch, steps)
-        anchors, _, _ = true_chains(batch, 1)
-        trees = TreeIndex.of(anchors)
-        roots = torch.arange(len(trees.depth), device=valid.device) < trees.num_rounds
-        states = self._states(anchors, trees, roots)
+        # A chain of the true tokens is the text itself, and an LM predicts from the text whatever the anchor: one
+        # teacher-forced pass, the same rows at every step.
+        chains, _, valid = true_chains(batch, steps)
+        trees = TreeIndex.of(chains)
+        states = self._states(chains, trees, trees.depth == 0)
         logits = self.lm_head(states)
         same_width = states.shape[1] == self._target_width
         return Unroll([logits] * steps, valid, [states] * steps if same_width else None)
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        """See :meth:`Drafter.context_logits`. One pass over the text of each request and the nodes that leave it."""
-        return self.lm_head(self._states(batch, TreeIndex.of(batch), wanted))
+    @override
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        return self.lm_head(self._states(batch, trees, wanted))
 
     def _states(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
-        """What the head reads at the wanted contexts, ``[number wanted, H]``."""
+        """Return the head's inputs at the wanted contexts, ``[number wanted, H]``."""
         branches = Branches.of(batch, trees, wanted)
         nodes, offset = branches.nodes, branches.offset
         text = pad_rows(batch["sequence", "tokens"], batch["sequence", "offset"])
@@ -318,87 +299,27 @@ class StandaloneDrafter(Drafter):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    @override
     def write(self, layout: str) -> Checkpoint:
-        """See :meth:`Drafter.write`: a causal LM's folder, one layout for all engines.
-
-        Engines want every row of the head. Rows outside the draft vocabulary were not trained: they are those that the
-        drafter was made with, the target's own where it was made of the target. ``config.json`` says which were.
-        """
-        tensors = {name: value.detach() for name, value in self.state_dict().items()}
-        head = self._whole_head.to(tensors[_HEAD], copy=True)
-        head[self.draft_vocab] = tensors[_HEAD]
-        tensors |= {_EMBEDDING: self.model.embed_tokens.weight.detach(), _HEAD: head}
-        config = {
-            **written_config(self.config, head.dtype),
-            "tie_word_embeddings": False,  # the head learns, the embedding does not
-            OWN_NAME: "standalone",  # a Llama of one layer would pass for an EAGLE of its authors
-        }
-        if self.draft_vocab.tolist() != list(range(self.vocab_size)):
-            config[_DRAFT_VOCAB] = self.draft_vocab.tolist()
-        return Checkpoint(tensors, config)
+        return write_causal_lm(self)
 
     @classmethod
+    @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        """See :meth:`Drafter.recognizes`: any causal LM that no other drafter claims."""
-        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")  # that no other drafter claims
 
     @classmethod
+    @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        """See :meth:`Drafter.read`: the folder of any causal LM of the target's vocabulary, its weights in one file.
-
-        Raises:
-            ValueError: names the first entry or tensor that does not fit the target or the class.
-        """
-        entries = dict(checkpoint.config)
-        entries.pop(OWN_NAME, None)
-        vocab = torch.tensor(entries.pop(_DRAFT_VOCAB, range(len(parts.head))))
-        check_draft_vocab(vocab, len(parts.head), f"config.json: {_DRAFT_VOCAB}")
-        if "model_type" not in entries:
-            raise ValueError("config.json: model_type is missing; it says which architecture the tensors are of")
-        config = AutoConfig.for_model(entries.pop("model_type"), **entries)
-        _check_fits(config, parts, "config.json: the model")
-        # Old exports carry the rotary frequencies, which the configuration gives.
-        tensors = {name: t for name, t in checkpoint.tensors.items() if not name.endswith("inv_freq")}
-        if config.tie_word_embeddings and _HEAD not in tensors and _EMBEDDING in tensors:
-            tensors[_HEAD] = tensors[_EMBEDDING]
-        lm = _layers_of(config)
-        tables = {name: torch.empty(len(parts.head), config.hidden_size, device="meta") for name in (_EMBEDDING, _HEAD)}
-        check_weights(lm.state_dict() | tables, tensors)
-        lm.load_state_dict({name: t[:_FEW] if name in tables else t for name, t in tensors.items()})
-        drafter = cls(
-            lm,
-            embedding=tensors[_EMBEDDING].float(),
-            head=tensors[_HEAD].float(),
-            draft_vocab=vocab,
-            target_width=parts.embedding.shape[1],
-        )
+        drafter = cls(**read_causal_lm(checkpoint, parts), target_width=parts.embedding.shape[1])
         if "model" in options:  # what it was made of once; the folder holds what it became
             drafter.options = options
         return drafter
 
 
-def _load(model: str) -> PreTrainedModel:
-    """A causal LM in float32, every weight of it read."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
-        raise ValueError(f"the model {model!r} cannot be loaded; name a folder or hub id: {error}") from error
-    lm, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the model {model!r} has no weights {missing[0]!r}; name a complete folder of a causal LM")
-    return lm
-
-
-def _layers_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal LM with random weights and hardly any rows of embedding and head, which come from elsewhere."""
-    config = copy.deepcopy(config)
-    config.vocab_size, config.pad_token_id, config.tie_word_embeddings = _FEW, None, False
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
 @torch.no_grad()
 def _start_from(lm: Any, parts: TargetParts) -> None:
-    """The target's final norm, and its last layer where its weights fit; layers before it pass on what they read."""
+    """Copy the target's final norm, and its last layer where weights fit; layers before it pass on what they read."""
     if parts.norm is not None:
         lm.model.norm.weight.copy_(parts.norm)
     *before, last = lm.model.layers
@@ -408,28 +329,11 @@ def _start_from(lm: Any, parts: TargetParts) -> None:
     copy_layer(last, parts.last_layer)
 
 
-def _check_fits(config: PretrainedConfig, parts: TargetParts, name: str) -> None:
-    """Raise ValueError where an LM cannot draft for a target, whatever its weights."""
-    check_fixed_rope(config, name)
-    vocab, context = len(parts.head), context_length(parts.config)
-    if config.vocab_size != vocab:
-        raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, the target one of {vocab}; a standalone drafter "
-            "needs the target's tokenizer"
-        )
-    if (window := sliding_window(config)) is not None and (context is None or window < context):
-        raise ValueError(
-            f"{name} slides its attention over {window} tokens, and the target has a context of "
-            f"{context or 'any length'}; the drafter's cache has no windows"
-        )
-
-
 @torch.no_grad()
 def _check_served(lm: Any) -> None:
-    """Raise ValueError where an LM is not its layers, cached and masked by us, and its head: a probe and no name tells.
+    """Raise ValueError unless the LM's layers with our cache and masks, followed by its head, reproduce its logits.
 
-    Serving's and training's passes over four tokens are compared with the model's own. Its attention is ours then, and
-    its head a product with a weight.
+    Serving's and training's passes over four tokens are compared with the model's own. The LM keeps our attention.
     """
     name, tokens = type(lm).__name__, torch.arange(4, device=lm.device)[None]
     try:

@@ -1,4 +1,4 @@
-"""Which tree to draft next, or none: from measured acceptance and the measured cost of rounds."""
+"""Choose the tree to draft next, or none, from measured acceptance and the measured cost of rounds."""
 
 from __future__ import annotations
 
@@ -11,59 +11,58 @@ from typing import Literal
 
 from aurora_rl.policies.drafter import TreeShape
 
-# A shape that promises this share of the best one's tokens per second is as good as the best; and what no speculation
-# has to promise to be preferred.
+# Share of the best shape's tokens per second at which a shape is as good as the best, and at which no speculation is
+# preferred.
 _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
-# A chance of which nothing is known yet, and how many trials this guess is worth; a time measured at start is worth as
-# many rounds.
+# Guess of an unknown chance, and the number of trials that it is worth. A time measured at start is worth as many
+# rounds.
 _GUESS, _WORTH = 0.25, 4
-# What n-grams are hoped to do where little is known of them: trying them costs next to nothing.
+# Optimistic guess of lookup's chances: trying it costs next to nothing.
 _HOPE = 0.75
-# Trials that are left of what was measured, where it may not hold any more.
+# Trials that old measurements keep once they may no longer hold.
 _LEFT = 8
-# Rounds over which the pace of live rounds is averaged, and how many rounds' time a loss counts up to.
+# Rounds over which the pace of live rounds is averaged, and the cap of a loss, in plain rounds.
 _RECENT, _LOSS = 64, 32
-# Trials of a probe; the share of plain decoding's time that probes may lose; and how many times longer than that they
-# wait at most where they keep finding nothing.
+# Trials of a probe, the share of plain decoding's time that probes may lose, and how many times longer than that they
+# wait at most while they keep finding nothing.
 _PROBE, _SHARE, _PATIENCE = 24, 0.02, 8
 
-# Kinds of rounds, each of which has a pace in common.
-_PLAIN, _DRAFTER, _FREE = range(3)
+# Kinds of rounds; rounds of one kind share a pace.
+_PLAIN, _DRAFTER, _LOOKUP = range(3)
 
 Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
-"""At the end of an accepted path: which child was accepted, or that none was, or that none was drafted."""
+"""What happened at the end of an accepted path: which child was accepted, that none was, or none was drafted."""
 
 
 class TreeController:
     """Chooses the shape with the most expected tokens per second, no speculation being one of them.
 
-    At the end of an accepted path the drafter's likeliest child is accepted with chance ``f``, and where it is not one
-    of its siblings with chance ``o``; a tree has drafted any with chance ``c``. All are measured by depth. A depth is
-    passed with chance ``a = f`` in a chain and ``c (f + (1 - f) o)`` in a tree, so that trees tell what chains would
-    have had, and a round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. A depth that was
-    not tried is taken to be as good as the one before it, and is tried if that would pay.
+    At the end of an accepted path, the drafter's likeliest child is accepted with chance ``f``. If it is not, one of
+    its siblings is accepted with chance ``o``. A tree has drafted any child with chance ``c``. All are measured by
+    depth. A depth is passed with chance ``a = f`` in a chain and ``c (f + (1 - f) o)`` in a tree, so that trees tell
+    what chains would have had. A round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
+    untried depth counts as good as the one before it, and is tried if that would pay.
 
-    Shapes that are ``free`` of the drafter's passes (n-grams alone) have a chance by depth of their own, in which to
-    draft nothing is a miss. It fades in every round towards a hope, so that they are tried first and again now and
-    then. The best of them takes the place of no speculation in what follows, wherever it is faster.
+    Shapes of ``lookup_only`` have chances of their own by depth; an empty lookup counts as a failed trial. They fade in
+    every round towards an optimistic guess, so that lookup is tried first, and again now and then. The best of these
+    shapes takes the place of no speculation in what follows, if it is faster.
 
-    A round takes the time measured for its shape and number of occupied slots, times the pace of the live rounds of its
-    kind (plain, drafter's or free), which context lengths and the machine's other work change.
+    A round takes the time measured for its shape and number of occupied slots, times the pace of live rounds of its
+    kind (plain, drafter's or lookup's), which context lengths and the machine's other work change.
 
-    Where no speculation is best it stays so until the number of occupied slots changes, or a probe, which drafts for a
-    few rounds now and then, finds a drafter that improved: soon after :meth:`swapped`, otherwise at growing intervals,
-    and in either case not before what the last one lost, a plain round at least, is a fiftieth of the time of plain
-    decoding since.
+    No speculation, once best, stays until the number of occupied slots changes or a probe, which drafts for a few
+    rounds, finds a drafter that improved. Probes come soon after :meth:`swapped`, otherwise at growing intervals, and
+    only once the last probe's loss (at least one plain round) is at most 2% of the plain-decoding time since.
 
     Args:
-        costs: seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.
-        memory: speculative rounds over which acceptance fades.
+        costs: Seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.
+        memory: Speculative rounds over which acceptance fades.
 
     Attributes:
-        plain: the shape of depth 0.
+        plain: Shape of depth 0.
 
     Raises:
-        ValueError: no costs, no shape of depth 0 or several, or not the same shapes for every number of slots.
+        ValueError: There are no costs, no shape of depth 0 or several, or other shapes for some number of slots.
 
     Example:
         Drafting one token adds a tenth to a round of one slot, and doubles a round of eight.
@@ -90,8 +89,8 @@ class TreeController:
         deepest = max(shape.depth for shape in self._shapes)
         # [hits, trials] by depth.
         self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
-        self._free = [[0.0, 0.0] for _ in range(deepest)]  # the same of free shapes
-        # Live over measured seconds of plain, of drafter's and of free rounds, and of how many of each.
+        self._found = [[0.0, 0.0] for _ in range(deepest)]  # the same of lookup alone
+        # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
         self._kind, self._run = -1, 0  # which of the three ran last, and for how many rounds
         self._resting = 0  # the number of occupied slots at which it was best to leave the drafter alone
@@ -103,30 +102,31 @@ class TreeController:
         self._below = 0.0  # nodes accepted below the shape's depth, of a slot that was drafted for
 
     @staticmethod
-    def candidates(most: TreeShape, *, free: bool = False) -> list[TreeShape]:
-        """The shapes to choose from: none, and every depth up to that of ``most``, in its width and as a bare chain.
+    def candidates(most: TreeShape) -> list[TreeShape]:
+        """Return the shapes to choose from: none, and every depth up to that of ``most``, in its width and as a chain.
+
+        With lookup the bare chains are looked up, without the drafter: a chain of the drafter with lookup's nodes
+        merged into it is no bare one.
 
         Args:
-            most: the widest and deepest.
-            free: whether the drafter has nodes without a pass. Chains of them alone are then among the shapes, and the
-                drafter's bare chains are not, as others' nodes are merged into them.
+            most: Widest and deepest shape.
 
         Example:
-            >>> [(s.depth, s.width, s.budget) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
+            >>> [(s.depth, s.width, s.num_nodes) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
             [(0, 4, 0), (1, 1, 1), (1, 4, 4), (2, 1, 2), (2, 4, 5)]
         """
         shapes = [replace(most, depth=0)]
         for depth in range(1, most.depth + 1):
             # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
-            if free or (most.width > 1 and most.mode == "topk"):
-                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth, free=free))
+            if most.lookup or (most.width > 1 and most.mode == "topk"):
+                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth, lookup_only=most.lookup > 0))
             shapes.append(replace(most, depth=depth))
         return shapes
 
     def acceptance(self, shape: TreeShape) -> list[float]:
-        """The chances ``a[1], a[2], ...`` of a shape, as they are estimated now."""
-        if shape.free:
-            tried = self._free[: shape.depth]
+        """Estimate the chances ``a[1], a[2], ...`` of a shape."""
+        if shape.lookup_only:
+            tried = self._found[: shape.depth]
             return list(accumulate(tried, lambda guess, counts: _estimate(counts, guess), initial=_HOPE))[1:]
         likeliest, sibling, drafted, passed = _GUESS, _GUESS, 1.0, []
         for d in range(shape.depth):
@@ -137,25 +137,27 @@ class TreeController:
         return passed
 
     def without_drafter(self, shape: TreeShape) -> TreeShape:
-        """What a round of this shape is where the drafter failed every slot: n-grams alone, or plain without them."""
-        free = replace(shape, width=1, num_nodes=shape.depth, free=True)
-        return free if free in self._shapes else self.plain
+        """Return the shape of a round in which the drafter failed every slot: lookup alone, or plain without it."""
+        if not shape.lookup:
+            return self.plain
+        alone = replace(shape, width=1, num_nodes=shape.depth, lookup_only=True)
+        return alone if alone in self._shapes else self.plain
 
     def choose(self, occupied: int) -> TreeShape:
-        """The shape of the next round, of so many occupied slots."""
+        """Choose the shape of the next round, for a number of occupied slots."""
         rates = {shape: self._rate(shape, occupied) for shape in self._shapes}
         drafting, rest = [shape for shape in self._shapes if _kind(shape) == _DRAFTER], self._rest(occupied)
         best = max(drafting, key=rates.__getitem__, default=rest)
         if rates[rest] < _PLAIN_ENOUGH * rates[best]:
-            # While the drafter rests mostly the paces change, and to follow them back and forth would cost a catch-up
-            # of its cache each time.
+            # While the drafter rests, mostly the paces change. Following them back and forth would cost a catch-up of
+            # its cache each time.
             if self._probing or self._resting != occupied:
-                # Of shapes that are as good the deepest: what is drafted is tried and recorded, hence learned from.
+                # Of equally good shapes the deepest: what is drafted is tried and recorded, hence learned from.
                 as_good = (shape for shape in drafting if rates[shape] >= _AS_GOOD * rates[best])
                 return max(as_good, key=lambda shape: (shape.depth, rates[shape]))
         elif not self._probing:
-            if rest.free and self._free[0][1] < _LEFT:
-                return rest  # a hope, which a few rounds confirm or not
+            if rest.lookup_only and self._found[0][1] < _LEFT:
+                return rest  # a guess, which a few rounds confirm or not
             self._resting = occupied
         if not self._probing:
             if self._since * _SHARE < max(self._lost, self._seconds(self.plain, occupied)) * self._patience:
@@ -176,19 +178,19 @@ class TreeController:
         """Take in a round.
 
         Args:
-            shape: that was drafted, whether or not it was the one chosen.
-            occupied: slots that took part.
-            seconds: wall time of the round.
-            outcomes: of each slot that was drafted for, by depth, as far as it was judged. Slots that the drafter
-                failed are none of them, and a round that has no others is not of this shape (:meth:`without_drafter`).
-            below: nodes that were accepted below the shape's depth, of all slots: n-grams' (``HybridDrafter``).
+            shape: Shape that was drafted, whether or not it was the one chosen.
+            occupied: Number of slots that took part.
+            seconds: Wall time of the round.
+            outcomes: Outcomes by depth, as far as drafts were verified, of each slot that was drafted for. Slots that
+                the drafter failed are left out; without any other slot the shape is that of :meth:`without_drafter`.
+            below: Lookup's nodes that were accepted below the shape's depth, over all slots.
         """
         self._keep_pace(shape, occupied, seconds)
-        _fade(self._free, self._memory)
+        _fade(self._found, self._memory)
         if _kind(shape) != _DRAFTER:
             self._since += seconds
             for path in outcomes:
-                for counts, outcome in zip(self._free, path, strict=False):
+                for counts, outcome in zip(self._found, path, strict=False):
                     _count(counts, outcome == "likeliest")
             return
         plain = self._seconds(self.plain, occupied)
@@ -197,8 +199,8 @@ class TreeController:
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
         # Each kind at its pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
         spent = seconds if self._run == 1 else self._seconds(shape, occupied)
-        # A profit is not saved up, and a long loss is not held for ever against weights to come.
-        # What the best without the drafter would have taken for as many tokens.
+        # Time that the best shape without the drafter would have taken for as many tokens. A profit is not saved up,
+        # and a long loss is not held for ever against weights to come.
         instead = tokens / self._rate(self._rest(occupied), occupied)
         self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * plain
         if self._lost > limit:
@@ -223,7 +225,7 @@ class TreeController:
                     _count(self._siblings[d], outcome == "sibling")
 
     def swapped(self) -> None:
-        """Other weights draft from now on: what was measured of the old ones counts little."""
+        """Note that other weights draft from now on: measurements of the old ones count little."""
         self._doubt()
         self._patience, self._run = 1, 0
 
@@ -232,9 +234,9 @@ class TreeController:
             counts[:] = [count * min(_LEFT / max(counts[1], 1e-9), 1.0) for count in counts]
 
     def _rest(self, occupied: int) -> TreeShape:
-        """The best of the shapes that leave the drafter alone."""
-        free = [shape for shape in self._shapes if shape.free]
-        best = max(free, key=lambda shape: self._rate(shape, occupied), default=self.plain)
+        """Return the best of the shapes that leave the drafter alone."""
+        alone = [shape for shape in self._shapes if shape.lookup_only]
+        best = max(alone, key=lambda shape: self._rate(shape, occupied), default=self.plain)
         enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(best, occupied)
         return self.plain if enough else best
 
@@ -246,14 +248,14 @@ class TreeController:
         for passed in self.acceptance(shape):
             reach *= passed
             tokens += reach
-        # What n-grams add below the tree is taken to be the same for every depth of it.
+        # What lookup adds below the tree is taken to be the same for every depth of it.
         return tokens + self._below if _kind(shape) == _DRAFTER else tokens
 
     def _seconds(self, shape: TreeShape, occupied: int) -> float:
         return self._pace[_kind(shape)] * self._measured(shape, occupied)
 
     def _measured(self, shape: TreeShape, occupied: int) -> float:
-        """Seconds at start; between two measured numbers of slots, on the line through them."""
+        """Return the seconds measured at start, interpolated linearly between two measured numbers of slots."""
         known = self._occupancies
         above = min(bisect_left(known, occupied), len(known) - 1)
         low, high = known[max(above - 1, 0)], known[above]
@@ -272,17 +274,17 @@ class TreeController:
         # Clipped: one round that the machine held up says little about the others.
         live = min(seconds / self._measured(shape, occupied), 4 * old)
         self._pace[kind] += (live - old) / min(self._timed[kind] + _WORTH, _RECENT)
-        for other, timed in enumerate(self._timed):
-            if other != kind and (self._run > _RECENT or not timed):
+        for rest, timed in enumerate(self._timed):
+            if rest != kind and (self._run > _RECENT or not timed):
                 # What changes soon after the kind did is the difference between them; what changes later, such as the
                 # machine's other work, is taken to change all.
-                self._pace[other] *= self._pace[kind] / old
+                self._pace[rest] *= self._pace[kind] / old
 
 
 def _kind(shape: TreeShape) -> int:
     if not shape.depth:
         return _PLAIN
-    return _FREE if shape.free else _DRAFTER
+    return _LOOKUP if shape.lookup_only else _DRAFTER
 
 
 def _fade(table: Sequence[list[float]], memory: int) -> None:

@@ -1,4 +1,4 @@
-"""How trees grow from a drafter's log-probabilities: its likeliest nodes, or chains drawn at random.
+"""Build trees from a drafter's log-probabilities: its likeliest nodes, or chains drawn at random.
 
 Legend: ``b`` slots, ``w`` nodes of a frontier, ``n`` nodes of a tree, ``Vd`` draft vocabulary.
 """
@@ -20,11 +20,11 @@ def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor
     A node's joint log-probability is at most its parent's, and ties keep the earlier node, so what is kept is a tree.
 
     Args:
-        tokens: ``[b, n]`` candidates in topological order.
-        parents: ``[b, n]``.
-        log_probs: ``[b, n]`` given the path.
-        joint: ``[b, n]`` summed along the path.
-        budget: nodes to keep.
+        tokens: Candidates in topological order, ``[b, n]``.
+        parents: Parent of each candidate, ``[b, n]``.
+        log_probs: Log-probability of each candidate given its path, ``[b, n]``.
+        joint: Log-probabilities summed along the path, ``[b, n]``.
+        budget: Number of nodes to keep.
     """
     if tokens.shape[1] > budget:
         keep = joint.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
@@ -37,28 +37,32 @@ def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor
 
 
 class TreeSearch(ABC):
-    """Grows trees of ``b`` slots: a drafter adds depth after depth, and expands the frontier in between."""
+    """Builds trees of ``b`` slots: a drafter adds depth after depth, and expands the frontier in between."""
 
     @abstractmethod
     def add(self, log_probs: Tensor) -> None:
-        """Add a depth: ``[b, w, Vd]``, the drafter's at each of the ``w`` nodes of the frontier, at first the root."""
+        """Add a depth.
+
+        Args:
+            log_probs: Log-probabilities at each of the ``w`` nodes of the frontier, at first the root, ``[b, w, Vd]``.
+        """
 
     @abstractmethod
     def frontier(self) -> tuple[Tensor, Tensor]:
-        """The nodes to expand now, ``[b, w]``: their tokens, and each one's parent's place in the last frontier."""
+        """Return the nodes to expand next: their tokens, and their parents' places in the last frontier, ``[b, w]``."""
 
     @abstractmethod
     def proposal(self) -> Proposal:
-        """The trees."""
+        """Return the trees."""
 
 
 def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> TreeSearch:
-    """An empty growth of a shape.
+    """Start the search for trees of a shape.
 
     Args:
-        draft_vocab: ``[Vd]`` int64, target ids of the rows.
-        shape: what to grow.
-        generator: see :meth:`Drafter.propose`.
+        draft_vocab: Target ids of the rows, ``[Vd]`` int64.
+        shape: Shape of the trees.
+        generator: Source of randomness, see :meth:`Drafter.propose`.
 
     Example:
         >>> type(grow(torch.arange(4), TreeShape(2, mode="sampled"))).__name__
@@ -68,21 +72,21 @@ def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | Non
 
 
 class TopKSearch(TreeSearch):
-    """At each depth the likeliest nodes by joint probability are expanded, each by its likeliest tokens.
+    """Expands the likeliest nodes of each depth by joint probability, each by its likeliest tokens.
 
-    ``width`` of each (all tokens of a smaller draft vocabulary); in the end the budget keeps the likeliest nodes.
+    There are ``width`` of each, or all tokens of a smaller draft vocabulary. In the end the budget keeps the likeliest.
 
     Args:
-        draft_vocab: ``[Vd]`` int64, target ids of the rows.
-        shape: the tree to grow.
+        draft_vocab: Target ids of the rows, ``[Vd]`` int64.
+        shape: Shape of the trees.
 
     Example:
-        >>> growth = TopKSearch(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
-        >>> growth.add(torch.tensor([[[0.2, 0.7, 0.1]]]).log())
-        >>> growth.frontier()
+        >>> search = TopKSearch(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
+        >>> search.add(torch.tensor([[[0.2, 0.7, 0.1]]]).log())
+        >>> search.frontier()
         (tensor([[7, 5]]), tensor([[0, 0]]))
-        >>> growth.add(torch.tensor([[[0.1, 0.1, 0.8], [0.4, 0.5, 0.1]]]).log())
-        >>> growth.proposal().tokens, growth.proposal().parents
+        >>> search.add(torch.tensor([[[0.1, 0.1, 0.8], [0.4, 0.5, 0.1]]]).log())
+        >>> search.proposal().tokens, search.proposal().parents
         (tensor([[7, 5, 9]]), tensor([[-1, -1,  0]]))
     """
 
@@ -122,29 +126,29 @@ class TopKSearch(TreeSearch):
         self._expanded = kept + self._before, joint
         return tokens, kept // self._children
 
+    @override
     def proposal(self) -> Proposal:
-        """The trees, cut to the shape's budget."""
         columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
         tokens, parents, log_probs, joint = columns
-        return best_first(tokens, parents, log_probs, joint, self._shape.budget)
+        return best_first(tokens, parents, log_probs, joint, self._shape.num_nodes)
 
 
 class SampledSearch(TreeSearch):
-    """TreeLaw chains that part at the root.
+    """Draws chains that part at the root.
 
-    Which nodes there are does not depend on what was drawn, as rejection needs: a node that was left out for its token
-    would change the law of the text.
+    Which nodes there are does not depend on what was drawn, as rejection needs: leaving a node out for its token would
+    change the law of the text.
 
     Args:
-        draft_vocab: ``[Vd]`` int64, target ids of the rows.
-        shape: the tree to grow.
-        generator: of the draws.
+        draft_vocab: Target ids of the rows, ``[Vd]`` int64.
+        shape: Shape of the trees.
+        generator: Source of randomness.
 
     Example:
-        >>> growth = SampledSearch(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
-        >>> growth.add(torch.tensor([[[0.5, 0.5]]]).log())
-        >>> growth.add(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).log())
-        >>> growth.proposal().tokens.sort().values, growth.proposal().parents
+        >>> search = SampledSearch(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
+        >>> search.add(torch.tensor([[[0.5, 0.5]]]).log())
+        >>> search.add(torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).log())
+        >>> search.proposal().tokens.sort().values, search.proposal().parents
         (tensor([[5, 5, 5, 7]]), tensor([[-1, -1,  0,  1]]))
     """
 

@@ -108,7 +108,7 @@ class InferenceServer:
         began = time.perf_counter()
         action = policy(self._td)
         # A drafter that failed its slots together leaves the trees of each alone, for the last time.
-        asked = policy.drafted | policy.from_text | action["draft", "mask"].any(1).cpu()
+        asked = policy.drafted | policy.looked_up | action["draft", "mask"].any(1).cpu()
         for slot in env.engine.store.occupied.tolist():
             self._asked.setdefault(env.request_of(slot).id, []).append(bool(asked[slot]))
         done, self._td = env.step_and_maybe_reset(action)
@@ -130,10 +130,10 @@ class InferenceServer:
         policy, shape, outcomes = self.policy, shapes.plain, []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
-        elif bool(policy.from_text.any()):
-            shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.from_text)
+        elif bool(policy.looked_up.any()):
+            shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.looked_up)
             # An empty lookup counts as a failed trial.
-            outcomes += [["undrafted"] for _ in range(int(policy.from_text.sum()) - len(outcomes))]
+            outcomes += [["undrafted"] for _ in range(int(policy.looked_up.sum()) - len(outcomes))]
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
@@ -145,7 +145,7 @@ class InferenceServer:
             self.policy.shape = shape
             acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
             self._log.write(
-                "shape", depth=shape.depth, width=shape.width, nodes=shape.budget, free=shape.free,
+                "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes, lookup_only=shape.lookup_only,
                 acceptance=acceptance, occupied=self.env.num_active,
             )  # fmt: skip
 

@@ -21,9 +21,9 @@ def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeSha
     def drawn(seed: int) -> Proposal:
         return drafter.propose(slots, shape, torch.Generator().manual_seed(seed))
 
-    first, again, others = drawn(seed), drawn(seed), [drawn(seed + i) for i in range(1, 5)]
+    first, again, rest = drawn(seed), drawn(seed), [drawn(seed + i) for i in range(1, 5)]
     require(torch.equal(first.tokens, again.tokens), f"{what} ignores the generator: one seed gave two trees")
-    differ = any(not torch.equal(first.tokens, other.tokens) for other in others)
+    differ = any(not torch.equal(first.tokens, tree.tokens) for tree in rest)
     require(differ, f"{what} draws nothing: seeds do not matter")
     nodes = (*first.tokens.shape, len(drafter.draft_vocab))
     require(first.q is not None and first.q.shape == nodes, f"{what}: q is not {nodes}")
@@ -48,26 +48,13 @@ def check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: Tre
     require(empty.shape == (len(slots), 0), f"propose at depth 0 gave {tuple(empty.shape)} and not no nodes")
 
 
-def check_from_text(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
-    """What is drafted from the text alone are trees too, and no nodes of the drafter's own law."""
-    for trajectory in trajectories:
-        proposal = drafter.from_text(trajectory["sequence", "tokens"].tolist(), shape)
-        free = proposal is not None
-        require(
-            free == (drafter.min_depth > 0), f"from_text is {'' if free else 'not '}there, min_depth says otherwise"
-        )
-        if proposal is not None:
-            _check_nodes(drafter, proposal, 1, shape, vocab_size, f"from_text with {shape}")
-            require(bool((proposal.log_probs == -torch.inf).all()), "from_text gives log-probabilities above -inf")
-
-
 def _check_nodes(drafter: Drafter, proposal: Proposal, rows: int, shape: TreeShape, vocab_size: int, what: str) -> None:
     tokens, parents, log_probs, _, mask = proposal
     require(tokens.shape == parents.shape == log_probs.shape, f"{what}: tokens, parents and log_probs differ in shape")
     least = 1 if mask is None else 0
     require(
-        tokens.shape[0] == rows and least <= tokens.shape[1] <= shape.most_nodes,
-        f"{what}: expected [{rows}, {least}..{shape.most_nodes}] nodes, got {tuple(tokens.shape)}",
+        tokens.shape[0] == rows and least <= tokens.shape[1] <= shape.num_nodes,
+        f"{what}: expected [{rows}, {least}..{shape.num_nodes}] nodes, got {tuple(tokens.shape)}",
     )
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     require(mask.shape == tokens.shape and mask.dtype == torch.bool, f"{what}: mask is not bool {tuple(tokens.shape)}")
@@ -75,8 +62,7 @@ def _check_nodes(drafter: Drafter, proposal: Proposal, rows: int, shape: TreeSha
     require(log_probs.dtype == torch.float32, f"{what}: log_probs are {log_probs.dtype}, not float32")
     earlier = (parents >= -1) & (parents < torch.arange(parents.shape[1]))
     require(bool(earlier[mask].all()), f"{what}: a node's parent is neither an earlier node nor -1")
-    deepest = max(shape.depth, drafter.min_depth)
-    require(bool((depths(parents)[mask] <= deepest).all()), f"{what}: a path is deeper than {deepest}")
+    require(bool((depths(parents)[mask] <= shape.depth).all()), f"{what}: a path is deeper than {shape.depth}")
     drawn = tokens[mask & (log_probs > -torch.inf)]
     require(bool(torch.isin(drawn, drafter.draft_vocab).all()), f"{what}: a token is outside the draft vocabulary")
     legal = valid_nodes(tokens, parents, mask, vocab_size)
@@ -119,9 +105,9 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     middle = lengths - 1 - torch.arange(len(slots)) % 3
     _extend(drafter, trajectories, slots, torch.zeros_like(lengths), middle)
     _extend(drafter, trajectories, slots, middle, lengths)
-    same(slots, "when slots of unequal length are extended in one call, or beside empty slots")
+    same(slots, "when slots of unequal length are extended in one call, or next to empty slots")
 
-    # A slot that is all but full, beside one that catches up from its first pair: the padding has no room there.
+    # A slot that is all but full, next to one that catches up from its first pair: the padding has no room there.
     longest = [trajectories[int(lengths.argmax())]] * 2
     full = lengths.max().expand(2)
     drafter.allocate(2, int(full[0]) + 1)
@@ -129,7 +115,7 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     _extend(drafter, longest, slots[:2], torch.stack([full[0] - 1, torch.tensor(0)]), full)
     got = drafter.propose(slots[:2], shape)
     equal = all(close(a.double(), b.double(), atol) for a, b in zip(_nodes(got, 0), _nodes(got, 1), strict=True))
-    require(equal, "proposals change when a full slot is extended beside one that catches up")
+    require(equal, "proposals change when a full slot is extended next to one that catches up")
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:

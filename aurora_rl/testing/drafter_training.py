@@ -156,7 +156,7 @@ def _with_true_chains(trajectory: TensorDictBase, steps: int) -> TensorDictBase:
 
 
 def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: list[Tensor]) -> TensorDictBase:
-    """The trajectory with other rounds: from each anchor the chain beside it."""
+    """The trajectory with other rounds: a chain of the true tokens after each anchor."""
     out = trajectory.clone()
     out["rounds", "anchor"] = torch.tensor(anchors)
     out["rounds", "offset"] = torch.tensor([0] + [len(c) for c in chains]).cumsum(0)

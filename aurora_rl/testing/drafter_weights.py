@@ -37,13 +37,13 @@ def check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: t
     drafter.install(before)
     unchanged("when published tensors are installed again")
 
-    other = moved(before, generator)
+    new = moved(before, generator)
     last = list(before)[-1]
     for broken, name in (
-        *(({n: t for n, t in other.items() if n != name}, name) for name in before),
-        *(({**other, name: tensor[:-1]}, name) for name, tensor in before.items()),
-        ({**other, "no.such.tensor": other[last]}, "no.such.tensor"),
-        *([({**other, "d2t": other["d2t"] + drafter.vocab_size}, "d2t")] if "d2t" in other else []),
+        *(({n: t for n, t in new.items() if n != name}, name) for name in before),
+        *(({**new, name: tensor[:-1]}, name) for name, tensor in before.items()),
+        ({**new, "no.such.tensor": new[last]}, "no.such.tensor"),
+        *([({**new, "d2t": new["d2t"] + drafter.vocab_size}, "d2t")] if "d2t" in new else []),
     ):
         try:
             drafter.install(broken)
@@ -53,17 +53,17 @@ def check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: t
             raise AssertionError(f"install takes weights whose tensor {name!r} is missing, misshapen, unknown or false")
         unchanged(f"when weights are refused for {name!r}")
 
-    drafter.install({name: t.double() if t.is_floating_point() else t for name, t in other.items()})
+    drafter.install({name: t.double() if t.is_floating_point() else t for name, t in new.items()})
     for name, tensor in drafter.published().items():
         require(tensor.dtype == before[name].dtype, f"install changes the dtype of {name!r} to {tensor.dtype}")
-        require(torch.equal(tensor, other[name]), f"install does not replace {name!r}")
+        require(torch.equal(tensor, new[name]), f"install does not replace {name!r}")
     require(not torch.equal(drafter.score(batch).detach(), scored), "score does not change with the weights")
     drafter.install(before)
     unchanged("when other weights were installed in between")
 
 
 def check_staging(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
-    """Staging is for beside the rounds, and what was given is the caller's again after the swap."""
+    """Staging leaves the rounds alone, and after the swap the weights are the caller's again."""
     old, shape = {name: tensor.clone() for name, tensor in drafter.published().items()}, TreeShape(3, 2)
 
     def drafts() -> Proposal:
@@ -74,12 +74,12 @@ def check_staging(drafter: Drafter, trajectories: list[TensorDict], generator: t
         equal = all(close(a.double(), b.double(), 0.0) for a, b in zip(before[:3], after[:3], strict=True))
         require(equal, f"proposals change {why}")
 
-    before, given = drafts(), moved(old, generator)
-    put = drafter.stage(given)
+    before, weights = drafts(), moved(old, generator)
+    put = drafter.stage(weights)
     same(before, "when weights are staged, and not only when they are installed")
     put()
     after = drafts()
-    for tensor in given.values():
+    for tensor in weights.values():
         tensor.zero_()
     same(after, "with the tensors that were given to stage, after they were installed: they are not copied")
     drafter.install(old)
@@ -130,7 +130,7 @@ def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[Tenso
     """By way of real files.
 
     Raises:
-        CheckpointError: the drafter cannot be written in the format.
+        CheckpointError: The drafter cannot be written in the format.
     """
     kind, way, batch = type(drafter), f"by way of the format {layout!r}", pack(trajectories)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from aurora_rl.envs import SamplingParams
 from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.testing.asserts import COMPUTED, require
-from aurora_rl.testing.drafter_serving import check_cache, check_draws, check_from_text, check_proposals
+from aurora_rl.testing.drafter_serving import check_cache, check_draws, check_proposals
 from aurora_rl.testing.drafter_training import (
     check_gradients,
     check_packing,
@@ -33,14 +33,14 @@ def check_drafter(
     this happens to copies, whose weights are moved a little at random, since parts that start at zero do nothing yet.
 
     Args:
-        drafter: in float64 or float32; float64 tells a mistake from rounding.
-        target: what the drafter was made for; its weights are used in the drafter's dtype.
-        without_gradient: published float tensors that :meth:`~aurora_rl.policies.Drafter.unroll` need not reach.
-        seed: of the weights' noise, the prompts and the completions.
+        drafter: Drafter in float64 or float32; float64 tells a mistake from rounding.
+        target: Target of the drafter; its weights are used in the drafter's dtype.
+        without_gradient: Published float tensors that :meth:`~aurora_rl.policies.Drafter.unroll` need not reach.
+        seed: Seed of the weights' noise, the prompts and the completions.
 
     Raises:
-        AssertionError: names the promise that is broken.
-        ValueError: the drafter has another dtype.
+        AssertionError: A promise is broken; the message names it.
+        ValueError: The drafter has another dtype.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
@@ -70,7 +70,6 @@ def check_drafter(
     plain = served(TreeShape(0))
     for shape in shapes:
         check_proposals(drafter, plain, shape, vocab_size)
-        check_from_text(drafter, plain, shape, vocab_size)
     for shape in shapes:
         trajectories = served(shape)
         check_recorded(drafter, trajectories, shape)

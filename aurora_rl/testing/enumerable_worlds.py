@@ -50,8 +50,7 @@ class TabularDrafter(Drafter):
         return self.table[TEXTS.index(text)].log_softmax(-1)
 
     @override
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        trees = TreeIndex.of(batch)
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         texts: list[Text] = [()] * trees.num_rounds
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
             texts.append((*texts[parent], token))

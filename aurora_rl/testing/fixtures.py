@@ -36,10 +36,9 @@ class GappyDrafter(Eagle3Drafter):
     filler = 0.0
 
     @override
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        trees = TreeIndex.of(batch)
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         predicted = (trees.root >= 0) & (trees.depth < self.max_depth)
-        return self._filled(super().context_logits(batch, wanted), predicted[wanted])
+        return self._filled(super().context_logits(batch, trees, wanted), predicted[wanted])
 
     @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
@@ -66,8 +65,8 @@ class EchoDrafter(Eagle3Drafter):
     factor = 1.0
 
     @override
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
-        rows = context_rows(batch, TreeIndex.of(batch), wanted, ("sequence", "hidden"), ("nodes", "hidden"))
+    def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        rows = context_rows(batch, trees, wanted, ("sequence", "hidden"), ("nodes", "hidden"))
         return self._logits(self.factor * rows["hidden"])
 
     @override

@@ -18,7 +18,7 @@ def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> 
     Args:
         trajectory: with ("sequence", "hidden") and ("nodes", "hidden"); stays as it is.
         head: The target's output head; a weight ``[V, H]`` stands for a plain one.
-        k: ``K``, tokens of a row, at most ``V``.
+        k: Tokens ``K`` of a row, at most ``V``.
 
     Returns:
         Log-probabilities are in float64 for a head in float64, and in float32 otherwise.
@@ -48,7 +48,7 @@ def siblings_reversed(trajectory: TensorDict) -> TensorDict:
     out, offset = trajectory.clone(), trajectory["rounds", "offset"].tolist()
     for first, last in zip(offset, offset[1:], strict=False):
         parents, count = trajectory["nodes", "parents"][first:last], last - first
-        # Nodes counted from the end keep children behind parents only depth by depth: visit them in that order.
+        # Nodes counted from the end keep children after parents only depth by depth: visit them in that order.
         order = _reversed_depth_first(parents)
         place = torch.full((count + 1,), -1)
         place[order] = torch.arange(count)

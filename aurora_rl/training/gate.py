@@ -69,7 +69,7 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         store.lengths[slot] = trajectory["sequence", "prompt_length"]
     # The same draws for every drafter that is replayed, where the shape's mode samples.
     generator = torch.Generator(device).manual_seed(0)
-    policy = DrafterPolicy(drafter, store, num_nodes=shape.most_nodes, shape=shape, generator=generator)
+    policy = DrafterPolicy(drafter, store, num_nodes=shape.num_nodes, shape=shape, generator=generator)
     td = TensorDict({"is_init": torch.zeros(n, 1, dtype=torch.bool)}, batch_size=[n])
     rounds = torch.zeros(n, dtype=torch.int64)
     # What follows a text is a token that no drafter proposes.

@@ -117,7 +117,7 @@ def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], vers
     of_round = trees.parent[first]
     wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=device)
     wanted[of_round] = True
-    logits = drafter.context_logits(batch, wanted)[(wanted.cumsum(0) - 1)[of_round]]
+    logits = drafter.context_logits(batch, trees, wanted)[(wanted.cumsum(0) - 1)[of_round]]
     better = (logits > logits.gather(1, row[first][:, None])).sum(1)
     siblings = torch.bincount(of_round, minlength=trees.num_rounds)[of_round]
     return len(of_round), int((better < siblings).sum())

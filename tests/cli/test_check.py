@@ -47,7 +47,7 @@ def test_a_model_that_is_served(tiny_folder: Path) -> None:
     assert served
     assert "LlamaForCausalLM, float32 on cpu" in text
     assert "exact in the fused form: logits differ by" in text
-    for name in ("dflash", "eagle", "eagle3", "hybrid", "medusa", "ngram", "standalone"):
+    for name in ("dflash", "eagle", "eagle3", "medusa", "ngram", "standalone"):
         assert f"{name} starts: " in text
     # 2 slots of 64 + 64 columns, 3 layers of keys and values of 2 heads of 8 in 4 bytes: 2 * 128 * 3 * 2 * 16 * 4 bytes
     assert "96 KiB of keys and values for 2 slots of 64 tokens" in text

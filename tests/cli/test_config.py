@@ -27,7 +27,7 @@ def test_the_keys_are_frozen() -> None:
         *("max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed"),
         *("drafter.name", "drafter.options", "drafter.path", "drafter.made_for"),
         *("drafter.vocab_size", "drafter.feature_layers"),
-        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.mode", "drafter.adaptive"),
+        *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.lookup", "drafter.mode", "drafter.adaptive"),
         *("baseline.share", "baseline.window"),
         *("wire.trajectories", "wire.weights", "wire.queue"),
         "objectives",
@@ -89,10 +89,10 @@ def test_a_string_may_name_other_keys() -> None:
 
 
 def test_null_lists_and_mappings_are_read_as_yaml(tmp_path: Path) -> None:
-    pairs = ["traffic.path=null", "model=null", "engine.arguments=[--a, b]", "drafter.options={learned: eagle3, n: 3}"]
+    pairs = ["traffic.path=null", "model=null", "engine.arguments=[--a, b]", "drafter.options={model: tiny, n: 3}"]
     config = load_config(overrides=pairs)
     assert (config.traffic.path, config.model, config.engine.arguments) == (None, "null", ["--a", "b"])
-    assert config.drafter.options == {"learned": "eagle3", "n": 3}
+    assert config.drafter.options == {"model": "tiny", "n": 3}
 
 
 def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.cli.learner import build_learner
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies import TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
@@ -88,8 +89,16 @@ OBJECTIVES = {
         "needs independent siblings; set drafter.mode=sampled",
     ),
     "sampled and n-grams": (
-        ("drafter.mode=sampled", "objectives=[{name: imitation}]"),
-        "drafter.name=hybrid drafts in mode topk, not drafter.mode=sampled; set drafter.name=eagle3",
+        ("drafter.name=ngram", "drafter.mode=sampled", "objectives=[{name: imitation}]"),
+        "drafter.name=ngram drafts in mode topk, not drafter.mode=sampled; set drafter.name=eagle3",
+    ),
+    "sampled and lookup": (
+        ("drafter.mode=sampled", "drafter.lookup=2"),
+        "lookup=2 adds nodes that the drafter did not draw; set it to 0 in mode 'sampled'",
+    ),
+    "lookup in SGLang": (
+        ("engine.name=sglang", "drafter.name=eagle3", "drafter.lookup=2"),
+        "drafter.lookup=2: SGLang's trees take no lookup; leave the key out, or set it to 0",
     ),
     "not in SGLang": (
         ("engine.name=sglang", "drafter.name=medusa"),
@@ -154,13 +163,21 @@ def test_device_and_dtype(config: Config) -> None:
             "drafter.name=aurora_rl.policies:Drafter",
             "is aurora_rl.policies:Drafter, which lacks allocate, context_logits",
         ),
-        ("drafter.options={heads: 3}", "drafter.options: HybridDrafter has no setting 'heads'; did you mean 'learned'"),
-        ("drafter.options={lookup: 2.5}", "drafter.options: HybridDrafter: lookup must be an integer, got 2.5"),
-        ("drafter.options={learned: 5}", "drafter.options: HybridDrafter: learned must be a string, got 5"),
+        (
+            "drafter.options={heads: 3}",
+            "drafter.options: MedusaDrafter has no setting 'heads'; did you mean 'num_heads'",
+        ),
+        ("drafter.options={num_heads: 2.5}", "drafter.options: MedusaDrafter: num_heads must be an integer, got 2.5"),
+        ("drafter.lookup=-1", "drafter.lookup must not be negative, got -1"),
+        ("drafter.name=hybrid", "drafter.name=hybrid is drafter.name=medusa drafter.lookup=2 now, and its"),
+        (
+            "drafter.name=hybrid; drafter.options={learned: eagle3, lookup: 3}",
+            "drafter.name=hybrid is drafter.name=eagle3 drafter.lookup=3 now",
+        ),
         ("device=warp", "device='warp' cannot be used here"),
         (
-            "drafter.num_nodes=65",
-            "drafter.depth=4, drafter.width=4 and drafter.num_nodes=65 make trees of 65 nodes, and the engine verifies "
+            "drafter.num_nodes=65; drafter.depth=6",
+            "drafter.depth=6, drafter.width=4 and drafter.num_nodes=65 make trees of 65 nodes, and the engine verifies "
             "64 at most; set drafter.num_nodes=64 or less",
         ),
         ("drafter.num_nodes=null; drafter.width=9; drafter.depth=9", "drafter.num_nodes=null make trees of 657 nodes"),
@@ -214,7 +231,7 @@ def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tin
     spec.start_drafter(spec.resolve(config), target, requests.first_prompts(64))  # the target reads them
 
 
-@pytest.mark.parametrize("name", ["eagle3", "medusa", "hybrid"])
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
 @pytest.mark.parametrize("own_learner", [True, False])
 def test_both_halves_start_from_the_same_drafter(
     config: Config, target: spec.Target, tmp_path: Path, name: str, own_learner: bool
@@ -242,11 +259,22 @@ def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Tar
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 
+def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
+    def lookup(*pairs: str) -> int:
+        return spec.resolve(load_config(overrides=["device=cpu", *pairs])).tree.lookup
+
+    assert spec.resolve(config).tree == TreeShape(4, 4, 4, lookup=2)
+    assert lookup("drafter.name=eagle3") == lookup("drafter.lookup=null") == 2
+    assert lookup("drafter.name=ngram") == lookup("drafter.mode=sampled") == lookup("drafter.lookup=0") == 0
+    assert lookup("engine.name=sglang", "drafter.name=eagle3") == 0
+    assert lookup("drafter.lookup=3", "drafter.name=ngram") == 3
+
+
 def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target: spec.Target) -> None:
     config.drafter.depth, config.drafter.num_nodes = 5, 5
     with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
         spec.start_drafter(spec.resolve(config), target, [])
-    config.drafter.options = {"learned_options": {"num_heads": 5}}
+    config.drafter.options = {"num_heads": 5}
     assert spec.start_drafter(spec.resolve(config), target, []).max_depth == 5
 
 
@@ -286,9 +314,9 @@ def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
 def test_a_drafter_for_another_model_names_what_does_not_match(
     config: Config, target: spec.Target, tmp_path: Path
 ) -> None:
-    config.drafter.options = {"learned": "eagle3"}
+    config.drafter.name = "eagle3"
     save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
-    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}  # the file says what learned
+    config.drafter.path = str(tmp_path / "drafter")
     spec.start_drafter(spec.resolve(config), target, [])
     document = json.loads((tmp_path / "drafter" / "config.json").read_text())
 
@@ -302,7 +330,6 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
     with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
         spec.start_drafter(spec.resolve(config), target, [])
     edit(architectures=["MedusaDrafter"])
-    config.drafter.name = "eagle3"
     with pytest.raises(CheckpointError, match="config.json is of MedusaDrafter, and Eagle3Drafter is asked for"):
         spec.start_drafter(spec.resolve(config), target, [])
     config.drafter.path = str(tmp_path)
@@ -381,5 +408,5 @@ def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
     with learner(config, tmp_path) as second:
         assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
     config.drafter.vocab_size = 32
-    with pytest.raises(CheckpointError, match="tensor 'learned.lm_heads.0.weight'"), learner(config, tmp_path):
+    with pytest.raises(CheckpointError, match="tensor 'lm_heads.0.weight'"), learner(config, tmp_path):
         pass

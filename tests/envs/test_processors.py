@@ -217,7 +217,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
     env = SpecDecodeEnv(
         engine,
         lambda: waiting.pop() if waiting else None,
-        num_nodes=shape.budget,
+        num_nodes=shape.num_nodes,
         rule=rule,
         draft_mode=mode,
         processors=processors_of,
@@ -226,7 +226,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
     policy = DrafterPolicy(
         drafter,
         engine.store,
-        num_nodes=shape.budget,
+        num_nodes=shape.num_nodes,
         shape=shape,
         generator=torch.Generator().manual_seed(1),
         vocab_size=VOCAB,
@@ -255,13 +255,13 @@ def test_a_sampled_tree_of_forbidden_tokens_ends_as_any_other() -> None:
     env = SpecDecodeEnv(
         engine,
         lambda: waiting.pop() if waiting else None,
-        num_nodes=shape.budget,
+        num_nodes=shape.num_nodes,
         rule="rejection",
         draft_mode="sampled",
         processors=generation_processors(model, ()),
         on_completion=done.append,
     )
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.budget, shape=shape, vocab_size=VOCAB)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape, vocab_size=VOCAB)
     td = env.reset()
     while env.num_active:
         _, td = env.step_and_maybe_reset(policy(td))

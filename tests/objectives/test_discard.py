@@ -72,7 +72,7 @@ def test_more_likeliest_tokens_and_how_often_the_first_agree(top_k: int) -> None
     batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
     rejected = ~batch["nodes", "accepted"]
     visited = torch.cat([torch.zeros(len(batch["rounds", "anchor"]), dtype=torch.bool), rejected])
-    log_q = drafter.context_logits(batch, visited).log_softmax(-1)
+    log_q = drafter.context_logits(batch, TreeIndex.of(batch), visited).log_softmax(-1)
     logits = (batch["nodes", "hidden"][rejected] @ parts.head.weight.T)[:, :20]
     expected = torch.zeros((), dtype=torch.float64)
     for row, scores in zip(log_q, logits, strict=True):

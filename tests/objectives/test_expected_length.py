@@ -166,8 +166,8 @@ def test_what_the_drafter_cannot_predict_counts_for_nothing() -> None:
     whole = loss(batch)["loss_expected_length"]
     logits = drafter.context_logits
 
-    def poisoned(of: TensorDict, wanted: Tensor) -> Tensor:
-        trees, found = TreeIndex.of(of), logits(of, wanted)
+    def poisoned(of: TensorDict, trees: TreeIndex, wanted: Tensor) -> Tensor:
+        found = logits(of, trees, wanted)
         return (
             found.masked_fill((trees.depth >= 2)[wanted][:, None], 7.0)
             + torch.randn_like(found) * ((trees.depth >= 2)[wanted][:, None])

@@ -14,7 +14,6 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dflash": [{}],
     "eagle": [{}],
     "eagle3": [{}, {"fc_norm": True, "norm_output": True}],
-    "hybrid": [{}, {"learned": "eagle3", "lookup": 3}],
     "medusa": [{}],
     "ngram": [{}],
     "standalone": [{}],

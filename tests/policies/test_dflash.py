@@ -16,6 +16,7 @@ from aurora_rl.policies import DFlashDrafter, TargetParts, TreeShape, load_draft
 from aurora_rl.testing import check_drafter, tiny_target, tiny_trajectory
 from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import TreeIndex
 
 HALF = torch.arange(0, 32, 2)
 SHORT, LONG = (4, 5), (8, 4)  # prompt and completion
@@ -101,7 +102,7 @@ def test_contexts_and_their_gradients_are_those_of_the_block_alone(options: dict
                 possible.append(depth < len(block))
     expected, wanted = torch.stack(roots + nodes), torch.tensor([True] * len(roots) + possible)
     batch = pack(trajectories)
-    got = made.context_logits(batch, torch.ones_like(wanted))
+    got = made.context_logits(batch, TreeIndex.of(batch), torch.ones_like(wanted))
     torch.testing.assert_close(got[wanted], expected[wanted], rtol=0, atol=1e-12)
 
     weight = torch.randn_like(expected[wanted])
@@ -113,8 +114,10 @@ def test_contexts_and_their_gradients_are_those_of_the_block_alone(options: dict
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
     wanted &= torch.rand(len(wanted)) < 0.4
-    torch.testing.assert_close(made.context_logits(batch, wanted), expected[wanted], rtol=0, atol=1e-12)
-    assert made.context_logits(batch, torch.zeros_like(wanted)).shape == (0, 16)
+    torch.testing.assert_close(
+        made.context_logits(batch, TreeIndex.of(batch), wanted), expected[wanted], rtol=0, atol=1e-12
+    )
+    assert made.context_logits(batch, TreeIndex.of(batch), torch.zeros_like(wanted)).shape == (0, 16)
 
 
 def test_a_served_block_is_the_block_alone() -> None:

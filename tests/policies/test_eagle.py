@@ -19,6 +19,7 @@ from aurora_rl.policies.registry import recognized
 from aurora_rl.testing import check_drafter, tiny_target, tiny_trajectory
 from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import TreeIndex
 
 # Half of the tokens are outside.
 VOCAB = torch.arange(0, 32, 2)
@@ -125,7 +126,8 @@ def test_contexts_predict_what_their_path_alone_predicts(architecture: str, shap
                     at = parents[offset[number] + at]
                 nodes.append(path_states(made, tokens, features, anchor - 1, path))
     expected = torch.stack(roots + nodes) @ head.T
-    got = made.context_logits(pack(trajectories), torch.ones(len(expected), dtype=torch.bool))
+    batch = pack(trajectories)
+    got = made.context_logits(batch, TreeIndex.of(batch), torch.ones(len(expected), dtype=torch.bool))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-8)
 
     weight, parameters = torch.randn_like(expected), list(made.parameters())

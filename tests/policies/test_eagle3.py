@@ -8,6 +8,7 @@ import torch
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import TreeIndex
 
 
 def drafter(vocab: torch.Tensor | None = None, architecture: str = "llama") -> Eagle3Drafter:
@@ -151,7 +152,9 @@ def test_contexts_predict_what_their_path_alone_predicts(shape: TreeShape) -> No
                 nodes.append(path_logits(made, tokens, features, anchor - 1, path))
     expected = torch.stack(roots + nodes)
     wanted = torch.ones(len(expected), dtype=torch.bool)
-    got = made.context_logits(pack(trajectories), wanted)
+    batch = pack(trajectories)
+    trees = TreeIndex.of(batch)
+    got = made.context_logits(batch, trees, wanted)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # the drafter turns by float32 angles
 
     weight = torch.randn_like(expected)
@@ -164,8 +167,8 @@ def test_contexts_predict_what_their_path_alone_predicts(shape: TreeShape) -> No
         torch.testing.assert_close(mine, slow, rtol=0, atol=1e-5)
 
     wanted = torch.rand(len(expected)) < 0.4
-    torch.testing.assert_close(made.context_logits(pack(trajectories), wanted), expected[wanted], rtol=0, atol=1e-6)
-    assert made.context_logits(pack(trajectories), torch.zeros_like(wanted)).shape == (0, 16)
+    torch.testing.assert_close(made.context_logits(batch, trees, wanted), expected[wanted], rtol=0, atol=1e-6)
+    assert made.context_logits(batch, trees, torch.zeros_like(wanted)).shape == (0, 16)
 
 
 def test_width_ends_with_the_vocabulary() -> None:

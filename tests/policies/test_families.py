@@ -62,9 +62,7 @@ def test_the_learners_target_is_the_served_one(name: str) -> None:
     torch.testing.assert_close(parts.head(texts(name).hidden_states[-1]), served, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, kind) for name in FAMILIES for kind in LEARNED), ("gpt2", "hybrid"), ("phi", "hybrid")]
-)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in FAMILIES for kind in LEARNED])
 def test_a_drafter_drafts_what_it_scores_and_learns(name: str, kind: str) -> None:
     drafter, parts = started(name, kind), target(name)[0]
     trajectories = texts(name).trajectories(drafter.feature_layers)[:2]
@@ -78,8 +76,7 @@ def test_a_drafter_drafts_what_it_scores_and_learns(name: str, kind: str) -> Non
     proposal = drafter.propose(filled(drafter, trajectories), TreeShape(depth=2, width=2))
     for row, law in enumerate(last):
         first = [i for i, parent in enumerate(proposal.parents[row].tolist()) if parent < 0]
-        own = [i for i in first if proposal.log_probs[row, i] > -torch.inf]  # not what n-grams alone proposed
-        torch.testing.assert_close(proposal.log_probs[row, own], law[proposal.tokens[row, own]], rtol=0, atol=1e-4)
+        torch.testing.assert_close(proposal.log_probs[row, first], law[proposal.tokens[row, first]], rtol=0, atol=1e-4)
     trajectories = texts(name).trajectories(drafter.feature_layers)[:2]
     check_unroll(drafter, trajectories[:1])
     loss, batch = ImitationLoss(drafter, parts.head, steps=2), pack(trajectories)

@@ -26,6 +26,7 @@ from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.testing import check_drafter, serve, tiny_target, tiny_trajectory
 from aurora_rl.training.checkpoint import CheckpointError
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import TreeIndex
 
 VOCAB = torch.tensor([0, 1, 3, 7, 8, 12, 19, 25, 30, 31])
 SIZES = {
@@ -153,7 +154,7 @@ def test_wanting_nothing_gives_nothing() -> None:
     drafter = made_of_the_target()
     batch = pack([tiny_trajectory(drafter)])
     none = torch.zeros(len(batch["rounds", "anchor"]) + len(batch["nodes", "tokens"]), dtype=torch.bool)
-    assert drafter.context_logits(batch, none).shape == (0, len(VOCAB))
+    assert drafter.context_logits(batch, TreeIndex.of(batch), none).shape == (0, len(VOCAB))
 
 
 # ---- day 0 ----------------------------------------------------------------------------------------------------------

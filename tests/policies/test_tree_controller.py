@@ -169,7 +169,7 @@ def test_between_measured_numbers_of_slots_costs_are_interpolated() -> None:
 
 def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
     shapes = TreeController.candidates(TREE)
-    rows = {s: 1.0 + 0.05 * s.depth + 0.02 * s.budget for s in shapes}
+    rows = {s: 1.0 + 0.05 * s.depth + 0.02 * s.num_nodes for s in shapes}
     table = {1: {s: 1.0 + 0.05 * s.depth for s in shapes}, 8: rows}
     serving = simulation(table, likeliest=0.6, sibling=0.4)
     serving.run(100)
@@ -269,7 +269,7 @@ def test_what_n_grams_add_below_the_tree_counts_for_it() -> None:
     assert drafted == 500
 
 
-CHAIN, ALONE = TreeShape(1), TreeShape(1, 1, 1, free=True)
+CHAIN, ALONE = TreeShape(1), TreeShape(1, 1, 1, lookup=2, lookup_only=True)
 
 
 @dataclass
@@ -279,7 +279,7 @@ class TwoHalves(Simulation):
     free: float = 0.0
 
     def path(self, shape: TreeShape) -> list[Outcome]:
-        if not shape.free:
+        if not shape.lookup_only:
             return super().path(shape)
         return ["likeliest"] if self.dice.random() < self.free else ["undrafted"]
 
@@ -334,10 +334,10 @@ def test_the_halves_are_measured_apart() -> None:
     assert shapes.acceptance(ALONE) == pytest.approx([303 / 1004])
 
 
-def test_candidates_with_n_grams_alone() -> None:
-    found = TreeController.candidates(TreeShape(2, width=2, num_nodes=4), free=True)
-    assert [(s.depth, s.width, s.budget, s.free) for s in found] == [
-        (0, 2, 0, False), (1, 1, 1, True), (1, 2, 2, False), (2, 1, 2, True), (2, 2, 4, False),
+def test_candidates_with_lookup_alone() -> None:
+    found = TreeController.candidates(TreeShape(2, width=2, num_nodes=4, lookup=2))
+    assert [(s.depth, s.width, s.num_nodes, s.lookup_only) for s in found] == [
+        (0, 2, 0, False), (1, 1, 1, True), (1, 2, 4, False), (2, 1, 2, True), (2, 2, 4, False),
     ]  # fmt: skip
 
 
@@ -359,15 +359,16 @@ def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]])
         TreeController(table)
 
 
-def test_a_round_without_the_drafter_is_one_of_n_grams_or_plain() -> None:
-    most = TreeShape(3, width=4, num_nodes=4)
-    shapes = TreeController.candidates(most, free=True)
-    with_n_grams = TreeController({1: dict.fromkeys(shapes, 1.0)})
+def test_a_round_without_the_drafter_is_one_of_lookup_or_plain() -> None:
+    most = TreeShape(3, width=4, num_nodes=4, lookup=2)
+    shapes = TreeController.candidates(most)
+    with_lookup = TreeController({1: dict.fromkeys(shapes, 1.0)})
     for shape in shapes[1:]:
-        without = with_n_grams.without_drafter(shape)
-        assert without in shapes and without.free and without.depth == shape.depth
-    learned_alone = TreeController({1: dict.fromkeys(TreeController.candidates(most), 1.0)})
-    assert learned_alone.without_drafter(most) == learned_alone.plain
+        without = with_lookup.without_drafter(shape)
+        assert without in shapes and without.lookup_only and without.depth == shape.depth
+    most = TreeShape(3, width=4, num_nodes=4)
+    drafter_alone = TreeController({1: dict.fromkeys(TreeController.candidates(most), 1.0)})
+    assert drafter_alone.without_drafter(most) == drafter_alone.plain
 
 
 def test_requests_that_the_drafter_fails_do_not_make_drafting_look_cheap() -> None:

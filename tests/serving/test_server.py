@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs import TransformersEngine
-from aurora_rl.policies import HybridDrafter, TreeShape
+from aurora_rl.policies import TreeShape
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.server import _outcomes
 from aurora_rl.telemetry.rates import BaselineWindows, Round, Rounds
@@ -244,7 +244,7 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
         ["sibling"],
     ]  # fmt: skip
     assert _outcomes(done, torch.arange(6) % 3 == 1) == [["sibling", "refused"], ["sibling"]]
-    # Of n-grams alone, whose log-probabilities are all alike, the first of siblings is the likelier.
+    # Of lookup alone, whose log-probabilities are all alike, the first of siblings is the likelier.
     done["draft", "log_probs"].fill_(-torch.inf)
     assert _outcomes(done, torch.arange(6) == 2) == [["likeliest", "likeliest", "undrafted"]]
     assert _outcomes(done, torch.arange(6) == 3) == [["sibling", "undrafted"]]
@@ -252,9 +252,9 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
 
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
     waiting = requests(12, budget=22)
-    none, short, long = (TreeShape(d, 1, 3) for d in range(3))
+    none, short, long = (TreeShape(d, 1, 3, lookup=2) for d in range(3))
     shapes = TreeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
-    serving = Serving(tmp_path, waiting, HybridDrafter(Oracle(waiting)), slots=2, depth=1, shapes=shapes)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, shapes=shapes)
     serving.run()
     serving.check_texts()
     accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}

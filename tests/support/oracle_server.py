@@ -96,7 +96,7 @@ class Oracle(Drafter):
     def unroll(self, batch: TensorDictBase, steps: int):
         raise NotImplementedError
 
-    def context_logits(self, batch: TensorDictBase, wanted: Tensor) -> Tensor:
+    def context_logits(self, batch: TensorDictBase, trees: object, wanted: Tensor) -> Tensor:
         raise NotImplementedError
 
     def published(self) -> dict[str, Tensor]:

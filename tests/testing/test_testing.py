@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from aurora_rl.policies import (
     DrafterPolicy,
     Eagle3Drafter,
     EagleDrafter,
-    HybridDrafter,
     MedusaDrafter,
     Proposal,
     TargetParts,
@@ -282,28 +281,9 @@ class LosesItsOptions(MedusaDrafter):
         return drafter
 
 
-class ForgetsItsTextDrafts(HybridDrafter):
-    def from_text(self, text: Sequence[int], shape: TreeShape) -> None:
-        return None
-
-
-class RepeatsSiblings(HybridDrafter):
-    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
-        tokens = torch.full((1, min(2, shape.most_nodes)), 3)
-        return Proposal(tokens, torch.full_like(tokens, -1), torch.full(tokens.shape, -torch.inf))
-
-
-class ClaimsItsNGrams(HybridDrafter):
-    def from_text(self, text: Sequence[int], shape: TreeShape) -> Proposal:
-        return Proposal(self.draft_vocab[:1][None], torch.tensor([[-1]]), torch.zeros(1, 1))
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (ForgetsItsTextDrafts, "from_text is not there, min_depth says otherwise"),
-        (RepeatsSiblings, "from_text with .*: two siblings carry the same token"),
-        (ClaimsItsNGrams, "from_text gives log-probabilities above -inf"),
         (LearnsInTheTarget, "no gradient may reach the target, and 'lm_heads.3.weight' shares its memory"),
         (SaysUniform, "q of a drawn token is not exp\\(log_probs\\)"),
         (HalvesItsLaw, "a row of q does not sum to 1"),
@@ -336,12 +316,11 @@ def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) ->
 
 
 class CountsItsTree(MedusaDrafter):
-    def context_logits(self, batch, wanted: Tensor) -> Tensor:
-        trees = TreeIndex.of(batch)
+    def context_logits(self, batch, trees: TreeIndex, wanted: Tensor) -> Tensor:
         size = batch["rounds", "offset"].diff()
         drafted_in = torch.repeat_interleave(torch.arange(len(size)), size)
         of_context = torch.cat([size, size[drafted_in]]) if len(trees.depth) else size
-        return super().context_logits(batch, wanted) * (1 + 0.01 * of_context[wanted])[:, None]
+        return super().context_logits(batch, trees, wanted) * (1 + 0.01 * of_context[wanted])[:, None]
 
 
 def test_scores_that_depend_on_other_branches_are_caught() -> None:

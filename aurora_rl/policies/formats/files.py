@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,16 +27,16 @@ _ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_la
 
 
 def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:
-    """Write a drafter.
+    """Write a drafter to a folder.
 
     Args:
-        drafter: the drafter.
-        folder: replaced if it holds a drafter.
-        layout: one of the drafter's ``formats``; None takes the first, in which runs are kept.
+        drafter: Drafter to write.
+        folder: Folder to write to; a drafter in it is replaced.
+        layout: One of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: the drafter has no such format, or the layout cannot say what it is, or the folder holds
-            something else.
+        CheckpointError: The drafter has no such format, the layout cannot say what it is, or the folder holds something
+            else.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -66,7 +66,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
 
 
 def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
-    """What :func:`save_drafter` would write.
+    """Return what :func:`save_drafter` would write.
 
     Raises:
         ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
@@ -101,17 +101,17 @@ def load_drafter(
     """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.made_for``.
 
     Args:
-        source: a folder, or the id of a repository on the Hugging Face hub.
-        parts: the target's.
-        kind: the class; None takes the one that recognizes ``config.json``.
-        layout: one of the class's ``formats``; None takes the first.
-        options: see ``Drafter.read``.
+        source: Folder, or id of a repository on the Hugging Face hub.
+        parts: Frozen pieces of the target.
+        kind: Class of the drafter; None takes the one that recognizes ``config.json``.
+        layout: One of the class's ``formats``; None takes the first.
+        options: ``drafter.options``, see ``Drafter.read``.
         made_for: "target" refuses a folder that says that it was trained for other weights than the target's; "any"
             starts from it, as from that of an earlier state of the target.
 
     Raises:
-        CheckpointError: files are missing or broken, or the drafter was made for another target; names the first
-            entry or tensor that does not match.
+        CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
+            first entry or tensor that does not match.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -129,18 +129,17 @@ def load_drafter(
         _check_types(tensors, config)
         trained_for = config.pop(_MADE_FOR, None)  # not the class's to keep
         # A folder that several could have written is of the class that is asked for.
-        asked = None if kind is None else kind.saved_as(options)
-        found = asked if asked is not None and asked.recognizes(config) else recognized(config)
+        found = kind if kind is not None and kind.recognizes(config) else recognized(config)
         for name in found.target_sizes:
-            mine = getattr(parts.config, name)
-            if config.get(name, mine) != mine:
-                raise ValueError(f"config.json: {name} is {config[name]}, the target has {mine}")
+            size = getattr(parts.config, name)
+            if config.get(name, size) != size:
+                raise ValueError(f"config.json: {name} is {config[name]}, the target has {size}")
         layout = layout or found.formats[0]
         if layout not in found.formats:
             raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
-        if kind is not None and not kind.recognizes(config):
+        if kind not in (None, found):
             raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
-        drafter = (kind or found).read(Checkpoint(tensors, config), parts, layout, **options)
+        drafter = found.read(Checkpoint(tensors, config), parts, layout, **options)
         check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
         if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
             raise ValueError(f"config.json: draft_vocab_size is {rows}, the draft map has {len(drafter.draft_vocab)}")
@@ -159,8 +158,10 @@ def load_drafter(
         raise CheckpointError(
             f"{folder}: config.json lacks an entry, or has one of another type: {type(error).__name__}: {error}"
         ) from error
-    for name, there, asked in _differing(drafter.options, options):
-        raise CheckpointError(f"{folder}: option {name} is {there!r} there, {asked!r} is asked for")
+    for name, value in options.items():
+        # None stands for a default, which may have been worked out of the target.
+        if value is not None and drafter.options.get(name, value) != value:
+            raise CheckpointError(f"{folder}: option {name} is {drafter.options[name]!r} there, {value!r} is asked for")
     return drafter
 
 
@@ -204,20 +205,6 @@ def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetPart
                 f"config.json: the drafter reads what enters layer {layer}, and the target has 0..{depth}, the last of "
                 "them its head; was the drafter made for another target?"
             )
-
-
-def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Options that are asked for and are others there: name, of a nested one its path, and both values.
-
-    None asks for nothing: it stands for a default, which may have been worked out of the target.
-    """
-    for name, value in asked.items():
-        if name not in there or value is None:
-            continue
-        if isinstance(value, Mapping) and isinstance(there[name], Mapping):
-            yield from ((f"{name}.{inner}", *values) for inner, *values in _differing(there[name], value))
-        elif there[name] != value:
-            yield name, there[name], value
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:

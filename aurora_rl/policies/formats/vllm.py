@@ -1,8 +1,7 @@
 """Drafter checkpoints as vLLM loads them, checked by the names and shapes that its loaders want (read in 0.32).
 
-vLLM itself is strict by halves. Of EAGLE-3 it refuses a tensor that it does not know, unless it is a bias, and where
-one is missing it serves with whatever was in memory; of Medusa it passes over the one and refuses the other. Here
-either is an error.
+vLLM's own loaders check half of this. For EAGLE-3 they refuse unknown tensors, except biases, and serve with whatever
+was in memory for missing ones; for Medusa they ignore unknown tensors and refuse missing ones. Here both are errors.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _Shapes = dict[str, tuple[int, ...]]
 
 
 def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A drafter that vLLM serves, of one in this library's layout.
+    """Convert a drafter from this library's layout to one that vLLM serves.
 
     EAGLE-3 keeps its names, and SGLang loads what comes out as it did what went in. vLLM names a captured state by the
     layer that it enters, as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which
@@ -33,8 +32,8 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     that are there, and a mean is never the greatest: what is drafted stays the same.
 
     Args:
-        tensors: of ``model.safetensors``.
-        config: of ``config.json``: SGLang's for EAGLE-3, and for Medusa one with ``architectures`` (``MedusaDrafter``),
+        tensors: Tensors of ``model.safetensors``.
+        config: Entries of ``config.json``: SGLang's for EAGLE-3, and for Medusa ``architectures`` (``MedusaDrafter``),
             ``vocab_size``, ``feature_layers`` and the ``options`` ``num_heads`` and ``num_layers``.
 
     Returns:
@@ -58,13 +57,13 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
 
 
 def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A drafter that vLLM serves, in this library's layout: the way back of :func:`to_vllm`.
+    """Convert a drafter that vLLM serves to this library's layout, the inverse of :func:`to_vllm`.
 
-    Where another program wrote the file of a Medusa, ``feature_layers``, the target's number of layers, are missing.
+    ``feature_layers``, the target's number of layers, are missing if another program wrote the file of a Medusa.
 
     Args:
-        tensors: of ``model.safetensors``.
-        config: of ``config.json``.
+        tensors: Tensors of ``model.safetensors``.
+        config: Entries of ``config.json``.
 
     Returns:
         Tensors and configuration.
@@ -75,8 +74,8 @@ def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
 
     Example:
         >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.zeros(3, 2)}
-        >>> theirs = {"architectures": ["MedusaModel"], "vocab_size": 3, "hidden_size": 2, "num_heads": 1}
-        >>> read, ours = from_vllm({**heads, "token_map": torch.tensor([0, 2])}, {**theirs, "num_hidden_layers": 1})
+        >>> published = {"architectures": ["MedusaModel"], "vocab_size": 3, "hidden_size": 2, "num_heads": 1}
+        >>> read, ours = from_vllm({**heads, "token_map": torch.tensor([0, 2])}, {**published, "num_hidden_layers": 1})
         >>> read["lm_heads.0.weight"].shape, read["d2t"].tolist(), ours["options"]
         (torch.Size([2, 2]), [0, 1], {'num_heads': 1, 'num_layers': 1})
     """
@@ -176,13 +175,13 @@ def _check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """What vLLM's loaders do with names, with an error where they are silent."""
     medusa = _is_medusa(config)
     wanted, optional = (_medusa_shapes if medusa else _eagle3_shapes)(config)
-    given = dict(tensors) if medusa else {_file_name(name): tensor for name, tensor in tensors.items()}
+    named = dict(tensors) if medusa else {_file_name(name): tensor for name, tensor in tensors.items()}
     for name, shape in wanted.items():
-        if name not in given:
+        if name not in named:
             raise ValueError(f"tensor {name!r} {shape} is missing; vLLM would serve without it")
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"tensor {name!r} must have shape {shape}, got {tuple(given[name].shape)}")
-    if unknown := sorted(given.keys() - wanted.keys() - optional):
+        if tuple(named[name].shape) != shape:
+            raise ValueError(f"tensor {name!r} must have shape {shape}, got {tuple(named[name].shape)}")
+    if unknown := sorted(named.keys() - wanted.keys() - optional):
         raise ValueError(f"tensor {unknown[0]!r} is unknown to vLLM")
 
 

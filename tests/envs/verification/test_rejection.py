@@ -431,11 +431,11 @@ def serve(
     done: list = []
     shape = TreeShape(depth, 3, mode=drawn or mode)
     env = SpecDecodeEnv(
-        engine, lambda: waiting.pop() if waiting else None, num_nodes=shape.budget, rule=rule, draft_mode=mode,
+        engine, lambda: waiting.pop() if waiting else None, num_nodes=shape.num_nodes, rule=rule, draft_mode=mode,
         on_completion=done.append,
     )  # fmt: skip
     policy = DrafterPolicy(
-        drafter, engine.store, num_nodes=shape.budget, shape=shape, generator=torch.Generator().manual_seed(1),
+        drafter, engine.store, num_nodes=shape.num_nodes, shape=shape, generator=torch.Generator().manual_seed(1),
         vocab_size=engine.vocab_size if with_q else None,
     )  # fmt: skip
     policy.speculate = speculate

@@ -26,6 +26,7 @@ from torch import Tensor
 from aurora_rl.policies import Drafter, EagleDrafter, MedusaDrafter, TargetParts, get_drafter, save_drafter
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import TreeIndex
 
 THETA = 300.0  # far from the base that engines fall back to
 SOME = torch.tensor([1, 2, 5, 9, 14, 20, 30])
@@ -273,7 +274,8 @@ def assert_drafts_alike(drafter: Drafter, draft: Draft) -> None:
     """The drafter's logits at every root and node of a served request are those of an engine, to 1e-5."""
     trajectory = tiny_trajectory(drafter, max_new_tokens=6)
     deep = [len(path) < drafter.max_depth for _, path in contexts(trajectory)]
-    mine = drafter.context_logits(pack([trajectory]), torch.tensor(deep)).double()
+    batch = pack([trajectory])
+    mine = drafter.context_logits(batch, TreeIndex.of(batch), torch.tensor(deep)).double()
     theirs = [draft(*context) for context, there in zip(contexts(trajectory), deep, strict=True) if there]
     assert len(theirs) > 6
     for logits, expected in zip(mine, theirs, strict=True):

@@ -17,7 +17,6 @@ from aurora_rl.envs.sglang.client import drafter_arguments
 from aurora_rl.policies import (
     Drafter,
     Eagle3Drafter,
-    HybridDrafter,
     MedusaDrafter,
     NgramDrafter,
     TargetParts,
@@ -343,7 +342,11 @@ def test_settings_of_eagle_3_1_are_kept(parts: TargetParts, tmp_path: Path, opti
         load_drafter(tmp_path / "drafter", parts, options={"fc_norm": not options.get("fc_norm", False)})
 
 
-@pytest.mark.parametrize("make", [MedusaDrafter, HybridDrafter])
+class OtherHeads(MedusaDrafter):
+    """A drafter that has no name, only its import path."""
+
+
+@pytest.mark.parametrize("make", [MedusaDrafter, OtherHeads])
 def test_other_architectures_come_back_from_their_folder(
     parts: TargetParts, tmp_path: Path, make: type[Drafter]
 ) -> None:
@@ -354,13 +357,22 @@ def test_other_architectures_come_back_from_their_folder(
     assert type(read) is make and torch.equal(read.score(batch), drafter.score(batch))
 
 
+def test_a_folder_of_a_drafter_without_a_name_needs_its_class(parts: TargetParts, tmp_path: Path) -> None:
+    save_drafter(OtherHeads.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    with pytest.raises(
+        CheckpointError, match=r"\['OtherHeads'\]; there are .* drafter.name=package.module:Class names"
+    ):
+        load_drafter(tmp_path / "drafter", parts)
+    save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="config.json is of Eagle3Drafter, and OtherHeads is asked for"):
+        load_drafter(tmp_path / "drafter", parts, OtherHeads)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("hybrid", {"learned_options": {"num_heads": 6}}),
-        ("hybrid", {"learned": "eagle3", "lookup": 3, "learned_options": {"fc_norm": True}}),
-        ("hybrid", {"learned_options": None}),
         ("eagle3", {"norm_output": True}),
+        ("eagle3", {"fc_norm": True}),
         ("medusa", {"num_heads": 6}),
         ("dflash", {"block_size": 4, "mask_token_id": None}),
         ("standalone", {"num_layers": 3}),
@@ -452,9 +464,8 @@ def test_what_sglang_cannot_capture_is_kept_but_not_exported(parts: TargetParts,
     save_drafter(drafter, tmp_path / "run")
     assert load_drafter(tmp_path / "run", parts).feature_layers == drafter.feature_layers == (0, 1)
     message = r"reads layers \(0, 1\), and SGLang cannot capture what enters layer 0; .* drafter.feature_layers=\[1,2\]"
-    for each in (drafter, HybridDrafter(drafter)):
-        with pytest.raises(CheckpointError, match=message):
-            save_drafter(each, tmp_path / "sglang", "sglang")
+    with pytest.raises(CheckpointError, match=message):
+        save_drafter(drafter, tmp_path / "sglang", "sglang")
     assert not (tmp_path / "sglang").exists()
     save_drafter(drafter, tmp_path / "vllm", "vllm")  # which can
     with pytest.raises(
@@ -482,12 +493,10 @@ def test_files_have_the_mode_that_the_umask_says(
     assert type(load_drafter("drafter", parts)) is MedusaDrafter
 
 
-def test_a_nested_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> None:
-    save_drafter(HybridDrafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
-    with pytest.raises(CheckpointError, match="option learned_options.num_heads is 4 there, 6 is asked for"):
-        load_drafter(
-            tmp_path / "drafter", parts, HybridDrafter, options={"learned_options": {"num_heads": 6, "num_layers": 1}}
-        )
+def test_an_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> None:
+    save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    with pytest.raises(CheckpointError, match="option num_heads is 4 there, 6 is asked for"):
+        load_drafter(tmp_path / "drafter", parts, options={"num_heads": 6, "num_layers": 1})
 
 
 def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> None:
@@ -585,7 +594,7 @@ def tuned(part: str) -> TargetParts:
 
 
 @pytest.mark.parametrize("part", ["lm_head.weight", "model.layers.2.mlp.up_proj.weight"])
-@pytest.mark.parametrize("name", ["eagle3", "eagle", "medusa", "dflash", "standalone", "hybrid"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "medusa", "dflash", "standalone"])
 def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
     parts: TargetParts, tmp_path: Path, name: str, part: str
 ) -> None:

@@ -1,0 +1,123 @@
+"""DFlash checkpoints: the ``DFlashDraftModel`` that its authors publish and SGLang and vLLM load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+from aurora_rl.models.parts import TargetParts, target_entries
+from aurora_rl.policies.drafter import Checkpoint
+from aurora_rl.policies.formats.checks import (
+    check_captured,
+    check_fixed_rope,
+    check_heads_stated,
+    check_layers_rise,
+    check_rope,
+    written_config,
+)
+
+if TYPE_CHECKING:
+    from aurora_rl.policies.dflash import DFlashDrafter
+
+# Settings of other block drafters that change what is computed, and the value at which they do not.
+_UNSUPPORTED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_sink_bias": False,
+    "attention_value_scale": 1.0,
+    "conv_kernel_size": 0,
+    "final_logit_softcapping": 0,
+    "hidden_act": "silu",
+    "input_embedding_scale": 1.0,
+    "is_causal": False,
+    "output_multiplier": 1.0,
+    "projector_type": None,
+    "sample_from_anchor": True,
+    "selector_rank": 0,
+}
+
+
+def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
+    """Return a DFlash as "hf" or "sglang" has it.
+
+    Neither holds embedding or head, which are the target's. They name a captured state by the decoder layer that it
+    leaves (the authors' code reads ``hidden_states[id + 1]``, SGLang captures what enters layer ``id + 1``), this
+    library by the layer that it enters: the ids in the file are one less than ``feature_layers``. "sglang" holds what
+    SGLang can capture, the states between two layers; "hf" also the embedding, as −1, and what the target's head reads.
+
+    A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids, that SGLang passes over: it
+    drafts from the whole vocabulary, of the same logits. vLLM loads the file if there is no such tensor, hence if every
+    token has the row of its own id.
+
+    Raises:
+        ValueError: SGLang cannot capture one of the features.
+    """
+    if layout == "sglang":  # whose DFlash has no place for the embedding
+        check_captured(drafter.feature_layers, drafter.num_target_layers, lowest=1)
+    tensors = drafter.published()
+    entries: dict[str, Any] = {
+        **written_config(drafter.config, drafter.fc.weight.dtype),
+        "architectures": ["DFlashDraftModel"],
+        "block_size": drafter.block_size,
+        "num_target_layers": drafter.num_target_layers,
+        "dflash_config": {
+            "mask_token_id": drafter.mask_token_id,
+            "target_layer_ids": [layer - 1 for layer in drafter.feature_layers],
+        },
+    }
+    if len(tensors["d2t"]) == drafter.vocab_size and not bool(tensors["d2t"].any()):
+        del tensors["d2t"]
+    return Checkpoint(tensors, entries)
+
+
+def read_dflash(
+    checkpoint: Checkpoint, parts: TargetParts, mask_token_id: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the arguments of ``DFlashDrafter`` that the files hold, and the tensors to install in it.
+
+    Args:
+        checkpoint: Files in either layout.
+        parts: The target's.
+        mask_token_id: The mask of a file that names it by its text alone.
+
+    Returns:
+        Arguments, with ``feature_layers`` None where the files do not say them, and tensors.
+
+    Raises:
+        ValueError: Names the first entry or tensor that does not fit the target or the class.
+    """
+    entries, tensors = checkpoint.config, dict(checkpoint.tensors)
+    for name, plain in _UNSUPPORTED.items():
+        if (value := _setting(entries, name)) not in (None, plain):
+            raise ValueError(f"config.json: {name} is {value!r}, which this drafter has no form for")
+    if "sliding_attention" in (entries.get("layer_types") or ()):
+        raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
+    check_heads_stated(entries)
+    config = Qwen3Config.from_dict({**entries, **target_entries(parts)})
+    check_fixed_rope(config)
+    check_rope(config, parts)
+    depth = parts.config.num_hidden_layers
+    if (made_for := _setting(entries, "num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    mask_token_id = _setting(entries, "mask_token_id", mask_token_id)
+    if mask_token_id is None:
+        raise ValueError("config.json: mask_token_id is missing; set the option of the same name")
+    layers = _setting(entries, "target_layer_ids")
+    check_layers_rise(layers or ())
+    tensors.setdefault("d2t", torch.zeros(config.vocab_size, dtype=torch.int64))  # every token has a row
+    arguments = {
+        "config": config,
+        "draft_vocab": torch.arange(len(tensors["d2t"])),
+        "feature_layers": tuple(layer + 1 for layer in layers) if layers else None,
+        "block_size": _setting(entries, "block_size", 16),
+        "mask_token_id": mask_token_id,
+    }
+    return arguments, tensors
+
+
+def _setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """An entry of ``dflash_config``, or of the file itself, where older files have it."""
+    return (config.get("dflash_config") or {}).get(name, config.get(name, default))
