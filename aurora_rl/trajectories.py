@@ -1,4 +1,4 @@
-"""What serving remembers of a request, and the packed trajectory that it becomes (the data layout of docs/design.md).
+"""What serving remembers of a request, and the packed trajectory that it becomes (docs/reference/trajectories.md).
 
 Legend: ``B`` slots, ``N`` padded nodes of a draft tree without its root, ``S`` tokens of a request of which ``P`` are
 prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature size, ``H`` hidden size, ``K`` likeliest tokens, ``V``

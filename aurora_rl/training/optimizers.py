@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/learning.md).
+    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/results.md).
 
     Raises:
         ValueError: the drafter has nothing to learn.
