@@ -194,17 +194,13 @@ def test_generated_pages_are_current(page: str) -> None:
 
 
 def written_events() -> dict[str, set[str]]:
-    """Fields of each event by the calls of `MetricsLog.write` that name both; `**` hides the fields of a call."""
+    """Fields of each event by the calls of `MetricsLog.write` that name it; `**` hides the fields of a call."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / "aurora_rl").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in (
-                "log.write",
-                "self._log.write",
-                "self.log.write",
-            ):
-                if isinstance(call.args[0], ast.Constant):
-                    found.setdefault(call.args[0].value, set()).update(word.arg or "**" for word in call.keywords)
+            match call:
+                case ast.Call(ast.Attribute(attr="write"), [ast.Constant(str(event))], [_, *_] as words):
+                    found.setdefault(event, set()).update(word.arg or "**" for word in words)
     return found
 
 
