@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help install flywheel bench test lint unit smollm2 faults sglang vllm stress
+.PHONY: help install flywheel bench test lint unit smollm2 faults sglang docs vllm stress
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
 	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/envs/sglang
 
+docs: $(VENV)/.docs  ## the documentation as a site in site/; warnings are errors
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 vllm: $(STAMP) $(VLLM)/.installed  ## tests that run vLLM on the CPU; not in CI, and 3.5 GB the first time
 	AURORA_RL_REQUIRE=vllm $(BIN)/python -m pytest -m vllm tests/vllm
 
@@ -68,6 +72,10 @@ stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times wi
 		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
 		$(BIN)/python -m pytest -q -m faults || exit 1; \
 	done
+
+$(VENV)/.docs: $(STAMP)
+	$(PIP) -e '.[docs]' -c constraints.txt
+	touch $@
 
 # An environment of its own: vLLM pins another transformers than SGLang. What torchvision and the others bring for CUDA
 # does not load beside a torch for CPU and ends the import of transformers; without them it goes on.

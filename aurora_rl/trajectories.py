@@ -1,4 +1,4 @@
-"""The packed trajectory of a request: its layout, its checks, and batches of it (the data layout of docs/design.md).
+"""The packed trajectory of a request: its layout, its checks, and batches of it (docs/reference/trajectories.md).
 
 Legend: ``S`` tokens of a request of which ``P`` are prompt, ``R`` rounds, ``M`` nodes of all rounds, ``F`` feature
 size, ``H`` hidden size, ``K`` likeliest tokens, ``V`` vocabulary.

@@ -45,16 +45,6 @@ def test_flywheel_serves_learns_and_swaps(smollm2_path: Path) -> None:
     assert versions == list(range(len(versions))) and len(versions) >= 2
 
 
-@pytest.mark.smollm2
-@pytest.mark.usefixtures("smollm2_path")
-def test_the_readme_s_example_prints_clean_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "readme.py").write_text(block)
-    runpy.run_path(str(tmp_path / "readme.py"))
-    out = capsys.readouterr().out
-    assert len(out.split()) > 5 and "<|" not in out
-
-
 TRAINING = {
     "train_imitation.py": ["--divergence", "jensen_shannon", "--expected-length"],
     "train_discard.py": ["--weighting", "reach", "--top-k", "8"],

@@ -33,16 +33,17 @@ class EngineConfig:
     """
 
     name: str = "transformers"
+    """transformers serves in this process, sglang is a server of its own."""
     slots: int = 2
     """Requests decoded at the same time."""
     max_length: int = 1024
-    """Tokens of a slot, prompt and completion."""
+    """Most tokens of a request, prompt and completion together."""
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
-    """Of a running SGLang server to attach to; it must have been started on the drafter of ``drafter.path``."""
+    """URL of a running SGLang server to attach to, started on the drafter of ``drafter.path``; null launches one."""
     plugin_address: str | None = None
-    """Of that server's plugin: the address in its AURORA_RL_SGLANG."""
+    """Address of that server's plugin, which is in its environment as AURORA_RL_SGLANG."""
     arguments: list[str] = field(default_factory=list)
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
@@ -58,6 +59,7 @@ class TrafficConfig:
     limit: int | None = None
     """Most requests; null is the whole file, or ``requests`` of the generator."""
     shuffle: bool = False
+    """Serve the file's requests in random order."""
     requests: int = 300
     """Requests that the built-in generator makes."""
 
@@ -69,7 +71,7 @@ class DrafterConfig:
     name: str = "medusa"
     """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the architecture, such as fc_norm: true for eagle3."""
+    """Architecture-specific options, for example ``fc_norm: true``."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
     made_for: str = "target"
@@ -108,7 +110,9 @@ class WireConfig:
     """ZeroMQ addresses, bound by the learner."""
 
     trajectories: str = "tcp://127.0.0.1:5557"
+    """Where the learner receives trajectories: tcp://host:port or ipc://path."""
     weights: str = "tcp://127.0.0.1:5558"
+    """Where the learner hands out weights."""
     queue: int = 256
     """Trajectories that wait for an absent learner before the oldest is dropped."""
 
@@ -118,6 +122,7 @@ class LearnerConfig:
     """The training server."""
 
     threads: int = 1
+    """CPU threads of the learner."""
     nice: int = 19
     """Scheduling priority of the process, 0 to 19: at 19 it takes the CPU time that serving leaves."""
     batch_size: int = 4
@@ -127,9 +132,9 @@ class LearnerConfig:
     buffer: int = 2000
     """Requests kept for replay."""
     muon_lr: float = 0.02
-    """Learning rate of matrices."""
+    """Learning rate of the matrices (Muon)."""
     adam_lr: float = 5e-4
-    """Learning rate of everything else, the draft head included."""
+    """Learning rate of everything else, the draft head included (AdamW)."""
     publish_every: int = 8
     """New requests between two candidates."""
     max_skipped: int = 20
@@ -157,18 +162,24 @@ class Config:
     model: str = "smollm2"
     """Embedded model by name, hub id or folder of a Hugging Face causal LM."""
     device: str = "auto"
+    """cpu, cuda or cuda:1; auto takes a GPU if there is one."""
     dtype: str = "auto"
     """float32, bfloat16, float16, float64; auto is bfloat16 where the hardware has it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     max_new_tokens: int = 96
+    """Most tokens of a completion."""
     temperature: float = 0.0
+    """Sampling temperature; 0 decodes greedily."""
     top_k: int = 0
+    """Sample from this many likeliest tokens; 0 takes all."""
     top_p: float = 1.0
+    """Sample from the likeliest tokens of this total probability."""
     generation_config: str = "auto"
     """auto applies what the model's generation config does to its logits, such as repetition_penalty; ignore serves
     them raw. Temperature, top-k, top-p and the token budget are those above in either case."""
     seed: int = 0
+    """Seed of traffic, sampling and learning."""
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     wire: WireConfig = field(default_factory=WireConfig)

@@ -8,7 +8,7 @@ from aurora_rl.policies import Drafter
 
 
 def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/learning.md).
+    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/results.md).
 
     Raises:
         ValueError: The drafter has nothing to learn.

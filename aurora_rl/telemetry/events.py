@@ -1,0 +1,148 @@
+"""The events of a run's ``metrics.jsonl``: when each is written, and its fields.
+
+The reference in the documentation is generated from this table, and a test compares it with the calls of
+:meth:`aurora_rl.telemetry.log.MetricsLog.write`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of line.
+
+    Attributes:
+        when: When the line is written.
+        fields: Meaning of each field, by name. ``time``, ``source`` and ``event`` come first in every line.
+    """
+
+    when: str
+    fields: dict[str, str]
+
+
+_REASON = {"reason": "What happened, in words."}
+_SEEN = {"seen": "Requests learned from so far.", "steps": "Optimizer steps so far."}
+
+EVENTS: dict[str, Event] = {
+    # Of the inference server.
+    "costs": Event(
+        "The tree controller has timed rounds before serving.",
+        {"round_ms": "Milliseconds of a round, by number of occupied slots and by depth x width."},
+    ),
+    "request": Event(
+        "A request has completed.",
+        {
+            "request": "Number of the request.",
+            "domain": "Domain of its prompt; empty if the prompt has none.",
+            "tokens": "Tokens of the completion.",
+            "terminated": "True if it ended at a stop token, false at its token budget.",
+            "speculative_tokens": "Tokens that speculative rounds delivered.",
+            "speculative_rounds": "Rounds that were speculative.",
+            "accepted": "Rounds by number of accepted drafts.",
+            "versions": "Versions of the weights that drafted it.",
+            "depth": "Depth of the trees that were drafted when it ended.",
+            "coverage": "Share of its tokens in the draft vocabulary; null with SGLang.",
+        },
+    ),
+    "status": Event(
+        "Every five seconds.",
+        {
+            "requests": "Completed requests.",
+            "version": "Version of the weights that draft.",
+            "acceptance_length": "Tokens per speculative round over the last tenth of the requests, at least eight.",
+            "acceptance_by_position": "Share of the drafted rounds since then that accepted 1, 2, ... drafts.",
+            "tokens_per_second": "Plain (baseline) and speculative throughput over the last quarter of the requests.",
+            "depth": "Depth of the trees that are drafted.",
+            "coverage": "Mean coverage of the requests since the last status.",
+            "queue": "Trajectories that wait for the learner.",
+            "dropped": "Trajectories that no learner took.",
+            "learner": "State of the learner.",
+        },
+    ),
+    "shape": Event(
+        "The tree controller has changed the shape of the trees.",
+        {
+            "depth": "Longest path; 0 is plain decoding.",
+            "width": "Most children of a node; 1 is a chain.",
+            "nodes": "Node budget; null keeps all.",
+            "free": "True if n-grams alone draft.",
+            "acceptance": "Expected acceptance by depth.",
+            "occupied": "Occupied slots.",
+        },
+    ),
+    "swap": Event(
+        "New weights draft from now on.",
+        {
+            "version": "Version of the weights.",
+            "ms": "Milliseconds for which serving stood still.",
+            "requests": "Completed requests.",
+        },
+    ),
+    "swap_failed": Event(
+        "The drafter could not load new weights, and the old ones go on.", {"version": "Version refused.", **_REASON}
+    ),
+    "drafter_fault": Event(
+        "The drafter failed, and a request goes on without it.",
+        {
+            "request": "Number of the request; null before serving.",
+            "version": "Version of the weights.",
+            "fault": "What the drafter did.",
+        },
+    ),
+    "attached": Event("The plugin of an SGLang server records for this run.", {"status": "Status of the plugin."}),
+    "unreachable": Event("The SGLang server or its plugin does not answer.", _REASON),
+    "learner_died": Event("The flywheel's learner has ended; serving goes on.", _REASON),
+    "failed": Event("At the end of a run, for each request that was not served.", _REASON),
+    # Of the learner; `refused` is of both.
+    "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),
+    "learner_ready": Event("The learner listens.", {"pid": "Its process."}),
+    "train": Event(
+        "An optimizer step was taken.",
+        {
+            "loss": "Sum of the objectives.",
+            "objectives": "Loss and metrics of each objective.",
+            **_SEEN,
+            "new": "Requests of the batch that are new; 0 for a replayed batch.",
+            "seconds": "Time of the step.",
+            "waiting": "Requests that have arrived and are not learned from yet.",
+            "rejected": "Messages that were malformed so far.",
+        },
+    ),
+    "step_skipped": Event(
+        "A step had no finite loss or gradient and was left out.",
+        {**_REASON, "steps": _SEEN["steps"], "skipped": "Steps left out so far."},
+    ),
+    "candidate": Event("Weights were frozen for the gate.", _SEEN),
+    "gate": Event(
+        "The gate has decided about a candidate.",
+        {
+            "publish": "True if the candidate will be served.",
+            "difference": "Mean acceptance length of the candidate minus that of the serving weights.",
+            "interval": "95% interval of that mean.",
+            "candidate": "Acceptance length of the candidate.",
+            "serving": "Acceptance length of the serving weights.",
+            "requests": "Requests that decided.",
+            "reason": "Why a candidate that cannot draft is refused; otherwise null.",
+            "version": "Version that is published now.",
+            "seconds": "Time of the decision.",
+            **_SEEN,
+        },
+    ),
+    "served": Event(
+        "Once per version: whether the engine drafts with the weights that it reports.",
+        {
+            "version": "Version that the engine reports.",
+            "drafts": "Drafts that were checked.",
+            "own": "Drafts that match this version's weights.",
+            "of_replaced": "Drafts that match the previous weights.",
+        },
+    ),
+    "not_written": Event(
+        "A checkpoint or a recording could not be written; learning goes on.",
+        {"what": "What was to be written.", **_REASON},
+    ),
+    "learner_done": Event("The learner has ended in good order.", {**_SEEN, "version": "Last version published."}),
+}
+"""Every event by name, in the order of a run."""

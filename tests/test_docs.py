@@ -1,0 +1,235 @@
+"""What the pages say holds: code blocks run, keys, commands, files and links exist, generated pages are current."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import shlex
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.main import main
+from aurora_rl.objectives import registry
+from aurora_rl.policies import available_drafters
+from aurora_rl.telemetry.events import EVENTS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+PAGES.remove(ROOT / "CHANGELOG.md")  # it names what was
+GENERATED = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def pages_with(language: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def test_every_block_is_of_a_language_that_a_test_reads() -> None:
+    languages = {
+        language for page in PAGES for language in re.findall(r"^```(\w*)\n.*?^```", page.read_text(), re.M | re.S)
+    }
+    assert languages == {"python", "yaml", "bash", "toml", "json", "text", "mermaid"}
+
+
+# docs/sglang.md needs a server for its second block: tests/envs/sglang/test_docs.py.
+EXECUTED = [page for page in pages_with("python") if page not in (ROOT / "README.md", DOCS / "sglang.md")]
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=name)
+def test_python_blocks_run(page: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run in their order, in one namespace, with a tiny model in place of the embedded one."""
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        exec(compile(block.replace('"smollm2"', repr(str(tiny_folder))), name(page), "exec"), namespace)
+
+
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2_path")
+def test_the_readme_s_example_prints_clean_text(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("aurora_rl.llm")
+    (block,) = blocks(ROOT / "README.md", "python")
+    exec(compile(block, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert len(out.split()) > 5 and "<|" not in out
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
+def test_yaml_blocks_are_configurations(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        (tmp_path / "run.yaml").write_text(block)
+        check(load_config(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize("page", [*pages_with("toml"), *pages_with("json")], ids=name)
+def test_data_blocks_parse(page: Path) -> None:
+    for block in blocks(page, "toml"):
+        assert tomllib.loads(block)["project"]["entry-points"].keys() <= {"aurora_rl.drafters", "aurora_rl.objectives"}
+    for block in blocks(page, "json"):
+        assert all(json.loads(line) for line in block.splitlines())
+
+
+def check(config: Config) -> None:
+    """Refuse names that do not exist; those of a reader's own package pass."""
+    assert config.drafter.name in available_drafters() or config.drafter.name.startswith("my_package.")
+    if not any(settings["name"].startswith("my_package.") for settings in config.objectives):
+        spec.check_objectives(config)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of a page, without the environment before it."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [
+        [*words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :]]
+        for words in lines
+        if words
+    ]
+
+
+def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").touch()
+    words = [str(tmp_path / word) if word == "run.yaml" else word for word in words]
+    code = main([*words, "--print-config"])
+    printed = capsys.readouterr()
+    assert code == 0, f"{words}: {printed.err}"
+    (tmp_path / "printed.yaml").write_text(printed.out)
+    check(load_config(tmp_path / "printed.yaml"))
+
+
+def check_script(words: list[str]) -> None:
+    script = ROOT / words[0]
+    sources = script.read_text() + (script.parent / "common.py").read_text()
+    options = [word for word in words[1:] if word.startswith("--")]
+    assert all(f'"{option}"' in sources for option in options), words
+    check(load_config(overrides=[word for word in words[1:] if re.match(r"[a-z_.]+=", word)]))
+
+
+@pytest.mark.parametrize("page", pages_with("bash"), ids=name)
+def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+    for words in commands(page):
+        program, *rest = words
+        if program.removeprefix(".venv/bin/") == "aurora-rl":
+            check_aurora_rl(rest, tmp_path, capsys)
+        elif program == "make":
+            assert rest[0] in targets
+            check(
+                load_config(overrides=[pair for word in rest[1:] for pair in shlex.split(word.removeprefix("ARGS="))])
+            )
+        elif program == "python" and rest[0] == "-m":
+            assert rest[1] == "sglang.launch_server" or find_spec(rest[1]) is not None
+        elif program == "python":
+            check_script(rest)
+        else:
+            assert program == "vllm"  # in an environment of its own
+
+
+SECTIONS = "|".join(key for key, value in vars(Config()).items() if hasattr(value, "__dataclass_fields__"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_keys_in_the_text_exist(page: Path) -> None:
+    known = {f"{section}.{key}" for section in SECTIONS.split("|") for key in vars(getattr(Config(), section))}
+    found = re.findall(rf"(?<![\w.])((?:{SECTIONS})\.\w+)(?![\w.(])", " ".join(re.findall(r"`([^`]+)`", prose(page))))
+    assert {key for key in found if not key.endswith((".py", ".md", ".log", ".yaml", ".png"))} <= known | METHODS
+
+
+METHODS = {"engine.record", "engine.detach", "engine.generate"}  # of SGLangClient
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_in_the_text_exist(page: Path) -> None:
+    """Paths are relative to the repository or to the package; results may be named by their file alone."""
+    homes = [ROOT, ROOT / "aurora_rl", ROOT / "benchmarks" / "results", ROOT / "tests" / "envs" / "verification"]
+    for path in re.findall(r"`([\w./]+\.(?:py|json|yaml|toml))`", prose(page)):
+        if path not in RUN and "/" in path or path.endswith(".json") and path not in RUN:
+            assert any((home / path).exists() for home in homes), path
+
+
+RUN = {"config.json", "generation_config.json", "summary.json"}  # of models and of runs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """`mkdocs build --strict` checks them as well, without README.md and CONTRIBUTING.md."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        aim = page.parent / path if path else page
+        assert aim.exists(), target
+        if anchor:
+            assert anchor in [slug(title) for title in re.findall(r"^#+ (.+)$", aim.read_text(), re.M)], target
+
+
+def slug(title: str) -> str:
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+
+
+@pytest.mark.parametrize("page", GENERATED)
+def test_generated_pages_are_current(page: str) -> None:
+    text = "\n".join(GENERATED[page]()) + "\n"
+    assert (DOCS / "reference" / page).read_text() == text, "run `python docs/generate.py`"
+
+
+def written_events() -> dict[str, set[str]]:
+    """Fields of each event by the calls of `MetricsLog.write` that name it; `**` hides the fields of a call."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "aurora_rl").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            match call:
+                case ast.Call(ast.Attribute(attr="write"), [ast.Constant(str(event))], [_, *_] as words):
+                    found.setdefault(event, set()).update(word.arg or "**" for word in words)
+    return found
+
+
+def test_the_table_of_events_is_that_of_the_calls() -> None:
+    found = written_events()
+    assert set(EVENTS) - set(found) == {"learner_died"}  # view.py writes it by a variable
+    for event, fields in found.items():
+        if "**" in fields:
+            assert fields - {"**"} < set(EVENTS[event].fields), event
+        else:
+            assert fields == set(EVENTS[event].fields), event
+
+
+def test_the_walks_name_at_most_six_files() -> None:
+    text = (DOCS / "design.md").read_text().split("## Five walks")[1].split("\n## ")[0]
+    walks = re.findall(r"^\*\*(.+?\?)\*\*(.*?)(?=\n\n|\Z)", text, re.M | re.S)
+    assert [question for question, _ in walks] == [
+        "Where does a request go?",
+        "What is learned, and how?",
+        "What crosses the wire?",
+        "How do new weights get in?",
+        "What does a key do?",
+    ]
+    for question, walk in walks:
+        assert 2 <= len(set(re.findall(r"`([\w/]+\.py)`", walk))) <= 6, question
+
+
+def test_the_tree_of_the_design_page_is_the_package() -> None:
+    table = (DOCS / "design.md").read_text().split("## The tree")[1].split("\n## ")[0]
+    rooms = {room.strip("/") for room in re.findall(r"`([\w/]+/)`", table)}
+    folders = {p.name for p in (ROOT / "aurora_rl").iterdir() if (p / "__init__.py").exists()}
+    assert folders <= rooms
