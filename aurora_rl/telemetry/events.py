@@ -67,7 +67,7 @@ EVENTS: dict[str, Event] = {
             "depth": "Longest path; 0 is plain decoding.",
             "width": "Most children of a node; 1 is a chain.",
             "nodes": "Node budget; null keeps all.",
-            "free": "True if n-grams alone draft.",
+            "lookup_only": "True if lookup alone drafts.",
             "acceptance": "Expected acceptance by depth.",
             "occupied": "Occupied slots.",
         },
@@ -108,11 +108,17 @@ EVENTS: dict[str, Event] = {
             "seconds": "Time of the step.",
             "waiting": "Requests that have arrived and are not learned from yet.",
             "rejected": "Messages that were malformed so far.",
+            "batches": "Batches so far; of `aurora-rl train`, which writes no requests.",
         },
     ),
     "step_skipped": Event(
         "A step had no finite loss or gradient and was left out.",
-        {**_REASON, "steps": _SEEN["steps"], "skipped": "Steps left out so far."},
+        {
+            **_REASON,
+            "steps": _SEEN["steps"],
+            "skipped": "Steps left out so far.",
+            "batches": "Batches so far; only of `aurora-rl train`.",
+        },
     ),
     "candidate": Event("Weights were frozen for the gate.", _SEEN),
     "gate": Event(
@@ -142,6 +148,17 @@ EVENTS: dict[str, Event] = {
     "not_written": Event(
         "A checkpoint or a recording could not be written; learning goes on.",
         {"what": "What was to be written.", **_REASON},
+    ),
+    "checkpoint": Event(
+        "The training state was saved.", {"steps": _SEEN["steps"], "version": "Version that is published now."}
+    ),
+    "evaluation": Event(
+        "`aurora-rl train`: the held-out requests were replayed.",
+        {
+            "epoch": "Passes over the recording so far.",
+            "batches": "Batches so far.",
+            "acceptance_length": "Acceptance length over all of them (all), and by domain.",
+        },
     ),
     "learner_done": Event("The learner has ended in good order.", {**_SEEN, "version": "Last version published."}),
 }
