@@ -241,6 +241,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             merged = OmegaConf.merge(merged, values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
+            if "objectives" in values:
+                raise ConfigError(
+                    f"objectives in {source} must be a list of mappings, such as objectives=[{{name: imitation}}]"
+                ) from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
         config = OmegaConf.to_object(merged)

@@ -65,7 +65,9 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
     try:
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
-    except ValueError as error:
+        if recording is not None:
+            recording.folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"learner.record: {error}") from error
     outputs = Outputs(log)
 

@@ -118,7 +118,10 @@ class DrafterPolicy(TensorDictModuleBase):
         Raises:
             ValueError: A weight is infinite or not a number, or see ``Drafter.stage``; nothing has changed then.
         """
-        if (fault := not_finite(weights)) is not None:
+        served = {name: tensor.dtype for name, tensor in self.drafter.published().items()}
+        # As they will be served: half precision has no room for large values.
+        cast = {name: tensor.to(served.get(name, tensor.dtype)) for name, tensor in weights.items()}
+        if (fault := not_finite(cast)) is not None:
             raise ValueError(fault)
         put = self.drafter.stage(weights)
 

@@ -85,7 +85,7 @@ class Learner:
         self.outputs = outputs
         self._new: list[TensorDictBase] = []
         self._credit = 0
-        self._since_candidate = 0
+        self._since_candidate = self._offered_steps = 0
         self._refusal: str | None = None
         self._serving = self._frozen()
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
@@ -106,6 +106,7 @@ class Learner:
                 f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
             )
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
+        self._offered_steps = self.steps
         self._publish(self._frozen())
 
     def step(self, wait_s: float = 0.2) -> bool:
@@ -117,8 +118,9 @@ class Learner:
         self._note_refusal()
         if self._gate.ready:
             self._decide()
-        if self._gate.candidate is None and self._since_candidate >= self._publish_every:
-            self._since_candidate = 0
+        learned = self.steps > self._offered_steps  # a swap of what nobody changed would cost every cache
+        if learned and self._gate.candidate is None and self._since_candidate >= self._publish_every:
+            self._since_candidate, self._offered_steps = 0, self.steps
             self._gate.offer(self._frozen())
             self._log.write("candidate", seen=self.seen, steps=self.steps)
         if len(self._new) >= self._batch_size:

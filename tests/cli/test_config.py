@@ -110,6 +110,11 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("learner.batch_size=2001", "learner.buffer=2000 is less than learner.batch_size=2001"),
         ("control.share=0.2", "'control.share' in control.share=0.2 is called 'baseline.share' now"),
         ("engine.control=tcp://x:1", "'engine.control' in .* is called 'engine.plugin_address' now"),
+        (
+            "objectives=[imitation]",
+            r"objectives in objectives=\[imitation\] must be a list of mappings, such as obj.*name: im",
+        ),
+        ("objectives=imitation", "objectives in objectives=imitation must be a list of mappings"),
         ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
         ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
         ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name=2'?"),
@@ -198,3 +203,8 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str | bytes | None
 def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "run.yaml") == Config()
+
+
+def test_the_engine_gets_the_threads_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aurora_rl.cli.config.usable_cpus", lambda: 3)
+    assert load_config().engine.threads == 2

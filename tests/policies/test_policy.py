@@ -298,3 +298,12 @@ def test_weights_that_are_not_finite_are_not_staged() -> None:
     with pytest.raises(ValueError, match=f"tensor '{name}' has .* infinite or not a number"):
         serving.policy.stage(weights, version=7)
     assert serving.policy.version == 0
+
+
+def test_weights_too_large_for_the_served_dtype_are_not_staged() -> None:
+    serving = Serving([5], dtype=torch.float16)
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in serving.drafter.published().items()}
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    weights[name] = torch.full_like(weights[name], 1e6)
+    with pytest.raises(ValueError, match=f"tensor '{name}' has .* infinite or not a number"):
+        serving.policy.stage(weights, version=7)

@@ -322,6 +322,16 @@ def test_the_next_candidate_waits_for_as_many_requests_as_the_first(make: Make, 
     step_until(made, lambda: len(made.events("candidate")) == 2)
 
 
+def test_what_no_step_changed_is_not_offered(make: Make, served: list[TensorDict]) -> None:
+    made = make(gate=1, publish_every=2, batch_size=8)
+    send(made, served[:6])
+    drain(made)
+    assert not made.events("candidate") and made.learner.steps == 0
+    send(made, served[6:12])
+    step_until(made, lambda: made.events("candidate"))
+    assert made.events("candidate")[0]["steps"] > 0
+
+
 def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_state(
     make: Make, served: list[TensorDict]
 ) -> None:
