@@ -5,7 +5,7 @@ from aurora_rl.objectives.discard import DiscardSamplingLoss
 from aurora_rl.objectives.divergences import DIVERGENCES, Divergence, overlap
 from aurora_rl.objectives.expected_length import ExpectedLengthLoss
 from aurora_rl.objectives.imitation import ImitationLoss, ImitationValues, imitation
-from aurora_rl.objectives.objective import Objective, SumLoss, Values
+from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import (
     OBJECTIVES,
     check_settings,
@@ -13,7 +13,8 @@ from aurora_rl.objectives.registry import (
     make_objectives,
     register_objective,
 )
-from aurora_rl.objectives.target import context_rows, target_logits, target_rows
+from aurora_rl.objectives.sum_loss import SumLoss
+from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
 
 __all__ = [
     "DIVERGENCES",

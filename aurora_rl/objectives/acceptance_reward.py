@@ -12,14 +12,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows
-from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
+from aurora_rl.objectives.target_rows import context_rows
 from aurora_rl.objectives.tree_law import TreeLaw, before
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.
@@ -156,7 +155,7 @@ class AcceptanceRewardLoss(Objective):
         acceptance = draws.by_rule(
             lambda rule, here: rule.acceptance(draws.p, draws.q, draws.row[here], draws.context[here])
         )
-        reach = path_products(trees, acceptance)[trees.num_rounds :]
+        reach = trees.path_products(acceptance)
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
         # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
@@ -176,12 +175,12 @@ class AcceptanceRewardLoss(Objective):
         valid = drafted & fresh
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         metrics = {
-            "expected_accepted": _mean(subtree_sums(trees, reach)[rounds][valid]),
-            "accepted": _mean(subtree_sums(trees, accepted)[rounds][valid]),
+            "expected_accepted": _mean(trees.subtree_sums(reach)[rounds][valid]),
+            "accepted": _mean(trees.subtree_sums(accepted)[rounds][valid]),
             "ratio": _mean(ratio[fresh[tree]]),
             "stale": _mean((~fresh[drafted]).to(reach.dtype)),
         }
-        return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
+        return Values(-trees.subtree_sums(gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
     def _draws(self, batch: TensorDictBase) -> TreeLaw:
         """What was drawn, and the distributions that it is judged by, with gradients in the drafter."""
@@ -232,7 +231,7 @@ class AcceptanceRewardLoss(Objective):
                 draws.p[context[here]], draws.q[context[here]], row[here], torch.arange(len(here), device=row.device)
             )
         )
-        below = subtree_sums(trees, path_products(trees, alone)[trees.num_rounds :])[trees.num_rounds :]
+        below = trees.subtree_sums(trees.path_products(alone))[trees.num_rounds :]
         if self.baseline == "group":
             return _standardised(trees, below)
         return credit - _others(context, below, draws.needs_q)
@@ -289,7 +288,7 @@ class AcceptanceRewardLoss(Objective):
 
 def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
     """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
-    below = subtree_sums(trees, values)[trees.num_rounds :]
+    below = trees.subtree_sums(values)[trees.num_rounds :]
     of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
     return of_context[context] - before(context, below)
 

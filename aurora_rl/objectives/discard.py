@@ -14,12 +14,11 @@ from typing_extensions import override
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products
+from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 
 
 @register_objective("discard")
@@ -158,4 +157,4 @@ class DiscardSamplingLoss(Objective):
         rows = context_rows(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
         log_p = log_softmax(target_logits(rows, self.head))
         chance = log_p[(parents.cumsum(0) - 1)[trees.parent], batch["nodes", "tokens"]].exp()
-        return path_products(trees, chance)[trees.num_rounds :]
+        return trees.path_products(chance)

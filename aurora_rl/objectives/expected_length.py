@@ -12,22 +12,13 @@ from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import overlap
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.objectives.tree_index import (
-    SAMPLING_KEYS,
-    SEQUENCE_KEYS,
-    TREE_KEYS,
-    completion_requests,
-    completion_tokens,
-    path_products,
-    subtree_sums,
-    windows,
-)
+from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
+from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.trajectories import RULE_CODES
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import SEQUENCE_KEYS, TREE_KEYS, TreeIndex
 
 
 @register_objective("expected_length")
@@ -126,7 +117,7 @@ class ExpectedLengthLoss(Objective):
         chance = [self._acceptance(batch, log_p, log_softmax(logits), request) for logits in unroll.logits]
         right = [(argmax(logits) == row).to(log_p.dtype) for logits in unroll.logits]
         relaxed, top1 = (
-            windows(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0) for part in (chance, right)
+            by_window(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0) for part in (chance, right)
         )
         return relaxed, top1, unroll.valid[0]
 
@@ -134,7 +125,7 @@ class ExpectedLengthLoss(Objective):
         """Of every recorded tree, ``[R]``: expected length, accepted nodes, validity."""
         self.expect_nodes(batch)
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
-        rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
+        rounds = slice(trees.num_rounds)
         drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
         drawn_from[trees.parent] = True
         context = (drawn_from.cumsum(0) - 1)[trees.parent]
@@ -146,9 +137,9 @@ class ExpectedLengthLoss(Objective):
         predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]
         chance = torch.where(predicted, self._acceptance(batch, log_p, log_q, request), 0.0)
         # A node counts with the chance that all contexts before it accept, on the paths that lead through it.
-        passed = path_products(trees, chance[context])[nodes] * self._share_of_leaves(batch, trees, rows, context)
-        relaxed = subtree_sums(trees, passed)[rounds]
-        accepted = subtree_sums(trees, batch[keys.accepted].to(relaxed.dtype))[rounds]
+        passed = trees.path_products(chance[context]) * self._share_of_leaves(batch, trees, rows, context)
+        relaxed = trees.subtree_sums(passed)[rounds]
+        accepted = trees.subtree_sums(batch[keys.accepted].to(relaxed.dtype))[rounds]
         return relaxed, accepted, batch["rounds", "offset"].diff() > 0
 
     @torch.no_grad()
@@ -158,10 +149,10 @@ class ExpectedLengthLoss(Objective):
         """Share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
         log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]
         # In float64: the product of many small chances of a path must not vanish.
-        reach = path_products(trees, log_p.double().exp())[trees.num_rounds :]
+        reach = trees.path_products(log_p.double().exp())
         leaf = torch.ones_like(trees.depth, dtype=torch.bool)
         leaf[trees.parent] = False
-        below = subtree_sums(trees, torch.where(leaf[trees.num_rounds :], reach, 0.0))
+        below = trees.subtree_sums(torch.where(leaf[trees.num_rounds :], reach, 0.0))
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         return (below[trees.num_rounds :] / below[tree].clamp(min=torch.finfo(below.dtype).tiny)).to(log_p.dtype)
 

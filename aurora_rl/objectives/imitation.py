@@ -16,17 +16,12 @@ from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import target_rows
-from aurora_rl.objectives.tree_index import (
-    SAMPLING_KEYS,
-    SEQUENCE_KEYS,
-    completion_requests,
-    completion_tokens,
-    windows,
-)
+from aurora_rl.objectives.target_rows import target_rows
+from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
+from aurora_rl.tree_index import SEQUENCE_KEYS
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
@@ -86,7 +81,7 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
     """
     steps, count = log_q.shape
     share = torch.where(valid, _GRANTED + (1 - _GRANTED) * log_q.detach().exp(), 0.0)
-    reach = windows(share).cumprod(0)
+    reach = by_window(share).cumprod(0)
     rest = reach.flip(0).cumsum(0).flip(0)
     weights = torch.stack([F.pad(rest[j, : count - min(j, count)], (min(j, count), 0)) for j in range(steps)])
     return torch.where(valid, weights, 0.0)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from aurora_rl.envs.verification.rules import VerificationRule, get_rule
-from aurora_rl.objectives.tree_index import path_products
 from aurora_rl.trajectories import RULE_CODES
 from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import sibling_ranks
@@ -108,7 +107,7 @@ class TreeLaw:
         They are its own, its ancestors', and those of their earlier siblings and its own.
         """
         siblings = before(self.context, ratio.log()).exp()
-        return path_products(self.trees, ratio * siblings)[self.trees.num_rounds :]
+        return self.trees.path_products(ratio * siblings)
 
     def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
         """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""
