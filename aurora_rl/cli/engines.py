@@ -6,6 +6,7 @@ import copy
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from typing_extensions import override
@@ -14,7 +15,7 @@ from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, generation_processors
+from aurora_rl.envs import Completion, Engine, Request, SamplingParams, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.control import ControlError
@@ -119,7 +120,9 @@ class EmbeddedServing(Serving):
                     processors(usual)
             except ValueError as error:
                 raise ConfigError(f"model={config.model}: {error}") from error
-        engine = TransformersEngine(
+        kind = spec.engine_class(config)
+        assert kind is not None  # of SGLang see SGLangServing
+        engine: Engine = cast(Any, kind)(
             target.model,
             num_slots=config.engine.slots,
             max_length=config.engine.max_length,
@@ -149,6 +152,7 @@ class EmbeddedServing(Serving):
             engine,
             requests,
             num_nodes=tree.most_nodes,
+            rule=spec.rule_name(config),
             draft_mode=tree.mode,
             stop_tokens=stop_tokens,
             decode=lambda tokens: str(tokenizer.decode(tokens)),

@@ -19,7 +19,8 @@ from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.envs import Engine, SamplingParams
+from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
+from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.models.loading import default_dtype, load_target
 from aurora_rl.models.target_head import context_length
@@ -73,9 +74,38 @@ def load(config: Config) -> Target:
 def check(config: Config) -> list[Prompt]:
     """Find what is wrong with a serving configuration before a model is loaded. Returns the prompts of the run."""
     device_of(config)
+    engine_class(config)
+    rule_name(config)
     _drafter_class(config)
     check_objectives(config)
     return traffic(config)
+
+
+def engine_class(config: Config) -> type[Engine] | None:
+    """The class of the engine in this process; None where SGLang serves."""
+    if config.engine.name == "sglang":
+        return None
+    try:
+        return get_engine(config.engine.name)
+    except ValueError as error:
+        raise ConfigError(f"engine.name: {error}") from error
+
+
+def rule_name(config: Config) -> str:
+    """The name of the verification rule, which is looked up and so made known to the objectives."""
+    name = config.rule or "sample_and_match"
+    try:
+        rule = get_rule(name)
+        require_replayable(rule)
+    except ValueError as error:
+        raise ConfigError(f"rule: {error}") from error
+    if config.drafter.mode not in rule.draft_modes:
+        raise ConfigError(
+            f"rule={name} needs drafter.mode={' or '.join(rule.draft_modes)}, got drafter.mode={config.drafter.mode}"
+        )
+    if name == "greedy" and config.temperature > 0:
+        raise ConfigError(f"rule=greedy needs temperature=0, got {config.temperature:g}; set rule=null to sample")
+    return name
 
 
 def check_objectives(config: Config) -> None:
@@ -227,12 +257,13 @@ def shape(config: Config) -> TreeShape:
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
-    if config.engine.name == "transformers" and tree.most_nodes > Engine.max_nodes:
+    engine = engine_class(config)
+    if engine is not None and tree.most_nodes > engine.max_nodes:
         budget = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
             f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.most_nodes} nodes, and the engine verifies {Engine.max_nodes} at most; set drafter.num_nodes="
-            f"{Engine.max_nodes} or less"
+            f"of {tree.most_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
+            f"{engine.max_nodes} or less"
         )
     return tree
 
@@ -252,6 +283,7 @@ def opening(key: str, address: str) -> Iterator[None]:
 
 def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
     """The training half of a run."""
+    rule_name(config)
     _drafter_class(config)
     check_objectives(config)
     target = load(config)
@@ -275,6 +307,7 @@ def learner(config: Config, log: MetricsLog, run_dir: Path) -> Learner:
             hidden_size=head.weight.shape[1],
             feature_size=head.weight.shape[1] * len(made.feature_layers),
         )
+        require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
     try:
         loss = SumLoss(make_objectives(config.objectives, made, head))

@@ -1,6 +1,6 @@
 """Serving as an environment: engines, verification rules, SpecDecodeEnv."""
 
-from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.engine import Engine, get_engine, register_engine
 from aurora_rl.envs.processors import generation_processors
 from aurora_rl.envs.spec_decode import Completion, Request, SpecDecodeEnv
 from aurora_rl.envs.transformers_engine import TransformersEngine
@@ -21,6 +21,8 @@ __all__ = [
     "TransformersEngine",
     "VerificationRule",
     "generation_processors",
+    "get_engine",
     "get_rule",
+    "register_engine",
     "register_rule",
 ]

@@ -77,7 +77,7 @@ class SpecDecodeEnv(EnvBase):
         engine: what serves the target.
         requests: called for the next request; None where there is none now.
         num_nodes: ``N``, most nodes of a tree without its root.
-        rule: name of the verification rule.
+        rule: name of the verification rule, or its import path.
         draft_mode: how the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
             the drafter's distribution, actions carry it as ("draft", "q"). An action that says how it was drawn, in
             ("draft", "mode") as a policy's does, has to say this.
@@ -95,7 +95,7 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: wall time spent on trajectories so far.
 
     Raises:
-        ValueError: the rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
+        ValueError: the rule is not lossless for the draft mode; trees of more
             nodes than the engine verifies; from a request that the engine cannot hold or the rule cannot serve (see
             :meth:`check`); or from an action that was drawn in another mode, or lacks the distribution that the rule
             needs.
@@ -138,10 +138,6 @@ class SpecDecodeEnv(EnvBase):
         if num_nodes > engine.max_nodes:
             raise ValueError(
                 f"num_nodes={num_nodes} is more than the {engine.max_nodes} nodes that the engine verifies"
-            )
-        if record and rule not in RULE_CODES:
-            raise ValueError(
-                f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULE_CODES)}; set record=False"
             )
         self._requests, self._decode = requests, decode
         self._on_completion, self._on_refused = on_completion, on_refused
@@ -461,7 +457,9 @@ class SpecDecodeEnv(EnvBase):
         trajectory = None
         if self._recorder:
             began = time.perf_counter()
-            rule = "greedy" if request.sampling.temperature == 0 else self.rule.name
+            # At temperature 0 the built-in rules accept as the greedy one does; others are known by their own law.
+            greedy = request.sampling.temperature == 0 and self.rule.name in RULE_CODES
+            rule = "greedy" if greedy else self.rule.name
             s = request.sampling
             trajectory = self._recorder.cut(
                 slot, request.id, Sampling(s.temperature, s.top_k, s.top_p, s.seed, rule, self.draft_mode)

@@ -35,8 +35,8 @@ class DiscardSamplingLoss(Objective):
     Args:
         drafter: its parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
-            ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
+        divergence: Name of a divergence or its import path, a name and its settings such as
+            ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
         renormalize: see ``ImitationLoss``.
         target: see ``ImitationLoss``.
         top_k: compare over the target's likeliest tokens only (renormalised where ``renormalize`` says so); None over

@@ -8,7 +8,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_rl.envs.verification.rules import get_rule
+from aurora_rl.envs.verification.rules import get_rule, rule_of_code
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import overlap
@@ -17,7 +17,6 @@ from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
 from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
-from aurora_rl.trajectories import RULE_CODES
 from aurora_rl.tree_index import SEQUENCE_KEYS, TREE_KEYS, TreeIndex
 
 
@@ -162,8 +161,10 @@ class ExpectedLengthLoss(Objective):
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:
-            by_code = torch.tensor([get_rule(name).needs_q for name in RULE_CODES], device=request.device)
-            rejects = by_code[batch["sampling", "rule"][request]]
+            codes = batch["sampling", "rule"]
+            rejects = torch.tensor([rule_of_code(code).needs_q for code in codes.tolist()], device=codes.device)[
+                request
+            ]
         if not bool(rejects.any()):
             return matched
         return torch.where(rejects, overlap(log_p.to(log_q.dtype), log_q), matched)

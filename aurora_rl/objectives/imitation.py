@@ -96,8 +96,8 @@ class ImitationLoss(Objective):
     Args:
         drafter: its parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
-            ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
+        divergence: Name of a divergence or its import path, a name and its settings such as
+            ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
         renormalize: whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
             asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the

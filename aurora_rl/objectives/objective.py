@@ -18,6 +18,7 @@ from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.target_rows import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
+from aurora_rl.settings import settings_of
 from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 
 # What a batch's groups come from, as the end of a sentence.
@@ -165,6 +166,12 @@ class Objective(KeyedLoss):
         self.head = TargetHead.like(head)
         self._in_keys: list[NestedKey] | None = None
         self._without_nodes: int | None = 0  # batches so far; None where there were nodes
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Return the settings that a configuration may give, each with its type."""
+        not_settings = ("drafter", "head", "reduction")
+        return {name: kind for name, kind in settings_of(cls).items() if name not in not_settings}
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:

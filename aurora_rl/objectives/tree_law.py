@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aurora_rl.envs.verification.rules import VerificationRule, get_rule
-from aurora_rl.trajectories import RULE_CODES
+from aurora_rl.envs.verification.rules import VerificationRule, rule_of_code
 from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import sibling_ranks
 
@@ -114,5 +113,5 @@ class TreeLaw:
         out = torch.zeros_like(self.q[self.context, self.row])
         for code in self._rule.unique().tolist():
             here = (self._rule == code).nonzero().flatten()
-            out = out.index_copy(0, here, of(get_rule(RULE_CODES[code])(), here).to(out.dtype))
+            out = out.index_copy(0, here, of(rule_of_code(code)(), here).to(out.dtype))
         return out

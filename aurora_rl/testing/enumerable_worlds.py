@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
-from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES, pack
+from aurora_rl.trajectories import DRAFT_MODES, pack, rule_code
 from aurora_rl.tree_index import TreeIndex
 
 VOCAB = 3
@@ -253,7 +253,7 @@ def tree_trajectory(
                 "top_k": torch.tensor(0),
                 "top_p": torch.tensor(1.0),
                 "seed": torch.tensor(0),
-                "rule": torch.tensor(RULE_CODES.index(rule)),
+                "rule": torch.tensor(rule_code(rule)),
                 "draft_mode": torch.tensor(DRAFT_MODES.index(mode)),
             },
         },

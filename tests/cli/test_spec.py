@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.envs import TransformersEngine
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.telemetry.log import MetricsLog
@@ -74,7 +75,7 @@ OBJECTIVES = {
     ),
     "rule": (
         ("objectives=[{name: imitation}, {name: expected_length, rule: typical}]",),
-        "objectives: objective 'expected_length': no verification rule is called 'typical'; choose one of",
+        "objectives: objective 'expected_length': no verification rule is called 'typical'; did you mean",
     ),
     "not sampled": (("objectives=[{name: acceptance_reward}]",), "drafter.mode is 'topk'; set drafter.mode=sampled"),
     "one chain": (
@@ -90,6 +91,10 @@ OBJECTIVES = {
         ("drafter.mode=sampled", "objectives=[{name: imitation}]"),
         "drafter.name=hybrid drafts in mode topk, not drafter.mode=sampled; set drafter.name=eagle3",
     ),
+    "unknown rule": (("rule=greeedy",), "rule: no verification rule is called 'greeedy'; did you mean 'greedy'"),
+    "no rule": (("rule=pathlib:Path",), "rule: .*'pathlib:Path' is pathlib:Path, which is no subclass of .*Verificat"),
+    "replay": (("rule=rejection", *SAMPLED), "rule: the rule 'rejection' is not replayable: .*; set rule=null"),
+    "greedy": (("rule=greedy", "temperature=0.5"), "rule=greedy needs temperature=0, got 0.5; set rule=null"),
     "not in SGLang": (
         ("engine.name=sglang", "drafter.name=medusa"),
         "drafter.name=medusa is none that SGLang has; with engine.name=sglang set drafter.name=eagle3",
@@ -105,6 +110,30 @@ def test_objectives_are_checked_before_a_model_is_loaded(why: str, tmp_path: Pat
         spec.check(config)
     with pytest.raises(ConfigError, match=message):
         spec.learner(config, MetricsLog(tmp_path / "metrics.jsonl", "learner"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vllm", "engine.name: no engine is called 'vllm'; did you mean .* There are sglang, transformers, and any"),
+        ("pathlib:Path", "engine.name: the engine 'pathlib:Path' is pathlib:Path, which is no subclass of .*.Engine"),
+        ("aurora_rl.envs:Engine", "engine.name: the engine 'aurora_rl.envs:Engine' is .*, which lacks commit, logits"),
+    ],
+)
+def test_engines_are_checked_before_a_model_is_loaded(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spec.check(load_config(overrides=["model=/nowhere", f"engine.name={name}"]))
+
+
+class NodesOfTwo(TransformersEngine):
+    max_nodes = 2
+
+
+def test_an_engine_by_its_import_path_has_limits_of_its_own() -> None:
+    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo"])
+    assert spec.engine_class(config) is NodesOfTwo
+    with pytest.raises(ConfigError, match="trees of 4 nodes, and the engine verifies 2 at most"):
+        spec.check(config)
 
 
 def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
@@ -148,7 +177,7 @@ def test_device_and_dtype(config: Config) -> None:
     [
         ("drafter.num_nodes=2", "drafter: num_nodes=2 cannot hold one path of depth 4"),
         ("drafter.name=no_such_module:X", "drafter.name: the drafter 'no_such_module:X' cannot be imported"),
-        ("drafter.name=aurora_rl.cli.config:Config", "is no subclass of aurora_rl.policies.Drafter"),
+        ("drafter.name=aurora_rl.cli.config:Config", "is no subclass of aurora_rl.policies.drafter.Drafter"),
         ("drafter.name=medua", "drafter.name: no drafter is called 'medua'; did you mean 'medusa'"),
         (
             "drafter.name=aurora_rl.policies:Drafter",
