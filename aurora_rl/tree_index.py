@@ -69,6 +69,18 @@ class TreeIndex(NamedTuple):
         )
 
     @property
+    def drawn_from(self) -> Tensor:
+        """``[R + M]`` bool, the contexts that nodes were drawn from."""
+        drawn_from = torch.zeros_like(self.depth, dtype=torch.bool)
+        drawn_from[self.parent] = True
+        return drawn_from
+
+    @property
+    def context(self) -> Tensor:
+        """``[M]`` int64, the context that each node was drawn from, counted among :attr:`drawn_from` alone."""
+        return (self.drawn_from.cumsum(0) - 1)[self.parent]
+
+    @property
     def ends(self) -> Tensor:
         """``[M]`` int64, one past the last node of the subtree of each, among all nodes of the batch.
 

@@ -58,7 +58,7 @@ class AcceptanceRewardLoss(Objective):
     current weights for every rule and tree. For trees of the current weights all ratios are 1.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         reward: "expected" takes ``R`` from both distributions; "recorded" takes the accept bits.
         baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
@@ -68,8 +68,8 @@ class AcceptanceRewardLoss(Objective):
             gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
             silences draws that have grown likelier and no others, so give one. None clips nothing.
         max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
-        weight: factor on the loss, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are the trees, in one group.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are the trees, in one group.
 
     The metrics are "expected_accepted", the mean of ``R``; "accepted", that of the bits; "ratio", the mean importance
     ratio; and "stale", the share of trees that were left out.
@@ -199,19 +199,16 @@ class AcceptanceRewardLoss(Objective):
                 "finite, or its token has no row); serve with drafter.mode=sampled, "
                 "and start from the drafter that drew the recording (drafter.path)"
             )
-        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
-        drawn_from[trees.parent] = True
+        drawn_from = trees.drawn_from
         log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
-        context = (drawn_from.cumsum(0) - 1)[trees.parent]
-        return TreeLaw(
-            trees, context, row, p, log_q, batch["sampling", "rule"][request], without=mode == _WITHOUT_REPLACEMENT
-        )
+        rule = batch["sampling", "rule"][request]
+        return TreeLaw(trees, trees.context, row, p, log_q, rule, without=mode == _WITHOUT_REPLACEMENT)
 
     @torch.no_grad()
     def _credit(self, draws: TreeLaw, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
-        """What each node's score is weighed with beside its own ratio, ``[M]``."""
+        """Return the weight of each node's score apart from its own ratio, ``[M]``."""
         trees, context, row = draws.trees, draws.context, draws.row
         # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
         share, own = (joint, ratio) if self.clip is None else (1.0, 1.0)

@@ -33,19 +33,19 @@ class DiscardSamplingLoss(Objective):
     ("nodes", "log_probs"); then every node counts as the drafter's.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         divergence: Name of a divergence or its import path, a name and its settings such as
             ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
-        renormalize: see ``ImitationLoss``.
-        target: see ``ImitationLoss``.
+        renormalize: See ``ImitationLoss``.
+        target: See ``ImitationLoss``.
         top_k: compare over the target's likeliest tokens only (renormalised where ``renormalize`` says so); None over
             all. Not with the reverse KL, to which every token that the drafter gives a chance counts.
         weighting: of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or "decay",
             ``decay ** depth``.
-        decay: see ``weighting``.
-        weight: λ, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are the rejected nodes, in one group.
+        decay: Factor of each further depth, see ``weighting``.
+        weight: Factor λ on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are the rejected nodes, in one group.
 
     The metrics are "discarded", the number of contexts, and "discard_agreement", the share of them where the likeliest
     tokens agree.
@@ -152,9 +152,7 @@ class DiscardSamplingLoss(Objective):
         if self.weighting != "reach":
             precise = torch.promote_types(self.head.weight.dtype, torch.float32)
             return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(precise)
-        parents = torch.zeros_like(trees.depth, dtype=torch.bool)
-        parents[trees.parent] = True
-        rows = context_rows(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
+        rows = context_rows(batch, trees, trees.drawn_from, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
         log_p = log_softmax(target_logits(rows, self.head))
-        chance = log_p[(parents.cumsum(0) - 1)[trees.parent], batch["nodes", "tokens"]].exp()
+        chance = log_p[trees.context, batch["nodes", "tokens"]].exp()
         return trees.path_products(chance)

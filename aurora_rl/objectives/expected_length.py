@@ -32,7 +32,7 @@ class ExpectedLengthLoss(Objective):
     not, from every anchor; of recorded trees, the nodes that were accepted.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
         contexts: "text" takes windows of the committed text, drafted from every position of the completion as the
@@ -40,8 +40,8 @@ class ExpectedLengthLoss(Objective):
             mean over its root-to-leaf paths, each weighed by the target's probability of its tokens, at temperature 1
             whatever was served: so that no path of a greedy request weighs nothing.
         steps: depths of a window of text; the trees have their own.
-        weight: factor on the loss, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are windows or trees, in one group.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are windows or trees, in one group.
 
     The metrics are "expected_length", and "top1_length" (of text) or "accepted_length" (of trees).
 
@@ -125,9 +125,7 @@ class ExpectedLengthLoss(Objective):
         self.expect_nodes(batch)
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         rounds = slice(trees.num_rounds)
-        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
-        drawn_from[trees.parent] = True
-        context = (drawn_from.cumsum(0) - 1)[trees.parent]
+        drawn_from, context = trees.drawn_from, trees.context
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         request = trees.request[drawn_from]
         log_q = log_softmax(self.drafter.context_logits(batch, drawn_from))

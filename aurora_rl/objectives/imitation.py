@@ -94,7 +94,7 @@ class ImitationLoss(Objective):
     Li et al. 2025 (EAGLE-3, arXiv 2503.01840): the training-time test feeds the drafter its own hidden states.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         divergence: Name of a divergence or its import path, a name and its settings such as
             ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
@@ -110,8 +110,8 @@ class ImitationLoss(Objective):
         weighting: "decay", or "expected_length" for :func:`expected_length_weights` in place of powers of ``decay``.
         regression: weight of a smooth-L1 distance between what the draft head reads and what the target's head reads
             (EAGLE, arXiv 2401.15077); 0 for none.
-        weight: factor on the loss, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are the completion tokens, groups the steps.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are the completion tokens, groups the steps.
 
     The metric is "agreement" ``[J]``: the share of positions where the likeliest tokens agree, an estimate of greedy
     acceptance.
@@ -191,7 +191,7 @@ class ImitationLoss(Objective):
         """How much each position counts, as ``weighting`` says; a subclass may dwell on what it likes.
 
         Args:
-            batch: packed trajectories.
+            batch: Packed trajectories.
             unroll: the drafter's predictions, ``J`` times ``[C, Vd]``.
             log_p: ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
 

@@ -42,10 +42,10 @@ class Values(NamedTuple):
     """Per-position values of an objective, in ``G`` groups (such as unroll steps) of ``X`` positions.
 
     Attributes:
-        value: ``[G, X]``, to minimise; what stands at invalid positions is not looked at.
-        weight: broadcasts to ``[G, X]``.
+        value: ``[G, X]``, to minimise; entries at invalid positions do not matter.
+        weight: Broadcasts to ``[G, X]``.
         valid: ``[G, X]`` bool.
-        metrics: figures for the log; detached by the caller.
+        metrics: Figures for the log; detached by the caller.
     """
 
     value: Tensor
@@ -55,23 +55,23 @@ class Values(NamedTuple):
 
 
 class KeyedLoss(LossModule):
-    """Entries that can be set and selected as those of TorchRL's losses can.
+    """A loss whose entries can be set and selected as those of TorchRL's losses.
 
-    TorchRL's own ``select_out_keys`` leaves it to a hook, which fails at a batch that has not all of ``in_keys``, as
-    the other form of the target's outputs has not.
+    TorchRL's own ``select_out_keys`` uses a hook that fails if a batch lacks any of ``in_keys``. A batch with the other
+    form of the target's outputs does.
     """
 
     _out_keys: list[NestedKey] | None = None
 
     @property
     @abstractmethod
-    def _made_keys(self) -> list[NestedKey]:
-        """Entries that there are to select from."""
+    def _all_keys(self) -> list[NestedKey]:
+        """All entries, to select from."""
 
     @property
     def out_keys(self) -> list[NestedKey]:
         """Entries that forward returns."""
-        return self._made_keys if self._out_keys is None else self._out_keys
+        return self._all_keys if self._out_keys is None else self._out_keys
 
     @out_keys.setter
     def out_keys(self, keys: list[NestedKey]) -> None:
@@ -84,9 +84,9 @@ class KeyedLoss(LossModule):
             ValueError: an entry that there is not.
         """
         for key in out_keys:
-            if key not in self._made_keys:
+            if key not in self._all_keys:
                 raise ValueError(
-                    f"there is no entry {key!r} to select; there are {', '.join(map(str, self._made_keys))}"
+                    f"there is no entry {key!r} to select; there are {', '.join(map(str, self._all_keys))}"
                 )
         self.out_keys = list(out_keys)
         return self
@@ -122,15 +122,15 @@ class Objective(KeyedLoss):
     which no batch size can be told, and which of them a batch has depends on the form of the target's outputs.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        weight: factor on the loss, for sums of objectives.
+        weight: Factor on the loss, for sums of objectives.
         reduction: "mean" averages each group over its valid positions and adds the groups; "sum"; "none" gives
             ``[G, X]``, zero where invalid.
 
     Attributes:
-        name: by which it is configured.
-        sampled: whether it needs nodes that the drafter drew at random.
+        name: Name by which it is configured.
+        sampled: Whether it needs nodes that the drafter drew at random.
 
     Raises:
         ValueError: an unknown reduction, a weight that is not finite, or a class without a name.
@@ -175,11 +175,11 @@ class Objective(KeyedLoss):
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
-        """Raise ValueError where trees of this shape will never hold what the objective needs.
+        """Raise ValueError if trees of this shape never hold what the objective needs.
 
         Args:
-            settings: as of the configuration, "name" among them.
-            shape: the trees that are going to be served.
+            settings: Settings of the configuration, "name" among them.
+            shape: Shape of the trees that will be served.
         """
         if cls.sampled and shape.mode == "topk":
             raise ValueError(
@@ -238,7 +238,7 @@ class Objective(KeyedLoss):
         return found
 
     def _supplier(self, key: NestedKey) -> str:
-        """Where an entry would come from, as the end of a sentence."""
+        """Say where an entry would come from, as the end of a sentence."""
         keys = self.tensor_keys
         if key == keys.log_probs:
             return (
@@ -251,7 +251,7 @@ class Objective(KeyedLoss):
         return f"; {_SOURCES[group]}" if group in _SOURCES else ""
 
     @property
-    def _made_keys(self) -> list[NestedKey]:
+    def _all_keys(self) -> list[NestedKey]:
         return [f"loss_{self.name}", *self.metrics]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -302,12 +302,12 @@ class Objective(KeyedLoss):
             )
 
     def reset_parameters_recursive(self) -> None:
-        """Reset what learns of the drafter to random numbers, as TorchRL's losses reset their networks.
+        """Reset the drafter's trainable parameters to random numbers, as TorchRL's losses reset their networks.
 
-        A drafter starts with parts of its target, which this does not give back; ``Drafter.from_target`` does.
+        A drafter starts with parts of its target. This does not restore them; ``Drafter.from_target`` does.
 
         Raises:
-            ValueError: a module with such parameters has no ``reset_parameters``; nothing has changed then.
+            ValueError: A module with such parameters has no ``reset_parameters``; nothing has changed then.
         """
         resets = []
         for name, module in self.drafter.named_modules():
@@ -323,12 +323,12 @@ class Objective(KeyedLoss):
             reset()
 
     def expect_nodes(self, batch: TensorDictBase) -> None:
-        """For an objective that learns from trees: look whether there are any.
+        """Check that an objective that learns from trees gets some.
 
-        Batches of plain decoding are nothing, as long as some have drafts.
+        Batches of plain decoding are allowed, as long as some batches have drafts.
 
         Raises:
-            ValueError: no node in any of the first twenty-one batches.
+            ValueError: None of the first twenty-one batches has a node.
         """
         if self._without_nodes is None or len(batch["nodes", "tokens"]):
             self._without_nodes = None
@@ -338,9 +338,9 @@ class Objective(KeyedLoss):
             self.check_nodes()
 
     def check_nodes(self) -> None:
-        """Raise ValueError where the objective learns from trees and no batch so far had a node.
+        """Raise ValueError if the objective learns from trees and no batch so far had a node.
 
-        For the end of a recording, which may come before :meth:`expect_nodes` loses its patience.
+        Called at the end of a recording, which may come before :meth:`expect_nodes` raises.
         """
         if self._without_nodes:
             raise ValueError(
@@ -376,7 +376,7 @@ class Objective(KeyedLoss):
         """The log-probabilities that were served, after temperature, top-k and top-p, on the draft vocabulary.
 
         Args:
-            batch: packed trajectories.
+            batch: Packed trajectories.
             rows: ``[X]``, the target's outputs, see ``target_rows``.
             request: ``[X]`` int64, the request of each row.
             greedy: take every request as decoded greedily, and read nothing of "sampling".
@@ -400,10 +400,10 @@ class Objective(KeyedLoss):
     def target_law(
         self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, served: bool, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
-        """What the drafter is compared with.
+        """Return the distribution that the drafter is compared with.
 
         Args:
-            batch: packed trajectories.
+            batch: Packed trajectories.
             rows: ``[X]``, the target's outputs, see ``target_rows``.
             request: ``[X]`` int64, the request of each row.
             served: after the request's temperature, top-k and top-p, the point mass where it was decoded greedily;

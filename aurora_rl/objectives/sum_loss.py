@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import nn
+from typing_extensions import override
 
 from aurora_rl.objectives.objective import KeyedLoss, Objective
 
 
 class SumLoss(KeyedLoss):
-    """Objectives that are learned together. Their losses are summed by whoever optimises, as TorchRL's are.
+    """Objectives that are learned together. The optimisation step sums their losses, as with TorchRL's.
 
-    A second objective of the same name, such as imitation by another divergence, has "_2" behind its entries.
+    The entries of a second objective of the same name, such as imitation by another divergence, end in "_2".
 
     Args:
-        objectives: at least one, of one drafter.
+        objectives: Objectives of the same drafter, at least one.
 
     Example:
         >>> import torch
@@ -63,8 +64,8 @@ class SumLoss(KeyedLoss):
         for (objective, _), names in zip(self._parts(), fields, strict=True):
             objective.set_keys(**{key: value for key, value in keys.items() if key in names})
 
+    @override
     def reset_parameters_recursive(self) -> None:
-        """Reset what learns of the drafter, see :meth:`Objective.reset_parameters_recursive`."""
         self._parts()[0][0].reset_parameters_recursive()
 
     @property
@@ -77,7 +78,7 @@ class SumLoss(KeyedLoss):
         raise AttributeError("the keys of a SumLoss are those of its objectives; set them there")
 
     @property
-    def _made_keys(self) -> list[NestedKey]:
+    def _all_keys(self) -> list[NestedKey]:
         return [f"{key}{suffix}" for objective, suffix in self._parts() for key in objective.out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
