@@ -44,7 +44,7 @@ class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
 
     With ``R`` the expected number given the tree and ``q`` the law of the tree, the derivative of the expected number
-    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighed with what hangs on
+    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what hangs on
     its draw: the nodes below it, and its later siblings with those below them.
 
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
@@ -60,14 +60,14 @@ class AcceptanceRewardLoss(Objective):
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        reward: "expected" takes ``R`` from both distributions; "recorded" takes the accept bits.
-        baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
-            if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
+        reward: Source of ``R``: "expected" takes both distributions, "recorded" the accept bits.
+        baseline: Baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted,
+            each as if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
             direction, since a branch is part of its own mean, of low variance).
-        clip: PPO's: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
+        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
             gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
             silences draws that have grown likelier and no others, so give one. None clips nothing.
-        max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
+        max_staleness: Most versions that a round may be older than the newest version seen; None keeps all rounds.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are the trees, in one group.
 
@@ -166,7 +166,7 @@ class AcceptanceRewardLoss(Objective):
         clip = torch.inf if self.clip is None else self.clip
         gain = clipped_gain(draws.log_q, behaviour, credit, clip)
         if self.reward == "expected":
-            # grad R, where there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
+            # grad R, if there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
             held = joint if self.clip is None else ratio.clamp(1 - clip, 1 + clip)
             gain = gain + held * (reach - reach.detach())
 
@@ -183,7 +183,7 @@ class AcceptanceRewardLoss(Objective):
         return Values(-trees.subtree_sums(gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
     def _draws(self, batch: TensorDictBase) -> TreeLaw:
-        """What was drawn, and the distributions that it is judged by, with gradients in the drafter."""
+        """Return what was drawn, and the distributions that judge it, with gradients in the drafter."""
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         request = trees.request[trees.num_rounds :]
         mode = batch["sampling", "draft_mode"][request]

@@ -39,10 +39,10 @@ class DiscardSamplingLoss(Objective):
             ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
         renormalize: See ``ImitationLoss``.
         target: See ``ImitationLoss``.
-        top_k: compare over the target's likeliest tokens only (renormalised where ``renormalize`` says so); None over
-            all. Not with the reverse KL, to which every token that the drafter gives a chance counts.
-        weighting: of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or "decay",
-            ``decay ** depth``.
+        top_k: Number of the target's likeliest tokens to compare over (renormalised where ``renormalize`` says so);
+            None over all. Not with the reverse KL, to which every token that the drafter gives a chance counts.
+        weighting: Weights of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or
+            "decay", ``decay ** depth``.
         decay: Factor of each further depth, see ``weighting``.
         weight: Factor λ on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are the rejected nodes, in one group.
@@ -147,7 +147,7 @@ class DiscardSamplingLoss(Objective):
 
     @torch.no_grad()
     def _weights(self, batch: TensorDictBase, trees: TreeIndex) -> Tensor:
-        """Of every node, ``[M]``."""
+        """Return the weight of each node, ``[M]``."""
         depth = trees.depth[trees.num_rounds :]
         if self.weighting != "reach":
             precise = torch.promote_types(self.head.weight.dtype, torch.float32)

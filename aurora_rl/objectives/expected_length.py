@@ -27,19 +27,19 @@ class ExpectedLengthLoss(Objective):
     A context accepts a draft from ``q`` with chance ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
     sample-and-match, ``q(argmax p)`` under greedy verification, with ``p`` as it was served. A path of contexts then
     has ``Σ over depths of the product of α`` accepted on average, given that what was accepted are the tokens of the
-    path. For deterministic top-k drafting it is a relaxation. The true value, which has no gradient, is the metric
-    beside it: of windows of text, how many of the drafter's likeliest tokens are the text's before the first that is
+    path. For deterministic top-k drafting it is a relaxation. A metric has the true value, which has no gradient: in
+    windows of text, how many of the drafter's likeliest tokens are the text's before the first that is
     not, from every anchor; of recorded trees, the nodes that were accepted.
 
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
-        contexts: "text" takes windows of the committed text, drafted from every position of the completion as the
-            training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a tree counts by the
-            mean over its root-to-leaf paths, each weighed by the target's probability of its tokens, at temperature 1
-            whatever was served: so that no path of a greedy request weighs nothing.
-        steps: depths of a window of text; the trees have their own.
+        rule: Verification rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
+        contexts: Contexts to learn at: "text" takes windows of the committed text, drafted from every position of the
+            completion as the training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a
+            tree counts by the mean over its root-to-leaf paths, each weighted by the target's probability of its
+            tokens, at temperature 1 whatever was served: so that no path of a greedy request weighs nothing.
+        steps: Depths of a window of text; the trees have their own.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are windows or trees, in one group.
 

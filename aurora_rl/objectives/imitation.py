@@ -41,12 +41,12 @@ class ImitationValues:
 
 
 def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> ImitationValues:
-    """A divergence to the target at every step of a training-time-test unroll.
+    """Compute a divergence to the target at every step of a training-time-test unroll.
 
     Args:
-        unroll: the drafter's predictions, see ``Drafter.unroll``.
+        unroll: The drafter's predictions, see ``Drafter.unroll``.
         log_p: ``[C, Vd]``, the target's log-probabilities at the rows of the draft vocabulary.
-        divergence: of log-probabilities, see ``aurora_rl.objectives.divergences``.
+        divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
     """
     best = log_p.max(-1).indices[:, None]
     with torch.no_grad():
@@ -59,7 +59,7 @@ def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl
 
 
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
-    """Weights by which a window's cross entropies become a surrogate of its expected accepted length (D-PACE).
+    """Return weights by which a window's cross entropies become a surrogate of its expected accepted length (D-PACE).
 
     With ``c_i`` the drafter's probability of the window's token ``i``, smoothed to ``(1 + c_i) / 2``, the weight of
     step ``j`` is ``sum over m >= j of the product over i <= m of c_i``: how many of the tokens hang on this one.
@@ -98,17 +98,18 @@ class ImitationLoss(Objective):
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         divergence: Name of a divergence or its import path, a name and its settings such as
             ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
-        renormalize: whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
+        renormalize: Whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
             asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the
             missed probability), true for the others.
-        target: "model", the target's distribution at temperature 1; or "served", as each request was: after its
-            temperature, top-k and top-p, the point mass where it was decoded greedily. Positions where the draft
+        target: Distribution to imitate: "model", the target's at temperature 1; or "served", as each request was: after
+            its temperature, top-k and top-p, the point mass where it was decoded greedily. Positions where the draft
             vocabulary has none of the served mass do not count then.
-        steps: ``J``, depths to unroll.
-        decay: weight of each further step.
-        weighting: "decay", or "expected_length" for :func:`expected_length_weights` in place of powers of ``decay``.
-        regression: weight of a smooth-L1 distance between what the draft head reads and what the target's head reads
+        steps: Depths ``J`` to unroll.
+        decay: Weight of each further step.
+        weighting: Weights of positions: "decay", or "expected_length" for :func:`expected_length_weights` in place of
+            powers of ``decay``.
+        regression: Weight of a smooth-L1 distance between what the draft head reads and what the target's head reads
             (EAGLE, arXiv 2401.15077); 0 for none.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are the completion tokens, groups the steps.
@@ -188,15 +189,15 @@ class ImitationLoss(Objective):
         return Values(value, weight, valid, {"agreement": agreement})
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
-        """How much each position counts, as ``weighting`` says; a subclass may dwell on what it likes.
+        """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.
 
         Args:
             batch: Packed trajectories.
-            unroll: the drafter's predictions, ``J`` times ``[C, Vd]``.
+            unroll: The drafter's predictions, ``J`` times ``[C, Vd]``.
             log_p: ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
 
         Returns:
-            Broadcasts to ``[J, C]``, detached; what stands at invalid positions is not looked at.
+            Broadcasts to ``[J, C]``, detached; entries at invalid positions do not matter.
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)

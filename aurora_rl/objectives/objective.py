@@ -165,7 +165,7 @@ class Objective(KeyedLoss):
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.head = TargetHead.like(head)
         self._in_keys: list[NestedKey] | None = None
-        self._without_nodes: int | None = 0  # batches so far; None where there were nodes
+        self._without_nodes: int | None = 0  # batches so far; None once there were nodes
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class TreeLaw:
     """The nodes of a batch as draws from contexts.
 
     Attributes:
-        trees: where they stand.
+        trees: Index of the contexts.
         context: ``[M]`` int64, the row of ``p`` and ``q`` that each node was drawn from.
         row: ``[M]`` int64, its column.
         p: ``[C, Vd]``, the served distribution.
@@ -109,7 +109,7 @@ class TreeLaw:
         return self.trees.path_products(ratio * siblings)
 
     def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
-        """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""
+        """Return a value of each node, ``[M]``: that of ``of``, called with each rule and the nodes served with it."""
         out = torch.zeros_like(self.q[self.context, self.row])
         for code in self._rule.unique().tolist():
             here = (self._rule == code).nonzero().flatten()

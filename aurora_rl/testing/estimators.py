@@ -31,7 +31,7 @@ _SERVED = (
     ("rejection", "sampled", 0.7),
     ("rejection_without_replacement", "sampled_without_replacement", 0.7),
 )
-# A chain, and the smallest tree in which something hangs on a draw both below it and beside it.
+# A chain, and the smallest tree in which something hangs on a draw both below it and next to it.
 _PARENTS = ((-1, 0), (-1, -1, 0))
 # Sums of a few hundred terms in float64 differ by less.
 _SAME = 1 - 1e-9
@@ -45,9 +45,9 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
     An objective may refuse a rule, a draft mode or a chain by a ValueError that names it.
 
     Args:
-        make: see :func:`~aurora_rl.testing.check_objective`.
-        unbiased: whether the directions have to be the same, or only to agree.
-        seed: of the tables.
+        make: See :func:`~aurora_rl.testing.check_objective`.
+        unbiased: Whether the directions have to be the same, or only to agree.
+        seed: Seed of the tables.
 
     Raises:
         AssertionError: a direction is wrong, or everything is refused.

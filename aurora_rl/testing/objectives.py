@@ -1,4 +1,4 @@
-"""check_objective: what every objective promises, on a tiny model served in process and on tables."""
+"""check_objective: the promises of every objective, checked on a tiny model served in process and on tables."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_objective(
             expected gradient need only have a positive cosine with the right one.
         leads: False for a term that is only meant to be summed with another, such as a regulariser, and does not by
             itself lead to the target.
-        seed: of weights, prompts and completions.
+        seed: Seed of weights, prompts and completions.
 
     Raises:
         AssertionError: names the promise that is broken.
@@ -207,7 +207,7 @@ def _check_reductions(objective: Callable[[str], Objective], trajectories: list[
         "'mean' is not the mean of each group over its valid positions, summed over the groups",
     )
     alone = torch.stack([total_loss(objective("sum"), pack([t])) for t in trajectories]).sum()
-    require(torch.allclose(alone, total), "a trajectory counts differently alone and beside others: padding is read")
+    require(torch.allclose(alone, total), "a trajectory counts differently alone and next to others: padding is read")
     turned = total_loss(objective("sum"), pack(trajectories[::-1]))
     require(torch.allclose(turned, total), "the order of the trajectories matters")
 
