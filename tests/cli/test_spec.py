@@ -14,11 +14,14 @@ from tensordict import TensorDict
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.collectors.dataset import TrajectoryDataset
-from aurora_rl.envs import TransformersEngine
+from aurora_rl.envs import SampleAndMatch, TransformersEngine
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.training.checkpoint import CheckpointError
+from aurora_rl.trajectories import rule_code
 from aurora_rl.workload.traffic import TrafficError, generate
 
 
@@ -142,6 +145,29 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
     with learner(config, tmp_path) as made:
         assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
         assert made._recording.folder == tmp_path / "stream"
+
+
+class OwnRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive where the library does not
+    """A verification rule of a third party."""
+
+
+def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: Config, tmp_path: Path) -> None:
+    config.rule = f"{__name__}:OwnRule"
+    drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+    trajectory = tiny_trajectory(drafter.double())
+    with learner(config, tmp_path) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spec, "validate", lambda *_, **__: None)  # the tiny one is of another model
+        validate = made._collector._validate
+        for code in (rule_code("OwnRule"), rule_code("greedy")):
+            trajectory["sampling", "rule"] = torch.tensor(code)
+            validate(trajectory)
+        for name, message in (
+            ("rejection", "'rejection' is not replayable"),
+            ("unheard", "is not known here; set"),
+        ):
+            trajectory["sampling", "rule"] = torch.tensor(rule_code(name))
+            with pytest.raises(ValueError, match=message):
+                validate(trajectory)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
