@@ -14,7 +14,7 @@ MOVED = {
     "envs.sampling": "envs.verification.sampling", "envs.rejection": "envs.verification.rejection",
     "policies.recorded": "tree_index", "policies.growth": "policies.tree_search",
     "policies.shape": "policies.tree_controller", "policies.ngram": "policies.lookup",
-    "policies.vllm_format": "policies.formats.vllm", "objectives.contexts": "objectives.tree_index",
+    "policies.vllm_format": "policies.formats.vllm", "objectives.contexts": "tree_index",
     "objectives.draws": "objectives.tree_law", "collectors.hello": "collectors.handshake",
     "collectors.weight_sync": "collectors.weights", "recordings": "collectors.dataset",
     "collectors.buffer": "training.replay", "learner": "training.learner", "gate": "training.gate",

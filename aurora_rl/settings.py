@@ -20,7 +20,7 @@ _NAMES: dict[Any, str] = {
 
 
 def settings_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Keywords that a function or a class's constructor takes, each with its type; ``Any`` where it has none.
+    """Return the keywords that a function or a constructor takes, each with its type, or ``Any`` without a type.
 
     A constructor that takes ``**settings`` is taken to pass them to its parent, whose keywords count too.
 
@@ -56,7 +56,7 @@ def _chain(target: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The most similar of the known names, of which there must be one.
+    """Return the most similar of the known names, at least one.
 
     Example:
         >>> nearest("forwardkl", ["reverse_kl", "forward_kl"])
@@ -69,12 +69,12 @@ def check(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> N
     """Refuse settings that do not exist, and values of another type.
 
     Args:
-        settings: name to value.
-        known: name to type, see :func:`settings_of`.
-        what: has the settings, for the message.
+        settings: Values by name.
+        known: Types by name, see :func:`settings_of`.
+        what: Owner of the settings, for the message.
 
     Raises:
-        ValueError: the message names the setting, and the nearest that there is or the type.
+        ValueError: The message names the setting, and the nearest known one or the type.
     """
     for key, value in settings.items():
         if key not in known:

@@ -6,6 +6,7 @@ size, ``H`` hidden size, ``K`` likeliest tokens, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,10 +16,26 @@ from torch import Tensor
 from aurora_rl.sampling_params import SamplingParams
 
 RULE_CODES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
+"""Built-in verification rules, by their codes; see :func:`rule_code`."""
+_OTHER_RULES = 2**56  # codes of other rules begin here
 # How the drafter chose a tree's nodes: its likeliest, or draws, whose siblings are independent or all different.
 DRAFT_MODES = ("topk", "sampled", "sampled_without_replacement")
 # What stands for "hidden" where an engine gives the target's likeliest tokens and not its states.
 TOPK_ENTRIES = ("topk_ids", "topk_log_probs", "tail_log_prob")
+
+
+def rule_code(name: str) -> int:
+    """Return the number by which trajectories record a verification rule.
+
+    It is the place of a built-in rule in :data:`RULE_CODES`, and a checksum of the name of any other.
+
+    Example:
+        >>> rule_code("rejection"), rule_code("my_package.rules:Typical") == rule_code("my_package.rules:Typical")
+        (2, True)
+    """
+    if name in RULE_CODES:
+        return RULE_CODES.index(name)
+    return _OTHER_RULES + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
 
 
 def make_trajectory(
@@ -90,7 +107,8 @@ def make_trajectory(
                 "top_k": torch.tensor(sampling.top_k),
                 "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
                 "seed": torch.tensor(sampling.seed),
-                "rule": torch.tensor(RULE_CODES.index(rule if sampling.temperature > 0 else "greedy")),
+                # At temperature 0 the built-in rules accept as the greedy one does; others are known by their own law.
+                "rule": torch.tensor(rule_code("greedy" if sampling.temperature == 0 and rule in RULE_CODES else rule)),
                 "draft_mode": torch.tensor(DRAFT_MODES.index(draft_mode)),
             },
         },
@@ -209,9 +227,10 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     local = torch.arange(len(parents)) - torch.repeat_interleave(offset[:-1], offset.diff())
     if bool(((parents < -1) | (parents >= local)).any()):
         raise ValueError("nodes.parents must point to an earlier node of the same tree or to the root (-1)")
-    for name, allowed in (("rule", RULE_CODES), ("draft_mode", DRAFT_MODES)):
-        if not 0 <= int(get(("sampling", name))) < len(allowed):
-            raise ValueError(f"sampling.{name} must index {allowed}, got {int(get(('sampling', name)))}")
+    if not 0 <= (rule := int(get(("sampling", "rule")))) < len(RULE_CODES) and rule < _OTHER_RULES:
+        raise ValueError(f"sampling.rule must index {RULE_CODES} or be the code of another rule, got {rule}")
+    if not 0 <= int(get(("sampling", "draft_mode"))) < len(DRAFT_MODES):
+        raise ValueError(f"sampling.draft_mode must index {DRAFT_MODES}, got {int(get(('sampling', 'draft_mode')))}")
 
 
 def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The contexts of packed trajectories: where recorded trees stand, and chains of the true tokens in their place.
+"""The contexts of packed trajectories: recorded trees, and chains of the text's own tokens in their place.
 
 Legend: ``C`` completion tokens of a batch, ``J`` unroll steps, ``R`` rounds and ``M`` nodes of a batch.
 """
@@ -9,19 +9,30 @@ from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.trees import depths
 
+SEQUENCE_KEYS: list[NestedKey] = [("sequence", key) for key in ("tokens", "offset", "prompt_length", "features")]
+"""Entries of a batch that ``Drafter.unroll`` reads."""
+
+TREE_KEYS: list[NestedKey] = [
+    *SEQUENCE_KEYS,
+    *(("rounds", key) for key in ("offset", "anchor", "request_offset")),
+    *(("nodes", key) for key in ("tokens", "parents")),
+]
+"""Entries of a batch that :class:`TreeIndex` and ``Drafter.context_logits`` read."""
+
 
 class TreeIndex(NamedTuple):
-    """Where the contexts of packed trajectories stand: first the roots of all ``R`` rounds, then all ``M`` nodes.
+    """Index of the contexts of packed trajectories: first the roots of all ``R`` rounds, then all ``M`` nodes.
 
     Attributes:
-        num_rounds: ``R``.
+        num_rounds: Number of rounds ``R``.
         request: ``[R + M]`` int64, the request of each context.
-        root: ``[R + M]`` int64, the pair of its tree's root; −1 where the root is the first token of all, which has
-            none, so that nothing can have been drafted from it.
+        root: ``[R + M]`` int64, the pair of its tree's root; −1 if the root is the first token of a text, which has no
+            pair, so that nothing can be drafted from it.
         depth: ``[R + M]`` int64, 0 at a root.
         parent: ``[M]`` int64, the context that each node was drawn from.
 
@@ -58,6 +69,18 @@ class TreeIndex(NamedTuple):
         )
 
     @property
+    def drawn_from(self) -> Tensor:
+        """``[R + M]`` bool, the contexts that nodes were drawn from."""
+        drawn_from = torch.zeros_like(self.depth, dtype=torch.bool)
+        drawn_from[self.parent] = True
+        return drawn_from
+
+    @property
+    def context(self) -> Tensor:
+        """``[M]`` int64, the context that each node was drawn from, counted among :attr:`drawn_from` alone."""
+        return (self.drawn_from.cumsum(0) - 1)[self.parent]
+
+    @property
     def ends(self) -> Tensor:
         """``[M]`` int64, one past the last node of the subtree of each, among all nodes of the batch.
 
@@ -76,18 +99,60 @@ class TreeIndex(NamedTuple):
             raise ValueError("('nodes', 'parents') is not depth-first; lay trees with trees.reorder_depth_first")
         return ends
 
+    def path_products(self, factors: Tensor) -> Tensor:
+        """Multiply a factor of each node along its path from the root, its own included.
+
+        Args:
+            factors: ``[M]``, with or without gradients.
+
+        Returns:
+            ``[M]``.
+
+        Example:
+            >>> chain = TreeIndex(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
+            >>> chain.path_products(torch.tensor([0.5, 0.5]))
+            tensor([0.5000, 0.2500])
+        """
+        products = torch.cat([factors.new_ones(self.num_rounds), factors])
+        depth = self.depth[self.num_rounds :]
+        for level in range(2, int(depth.max()) + 1 if len(depth) else 0):
+            here = (depth == level).nonzero().flatten()
+            products = products.index_copy(0, here + self.num_rounds, products[self.parent[here]] * factors[here])
+        return products[self.num_rounds :]
+
+    def subtree_sums(self, values: Tensor) -> Tensor:
+        """Sum a value of each node over the node and all nodes below it.
+
+        Args:
+            values: ``[M]``.
+
+        Returns:
+            ``[R + M]``; at a root the sum over its tree.
+
+        Example:
+            >>> chain = TreeIndex(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
+            >>> chain.subtree_sums(torch.tensor([1.0, 2.0]))
+            tensor([3., 3., 2.])
+        """
+        sums = torch.cat([values.new_zeros(self.num_rounds), values])
+        depth = self.depth[self.num_rounds :]
+        for level in range(int(depth.max()) if len(depth) else 0, 0, -1):
+            here = (depth == level).nonzero().flatten()
+            sums = sums.index_add(0, self.parent[here], sums[here + self.num_rounds])
+        return sums
+
 
 def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, Tensor]:
-    """The batch with other rounds: behind every anchor a chain of the tokens that the text goes on with.
+    """Replace the rounds of a batch: after each anchor, a chain of the tokens that the text continues with.
 
     Args:
-        batch: packed trajectories, see ``aurora_rl.trajectories.pack``.
-        steps: ``J``, the longest chain.
+        batch: Packed trajectories, see ``aurora_rl.trajectories.pack``.
+        steps: Length ``J`` of the longest chain.
 
     Returns:
         A batch of the sequences with these rounds and nodes; the node ``[J, C]`` int64 that is completion token ``c``
-        at depth ``j + 1``, −1 where no anchor stands there; and which of these can be drafted, ``[J, C]`` bool: not
-        from the first token of all, which has no feature before it.
+        at depth ``j + 1``, −1 if there is no anchor; and ``[J, C]`` bool, whether it can be drafted. Nothing can be
+        drafted from the first token of a text, which has no feature before it.
     """
     offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     count = offset.diff() - prompt

@@ -1,8 +1,9 @@
-"""A new objective in twenty lines: registered, checked, and trained beside imitation.
+"""A new objective is one function: registered, checked, and trained alongside imitation.
 
     python examples/new_objective.py --recording runs/chains --plot objective.png
 
-The objective weighs every position by how badly the drafter does there, as focal losses do: (1 - overlap) ** gamma.
+Serving throws away every draft after the first rejected one. The objective weights a draft by the chance that the
+drafts before it are accepted, and by ``floor`` at least, so that late drafts learn from the start.
 """
 
 from __future__ import annotations
@@ -13,41 +14,34 @@ from pathlib import Path
 import matplotlib
 import torch
 from common import arguments, open_stream
+from torch import Tensor
 
-from aurora_rl.objectives import ImitationLoss, make_objectives, overlap, register_objective
+from aurora_rl.objectives import Windows, forward_kl, get_objective, make_objectives, overlap, register_objective
 from aurora_rl.policies import TreeShape
-from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.testing import check_objective
 from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
 
 
-@register_objective("focal_imitation")
-class FocalImitationLoss(ImitationLoss):
-    """Imitation that dwells on what the drafter does not know yet."""
-
-    def __init__(self, drafter, head, *, gamma: float = 1.0, **settings) -> None:
-        super().__init__(drafter, head, **settings)
-        self.gamma = gamma
-
-    def position_weights(self, batch, unroll, log_p):
-        missed = torch.stack([1 - overlap(log_p, log_softmax(logits)) for logits in unroll.logits])
-        # Of equal distributions it may round to less than 0.
-        focus = missed.detach().clamp(min=0) ** self.gamma
-        return focus * super().position_weights(batch, unroll, log_p)
+@register_objective("reach_kl")
+def reach_kl(log_p: Tensor, log_q: Tensor, windows: Windows, *, floor: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Forward KL of every draft, weighted by the chance that serving gets to it: that all before it are accepted."""
+    accepted = torch.where(windows.valid, overlap(log_p, log_q), 0.0).detach()
+    reached = torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]]).cumprod(0)
+    return reached.clamp(min=floor) * forward_kl(log_p, log_q), windows.valid
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--gamma", type=float, default=1.0)
+    parser.add_argument("--floor", type=float, default=0.1)
     parser.add_argument("--plot", type=Path, default=Path("objective.png"))
     options = parser.parse_args()
-    check_objective(lambda d, head, reduction: FocalImitationLoss(d, head, reduction=reduction), differentiable=False)
+    check_objective(get_objective("reach_kl"), differentiable=False)  # its weight is held constant
     stream = open_stream(options, TreeShape(depth=4))
     first = copy.deepcopy(stream.drafter)
     autocast = stream.train[0]["sequence", "features"].dtype == torch.bfloat16
     curves: dict[str, list[tuple[int, float]]] = {}
-    for settings in ({"name": "imitation"}, {"name": "focal_imitation", "gamma": options.gamma}):
+    for settings in ({"name": "imitation"}, {"name": "reach_kl", "floor": options.floor}):
         stream.drafter = copy.deepcopy(first)
         (loss,) = make_objectives([settings], stream.drafter, stream.head)
         optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)

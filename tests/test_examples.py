@@ -14,7 +14,7 @@ import torch
 
 from aurora_rl.cli.config import load_config
 from aurora_rl.envs.sglang.client import free_ports
-from aurora_rl.objectives import ImitationLoss, registry
+from aurora_rl.objectives import OBJECTIVES, make_objectives
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -100,15 +100,8 @@ def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path)
 def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_path: Path) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
     out = run("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))
-    assert re.findall(r"^(\w+): 8 requests", out, re.MULTILINE) == ["imitation", "focal_imitation"]
+    assert re.findall(r"^(\w+): 8 requests", out, re.MULTILINE) == ["imitation", "reach_kl"]
     assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-@pytest.fixture
-def focal(monkeypatch: pytest.MonkeyPatch) -> type[ImitationLoss]:
-    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return runpy.run_path(str(EXAMPLES / "new_objective.py"))["FocalImitationLoss"]
 
 
 def test_the_documented_objective_is_that_of_the_example() -> None:
@@ -118,29 +111,25 @@ def test_the_documented_objective_is_that_of_the_example() -> None:
     assert lines.count("\n") < 20
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("weighting", ["decay", "expected_length"])
-def test_the_new_objective_weighs_by_what_is_missed(
-    focal: type[ImitationLoss], weighting: str, renormalize: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_new_objective_weights_by_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in ("_parts", "_sources"):
+        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / "new_objective.py"))
     parts = TargetParts.of(tiny_target())
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
-    settings = {"renormalize": renormalize, "steps": 2, "weighting": weighting}
-    (made,) = registry.make_objectives([{"name": "focal_imitation", "gamma": 2.0, **settings}], drafter, parts.head)
-    batch, unroll = pack([tiny_trajectory(drafter)]), drafter.unroll
-    calls: list[int] = []
-    monkeypatch.setattr(drafter, "unroll", lambda batch, steps: calls.append(steps) or unroll(batch, steps))
-    found = made.values(batch)
-    assert isinstance(made, focal) and calls == [2]
+    batch = pack([tiny_trajectory(drafter)])
+    (loss,) = make_objectives([{"name": "reach_kl", "steps": 2, "floor": 0.25}], drafter, parts.head)
+    found = loss.values(batch)
 
-    p = (batch["sequence", "hidden"] @ parts.head.weight.T).softmax(-1)[:, drafter.draft_vocab]
-    p = p / p.sum(-1, keepdim=True) if renormalize else p
-    missed = torch.stack([1 - torch.minimum(p, q.softmax(-1)).sum(-1) for q in unroll(batch, 2).logits])
-    plain = ImitationLoss(drafter, parts.head, **settings).values(batch)
-    torch.testing.assert_close(found.value, plain.value)
-    weight, expected = (torch.where(found.valid, w, 0.0) for w in (found.weight, plain.weight * missed**2))
-    torch.testing.assert_close(weight, expected)
-    assert not found.weight.requires_grad
+    p = (batch["sequence", "hidden"] @ parts.head.weight.T)[:, drafter.draft_vocab].softmax(-1)
+    first, second = (logits.softmax(-1) for logits in drafter.unroll(batch, 2).logits)
+    kl = [(p * (p / q).log()).sum(-1) for q in (first, second)]
+    # The second draft of a window is that of the next token, after the first of this window was accepted.
+    weight = torch.minimum(p, first).sum(-1)[:-1].clamp(min=0.25)
+    expected = torch.stack([kl[0], torch.cat([weight * kl[1][1:], kl[0].new_zeros(1)])])
+    torch.testing.assert_close(found.value[found.valid], expected[found.valid])
+    assert int(found.valid.sum()) > len(p)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda path: path.name)

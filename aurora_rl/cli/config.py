@@ -33,7 +33,7 @@ class EngineConfig:
     """
 
     name: str = "transformers"
-    """transformers serves in this process, sglang is a server of its own."""
+    """transformers, sglang, or package.module:Class of an engine in this process."""
     slots: int = 2
     """Requests decoded at the same time."""
     max_length: int = 1024
@@ -175,6 +175,9 @@ class Config:
     """Sample from this many likeliest tokens; 0 takes all."""
     top_p: float = 1.0
     """Sample from the likeliest tokens of this total probability."""
+    rule: str | None = None
+    """Verification rule by name, or package.module:Class; null takes sample_and_match, which is greedy at temperature
+    0. A rule whose text depends on what was drafted is refused, since the gate could not replay it."""
     generation_config: str = "auto"
     """auto applies what the model's generation config does to its logits, such as repetition_penalty; ignore serves
     them raw. Temperature, top-k, top-p and the token budget are those above in either case."""
@@ -406,12 +409,12 @@ def to_yaml(config: Config, *, run_dir: bool = True) -> str:
 
 def _check_engine(config: Config) -> None:
     engine = config.engine
-    if engine.name not in ("transformers", "sglang"):
-        raise ConfigError(f"engine.name must be transformers or sglang, got {engine.name!r}")
     if not 0 <= engine.capture_rate <= 1:
         raise ConfigError(f"engine.capture_rate must lie in [0, 1], got {engine.capture_rate}")
-    if engine.name == "transformers":
+    if engine.name != "sglang":
         return
+    if config.rule is not None:
+        raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
     if (engine.url is None) != (engine.plugin_address is None):
         raise ConfigError(
             "engine.url and engine.plugin_address go together: a running server and the address of its plugin"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessorList
@@ -14,7 +15,7 @@ from aurora_rl.cli.config import ConfigError
 from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine, generation_processors
+from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.control import ControlError
@@ -72,7 +73,8 @@ def _embedded_server(
     budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
     usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
     processors = _processors(spec, target, stop_tokens, usual)
-    engine = TransformersEngine(
+    assert spec.engine_class is not None
+    engine: Engine = cast(Any, spec.engine_class)(
         target.model,
         num_slots=config.engine.slots,
         max_length=config.engine.max_length,
@@ -103,6 +105,7 @@ def _embedded_server(
         engine,
         requests,
         num_nodes=tree.num_nodes,
+        rule=spec.rule,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,
         decode=lambda tokens: str(tokenizer.decode(tokens)),

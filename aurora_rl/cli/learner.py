@@ -14,6 +14,7 @@ from aurora_rl.cli.spec import RunSpec, handshake, load, opening, start_drafter
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.weights import WeightPublisher
+from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.telemetry.log import MetricsLog
@@ -54,6 +55,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
             hidden_size=head.weight.shape[1],
             feature_size=head.weight.shape[1] * len(drafter.feature_layers),
         )
+        require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
     try:
         loss = SumLoss(make_objectives(config.objectives, drafter, head))

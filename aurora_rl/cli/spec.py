@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aurora_rl.cli.config import Config, ConfigError
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs import Engine, SamplingParams
+from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
+from aurora_rl.envs.verification.rules import require_replayable
 from aurora_rl.models.loading import default_dtype, load_target
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import check_settings
@@ -44,6 +45,8 @@ class RunSpec:
         config: The configuration. Whatever stands below is read here, not there.
         device: Device of the target.
         dtype: Dtype in which the target and the drafter are served.
+        engine_class: Class of the engine in this process; None if SGLang serves.
+        rule: Name of the verification rule.
         tree: The trees that are drafted.
         drafter_class: Architecture of the drafter.
         sampling: Temperature, top-k, top-p and seed of the first request.
@@ -52,6 +55,8 @@ class RunSpec:
     config: Config
     device: torch.device
     dtype: torch.dtype
+    engine_class: type[Engine] | None
+    rule: str
     tree: TreeShape
     drafter_class: type[Drafter]
     sampling: SamplingParams
@@ -69,13 +74,16 @@ def resolve(config: Config) -> RunSpec:
         3
     """
     device = _device(config)
+    engine_class, rule = _engine_class(config), _rule(config)
     drafter_class = _drafter_class(config)
-    tree = _shape(config)
+    tree = _shape(config, engine_class)
     check_objectives(config, tree)
     return RunSpec(
         config,
         device,
         default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype),
+        engine_class,
+        rule,
         tree,
         drafter_class,
         SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
@@ -97,6 +105,33 @@ def load(spec: RunSpec) -> Target:
     """Load the target."""
     model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
     return Target(model, tokenizer, TargetParts.of(model))
+
+
+def _engine_class(config: Config) -> type[Engine] | None:
+    """The class of the engine in this process; None where SGLang serves."""
+    if config.engine.name == "sglang":
+        return None
+    try:
+        return get_engine(config.engine.name)
+    except ValueError as error:
+        raise ConfigError(f"engine.name: {error}") from error
+
+
+def _rule(config: Config) -> str:
+    """The name of the verification rule, which is looked up and so made known to the objectives."""
+    name = config.rule or "sample_and_match"
+    try:
+        rule = get_rule(name)
+        require_replayable(rule)
+    except ValueError as error:
+        raise ConfigError(f"rule: {error}") from error
+    if config.drafter.mode not in rule.draft_modes:
+        raise ConfigError(
+            f"rule={name} needs drafter.mode={' or '.join(rule.draft_modes)}, got drafter.mode={config.drafter.mode}"
+        )
+    if name == "greedy" and config.temperature > 0:
+        raise ConfigError(f"rule=greedy needs temperature=0, got {config.temperature:g}; set rule=null to sample")
+    return name
 
 
 def check_objectives(config: Config, tree: TreeShape) -> None:
@@ -241,7 +276,7 @@ def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
     )
 
 
-def _shape(config: Config) -> TreeShape:
+def _shape(config: Config, engine: type[Engine] | None) -> TreeShape:
     """The tree that the configuration asks for."""
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
@@ -254,12 +289,12 @@ def _shape(config: Config) -> TreeShape:
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     except ValueError as error:
         raise ConfigError(f"drafter: {error}") from error
-    if config.engine.name == "transformers" and tree.num_nodes > Engine.max_nodes:
+    if engine is not None and tree.num_nodes > engine.max_nodes:
         budget = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
             f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.num_nodes} nodes, and the engine verifies {Engine.max_nodes} at most; set drafter.num_nodes="
-            f"{Engine.max_nodes} or less"
+            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
+            f"{engine.max_nodes} or less"
         )
     return tree
 

@@ -1,6 +1,6 @@
 """Serving as an environment: engines, verification rules, SpecDecodeEnv."""
 
-from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.engine import Engine, get_engine, register_engine
 from aurora_rl.envs.processors import generation_processors
 from aurora_rl.envs.request import Completion, Request
 from aurora_rl.envs.spec_decode import SpecDecodeEnv
@@ -22,6 +22,8 @@ __all__ = [
     "TransformersEngine",
     "VerificationRule",
     "generation_processors",
+    "get_engine",
     "get_rule",
+    "register_engine",
     "register_rule",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from aurora_rl.context import ContextStore
+from aurora_rl.registry import Registry
 
 
 class Engine(ABC):
@@ -78,3 +79,14 @@ class Engine(ABC):
     @abstractmethod
     def release(self, slot: int) -> None:
         """Free the slot; its request is over."""
+
+
+ENGINES: Registry[type[Engine]] = Registry("engine", "aurora_rl.engines", Engine, reserved=("sglang",))
+"""In-process engines by name; "sglang" is a server of its own.
+
+A configured engine is made as ``TransformersEngine`` is: ``Engine(model, num_slots=..., max_length=...,
+feature_layers=...)``.
+"""
+
+register_engine = ENGINES.register
+get_engine = ENGINES.get

@@ -20,7 +20,7 @@ from aurora_rl.envs.processors import process
 from aurora_rl.envs.request import Completion, Request
 from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.sampling_params import SamplingBatch
-from aurora_rl.trajectories import DRAFT_MODES, RULE_CODES
+from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import accepted_path, valid_nodes
 
 
@@ -36,7 +36,7 @@ class SpecDecodeEnv(EnvBase):
         engine: Engine of the target.
         requests: Called for the next request; None if there is none now.
         num_nodes: Most nodes ``N`` of a tree without its root.
-        rule: Name of the verification rule.
+        rule: Name of the verification rule, or its import path.
         draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
             the drafter's distribution, actions carry it as ("draft", "q"). An action that says how it was drawn, in
             ("draft", "mode") as a policy's does, has to say this.
@@ -54,7 +54,7 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
-        ValueError: The rule is not lossless for the draft mode, or trajectories have no code for it; trees of more
+        ValueError: The rule is not lossless for the draft mode; trees of more
             nodes than the engine verifies; from a request that the engine cannot hold or the rule cannot serve (see
             :meth:`check`); or from an action that was drawn in another mode, or lacks the distribution that the rule
             needs.
@@ -97,10 +97,6 @@ class SpecDecodeEnv(EnvBase):
         if num_nodes > engine.max_nodes:
             raise ValueError(
                 f"num_nodes={num_nodes} is more than the {engine.max_nodes} nodes that the engine verifies"
-            )
-        if record and rule not in RULE_CODES:
-            raise ValueError(
-                f"trajectories have no code for the rule {rule!r}, only for {', '.join(RULE_CODES)}; set record=False"
             )
         self._requests, self._decode = requests, decode
         self.on_completion, self._on_refused = on_completion, on_refused

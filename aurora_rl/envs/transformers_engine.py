@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
-from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
     SGLANG,
@@ -57,6 +57,7 @@ _FORMS = ("fused", "grouped", "sdpa", "eager")
 _FACTORS = (1.0, 4.0)
 
 
+@register_engine("transformers")
 class TransformersEngine(Engine):
     """Serve a Hugging Face causal LM by rounds of tree verification.
 

@@ -12,14 +12,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows
-from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products, subtree_sums
+from aurora_rl.objectives.target_rows import context_rows
 from aurora_rl.objectives.tree_law import TreeLaw, before
 from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.
@@ -45,7 +44,7 @@ class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
 
     With ``R`` the expected number given the tree and ``q`` the law of the tree, the derivative of the expected number
-    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighed with what hangs on
+    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what hangs on
     its draw: the nodes below it, and its later siblings with those below them.
 
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
@@ -59,18 +58,18 @@ class AcceptanceRewardLoss(Objective):
     current weights for every rule and tree. For trees of the current weights all ratios are 1.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        reward: "expected" takes ``R`` from both distributions; "recorded" takes the accept bits.
-        baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted, each as
-            if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
+        reward: Source of ``R``: "expected" takes both distributions, "recorded" the accept bits.
+        baseline: Baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted,
+            each as if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
             direction, since a branch is part of its own mean, of low variance).
-        clip: PPO's: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
+        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
             gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
             silences draws that have grown likelier and no others, so give one. None clips nothing.
-        max_staleness: rounds that are more versions older than the newest version seen are left out; None keeps all.
-        weight: factor on the loss, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are the trees, in one group.
+        max_staleness: Most versions that a round may be older than the newest version seen; None keeps all rounds.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are the trees, in one group.
 
     The metrics are "expected_accepted", the mean of ``R``; "accepted", that of the bits; "ratio", the mean importance
     ratio; and "stale", the share of trees that were left out.
@@ -156,7 +155,7 @@ class AcceptanceRewardLoss(Objective):
         acceptance = draws.by_rule(
             lambda rule, here: rule.acceptance(draws.p, draws.q, draws.row[here], draws.context[here])
         )
-        reach = path_products(trees, acceptance)[trees.num_rounds :]
+        reach = trees.path_products(acceptance)
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
         # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
@@ -167,7 +166,7 @@ class AcceptanceRewardLoss(Objective):
         clip = torch.inf if self.clip is None else self.clip
         gain = clipped_gain(draws.log_q, behaviour, credit, clip)
         if self.reward == "expected":
-            # grad R, where there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
+            # grad R, if there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
             held = joint if self.clip is None else ratio.clamp(1 - clip, 1 + clip)
             gain = gain + held * (reach - reach.detach())
 
@@ -176,15 +175,15 @@ class AcceptanceRewardLoss(Objective):
         valid = drafted & fresh
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         metrics = {
-            "expected_accepted": _mean(subtree_sums(trees, reach)[rounds][valid]),
-            "accepted": _mean(subtree_sums(trees, accepted)[rounds][valid]),
+            "expected_accepted": _mean(trees.subtree_sums(reach)[rounds][valid]),
+            "accepted": _mean(trees.subtree_sums(accepted)[rounds][valid]),
             "ratio": _mean(ratio[fresh[tree]]),
             "stale": _mean((~fresh[drafted]).to(reach.dtype)),
         }
-        return Values(-subtree_sums(trees, gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
+        return Values(-trees.subtree_sums(gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
     def _draws(self, batch: TensorDictBase) -> TreeLaw:
-        """What was drawn, and the distributions that it is judged by, with gradients in the drafter."""
+        """Return what was drawn, and the distributions that judge it, with gradients in the drafter."""
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         request = trees.request[trees.num_rounds :]
         mode = batch["sampling", "draft_mode"][request]
@@ -200,19 +199,16 @@ class AcceptanceRewardLoss(Objective):
                 "finite, or its token has no row); serve with drafter.mode=sampled, "
                 "and start from the drafter that drew the recording (drafter.path)"
             )
-        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
-        drawn_from[trees.parent] = True
+        drawn_from = trees.drawn_from
         log_q = log_softmax(self.drafter.context_logits(batch, trees, drawn_from))
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
-        context = (drawn_from.cumsum(0) - 1)[trees.parent]
-        return TreeLaw(
-            trees, context, row, p, log_q, batch["sampling", "rule"][request], without=mode == _WITHOUT_REPLACEMENT
-        )
+        rule = batch["sampling", "rule"][request]
+        return TreeLaw(trees, trees.context, row, p, log_q, rule, without=mode == _WITHOUT_REPLACEMENT)
 
     @torch.no_grad()
     def _credit(self, draws: TreeLaw, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
-        """What each node's score is weighed with beside its own ratio, ``[M]``."""
+        """Return the weight of each node's score apart from its own ratio, ``[M]``."""
         trees, context, row = draws.trees, draws.context, draws.row
         # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
         share, own = (joint, ratio) if self.clip is None else (1.0, 1.0)
@@ -232,7 +228,7 @@ class AcceptanceRewardLoss(Objective):
                 draws.p[context[here]], draws.q[context[here]], row[here], torch.arange(len(here), device=row.device)
             )
         )
-        below = subtree_sums(trees, path_products(trees, alone)[trees.num_rounds :])[trees.num_rounds :]
+        below = trees.subtree_sums(trees.path_products(alone))[trees.num_rounds :]
         if self.baseline == "group":
             return _standardised(trees, below)
         return credit - _others(context, below, draws.needs_q)
@@ -289,7 +285,7 @@ class AcceptanceRewardLoss(Objective):
 
 def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
     """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
-    below = subtree_sums(trees, values)[trees.num_rounds :]
+    below = trees.subtree_sums(values)[trees.num_rounds :]
     of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
     return of_context[context] - before(context, below)
 

@@ -14,12 +14,11 @@ from typing_extensions import override
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.objectives.tree_index import SAMPLING_KEYS, TREE_KEYS, path_products
+from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 
 
 @register_objective("discard")
@@ -34,19 +33,19 @@ class DiscardSamplingLoss(Objective):
     ("nodes", "log_probs"); then every node counts as the drafter's.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
-            ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
-        renormalize: see ``ImitationLoss``.
-        target: see ``ImitationLoss``.
-        top_k: compare over the target's likeliest tokens only (renormalised where ``renormalize`` says so); None over
-            all. Not with the reverse KL, to which every token that the drafter gives a chance counts.
-        weighting: of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or "decay",
-            ``decay ** depth``.
-        decay: see ``weighting``.
-        weight: λ, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are the rejected nodes, in one group.
+        divergence: Name of a divergence or its import path, a name and its settings such as
+            ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
+        renormalize: See ``ImitationLoss``.
+        target: See ``ImitationLoss``.
+        top_k: Number of the target's likeliest tokens to compare over (renormalised where ``renormalize`` says so);
+            None over all. Not with the reverse KL, to which every token that the drafter gives a chance counts.
+        weighting: Weights of nodes: "uniform"; "reach", the target's probability of the drafted path to the node; or
+            "decay", ``decay ** depth``.
+        decay: Factor of each further depth, see ``weighting``.
+        weight: Factor λ on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are the rejected nodes, in one group.
 
     The metrics are "discarded", the number of contexts, and "discard_agreement", the share of them where the likeliest
     tokens agree.
@@ -148,14 +147,12 @@ class DiscardSamplingLoss(Objective):
 
     @torch.no_grad()
     def _weights(self, batch: TensorDictBase, trees: TreeIndex) -> Tensor:
-        """Of every node, ``[M]``."""
+        """Return the weight of each node, ``[M]``."""
         depth = trees.depth[trees.num_rounds :]
         if self.weighting != "reach":
             precise = torch.promote_types(self.head.weight.dtype, torch.float32)
             return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(precise)
-        parents = torch.zeros_like(trees.depth, dtype=torch.bool)
-        parents[trees.parent] = True
-        rows = context_rows(batch, trees, parents, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
+        rows = context_rows(batch, trees, trees.drawn_from, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
         log_p = log_softmax(target_logits(rows, self.head))
-        chance = log_p[(parents.cumsum(0) - 1)[trees.parent], batch["nodes", "tokens"]].exp()
-        return path_products(trees, chance)[trees.num_rounds :]
+        chance = log_p[trees.context, batch["nodes", "tokens"]].exp()
+        return trees.path_products(chance)

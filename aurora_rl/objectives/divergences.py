@@ -23,17 +23,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from aurora_rl.settings import check, nearest, settings_of
+from aurora_rl.registry import Registry
+from aurora_rl.settings import check, settings_of
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+Divergence = Callable[..., Tensor]
+_D = TypeVar("_D", bound=Divergence)
+
+DIVERGENCES: Registry[Divergence] = Registry("divergence", "aurora_rl.divergences")
+"""Divergences by name, see :func:`register_divergence` and :func:`get_divergence`."""
+
+_ACCEPTANCE: set[Divergence] = set()  # those that mean a chance of acceptance
 
 # exp of it is 0 in every dtype, and 0 times it is 0.
 _NEVER = -1e4
+
+
+def register_divergence(name: str, *, renormalize: bool = True) -> Callable[[_D], _D]:
+    """Decorator: make a function of ``log_p``, ``log_q`` and keywords available by name; keywords are its settings.
+
+    Args:
+        name: Name in configurations.
+        renormalize: Whether ``log_p`` is renormalised over the draft vocabulary if an objective's ``renormalize`` is
+            null. False for a divergence that means a chance of acceptance.
+
+    Raises:
+        ValueError: Another function has the name.
+
+    Example::
+
+        @register_divergence("squared_error")
+        def squared_error(log_p, log_q):
+            return (log_p.exp() - log_q.exp()).square().sum(-1)
+    """
+
+    def register(function: _D) -> _D:
+        if not renormalize:
+            _ACCEPTANCE.add(function)
+        return DIVERGENCES.register(name)(function)
+
+    return register
 
 
 def _expect(p: Tensor, values: Tensor) -> Tensor:
@@ -41,6 +74,7 @@ def _expect(p: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.vecdot(p, values)
 
 
+@register_divergence("forward_kl")
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = Σ p (log p − log q). It is finite whatever ``p`` excludes: only tokens of ``p`` are asked for.
 
@@ -59,6 +93,7 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _expect(p, log_p.clamp(min=_NEVER)) - _expect(p, log_q)
 
 
+@register_divergence("reverse_kl")
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) = Σ q (log q − log p): it seeks a mode of ``p``.
 
@@ -75,6 +110,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _expect(log_q.exp(), log_q - log_p.detach().clamp(min=_NEVER))
 
 
+@register_divergence("jensen_shannon")
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """β KL(p || m) + (1 − β) KL(q || m) with m = β p + (1 − β) q: bounded, and 0 only at p = q.
 
@@ -99,6 +135,7 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     return beta * _expect(p, log_p - log_m) + (1 - beta) * _expect(q, log_q - log_m)
 
 
+@register_divergence("skewed_kl")
 def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
     """KL(p || m) with m = λ p + (1 − λ) q, λ = ``skew``: a forward KL of at most ``−log λ``, however small ``q``.
 
@@ -139,6 +176,7 @@ def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.minimum(log_p.detach(), log_q).exp().sum(-1)
 
 
+@register_divergence("total_variation", renormalize=False)
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1 − α: the chance of a rejection; for two distributions half their L1 distance.
 
@@ -154,6 +192,7 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 1 - overlap(log_p, log_q)
 
 
+@register_divergence("negative_log_overlap", renormalize=False)
 def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
     """−log α: unlike total variation, it does not forget bad positions. For a point mass it is the cross entropy.
 
@@ -170,6 +209,7 @@ def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
     return -torch.minimum(log_p.detach(), log_q).clamp(min=_NEVER).logsumexp(-1)
 
 
+@register_divergence("hybrid_overlap", renormalize=False)
 def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
     """KL far from ``p``, total variation near: w KL(p || q) + (1 − w)(1 − α), w = exp(−decay · α) held constant.
 
@@ -192,6 +232,7 @@ def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Tensor:
     return weight * forward_kl(log_p, log_q) + (1 - weight) * variation
 
 
+@register_divergence("cross_entropy")
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """−log q(argmax p): what greedy verification accepts is the target's choice alone.
 
@@ -211,6 +252,7 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(best.values.isnan(), torch.nan, -log_q.gather(-1, best.indices))[..., 0]
 
 
+@register_divergence("top_k_cross_entropy")
 def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
     """−Σ p log q over the ``k`` likeliest tokens of ``p`` among the draft vocabulary's.
 
@@ -233,6 +275,7 @@ def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
     return -_expect(best.exp(), log_q.gather(-1, index))
 
 
+@register_divergence("missed_probability", renormalize=False)
 def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1 − Σ p q: the chance that a draft sampled from ``q`` is not the token that the target draws.
 
@@ -253,10 +296,12 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def get_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergence:
-    """The divergence of a name, or of a name and settings; a function is given back.
+    """Return the divergence of a name, or of a name and settings; a function is returned as it is.
+
+    A name is that of a registered divergence, of an entry point, or ``package.module:function``.
 
     Raises:
-        ValueError: an unknown name or setting, or a value out of range; the message names the nearest or what is right.
+        ValueError: An unknown name or setting, or a value out of range; the message names the nearest or what is right.
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
@@ -269,46 +314,23 @@ def get_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergen
     name = settings.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f"a divergence needs a name, got {divergence}")
-    if name not in DIVERGENCES:
-        raise ValueError(
-            f"no divergence is called {name!r}; did you mean {nearest(name, DIVERGENCES)!r}? "
-            f"There are {', '.join(sorted(DIVERGENCES))}"
-        )
-    function, what = DIVERGENCES[name], f"divergence {name!r}"
-    if not settings:
-        return function
+    function, what = DIVERGENCES.get(name), f"divergence {name!r}"
     check(settings, {k: v for k, v in settings_of(function).items() if k not in ("log_p", "log_q")}, what)
-    chosen = partial(function, **settings)
+    chosen = partial(function, **settings) if settings else function
     try:
-        chosen(torch.zeros(1), torch.zeros(1))  # it checks its settings, and now is better than at the first batch
-    except ValueError as error:
+        shape = list(chosen(torch.zeros(2, 1), torch.zeros(2, 1)).shape)  # better now than at the first batch
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
+    if shape != [2]:
+        raise ValueError(f"{what} must give [...] of log-probabilities [..., Vd], got {shape} of [2, 1]")
     return chosen
 
 
 def wants_renormalized(divergence: Divergence) -> bool:
-    """Whether ``log_p`` is renormalised where nobody says: not for those that mean a chance of acceptance.
+    """Return whether ``log_p`` is renormalised by default: not for divergences that mean a chance of acceptance.
 
     Example:
         >>> wants_renormalized(forward_kl), wants_renormalized(get_divergence({"name": "hybrid_overlap", "decay": 1.0}))
         (True, False)
     """
-    function = divergence.func if isinstance(divergence, partial) else divergence
-    return function not in (total_variation, negative_log_overlap, hybrid_overlap, missed_probability)
-
-
-DIVERGENCES: dict[str, Divergence] = {
-    f.__name__: f
-    for f in (
-        forward_kl,
-        reverse_kl,
-        jensen_shannon,
-        skewed_kl,
-        total_variation,
-        negative_log_overlap,
-        hybrid_overlap,
-        cross_entropy,
-        top_k_cross_entropy,
-        missed_probability,
-    )
-}
+    return (divergence.func if isinstance(divergence, partial) else divergence) not in _ACCEPTANCE

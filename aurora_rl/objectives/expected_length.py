@@ -8,26 +8,16 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_rl.envs.verification.rules import get_rule
+from aurora_rl.envs.verification.rules import get_rule, rule_of_code
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import overlap
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import context_rows, target_logits, target_rows
-from aurora_rl.objectives.tree_index import (
-    SAMPLING_KEYS,
-    SEQUENCE_KEYS,
-    TREE_KEYS,
-    completion_requests,
-    completion_tokens,
-    path_products,
-    subtree_sums,
-    windows,
-)
+from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
+from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
-from aurora_rl.trajectories import RULE_CODES
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import SEQUENCE_KEYS, TREE_KEYS, TreeIndex
 
 
 @register_objective("expected_length")
@@ -37,21 +27,21 @@ class ExpectedLengthLoss(Objective):
     A context accepts a draft from ``q`` with chance ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
     sample-and-match, ``q(argmax p)`` under greedy verification, with ``p`` as it was served. A path of contexts then
     has ``Σ over depths of the product of α`` accepted on average, given that what was accepted are the tokens of the
-    path. For deterministic top-k drafting it is a relaxation. The true value, which has no gradient, is the metric
-    beside it: of windows of text, how many of the drafter's likeliest tokens are the text's before the first that is
+    path. For deterministic top-k drafting it is a relaxation. A metric has the true value, which has no gradient: in
+    windows of text, how many of the drafter's likeliest tokens are the text's before the first that is
     not, from every anchor; of recorded trees, the nodes that were accepted.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
-        contexts: "text" takes windows of the committed text, drafted from every position of the completion as the
-            training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a tree counts by the
-            mean over its root-to-leaf paths, each weighed by the target's probability of its tokens, at temperature 1
-            whatever was served: so that no path of a greedy request weighs nothing.
-        steps: depths of a window of text; the trees have their own.
-        weight: factor on the loss, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are windows or trees, in one group.
+        rule: Verification rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
+        contexts: Contexts to learn at: "text" takes windows of the committed text, drafted from every position of the
+            completion as the training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a
+            tree counts by the mean over its root-to-leaf paths, each weighted by the target's probability of its
+            tokens, at temperature 1 whatever was served: so that no path of a greedy request weighs nothing.
+        steps: Depths of a window of text; the trees have their own.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are windows or trees, in one group.
 
     The metrics are "expected_length", and "top1_length" (of text) or "accepted_length" (of trees).
 
@@ -126,7 +116,7 @@ class ExpectedLengthLoss(Objective):
         chance = [self._acceptance(batch, log_p, log_softmax(logits), request) for logits in unroll.logits]
         right = [(argmax(logits) == row).to(log_p.dtype) for logits in unroll.logits]
         relaxed, top1 = (
-            windows(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0) for part in (chance, right)
+            by_window(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0) for part in (chance, right)
         )
         return relaxed, top1, unroll.valid[0]
 
@@ -134,10 +124,8 @@ class ExpectedLengthLoss(Objective):
         """Of every recorded tree, ``[R]``: expected length, accepted nodes, validity."""
         self.expect_nodes(batch)
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
-        rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
-        drawn_from = torch.zeros_like(trees.depth, dtype=torch.bool)
-        drawn_from[trees.parent] = True
-        context = (drawn_from.cumsum(0) - 1)[trees.parent]
+        rounds = slice(trees.num_rounds)
+        drawn_from, context = trees.drawn_from, trees.context
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         request = trees.request[drawn_from]
         log_q = log_softmax(self.drafter.context_logits(batch, trees, drawn_from))
@@ -146,9 +134,9 @@ class ExpectedLengthLoss(Objective):
         predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]
         chance = torch.where(predicted, self._acceptance(batch, log_p, log_q, request), 0.0)
         # A node counts with the chance that all contexts before it accept, on the paths that lead through it.
-        passed = path_products(trees, chance[context])[nodes] * self._share_of_leaves(batch, trees, rows, context)
-        relaxed = subtree_sums(trees, passed)[rounds]
-        accepted = subtree_sums(trees, batch[keys.accepted].to(relaxed.dtype))[rounds]
+        passed = trees.path_products(chance[context]) * self._share_of_leaves(batch, trees, rows, context)
+        relaxed = trees.subtree_sums(passed)[rounds]
+        accepted = trees.subtree_sums(batch[keys.accepted].to(relaxed.dtype))[rounds]
         return relaxed, accepted, batch["rounds", "offset"].diff() > 0
 
     @torch.no_grad()
@@ -158,10 +146,10 @@ class ExpectedLengthLoss(Objective):
         """Share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
         log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]
         # In float64: the product of many small chances of a path must not vanish.
-        reach = path_products(trees, log_p.double().exp())[trees.num_rounds :]
+        reach = trees.path_products(log_p.double().exp())
         leaf = torch.ones_like(trees.depth, dtype=torch.bool)
         leaf[trees.parent] = False
-        below = subtree_sums(trees, torch.where(leaf[trees.num_rounds :], reach, 0.0))
+        below = trees.subtree_sums(torch.where(leaf[trees.num_rounds :], reach, 0.0))
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         return (below[trees.num_rounds :] / below[tree].clamp(min=torch.finfo(below.dtype).tiny)).to(log_p.dtype)
 
@@ -171,8 +159,10 @@ class ExpectedLengthLoss(Objective):
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:
-            by_code = torch.tensor([get_rule(name).needs_q for name in RULE_CODES], device=request.device)
-            rejects = by_code[batch["sampling", "rule"][request]]
+            codes = batch["sampling", "rule"]
+            rejects = torch.tensor([rule_of_code(code).needs_q for code in codes.tolist()], device=codes.device)[
+                request
+            ]
         if not bool(rejects.any()):
             return matched
         return torch.where(rejects, overlap(log_p.to(log_q.dtype), log_q), matched)

@@ -16,17 +16,12 @@ from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
-from aurora_rl.objectives.objective import Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target import target_rows
-from aurora_rl.objectives.tree_index import (
-    SAMPLING_KEYS,
-    SEQUENCE_KEYS,
-    completion_requests,
-    completion_tokens,
-    windows,
-)
+from aurora_rl.objectives.target_rows import target_rows
+from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
+from aurora_rl.tree_index import SEQUENCE_KEYS
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
@@ -46,12 +41,12 @@ class ImitationValues:
 
 
 def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> ImitationValues:
-    """A divergence to the target at every step of a training-time-test unroll.
+    """Compute a divergence to the target at every step of a training-time-test unroll.
 
     Args:
-        unroll: the drafter's predictions, see ``Drafter.unroll``.
+        unroll: The drafter's predictions, see ``Drafter.unroll``.
         log_p: ``[C, Vd]``, the target's log-probabilities at the rows of the draft vocabulary.
-        divergence: of log-probabilities, see ``aurora_rl.objectives.divergences``.
+        divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
     """
     best = log_p.max(-1).indices[:, None]
     with torch.no_grad():
@@ -64,7 +59,7 @@ def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl
 
 
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
-    """Weights by which a window's cross entropies become a surrogate of its expected accepted length (D-PACE).
+    """Return weights by which a window's cross entropies become a surrogate of its expected accepted length (D-PACE).
 
     With ``c_i`` the drafter's probability of the window's token ``i``, smoothed to ``(1 + c_i) / 2``, the weight of
     step ``j`` is ``sum over m >= j of the product over i <= m of c_i``: how many of the tokens hang on this one.
@@ -86,7 +81,7 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
     """
     steps, count = log_q.shape
     share = torch.where(valid, _GRANTED + (1 - _GRANTED) * log_q.detach().exp(), 0.0)
-    reach = windows(share).cumprod(0)
+    reach = by_window(share).cumprod(0)
     rest = reach.flip(0).cumsum(0).flip(0)
     weights = torch.stack([F.pad(rest[j, : count - min(j, count)], (min(j, count), 0)) for j in range(steps)])
     return torch.where(valid, weights, 0.0)
@@ -99,24 +94,25 @@ class ImitationLoss(Objective):
     Li et al. 2025 (EAGLE-3, arXiv 2503.01840): the training-time test feeds the drafter its own hidden states.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        divergence: a name of ``aurora_rl.objectives.divergences.DIVERGENCES``, a name and its settings such as
-            ``{"name": "jensen_shannon", "beta": 0.1}``, or such a function.
-        renormalize: whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
+        divergence: Name of a divergence or its import path, a name and its settings such as
+            ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
+        renormalize: Whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
             asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the
             missed probability), true for the others.
-        target: "model", the target's distribution at temperature 1; or "served", as each request was: after its
-            temperature, top-k and top-p, the point mass where it was decoded greedily. Positions where the draft
+        target: Distribution to imitate: "model", the target's at temperature 1; or "served", as each request was: after
+            its temperature, top-k and top-p, the point mass where it was decoded greedily. Positions where the draft
             vocabulary has none of the served mass do not count then.
-        steps: ``J``, depths to unroll.
-        decay: weight of each further step.
-        weighting: "decay", or "expected_length" for :func:`expected_length_weights` in place of powers of ``decay``.
-        regression: weight of a smooth-L1 distance between what the draft head reads and what the target's head reads
+        steps: Depths ``J`` to unroll.
+        decay: Weight of each further step.
+        weighting: Weights of positions: "decay", or "expected_length" for :func:`expected_length_weights` in place of
+            powers of ``decay``.
+        regression: Weight of a smooth-L1 distance between what the draft head reads and what the target's head reads
             (EAGLE, arXiv 2401.15077); 0 for none.
-        weight: factor on the loss, see :class:`Objective`.
-        reduction: see :class:`Objective`; positions are the completion tokens, groups the steps.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are the completion tokens, groups the steps.
 
     The metric is "agreement" ``[J]``: the share of positions where the likeliest tokens agree, an estimate of greedy
     acceptance.
@@ -193,15 +189,15 @@ class ImitationLoss(Objective):
         return Values(value, weight, valid, {"agreement": agreement})
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
-        """How much each position counts, as ``weighting`` says; a subclass may dwell on what it likes.
+        """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.
 
         Args:
-            batch: packed trajectories.
-            unroll: the drafter's predictions, ``J`` times ``[C, Vd]``.
+            batch: Packed trajectories.
+            unroll: The drafter's predictions, ``J`` times ``[C, Vd]``.
             log_p: ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
 
         Returns:
-            Broadcasts to ``[J, C]``, detached; what stands at invalid positions is not looked at.
+            Broadcasts to ``[J, C]``, detached; entries at invalid positions do not matter.
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)

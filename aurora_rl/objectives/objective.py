@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.objectives import LossModule
 
 from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.target import target_keys, target_logits
+from aurora_rl.objectives.target_rows import target_keys, target_logits
 from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
+from aurora_rl.settings import settings_of
 from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 
 # What a batch's groups come from, as the end of a sentence.
@@ -31,6 +31,9 @@ _SOURCES = {
     "nodes": _TREES,
     "sampling": "it is recorded with every request, as the engine was told to sample (SamplingParams)",
 }
+SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
+"""Entries of a batch that :meth:`Objective.served_log_probs` reads."""
+
 # Batches in a row without a single drafted node before that is an error.
 _NO_NODES = 20
 
@@ -39,10 +42,10 @@ class Values(NamedTuple):
     """Per-position values of an objective, in ``G`` groups (such as unroll steps) of ``X`` positions.
 
     Attributes:
-        value: ``[G, X]``, to minimise; what stands at invalid positions is not looked at.
-        weight: broadcasts to ``[G, X]``.
+        value: ``[G, X]``, to minimise; entries at invalid positions do not matter.
+        weight: Broadcasts to ``[G, X]``.
         valid: ``[G, X]`` bool.
-        metrics: figures for the log; detached by the caller.
+        metrics: Figures for the log; detached by the caller.
     """
 
     value: Tensor
@@ -51,24 +54,24 @@ class Values(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class _Loss(LossModule):
-    """Entries that can be set and selected as those of TorchRL's losses can.
+class KeyedLoss(LossModule):
+    """A loss whose entries can be set and selected as those of TorchRL's losses.
 
-    TorchRL's own ``select_out_keys`` leaves it to a hook, which fails at a batch that has not all of ``in_keys``, as
-    the other form of the target's outputs has not.
+    TorchRL's own ``select_out_keys`` uses a hook that fails if a batch lacks any of ``in_keys``. A batch with the other
+    form of the target's outputs does.
     """
 
     _out_keys: list[NestedKey] | None = None
 
     @property
     @abstractmethod
-    def _made_keys(self) -> list[NestedKey]:
-        """Entries that there are to select from."""
+    def _all_keys(self) -> list[NestedKey]:
+        """All entries, to select from."""
 
     @property
     def out_keys(self) -> list[NestedKey]:
         """Entries that forward returns."""
-        return self._made_keys if self._out_keys is None else self._out_keys
+        return self._all_keys if self._out_keys is None else self._out_keys
 
     @out_keys.setter
     def out_keys(self, keys: list[NestedKey]) -> None:
@@ -81,9 +84,9 @@ class _Loss(LossModule):
             ValueError: an entry that there is not.
         """
         for key in out_keys:
-            if key not in self._made_keys:
+            if key not in self._all_keys:
                 raise ValueError(
-                    f"there is no entry {key!r} to select; there are {', '.join(map(str, self._made_keys))}"
+                    f"there is no entry {key!r} to select; there are {', '.join(map(str, self._all_keys))}"
                 )
         self.out_keys = list(out_keys)
         return self
@@ -102,13 +105,13 @@ class _Loss(LossModule):
         """Called when keys are renamed; there is no value estimator."""
 
 
-class Objective(_Loss):
+class Objective(KeyedLoss):
     """A loss on packed trajectories (``aurora_rl.trajectories.pack``) that teaches a drafter.
 
     A subclass gives :meth:`values`; registered by :func:`register_objective` it is known to configurations by its name.
     Forward returns "loss_<name>" and its metrics, and leaves its input as it is.
 
-    A batch has the target's outputs as hidden states or as its likeliest tokens (``aurora_rl.objectives.target``).
+    A batch has the target's outputs as hidden states or as its likeliest tokens (``aurora_rl.objectives.target_rows``).
     :attr:`reads` names the first form; the other stands for it, in the same groups. ``values`` that takes them by
     ``target_rows`` or ``context_rows`` knows both.
 
@@ -119,15 +122,15 @@ class Objective(_Loss):
     which no batch size can be told, and which of them a batch has depends on the form of the target's outputs.
 
     Args:
-        drafter: its parameters learn.
+        drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        weight: factor on the loss, for sums of objectives.
+        weight: Factor on the loss, for sums of objectives.
         reduction: "mean" averages each group over its valid positions and adds the groups; "sum"; "none" gives
             ``[G, X]``, zero where invalid.
 
     Attributes:
-        name: by which it is configured.
-        sampled: whether it needs nodes that the drafter drew at random.
+        name: Name by which it is configured.
+        sampled: Whether it needs nodes that the drafter drew at random.
 
     Raises:
         ValueError: an unknown reduction, a weight that is not finite, or a class without a name.
@@ -173,15 +176,21 @@ class Objective(_Loss):
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.head = TargetHead.like(head)
         self._in_keys: list[NestedKey] | None = None
-        self._without_nodes: int | None = 0  # batches so far; None where there were nodes
+        self._without_nodes: int | None = 0  # batches so far; None once there were nodes
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Return the settings that a configuration may give, each with its type."""
+        not_settings = ("drafter", "head", "reduction")
+        return {name: kind for name, kind in settings_of(cls).items() if name not in not_settings}
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
-        """Raise ValueError where trees of this shape will never hold what the objective needs.
+        """Raise ValueError if trees of this shape never hold what the objective needs.
 
         Args:
-            settings: as of the configuration, "name" among them.
-            shape: the trees that are going to be served.
+            settings: Settings of the configuration, "name" among them.
+            shape: Shape of the trees that will be served.
         """
         if cls.sampled and shape.mode == "topk":
             raise ValueError(
@@ -240,7 +249,7 @@ class Objective(_Loss):
         return found
 
     def _supplier(self, key: NestedKey) -> str:
-        """Where an entry would come from, as the end of a sentence."""
+        """Say where an entry would come from, as the end of a sentence."""
         keys = self.tensor_keys
         if key == keys.log_probs:
             return (
@@ -253,7 +262,7 @@ class Objective(_Loss):
         return f"; {_SOURCES[group]}" if group in _SOURCES else ""
 
     @property
-    def _made_keys(self) -> list[NestedKey]:
+    def _all_keys(self) -> list[NestedKey]:
         return [f"loss_{self.name}", *self.metrics]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -304,12 +313,12 @@ class Objective(_Loss):
             )
 
     def reset_parameters_recursive(self) -> None:
-        """Reset what learns of the drafter to random numbers, as TorchRL's losses reset their networks.
+        """Reset the drafter's trainable parameters to random numbers, as TorchRL's losses reset their networks.
 
-        A drafter starts with parts of its target, which this does not give back; ``Drafter.from_target`` does.
+        A drafter starts with parts of its target. This does not restore them; ``Drafter.from_target`` does.
 
         Raises:
-            ValueError: a module with such parameters has no ``reset_parameters``; nothing has changed then.
+            ValueError: A module with such parameters has no ``reset_parameters``; nothing has changed then.
         """
         resets = []
         for name, module in self.drafter.named_modules():
@@ -325,12 +334,12 @@ class Objective(_Loss):
             reset()
 
     def expect_nodes(self, batch: TensorDictBase) -> None:
-        """For an objective that learns from trees: look whether there are any.
+        """Check that an objective that learns from trees gets some.
 
-        Batches of plain decoding are nothing, as long as some have drafts.
+        Batches of plain decoding are allowed, as long as some batches have drafts.
 
         Raises:
-            ValueError: no node in any of the first twenty-one batches.
+            ValueError: None of the first twenty-one batches has a node.
         """
         if self._without_nodes is None or len(batch["nodes", "tokens"]):
             self._without_nodes = None
@@ -340,9 +349,9 @@ class Objective(_Loss):
             self.check_nodes()
 
     def check_nodes(self) -> None:
-        """Raise ValueError where the objective learns from trees and no batch so far had a node.
+        """Raise ValueError if the objective learns from trees and no batch so far had a node.
 
-        For the end of a recording, which may come before :meth:`expect_nodes` loses its patience.
+        Called at the end of a recording, which may come before :meth:`expect_nodes` raises.
         """
         if self._without_nodes:
             raise ValueError(
@@ -378,7 +387,7 @@ class Objective(_Loss):
         """The log-probabilities that were served, after temperature, top-k and top-p, on the draft vocabulary.
 
         Args:
-            batch: packed trajectories.
+            batch: Packed trajectories.
             rows: ``[X]``, the target's outputs, see ``target_rows``.
             request: ``[X]`` int64, the request of each row.
             greedy: take every request as decoded greedily, and read nothing of "sampling".
@@ -402,10 +411,10 @@ class Objective(_Loss):
     def target_law(
         self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, served: bool, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
-        """What the drafter is compared with.
+        """Return the distribution that the drafter is compared with.
 
         Args:
-            batch: packed trajectories.
+            batch: Packed trajectories.
             rows: ``[X]``, the target's outputs, see ``target_rows``.
             request: ``[X]`` int64, the request of each row.
             served: after the request's temperature, top-k and top-p, the point mass where it was decoded greedily;
@@ -423,81 +432,3 @@ class Objective(_Loss):
         covered = log_p.amax(-1) != -torch.inf  # what is not a number is to show in the loss
         log_p = log_p.masked_fill(~covered[:, None], -math.log(log_p.shape[-1]))
         return log_softmax(log_p) if renormalize else log_p, covered
-
-
-class SumLoss(_Loss):
-    """Objectives that are learned together. Their losses are summed by whoever optimises, as TorchRL's are.
-
-    A second objective of the same name, such as imitation by another divergence, has "_2" behind its entries.
-
-    Args:
-        objectives: at least one, of one drafter.
-
-    Example:
-        >>> from aurora_rl.objectives import make_objectives
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> settings = [{"name": "imitation"}, {"name": "discard", "weight": 0.5}]
-        >>> loss = SumLoss(make_objectives(settings, drafter, parts.head))
-        >>> [key for key in loss(pack([tiny_trajectory(drafter)])).keys() if key.startswith("loss")]
-        ['loss_imitation', 'loss_discard']
-    """
-
-    def __init__(self, objectives: Sequence[Objective]) -> None:
-        if not objectives:
-            raise ValueError("objectives is empty; name at least one, such as [{name: imitation}]")
-        super().__init__()
-        # In a ModuleList a drafter that all of them share is one module: its parameters are listed once.
-        self.objectives = nn.ModuleList(objectives)
-        seen: Counter[str] = Counter()
-        self._suffixes: list[str] = []
-        for objective in objectives:
-            seen[objective.name] += 1
-            self._suffixes.append("" if seen[objective.name] == 1 else f"_{seen[objective.name]}")
-
-    def _parts(self) -> list[tuple[Objective, str]]:
-        return [(o, s) for o, s in zip(self.objectives, self._suffixes, strict=True) if isinstance(o, Objective)]
-
-    def set_keys(self, **keys: NestedKey | None) -> None:
-        """Rename entries in every objective that has the key; None takes its default.
-
-        Raises:
-            ValueError: no objective has the key.
-        """
-        fields = [objective._AcceptedKeys.__dataclass_fields__ for objective, _ in self._parts()]
-        known = dict.fromkeys(name for names in fields for name in names)
-        for key in keys:
-            if key not in known:
-                raise ValueError(f"{key} is not an accepted tensordict key; the objectives have {', '.join(known)}")
-        for (objective, _), names in zip(self._parts(), fields, strict=True):
-            objective.set_keys(**{key: value for key, value in keys.items() if key in names})
-
-    def reset_parameters_recursive(self) -> None:
-        """Reset what learns of the drafter, see :meth:`Objective.reset_parameters_recursive`."""
-        self._parts()[0][0].reset_parameters_recursive()
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries that forward reads."""
-        return list(dict.fromkeys(key for objective, _ in self._parts() for key in objective.in_keys))
-
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        raise AttributeError("the keys of a SumLoss are those of its objectives; set them there")
-
-    @property
-    def _made_keys(self) -> list[NestedKey]:
-        return [f"{key}{suffix}" for objective, suffix in self._parts() for key in objective.out_keys]
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Losses and metrics of a packed batch; errors as of the objectives."""
-        return self._selected(
-            {
-                f"{key}{suffix}": value
-                for objective, suffix in self._parts()
-                for key, value in objective(tensordict).items()
-            }
-        )

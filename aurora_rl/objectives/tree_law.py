@@ -8,9 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aurora_rl.envs.verification.rules import VerificationRule, get_rule
-from aurora_rl.objectives.tree_index import path_products
-from aurora_rl.trajectories import RULE_CODES
+from aurora_rl.envs.verification.rules import VerificationRule, rule_of_code
 from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import sibling_ranks
 
@@ -67,7 +65,7 @@ class TreeLaw:
     """The nodes of a batch as draws from contexts.
 
     Attributes:
-        trees: where they stand.
+        trees: Index of the contexts.
         context: ``[M]`` int64, the row of ``p`` and ``q`` that each node was drawn from.
         row: ``[M]`` int64, its column.
         p: ``[C, Vd]``, the served distribution.
@@ -108,12 +106,12 @@ class TreeLaw:
         They are its own, its ancestors', and those of their earlier siblings and its own.
         """
         siblings = before(self.context, ratio.log()).exp()
-        return path_products(self.trees, ratio * siblings)[self.trees.num_rounds :]
+        return self.trees.path_products(ratio * siblings)
 
     def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
-        """Something of every node, ``[M]``: ``of`` a rule and the nodes that were served with it."""
+        """Return a value of each node, ``[M]``: that of ``of``, called with each rule and the nodes served with it."""
         out = torch.zeros_like(self.q[self.context, self.row])
         for code in self._rule.unique().tolist():
             here = (self._rule == code).nonzero().flatten()
-            out = out.index_copy(0, here, of(get_rule(RULE_CODES[code])(), here).to(out.dtype))
+            out = out.index_copy(0, here, of(rule_of_code(code)(), here).to(out.dtype))
         return out

@@ -29,7 +29,7 @@ class TabularDrafter(Drafter):
     """Logits by the text since the root. It scores trees and does not serve.
 
     Args:
-        seed: of the table.
+        seed: Seed of the table.
         draft_vocab: ``[Vd]`` int64; None has all tokens.
         start: ``[texts, Vd]`` to start from instead.
 
@@ -93,8 +93,8 @@ class TabularTarget:
     """Logits by text; its output head is the identity, so a hidden state is the logits themselves.
 
     Args:
-        seed: of the table.
-        temperature: that requests are served with; 0 is greedy.
+        seed: Seed of the table.
+        temperature: Temperature of requests; 0 is greedy.
     """
 
     def __init__(self, seed: int, temperature: float = 1.0) -> None:
@@ -117,10 +117,10 @@ class DrawnTree:
 
     Args:
         parents: −1 = root.
-        tokens: of the nodes.
+        tokens: Tokens of the nodes.
 
     Attributes:
-        texts: of each node, the tokens from the root to it.
+        texts: For each node, the tokens from the root to it.
     """
 
     def __init__(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
@@ -216,13 +216,13 @@ def tree_trajectory(
     """The trajectory of a request of one round that drafted this tree.
 
     Args:
-        tree: what was drafted.
-        target: what judged it.
-        rule: name of the verification rule.
-        mode: draft mode.
-        accepted: of each node; None accepts none.
-        log_probs: of each node, as recorded, see :func:`log_probs_of`; None writes −1.
-        version: of the drafter.
+        tree: Drafted tree.
+        target: Target that judged it.
+        rule: Name of the verification rule.
+        mode: Draft mode.
+        accepted: Whether each node was accepted; None accepts none.
+        log_probs: Log-probability of each node, as recorded, see :func:`log_probs_of`; None writes −1.
+        version: Version of the drafter's weights.
     """
     count = len(tree.tokens)
     hidden = [target.table[TEXTS.index(text)] for text in tree.texts]

@@ -8,7 +8,6 @@ import torch
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
-from aurora_rl.policies import Drafter
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.enumerable_worlds import (
     TabularDrafter,
@@ -32,7 +31,7 @@ _SERVED = (
     ("rejection", "sampled", 0.7),
     ("rejection_without_replacement", "sampled_without_replacement", 0.7),
 )
-# A chain, and the smallest tree in which something hangs on a draw both below it and beside it.
+# A chain, and the smallest tree in which something hangs on a draw both below it and next to it.
 _PARENTS = ((-1, 0), (-1, -1, 0))
 # Sums of a few hundred terms in float64 differ by less.
 _SAME = 1 - 1e-9
@@ -40,17 +39,15 @@ _SAME = 1 - 1e-9
 _LEADS = 1e-3
 
 
-def check_expected_gradient(
-    make: Callable[[Drafter, TargetHead, str], Objective], *, unbiased: bool, seed: int
-) -> None:
+def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, seed: int) -> None:
     """Compare with the gradient of the expected number of accepted nodes, rule by rule, on tables.
 
     An objective may refuse a rule, a draft mode or a chain by a ValueError that names it.
 
     Args:
-        make: see :func:`~aurora_rl.testing.check_objective`.
-        unbiased: whether the directions have to be the same, or only to agree.
-        seed: of the tables.
+        make: See :func:`~aurora_rl.testing.check_objective`.
+        unbiased: Whether the directions have to be the same, or only to agree.
+        seed: Seed of the tables.
 
     Raises:
         AssertionError: a direction is wrong, or everything is refused.
@@ -69,7 +66,10 @@ def check_expected_gradient(
                             tree, target, rule=rule, mode=mode, accepted=accepted, log_probs=log_probs
                         )
                         batches.append((pack([trajectory]), drawn * follows))
-            objective, what = make(drafter, TargetHead(target.head), "sum"), f"trees {parents} served by {rule}"
+            objective, what = (
+                make(drafter, TargetHead(target.head), reduction="sum"),
+                f"trees {parents} served by {rule}",
+            )
             if refuses(objective, batches[0][0], what):
                 continue
             judged += 1

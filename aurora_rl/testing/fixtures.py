@@ -104,8 +104,8 @@ def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
     Kept, since serving takes longer than the checks and is the same for all objectives: copy what you may change.
 
     Args:
-        seed: of weights, prompts and completions.
-        sampled: whether trees are drawn at random under the other rules too, and not by top-k.
+        seed: Seed of weights, prompts and completions.
+        sampled: Whether trees are drawn at random under the other rules too, and not by top-k.
     """
     target, generator = tiny_target(), torch.Generator().manual_seed(seed)
     drafter = gappy_drafter(TargetParts.of(target), seed)

@@ -19,10 +19,10 @@ def refuses(objective: Objective, batch: TensorDict, what: str, *, naming: str =
     """Whether the objective cannot learn from a batch and says so.
 
     Args:
-        objective: to be asked.
-        batch: packed trajectories.
-        what: the batch, in words.
-        naming: what a refusal has to name beside the objective.
+        objective: Objective to ask.
+        batch: Packed trajectories.
+        what: The batch, in words.
+        naming: What a refusal has to name in addition to the objective.
 
     Raises:
         AssertionError: the error is of another kind, or of other words, than those who read it need.

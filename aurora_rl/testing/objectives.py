@@ -1,4 +1,4 @@
-"""check_objective: what every objective promises, on a tiny model served in process and on tables."""
+"""check_objective: the promises of every objective, checked on a tiny model served in process and on tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
-from aurora_rl.policies import Drafter, TargetParts
+from aurora_rl.policies import TargetParts
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.estimators import check_expected_gradient
 from aurora_rl.testing.fixtures import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
@@ -31,7 +31,7 @@ _SHARPER = 4.0
 
 
 def check_objective(
-    make: Callable[[Drafter, TargetHead, str], Objective],
+    make: Callable[..., Objective],
     *,
     differentiable: bool = True,
     unbiased: bool = True,
@@ -62,27 +62,28 @@ def check_objective(
     scores trees and cannot unroll.
 
     Args:
-        make: given a drafter, the target's head and a reduction, the objective.
+        make: Called with a drafter, the target's head and ``reduction=...``: a class of objectives, or a partial of
+            one with settings.
         differentiable: False for an objective that holds a part of itself constant, such as a weight, so that its
             gradient is not the derivative of its value.
         unbiased: False for a sampled objective that is biased on purpose, as by standardised rewards: then its
             expected gradient need only have a positive cosine with the right one.
         leads: False for a term that is only meant to be summed with another, such as a regulariser, and does not by
             itself lead to the target.
-        seed: of weights, prompts and completions.
+        seed: Seed of weights, prompts and completions.
 
     Raises:
         AssertionError: names the promise that is broken.
 
     Example:
-        >>> from aurora_rl.objectives import ImitationLoss
-        >>> check_objective(lambda drafter, head, reduction: ImitationLoss(drafter, head, reduction=reduction))
+        >>> from aurora_rl.objectives import get_objective
+        >>> check_objective(get_objective("imitation"))
     """
     parts = TargetParts.of(tiny_target())
     drafter = gappy_drafter(parts, seed)
 
     def objective(reduction: str = "mean") -> Objective:
-        return make(drafter, parts.head, reduction)
+        return make(drafter, parts.head, reduction=reduction)
 
     sampled = objective().sampled
     # Copies: an objective that changes what it is given must not spoil the next check.
@@ -206,7 +207,7 @@ def _check_reductions(objective: Callable[[str], Objective], trajectories: list[
         "'mean' is not the mean of each group over its valid positions, summed over the groups",
     )
     alone = torch.stack([total_loss(objective("sum"), pack([t])) for t in trajectories]).sum()
-    require(torch.allclose(alone, total), "a trajectory counts differently alone and beside others: padding is read")
+    require(torch.allclose(alone, total), "a trajectory counts differently alone and next to others: padding is read")
     turned = total_loss(objective("sum"), pack(trajectories[::-1]))
     require(torch.allclose(turned, total), "the order of the trajectories matters")
 
@@ -252,16 +253,14 @@ def _check_extremes(objective: Objective, trajectories: list[TensorDict]) -> Non
         require(finite, f"a gradient is not finite where {what}")
 
 
-def _check_direction(
-    make: Callable[[Drafter, TargetHead, str], Objective], parts: TargetParts, batch: TensorDict
-) -> None:
+def _check_direction(make: Callable[..., Objective], parts: TargetParts, batch: TensorDict) -> None:
     drafter = EchoDrafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
     drafter.head = _SHARPER * parts.head.weight
 
     def losses(factor: float) -> Tensor:
         """Of every group, ``[G]``."""
         drafter.factor = factor
-        objective = make(drafter, TargetHead(drafter.head), "none")
+        objective = make(drafter, TargetHead(drafter.head), reduction="none")
         return objective(batch)[f"loss_{objective.name}"].detach().sum(1)
 
     for group, (target, even, contrary) in enumerate(zip(losses(1), losses(0), losses(-1), strict=True)):

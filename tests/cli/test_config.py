@@ -24,7 +24,7 @@ def test_the_keys_are_frozen() -> None:
         *("engine.name", "engine.slots", "engine.max_length", "engine.threads"),
         *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
-        *("max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed"),
+        *("max_new_tokens", "temperature", "top_k", "top_p", "rule", "generation_config", "seed"),
         *("drafter.name", "drafter.options", "drafter.path", "drafter.made_for"),
         *("drafter.vocab_size", "drafter.feature_layers"),
         *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.lookup", "drafter.mode", "drafter.adaptive"),
@@ -138,7 +138,6 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
         ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
         ("drafter.made_for=mine", "drafter.made_for must be target or any, got 'mine'"),
-        ("engine.name=vllm", "engine.name must be transformers or sglang, got 'vllm'"),
         ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
@@ -173,6 +172,7 @@ def test_one_clear_error(pair: str, wrong: str) -> None:
             "attaches to a running.*set drafter.path",
         ),
         (["drafter.mode=sampled", "drafter.name=eagle3"], "drafter.mode=topk, got 'sampled'"),
+        (["rule=greedy"], "engine.name=sglang verifies by a rule of its own: rule=null, got .greedy."),
     ],
 )
 def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import ConfigError, load_config
 from aurora_rl.cli.engines import build_server
-from aurora_rl.envs import Completion
+from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
+from aurora_rl.envs.verification.rules import Verdict
 from aurora_rl.telemetry.log import MetricsLog
 
 BUDGET = 24
@@ -110,3 +112,29 @@ def test_what_cannot_be_served_is_refused_before_it_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=wrong):
         serve(fields, *pairs)
+
+
+class CountingEngine(TransformersEngine):
+    """An engine of a third party."""
+
+    passes = 0
+
+    def verify(self, *round_: Any) -> Tensor:
+        CountingEngine.passes += 1
+        return super().verify(*round_)
+
+
+class CountingRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive where the library does not
+    """A verification rule of a third party."""
+
+    rounds = 0
+
+    def verify(self, *tensors: Any) -> Verdict:
+        CountingRule.rounds += 1
+        return super().verify(*tensors)
+
+
+def test_an_engine_and_a_rule_by_their_import_paths(serve: Serve) -> None:
+    texts, generated = serve({}, f"engine.name={__name__}:CountingEngine", f"rule={__name__}:CountingRule")
+    assert texts == generated
+    assert CountingEngine.passes >= CountingRule.rounds > 3

@@ -15,11 +15,14 @@ from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.cli.learner import build_learner
 from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.envs import SampleAndMatch, TransformersEngine
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.policies import TreeShape
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import rule_code
 from aurora_rl.workload.traffic import TrafficError, generate
 
 
@@ -76,7 +79,7 @@ OBJECTIVES = {
     ),
     "rule": (
         ("objectives=[{name: imitation}, {name: expected_length, rule: typical}]",),
-        "objectives: objective 'expected_length': no verification rule is called 'typical'; choose one of",
+        "objectives: objective 'expected_length': no verification rule is called 'typical'; did you mean",
     ),
     "not sampled": (("objectives=[{name: acceptance_reward}]",), "drafter.mode is 'topk'; set drafter.mode=sampled"),
     "one chain": (
@@ -100,6 +103,10 @@ OBJECTIVES = {
         ("engine.name=sglang", "drafter.name=eagle3", "drafter.lookup=2"),
         "drafter.lookup=2: SGLang's trees take no lookup; leave the key out, or set it to 0",
     ),
+    "unknown rule": (("rule=greeedy",), "rule: no verification rule is called 'greeedy'; did you mean 'greedy'"),
+    "no rule": (("rule=pathlib:Path",), "rule: .*'pathlib:Path' is pathlib:Path, which is no subclass of .*Verificat"),
+    "replay": (("rule=rejection", *SAMPLED), "rule: the rule 'rejection' is not replayable: .*; set rule=null"),
+    "greedy": (("rule=greedy", "temperature=0.5"), "rule=greedy needs temperature=0, got 0.5; set rule=null"),
     "not in SGLang": (
         ("engine.name=sglang", "drafter.name=medusa"),
         "drafter.name=medusa is none that SGLang has; with engine.name=sglang set drafter.name=eagle3",
@@ -115,6 +122,30 @@ def test_objectives_are_checked_before_a_model_is_loaded(why: str) -> None:
         spec.resolve(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vllm", "engine.name: no engine is called 'vllm'; did you mean .* There are sglang, transformers, and any"),
+        ("pathlib:Path", "engine.name: the engine 'pathlib:Path' is pathlib:Path, which is no subclass of .*.Engine"),
+        ("aurora_rl.envs:Engine", "engine.name: the engine 'aurora_rl.envs:Engine' is .*, which lacks commit, logits"),
+    ],
+)
+def test_engines_are_checked_before_a_model_is_loaded(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spec.resolve(load_config(overrides=["model=/nowhere", f"engine.name={name}"]))
+
+
+class NodesOfTwo(TransformersEngine):
+    max_nodes = 2
+
+
+def test_an_engine_by_its_import_path_has_limits_of_its_own() -> None:
+    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo"])
+    assert spec._engine_class(config) is NodesOfTwo
+    with pytest.raises(ConfigError, match="trees of 4 nodes, and the engine verifies 2 at most"):
+        spec.resolve(config)
+
+
 def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
     config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
     config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
@@ -122,6 +153,29 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
         assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
         made._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
     assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
+
+
+class OwnRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive where the library does not
+    """A verification rule of a third party."""
+
+
+def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: Config, tmp_path: Path) -> None:
+    config.rule = f"{__name__}:OwnRule"
+    drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+    trajectory = tiny_trajectory(drafter.double())
+    with learner(config, tmp_path) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aurora_rl.cli.learner.validate", lambda *_, **__: None)  # the tiny one is of another model
+        validate = made._collector._validate
+        for code in (rule_code("OwnRule"), rule_code("greedy")):
+            trajectory["sampling", "rule"] = torch.tensor(code)
+            validate(trajectory)
+        for name, message in (
+            ("rejection", "'rejection' is not replayable"),
+            ("unheard", "is not known here; set"),
+        ):
+            trajectory["sampling", "rule"] = torch.tensor(rule_code(name))
+            with pytest.raises(ValueError, match=message):
+                validate(trajectory)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -157,7 +211,7 @@ def test_device_and_dtype(config: Config) -> None:
     [
         ("drafter.num_nodes=2", "drafter: num_nodes=2 cannot hold one path of depth 4"),
         ("drafter.name=no_such_module:X", "drafter.name: the drafter 'no_such_module:X' cannot be imported"),
-        ("drafter.name=aurora_rl.cli.config:Config", "is no subclass of aurora_rl.policies.Drafter"),
+        ("drafter.name=aurora_rl.cli.config:Config", "is no subclass of aurora_rl.policies.drafter.Drafter"),
         ("drafter.name=medua", "drafter.name: no drafter is called 'medua'; did you mean 'medusa'"),
         (
             "drafter.name=aurora_rl.policies:Drafter",

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from aurora_rl.envs.verification.sampling import warp_logits
 from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
-from aurora_rl.objectives.tree_index import SAMPLING_KEYS
+from aurora_rl.objectives.objective import SAMPLING_KEYS
 from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape, Unroll
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory

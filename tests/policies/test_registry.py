@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from aurora_rl.policies import Eagle3Drafter, NgramDrafter, available_drafters, get_drafter, registry
+from aurora_rl import registry
+from aurora_rl.policies import Eagle3Drafter, NgramDrafter, available_drafters, get_drafter
 from aurora_rl.policies.registry import recognized, register_drafter
 
 MODULE = "test_registry_module"

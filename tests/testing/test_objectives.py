@@ -343,7 +343,7 @@ def test_a_term_of_a_sum_need_not_lead_to_the_target() -> None:
         (LearnsNothing, "no gradient reaches the drafter"),
         (DetachesHalf, "finite differences give"),
         (HalvesItsSum, "the values of 'none' do not add up to 'sum'"),
-        (ReadsItsNeighbours, "a trajectory counts differently alone and beside others: padding is read"),
+        (ReadsItsNeighbours, "a trajectory counts differently alone and next to others: padding is read"),
         (TakesRequestsForPlaces, "the order of the trajectories matters"),
         (TrustsTheFirstSibling, "the order of siblings matters, under a rule to which it does not"),
         (DividesByWhetherAnyIsAccepted, "the loss is inf where nothing was accepted"),

@@ -19,6 +19,7 @@ from typing import ClassVar, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.envs.verification.rules import Verdict, VerificationRule, check_shapes, register_rule
 from aurora_rl.envs.verification.sampling import gumbel, served_log_probs, uniform
@@ -56,7 +57,7 @@ def reject(
         parents: `[B, N]` int64.
         valid: `[B, N]` bool.
         coins: `[B, N]`, uniform in (0, 1), one for the test of each node.
-        pick: TreeLaw `[B]` tokens from distributions `[B, V]` at columns `[B]`.
+        pick: Draws `[B]` tokens from distributions `[B, V]` at columns `[B]`.
         replacement: Whether siblings were drawn with replacement.
     """
     slots = torch.arange(len(tokens), device=tokens.device)
@@ -90,6 +91,7 @@ class _Rejection(VerificationRule):
     replacement: ClassVar[bool]
     needs_q = True
 
+    @override
     def verify(
         self,
         logits: Tensor,
@@ -100,7 +102,6 @@ class _Rejection(VerificationRule):
         sampling: SamplingBatch,
         q: Tensor | None = None,
     ) -> Verdict:
-        """See `VerificationRule.verify`."""
         check_shapes(logits, tokens, parents, valid)
         if q is None or q.shape[:2] != tokens.shape:
             raise ValueError(f"the rule {self.name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
@@ -118,8 +119,9 @@ class _Rejection(VerificationRule):
         p = log_p.exp()
         return reject(p, q.to(p.dtype), tokens, parents, valid, coins, pick, replacement=self.replacement)
 
+    @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
-        """The chance that all siblings before a node are rejected and it is not. See `VerificationRule.acceptance`."""
+        # The chance that all siblings before a node are rejected and the node is not.
         if q is None:
             raise ValueError(f"the acceptance of the rule {self.name!r} depends on q, which is missing")
         rank, tiny = sibling_ranks(context), torch.finfo(p.dtype).tiny
@@ -146,7 +148,7 @@ class _Rejection(VerificationRule):
 
 
 @final
-@register_rule
+@register_rule("rejection")
 class Rejection(_Rejection):
     """Rejection of independently drawn nodes: Leviathan's rule on a chain, multi-step rejection on a tree.
 
@@ -156,11 +158,11 @@ class Rejection(_Rejection):
     tensor([0.5000])
     """
 
-    name, replacement, draft_modes = "rejection", True, ("sampled",)
+    replacement, draft_modes = True, ("sampled",)
 
 
 @final
-@register_rule
+@register_rule("rejection_without_replacement")
 class RejectionWithoutReplacement(_Rejection):
     """Multi-step rejection of siblings that were drawn without replacement.
 
@@ -171,4 +173,4 @@ class RejectionWithoutReplacement(_Rejection):
     tensor([1., 0.])
     """
 
-    name, replacement, draft_modes = "rejection_without_replacement", False, DRAFT_MODES[1:]
+    replacement, draft_modes = False, DRAFT_MODES[1:]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from difflib import SequenceMatcher
-from typing import ClassVar, NamedTuple, TypeVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.envs.verification.sampling import argmax, gumbel, warp
+from aurora_rl.registry import Registry
 from aurora_rl.sampling_params import SamplingBatch
-from aurora_rl.trajectories import DRAFT_MODES
+from aurora_rl.trajectories import DRAFT_MODES, rule_code
 from aurora_rl.trees import last_accepted, repeated_siblings, walk
 
 
@@ -48,14 +49,17 @@ class VerificationRule(ABC):
     The caller guarantees that the tree was drawn independently of the randomness of `verify`.
 
     Attributes:
-        name: By which it is configured and recorded.
+        name: Name by which it is configured and recorded.
         draft_modes: How trees may be drawn for the rule to be lossless, see `aurora_rl.trajectories.DRAFT_MODES`.
         needs_q: Whether the rule looks at the drafter's distribution.
+        replayable: Whether recorded text says which drafts the rule would have accepted: the text does not depend on
+            the drafts, and a draft is accepted if it agrees with the text. Only then is the gate's replay exact.
     """
 
     name: ClassVar[str]
     draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
     needs_q: ClassVar[bool] = False
+    replayable: ClassVar[bool] = False
 
     @abstractmethod
     def verify(
@@ -105,35 +109,59 @@ class VerificationRule(ABC):
         """
 
 
-RULES: dict[str, type[VerificationRule]] = {}
-
-_Rule = TypeVar("_Rule", bound=type[VerificationRule])
+_BY_CODE: dict[int, type[VerificationRule]] = {}  # rules that this process has looked up or registered
 
 
-def register_rule(rule: _Rule) -> _Rule:
-    """Class decorator that makes a rule known to `get_rule` by its `name`.
-
-    Raises:
-        ValueError: If another class has the name.
-    """
-    if RULES.setdefault(rule.name, rule) is not rule:
-        raise ValueError(f"the rule name {rule.name!r} belongs to {RULES[rule.name].__qualname__}; choose another")
+def _named(name: str, rule: Any) -> Any:
+    """Give a rule its name, and make it known by its code."""
+    if isinstance(rule, type) and issubclass(rule, VerificationRule):
+        rule.name = name
+        _BY_CODE[rule_code(name)] = rule
     return rule
 
 
-def get_rule(name: str) -> type[VerificationRule]:
-    """Look a rule up by name.
+RULES: Registry[type[VerificationRule]] = Registry(
+    "verification rule", "aurora_rl.rules", VerificationRule, prepare=_named
+)
+"""Verification rules by name. Trajectories record a rule by its name's code."""
+
+register_rule = RULES.register
+get_rule = RULES.get
+
+
+def rule_of_code(code: int) -> type[VerificationRule]:
+    """Return the rule that a trajectory was served with.
+
+    A third party's rule is known if its module was imported, if it was looked up by its import path, or by an entry
+    point: what a trajectory says is never imported.
+
+    Args:
+        code: Recorded in ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`.
 
     Raises:
-        ValueError: If no rule has the name; the message lists those there are, the nearest first.
+        ValueError: If the process does not know the rule.
 
-    >>> get_rule("greedy")().name
+    >>> rule_of_code(0).name
     'greedy'
     """
-    if name not in RULES:
-        near = sorted(RULES, key=lambda known: (-SequenceMatcher(None, name, known).ratio(), known))
-        raise ValueError(f"no verification rule is called {name!r}; choose one of {', '.join(near)}")
-    return RULES[name]
+    if code not in _BY_CODE:
+        for name in RULES:
+            if rule_code(name) == code:
+                return get_rule(name)
+        raise ValueError(
+            f"the verification rule of code {code} is not known here; set rule to that of the engine, or import the "
+            "module that registers it"
+        )
+    return _BY_CODE[code]
+
+
+def require_replayable(rule: type[VerificationRule]) -> None:
+    """Raise ValueError if recorded text does not say which drafts a rule would have accepted."""
+    if not rule.replayable:
+        raise ValueError(
+            f"the rule {rule.name!r} is not replayable: its text depends on what was drafted, so the gate cannot tell "
+            "from recorded text what new weights would have had accepted; set rule=null"
+        )
 
 
 def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> None:
@@ -200,7 +228,7 @@ def descend(
 
 
 @final
-@register_rule
+@register_rule("greedy")
 class Greedy(VerificationRule):
     """The target's argmax at every node; of equal logits the lowest id, which `torch.argmax` guarantees.
 
@@ -212,8 +240,9 @@ class Greedy(VerificationRule):
     Verdict(accepted=tensor([[True]]), bonus_token=tensor([0]))
     """
 
-    name = "greedy"
+    replayable = True
 
+    @override
     def verify(
         self,
         logits: Tensor,
@@ -224,15 +253,13 @@ class Greedy(VerificationRule):
         sampling: SamplingBatch,
         q: Tensor | None = None,
     ) -> Verdict:
-        """See `VerificationRule.verify`."""
         check_shapes(logits, tokens, parents, valid)
         return settle(argmax(logits), tokens, parents, valid)
 
+    @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
-        """1 where the node carries the likeliest token, else 0. See `VerificationRule.acceptance`.
-
-        Over a draft vocabulary `p` is taken for the point mass that greedy decoding serves.
-        """
+        # 1 if the node carries the likeliest token, else 0. Over a draft vocabulary `p` stands for the point mass that
+        # greedy decoding serves.
         # A row of zeros is of a target whose choice lies outside the draft vocabulary.
         right = (tokens == argmax(p)[context]) & (p[context, tokens] > 0)
         first = (right & ~repeated_siblings(context, tokens)).to(p.dtype)
@@ -240,7 +267,7 @@ class Greedy(VerificationRule):
 
 
 @final
-@register_rule
+@register_rule("sample_and_match")
 class SampleAndMatch(VerificationRule):
     """Sample the target at the nodes that the walk visits; go to the child that carries the sample.
 
@@ -260,8 +287,9 @@ class SampleAndMatch(VerificationRule):
     Verdict(accepted=tensor([[True]]), bonus_token=tensor([2]))
     """
 
-    name = "sample_and_match"
+    replayable = True
 
+    @override
     def verify(
         self,
         logits: Tensor,
@@ -272,7 +300,6 @@ class SampleAndMatch(VerificationRule):
         sampling: SamplingBatch,
         q: Tensor | None = None,
     ) -> Verdict:
-        """See `VerificationRule.verify`."""
         check_shapes(logits, tokens, parents, valid)
 
         def choose(slots: Tensor, columns: Tensor, at: Tensor) -> Tensor:
@@ -288,6 +315,6 @@ class SampleAndMatch(VerificationRule):
 
         return descend(choose, tokens, parents, valid, positions)
 
+    @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
-        """The target's probability of the node's token. See `VerificationRule.acceptance`."""
         return torch.where(repeated_siblings(context, tokens), 0.0, p[context, tokens])

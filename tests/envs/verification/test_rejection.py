@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import product
 
 import pytest
@@ -19,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
-from aurora_rl.envs.verification import rules as verification
+from aurora_rl.envs import Request, SampleAndMatch, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.envs.verification.rejection import Rejection, RejectionWithoutReplacement, reject
-from aurora_rl.envs.verification.rules import Verdict, VerificationRule, get_rule, register_rule
+from aurora_rl.envs.verification.rules import Verdict, VerificationRule, get_rule, require_replayable, rule_of_code
+from aurora_rl.objectives import AcceptanceRewardLoss, ExpectedLengthLoss
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.testing import tiny_target
+from aurora_rl.trajectories import pack, rule_code, validate
 
 VOCAB = 3
 Law = tuple[Fraction, ...]
@@ -510,18 +512,33 @@ def test_rounds_decoded_plainly_need_neither_mode_nor_distribution(drawn: str, w
     assert {c.request.id: c.tokens.tolist() for c in done} == {c.request.id: c.tokens.tolist() for c in plain_}
 
 
-def test_a_rule_without_a_code_is_not_recorded() -> None:
-    class Own(VerificationRule):
-        name = "own"
-        verify = Rejection.verify
-        acceptance = Rejection.acceptance
+class Lenient(SampleAndMatch):  # type: ignore[misc]  # of a third party, which may derive where the library does not
+    """Sample-and-match by another name: its text does not depend on the drafts either."""
 
-    register_rule(Own)
-    try:
-        model = tiny_target()
-        engine = TransformersEngine(model, num_slots=1, max_length=16, feature_layers=(0,))
-        with pytest.raises(ValueError, match="no code for the rule 'own', only for greedy, .*; set record=False"):
-            SpecDecodeEnv(engine, lambda: None, num_nodes=2, rule="own")
-        SpecDecodeEnv(engine, lambda: None, num_nodes=2, rule="own", record=False)
-    finally:
-        del verification.RULES["own"]
+
+def test_a_third_partys_rule_is_recorded_and_learned_from() -> None:
+    path = f"{__name__}:Lenient"
+    with pytest.raises(ValueError, match=f"the verification rule of code {rule_code('Lenient')} is not known here"):
+        rule_of_code(rule_code("Lenient"))
+    parts, losses = TargetParts.of(tiny_target(seed=4)), {}
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(1, 13)).double()
+    for name, rule in (("sample_and_match", "sample_and_match"), ("Lenient", path)):
+        torch.manual_seed(0)
+        done, _ = serve(rule, "sampled", 1.0, 3, 2)
+        batch = pack([c.trajectory for c in sorted(done, key=lambda c: c.request.id)])
+        assert batch["sampling", "rule"].unique().tolist() == [rule_code(name)]
+        width = batch["sequence", "features"].shape[-1]
+        validate(done[0].trajectory, vocab_size=len(parts.head), feature_size=width, hidden_size=16)
+        kinds = (AcceptanceRewardLoss, partial(ExpectedLengthLoss, contexts="trees"))
+        losses[name] = [kind(drafter, parts.head)(batch) for kind in kinds]
+    assert rule_of_code(rule_code("Lenient")) is get_rule(path)
+    for known, own in zip(losses["sample_and_match"], losses["Lenient"], strict=True):
+        assert all(torch.equal(known[key], own[key]) for key in known.keys())
+
+
+@pytest.mark.parametrize("name", ["rejection", "rejection_without_replacement"])
+def test_rules_whose_text_depends_on_the_drafts_are_not_replayed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"the rule '{name}' is not replayable: its text depends on what was drafted"):
+        require_replayable(get_rule(name))
+    require_replayable(get_rule("greedy"))
+    require_replayable(get_rule("sample_and_match"))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from aurora_rl.envs.verification import rules as verification
 from aurora_rl.envs.verification.rules import (
-    RULES,
     Greedy,
     SampleAndMatch,
     Verdict,
@@ -39,21 +38,22 @@ from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
 def test_rules_by_name() -> None:
     assert get_rule("greedy") is Greedy and get_rule("sample_and_match") is SampleAndMatch
-    with pytest.raises(ValueError, match="'sample_match'; choose one of sample_and_match, "):
+    with pytest.raises(ValueError, match="rule is called 'sample_match'; did you mean 'sample_and_match'[?]"):
         get_rule("sample_match")
-    with pytest.raises(ValueError, match="'gredy'; choose one of greedy, rejection, "):
+    with pytest.raises(ValueError, match="'gredy'; did you mean 'greedy'[?] There are greedy, rejection, .*:Class"):
         get_rule("gredy")
 
 
-def test_a_name_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "RULES", dict(RULES))
-    assert register_rule(Greedy) is Greedy  # a module that is imported twice does no harm
+def test_a_name_is_taken_once() -> None:
+    assert register_rule("greedy")(Greedy) is Greedy  # a module that is imported twice does no harm
 
-    class Usurper(VerificationRule):
-        name = "greedy"
+    class Usurper(Greedy):  # type: ignore[misc]
+        pass
 
-    with pytest.raises(ValueError, match="the rule name 'greedy' belongs to Greedy; choose another"):
-        register_rule(Usurper)
+    owner = "aurora_rl.envs.verification.rules:Greedy"
+    with pytest.raises(ValueError, match=f"the verification rule name 'greedy' belongs to {owner}; choose another"):
+        register_rule("greedy")(Usurper)
+    assert get_rule("greedy") is Greedy
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])

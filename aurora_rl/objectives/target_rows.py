@@ -1,4 +1,4 @@
-"""The target's outputs in a batch: what its head read, or its likeliest tokens, and the logits of either.
+"""Rows of the target's outputs in a batch: the input of its head, or its likeliest tokens, and the logits of either.
 
 Legend: ``X`` rows, ``V`` vocabulary, ``H`` hidden size, ``K`` likeliest tokens.
 
@@ -28,28 +28,28 @@ from aurora_rl.tree_index import TreeIndex
 _LEAST = math.log(torch.finfo(torch.float32).tiny)
 
 
-def beside(key: NestedKey, name: str) -> NestedKey:
-    """The key of an entry of the same group.
+def sibling_key(key: NestedKey, name: str) -> NestedKey:
+    """Return the key of an entry of the same group.
 
     Example:
-        >>> beside(("nodes", "hidden"), "topk_ids"), beside("hidden", "topk_ids")
+        >>> sibling_key(("nodes", "hidden"), "topk_ids"), sibling_key("hidden", "topk_ids")
         (('nodes', 'topk_ids'), 'topk_ids')
     """
     return (*key[:-1], name) if isinstance(key, tuple) else name
 
 
 def target_keys(batch: TensorDictBase, hidden: NestedKey) -> list[NestedKey]:
-    """The entries that hold the target's outputs: ``[hidden]``, or the three of the top-k form beside it.
+    """The entries that hold the target's outputs: ``[hidden]``, or the three of the top-k form next to it.
 
     Args:
-        batch: packed trajectories.
-        hidden: key of the hidden states, where the batch has those.
+        batch: Packed trajectories.
+        hidden: Key of the hidden states, where the batch has those.
 
     Returns:
         Empty where the batch has neither form whole.
     """
     there = batch.keys(include_nested=True)
-    forms: list[list[NestedKey]] = [[hidden], [beside(hidden, name) for name in TOPK_ENTRIES]]
+    forms: list[list[NestedKey]] = [[hidden], [sibling_key(hidden, name) for name in TOPK_ENTRIES]]
     return next((form for form in forms if all(key in there for key in form)), [])
 
 
@@ -57,8 +57,8 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
     """The target's outputs at the rows of "sequence" or of "nodes", in the form that the batch has.
 
     Args:
-        batch: packed trajectories.
-        hidden: key of the hidden states, ``[X, H]``; the top-k form stands beside it.
+        batch: Packed trajectories.
+        hidden: Key of the hidden states, ``[X, H]``; the top-k form stands next to it.
 
     Raises:
         KeyError: the batch has neither form there.
@@ -70,7 +70,7 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
     """
     keys = target_keys(batch, hidden)
     if not keys:
-        raise KeyError(f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} beside it")
+        raise KeyError(f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it")
     names = ("hidden",) if len(keys) == 1 else TOPK_ENTRIES
     return TensorDict(
         {name: batch[key] for name, key in zip(names, keys, strict=True)}, batch_size=batch[keys[0]].shape[:1]
@@ -83,11 +83,11 @@ def context_rows(
     """The target's outputs at contexts of recorded trees.
 
     Args:
-        batch: packed trajectories.
-        trees: of the batch.
+        batch: Packed trajectories.
+        trees: Index of the batch.
         wanted: ``[R + M]`` bool.
-        hidden: key of the sequence's hidden states, ``[C, H]``, see :func:`target_rows`.
-        node_hidden: key of the nodes', ``[M, H]``.
+        hidden: Key of the sequence's hidden states, ``[C, H]``, see :func:`target_rows`.
+        node_hidden: Key of the nodes', ``[M, H]``.
 
     Returns:
         One row for each that is wanted, in their order.
@@ -110,7 +110,7 @@ def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None 
     Of the top-k form they are log-probabilities, in float32 at least.
 
     Args:
-        rows: of :func:`target_rows` or :func:`context_rows`.
+        rows: Rows of :func:`target_rows` or :func:`context_rows`.
         head: The output head.
         tokens: ``[Vd]`` int64, the only tokens that are asked for, each once; None is all of the vocabulary.
 

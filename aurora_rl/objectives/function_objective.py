@@ -1,0 +1,170 @@
+"""Objectives from functions: a pure function of log-probabilities becomes an Objective over windows of the text."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from typing_extensions import override
+
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
+from aurora_rl.objectives.target_rows import target_rows
+from aurora_rl.objectives.windows import Windows, by_window, completion_requests, completion_tokens
+from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
+from aurora_rl.settings import settings_of
+from aurora_rl.tree_index import SEQUENCE_KEYS
+
+ObjectiveFunction = Callable[..., tuple[Tensor, Tensor]]
+"""``function(log_p, log_q, windows, *, settings) -> (values, mask)``, see :class:`FunctionObjective`."""
+
+
+class FunctionObjective(Objective):
+    """An objective whose values are a pure function of the log-probabilities of target and drafter.
+
+    :func:`register_objective` makes a subclass of it from a function
+    ``function(log_p, log_q, windows, *, settings) -> (values, mask)``:
+
+    - ``log_p`` and ``log_q`` are ``[J, C, Vd]`` over the draft vocabulary: the target's distribution, a constant, and
+      the drafter's, at draft ``j`` of the window that starts at completion token ``c``;
+    - ``windows`` tells what the positions are, see :class:`Windows`;
+    - keywords are the objective's settings, checked by their types;
+    - ``values`` ``[J, C]`` are minimised where ``mask`` ``[J, C]`` bool is true, which is ``windows.valid`` or less.
+
+    Args:
+        drafter: Drafter whose parameters learn.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
+        steps: Depth ``J`` of the windows.
+        renormalize: See ``ImitationLoss``; false keeps the share of the whole vocabulary, as overlaps need it.
+        target: See ``ImitationLoss``.
+        weight: Factor on the loss, see :class:`Objective`.
+        reduction: See :class:`Objective`; positions are windows, groups the depths.
+        settings: Keywords of the function.
+
+    The metric is "agreement" ``[J]``: the share of positions where the likeliest tokens agree.
+
+    Raises:
+        ValueError: ``steps`` < 1, an unknown target, or the function fails on a text of two tokens.
+    """
+
+    function: ClassVar[ObjectiveFunction]
+    function_settings: ClassVar[dict[str, Any]]
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        head: TargetHead | Tensor,
+        *,
+        steps: int = 3,
+        renormalize: bool = True,
+        target: str = "model",
+        weight: float = 1.0,
+        reduction: str = "mean",
+        **settings: Any,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if target not in ("model", "served"):
+            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
+        super().__init__(drafter, head, weight=weight, reduction=reduction)
+        self.steps, self.renormalize, self.served, self._settings = steps, renormalize, target == "served", settings
+        shape, even = (steps, 2), torch.full((steps, 2, 2), -math.log(2))
+        rows, request = torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        try:  # better now than at the first batch, when a model is loaded
+            self._call(even, even, Windows(rows, request, torch.ones(shape, dtype=torch.bool)))
+        except Exception as error:  # whatever a function does
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"its function fails on two tokens: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    @override
+    def settings(cls) -> dict[str, Any]:
+        return super().settings() | cls.function_settings
+
+    @property
+    @override
+    def reads(self) -> list[NestedKey]:
+        return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
+
+    @property
+    @override
+    def metrics(self) -> list[str]:
+        return ["agreement"]
+
+    @override
+    def values(self, batch: TensorDictBase) -> Values:
+        request = completion_requests(batch)
+        log_p, covered = self.target_law(
+            batch,
+            target_rows(batch, self.tensor_keys.hidden),
+            request,
+            served=self.served,
+            renormalize=self.renormalize,
+        )
+        unroll, row = (
+            self.drafter.unroll(batch, self.steps),
+            draft_rows(self.drafter.draft_vocab, completion_tokens(batch)),
+        )
+        log_q = by_window([log_softmax(logits) for logits in unroll.logits])
+        log_p = by_window([log_p] * self.steps)
+        windows = Windows(by_window([row] * self.steps), request, by_window(unroll.valid & covered))
+        value, mask = self._call(log_p, log_q, windows)
+        valid = windows.valid & mask
+        with torch.no_grad():
+            agrees = log_q.gather(-1, log_p.argmax(-1, keepdim=True))[..., 0] >= log_q.amax(-1)
+        agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
+        return Values(value, value.new_ones(()), valid, {"agreement": agreement})
+
+    def _call(self, log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        """Call the function, and check what it returns."""
+        result, shape = self.function(log_p, log_q, windows, **self._settings), list(windows.valid.shape)
+        if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
+            raise ValueError(f"objective {self.name!r}: its function must return (values, mask), got {result!r}")
+        value, mask = result
+        if list(value.shape) != shape or list(mask.shape) != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"objective {self.name!r}: its function must return values and a bool mask, both [J, C] = {shape}, got "
+                f"{list(value.shape)} and {mask.dtype} {list(mask.shape)}"
+            )
+        return value, mask
+
+
+@cache
+def objective_from_function(name: str, function: ObjectiveFunction) -> type[FunctionObjective]:
+    """Make the class of an objective from its function.
+
+    Args:
+        name: Name of the objective.
+        function: See :class:`FunctionObjective`.
+
+    Raises:
+        ValueError: The function does not take three positional arguments and keywords, or a keyword of it has the name
+            of a setting that all such objectives have.
+    """
+    signature = inspect.signature(function)
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if len(positional) != 3 or len(positional) + len(keywords) != len(signature.parameters):
+        raise ValueError(
+            f"objective {name!r}: its function must take (log_p, log_q, windows, *, settings), got "
+            f"{function.__name__}{signature}"
+        )
+    if taken := sorted(set(keywords) & set(settings_of(FunctionObjective))):
+        raise ValueError(f"objective {name!r}: every objective has a setting {taken[0]!r}; rename the function's")
+    entries = {
+        "name": name,
+        "function": staticmethod(function),
+        "function_settings": {key: kind for key, kind in settings_of(function).items() if key in keywords},
+        "__doc__": function.__doc__,
+        "__module__": function.__module__,
+        "__qualname__": function.__qualname__,
+    }
+    return cast(type[FunctionObjective], type(function.__name__, (FunctionObjective,), entries))

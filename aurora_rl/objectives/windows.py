@@ -1,0 +1,76 @@
+"""Windows of the committed text: the completion tokens of a batch, and the drafts from every position of it.
+
+Legend: ``C`` completion tokens of a batch, ``J`` unroll steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """Windows of the committed text, as an objective that is a function sees a batch.
+
+    A window starts at each of the ``C`` completion tokens. It is what serving drafts at once: draft ``j`` of window
+    ``c`` predicts completion token ``c + j`` after the ``j`` tokens of the text before it.
+
+    Attributes:
+        rows: ``[J, C]`` int64, row of the draft vocabulary that holds the text's token; −1 if none does.
+        request: ``[C]`` int64, the request of each window.
+        valid: ``[J, C]`` bool. False after the end of a request, where the drafter predicts nothing, and where the
+            draft vocabulary covers nothing of the target's distribution.
+    """
+
+    rows: Tensor
+    request: Tensor
+    valid: Tensor
+
+
+def completion_tokens(batch: TensorDictBase) -> Tensor:
+    """Return the tokens of all completions, ``[C]`` int64, which the rows of ("sequence", "hidden") predict.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> sequence = {"tokens": [5, 6, 7, 8, 9], "offset": [0, 3, 5], "prompt_length": [1, 1]}
+        >>> completion_tokens(TensorDict({"sequence": {k: torch.tensor(v) for k, v in sequence.items()}}))
+        tensor([6, 7, 9])
+    """
+    offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
+    place = torch.arange(int(offset[-1]), device=offset.device)
+    return batch["sequence", "tokens"][place >= torch.repeat_interleave(offset[:-1] + prompt, offset.diff())]
+
+
+def completion_requests(batch: TensorDictBase) -> Tensor:
+    """Return the request of each completion token, ``[C]`` int64.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> sequence = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
+        >>> completion_requests(TensorDict({"sequence": sequence}))
+        tensor([0, 0, 1])
+    """
+    return torch.repeat_interleave(batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"])
+
+
+def by_window(steps: Sequence[Tensor] | Tensor) -> Tensor:
+    """Lay values of an unroll out by window: the drafts of one window stand below each other.
+
+    Args:
+        steps: ``J`` times ``[C, ...]``, of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
+
+    Returns:
+        ``[J, C, ...]``: row ``j`` of column ``c`` is the value of the ``j``-th token of the window that starts at
+        completion token ``c``, 0 after the last column. A window may run into the next request, where nothing is valid:
+        mask the values first, or after.
+
+    Example:
+        >>> by_window(torch.tensor([[1, 2, 3], [0, 5, 6]]))
+        tensor([[1, 2, 3],
+                [5, 6, 0]])
+    """
+    return torch.stack([torch.cat([step[j:], torch.zeros_like(step[:j])]) for j, step in enumerate(steps)])

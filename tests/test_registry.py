@@ -1,0 +1,89 @@
+"""The registry: names, entry points and import paths lead to parts of the right kind, or to a message that helps."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from types import ModuleType
+
+import pytest
+
+from aurora_rl import registry
+from aurora_rl.envs import Engine, TransformersEngine, get_engine, register_engine
+from aurora_rl.registry import Registry
+
+MODULE = "test_registry_parts"
+
+
+class Part:
+    name = "part"
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Registry[type[Part]]:
+    module = ModuleType(MODULE)
+    module.Own = type("Own", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
+
+    def points(group: str) -> list[EntryPoint]:
+        named = {"installed": f"{MODULE}:Own", "counter": "collections:Counter", "ghost": "no_such_module:Ghost"}
+        return [EntryPoint(name, value, group) for name, value in named.items()] if group == "tests.parts" else []
+
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    monkeypatch.setattr(registry, "entry_points", points)
+    return Registry("part", "tests.parts", Part, reserved=("elsewhere",))
+
+
+def test_the_three_ways_to_a_part(parts: Registry[type[Part]]) -> None:
+    own = sys.modules[MODULE].Own
+    assert parts.register("mine")(Part) is Part and parts.get("mine") is Part
+    assert parts.get("installed") is own and parts.get(f"{MODULE}:Own") is own
+    assert list(parts) == ["counter", "elsewhere", "ghost", "installed", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "instaled",
+            "no part is called 'instaled'; did you mean 'installed'[?] There are counter, elsewhere, .*:Class",
+        ),
+        ("elsewere", "did you mean 'elsewhere'"),
+        (f"{MODULE}.Own", f"did you mean '{MODULE}:Own'"),
+        (":Own", "no part is called ':Own'"),
+        ("counter", "the part 'counter' is collections:Counter, which is no subclass of .*.Part"),
+        ("ghost", "the part 'ghost' cannot be imported: No module named 'no_such_module'"),
+        (f"{MODULE}:Other", f"'{MODULE}:Other' cannot be imported: .*has no attribute 'Other'"),
+        ("math:pi", "the part 'math:pi' is math:pi, which is no subclass of .*.Part"),
+    ],
+)
+def test_what_is_no_part_is_named(parts: Registry[type[Part]], name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parts.get(name)
+
+
+def test_a_name_belongs_to_one_part(parts: Registry[type[Part]]) -> None:
+    cells = [type("Cell", (Part,), {"__module__": "__main__"}) for _ in range(2)]  # a notebook's, run again
+    assert [parts.register("cell")(cell) for cell in cells] == cells and parts.get("cell") is cells[1]
+    with pytest.raises(ValueError, match=f"the part name 'cell' belongs to __main__:Cell; choose .* for {MODULE}:Own"):
+        parts.register("cell")(sys.modules[MODULE].Own)
+    with pytest.raises(ValueError, match="the part name 'elsewhere' belongs to the configuration"):
+        parts.register("elsewhere")(Part)
+    with pytest.raises(ValueError, match="the part 'dict' is builtins:dict, which is no subclass of .*.Part"):
+        parts.register("dict")(dict)
+
+
+def test_functions(parts: Registry[type[Part]]) -> None:
+    functions = Registry("function", "tests.functions")
+    assert functions.get("math:sqrt")(4) == 2
+    with pytest.raises(ValueError, match="the function 'math:pi' is math:pi, which is no function"):
+        functions.get("math:pi")
+    with pytest.raises(ValueError, match="'collections:Counter' is collections:Counter, which is no function"):
+        functions.get("collections:Counter")
+
+
+def test_engines() -> None:
+    assert get_engine("transformers") is get_engine(f"{TransformersEngine.__module__}:TransformersEngine")
+    with pytest.raises(ValueError, match="did you mean 'sglang'[?] There are sglang, transformers, and any"):
+        get_engine("sglnag")
+    with pytest.raises(ValueError, match="lacks commit, logits, prefill, release, verify"):
+        register_engine("unfinished")(type("Unfinished", (Engine,), {}))
