@@ -114,9 +114,8 @@ def _recognized(folder: Path, entries: Mapping[str, Any]) -> type[Drafter]:
 
 def _named_kind(config: Config) -> type[Drafter] | None:
     """The class that the user names by its import path: no file may say what is imported."""
-    settings = config.drafter
-    name = str(settings.options.get("learned", settings.name))
-    return get_drafter(settings.name) if ":" in name else None
+    name = config.drafter.name
+    return get_drafter(name) if ":" in name else None
 
 
 def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout: str | None = None) -> Drafter:

@@ -20,6 +20,7 @@ class Request:
         sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
 
     Example:
+        >>> import torch
         >>> Request(0, torch.tensor([3, 4, 5]), SamplingParams(max_tokens=8)).sampling.max_tokens
         8
     """
@@ -43,6 +44,7 @@ class Completion:
         error: Why the request was not served; None if it was.
 
     Example:
+        >>> import torch
         >>> Completion(Request(0, torch.tensor([3])), torch.tensor([4, 5]), terminated=True).finish_reason
         'stop'
     """

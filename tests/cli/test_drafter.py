@@ -189,10 +189,9 @@ def test_export_of_a_class_that_the_library_does_not_know(
     back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
     assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
     assert "OtherHeads for" in capsys.readouterr().out
-    under = [*pairs, "drafter.options={learned: other_heads:OtherHeads}"]  # as a run's configuration names it
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *under) == 0
+    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *named) == 0
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, NgramDrafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.lookup import Tree, continuations, merged, ngram_tree
 from aurora_rl.testing import tiny_target
 
 texts = st.lists(st.integers(0, 2), max_size=20)  # few tokens, so that runs come again
+
+NINE = SamplingParams(max_tokens=9)
 
 
 def search(text: list[int]) -> dict[int, Fraction]:
@@ -162,7 +164,9 @@ def test_the_policy_merges_lookup_into_any_drafters_tree(name: str, lookup: int)
     torch.manual_seed(0)
     drafter = get_drafter(name).from_target(TargetParts.of(target), draft_vocab=torch.arange(0, 8, 2)).double()
     engine = TransformersEngine(target, num_slots=3, max_length=50, feature_layers=drafter.feature_layers)
-    queue = [Request(i, torch.tensor([1, 2, 3] * (i + 1))[: 5 * i + 1], 14 + i) for i in range(4)]
+    queue = [
+        Request(i, torch.tensor([1, 2, 3] * (i + 1))[: 5 * i + 1], SamplingParams(max_tokens=14 + i)) for i in range(4)
+    ]
     env = SpecDecodeEnv(engine, lambda: queue.pop(0) if queue else None, num_nodes=15)
     policies = [DrafterPolicy(copy.deepcopy(drafter), engine.store, num_nodes=15, shape=TreeShape(1)) for _ in range(2)]
     td, merges = env.reset(), 0
@@ -194,7 +198,7 @@ def test_lookup_alone_needs_the_text_only(depth: int) -> None:
     target = tiny_target()
     drafter = get_drafter("medusa").from_target(TargetParts.of(target), draft_vocab=torch.arange(20)).double()
     engine = TransformersEngine(target, num_slots=2, max_length=20, feature_layers=drafter.feature_layers)
-    queue = [Request(0, torch.tensor([25, 26, 27, 28, 25, 26]), 9), Request(1, torch.tensor([1, 2, 3]), 9)]
+    queue = [Request(0, torch.tensor([25, 26, 27, 28, 25, 26]), NINE), Request(1, torch.tensor([1, 2, 3]), NINE)]
     env = SpecDecodeEnv(engine, lambda: queue.pop(0) if queue else None, num_nodes=4)
     policy = DrafterPolicy(
         drafter, engine.store, num_nodes=4, shape=TreeShape(depth, 1, depth, lookup=2, lookup_only=True)

@@ -106,7 +106,7 @@ def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: P
 def lookup_rounds(request: Request, held: int, shape: TreeShape) -> int:
     """Rounds that lookup alone needs from so many tokens of the completion on."""
     completion, rounds = truth(request), 0
-    while held < request.max_new_tokens:
+    while held < request.sampling.max_tokens:
         drafted = ngram_tree(request.prompt.tolist() + completion[:held], shape).tokens
         ahead = completion[held:]
         held += next((i for i, pair in enumerate(zip(drafted, ahead, strict=False)) if pair[0] != pair[1]),

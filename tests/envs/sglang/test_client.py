@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from aurora_rl.envs import Request
+from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, drafter_arguments
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, save_drafter
 from aurora_rl.storage import CheckpointError
@@ -73,12 +73,12 @@ def test_answers_refusals_and_nonsense_of_a_server():
         url = f"http://127.0.0.1:{server.server_port}"
         try:
             with SGLangClient(url + "/") as client:
-                completion = client.generate(Request(0, torch.tensor([3, 4]), 5), timeout=10)
+                completion = client.generate(Request(0, torch.tensor([3, 4]), SamplingParams(max_tokens=5)), timeout=10)
                 assert (completion.tokens.tolist(), completion.terminated) == ([3, 4], True)
                 with pytest.raises(SGLangError, match="SGLang refuses /generate: the input is too long"):
-                    client.generate(Request(1, torch.tensor([3]), 5), timeout=10)
+                    client.generate(Request(1, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
                 with pytest.raises(SGLangError, match=f"SGLang at {url} does not answer /generate"):
-                    client.generate(Request(2, torch.tensor([3]), 5), timeout=10)
+                    client.generate(Request(2, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
         finally:
             server.shutdown()
             thread.join()
@@ -87,4 +87,4 @@ def test_answers_refusals_and_nonsense_of_a_server():
 @pytest.mark.parametrize("url", ["localhost:9", "http://[", "http://127.0.0.1:9"])
 def test_an_address_where_nobody_answers_is_named(url):
     with pytest.raises(SGLangError, match="does not answer /generate"):
-        SGLangClient(url).generate(Request(0, torch.tensor([1]), 1))
+        SGLangClient(url).generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
