@@ -341,10 +341,10 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     send(made, served[2:4])
     step_until(made, lambda: made.learner.version)
     drain(made)
-    send(made, served[4:6])
+    send(made, served[4:8])
     drain(made)
     made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(made, served[6:20])
+    send(made, served[8:20])
     with pytest.raises(
         FloatingPointError, match="3 steps in a row had no finite loss .* last good training state is in"
     ):
