@@ -41,6 +41,11 @@ SGLANG = "serve it with engine.name=sglang"
 """What to do with a model whose state no tree can be rolled back in."""
 
 
+def reason_of(error: Exception) -> str:
+    """The type of an error and its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 class UnsupportedModelError(ValueError):
     """A model that an engine cannot serve exactly; the message names it, the reason and an engine that serves it."""
 

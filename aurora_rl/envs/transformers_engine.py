@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_rl.context import ContextStore
@@ -18,7 +18,6 @@ from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
-    SGLANG,
     Exactness,
     NotCausalError,
     Probe,
@@ -26,9 +25,11 @@ from aurora_rl.envs.exactness import (
     WrongLogitsError,
     few_layers_in_float32,
     quiet,
+    reason_of,
     takes_positions,
     with_larger_products,
 )
+from aurora_rl.envs.kv_shapes import kv_shapes, uniform_groups
 from aurora_rl.models.inference_modules import (
     GROUPED_ATTENTION,
     fuse_decoder_layers,
@@ -36,9 +37,6 @@ from aurora_rl.models.inference_modules import (
     prepare_for_inference,
 )
 from aurora_rl.models.kv_cache import (
-    KVShape,
-    RecurrentStateError,
-    ShapeRecorder,
     SlotCache,
     cache_mask,
     column_positions,
@@ -131,10 +129,10 @@ class TransformersEngine(Engine):
         except Exception as error:  # whatever a forward raises that is called in another way
             own = isinstance(error, ValueError) and name in str(error)
             raise UnsupportedModelError(
-                str(error) if own else f"{name} does not run on a plain text ({_reason(error)}); {ELSEWHERE}"
+                str(error) if own else f"{name} does not run on a plain text ({reason_of(error)}); {ELSEWHERE}"
             ) from error
-        self._shapes = _kv_shapes(model)
-        self._groups = _uniform_groups(config, self._shapes)
+        self._shapes = kv_shapes(model)
+        self._groups = uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
         self._build_alibi: Callable[..., Tensor] | None = None
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
@@ -158,7 +156,7 @@ class TransformersEngine(Engine):
         except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no features at layers {self._feature_layers} that a drafter could "
-                f"read ({_reason(error)}); take a drafter that reads none: drafter.name=ngram or standalone"
+                f"read ({reason_of(error)}); take a drafter that reads none: drafter.name=ngram or standalone"
             ) from error
         return features.shape[-1]
 
@@ -182,7 +180,7 @@ class TransformersEngine(Engine):
                     continue
                 error = self._disagreement(probe)
             except Exception as raised:  # a forward that is called in another way fails with whatever error it meets
-                reason = _reason(raised)
+                reason = reason_of(raised)
             else:
                 if error <= tolerance:
                     break
@@ -205,7 +203,7 @@ class TransformersEngine(Engine):
             error = self._disagreement(probe)
             reason = f"its logits differ by {error:.2g} of their spread"
         except Exception as raised:  # of a layer that looks into another
-            error, reason = torch.inf, _reason(raised)
+            error, reason = torch.inf, reason_of(raised)
         if error > exactness.tolerance:
             kind = WrongLogitsError if error < torch.inf else UnsupportedModelError
             raise kind(
@@ -322,7 +320,9 @@ class TransformersEngine(Engine):
         return hook
 
     @torch.inference_mode()
-    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor) -> _Pass:
+    def _forward(
+        self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 
         ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` which tokens it sees.
@@ -378,7 +378,8 @@ class TransformersEngine(Engine):
             prompt = prompt.to(self.store.tokens.device)
             where, body = torch.tensor([slot]), prompt[:-1]
             rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
-            for start, part in _chunks(body, max(16, min(rows, self._prefill_rows))):
+            size = max(16, min(rows, self._prefill_rows))
+            for start, part in zip(range(0, len(body), size), body.split(size), strict=False):
                 depth = torch.arange(len(part), device=prompt.device)[None]
                 causal = depth[:, :, None] >= depth[:, None, :]
                 _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
@@ -447,39 +448,3 @@ class _FewLayers(TransformersEngine):
         probe = self._set_up(model, max_length)
         prepare_for_inference(model)  # before the form is chosen, which saves a comparison: it is a copy
         self.switched_off = self._choose_form(probe, max_length).switched_off
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-_Pass = tuple[Tensor, Tensor]
-
-
-def _chunks(body: Tensor, rows: int) -> list[tuple[int, Tensor]]:
-    """Parts of a prompt of at most so many tokens, each with its first position."""
-    return [(start, body[start : start + rows]) for start in range(0, len(body), rows)]
-
-
-def _kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
-    """Shapes of keys and values of each layer, as the model writes them."""
-    name, recorder = type(model).__name__, ShapeRecorder()
-    tokens = torch.tensor([[1, 2]], device=model.device)
-    try:
-        with torch.inference_mode():
-            decoder_of(model)(input_ids=tokens, past_key_values=recorder, use_cache=True)
-        if not recorder.shapes:
-            raise RecurrentStateError("it keeps no keys and values of earlier tokens that slots could hold")
-    except RecurrentStateError as error:
-        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {SGLANG}") from error
-    except Exception as error:  # whatever a forward raises that takes another cache
-        raise UnsupportedModelError(
-            f"{name} does not run with a cache of keys and values ({_reason(error)}); {ELSEWHERE}"
-        ) from error
-    return recorder.shapes
-
-
-def _uniform_groups(config: PretrainedConfig, shapes: dict[int, tuple[KVShape, KVShape]]) -> int:
-    """Query heads that share a key head; 1, where layers differ, lets attention repeat the mask itself."""
-    heads = {keys.heads for keys, _ in shapes.values()}
-    return config.num_attention_heads // heads.pop() if len(heads) == 1 else 1
