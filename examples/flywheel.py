@@ -14,8 +14,8 @@ import torch
 
 from aurora_rl import Completion, Eagle3Drafter, Request, SamplingParams, TargetParts, TreeShape
 from aurora_rl.envs import generation_processors
+from aurora_rl.models.draft_vocab import choose_draft_vocab, token_prior
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
-from aurora_rl.models.parts import choose_draft_vocab, token_prior
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.training.optimizers import drafter_optimizers, train_step
