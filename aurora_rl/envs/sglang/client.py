@@ -334,7 +334,6 @@ class SGLangClient:
 
     def close(self) -> None:
         """End the server, if it was launched here. Idempotent."""
-        self._http.close()
         if self._process is None:
             return
         process, self._process = self._process, None
