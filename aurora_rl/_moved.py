@@ -15,6 +15,7 @@ MOVED = {
     "policies.recorded": "tree_index", "policies.growth": "policies.tree_search",
     "policies.shape": "policies.tree_controller", "policies.ngram": "policies.lookup",
     "policies.vllm_format": "policies.formats.vllm", "objectives.contexts": "tree_index",
+    "policies.hybrid": "policies.lookup", "objectives.target": "objectives.target_rows",
     "objectives.draws": "objectives.tree_law", "collectors.hello": "collectors.handshake",
     "collectors.weight_sync": "collectors.weights", "recordings": "collectors.dataset",
     "collectors.buffer": "training.replay", "learner": "training.learner", "gate": "training.gate",

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, choose_draft_vocab, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
-from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.policies.formats.files import load_drafter, written
 from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
 
@@ -278,6 +279,8 @@ class LLM:
             return list(self.tokenizer(prompt)["input_ids"])
         if isinstance(prompt, Tensor) or not any(isinstance(part, Mapping) for part in prompt):
             return prompt  # type: ignore[return-value]
+        if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
+            raise ValueError("every message of a chat has a role and content")
         return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
 
     def _text(self, tokens: list[int], stop: Sequence[str] = ()) -> str:
@@ -297,7 +300,17 @@ def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
 
 def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed: int) -> Drafter:
     if isinstance(drafter, Drafter):
-        return drafter
+        if drafter.made_for not in (None, parts.fingerprint):
+            raise ValueError(
+                f"the drafter is trained for the target weights {drafter.made_for}, and these are {parts.fingerprint}; "
+                "give the target that it is for, or start a new one by its name"
+            )
+        sizes = written(drafter).config if drafter.formats else {}
+        for name in drafter.target_sizes:
+            target = getattr(parts.config, name)
+            if sizes.get(name, target) != target:
+                raise ValueError(f"the drafter is for a target of {name}={sizes[name]}, and this one has {target}")
+        return drafter.float()
     name = os.fspath(drafter)
     if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
         return load_drafter(name, parts)
@@ -313,10 +326,17 @@ def _asked(
     prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
     """Return each prompt with its parameters."""
+    if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
+        raise ValueError(
+            f"prompts is a {type(prompts).__name__}; give a text, token ids, a list of messages with role and content, "
+            "or a list of these"
+        )
     first = prompts[0] if len(prompts) else None
-    alone = isinstance(prompts, str) or isinstance(first, int | Mapping) or isinstance(prompts, Tensor)
+    alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
     listed: list[Any] = [prompts] if alone else list(prompts)
     params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(listed)
+    if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
+        raise ValueError(f"sampling is a {wrong[0]}; give SamplingParams(...), or a list of them")
     if len(params) != len(listed):
         raise ValueError(f"there are {len(listed)} prompts and {len(params)} SamplingParams; give one, or as many")
     return list(zip(listed, params, strict=True))

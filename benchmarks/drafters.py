@@ -5,8 +5,8 @@
 For each file of prompts (without any, for the built-in generator's) a stream is recorded once, with the features that
 any of the drafters read. Each drafter learns from it in order of arrival; its acceptance length is that of replay on
 the next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over
-that of a round with drafts. In the end what it has become serves requests behind the stream, in turns with plain
-decoding, and transformers' prompt lookup is timed on them beside its plain `generate`. All that is there in --work
+that of a round with drafts. In the end what it has become serves requests after the stream, in turns with plain
+decoding, and transformers' prompt lookup is timed on them next to its plain `generate`. All that is there in --work
 already is kept.
 """
 
@@ -162,7 +162,7 @@ def learn(world: World, names: Sequence[str], stream: list[TensorDict]) -> None:
 
 
 def serve(world: World, name: str) -> dict[str, Any]:
-    """Requests that come behind the stream, speculative and plain in turns."""
+    """Requests that come after the stream, speculative and plain in turns."""
     options, shape = world.options, world.shape_of(name)
     model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
     requests = RequestQueue(
@@ -263,13 +263,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/drafters"))
     parser.add_argument("--requests", type=int, default=128, help="of each stream")
     parser.add_argument("--every", type=int, default=32, help="requests between two evaluations")
-    parser.add_argument("--live", type=int, default=8, help="requests behind the stream that are served")
+    parser.add_argument("--live", type=int, default=8, help="requests after the stream that are served")
     parser.add_argument("--replay", type=int, default=4, help="replayed batches for each new one")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--until", choices=["record", "learn", "serve"], default="serve", help="stop behind a part")
+    parser.add_argument("--until", choices=["record", "learn", "serve"], default="serve", help="stop after a part")
     options = parse(parser)
     torch.set_num_threads(options.threads)
     names, domains = options.drafters.split(","), {}

@@ -1,7 +1,7 @@
 """Speedup of a trained drafter at several numbers of slots, and what a swap and TorchRL cost.
 
 Plain and speculative windows of whole rounds alternate in one run (a third of the decode time is plain, for narrower
-figures than the tenth that a flywheel spends). The drafter stays as it is; nobody learns beside it. With
+figures than the tenth that a flywheel spends). The drafter stays as it is; nobody learns meanwhile. With
 `--swap-every N --swap-to OTHER` the two drafters' weights take turns every N rounds at a fixed depth, once with the
 cache rebuilt at every swap and once with it kept.
 """
@@ -81,7 +81,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
 
         return run
 
-    # What is left of a round beside these three is TorchRL's.
+    # What is left of a round besides these three is TorchRL's.
     env._step, env._reset, policy.draft = timed(env._step), timed(env._reset), timed(policy.draft)
     installs, began, rounds = [], time.perf_counter(), 0
     while server.step():

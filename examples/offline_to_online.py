@@ -4,7 +4,7 @@
 
 The first half is `train_imitation.py`; the second serves new requests with the result, swaps in better weights between
 two rounds of decoding, and learns from what came. `aurora-rl flywheel drafter.path=...` does the second half in two
-processes, behind a gate.
+processes, with a gate in between.
 """
 
 from __future__ import annotations

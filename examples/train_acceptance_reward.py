@@ -18,7 +18,7 @@ from aurora_rl.policies import TreeShape
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--baseline", default="leave_one_out", choices=["none", "leave_one_out", "group"])
-    parser.add_argument("--imitation", type=float, default=0.1, help="weight of imitation beside it; 0 for none")
+    parser.add_argument("--imitation", type=float, default=0.1, help="weight of imitation next to it; 0 for none")
     parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_args()
     stream = open_stream(options, TreeShape(3, 4, 12, mode="sampled"), temperature=options.temperature)

@@ -2,7 +2,7 @@
 
     python examples/train_discard.py --recording runs/trees --weight 0.3 --weighting reach
 
-The recording holds trees, so that there is something to reject beside every accepted token.
+The recording holds trees, so that there is something to reject next to every accepted token.
 """
 
 from __future__ import annotations

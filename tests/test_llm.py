@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetPart
 from aurora_rl.envs import SpecDecodeEnv
 from aurora_rl.models.loading import encode_chat, load_target
 from aurora_rl.policies import save_drafter
+from aurora_rl.testing import tiny_target
 
 CHAT = [{"role": "user", "content": "Hello"}]
 SHORT = SamplingParams(max_tokens=24)
@@ -101,8 +103,8 @@ def test_a_prompt_that_fails_ends_no_other(drafted: LLM) -> None:
         "empty": ([], "the prompt is empty; give at least one token"),
         "unknown": ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         "long": ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
-        "chat": ([*CHAT, 5], "the prompt cannot be encoded: TypeError"),
-        "kind": (None, "the prompt cannot be encoded: TypeError"),
+        "chat": ([*CHAT, 5], "the prompt cannot be encoded: ValueError: every message of a chat has a role"),
+        "kind": (None, "the prompt cannot be encoded: ValueError: every message of a chat has a role"),
         "float": ([1.5, 2.0], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
         "nested": ([[1, 2]], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
     }
@@ -247,3 +249,21 @@ def test_the_embedded_model_counts(smollm2_path: Path) -> None:
     assert [completion.tokens.tolist()] == by_transformers(smollm2_path, [chat], 24, torch.float32)
     assert "".join(chunk.text for chunk in served.stream(chat, SamplingParams(max_tokens=24))) == completion.text
     assert "<|" not in completion.text and completion.acceptance_length > 1.2
+
+
+@pytest.mark.parametrize("prompts", [{"role": "user", "content": "hi"}, {"prompt": "hi"}, None, 5])
+def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
+    llm = LLM(tiny_folder, device="cpu")
+    with pytest.raises(ValueError, match="prompts is a .*; give a text, token ids, a list of messages"):
+        llm.generate(prompts)
+    with pytest.raises(ValueError, match=r"sampling is a dict; give SamplingParams"):
+        llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
+    (failed,) = llm.generate([{"prompt": "hi"}])
+    assert failed.error is not None and "every message of a chat has a role and content" in failed.error
+
+
+def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:
+    parts = TargetParts.of(tiny_target())
+    stranger = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
+    with pytest.raises(ValueError, match="the drafter is for a target of|is trained for the target weights"):
+        LLM(tiny_folder, drafter=stranger, device="cpu")

@@ -81,8 +81,7 @@ def _main(words: list[str]) -> int:
         if (folder := getattr(arguments, "resume", None)) is None:
             config = load_config(arguments.config, arguments.overrides)
         else:
-            document = "learner.yaml" if name == "learn" else "config.yaml"
-            config = resumed_config(folder, document, arguments.config, arguments.overrides)
+            config = resumed_config(name, folder, arguments.config, arguments.overrides)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0

@@ -98,21 +98,26 @@ def _folder_of_now(parent: Path, suffix: str) -> Path:
             return folder
 
 
-def resumed_config(folder: str, document: str, path: str | None, overrides: Sequence[str]) -> Config:
+def resumed_config(command: str, folder: str, path: str | None, overrides: Sequence[str]) -> Config:
     """Read the configuration of a run that goes on: its learner continues from its checkpoint, with its last drafter.
 
     Args:
+        command: The command that goes on.
         folder: Folder of the run.
-        document: Its saved configuration, ``config.yaml`` or ``learner.yaml``.
         path: YAML file to read in place of the saved configuration.
         overrides: Pairs such as ``traffic.requests=500``.
 
     Raises:
         ConfigError: The folder holds no such run, or the configuration cannot be used.
     """
-    run = Path(folder)
+    run, document = Path(folder), "learner.yaml" if command == "learn" else "config.yaml"
     if not (run / document).is_file():
         raise ConfigError(f"--resume {folder}: there is no {document} in it; name the folder of an earlier run")
+    if command != "train" and (run / "train.json").is_file():
+        raise ConfigError(
+            f"--resume {folder} is the folder of a training; go on with aurora-rl train --resume, or serve its drafter "
+            f"by drafter.path={run / 'drafter'}"
+        )
     config = load_config(path or run / document, overrides)
     if config.run_dir not in (None, folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")

@@ -184,7 +184,13 @@ def _start(
     for number, (recording, kept) in enumerate(zip(recordings, parts, strict=True)):
         train += range(start, start + kept)
         for index in range(kept, len(recording)):
-            name = names[number] if names else prompts[int(recording[index]["request"])].domain
+            request = int(recording[index]["request"])
+            if not names and request >= len(prompts):
+                raise ConfigError(
+                    f"the recording has an answer to prompt {request + 1}, and the traffic has {len(prompts)} prompts "
+                    "now; restore the traffic that the training started with"
+                )
+            name = names[number] if names else prompts[request].domain
             groups[name].append(start + index)
         start += len(recording)
     every_one: ConcatDataset[TensorDict] = ConcatDataset(recordings)

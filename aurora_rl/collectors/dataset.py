@@ -98,6 +98,11 @@ class TrajectoryDataset(Dataset[TensorDict]):
             flat = load_file(self._path(index))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
+        if "sequence.tokens" not in flat:
+            raise ValueError(
+                f"{self._path(index)} has no 'sequence.tokens'; an earlier release recorded it in another layout, "
+                "record the requests again"
+            )
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
     def digest(self, count: int) -> str:

@@ -23,6 +23,8 @@ from aurora_rl.models.target_head import context_length, decoder_layers, decoder
 
 # Tokens of the first row and of each other, and rows of the probe at most: they bound what the check costs.
 _LONG, _LENGTH, _MOST_ROWS = 48, 16, 6
+# Tokens of the float32 copy's vocabulary at most.
+_FEW_TOKENS = 2048
 # Depth of the true path in the tree that is verified; one more token is decoded after it.
 _PATH = 2
 # No difference above this is rounding, in any dtype: logits of unrelated texts differ by about 1.4.
@@ -235,8 +237,23 @@ def few_layers_in_float32(model: PreTrainedModel, layers: nn.ModuleList) -> PreT
     finally:
         layers.extend(others)
     few.config.get_text_config().num_hidden_layers = count
+    _keep_first_tokens(few)
     nn.Module.float(few)
     return few
+
+
+def _keep_first_tokens(model: PreTrainedModel) -> None:
+    """Leave the first rows of the embedding and of the head alone: products with the others are most of the time."""
+    config, ends = model.config.get_text_config(), (model.get_input_embeddings(), model.get_output_embeddings())
+    if config.vocab_size <= _FEW_TOKENS or any(type(end) not in (nn.Embedding, nn.Linear) for end in ends):
+        return
+    kept: dict[int, nn.Parameter] = {}  # a tied weight stays one
+    for end in ends:
+        for name, parameter in end.named_parameters():
+            rows = nn.Parameter(parameter[:_FEW_TOKENS].clone(), requires_grad=False)
+            setattr(end, name, kept.setdefault(id(parameter), rows))
+    config.vocab_size = _FEW_TOKENS
+    setattr(ends[0], "padding_idx", None)  # noqa: B010
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def check_engine(
 
     texts: list[list[int]] = [[] for _ in range(engine.num_slots)]
     prompts: list[int] = [0] * engine.num_slots
-    for _ in range(2):  # in the second turn slots are used again, beside others that go on
+    for _ in range(2):  # in the second turn slots are used again, next to others that go on
         free = [slot for slot, text in enumerate(texts) if not text]
         for slot in free:
             prompts[slot] = 1 + (3 * slot + draw(3)) % 9

@@ -1,4 +1,1 @@
-"""Triton kernels for speculative decoding and drafter training, each beside an eager twin of the same name.
-
-This package imports nothing of `aurora_rl` and is optional at run time.
-"""
+"""A place for kernels of drafter training and tree attention. It holds none yet, and imports nothing of `aurora_rl`."""

@@ -59,12 +59,12 @@ def earlier(tmp_path: Path) -> Path:
 
 
 def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
-    config = resumed_config(str(earlier), "config.yaml", None, ["gate.requests=5"])
+    config = resumed_config("serve", str(earlier), None, ["gate.requests=5"])
     assert (config.engine.slots, config.gate.requests, config.run_dir) == (3, 5, str(earlier))
     assert config.drafter.path == str(earlier / "learner" / "drafter")
     assert config.learner.resume == str(earlier / "learner")
     (earlier / "learner").rename(earlier / ".learner-old")  # killed while it wrote
-    config = resumed_config(str(earlier), "config.yaml", None, [])
+    config = resumed_config("serve", str(earlier), None, [])
     assert (config.drafter.path, config.learner.resume) == (str(earlier / "drafter-day0"), str(earlier / "learner"))
 
 
@@ -82,6 +82,14 @@ def test_each_part_keeps_its_documents(earlier: Path) -> None:
 
 def test_what_cannot_go_on_says_so(earlier: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--resume .*nothing: there is no config.yaml in it; name the folder"):
-        resumed_config(str(tmp_path / "nothing"), "config.yaml", None, [])
+        resumed_config("serve", str(tmp_path / "nothing"), None, [])
     with pytest.raises(ConfigError, match="--resume .*run and run_dir=elsewhere are two folders; leave run_dir out"):
-        resumed_config(str(earlier), "config.yaml", None, ["run_dir=elsewhere"])
+        resumed_config("serve", str(earlier), None, ["run_dir=elsewhere"])
+
+
+def test_the_folder_of_a_training_is_resumed_by_train_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 3")
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is the folder of a training; go on with aurora-rl train --resume, or serve"):
+        resumed_config("serve", str(tmp_path), None, [])
+    assert resumed_config("train", str(tmp_path), None, []).seed == 3

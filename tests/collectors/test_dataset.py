@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tensordict import TensorDict
 
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
@@ -78,3 +79,9 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
     before = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
     record(tiny_target(), drafter, requests, recording, shape=shape)
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == before
+
+
+def test_a_recording_of_an_earlier_layout_is_named(tmp_path: Path) -> None:
+    save_file({"spine.tokens": torch.arange(3)}, tmp_path / "000000.safetensors")
+    with pytest.raises(ValueError, match="no 'sequence.tokens'; an earlier release .* record the requests again"):
+        TrajectoryDataset(tmp_path)[0]
