@@ -104,7 +104,7 @@ def test_a_prompt_that_fails_ends_no_other(drafted: LLM) -> None:
         "unknown": ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         "long": ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
         "chat": ([*CHAT, 5], "the prompt cannot be encoded: ValueError: every message of a chat has a role"),
-        "kind": (None, "the prompt cannot be encoded: ValueError: every message of a chat has a role"),
+        "kind": (None, "the prompt cannot be encoded: TypeError"),
         "float": ([1.5, 2.0], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
         "nested": ([[1, 2]], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
     }
