@@ -189,29 +189,29 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
         ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
         ValueError: A checkpoint that does not fit the target.
     """
-    config, made = spec.config, _made(spec, target, prompts)
-    if config.drafter.depth > made.max_depth:
+    config, drafter = spec.config, _new_or_loaded(spec, target, prompts)
+    if config.drafter.depth > drafter.max_depth:
         raise ConfigError(
-            f"drafter.depth={config.drafter.depth} is more than the {made.max_depth} nodes that this drafter drafts "
+            f"drafter.depth={config.drafter.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "
             "one after the other; set it to that, or start a deeper drafter by drafter.options"
         )
-    if made.formats:
+    if drafter.formats:
         try:
-            written(made, "sglang" if config.engine.name == "sglang" else None)
+            written(drafter, "sglang" if config.engine.name == "sglang" else None)
         except ValueError as error:  # which would come when it is first saved, after hours of learning
             raise ConfigError(f"drafter.name={config.drafter.name} cannot be saved: {error}") from error
-    return made
+    return drafter
 
 
-def _made(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
-    settings, made = spec.config.drafter, spec.drafter_class
+def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
+    settings, kind = spec.config.drafter, spec.drafter_class
     if settings.path is not None:
-        return load_drafter(settings.path, target.parts, made, options=settings.options, made_for=settings.made_for)
+        return load_drafter(settings.path, target.parts, kind, options=settings.options, made_for=settings.made_for)
     torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
     try:
-        started = made.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
+        started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"drafter.name={settings.name}: {error}") from error
     if not isinstance(started, Drafter):
@@ -225,23 +225,23 @@ def _made(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
 def _drafter_class(config: Config) -> type[Drafter]:
     settings = config.drafter
     try:
-        made = get_drafter(settings.name)
+        kind = get_drafter(settings.name)
     except ValueError as error:
         raise ConfigError(f"drafter.name: {error}") from error
     try:
-        made.check_options(settings.options)
+        kind.check_options(settings.options)
     except ValueError as error:
         raise ConfigError(f"drafter.options: {error}") from error
-    if settings.mode not in made.draft_modes:
+    if settings.mode not in kind.draft_modes:
         raise ConfigError(
-            f"drafter.name={settings.name} drafts in mode {' or '.join(made.draft_modes)}, not drafter.mode="
+            f"drafter.name={settings.name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
-    if config.engine.name == "sglang" and made.sglang_algorithm is None:
+    if config.engine.name == "sglang" and kind.sglang_algorithm is None:
         raise ConfigError(
             f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
         )
-    return made
+    return kind
 
 
 def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
@@ -257,11 +257,11 @@ def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder:
     config = spec.config
     if folder is None or config.drafter.path is not None:
         return start_drafter(spec, target, []), config
-    made = start_drafter(spec, target, requests.first_prompts(64))
-    if not made.formats:
-        return made, config
-    save_drafter(made, folder)
-    return made, replace(config, drafter=replace(config.drafter, path=str(folder)))
+    drafter = start_drafter(spec, target, requests.first_prompts(64))
+    if not drafter.formats:
+        return drafter, config
+    save_drafter(drafter, folder)
+    return drafter, replace(config, drafter=replace(config.drafter, path=str(folder)))
 
 
 def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:

@@ -98,10 +98,10 @@ class TrajectoryDataset(Dataset[TensorDict]):
             flat = load_file(self._path(index))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
-        if "sequence.tokens" not in flat:
+        if "spine.tokens" in flat:
             raise ValueError(
-                f"{self._path(index)} has no 'sequence.tokens'; an earlier release recorded it in another layout, "
-                "record the requests again"
+                f"{self._path(index)} has the layout of an earlier release ('spine' for 'sequence'); record the "
+                "requests again"
             )
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
