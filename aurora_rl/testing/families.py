@@ -183,6 +183,9 @@ def page() -> Iterator[str]:
     yield "- **refused**: the engine says so, with this sentence, before it serves. gemma3n_text is refused only"
     yield "  for drafters that read features."
     yield ""
+    yield "In half precision a mixture of experts may be served in a slower form, where rounding chooses another"
+    yield "expert. doge's text is that of eager attention; transformers' SDPA form of it is not causal."
+    yield ""
     yield "| family | verdict | why |"
     yield "|---|---|---|"
     for model_type in causal_families():

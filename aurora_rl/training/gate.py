@@ -77,7 +77,17 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
     for slot, end in enumerate(ends.tolist()):
         text[slot, end:] = -1
     while len(slots := store.occupied):
-        draft = policy(td)["draft"]
+        try:
+            draft = policy(td)["draft"]
+        except RuntimeError as error:
+            if all(("sequence", "hidden") in trajectory.keys(True) for trajectory in trajectories):
+                raise
+            # Trajectories without hidden states do not say how wide a layer is.
+            raise ValueError(
+                f"the drafter cannot draft from the recorded features, {features.shape[-1]} wide, which it reads as "
+                f"those of the layers {tuple(drafter.feature_layers)} ({error}); take the drafter that they were "
+                "recorded with"
+            ) from error
         parents, at = draft["parents"][slots], store.lengths[slots].to(device)
         depth = torch.cat([torch.zeros_like(at)[:, None], depths(parents)], dim=1)
         choices = text[slots.to(device)].gather(1, (at[:, None] + depth).clamp(max=text.shape[1] - 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.testing import serve, tiny_target
+from aurora_rl.testing import serve, tiny_target, topk_form
 from aurora_rl.training import gate as gate_module
 from aurora_rl.training.gate import Decision, Gate, Replay, replay
 from aurora_rl.trajectories import pack
@@ -66,6 +66,15 @@ def test_replay_names_features_of_another_drafter(drafters: dict) -> None:
     message = r"features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers \(0, 1\): record the requests"
     with pytest.raises(ValueError, match=message):
         replay(copy.deepcopy(eagle), served, TreeShape(2))
+
+
+def test_replay_names_features_of_another_drafter_without_hidden_states(drafters: dict) -> None:
+    medusa, eagle = drafters[MedusaDrafter, torch.float64], drafters[Eagle3Drafter, torch.float64]
+    target = tiny_target()
+    served = serve(medusa, target, PROMPTS[:1], shape=TreeShape(2), max_new_tokens=4)
+    likeliest = [topk_form(trajectory, TargetParts.of(target).head, 4) for trajectory in served]
+    with pytest.raises(ValueError, match=r"recorded features, 16 wide, which it reads as those of the layers \(0, 1\)"):
+        replay(copy.deepcopy(eagle), likeliest, TreeShape(2))
 
 
 def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None:
