@@ -122,8 +122,8 @@ class TransformersEngine(Engine):
         try:
             self._layers, self._output = decoder_layers(model), TargetHead.of(model)
             with quiet():
-                self._wrong = self._wrong_in_float32(max_length)
-                probe = Probe(model, max_length, by_median=self._wrong is not None)
+                self._wrong_forms = self._wrong_in_float32(max_length)
+                probe = Probe(model, max_length, by_median=self._wrong_forms is not None)
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a forward raises that is called in another way
@@ -169,7 +169,7 @@ class TransformersEngine(Engine):
 
     def _choose_form(self, probe: Probe, max_length: int) -> Exactness:
         """Put the model into the fastest form whose logits are the model's own."""
-        switched_off, tolerance = dict(self._wrong or {}), max(probe.tolerance, self._least_tolerance)
+        switched_off, tolerance = dict(self._wrong_forms or {}), max(probe.tolerance, self._least_tolerance)
         for form in _FORMS:
             if form in switched_off:
                 continue
