@@ -204,6 +204,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"drafter": "medusa", "num_speculative_tokens": 9}, "the trees are 9 deep, and this drafter drafts [0-9]+ "),
         ({"drafter": "eagel3"}, "no drafter is called 'eagel3'; did you mean 'eagle3'"),
         ({"drafter": "/no/such/folder"}, "/no/such/folder"),
+        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
         ({"max_length": 513}, r"max_length must lie in 2\.\.512"),
     ],
 )

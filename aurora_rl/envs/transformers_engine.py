@@ -74,7 +74,7 @@ class TransformersEngine(Engine):
         exactness: In which form the model is run, and how near its logits are to the model's own.
 
     Raises:
-        ValueError: A layer id or ``max_length`` is out of range.
+        ValueError: A layer id, ``num_slots`` or ``max_length`` is out of range.
         UnsupportedModelError: The model cannot be served exactly: it keeps a recurrent state, its rotary embedding
             depends on the length of the pass, or its logits differ from its own in every form.
 
@@ -96,6 +96,8 @@ class TransformersEngine(Engine):
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
     ) -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         probe = self._set_up(model, max_length)
         count = len(self._layers)
         if not all(0 <= layer <= count for layer in feature_layers):
@@ -222,7 +224,8 @@ class TransformersEngine(Engine):
             NotCausalError: The copy of the layers is no causal model.
             WrongLogitsError: It is wrong in every form.
         """
-        if self.model.dtype not in (torch.bfloat16, torch.float16) or self._form_is_taken():
+        in_inference_form = self._config._attn_implementation == GROUPED_ATTENTION  # by another engine
+        if self.model.dtype not in (torch.bfloat16, torch.float16) or in_inference_form:
             return None
         wrong: dict[str, str] = {}
         try:
@@ -241,10 +244,6 @@ class TransformersEngine(Engine):
             logger.debug("no probe of %s in float32: %s", type(self.model).__name__, error)
             return None
         return wrong
-
-    def _form_is_taken(self) -> bool:
-        """Whether another engine has put the model into inference form."""
-        return self._config._attn_implementation == GROUPED_ATTENTION
 
     def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
         """Change how attention is computed; returns what undoes "fused", None where no layer can be fused."""
