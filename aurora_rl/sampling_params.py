@@ -21,13 +21,15 @@ class SamplingParams:
         seed: Key of the request's noise. The same seed, prompt and parameters give the same text.
         max_tokens: Token budget of the completion.
         stop: Strings that end the completion, at the token that completes one. A single string is one stop string.
+        logprobs: Likeliest tokens whose log-probabilities come with each token's own, at most 20; 0 for its own alone.
+            None, the default, computes none.
 
     Raises:
         ValueError: A field is out of its range.
 
     Example:
         >>> SamplingParams(temperature=0.7, top_p=0.9, seed=5, stop="END")
-        SamplingParams(temperature=0.7, top_k=0, top_p=0.9, seed=5, max_tokens=128, stop=('END',))
+        SamplingParams(temperature=0.7, top_k=0, top_p=0.9, seed=5, max_tokens=128, stop=('END',), logprobs=None)
     """
 
     temperature: float = 0.0
@@ -36,6 +38,7 @@ class SamplingParams:
     seed: int = 0
     max_tokens: int = 128
     stop: Sequence[str] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no sampler could serve."""
@@ -43,7 +46,8 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"{name} is {value!r}; give a number")
-        for name in ("top_k", "seed", "max_tokens"):
+        integers = ("top_k", "seed", "max_tokens", *([] if self.logprobs is None else ["logprobs"]))
+        for name in integers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} is {value!r}; give an integer")
@@ -57,6 +61,8 @@ class SamplingParams:
             raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
+        if not 0 <= (self.logprobs or 0) <= 20:
+            raise ValueError(f"logprobs is {self.logprobs}; give an integer with 0 <= logprobs <= 20, or None")
         if isinstance(self.stop, bytes) or not isinstance(self.stop, Iterable):
             raise ValueError(f"stop is {self.stop!r}; give a string or a sequence of strings")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

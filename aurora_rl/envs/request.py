@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tensordict import TensorDict
 from torch import Tensor
 
+from aurora_rl.envs.logprobs import TokenLogprobs
 from aurora_rl.sampling_params import SamplingParams
 
 
@@ -18,6 +19,8 @@ class Request:
         id: Number of the request, not negative, as the trajectory carries it.
         prompt: ``[P]`` int64 tokens, at least one.
         sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
+        speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
+        learn: Whether a server may send its trajectory to the learner.
 
     Example:
         >>> import torch
@@ -28,6 +31,51 @@ class Request:
     id: int
     prompt: Tensor
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    speculative: bool = True
+    learn: bool = True
+
+
+@dataclass(slots=True)
+class Drafts:
+    """What became of the drafts of one request.
+
+    Attributes:
+        histogram: Rounds that accepted 0, 1, 2, ... drafted tokens; rounds without a draft are not counted.
+        num_drafted: Drafted tokens.
+        num_delivered: Tokens that these rounds delivered, bonus tokens included.
+
+    Example:
+        >>> drafts = Drafts()
+        >>> drafts.add(accepted=2, drafted=4, delivered=3)
+        >>> drafts.histogram, drafts.acceptance_length
+        ([0, 0, 1], 3.0)
+    """
+
+    histogram: list[int] = field(default_factory=list)
+    num_drafted: int = 0
+    num_delivered: int = 0
+
+    def add(self, accepted: int, drafted: int, delivered: int) -> None:
+        """Count a round with a draft."""
+        self.histogram += [0] * (accepted + 1 - len(self.histogram))
+        self.histogram[accepted] += 1
+        self.num_drafted += drafted
+        self.num_delivered += delivered
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds with a draft."""
+        return sum(self.histogram)
+
+    @property
+    def num_accepted(self) -> int:
+        """Accepted tokens."""
+        return sum(count * rounds for count, rounds in enumerate(self.histogram))
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens that a round with a draft delivered on average; None if there was no such round."""
+        return self.num_delivered / self.num_rounds if self.num_rounds else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +87,8 @@ class Completion:
         tokens: ``[C]`` int64, the stop token included.
         terminated: Whether it ended at a stop token or string, and not at its token budget.
         trajectory: What was recorded; None where nothing was.
-        acceptance_length: Tokens that a round with drafts added on average; None if there was no such round.
+        drafts: What became of its drafts.
+        logprobs: Log-probabilities of each token, where the request asked for them.
         text: The tokens as text, without a stop string, where :class:`aurora_rl.LLM` served the request.
         error: Why the request was not served; None if it was.
 
@@ -53,9 +102,15 @@ class Completion:
     tokens: Tensor
     terminated: bool
     trajectory: TensorDict | None = None
-    acceptance_length: float | None = None
+    drafts: Drafts = field(default_factory=Drafts)
+    logprobs: list[TokenLogprobs] | None = None
     text: str = ""
     error: str | None = None
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens that a round with a draft delivered on average; None if there was no such round."""
+        return self.drafts.acceptance_length
 
     @property
     def finish_reason(self) -> str:

@@ -5,23 +5,36 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs import EnvBase
 from transformers import LogitsProcessorList
 
 from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs.engine import Engine
+from aurora_rl.envs.logprobs import TokenLogprobs, token_logprobs
 from aurora_rl.envs.processors import process
-from aurora_rl.envs.request import Completion, Request
+from aurora_rl.envs.request import Completion, Drafts, Request
+from aurora_rl.envs.specs import blank, specs
 from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import accepted_path, valid_nodes
+
+
+@dataclass(slots=True)
+class _Slot:
+    """The request in a slot, what its logits pass through, and what is known of it so far."""
+
+    request: Request
+    processors: LogitsProcessorList | None = None
+    drafts: Drafts = field(default_factory=Drafts)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class SpecDecodeEnv(EnvBase):
@@ -45,7 +58,9 @@ class SpecDecodeEnv(EnvBase):
         processors: Called with a request for the logits processors of transformers that its logits pass before they
             are verified, as :func:`aurora_rl.envs.generation_processors` makes it; ValueError from it refuses the
             request. A processor has to be a function of ``input_ids`` and ``scores`` alone. None serves raw logits.
-        on_completion: Called with each :class:`Completion` as it ends.
+        on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
+            if the request asked for them.
+        on_completion: Called with each :class:`Completion` as it ends, after ``on_tokens``.
         on_refused: Called with each request that cannot be served (see :meth:`check`) and the reason; the next request
             takes its place. None, the default, raises the reason as a ValueError.
         record: Whether completions carry their trajectory.
@@ -81,6 +96,7 @@ class SpecDecodeEnv(EnvBase):
         stop_tokens: tuple[int, ...] = (),
         decode: Callable[[list[int]], str] | None = None,
         processors: Callable[[Request], LogitsProcessorList] | None = None,
+        on_tokens: Callable[[Request, list[int], list[TokenLogprobs] | None], None] | None = None,
         on_completion: Callable[[Completion], None] | None = None,
         on_refused: Callable[[Request, str], None] | None = None,
         record: bool = True,
@@ -99,53 +115,20 @@ class SpecDecodeEnv(EnvBase):
                 f"num_nodes={num_nodes} is more than the {engine.max_nodes} nodes that the engine verifies"
             )
         self._requests, self._decode = requests, decode
-        self.on_completion, self._on_refused = on_completion, on_refused
+        self.on_tokens, self.on_completion, self._on_refused = on_tokens, on_completion, on_refused
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._processors_for = processors
-        self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
-        self._active: dict[int, Request] = {}
+        self._active: dict[int, _Slot] = {}
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
-        self._drafted = torch.zeros(engine.num_slots, 2)  # of each slot's request: rounds with drafts, and their tokens
         self.recording_seconds = 0.0
         self._recorder = TrajectoryRecorder(store) if record else None
         self._set_sampling()
-        b, n, width = engine.num_slots, num_nodes, num_nodes + 1
-        features, hidden = store.features, store.hidden
-
-        def floats(*shape: int, dtype: torch.dtype) -> Unbounded:
-            return Unbounded(shape=(b, *shape), dtype=dtype, device=device)
-
-        def ints(low: int, high: int, *shape: int) -> Bounded:
-            return Bounded(low, high, shape=(b, *shape), dtype=torch.int64, device=device)
-
-        def flags(*shape: int) -> Binary:
-            return Binary(shape=(b, *shape), dtype=torch.bool, device=device)
-
-        def group(**entries: Any) -> Composite:
-            return Composite(**entries, shape=(b,), device=device)
-
-        vocab = engine.vocab_size
-        self.observation_spec = group(
-            is_init=flags(1),
-            request=ints(-1, 2**62),
-            observation=group(
-                tokens=ints(0, vocab - 1, width),
-                num_new=ints(0, width),
-                features=floats(width, features.shape[-1], dtype=features.dtype),
-                position=ints(-1, engine.max_length),
-            ),
-            verifier=group(
-                accepted=flags(n),
-                hidden=floats(width, hidden.shape[-1], dtype=hidden.dtype),
-                bonus_token=ints(-1, vocab - 1),
-            ),
+        self.observation_spec, self.action_spec = specs(engine, num_nodes, needs_q=self.rule.needs_q)
+        flag = Binary(shape=(engine.num_slots, 1), dtype=torch.bool, device=device)
+        self.reward_spec = Unbounded(shape=(engine.num_slots, 1), dtype=torch.float32, device=device)
+        self.full_done_spec = Composite(
+            done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(engine.num_slots,), device=device
         )
-        action = {"tokens": ints(0, vocab - 1, n), "parents": ints(-1, n - 1, n), "mask": flags(n)}
-        if self.rule.needs_q:
-            action["q"] = Bounded(0.0, 1.0, shape=(b, n, vocab), dtype=torch.float32, device=device)
-        self.action_spec = group(draft=group(**action))
-        self.reward_spec = floats(1, dtype=torch.float32)
-        self.full_done_spec = group(done=flags(1), terminated=flags(1), truncated=flags(1))
 
     def check(self, request: Request) -> None:
         """Raise ValueError, naming the value and the fix, where this environment cannot serve the request."""
@@ -179,54 +162,37 @@ class SpecDecodeEnv(EnvBase):
 
     def request_of(self, slot: int) -> Request:
         """Return the request in an occupied slot."""
-        return self._active[slot]
+        return self._active[slot].request
 
     @property
     def num_active(self) -> int:
         """Slots that hold a request."""
         return len(self._active)
 
+    def cancel(self, request: int) -> bool:
+        """Drop a request between two rounds; its slot is free for the next. Returns whether it was there."""
+        for waiting in self._taken:
+            if waiting.id == request:
+                self._taken.remove(waiting)
+                return True
+        for slot, held in self._active.items():
+            if held.request.id == request:
+                self._release(slot)
+                return True
+        return False
+
+    def _release(self, slot: int) -> None:
+        del self._active[slot]
+        self.engine.release(slot)
+
     def _set_seed(self, seed: int | None) -> None:
         """Requests carry their own seeds; the environment draws nothing."""
 
     def _set_sampling(self) -> None:
-        params = [self._active[s].sampling if s in self._active else None for s in range(self.engine.num_slots)]
+        params = [self._active[s].request.sampling if s in self._active else None for s in range(self.engine.num_slots)]
         self._sampling = SamplingBatch.from_params(params, self.device)
 
-    def _blank(self) -> TensorDict:
-        """An observation of nothing; ``observation_spec.zero()`` costs a round several times as much."""
-        b, width, store = self.engine.num_slots, self.num_nodes + 1, self.engine.store
-        features, hidden = store.features, store.hidden
-
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(b, *shape, dtype=torch.int64, device=self.device)
-
-        def group(entries: dict) -> TensorDict:
-            return TensorDict(entries, batch_size=[b], device=self.device)
-
-        return group(
-            {
-                "is_init": torch.zeros(b, 1, dtype=torch.bool, device=self.device),
-                "request": ints() - 1,
-                "observation": group(
-                    {
-                        "tokens": ints(width),
-                        "num_new": ints(),
-                        "position": ints(),
-                        "features": features.new_zeros(b, width, features.shape[-1]),
-                    }
-                ),
-                "verifier": group(
-                    {
-                        "accepted": torch.zeros(b, self.num_nodes, dtype=torch.bool, device=self.device),
-                        "hidden": hidden.new_zeros(b, width, hidden.shape[-1]),
-                        "bonus_token": ints() - 1,
-                    }
-                ),
-            }
-        )
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         flags = None if tensordict is None else tensordict.get("_reset", None)
         slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
         # A bad request is refused here, before anything changes; good ones taken along with it wait for the next reset.
@@ -240,32 +206,31 @@ class SpecDecodeEnv(EnvBase):
             else:
                 self._taken.append(request)
         for slot in slots:
-            if self._active.pop(slot, None) is not None:
-                self._processors.pop(slot, None)
-                self.engine.release(slot)
+            if slot in self._active:
+                self._release(slot)
         loaded = [(slot, self._taken.popleft()) for slot in slots[: len(self._taken)]]
         if loaded:
             self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
-            self._active.update(loaded)
-            self._drafted[[slot for slot, _ in loaded]] = 0
-            if self._processors_for is not None:
-                self._processors.update((slot, self._processors_for(request)) for slot, request in loaded)
+            for slot, request in loaded:
+                self._active[slot] = _Slot(request, self._processors_for and self._processors_for(request))
             if self._recorder:
                 for slot, _ in loaded:
                     self._recorder.start(slot)
             self._set_sampling()
-        out = self._blank()
+        out = blank(self.engine, self.num_nodes)
         for slot, request in loaded:
             out["is_init"][slot] = True
             out["request"][slot] = request.id
+        for slot, held in self._active.items():
+            out["speculate"][slot] = held.request.speculative
         out["observation", "position"].copy_(self.engine.store.lengths - 1)
         for key in self.done_keys:
             out[key] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         return out
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         store, slots = self.engine.store, self.engine.store.occupied
-        out = self._blank()
+        out = blank(self.engine, self.num_nodes)
         reward = torch.zeros(*self.batch_size, 1, device=self.device)
         terminated = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         truncated = torch.ones_like(terminated)  # what idle slots report
@@ -304,16 +269,15 @@ class SpecDecodeEnv(EnvBase):
             q = draft["q"][rows, :width] if width else hidden.new_zeros(len(slots), 0, engine.vocab_size)
         logits = engine.logits(hidden)
         occupied = slots.tolist()
-        if any(self._processors.get(slot) for slot in occupied):
+        raw, held = logits, [self._active[slot] for slot in occupied]
+        if any(each.processors for each in held):
             texts = [store.tokens[slot, : int(store.lengths[slot])] for slot in occupied]
-            logits = process(logits, texts, tokens, parents, valid, [self._processors[slot] for slot in occupied])
+            logits = process(logits, texts, tokens, parents, valid, [each.processors for each in held])
         verdict = self.rule.verify(logits, tokens, parents, valid, roots.to(self.device), sampling, q)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
         sequence.scatter_(1, length[:, None], verdict.bonus_token[:, None])
         num_new, ended, spent = self._deliver(slots, sequence, length)
-        drafted = valid.any(1).cpu()
-        self._drafted[slots] += torch.stack([drafted, drafted * num_new], dim=1)
 
         place = torch.arange(width, device=self.device)
         kept = path.masked_fill(place >= num_new.to(self.device)[:, None], -1)
@@ -335,9 +299,21 @@ class SpecDecodeEnv(EnvBase):
         reward[rows, 0] = num_new.to(self.device, reward.dtype)
         terminated[rows, 0] = ended.to(self.device)
         truncated[rows, 0] = (spent & ~ended).to(self.device)
-        out["request"][rows] = torch.tensor([self._active[s].id for s in slots.tolist()], device=self.device)
-        for slot in slots[ended | spent].tolist():
-            self._finish(slot, bool(ended[slots.tolist().index(slot)]))
+        out["request"][rows] = torch.tensor([each.request.id for each in held], device=self.device)
+        out["speculate"][rows, 0] = torch.tensor([each.request.speculative for each in held], device=self.device)
+        counts = zip(valid.sum(1).tolist(), accepted.sum(1).tolist(), num_new.tolist(), strict=True)
+        for row, (slot, each, (drafted, kept_nodes, delivered)) in enumerate(zip(occupied, held, counts, strict=True)):
+            if drafted:
+                each.drafts.add(kept_nodes, drafted, delivered)
+            new, logprobs = sequence[row, :delivered].tolist(), None
+            if (top := each.request.sampling.logprobs) is not None:
+                judged = [0, *(node + 1 for node in path[row, : delivered - 1].tolist())]
+                logprobs = token_logprobs(raw[row, judged], new, top)
+                each.logprobs += logprobs
+            if self.on_tokens:
+                self.on_tokens(each.request, new, logprobs)
+            if bool(ended[row] | spent[row]):
+                self._finish(slot, bool(ended[row]))
 
     def _check_draft(self, draft: TensorDictBase, drafted: Tensor) -> None:
         """Raise ValueError where the trees of these rows are not what the rule and the record take them for."""
@@ -363,7 +339,7 @@ class SpecDecodeEnv(EnvBase):
         counts, ended, spent = [], [], []
         columns = zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)
         for i, (slot, drafted, done) in enumerate(columns):
-            wanted = self._active[slot].sampling
+            wanted = self._active[slot].request.sampling
             count = min(drafted + 1, wanted.max_tokens - done)
             stop = next((j + 1 for j in range(count) if stops[i][j]), None)
             if wanted.stop:
@@ -414,16 +390,14 @@ class SpecDecodeEnv(EnvBase):
         self.recording_seconds += time.perf_counter() - began
 
     def _finish(self, slot: int, ended: bool) -> None:
-        request, store = self._active.pop(slot), self.engine.store
-        trajectory = None
+        held, store = self._active[slot], self.engine.store
+        request, trajectory = held.request, None
         if self._recorder:
             began = time.perf_counter()
             trajectory = self._recorder.cut(slot, request.id, request.sampling, self.rule.name, self.draft_mode)
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
-        self._processors.pop(slot, None)
-        self.engine.release(slot)
+        self._release(slot)
         if self.on_completion:
-            rounds, committed = self._drafted[slot].tolist()
-            length = committed / rounds if rounds else None
-            self.on_completion(Completion(request, tokens, ended, trajectory, length))
+            logprobs = None if request.sampling.logprobs is None else held.logprobs
+            self.on_completion(Completion(request, tokens, ended, trajectory, held.drafts, logprobs))

@@ -81,7 +81,7 @@ class DrafterPolicy(TensorDictModuleBase):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.in_keys = ["is_init"]
+        self.in_keys = ["is_init", "speculate"]
         self.out_keys = [
             ("draft", "tokens"),
             ("draft", "parents"),
@@ -144,7 +144,7 @@ class DrafterPolicy(TensorDictModuleBase):
             ValueError: The tensordict is of several environments, or of another environment than the store's.
         """
         self._check_environment(tensordict)
-        tensordict.set("draft", self.draft(tensordict["is_init"]))
+        tensordict.set("draft", self.draft(tensordict["is_init"], tensordict["speculate"]))
         tensordict.set("policy_version", torch.full((self._store.num_slots,), self.version))
         tensordict.set("cache_version", self._cache_version.clone())
         return tensordict
@@ -169,11 +169,12 @@ class DrafterPolicy(TensorDictModuleBase):
             )
 
     @torch.inference_mode()
-    def draft(self, is_init: Tensor) -> TensorDict:
+    def draft(self, is_init: Tensor, speculate: Tensor | None = None) -> TensorDict:
         """Draft for every slot.
 
         Args:
             is_init: ``[B, 1]`` bool, slots with a new request.
+            speculate: ``[B, 1]`` bool, slots whose request takes drafts; None drafts for all.
 
         Returns:
             "tokens", "parents", "mask" and "log_probs", each ``[B, N]``; "mode" ``[B]`` int64, how the tree was drawn,
@@ -197,6 +198,8 @@ class DrafterPolicy(TensorDictModuleBase):
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of all has no feature before it.
         ready = store.lengths > 1
+        if speculate is not None:
+            ready &= speculate.flatten().cpu()
         self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         if self.speculate and self.shape.depth:
             slots = (ready & ~self._refused).nonzero().flatten()

@@ -172,9 +172,14 @@ class InferenceServer:
             depth=self.policy.shape.depth,
             coverage=round(float(covered), 4),
         )
-        if self._sink is not None:
+        if self._sink is not None and completion.request.learn:
             self._sink.extend(trajectory)
         self._recording += time.perf_counter() - began
+
+    def cancel(self, request: int) -> None:
+        """Drop a request between two rounds, and its record with it; its slot is free for the next."""
+        if self.env.cancel(request):
+            self._asked.pop(request, None)
 
     def _fault(self, slot: int, fault: str) -> None:
         """A slot's request goes on without the drafter."""

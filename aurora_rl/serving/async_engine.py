@@ -1,0 +1,257 @@
+"""Requests of concurrent clients, decoded by a thread of their own: what each round added comes as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from aurora_rl.envs import Completion, Request, SamplingParams
+from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.serving.server import InferenceServer
+
+logger = logging.getLogger(__name__)
+
+# An idle server looks so often whether new weights have come.
+_IDLE_S = 0.1
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+class EngineDeadError(RuntimeError):
+    """The thread that decodes has ended with an error; nothing is served any more."""
+
+
+class RefusedError(ValueError):
+    """The engine cannot serve the request; the message says why."""
+
+
+class Workload(Protocol):
+    """A source of requests that are served where no client waits, such as a file of prompts."""
+
+    def __call__(self) -> Request | None:
+        """Return the next request; None where none waits."""
+
+    def completed(self, completion: Completion) -> str:
+        """Note an answer, and return its domain."""
+
+    def refused(self, request: Request, reason: str) -> None:
+        """Note that a request cannot be served."""
+
+
+@dataclass(slots=True)
+class Update:
+    """What one round added to one request.
+
+    Attributes:
+        tokens: New tokens.
+        logprobs: Their log-probabilities, where the request asked for them.
+        completion: The whole completion, in the last update; None before.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    completion: Completion | None = None
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The client's end of a request: its queue, and the event loop that reads it."""
+
+    queue: asyncio.Queue[Update | Exception]
+    loop: asyncio.AbstractEventLoop
+
+
+class AsyncEngine:
+    """Decode the requests of concurrent clients in a thread of its own.
+
+    Waiting requests are served first come, first served. The environment takes requests from this object, and reports
+    to it; see :meth:`start`.
+
+    Args:
+        max_waiting: Requests that may wait for a slot.
+        workload: Requests that are served where no client's waits; None for none.
+        first_id: Number of the first client's request; the workload's are below it.
+
+    Attributes:
+        error: Why the thread ended, None while it runs.
+    """
+
+    def __init__(self, *, max_waiting: int, workload: Workload | None = None, first_id: int = 0) -> None:
+        self._max_waiting, self._workload = max_waiting, workload
+        self._first_id, self._ids = first_id, itertools.count(first_id)
+        self._lock = threading.Lock()
+        self._waiting: deque[Request] = deque()
+        self._cancelled: set[int] = set()
+        self._streams: dict[int, _Stream] = {}
+        self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
+        self._wake, self._stopping = threading.Event(), False
+        self._thread: threading.Thread | None = None
+        self._server: InferenceServer | None = None
+        self.error: BaseException | None = None
+
+    # ---- of the event loop ------------------------------------------------------------------------------------------
+
+    def start(self, server: InferenceServer, on_idle: Callable[[], bool] = lambda: True) -> None:
+        """Begin to decode.
+
+        Args:
+            server: The server whose environment takes its requests from this object.
+            on_idle: Called in the thread where there is nothing to decode; False ends it.
+        """
+        self._server = server
+        server.env.on_tokens = self._tokens
+        self._thread = threading.Thread(target=self._run, args=(server, on_idle), name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Clients' requests that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in slots, the workload's included."""
+        return self._server.env.num_active if self._server is not None else 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread decodes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    async def generate(
+        self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
+    ) -> AsyncIterator[Update]:
+        """Complete a prompt, and yield what each round added. Closing the iterator cancels the request.
+
+        Args:
+            prompt: ``[P]`` int64 tokens.
+            sampling: Parameters of the request.
+            speculative: Whether drafts are verified for it.
+            learn: Whether its trajectory may go to the learner.
+
+        Raises:
+            QueueFullError: ``max_waiting`` requests wait already.
+            RefusedError: The engine cannot serve the request.
+            EngineDeadError: The thread has ended.
+        """
+        request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
+        stream = _Stream(asyncio.Queue(), asyncio.get_running_loop())
+        with self._lock:
+            if not self.alive or self._stopping:
+                raise EngineDeadError("the engine does not run; see the server's log")
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFullError(f"{len(self._waiting)} requests wait already, as many as http.max_waiting allows")
+            self._streams[request.id] = stream
+            self._waiting.append(request)
+        self._wake.set()
+        ended = False
+        try:
+            while not ended:
+                update = await stream.queue.get()
+                if isinstance(update, Exception):
+                    ended = True
+                    raise update
+                ended = update.completion is not None
+                yield update
+        finally:
+            if not ended:
+                self._cancel(request.id)
+
+    def _cancel(self, request: int) -> None:
+        with self._lock:
+            self._streams.pop(request, None)
+            self._cancelled.add(request)
+        self._wake.set()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """End the thread after the round that runs; requests in flight fail."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    # ---- of the thread ----------------------------------------------------------------------------------------------
+
+    def __call__(self) -> Request | None:
+        """The next request for a free slot; None where none waits."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+        return None if self._workload is None else self._workload()
+
+    def completed(self, completion: Completion) -> str:
+        """Hand a completion to its client or to the workload, and return its domain."""
+        stream = self._streams.pop(completion.request.id, None)
+        if stream is not None:
+            self._updates.append((stream, Update([], None, completion)))
+            return ""
+        if self._workload is None or completion.request.id >= self._first_id:
+            return ""  # its client left in this very round
+        return self._workload.completed(completion)
+
+    def refused(self, request: Request, reason: str) -> None:
+        """Tell the client or the workload that a request cannot be served."""
+        if (stream := self._streams.pop(request.id, None)) is not None:
+            self._updates.append((stream, RefusedError(reason.removeprefix(f"request {request.id}: "))))
+        elif self._workload is not None and request.id < self._first_id:
+            self._workload.refused(request, reason)
+
+    def _tokens(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        if (stream := self._streams.get(request.id)) is not None:
+            self._updates.append((stream, Update(tokens, logprobs)))
+
+    def _run(self, server: InferenceServer, on_idle: Callable[[], bool]) -> None:
+        try:
+            while not self._stopping:
+                self._drop_cancelled(server)
+                worked = server.step()
+                self._deliver()
+                if not worked:
+                    if not self._waiting and not on_idle():
+                        break
+                    self._wake.wait(_IDLE_S)
+                    self._wake.clear()
+            reason: Exception = EngineDeadError("the server is shutting down")
+        except BaseException as error:
+            logger.exception("the engine has ended")
+            self.error, reason = error, EngineDeadError(f"the engine has ended: {type(error).__name__}: {error}")
+        with self._lock:  # nobody is added after this
+            self._stopping = True
+            self._updates += [(stream, reason) for stream in self._streams.values()]
+            self._streams.clear()
+        self._deliver()
+
+    def _drop_cancelled(self, server: InferenceServer) -> None:
+        if not self._cancelled:
+            return
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
+            kept = [request for request in self._waiting if request.id not in cancelled]
+            self._waiting = deque(kept)
+        for request in cancelled:
+            server.cancel(request)
+
+    def _deliver(self) -> None:
+        """Wake each event loop once for all that a round added."""
+        updates, self._updates = self._updates, []
+        for loop in {stream.loop for stream, _ in updates}:
+            mine = [(stream, update) for stream, update in updates if stream.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_put, mine)
+            except RuntimeError:  # the loop is closed, and nobody reads
+                continue
+
+
+def _put(updates: list[tuple[_Stream, Update | Exception]]) -> None:
+    for stream, update in updates:
+        stream.queue.put_nowait(update)
