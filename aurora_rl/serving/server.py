@@ -180,6 +180,8 @@ class InferenceServer:
         """Drop a request between two rounds, and its record with it; its slot is free for the next."""
         if self.env.cancel(request):
             self._asked.pop(request, None)
+            if self._td is not None:  # the policy checks that both stand at the same place
+                self._td["observation", "position"].copy_(self.env.engine.store.lengths - 1)
 
     def _fault(self, slot: int, fault: str) -> None:
         """A slot's request goes on without the drafter."""

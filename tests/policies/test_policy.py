@@ -140,7 +140,7 @@ def test_without_a_rebuild_the_cache_keeps_its_oldest_version() -> None:
     serving.policy.install(serving.moved(), version=2)
     versions: dict[int, set[tuple[int, int]]] = {}
     while serving.env.num_active:
-        running = [serving.env._active[s].id if s in serving.env._active else None for s in range(3)]
+        running = [serving.env._active[s].request.id if s in serving.env._active else None for s in range(3)]
         done = serving.round()
         for slot, request in enumerate(running):
             if request is not None:

@@ -1,0 +1,235 @@
+"""Concurrent clients of one engine: every text is plain decoding's, whoever comes, goes or fails next to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies import DrafterPolicy, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, QueueFullError, RefusedError, Update
+from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.rates import BaselineWindows
+from aurora_rl.testing import tiny_target
+
+SLOTS, LENGTH = 2, 512
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    return tiny_target()
+
+
+class Rig:
+    """An engine with its server, its client's end, and the trajectories that a learner would get."""
+
+    def __init__(self, target: PreTrainedModel, folder: Path, *, max_waiting: int = 64) -> None:
+        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
+        engine = TransformersEngine(target, num_slots=SLOTS, max_length=LENGTH, feature_layers=drafter.feature_layers)
+        shape = TreeShape(3, lookup=2)
+        policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
+        self.clients = AsyncEngine(max_waiting=max_waiting)
+        self.env = SpecDecodeEnv(
+            engine, self.clients, num_nodes=shape.num_nodes, on_refused=self.clients.refused,
+            decode=lambda tokens: " ".join(map(str, tokens)),
+        )  # fmt: skip
+        self.learned: list[int] = []
+        self.server = InferenceServer(
+            self.env,
+            policy,
+            windows=BaselineWindows(0.0, 1),
+            log=MetricsLog(folder / "metrics.jsonl", "server"),
+            sink=self,  # type: ignore[arg-type]
+            note=self.clients.completed,
+        )
+
+    def extend(self, trajectory: Any) -> None:
+        self.learned.append(int(trajectory["request"]))
+
+    def run(self, scenario: Any) -> Any:
+        """Run a coroutine next to the engine's thread."""
+
+        async def timed() -> Any:
+            self.clients.start(self.server)
+            return await asyncio.wait_for(scenario, 60)
+
+        try:
+            return asyncio.run(timed())
+        finally:
+            self.clients.stop()
+
+    async def complete(self, prompt: list[int], sampling: SamplingParams, **options: bool) -> list[Update]:
+        return [update async for update in self.clients.generate(torch.tensor(prompt), sampling, **options)]
+
+
+@pytest.fixture
+def rig(target: PreTrainedModel, tmp_path: Path) -> Iterator[Rig]:
+    yield Rig(target, tmp_path)
+
+
+def plain(target: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding without a cache."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens.append(int(target(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def tokens_of(updates: list[Update]) -> list[int]:
+    return [token for update in updates for token in update.tokens]
+
+
+def test_each_client_gets_plain_decodings_text_in_pieces(rig: Rig, target: PreTrainedModel) -> None:
+    prompts = [[3, 4, 5], [6], [7, 8], [9, 10, 11, 12], [13]]
+
+    async def all_of_them() -> list[list[Update]]:
+        return await asyncio.gather(*(rig.complete(p, SamplingParams(max_tokens=24)) for p in prompts))
+
+    results = rig.run(all_of_them())
+    for prompt, updates in zip(prompts, results, strict=True):
+        completion = updates[-1].completion
+        assert completion is not None
+        assert tokens_of(updates) == completion.tokens.tolist() == plain(target, prompt, 24)
+        assert len(updates) > 2  # in pieces
+    assert sorted(rig.learned) == [0, 1, 2, 3, 4]
+
+
+def test_a_client_that_leaves_frees_its_slot_within_a_round(rig: Rig, target: PreTrainedModel) -> None:
+    async def leave_and_stay() -> list[int]:
+        leaving = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400))
+        staying = asyncio.create_task(rig.complete([4, 5], SamplingParams(max_tokens=40)))
+        await anext(leaving)
+        assert rig.clients.num_running >= 1
+        await leaving.aclose()  # type: ignore[attr-defined]
+        updates = await staying
+        while rig.clients.num_running:
+            await asyncio.sleep(0.01)
+        return tokens_of(updates)
+
+    assert rig.run(leave_and_stay()) == plain(target, [4, 5], 40)
+    assert rig.learned == [1]  # nothing is learned of what nobody read
+    assert rig.env.engine.store.occupied.tolist() == []
+
+
+def test_the_only_client_leaves_and_the_next_is_served(rig: Rig, target: PreTrainedModel) -> None:
+    async def one_after_the_next() -> list[int]:
+        first = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400))
+        await anext(first)
+        await first.aclose()  # type: ignore[attr-defined]
+        return tokens_of(await rig.complete([4, 5], SamplingParams(max_tokens=20)))
+
+    assert rig.run(one_after_the_next()) == plain(target, [4, 5], 20)
+
+
+def test_a_request_without_speculation_gets_the_same_text_and_no_drafts(rig: Rig, target: PreTrainedModel) -> None:
+    async def both() -> list[list[Update]]:
+        sampling = SamplingParams(max_tokens=24)
+        return [await rig.complete([3, 4], sampling, speculative=False), await rig.complete([3, 4], sampling)]
+
+    without, with_drafts = rig.run(both())
+    assert tokens_of(without) == tokens_of(with_drafts) == plain(target, [3, 4], 24)
+    last, drafted = without[-1].completion, with_drafts[-1].completion
+    assert last is not None and last.drafts.num_drafted == 0 and last.acceptance_length is None
+    assert drafted is not None and drafted.drafts.num_drafted > 0
+
+
+def test_a_request_may_keep_out_of_learning(rig: Rig) -> None:
+    async def two() -> None:
+        await rig.complete([3], SamplingParams(max_tokens=4), learn=False)
+        await rig.complete([4], SamplingParams(max_tokens=4))
+
+    rig.run(two())
+    assert rig.learned == [1]
+
+
+def test_log_probabilities_are_the_targets(rig: Rig, target: PreTrainedModel) -> None:
+    sampling = SamplingParams(max_tokens=12, logprobs=3, temperature=0.8, top_k=5, seed=7)
+
+    async def ask() -> list[Update]:
+        return await rig.complete([3, 4], sampling)
+
+    updates = rig.run(ask())
+    tokens = tokens_of(updates)
+    logprobs = [each for update in updates for each in update.logprobs or []]
+    with torch.inference_mode():
+        expected = target(torch.tensor([[3, 4, *tokens]])).logits[0, 1:-1].log_softmax(-1)
+    for row, token, found in zip(expected, tokens, logprobs, strict=True):
+        assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        values, ids = row.topk(3)
+        assert [token for token, _ in found.top] == ids.tolist()
+        assert [value for _, value in found.top] == pytest.approx(values.tolist(), abs=1e-4)
+    completion = updates[-1].completion
+    assert completion is not None and completion.logprobs == logprobs
+
+
+def test_a_request_that_cannot_be_served_fails_alone(rig: Rig, target: PreTrainedModel) -> None:
+    async def one_bad() -> list[Any]:
+        return await asyncio.gather(
+            rig.complete([3], SamplingParams(max_tokens=8)),
+            rig.complete([999], SamplingParams(max_tokens=8)),
+            rig.complete([4], SamplingParams(max_tokens=LENGTH)),
+            rig.complete([5], SamplingParams(max_tokens=8)),
+            return_exceptions=True,
+        )
+
+    good, outside, too_long, last = rig.run(one_bad())
+    assert tokens_of(good) == plain(target, [3], 8) and tokens_of(last) == plain(target, [5], 8)
+    assert isinstance(outside, RefusedError) and "must lie in 0..31" in str(outside)
+    assert isinstance(too_long, RefusedError) and "exceed the context of 512" in str(too_long)
+    assert not str(too_long).startswith("request")  # the client does not know our numbers
+
+
+def test_a_full_queue_says_so_and_what_waits_is_served(target: PreTrainedModel, tmp_path: Path) -> None:
+    rig = Rig(target, tmp_path, max_waiting=1)
+
+    async def flood() -> list[Any]:
+        sampling = SamplingParams(max_tokens=64)
+        return await asyncio.gather(*(rig.complete([3], sampling) for _ in range(12)), return_exceptions=True)
+
+    results = rig.run(flood())
+    full = [each for each in results if isinstance(each, QueueFullError)]
+    served = [each for each in results if isinstance(each, list)]
+    assert full and served and len(full) + len(served) == 12
+    assert "http.max_waiting" in str(full[0])
+
+
+def test_waiting_requests_are_served_in_the_order_they_came(rig: Rig) -> None:
+    began: list[int] = []
+
+    async def note(prompt: int) -> None:
+        async for _ in rig.clients.generate(torch.tensor([prompt]), SamplingParams(max_tokens=6)):
+            if prompt not in began:
+                began.append(prompt)
+
+    async def many() -> None:
+        await asyncio.gather(*(note(prompt) for prompt in range(3, 11)))
+
+    rig.run(many())
+    # Two slots at a time: no request begins before one that came two places earlier.
+    assert all(abs(began.index(prompt) - (prompt - 3)) <= 1 for prompt in range(3, 11))
+
+
+def test_an_engine_that_fails_tells_every_client(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    async def ask_after_it_broke() -> list[Any]:
+        monkeypatch.setattr(rig.env.engine, "verify", broken)
+        results = await asyncio.gather(
+            *(rig.complete([3], SamplingParams(max_tokens=8)) for _ in range(3)), return_exceptions=True
+        )
+        with pytest.raises(EngineDeadError):
+            await rig.complete([3], SamplingParams(max_tokens=8))
+        return results
+
+    results = rig.run(ask_after_it_broke())
+    assert all(isinstance(each, EngineDeadError) and "out of memory" in str(each) for each in results)
+    assert isinstance(rig.clients.error, RuntimeError) and not rig.clients.alive
