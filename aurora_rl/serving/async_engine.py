@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -15,12 +14,8 @@ from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.serving.loop import ServingLoop
 from aurora_rl.serving.server import InferenceServer
-
-logger = logging.getLogger(__name__)
-
-# An idle server looks so often whether new weights have come.
-_IDLE_S = 0.1
 
 
 class QueueFullError(RuntimeError):
@@ -83,7 +78,7 @@ class AsyncEngine:
         first_id: Number of the first client's request; the workload's are below it.
 
     Attributes:
-        error: Why the thread ended, None while it runs.
+        loop: The thread that decodes; None before :meth:`start`.
     """
 
     def __init__(self, *, max_waiting: int, workload: Workload | None = None, first_id: int = 0) -> None:
@@ -94,24 +89,25 @@ class AsyncEngine:
         self._cancelled: set[int] = set()
         self._streams: dict[int, _Stream] = {}
         self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
-        self._wake, self._stopping = threading.Event(), False
-        self._thread: threading.Thread | None = None
+        self._closed = False
         self._server: InferenceServer | None = None
-        self.error: BaseException | None = None
+        self.loop: ServingLoop | None = None
 
     # ---- of the event loop ------------------------------------------------------------------------------------------
 
-    def start(self, server: InferenceServer, on_idle: Callable[[], bool] = lambda: True) -> None:
+    def start(self, server: InferenceServer, *, done: Callable[[], bool] = lambda: False) -> ServingLoop:
         """Begin to decode.
 
         Args:
             server: The server whose environment takes its requests from this object.
-            on_idle: Called in the thread where there is nothing to decode; False ends it.
+            done: Asked when there is nothing to decode; True ends the thread. By default it waits for clients.
         """
-        self._server = server
-        server.env.on_tokens = self._tokens
-        self._thread = threading.Thread(target=self._run, args=(server, on_idle), name="engine", daemon=True)
-        self._thread.start()
+        server.env.on_tokens, self._server = self._tokens, server
+        self.loop = ServingLoop(
+            lambda: self._step(server), done=lambda: not self._waiting and done(), on_end=self._ended
+        )
+        self.loop.start()
+        return self.loop
 
     @property
     def num_waiting(self) -> int:
@@ -125,8 +121,8 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread decodes."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether requests are taken."""
+        return self.loop is not None and not self._closed
 
     async def generate(
         self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
@@ -147,13 +143,13 @@ class AsyncEngine:
         request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop())
         with self._lock:
-            if not self.alive or self._stopping:
+            if not self.alive:
                 raise EngineDeadError("the engine does not run; see the server's log")
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already, as many as http.max_waiting allows")
             self._streams[request.id] = stream
             self._waiting.append(request)
-        self._wake.set()
+        self._wake()
         ended = False
         try:
             while not ended:
@@ -171,14 +167,11 @@ class AsyncEngine:
         with self._lock:
             self._streams.pop(request, None)
             self._cancelled.add(request)
-        self._wake.set()
+        self._wake()
 
-    def stop(self, timeout: float = 30.0) -> None:
-        """End the thread after the round that runs; requests in flight fail."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+    def _wake(self) -> None:
+        assert self.loop is not None, "a request was taken"
+        self.loop.wake()
 
     # ---- of the thread ----------------------------------------------------------------------------------------------
 
@@ -210,24 +203,17 @@ class AsyncEngine:
         if (stream := self._streams.get(request.id)) is not None:
             self._updates.append((stream, Update(tokens, logprobs)))
 
-    def _run(self, server: InferenceServer, on_idle: Callable[[], bool]) -> None:
-        try:
-            while not self._stopping:
-                self._drop_cancelled(server)
-                worked = server.step()
-                self._deliver()
-                if not worked:
-                    if not self._waiting and not on_idle():
-                        break
-                    self._wake.wait(_IDLE_S)
-                    self._wake.clear()
-            reason: Exception = EngineDeadError("the server is shutting down")
-        except BaseException as error:
-            logger.exception("the engine has ended")
-            self.error, reason = error, EngineDeadError(f"the engine has ended: {type(error).__name__}: {error}")
+    def _step(self, server: InferenceServer) -> bool:
+        self._drop_cancelled(server)
+        worked = server.step()
+        self._deliver()
+        return worked
+
+    def _ended(self, error: BaseException | None) -> None:
+        reason = "the server is shutting down" if error is None else f"the engine has ended: {error!r}"
         with self._lock:  # nobody is added after this
-            self._stopping = True
-            self._updates += [(stream, reason) for stream in self._streams.values()]
+            self._closed = True
+            self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
             self._streams.clear()
         self._deliver()
 

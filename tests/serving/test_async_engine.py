@@ -63,7 +63,8 @@ class Rig:
         try:
             return asyncio.run(timed())
         finally:
-            self.clients.stop()
+            assert self.clients.loop is not None
+            self.clients.loop.stop(30)
 
     async def complete(self, prompt: list[int], sampling: SamplingParams, **options: bool) -> list[Update]:
         return [update async for update in self.clients.generate(torch.tensor(prompt), sampling, **options)]
@@ -232,4 +233,5 @@ def test_an_engine_that_fails_tells_every_client(rig: Rig, monkeypatch: pytest.M
 
     results = rig.run(ask_after_it_broke())
     assert all(isinstance(each, EngineDeadError) and "out of memory" in str(each) for each in results)
-    assert isinstance(rig.clients.error, RuntimeError) and not rig.clients.alive
+    assert rig.clients.loop is not None and isinstance(rig.clients.loop.error, RuntimeError)
+    assert not rig.clients.alive
