@@ -169,9 +169,8 @@ def serve(world: World, name: str) -> dict[str, Any]:
         world.prompts,
         world.tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
         max_length=1024,
-        sampling=SamplingParams(),
+        sampling=SamplingParams(max_tokens=options.max_new_tokens),
     )
     decoder = SpeculativeDecoder(
         model,

@@ -67,9 +67,8 @@ def serve(
         prompts(options),
         tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
         max_length=1024,
-        sampling=SamplingParams(),
+        sampling=SamplingParams(max_tokens=options.max_new_tokens),
     )
     ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
     asked = 0

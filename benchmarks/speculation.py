@@ -42,9 +42,8 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         prompts(options),
         tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
         max_length=1024,
-        sampling=SamplingParams(),
+        sampling=SamplingParams(max_tokens=options.max_new_tokens),
     )
     shape = TreeShape(options.depth, options.width, options.nodes, lookup=options.lookup)
     decoder = SpeculativeDecoder(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.config import Config, ConfigError, naming
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
@@ -29,27 +29,18 @@ SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    parts: TargetParts
-
-
-@dataclass(frozen=True, slots=True)
 class RunSpec:
     """A configuration, resolved once: what the parts of a run are built from.
 
     Attributes:
-        config: The configuration. Whatever stands below is read here, not there.
+        config: Configuration. What stands below is read here, not there.
         device: Device of the target.
         dtype: Dtype in which the target and the drafter are served.
         engine_class: Class of the engine in this process; None if SGLang serves.
         rule: Name of the verification rule.
-        tree: The trees that are drafted.
+        tree: Shape of the trees that are drafted.
         drafter_class: Architecture of the drafter.
-        sampling: Temperature, top-k, top-p and seed of the first request.
+        sampling: Parameters of a request that says nothing of its own. The seed is the first request's.
     """
 
     config: Config
@@ -74,10 +65,15 @@ def resolve(config: Config) -> RunSpec:
         3
     """
     device = _device(config)
-    engine_class, rule = _engine_class(config), _rule(config)
-    drafter_class = _drafter_class(config)
+    with naming("engine.name"):
+        engine_class = None if config.engine.name == "sglang" else get_engine(config.engine.name)
+    rule, drafter_class = _rule(config), _drafter_class(config)
     tree = _shape(config, engine_class)
-    check_objectives(config, tree)
+    if not config.objectives:
+        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
+    with naming("objectives"):
+        for settings in config.objectives:
+            check_settings(settings).check_served(settings, tree)
     return RunSpec(
         config,
         device,
@@ -86,7 +82,7 @@ def resolve(config: Config) -> RunSpec:
         rule,
         tree,
         drafter_class,
-        SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+        SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens),
     )
 
 
@@ -101,30 +97,12 @@ def _device(config: Config) -> torch.device:
     return device
 
 
-def load(spec: RunSpec) -> Target:
-    """Load the target."""
-    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
-    return Target(model, tokenizer, TargetParts.of(model))
-
-
-def _engine_class(config: Config) -> type[Engine] | None:
-    """The class of the engine in this process; None where SGLang serves."""
-    if config.engine.name == "sglang":
-        return None
-    try:
-        return get_engine(config.engine.name)
-    except ValueError as error:
-        raise ConfigError(f"engine.name: {error}") from error
-
-
 def _rule(config: Config) -> str:
     """The name of the verification rule, which is looked up and so made known to the objectives."""
     name = config.rule or "sample_and_match"
-    try:
+    with naming("rule"):
         rule = get_rule(name)
         require_replayable(rule)
-    except ValueError as error:
-        raise ConfigError(f"rule: {error}") from error
     if config.drafter.mode not in rule.draft_modes:
         raise ConfigError(
             f"rule={name} needs drafter.mode={' or '.join(rule.draft_modes)}, got drafter.mode={config.drafter.mode}"
@@ -134,23 +112,60 @@ def _rule(config: Config) -> str:
     return name
 
 
-def check_objectives(config: Config, tree: TreeShape) -> None:
-    """Find what is wrong with the objectives, alone and with the trees that are drafted."""
-    if not config.objectives:
-        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
-    try:
-        for settings in config.objectives:
-            check_settings(settings).check_served(settings, tree)
-    except ValueError as error:
-        raise ConfigError(f"objectives: {error}") from error
+def _drafter_class(config: Config) -> type[Drafter]:
+    settings = config.drafter
+    with naming("drafter.name"):
+        kind = get_drafter(settings.name)
+    with naming("drafter.options"):
+        kind.check_options(settings.options)
+    if settings.mode not in kind.draft_modes:
+        raise ConfigError(
+            f"drafter.name={settings.name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
+            f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
+        )
+    if config.engine.name == "sglang" and kind.sglang_algorithm is None:
+        raise ConfigError(
+            f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+        )
+    return kind
 
 
-def traffic(config: Config) -> list[Prompt]:
-    """The prompts of the run, all read and checked."""
-    source = config.traffic
-    if source.path is not None:
-        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
-    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+def _shape(config: Config, engine: type[Engine] | None) -> TreeShape:
+    """The tree that the configuration asks for."""
+    settings, lookup = config.drafter, config.drafter.lookup
+    if lookup is None:
+        takes_it = config.engine.name == "transformers" and settings.mode == "topk" and settings.name != "ngram"
+        lookup = 2 if takes_it else 0
+    elif lookup and config.engine.name == "sglang":
+        raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
+    with naming("drafter"):
+        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
+    if engine is not None and tree.num_nodes > engine.max_nodes:
+        budget = "null" if settings.num_nodes is None else settings.num_nodes
+        raise ConfigError(
+            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
+            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
+            f"{engine.max_nodes} or less"
+        )
+    return tree
+
+
+# ---- what is built from it ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    parts: TargetParts
+
+
+def load(spec: RunSpec) -> Target:
+    """Load the target."""
+    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
+    return Target(model, tokenizer, TargetParts.of(model))
 
 
 def check_context(config: Config, target: Target) -> None:
@@ -163,6 +178,14 @@ def check_context(config: Config, target: Target) -> None:
         )
 
 
+def traffic(config: Config) -> list[Prompt]:
+    """The prompts of the run, all read and checked."""
+    source = config.traffic
+    if source.path is not None:
+        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
+    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+
+
 def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
     """The run's requests, in order."""
     config = spec.config
@@ -171,7 +194,6 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
         prompts,
         target.tokenizer,
         vocab_size=target.parts.config.vocab_size,
-        max_new_tokens=config.max_new_tokens,
         max_length=config.engine.max_length,
         sampling=spec.sampling,
     )
@@ -196,10 +218,8 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
             "one after the other; set it to that, or start a deeper drafter by drafter.options"
         )
     if drafter.formats:
-        try:
+        with naming(f"drafter.name={config.drafter.name} cannot be saved"):  # now, not after hours of learning
             written(drafter, "sglang" if config.engine.name == "sglang" else None)
-        except ValueError as error:  # which would come when it is first saved, after hours of learning
-            raise ConfigError(f"drafter.name={config.drafter.name} cannot be saved: {error}") from error
     return drafter
 
 
@@ -210,10 +230,8 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
     torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
-    try:
+    with naming(f"drafter.name={settings.name}", (TypeError, ValueError)):
         started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"drafter.name={settings.name}: {error}") from error
     if not isinstance(started, Drafter):
         raise ConfigError(f"drafter.name={settings.name}: from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
@@ -222,37 +240,15 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
     return started
 
 
-def _drafter_class(config: Config) -> type[Drafter]:
-    settings = config.drafter
-    try:
-        kind = get_drafter(settings.name)
-    except ValueError as error:
-        raise ConfigError(f"drafter.name: {error}") from error
-    try:
-        kind.check_options(settings.options)
-    except ValueError as error:
-        raise ConfigError(f"drafter.options: {error}") from error
-    if settings.mode not in kind.draft_modes:
-        raise ConfigError(
-            f"drafter.name={settings.name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
-            f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
-        )
-    if config.engine.name == "sglang" and kind.sglang_algorithm is None:
-        raise ConfigError(
-            f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
-        )
-    return kind
-
-
 def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
     """The drafter that is served first, and the configuration of a learner that starts from the same one.
 
     Args:
         spec: Spec of the run.
-        target: The loaded target.
-        requests: Requests of the run; the first prompts shape the draft vocabulary.
-        folder: Folder to save it to for a learner of our own. None for one that is started apart: it does not know
-            the prompts.
+        target: Target of the run.
+        requests: Requests of the run, whose first prompts shape the draft vocabulary.
+        folder: Folder to save it to, for a learner of our own. None for a learner that is started apart: it does not
+            know the prompts.
     """
     config = spec.config
     if folder is None or config.drafter.path is not None:
@@ -274,29 +270,6 @@ def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
         draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
         drafter=name,
     )
-
-
-def _shape(config: Config, engine: type[Engine] | None) -> TreeShape:
-    """The tree that the configuration asks for."""
-    settings, lookup = config.drafter, config.drafter.lookup
-    if lookup is None:
-        lookup = (
-            2 if (config.engine.name, settings.mode) == ("transformers", "topk") and settings.name != "ngram" else 0
-        )
-    elif lookup and config.engine.name == "sglang":
-        raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
-    try:
-        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
-    except ValueError as error:
-        raise ConfigError(f"drafter: {error}") from error
-    if engine is not None and tree.num_nodes > engine.max_nodes:
-        budget = "null" if settings.num_nodes is None else settings.num_nodes
-        raise ConfigError(
-            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
-            f"{engine.max_nodes} or less"
-        )
-    return tree
 
 
 @contextmanager

@@ -140,8 +140,9 @@ class NodesOfTwo(TransformersEngine):
 
 
 def test_an_engine_by_its_import_path_has_limits_of_its_own() -> None:
-    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo"])
-    assert spec._engine_class(config) is NodesOfTwo
+    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo", "drafter.depth=2", "drafter.num_nodes=2"])
+    assert spec.resolve(config).engine_class is NodesOfTwo
+    config.drafter.num_nodes = 4
     with pytest.raises(ConfigError, match="trees of 4 nodes, and the engine verifies 2 at most"):
         spec.resolve(config)
 

@@ -20,9 +20,8 @@ def test_an_answer_that_ends_at_eos_shows_none(tiny_folder: Path, tmp_path: Path
         [Prompt("p", "chat", ({"role": "user", "content": "Hi"},))],
         tokenizer,
         vocab_size=len(tokenizer),
-        max_new_tokens=10,
         max_length=256,
-        sampling=SamplingParams(),
+        sampling=SamplingParams(max_tokens=10),
     )
     request = requests()
     assert request is not None

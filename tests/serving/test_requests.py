@@ -37,8 +37,8 @@ def prompt(id: str, text: str, *follow_ups: str, domain: str = "chat") -> Prompt
 
 
 def queue_of(*prompts: Prompt, **options: object) -> RequestQueue:
-    sampling = SamplingParams(0.5, 7, 0.9, seed=100)
-    defaults = {"vocab_size": len(TOKENIZER), "max_new_tokens": 10, "max_length": 60, "sampling": sampling}
+    sampling = SamplingParams(0.5, 7, 0.9, seed=100, max_tokens=10)
+    defaults = {"vocab_size": len(TOKENIZER), "max_length": 60, "sampling": sampling}
     return RequestQueue(prompts, TOKENIZER, **(defaults | options))
 
 
@@ -144,7 +144,8 @@ def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
 
 
 def test_the_largest_seed_is_served() -> None:
-    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=SamplingParams(seed=2**63 - 1))
+    sampling = SamplingParams(seed=2**63 - 1, max_tokens=10)
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
     first, second = source(), source()
     assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
     source.completed(answer(first, "yes"))

@@ -109,9 +109,8 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         [Prompt(name, "chat", ({"role": "user", "content": "Hi"},), tuple(later)) for name, later in turns.items()],
         tokenizer,
         vocab_size=len(tokenizer),
-        max_new_tokens=10,
         max_length=256,
-        sampling=SamplingParams(),
+        sampling=SamplingParams(max_tokens=10),
     )
     engine = Engine()
     server = SGLangServer(
