@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -200,7 +199,8 @@ class InferenceServer:
             return
         if self._staged is None and (received := self._receiver.latest()) is not None:
             version, weights = received
-            self._staged = version, self._background.submit(self.policy.stage, _named(weights), version)
+            named = dict(weights.flatten_keys(".").items())
+            self._staged = version, self._background.submit(self.policy.stage, named, version)
         if self._staged is None or not self._staged[1].done():
             return
         (version, staged), self._staged = self._staged, None
@@ -238,14 +238,6 @@ class InferenceServer:
         assert self._receiver is not None
         self._receiver.acknowledge(version, checksum(loaded), milliseconds)
         return_freed_memory()  # of the weights that these replace, and of the message
-
-
-def _named(weights: Any) -> dict[str, Tensor]:
-    """Tensors of a TensorDict by their dotted names."""
-    return {
-        name if isinstance(name, str) else ".".join(name): tensor
-        for name, tensor in weights.items(include_nested=True, leaves_only=True)
-    }
 
 
 def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
