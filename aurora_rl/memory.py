@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+import sys
 
-
-def _find_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library than glibc
-        return None
-
-
-_trim = _find_trim()
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
 
 
 def return_freed_memory(*, collect: bool = False) -> None:

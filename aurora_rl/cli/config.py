@@ -334,7 +334,7 @@ _POSITIVE = """
     learner.publish_every gate.requests traffic.requests
 """
 
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(_POSITIVE.split(), ("be at least 1", lambda value: value >= 1)),
     "traffic.limit": ("be at least 1 or null", lambda value: value is None or value >= 1),
     "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),

@@ -62,7 +62,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
+    return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
 
 
 def summary(run: Path) -> dict[str, Any]:

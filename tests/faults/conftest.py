@@ -48,7 +48,7 @@ class Command:
             )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(self.run / "metrics.jsonl").new() if event["event"] == kind]
+        return [event for event in MetricsReader(self.run / "metrics.jsonl") if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
         def there() -> bool:

@@ -111,7 +111,7 @@ def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: 
     shell.wait()
     wait(lambda: not alive(pid))
     shell.stdout.close()
-    assert MetricsReader(tmp_path / "run" / "metrics.jsonl").new() == []  # it never came to listen
+    assert list(MetricsReader(tmp_path / "run" / "metrics.jsonl")) == []  # it never came to listen
 
 
 def test_a_killed_learner_does_not_stop_serving(
@@ -121,7 +121,7 @@ def test_a_killed_learner_does_not_stop_serving(
     step, killed = InferenceServer.step, []
 
     def events(kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
+        return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
 
     def stepped(server: InferenceServer) -> bool:
         if not killed and events("train"):
@@ -153,7 +153,7 @@ def test_a_port_in_use_is_told_before_a_request_is_served(
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"aurora-rl: the learner did not start: {address} is in use;")
     assert "set wire.trajectories to another address" in error
-    assert "request" not in {event["event"] for event in MetricsReader(run / "metrics.jsonl").new()}
+    assert "request" not in {event["event"] for event in MetricsReader(run / "metrics.jsonl")}
     assert not (run / "summary.json").exists()
 
 

@@ -183,7 +183,7 @@ class Serving:
         return self.server
 
     def events(self, kind: str) -> list[dict]:
-        return [event for event in MetricsReader(self._path).new() if event["event"] == kind]
+        return [event for event in MetricsReader(self._path) if event["event"] == kind]
 
     def check_texts(self) -> None:
         for completion in self.completions:

@@ -59,7 +59,7 @@ def test_a_run_that_has_nothing_to_show_yet(made: SimpleNamespace) -> None:
     made.serving.stats.rates = lambda share: Rates(None, None)
     assert "requests 0/40 | acceptance length – at depth 2 | tokens/s plain · speculative – · –" in made.view.line()
     made.view.log_status()
-    (status,) = made.reader.new()
+    (status,) = list(made.reader)
     assert (status["acceptance_length"], status["coverage"], status["acceptance_by_position"]) == (None, None, [])
 
 
@@ -69,7 +69,7 @@ def test_a_status_is_about_the_time_since_the_last_one(made: SimpleNamespace) ->
     made.view.log_status()
     request(made.log, {0: 1}, 1.0)
     made.view.log_status()
-    first, second = [event for event in made.reader.new() if event["event"] == "status"]
+    first, second = [event for event in made.reader if event["event"] == "status"]
     assert first["acceptance_by_position"] == [0.5, round(5 / 12, 4)]
     assert first["coverage"] == pytest.approx(0.6)
     assert (second["acceptance_by_position"], second["coverage"]) == ([], 1.0)
@@ -96,7 +96,7 @@ def test_what_goes_wrong_is_told_and_logged_once(made: SimpleNamespace) -> None:
     assert made.view.follow() == ["handshake mismatch: x", "the learner died with status -9, serving goes on"]
     assert made.view.follow() == []
     assert "learner handshake mismatch: x" in made.view.line()
-    events = [(event["event"], event["reason"]) for event in made.reader.new()]
+    events = [(event["event"], event["reason"]) for event in made.reader]
     assert events == [
         ("refused", "handshake mismatch: x"),
         ("learner_died", "the learner died with status -9, serving goes on"),

@@ -113,7 +113,7 @@ def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tensors, config = read_folder("folder", "config.json")
     assert torch.equal(tensors["x"], NEW["x"]) and config == {"a": 1}
     MetricsLog("run/metrics.jsonl", "server").write("swap")
-    assert [event["event"] for event in MetricsReader("run/metrics.jsonl").new()] == ["swap"]
+    assert [event["event"] for event in MetricsReader("run/metrics.jsonl")] == ["swap"]
     write_summary("run", Stats().summary())
     draw_report("run/report.png", [], [], [])
     assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}

@@ -121,7 +121,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 stack.callback(close)
 
             def events(kind: str) -> list[dict[str, Any]]:
-                return [e for e in MetricsReader(tmp_path / "metrics.jsonl").new() if e["event"] == kind]
+                return [e for e in MetricsReader(tmp_path / "metrics.jsonl") if e["event"] == kind]
 
             return SimpleNamespace(
                 learner=learner,

@@ -81,7 +81,7 @@ def run(tmp_path):
         engine,
         server,
         failed,
-        lambda kind: [event for event in MetricsReader(tmp_path / "metrics.jsonl").new() if event["event"] == kind],
+        lambda kind: [event for event in MetricsReader(tmp_path / "metrics.jsonl") if event["event"] == kind],
     )
     server.close()
 
