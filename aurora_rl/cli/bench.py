@@ -138,20 +138,10 @@ def learning_curve(
     ahead: int,
     label: str,
 ) -> tuple[dict[str, list[tuple[int, float]]], int]:
-    """Acceptance length on the next requests of a stream, after every so many learned from.
+    """Return the acceptance length on the next ``ahead`` requests of a stream, after every ``every`` learned from.
 
     Likeliest drafts are evaluated always, since they are served by default; sampled ones as well if the configuration
-    samples.
-
-    Args:
-        spec: Drafter, learner and tree.
-        target: Target that the stream was recorded with.
-        stream: Trajectories in order of arrival.
-        objectives: Names and settings.
-        seed: Seed of the drafter's start and of replay.
-        every: Requests between two evaluations, a multiple of ``learner.batch_size``.
-        ahead: Requests of an evaluation, the next of the stream, which were not learned from yet.
-        label: Name of the run in the lines that are printed.
+    samples. ``seed`` is that of the drafter's start and of replay. ``label`` begins the lines that are printed.
 
     Returns:
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.

@@ -33,23 +33,15 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
-    """Report on the configured model, line by line.
-
-    Args:
-        config: Names the model, its dtype and device, the engine's slots and length, and the drafter that is timed.
-        say: Takes each line.
-
-    Returns:
-        Whether the embedded engine serves the model with the configured drafter.
+    """Report on the configured model, line by line; return whether the embedded engine serves it with the drafter.
 
     Raises:
         ModelError: The model cannot be loaded.
     """
     spec = resolve(config)
     target = load(spec)
-    model = target.model
-    weights = _size(sum(p.nbytes for p in model.parameters()))
-    dtype = str(model.dtype).removeprefix("torch.")
+    model, weights = target.model, _size(sum(p.nbytes for p in target.model.parameters()))
+    dtype = str(spec.dtype).removeprefix("torch.")
     say(f"model        {config.model}: {type(model).__name__}, {dtype} on {model.device}, {weights} of weights")
     served, processors = True, None
     if config.generation_config != "ignore":

@@ -42,13 +42,11 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     return_freed_memory(collect=True)
     scratch = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
 
+    vocab_size, width = head.weight.shape
+    feature_size = width * len(drafter.feature_layers)
+
     def check_one(trajectory: TensorDictBase) -> None:
-        validate(
-            trajectory,
-            vocab_size=len(head),
-            hidden_size=head.weight.shape[1],
-            feature_size=head.weight.shape[1] * len(drafter.feature_layers),
-        )
+        validate(trajectory, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
     with naming("objectives"):

@@ -181,12 +181,9 @@ class InferenceServer:
         self.note_fault(fault, request, f"request {request} goes on without the drafter")
 
     def note_fault(self, fault: str, request: int | None, outcome: str) -> None:
-        """Count and log that the drafter failed, and warn of the first time.
+        """Count and log a fault of the drafter, and warn of the first one and its outcome.
 
-        Args:
-            fault: What the drafter did.
-            request: Id of the request that it failed; None where it failed before there were any.
-            outcome: What is done about it.
+        ``request`` is the id of the request that it failed; None if there was none yet.
         """
         self.stats.drafter_faults += 1
         self._log.write("drafter_fault", request=request, version=self.stats.version, fault=fault)

@@ -52,12 +52,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def draw_report(
-    path: str | os.PathLike[str],
-    finished: list[tuple[int, int]],
-    rounds: Rounds | list[Round],
-    swaps: list[int],
-    *,
-    bins: int = 10,
+    path: str | os.PathLike[str], finished: list[tuple[int, int]], rounds: Rounds | list[Round], swaps: list[int]
 ) -> None:
     """Draw acceptance length, swaps, and speedup over requests; tokens per second where nothing decoded plainly.
 
@@ -66,7 +61,6 @@ def draw_report(
         finished: Speculative tokens and rounds of each request, in order of completion.
         rounds: The decoding of the run.
         swaps: Number of completed requests at each swap.
-        bins: Parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
     """
     import matplotlib
 
@@ -84,7 +78,7 @@ def draw_report(
             lengths.append(tokens / steps)
     top.plot(middles, lengths, color="tab:blue")
     top.set_ylabel("acceptance length\n(tokens per round)")
-    edges = [count * part / bins for part in range(bins + 1)]
+    edges = [count * tenth / 10 for tenth in range(11)]  # tenths without a baseline window have no speedup
     measured = [((a + b) / 2, rates(r for r in rounds if a <= r.request < b)) for a, b in itertools.pairwise(edges)]
     overall = rates(rounds).speedup
     if overall:

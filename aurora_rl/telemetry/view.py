@@ -15,9 +15,6 @@ from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.report import show
 from aurora_rl.telemetry.stats import Stats
 
-_REMEMBERED = 100
-"""Messages that are not told again. A peer may send ever new ones, so not all of them are kept."""
-
 
 class Server(Protocol):
     """The serving half of a run, whatever its engine.
@@ -73,7 +70,7 @@ class LiveView:
     ) -> None:
         self._server, self._log, self._reader = server, log, reader
         self._total, self._learner = total, learner
-        self._told: deque[str] = deque(maxlen=_REMEMBERED)
+        self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
         self._loss: float | None = None
         self._skipped = 0
         self._unwritten = False
