@@ -20,7 +20,7 @@ MOVED = {
     "collectors.weight_sync": "collectors.weights", "recordings": "collectors.dataset",
     "collectors.buffer": "training.replay", "learner": "training.learner", "gate": "training.gate",
     "checkpoints": "training.checkpoint", "agreement": "training.served_weights", "server": "serving.server",
-    "conversations": "serving.requests", "answers": "serving.answers", "build": "cli.spec", "bench": "cli.bench",
+    "conversations": "serving.requests", "answers": "serving.requests", "build": "cli.spec", "bench": "cli.bench",
     "check": "cli.check", "config": "cli.config", "cpus": "cli.cpus", "output": "cli.output",
     "traffic": "workload.traffic", "traffic_templates": "workload.templates", "testing.forms": "testing.variants",
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",

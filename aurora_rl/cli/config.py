@@ -85,7 +85,7 @@ class DrafterConfig:
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
     made_for: str = "target"
-    """Target that a checkpoint must be trained for: target refuses one for other weights, any takes every one."""
+    """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
     vocab_size: int = 8192
     """Rows of the draft head."""
     feature_layers: list[int] | None = None

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.models.loading import encode_chat
+from aurora_rl.telemetry.log import JsonLines
 from aurora_rl.workload.traffic import Message, Prompt, TrafficError
 
 
@@ -62,6 +63,7 @@ class RequestQueue:
     Attributes:
         total: First turns and follow-ups, the requests that will be served if none fails.
         failed: Messages of requests that could not be asked.
+        answers: File that gets a line for each completion; None, the default, writes none.
 
     Raises:
         TrafficError: No prompt can be served; says why the first cannot.
@@ -83,6 +85,7 @@ class RequestQueue:
         self._next_id = len(prompts)
         self.total = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         self.failed: list[str] = []
+        self.answers: JsonLines | None = None
         for index, prompt in enumerate(prompts):
             self._ask(_Turn(prompt, index, 0, prompt.messages), index)
         if self.failed and not self._waiting:
@@ -100,21 +103,26 @@ class RequestQueue:
         self._open[request.id] = turn
         return request
 
-    def asked(self, request: int) -> tuple[Prompt, int]:
-        """Return the prompt of a request that is not completed yet, and its turn, counted from 0."""
-        turn = self._open[request]
-        return turn.prompt, turn.number
-
     def completed(self, completion: Completion) -> str:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         turn = self._open.pop(completion.request.id)
-        if turn.number < len(turn.prompt.follow_ups):
-            answer = str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
-            follow_up = {"role": "user", "content": turn.prompt.follow_ups[turn.number]}
-            messages = [*turn.messages, {"role": "assistant", "content": answer}, follow_up]
+        prompt, text = turn.prompt, str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        if self.answers is not None:
+            self.answers.append(
+                request=completion.request.id,
+                prompt=prompt.id,
+                domain=prompt.domain,
+                turn=turn.number + 1,
+                text=text,
+                finish_reason=completion.finish_reason,
+                tokens=len(completion.tokens),
+            )
+        if turn.number < len(prompt.follow_ups):
+            follow_up = {"role": "user", "content": prompt.follow_ups[turn.number]}
+            messages = [*turn.messages, {"role": "assistant", "content": text}, follow_up]
             self._ask(replace(turn, number=turn.number + 1, messages=messages), self._next_id)
             self._next_id += 1
-        return turn.prompt.domain
+        return prompt.domain
 
     def refused(self, request: Request, reason: str) -> None:
         """Note that the engine refused a request; the later turns of its conversation fail with it."""

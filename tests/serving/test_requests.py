@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.serving.requests import RequestQueue, turn_seed
+from aurora_rl.telemetry.log import JsonLines
 from aurora_rl.workload.traffic import Prompt, TrafficError
 
 TEMPLATE = (
@@ -213,3 +216,30 @@ def test_traffic_is_not_changed() -> None:
     source.completed(answer(source(), "yes"))
     assert read(source()) == "<u>one<a>yes<u>more<a>"
     assert traffic == prompt("p", "one", "more")
+
+
+def test_an_answer_that_ends_at_eos_shows_none(tiny_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    requests = RequestQueue(
+        [Prompt("p", "chat", ({"role": "user", "content": "Hi"},))],
+        tokenizer,
+        vocab_size=len(tokenizer),
+        max_length=256,
+        sampling=SamplingParams(max_tokens=10),
+    )
+    request = requests()
+    assert request is not None
+    tokens = [*tokenizer("Yes.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(tokens) != "Yes."
+    requests.answers = JsonLines(tmp_path / "answers.jsonl")
+    assert requests.completed(Completion(request, torch.tensor(tokens), True, None)) == "chat"
+    (line,) = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "request": 0,
+        "prompt": "p",
+        "domain": "chat",
+        "turn": 1,
+        "text": "Yes.",
+        "finish_reason": "stop",
+        "tokens": len(tokens),
+    }
