@@ -17,7 +17,7 @@ from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
 from aurora_rl.policies.formats.files import local_folder
-from aurora_rl.policies.hub import engine_commands
+from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder
 
