@@ -5,14 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import httpx
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import PreTrainedModel
 
 from aurora_rl.models.loading import default_dtype, load_target
@@ -70,6 +77,7 @@ class HubMixin:
             ModelError: The target cannot be loaded.
 
         Example:
+            >>> from tempfile import TemporaryDirectory
             >>> from aurora_rl.policies import Drafter, MedusaDrafter
             >>> from aurora_rl.testing import tiny_target
             >>> import torch
@@ -123,9 +131,11 @@ class HubMixin:
             CheckpointError: The drafter cannot be written in this format.
             ValueError: The run has no summary.
             HfHubHTTPError: The hub refused the upload.
+            ConnectionError: The hub could not be reached; the message names the folder where the drafter is saved.
         """
-        with TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "drafter"
+        scratch = Path(tempfile.mkdtemp(prefix="aurora-rl-"))
+        folder, kept = scratch / "drafter", False
+        try:
             self.save_pretrained(folder, layout=layout)
             config, api = json.loads((folder / "config.json").read_text()), HfApi(token=token)
             card = model_card(
@@ -142,6 +152,16 @@ class HubMixin:
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
             )
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+            kept = True
+            raise ConnectionError(
+                f"the hub could not be reached ({error.__cause__ or error}); the drafter is saved in {folder}: check "
+                f"the network and HF_HUB_OFFLINE, then call push_to_hub({repo_id!r}) again, here or on "
+                f"{type(self).__name__}.from_pretrained({str(folder)!r}, target)"
+            ) from error
+        finally:
+            if not kept:
+                shutil.rmtree(scratch)
         return commit.pr_url or commit.commit_url
 
 

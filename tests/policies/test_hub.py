@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import Hub, hub
-from huggingface_hub import metadata_load
+from huggingface_hub import HfApi, metadata_load
 
 from aurora_rl.models.loading import load_target
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts
@@ -96,3 +99,22 @@ def test_nothing_is_published_where_the_run_has_no_summary(drafter: Eagle3Drafte
     with pytest.raises(ValueError, match=r"run=.*nowhere' is not the folder of a finished run.*summary.json"):
         drafter.push_to_hub("me/drafter", run=tmp_path / "nowhere")
     assert not server.created and not server.files
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_drafter_that_cannot_be_published_is_kept_in_a_folder(
+    drafter: Eagle3Drafter, server: Hub, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    if offline:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(HfApi, "hf_hub_download", lambda *_: httpx.get("http://127.0.0.1:1"))  # nobody listens
+    with pytest.raises(ConnectionError, match=r"the hub could not be reached .*; the drafter is saved in") as error:
+        drafter.push_to_hub("me/drafter")
+    assert "call push_to_hub('me/drafter') again" in str(error.value)
+    folder = Path(re.search(r"from_pretrained\('(.*?)', target\)", str(error.value))[1])
+    try:
+        read = Eagle3Drafter.from_pretrained(folder, tiny_target(dtype=torch.float32))
+        assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
+    finally:
+        shutil.rmtree(folder.parent)
