@@ -16,7 +16,7 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.verification.rules import require_replayable
-from aurora_rl.models.loading import default_dtype, load_target
+from aurora_rl.models.loading import default_dtype, load_target, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
@@ -73,7 +73,10 @@ def resolve(config: Config) -> RunSpec:
         >>> resolve(load_config(overrides=["device=cpu", "dtype=float32", "drafter.depth=3"])).tree.depth
         3
     """
-    device = _device(config)
+    try:
+        device = usable_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     engine_class, rule = _engine_class(config), _rule(config)
     drafter_class = _drafter_class(config)
     tree = _shape(config, engine_class)
@@ -88,17 +91,6 @@ def resolve(config: Config) -> RunSpec:
         drafter_class,
         SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
     )
-
-
-def _device(config: Config) -> torch.device:
-    """The device that ``device`` names; "auto" is CUDA where there is one."""
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
 
 
 def load(spec: RunSpec) -> Target:

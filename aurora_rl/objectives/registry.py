@@ -93,8 +93,8 @@ def make_objectives(
 
 
 def _make(settings: Mapping[str, Any], drafter: Drafter, head: TargetHead | Tensor) -> Objective:
-    if not isinstance(settings.get("name"), str):
-        raise ValueError(f"an objective needs a name, got {dict(settings)}")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"an objective needs a name, got {settings!r}; give a mapping such as {{'name': 'imitation'}}")
     cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"
     arguments = {key: value for key, value in settings.items() if key != "name"}
     check(arguments, cls.settings(), what)
