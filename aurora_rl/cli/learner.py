@@ -37,7 +37,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     config, settings, target = spec.config, spec.config.learner, load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
-    greeting = handshake(parts, drafter, config.drafter.name)
+    greeting = handshake(parts, drafter, spec.drafter_name)
     drafter.to(spec.device)
     # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
@@ -64,7 +64,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     try:
         optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     except ValueError as error:
-        raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
+        raise ConfigError(f"drafter.name={spec.drafter_name}: {error}") from error
     try:
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
         if recording is not None:

@@ -20,7 +20,8 @@ from aurora_rl.models.loading import default_dtype, load_target, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
-from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.formats.files import drafter_class, load_drafter, save_drafter, written
+from aurora_rl.policies.registry import drafter_name
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
@@ -48,6 +49,7 @@ class RunSpec:
         engine_class: Class of the engine in this process; None if SGLang serves.
         rule: Name of the verification rule.
         tree: The trees that are drafted.
+        drafter_name: Name of the drafter's architecture.
         drafter_class: Architecture of the drafter.
         sampling: Temperature, top-k, top-p and seed of the first request.
     """
@@ -58,6 +60,7 @@ class RunSpec:
     engine_class: type[Engine] | None
     rule: str
     tree: TreeShape
+    drafter_name: str
     drafter_class: type[Drafter]
     sampling: SamplingParams
 
@@ -78,7 +81,10 @@ def resolve(config: Config) -> RunSpec:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     engine_class, rule = _engine_class(config), _rule(config)
-    drafter_class = _drafter_class(config)
+    name = config.drafter.name or "medusa"
+    if config.drafter.name is None and config.drafter.path is not None:
+        name = drafter_name(drafter_class(config.drafter.path))
+    kind = _drafter_class(config, name)
     tree = _shape(config, engine_class)
     check_objectives(config, tree)
     return RunSpec(
@@ -88,7 +94,8 @@ def resolve(config: Config) -> RunSpec:
         engine_class,
         rule,
         tree,
-        drafter_class,
+        name,
+        kind,
         SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
     )
 
@@ -191,7 +198,7 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
         try:
             written(drafter, "sglang" if config.engine.name == "sglang" else None)
         except ValueError as error:  # which would come when it is first saved, after hours of learning
-            raise ConfigError(f"drafter.name={config.drafter.name} cannot be saved: {error}") from error
+            raise ConfigError(f"drafter.name={spec.drafter_name} cannot be saved: {error}") from error
     return drafter
 
 
@@ -205,19 +212,19 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
     try:
         started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"drafter.name={settings.name}: {error}") from error
+        raise ConfigError(f"drafter.name={spec.drafter_name}: {error}") from error
     if not isinstance(started, Drafter):
-        raise ConfigError(f"drafter.name={settings.name}: from_target gave {started!r} and no drafter")
+        raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or settings.options
     started.made_for = target.parts.fingerprint
     return started
 
 
-def _drafter_class(config: Config) -> type[Drafter]:
+def _drafter_class(config: Config, name: str) -> type[Drafter]:
     settings = config.drafter
     try:
-        kind = get_drafter(settings.name)
+        kind = get_drafter(name)
     except ValueError as error:
         raise ConfigError(f"drafter.name: {error}") from error
     try:
@@ -226,12 +233,12 @@ def _drafter_class(config: Config) -> type[Drafter]:
         raise ConfigError(f"drafter.options: {error}") from error
     if settings.mode not in kind.draft_modes:
         raise ConfigError(
-            f"drafter.name={settings.name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
+            f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
     if config.engine.name == "sglang" and kind.sglang_algorithm is None:
         raise ConfigError(
-            f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+            f"drafter.name={name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
         )
     return kind
 

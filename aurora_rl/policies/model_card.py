@@ -38,12 +38,13 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
         {'aurora_rl': 'aurora-rl serve model=smollm2 drafter.name=medusa drafter.path=runs/1/drafter'}
     """
     from aurora_rl.policies import StandaloneDrafter
+    from aurora_rl.policies.registry import drafter_name
 
     name = config["architectures"][0]
     nested = (config.get("eagle_config") or {}).get(_LAYER_IDS) or ()
     left = nested or (config.get("dflash_config") or {}).get("target_layer_ids") or ()  # layers that states leave
     standalone = issubclass(kind, StandaloneDrafter)
-    commands = {"aurora_rl": f"aurora-rl serve model={target} drafter.name={_name(kind)} drafter.path={drafter}"}
+    commands = {"aurora_rl": f"aurora-rl serve model={target} drafter.name={drafter_name(kind)} drafter.path={drafter}"}
     target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
     algorithm = "STANDALONE" if standalone else _SGLANG.get(name)
     if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
@@ -84,11 +85,13 @@ def model_card(
     Raises:
         ValueError: The run has no summary.
     """
+    from aurora_rl.policies.registry import drafter_name
+
     settings, figures = ({}, []) if run is None else _run(Path(run))
     target = next((name for name in (settings.get("model"), base_model) if name and not _is_folder(name)), "TARGET")
     base_model = base_model or {"TARGET": None, DEFAULT_TARGET: _EMBEDDED_ID}.get(target, target)
     kind = type(drafter)
-    tags = ["speculative-decoding", _name(kind).rpartition(":")[2].lower()]
+    tags = ["speculative-decoding", drafter_name(kind).rpartition(":")[2].lower()]
     stated = {"base_model": base_model, "library_name": "aurora_rl", "tags": tags, "license": license}
     front = ModelCardData(**{**metadata, **{name: value for name, value in stated.items() if value is not None}})
     rows = [
@@ -113,14 +116,6 @@ def model_card(
         f'drafter = Drafter.from_pretrained("{repo_id}", "{target}")\n```',
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _name(kind: type[Drafter]) -> str:
-    """The name of a class in configurations."""
-    from aurora_rl.policies import available_drafters
-
-    name = kind.__name__.removesuffix("Drafter").lower()
-    return name if name in available_drafters() else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
