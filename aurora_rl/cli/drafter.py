@@ -87,6 +87,10 @@ def _inspect(config: Config, source: str, check: bool) -> int:
     folder = local_folder(source)
     tensors, entries = read_folder(folder, "config.json")
     kind = _named_kind(config) or drafter_class(folder)
+    if type(entries.get("vocab_size")) is not int:
+        raise CheckpointError(
+            f"{folder}: config.json: vocab_size must be an integer, got {entries.get('vocab_size')!r}"
+        )
     commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
     made_for = entries.get("aurora_rl_made_for")
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]

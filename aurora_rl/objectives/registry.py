@@ -79,7 +79,7 @@ def make_objectives(
         head: See :class:`Objective`.
 
     Raises:
-        ValueError: See :func:`check_settings`.
+        ValueError: It is no list, or see :func:`check_settings`.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -89,6 +89,8 @@ def make_objectives(
         >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, parts.head)]
         ['imitation']
     """
+    if isinstance(settings, str) or not isinstance(settings, Sequence):
+        raise ValueError(f"objectives is {settings!r}; give a list of mappings, such as [{{'name': 'imitation'}}]")
     return [_make(each, drafter, head) for each in settings]
 
 

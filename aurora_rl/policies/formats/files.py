@@ -51,7 +51,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
+    if folder.exists() and {path.name for path in folder.iterdir()} not in (set(), set(_FILES)):
         raise CheckpointError(
             f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
             "or a new folder"
