@@ -53,8 +53,8 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
         except ValueError as error:
             served, processors = False, None
             say(f"generation   refused: {error}")
-    drafters = _report_drafters(config, target, say)
-    drafter = drafters.get(config.drafter.name)
+    drafters = _report_drafters(spec, target, say)
+    drafter = drafters.get(spec.drafter_name)
     try:
         check_context(config, target)
         engine = TransformersEngine(
@@ -81,12 +81,12 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     return served
 
 
-def _report_drafters(config: Config, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
+def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
     """Start every drafter untrained; the configured one as it is configured."""
-    started = {}
-    for name in sorted({*available_drafters(), config.drafter.name}):
+    started, config = {}, spec.config
+    for name in sorted({*available_drafters(), spec.drafter_name}):
         settings = config.drafter
-        if name != settings.name:
+        if name != spec.drafter_name:
             settings = replace(settings, name=name, options={}, path=None, feature_layers=None)
         try:
             started[name] = drafter = start_drafter(resolve(replace(config, drafter=settings)), target, [])
@@ -111,7 +111,7 @@ def _report_rounds(
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
     request = Request(0, tokens, replace(spec.sampling, max_tokens=engine.max_length - len(tokens)))
     plain = TreeShape(0, mode=shape.mode)
-    tree = f"{spec.config.drafter.name} (depth {shape.depth}, width {shape.width})"
+    tree = f"{spec.drafter_name} (depth {shape.depth}, width {shape.width})"
     costs = measure_rounds(engine, policy, request, [plain, shape], repeats=5, processors=processors)
     for slots, seconds in sorted(costs.items()):
         before, after = seconds[plain], seconds[shape]

@@ -6,6 +6,7 @@ Constructors elsewhere take flat arguments and never see these classes.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,8 +79,9 @@ class TrafficConfig:
 class DrafterConfig:
     """The drafter and the trees that it proposes."""
 
-    name: str = "medusa"
-    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
+    name: str | None = None
+    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class; null takes that of the
+    checkpoint in ``drafter.path``, or medusa."""
     options: dict[str, Any] = field(default_factory=dict)
     """Architecture-specific options, for example ``fc_norm: true``."""
     path: str | None = None
@@ -266,6 +268,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     assert isinstance(config, Config)
     _check(config)
     return config
+
+
+def make_absolute(config: Config) -> None:
+    """Make paths absolute, so that a saved configuration means the same in every folder."""
+    for part, name in ((config.traffic, "path"), (config.learner, "record"), (config.learner, "resume")):
+        if (path := getattr(part, name)) is not None:
+            setattr(part, name, os.path.abspath(path))
+    if config.model != Config.model and os.path.exists(config.model):  # else a name, or an id of the hub
+        config.model = os.path.abspath(config.model)
+    if config.drafter.path is not None and os.path.exists(config.drafter.path):
+        config.drafter.path = os.path.abspath(config.drafter.path)
 
 
 def _moved(key: str) -> str | None:

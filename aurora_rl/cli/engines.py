@@ -50,7 +50,7 @@ def _embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process."""
     config, tree = spec.config, spec.tree
-    greeting = handshake(target.parts, drafter, config.drafter.name)
+    greeting = handshake(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
@@ -119,7 +119,7 @@ def _sglang_server(
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
-    greeting = handshake(target.parts, drafter, config.drafter.name)
+    greeting = handshake(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ConfigError(

@@ -31,7 +31,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     config, settings, target = spec.config, spec.config.learner, load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
-    greeting = handshake(parts, drafter, config.drafter.name)
+    greeting = handshake(parts, drafter, spec.drafter_name)
     drafter.to(spec.device)
     # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
@@ -51,7 +51,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
 
     with naming("objectives"):
         loss = SumLoss(make_objectives(config.objectives, drafter, head))
-    with naming(f"drafter.name={config.drafter.name}"):
+    with naming(f"drafter.name={spec.drafter_name}"):
         optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     with naming("learner.record", (ValueError, OSError)):
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)

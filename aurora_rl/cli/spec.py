@@ -16,11 +16,12 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.verification.rules import require_replayable
-from aurora_rl.models.loading import default_dtype, load_target
+from aurora_rl.models.loading import default_dtype, load_target, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
-from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.formats.files import drafter_class, load_drafter, save_drafter, written
+from aurora_rl.policies.registry import drafter_name
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
@@ -39,6 +40,7 @@ class RunSpec:
         engine_class: Class of the engine in this process; None if SGLang serves.
         rule: Name of the verification rule.
         tree: Shape of the trees that are drafted.
+        drafter_name: Name of the drafter's architecture.
         drafter_class: Architecture of the drafter.
         sampling: Parameters of a request that says nothing of its own. The seed is the first request's.
     """
@@ -49,6 +51,7 @@ class RunSpec:
     engine_class: type[Engine] | None
     rule: str
     tree: TreeShape
+    drafter_name: str
     drafter_class: type[Drafter]
     sampling: SamplingParams
 
@@ -64,11 +67,16 @@ def resolve(config: Config) -> RunSpec:
         >>> resolve(load_config(overrides=["device=cpu", "dtype=float32", "drafter.depth=3"])).tree.depth
         3
     """
-    device = _device(config)
+    try:
+        device = usable_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     with naming("engine.name"):
         engine_class = None if config.engine.name == "sglang" else get_engine(config.engine.name)
-    rule, drafter_class = _rule(config), _drafter_class(config)
-    tree = _shape(config, engine_class)
+    name, rule = config.drafter.name or "medusa", _rule(config)
+    if config.drafter.name is None and config.drafter.path is not None:
+        name = drafter_name(drafter_class(config.drafter.path))
+    kind, tree = _drafter_class(config, name), _shape(config, name, engine_class)
     if not config.objectives:
         raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
     with naming("objectives"):
@@ -81,20 +89,10 @@ def resolve(config: Config) -> RunSpec:
         engine_class,
         rule,
         tree,
-        drafter_class,
+        name,
+        kind,
         SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens),
     )
-
-
-def _device(config: Config) -> torch.device:
-    """The device that ``device`` names; "auto" is CUDA where there is one."""
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
 
 
 def _rule(config: Config) -> str:
@@ -112,29 +110,29 @@ def _rule(config: Config) -> str:
     return name
 
 
-def _drafter_class(config: Config) -> type[Drafter]:
+def _drafter_class(config: Config, name: str) -> type[Drafter]:
     settings = config.drafter
     with naming("drafter.name"):
-        kind = get_drafter(settings.name)
+        kind = get_drafter(name)
     with naming("drafter.options"):
         kind.check_options(settings.options)
     if settings.mode not in kind.draft_modes:
         raise ConfigError(
-            f"drafter.name={settings.name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
+            f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
     if config.engine.name == "sglang" and kind.sglang_algorithm is None:
         raise ConfigError(
-            f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+            f"drafter.name={name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
         )
     return kind
 
 
-def _shape(config: Config, engine: type[Engine] | None) -> TreeShape:
+def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     """The tree that the configuration asks for."""
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
-        takes_it = config.engine.name == "transformers" and settings.mode == "topk" and settings.name != "ngram"
+        takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
         lookup = 2 if takes_it else 0
     elif lookup and config.engine.name == "sglang":
         raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
@@ -218,7 +216,7 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
             "one after the other; set it to that, or start a deeper drafter by drafter.options"
         )
     if drafter.formats:
-        with naming(f"drafter.name={config.drafter.name} cannot be saved"):  # now, not after hours of learning
+        with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
             written(drafter, "sglang" if config.engine.name == "sglang" else None)
     return drafter
 
@@ -230,10 +228,10 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
     torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
-    with naming(f"drafter.name={settings.name}", (TypeError, ValueError)):
+    with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
         started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
     if not isinstance(started, Drafter):
-        raise ConfigError(f"drafter.name={settings.name}: from_target gave {started!r} and no drafter")
+        raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or settings.options
     started.made_for = target.parts.fingerprint

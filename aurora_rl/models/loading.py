@@ -117,6 +117,25 @@ def load_target(
     return target, tokenizer
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: There is no such device here.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(name)!r} cannot be used here ({reason}); try cpu, or auto") from error
+    return device
+
+
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """Return bf16 where the device computes in it natively, else fp32.
 

@@ -79,7 +79,7 @@ def make_objectives(
         head: See :class:`Objective`.
 
     Raises:
-        ValueError: See :func:`check_settings`.
+        ValueError: It is no list, or see :func:`check_settings`.
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -89,12 +89,14 @@ def make_objectives(
         >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, parts.head)]
         ['imitation']
     """
+    if isinstance(settings, str) or not isinstance(settings, Sequence):
+        raise ValueError(f"objectives is {settings!r}; give a list of mappings, such as [{{'name': 'imitation'}}]")
     return [_make(each, drafter, head) for each in settings]
 
 
 def _make(settings: Mapping[str, Any], drafter: Drafter, head: TargetHead | Tensor) -> Objective:
-    if not isinstance(settings.get("name"), str):
-        raise ValueError(f"an objective needs a name, got {dict(settings)}")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"an objective needs a name, got {settings!r}; give a mapping such as {{'name': 'imitation'}}")
     cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"
     arguments = {key: value for key, value in settings.items() if key != "name"}
     check(arguments, cls.settings(), what)

@@ -51,7 +51,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
+    if folder.exists() and {path.name for path in folder.iterdir()} not in (set(), set(_FILES)):
         raise CheckpointError(
             f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
             "or a new folder"
@@ -138,7 +138,9 @@ def load_drafter(
         if layout not in found.formats:
             raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
         if kind not in (None, found):
-            raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
+            raise ValueError(
+                f"config.json is of {found.__name__}, and {kind.__name__} is asked for; ask for the former, or none"
+            )
         drafter = found.read(Checkpoint(tensors, config), parts, layout, **options)
         check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
         if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
@@ -163,6 +165,21 @@ def load_drafter(
         if value is not None and drafter.options.get(name, value) != value:
             raise CheckpointError(f"{folder}: option {name} is {drafter.options[name]!r} there, {value!r} is asked for")
     return drafter
+
+
+def drafter_class(source: str | os.PathLike[str]) -> type[Drafter]:
+    """Return the class that recognizes a drafter's folder, or repository on the hub.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or no class knows it.
+    """
+    folder = local_folder(source)
+    _, config = read_folder(folder, "config.json")
+    try:
+        _check_types({}, config)
+        return recognized(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
