@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import check_weights, draft_rows
-from aurora_rl.tree_index import TreeIndex
 
 
 @pytest.mark.parametrize(
@@ -73,23 +71,6 @@ def test_draft_rows() -> None:
         [1, 0, -1],
         [-1, 2, -1],
     ]
-
-
-def test_recorded_trees() -> None:
-    """Two requests: one of three rounds, of which the second drafted nothing, and one whose root is its first token."""
-    batch = TensorDict({
-        "rounds": {
-            "offset": torch.tensor([0, 3, 3, 5, 6]), "anchor": torch.tensor([4, 5, 7, 0]),
-            "request_offset": torch.tensor([0, 3, 4]),
-        },
-        "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0, -1])},
-    })  # fmt: skip
-    trees = TreeIndex.of(batch)
-    assert trees.num_rounds == 4
-    assert trees.request.tolist() == [0, 0, 0, 1] + [0, 0, 0, 0, 0, 1]
-    assert trees.root.tolist() == [3, 4, 6, -1] + [3, 3, 3, 6, 6, -1]
-    assert trees.depth.tolist() == [0, 0, 0, 0] + [1, 2, 2, 1, 2, 1]
-    assert trees.parent.tolist() == [0, 4, 4, 2, 7, 3]
 
 
 @pytest.mark.parametrize(

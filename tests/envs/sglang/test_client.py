@@ -88,3 +88,17 @@ def test_answers_refusals_and_nonsense_of_a_server():
 def test_an_address_where_nobody_answers_is_named(url):
     with pytest.raises(SGLangError, match="does not answer /generate"):
         SGLangClient(url).generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
+
+
+def test_a_server_that_cannot_start_says_why():
+    # With nothing but Python's own packages on the path there is no SGLang to start.
+    with pytest.raises(SGLangError, match=r"(?s)SGLang ended with status 1.*No module named"):
+        SGLangClient.launch("nowhere", environment={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
+
+
+def test_a_server_that_is_not_there_is_named():
+    engine = SGLangClient("http://127.0.0.1:9/")
+    with pytest.raises(SGLangError, match=r"SGLang at http://127.0.0.1:9 does not answer /generate"):
+        engine.generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
+    with pytest.raises(SGLangError, match="does not answer after 0 s"):
+        engine.wait_ready(0.1)
