@@ -14,8 +14,6 @@ from aurora_rl.policies import Drafter, Proposal, StandaloneDrafter, TargetParts
 from aurora_rl.testing import tiny_target
 
 VOCAB = torch.tensor([0, 1, 3, 7, 8, 12, 19, 25, 30, 31])
-
-
 SIZES = {
     "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 512, "initializer_range": 0.4,
