@@ -9,10 +9,52 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from served_models import FAMILIES, HEADS, LLAMA4, LONGROPE, SIZES, engine_of, generated, model_of, served
+from served_models import ALTERNATING, FAMILIES, HEADS, LLAMA4, LONGROPE, SIZES, engine_of, generated, model_of, served
 from transformers import PretrainedConfig
 
+from aurora_rl.envs.attention_span import mask_kinds
 from aurora_rl.envs.exactness import UnsupportedModelError
+
+
+def whole(query: int, key: int) -> bool:
+    return True
+
+
+def window(query: int, key: int) -> bool:
+    return query - key < 3
+
+
+def chunk(query: int, key: int) -> bool:
+    return query // 4 == key // 4
+
+
+KINDS = {
+    "whole text": (lambda: hf.LlamaConfig(**HEADS), {}),
+    "window of all layers": (lambda: hf.MistralConfig(**HEADS, sliding_window=3), {None: window}),
+    "window beyond the slot": (lambda: hf.MistralConfig(**HEADS, sliding_window=10), {}),
+    "window of some layers": (
+        lambda: hf.Gemma3TextConfig(**HEADS, sliding_window=3, layer_types=ALTERNATING),
+        {"sliding_attention": window, "full_attention": whole},
+    ),
+    "chunks of some layers": (
+        lambda: hf.Llama4TextConfig(**HEADS, **LLAMA4, attention_chunk_size=4),
+        {"chunked_attention": chunk, "full_attention": whole},
+    ),
+    "chunks beyond the slot": (lambda: hf.Llama4TextConfig(**HEADS, **LLAMA4, attention_chunk_size=10), {}),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_each_kind_of_layer_sees_what_its_window_or_chunk_holds(case: str) -> None:
+    config, expected = KINDS[case]
+    kinds = mask_kinds(config(), "model", max_length=10)
+    assert kinds.keys() == expected.keys()
+    position = torch.arange(10)
+    for kind, sees in kinds.items():
+        seen = torch.as_tensor(sees(position[:, None], position)).expand(10, 10)
+        for query in range(10):
+            for key in range(query + 1):
+                assert bool(seen[query, key]) == expected[kind](query, key), (kind, query, key)
 
 
 def test_dynamic_rope_serves_a_request_after_another_that_filled_the_context() -> None:
