@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, drafter_arguments
@@ -102,3 +103,41 @@ def test_a_server_that_is_not_there_is_named():
         engine.generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
     with pytest.raises(SGLangError, match="does not answer after 0 s"):
         engine.wait_ready(0.1)
+
+
+# ---- on real SGLang, unpatched, with our plugin ---------------------------------------------------------------------
+
+PROMPTS = [torch.tensor([10, 20, 30, 40, 50]), torch.arange(100, 140), torch.tensor([7])]
+NEW_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def greedy_texts(sglang_models):
+    """Greedy continuations in fp32, token for token."""
+    model = LlamaForCausalLM.from_pretrained(sglang_models / "target", dtype=torch.float32)
+    continuations = []
+    for prompt in PROMPTS:
+        said = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        continuations.append(said[0, len(prompt) :].tolist())
+    return continuations
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize(("kind", "depth"), [("chain", 3), ("tree", 2)])
+def test_greedy_output_is_that_of_transformers(request, kind, depth, greedy_texts):
+    engine = request.getfixturevalue(kind)
+    # The second prompt twice: then it is found in the prefix cache.
+    answers = [
+        engine.generate(Request(i, p, SamplingParams(max_tokens=NEW_TOKENS)))
+        for i, p in enumerate([*PROMPTS, PROMPTS[1]])
+    ]
+    assert [answer.tokens.tolist() for answer in answers] == [*greedy_texts, greedy_texts[1]]
+    # What has to be told apart from plain decoding: whole paths accepted, and rounds in which nothing was.
+    assert {count for answer in answers for count in answer.accepted} == set(range(depth + 1))

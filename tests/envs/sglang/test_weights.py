@@ -1,4 +1,4 @@
-"""Checkpoint names in a module whose parameters lie as SGLang lays them; the real one is in test_sglang_engine.py."""
+"""Checkpoint names in a module whose parameters lie as SGLang lays them; the real one is in test_real_sglang.py."""
 
 import pytest
 import torch
