@@ -243,8 +243,8 @@ def test_a_model_in_inference_form_serves_again_and_gives_its_own_logits(family:
 def test_a_scale_that_is_a_tenth_off_is_found_in_half_precision(
     layers: int, width: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scaled(given: dict[str, Any]) -> None:
-        given["scaling"] = 1.1 * given["scaling"]
+    def scaled(kwargs: dict[str, Any]) -> None:
+        kwargs["scaling"] = 1.1 * kwargs["scaling"]
 
     _patched_grouped(monkeypatch, scaled)
     sizes = {**SIZES, "num_hidden_layers": layers, "initializer_range": width}
@@ -255,7 +255,7 @@ def test_a_scale_that_is_a_tenth_off_is_found_in_half_precision(
 
 @pytest.mark.parametrize("cap", [5.0, 50.0])
 def test_a_cap_that_is_dropped_is_found_in_half_precision(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    _patched_grouped(monkeypatch, lambda given: given.update(softcap=None))
+    _patched_grouped(monkeypatch, lambda kwargs: kwargs.update(softcap=None))
     sizes = {**HEADS, "num_hidden_layers": 26, "initializer_range": 0.05}
     config = hf.Gemma2Config(**sizes, query_pre_attn_scalar=8, attn_logit_softcapping=cap)
     found = engine_of(model_of(config, dtype=torch.bfloat16)).exactness

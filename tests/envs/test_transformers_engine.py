@@ -56,12 +56,12 @@ def test_the_last_layer_id_is_the_input_of_the_head() -> None:
     assert torch.equal(engine.store.hidden[0, 2], hidden[0, 0])
 
 
-def test_prompts_are_loaded_beside_running_slots() -> None:
+def test_prompts_are_loaded_next_to_running_slots() -> None:
     engine = TransformersEngine(tiny_target(), num_slots=2, max_length=32, feature_layers=(0, 1))
     alone = TransformersEngine(tiny_target(), num_slots=1, max_length=32, feature_layers=(0, 1))
-    prompt, other = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2])
+    prompt, neighbour = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2])
     alone.prefill([0], [prompt])
-    engine.prefill([1], [other])
+    engine.prefill([1], [neighbour])
     engine.prefill([0], [prompt])
     assert engine.store.lengths.tolist() == [5, 2]
     torch.testing.assert_close(engine.store.features[0, :4], alone.store.features[0, :4])

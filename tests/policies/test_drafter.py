@@ -12,7 +12,7 @@ from aurora_rl.policies.drafter import check_weights, draft_rows
 
 
 @pytest.mark.parametrize(
-    ("shape", "budget"),
+    ("shape", "num_nodes"),
     [
         (TreeShape(0), 0),
         (TreeShape(0, 4), 0),
@@ -23,14 +23,14 @@ from aurora_rl.policies.drafter import check_weights, draft_rows
         (TreeShape(3, 3, 8), 8),
         (TreeShape(2, 2, 100), 6),
         (TreeShape(2, 2, 100, mode="sampled"), 4),
-        (TreeShape(2, 2, 7, lookup=3), 7),  # what is looked up shares the budget
+        (TreeShape(2, 2, 7, lookup=3), 7),  # lookup nodes count among them
         (TreeShape(2, 2, 100, lookup=3), 9),
         (TreeShape(2, 2, None, lookup=3), 6),
         (TreeShape(0, 2, 4, lookup=3), 0),
     ],
 )
-def test_budget(shape: TreeShape, budget: int) -> None:
-    assert shape.num_nodes == budget
+def test_a_shape_says_its_number_of_nodes(shape: TreeShape, num_nodes: int) -> None:
+    assert shape.num_nodes == num_nodes
     assert replace(shape) == shape
 
 
@@ -58,15 +58,15 @@ def test_sampled_shapes_hold_whole_chains() -> None:
 
 
 def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
-    """Depth control moves within what was allocated for the deepest tree."""
-    for nodes, budgets in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
+    """The tree controller chooses depths within what was allocated for the deepest tree."""
+    for nodes, drafted in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
         most = TreeShape(4, 4, nodes, mode="sampled")
         shapes = [TreeShape(depth, 4, nodes, mode="sampled") for depth in range(5)]
-        assert [shape.depth * shape.chains for shape in shapes] == budgets and most.num_nodes >= max(budgets)
+        assert [shape.depth * shape.chains for shape in shapes] == drafted and most.num_nodes >= max(drafted)
         assert [replace(most, depth=depth).chains for depth in range(5)] == [shape.chains for shape in shapes]
 
 
-def test_draft_rows() -> None:
+def test_rows_of_tokens_in_the_draft_head() -> None:
     assert draft_rows(torch.tensor([9, 2, 5]), torch.tensor([[2, 9, 4], [0, 5, 31]])).tolist() == [
         [1, 0, -1],
         [-1, 2, -1],

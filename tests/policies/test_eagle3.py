@@ -1,4 +1,4 @@
-"""EAGLE-3: names, day-0 weights, trees against brute force; the rest is check_drafter's."""
+"""EAGLE-3: names and weights at day 0; the shared layer is in test_recurrent.py, the rest is check_drafter's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target
 
 
-def drafter(vocab: torch.Tensor | None = None, architecture: str = "llama") -> Eagle3Drafter:
+def eagle3(vocab: torch.Tensor | None = None, architecture: str = "llama") -> Eagle3Drafter:
     torch.manual_seed(0)
     parts = TargetParts.of(tiny_target(architecture))
     return Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(6) if vocab is None else vocab).double()
 
 
 def test_published_names_are_those_of_serving_engines() -> None:
-    assert {name: tuple(t.shape) for name, t in drafter().published().items()} == {
+    assert {name: tuple(t.shape) for name, t in eagle3().published().items()} == {
         "fc.weight": (16, 32),
         "midlayer.input_layernorm.weight": (16,),
         "midlayer.hidden_norm.weight": (16,),
@@ -38,10 +38,10 @@ def test_published_names_are_those_of_serving_engines() -> None:
 def test_day_0_starts_from_the_target(architecture: str) -> None:
     target = tiny_target(architecture)
     vocab = torch.tensor([30, 4, 2])
-    made = drafter(vocab, architecture)
+    drafter = eagle3(vocab, architecture)
     last = target.model.layers[-1]
-    published = {name: tensor.float() for name, tensor in made.published().items()}
-    assert made.published()["d2t"].tolist() == [30, 3, 0]
+    published = {name: tensor.float() for name, tensor in drafter.published().items()}
+    assert drafter.published()["d2t"].tolist() == [30, 3, 0]
     torch.testing.assert_close(published["lm_head.weight"], target.lm_head.weight[vocab].float())
     torch.testing.assert_close(published["midlayer.mlp.up_proj.weight"], last.mlp.up_proj.weight.float())
     torch.testing.assert_close(published["midlayer.hidden_norm.weight"], last.input_layernorm.weight.float())
@@ -54,8 +54,8 @@ def test_day_0_starts_from_the_target(architecture: str) -> None:
 
 
 def test_a_map_outside_the_vocabulary_is_refused() -> None:
-    made = drafter()
-    weights = {**made.published(), "d2t": torch.full((6,), 31)}
+    drafter = eagle3()
+    weights = {**drafter.published(), "d2t": torch.full((6,), 31)}
     with pytest.raises(ValueError, match="'d2t' points outside the target's vocabulary of 32"):
-        made.install(weights)
-    assert made.draft_vocab.tolist() == [0, 1, 2, 3, 4, 5]
+        drafter.install(weights)
+    assert drafter.draft_vocab.tolist() == [0, 1, 2, 3, 4, 5]

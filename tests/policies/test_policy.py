@@ -1,4 +1,4 @@
-"""DrafterPolicy keeps the drafter's cache level with the store, whatever put it behind."""
+"""DrafterPolicy keeps the drafter's cache as long as the store, whatever made it fall back."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Serving:
         """What a policy with an empty cache and the same weights drafts now."""
         drafter = copy.deepcopy(self.drafter)
         drafter.install(self.policy.drafter.published())
-        other = DrafterPolicy(drafter, self.engine.store, num_nodes=6, shape=self.policy.shape)
-        return other.draft(torch.zeros(3, 1, dtype=torch.bool))
+        policy = DrafterPolicy(drafter, self.engine.store, num_nodes=6, shape=self.policy.shape)
+        return policy.draft(torch.zeros(3, 1, dtype=torch.bool))
 
     def assert_level(self) -> None:
         got, expected = self.policy.draft(self.td["is_init"]), self.fresh()
@@ -84,7 +84,7 @@ def test_catches_up_after_plain_windows(plain: int) -> None:
     serving.assert_level()
 
 
-def test_long_prompts_are_read_beside_short_ones() -> None:
+def test_long_prompts_are_read_together_with_short_ones() -> None:
     serving = Serving([70, 3, 50])
     serving.assert_level()
     assert serving.policy.drafter.cached.tolist() == [69, 2, 49]
@@ -224,13 +224,13 @@ def test_a_law_that_verification_cannot_compare_with_is_the_drafters_fault(
 
 
 def test_a_policy_of_another_environment_is_named_at_the_first_round() -> None:
-    serving, other = Serving([5, 7, 3]), Serving([5, 4, 3])
+    serving, second = Serving([5, 7, 3]), Serving([5, 4, 3])
     message = (
         r"slots stand at positions \[4, 6, 2\], those of the policy's store at \[4, 3, 2\]: a policy drafts for the one"
     )
     with pytest.raises(ValueError, match=message):
-        other.policy(serving.td)
-    other.env.close()
+        second.policy(serving.td)
+    second.env.close()
     serving.round()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from drafters import perturbed
+from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, TargetParts, TreeShape
@@ -28,17 +32,17 @@ def eagle3(vocab: Tensor = VOCAB) -> Eagle3Drafter:
 
 def test_a_tree_holds_the_likeliest_paths() -> None:
     """With as many nodes expanded as there are tokens, no path of depth 2 is left out: brute force over all of them."""
-    made = eagle3(torch.arange(6))
-    trajectory = tiny_trajectory(made, prompt_length=4, max_new_tokens=2)
-    made.allocate(1, 16)
+    drafter = eagle3(torch.arange(6))
+    trajectory = tiny_trajectory(drafter, prompt_length=4, max_new_tokens=2)
+    drafter.allocate(1, 16)
     slot = torch.tensor([0])
-    made.extend(
+    drafter.extend(
         slot,
         trajectory["sequence", "tokens"][None, :4],
         trajectory["sequence", "features"][None, :3],
         torch.tensor([3]),
     )
-    tokens, parents, log_probs = (part[0] for part in made.propose(slot, TreeShape(2, 6, 9))[:3])
+    tokens, parents, log_probs = (part[0] for part in drafter.propose(slot, TreeShape(2, 6, 9))[:3])
 
     # The same root, with every path of depth 2 recorded below it, scored in training.
     every = trajectory.clone()
@@ -51,7 +55,7 @@ def test_a_tree_holds_the_likeliest_paths() -> None:
         "tokens": torch.tensor([t for t, _ in children]), "parents": torch.tensor([p for _, p in children]),
         "log_probs": torch.zeros(42), "accepted": torch.zeros(42, dtype=torch.bool), "hidden": torch.zeros(42, 16),
     }  # fmt: skip
-    scores = made.score(pack([every])).tolist()
+    scores = drafter.score(pack([every])).tolist()
     joint = {
         (t,) if p < 0 else (children[p][0], t): scores[i] + (scores[p] if p >= 0 else 0.0)
         for i, (t, p) in enumerate(children)
@@ -65,74 +69,7 @@ def test_a_tree_holds_the_likeliest_paths() -> None:
         assert log_prob == pytest.approx(joint[path] - joint.get(path[:-1], 0.0), abs=1e-5)
 
 
-def path_logits(made: Eagle3Drafter, tokens: Tensor, features: Tensor, root: int, path: list[int]) -> Tensor:
-    """What one path alone predicts: position after position, with a plain attention over all that came before."""
-    layer, attention, config = made.midlayer, made.midlayer.self_attn, made.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    theta = config.rope_parameters["rope_theta"]
-    keys, values, state = [], [], None
-    steps = [(tokens[t + 1], made.fc(features[t])) for t in range(root + 1)] + [(torch.tensor(t), None) for t in path]
-    for position, (token, feature) in enumerate(steps):
-        came = state if feature is None else feature
-        x = torch.cat([layer.input_layernorm(made.embedding[token].double()), layer.hidden_norm(came)])
-        keys.append(turn(attention.k_proj(x).view(groups, -1), position, theta))
-        values.append(attention.v_proj(x).view(groups, -1))
-        query = turn(attention.q_proj(x).view(heads, -1), position, theta)
-        out = []
-        for head in range(heads):
-            group = head * groups // heads
-            scores = torch.stack([key[group] @ query[head] for key in keys]) / query.shape[1] ** 0.5
-            out.append(scores.softmax(0) @ torch.stack([value[group] for value in values]))
-        state = came + attention.o_proj(torch.cat(out))
-        state = state + layer.mlp(layer.post_attention_layernorm(state))
-    return made.lm_head(made.norm(state))
-
-
-@pytest.mark.parametrize("shape", [TreeShape(1, 2), TreeShape(3), TreeShape(3, 3, 9)])
-def test_contexts_predict_what_their_path_alone_predicts_eagle3(shape: TreeShape) -> None:
-    made = perturbed(eagle3())
-    sizes = [(4, 6), (2, 3), (9, 5)]
-    trajectories = [tiny_trajectory(made, prompt_length=p, max_new_tokens=n, shape=shape) for p, n in sizes]
-    roots, nodes = [], []
-    for trajectory in trajectories:
-        tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
-        offset, parents = trajectory["rounds", "offset"].tolist(), trajectory["nodes", "parents"].tolist()
-        for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):
-            roots.append(path_logits(made, tokens, features, anchor - 1, []))
-            for node in range(offset[number], offset[number + 1]):
-                path, at = [], node - offset[number]
-                while at >= 0:
-                    path.insert(0, int(trajectory["nodes", "tokens"][offset[number] + at]))
-                    at = parents[offset[number] + at]
-                nodes.append(path_logits(made, tokens, features, anchor - 1, path))
-    expected = torch.stack(roots + nodes)
-    wanted = torch.ones(len(expected), dtype=torch.bool)
-    batch = pack(trajectories)
-    trees = TreeIndex.of(batch)
-    got = made.context_logits(batch, trees, wanted)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # the drafter turns by float32 angles
-
-    weight = torch.randn_like(expected)
-    parameters = list(made.parameters())
-    for mine, slow in zip(
-        torch.autograd.grad((weight * got).sum(), parameters),
-        torch.autograd.grad((weight * expected).sum(), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, slow, rtol=0, atol=1e-5)
-
-    wanted = torch.rand(len(expected)) < 0.4
-    torch.testing.assert_close(made.context_logits(batch, trees, wanted), expected[wanted], rtol=0, atol=1e-6)
-    assert made.context_logits(batch, trees, torch.zeros_like(wanted)).shape == (0, 16)
-
-
-def test_width_ends_with_the_vocabulary() -> None:
-    made = eagle3(torch.tensor([3, 1]))
-    made.allocate(1, 8)
-    made.extend(torch.tensor([0]), torch.tensor([[1, 3]]), torch.randn(1, 1, 32).double(), torch.tensor([1]))
-    proposal = made.propose(torch.tensor([0]), TreeShape(2, 5))
-    assert sorted(proposal.tokens[0, :2].tolist()) == [1, 3]
-    assert proposal.parents.tolist() == [[-1, -1, 0, 0, 1, 1]]
+# ---- contexts of recorded trees, against each path alone ------------------------------------------------------------
 
 
 def turn(x: Tensor, position: int, theta: float) -> Tensor:
@@ -146,12 +83,89 @@ def turn(x: Tensor, position: int, theta: float) -> Tensor:
     return torch.cat([turned.real, turned.imag], dim=1)
 
 
-def path_states(made: EagleDrafter, tokens: Tensor, features: Tensor, root: int, path: list[int]) -> Tensor:
+def of_contexts(trajectories: list[TensorDict], predict: Callable[[Tensor, Tensor, int, list[int]], Tensor]) -> Tensor:
+    """What a reference predicts for every root of the trajectories, then for every node: one path at a time."""
+    roots, nodes = [], []
+    for trajectory in trajectories:
+        tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
+        offset, parents = trajectory["rounds", "offset"].tolist(), trajectory["nodes", "parents"].tolist()
+        for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):
+            roots.append(predict(tokens, features, anchor - 1, []))
+            for node in range(offset[number], offset[number + 1]):
+                path, at = [], node - offset[number]
+                while at >= 0:
+                    path.insert(0, int(trajectory["nodes", "tokens"][offset[number] + at]))
+                    at = parents[offset[number] + at]
+                nodes.append(predict(tokens, features, anchor - 1, path))
+    return torch.stack(roots + nodes)
+
+
+def path_logits(drafter: Eagle3Drafter, tokens: Tensor, features: Tensor, root: int, path: list[int]) -> Tensor:
+    """What one path alone predicts: position after position, with a plain attention over all that came before."""
+    layer, attention, config = drafter.midlayer, drafter.midlayer.self_attn, drafter.config
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    theta = config.rope_parameters["rope_theta"]
+    keys, values, state = [], [], None
+    steps = [(tokens[t + 1], drafter.fc(features[t])) for t in range(root + 1)] + [
+        (torch.tensor(t), None) for t in path
+    ]
+    for position, (token, feature) in enumerate(steps):
+        came = state if feature is None else feature
+        x = torch.cat([layer.input_layernorm(drafter.embedding[token].double()), layer.hidden_norm(came)])
+        keys.append(turn(attention.k_proj(x).view(groups, -1), position, theta))
+        values.append(attention.v_proj(x).view(groups, -1))
+        query = turn(attention.q_proj(x).view(heads, -1), position, theta)
+        out = []
+        for head in range(heads):
+            group = head * groups // heads
+            scores = torch.stack([key[group] @ query[head] for key in keys]) / query.shape[1] ** 0.5
+            out.append(scores.softmax(0) @ torch.stack([value[group] for value in values]))
+        state = came + attention.o_proj(torch.cat(out))
+        state = state + layer.mlp(layer.post_attention_layernorm(state))
+    return drafter.lm_head(drafter.norm(state))
+
+
+@pytest.mark.parametrize("shape", [TreeShape(1, 2), TreeShape(3), TreeShape(3, 3, 9)])
+def test_contexts_predict_what_their_path_alone_predicts_in_eagle3(shape: TreeShape) -> None:
+    drafter = perturbed(eagle3())
+    sizes = [(4, 6), (2, 3), (9, 5)]
+    trajectories = [tiny_trajectory(drafter, prompt_length=p, max_new_tokens=n, shape=shape) for p, n in sizes]
+    expected = of_contexts(trajectories, partial(path_logits, drafter))
+    wanted = torch.ones(len(expected), dtype=torch.bool)
+    batch = pack(trajectories)
+    trees = TreeIndex.of(batch)
+    got = drafter.context_logits(batch, trees, wanted)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+    weight = torch.randn_like(expected)
+    parameters = list(drafter.parameters())
+    for gradient, slow in zip(
+        torch.autograd.grad((weight * got).sum(), parameters),
+        torch.autograd.grad((weight * expected).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, slow, rtol=0, atol=1e-9)
+
+    wanted = torch.rand(len(expected)) < 0.4
+    torch.testing.assert_close(drafter.context_logits(batch, trees, wanted), expected[wanted], rtol=0, atol=1e-9)
+    assert drafter.context_logits(batch, trees, torch.zeros_like(wanted)).shape == (0, 16)
+
+
+def test_width_ends_with_the_vocabulary() -> None:
+    drafter = eagle3(torch.tensor([3, 1]))
+    drafter.allocate(1, 8)
+    drafter.extend(torch.tensor([0]), torch.tensor([[1, 3]]), torch.randn(1, 1, 32).double(), torch.tensor([1]))
+    proposal = drafter.propose(torch.tensor([0]), TreeShape(2, 5))
+    assert sorted(proposal.tokens[0, :2].tolist()) == [1, 3]
+    assert proposal.parents.tolist() == [[-1, -1, 0, 0, 1, 1]]
+
+
+def path_states(drafter: EagleDrafter, tokens: Tensor, features: Tensor, root: int, path: list[int]) -> Tensor:
     """The feature that one path alone predicts, from the weights by name: SGLang's ``LlamaForCausalLMEagle`` by hand.
 
     Position after position, [embedding, feature] through ``fc``, a layer without a first norm, and no final norm.
     """
-    w, config = {name: p for name, p in made.named_parameters()}, made.config
+    w, config = {name: p for name, p in drafter.named_parameters()}, drafter.config
     layer, size = "layers.0.", config.head_dim
     theta, eps = config.rope_parameters["rope_theta"], config.rms_norm_eps
     groups, heads = config.num_key_value_heads, config.num_attention_heads
@@ -159,7 +173,7 @@ def path_states(made: EagleDrafter, tokens: Tensor, features: Tensor, root: int,
     known = [(int(tokens[t + 1]), features[t]) for t in range(root + 1)]
     for position, (token, feature) in enumerate([*known, *((token, None) for token in path)]):
         came = state if feature is None else feature
-        x = w["fc.weight"] @ torch.cat([made.embedding[token].double(), came]) + w["fc.bias"]
+        x = w["fc.weight"] @ torch.cat([drafter.embedding[token].double(), came]) + w["fc.bias"]
         q, k, v = (
             (w[f"{layer}self_attn.{name}_proj.weight"] @ x).view(count, size)
             for name, count in (("q", heads), ("k", groups), ("v", groups))
@@ -180,48 +194,36 @@ def path_states(made: EagleDrafter, tokens: Tensor, features: Tensor, root: int,
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize("shape", [TreeShape(3), TreeShape(3, 3, 9)])
-def test_contexts_predict_what_their_path_alone_predicts(architecture: str, shape: TreeShape) -> None:
-    made = eagle(architecture=architecture)
+def test_contexts_predict_what_their_path_alone_predicts_in_eagle(architecture: str, shape: TreeShape) -> None:
+    drafter = eagle(architecture=architecture)
     head = TargetParts.of(tiny_target(architecture)).head.weight[VOCAB]
     sizes = [(4, 6), (2, 3), (9, 5)]
     trajectories = [
-        tiny_trajectory(made, architecture=architecture, prompt_length=p, max_new_tokens=n, shape=shape)
+        tiny_trajectory(drafter, architecture=architecture, prompt_length=p, max_new_tokens=n, shape=shape)
         for p, n in sizes
     ]
-    roots, nodes = [], []
-    for trajectory in trajectories:
-        tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
-        offset, parents = trajectory["rounds", "offset"].tolist(), trajectory["nodes", "parents"].tolist()
-        for number, anchor in enumerate(trajectory["rounds", "anchor"].tolist()):
-            roots.append(path_states(made, tokens, features, anchor - 1, []))
-            for node in range(offset[number], offset[number + 1]):
-                path, at = [], node - offset[number]
-                while at >= 0:
-                    path.insert(0, int(trajectory["nodes", "tokens"][offset[number] + at]))
-                    at = parents[offset[number] + at]
-                nodes.append(path_states(made, tokens, features, anchor - 1, path))
-    expected = torch.stack(roots + nodes) @ head.T
+    expected = of_contexts(trajectories, partial(path_states, drafter)) @ head.T
     batch = pack(trajectories)
-    got = made.context_logits(batch, TreeIndex.of(batch), torch.ones(len(expected), dtype=torch.bool))
+    got = drafter.context_logits(batch, TreeIndex.of(batch), torch.ones(len(expected), dtype=torch.bool))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-8)
 
-    weight, parameters = torch.randn_like(expected), list(made.parameters())
-    mine = torch.autograd.grad((weight * got).sum(), parameters)
-    for own, slow in zip(mine, torch.autograd.grad((weight * expected).sum(), parameters), strict=True):
-        torch.testing.assert_close(own, slow, rtol=1e-8, atol=1e-6)
+    weight, parameters = torch.randn_like(expected), list(drafter.parameters())
+    gradients = torch.autograd.grad((weight * got).sum(), parameters)
+    for gradient, slow in zip(gradients, torch.autograd.grad((weight * expected).sum(), parameters), strict=True):
+        torch.testing.assert_close(gradient, slow, rtol=1e-8, atol=1e-6)
 
 
 def test_what_is_unrolled_is_the_feature_that_the_head_reads() -> None:
-    made = eagle(torch.arange(32))
-    trajectory = tiny_trajectory(made, prompt_length=4, max_new_tokens=5)
-    unroll = made.unroll(pack([trajectory]), 3)
+    drafter = eagle(torch.arange(32))
+    trajectory = tiny_trajectory(drafter, prompt_length=4, max_new_tokens=5)
+    unroll = drafter.unroll(pack([trajectory]), 3)
     assert unroll.states is not None
     tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"].double()
     for step, (states, logits) in enumerate(zip(unroll.states, unroll.logits, strict=True)):
-        torch.testing.assert_close(states @ made.head.T, logits)
+        torch.testing.assert_close(states @ drafter.head.T, logits)
         for row in range(step, 5):
             root = 4 - 2 + row - step
             path = tokens[root + 2 : root + 2 + step].tolist()
             torch.testing.assert_close(
-                states[row], path_states(made, tokens, features, root, path), rtol=1e-9, atol=1e-8
+                states[row], path_states(drafter, tokens, features, root, path), rtol=1e-9, atol=1e-8
             )

@@ -1,4 +1,4 @@
-"""A causal LM as drafter: it drafts what the plain model says, learns what it drafts, and is a plain model on disk."""
+"""A causal LM as drafter: it drafts what the plain model says, and learns what it drafts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aurora_rl.tree_index import TreeIndex
 # ---- serving and training -------------------------------------------------------------------------------------------
 
 
-def test_one_made_of_the_target_conforms() -> None:
+def test_a_drafter_made_from_the_target_conforms() -> None:
     check_drafter(standalone_of_the_target("llama"), tiny_target("llama"))
 
 
@@ -43,7 +43,7 @@ def test_trees_have_the_plain_models_probabilities(tmp_path: Path, architecture:
 
 
 @pytest.mark.parametrize("config", [GemmaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=None)])
-def test_a_given_model_drafts_as_it_speaks(tmp_path: Path, config: PretrainedConfig) -> None:
+def test_a_model_of_the_user_drafts_what_it_would_say(tmp_path: Path, config: PretrainedConfig) -> None:
     model = save_model(tmp_path / "model", config)
     parts = TargetParts.of(tiny_target())
     drafter = StandaloneDrafter.from_target(parts, draft_vocab=VOCAB, model=model).double()
@@ -82,7 +82,7 @@ def test_unroll_is_that_of_chains_of_the_true_tokens(steps: int) -> None:
     torch.testing.assert_close(drafter.lm_head(got.states[0]), got.logits[0])
 
 
-def test_states_of_another_width_than_the_targets_are_not_given(tmp_path: Path) -> None:
+def test_states_of_another_width_than_the_targets_are_not_returned(tmp_path: Path) -> None:
     model, parts = save_model(tmp_path / "model", Qwen2Config(**SIZES)), TargetParts.of(tiny_target())
     drafter = StandaloneDrafter.from_target(parts, draft_vocab=VOCAB, model=model).double()
     assert drafter.unroll(pack([tiny_trajectory(drafter)]), 1).states is None

@@ -42,7 +42,7 @@ TEXTS = [torch.arange(9) % 32, torch.tensor([4, 4]), torch.tensor([31, 0, 17, 5,
 
 
 def proposed(drafter: Drafter, shape: TreeShape) -> Proposal:
-    """Trees behind texts of unequal length, the slots filled in two turns."""
+    """Trees after texts of unequal length, the slots filled in two turns."""
     drafter.allocate(len(TEXTS), 10)
     for slot, text in enumerate(TEXTS):
         half = len(text) // 2

@@ -1,4 +1,4 @@
-"""What SGLang is told of a drafter's folder. The rest of the engine is shown on real SGLang."""
+"""Arguments of SGLang for a drafter's folder, its answers, and on a real server the text of transformers."""
 
 import http.server
 import json
@@ -27,8 +27,8 @@ PART, WHOLE = torch.tensor([2, 7, 11, 30]), torch.arange(32)
 )
 def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path, kind, vocab, algorithm, mapped):
     layers = {"feature_layers": (1, 2)} if kind is Eagle3Drafter else {}
-    made = kind.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=vocab, **layers)
-    save_drafter(made, tmp_path / "drafter", "sglang")
+    drafter = kind.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=vocab, **layers)
+    save_drafter(drafter, tmp_path / "drafter", "sglang")
     token_map = tmp_path / "token_map.pt"
     arguments = drafter_arguments(tmp_path / "drafter", token_map)
     expected = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(tmp_path / "drafter")]
@@ -40,8 +40,8 @@ def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path
 
 
 def test_a_folder_that_sglang_does_not_serve_is_named(tmp_path):
-    made = MedusaDrafter.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=WHOLE)
-    save_drafter(made, tmp_path / "drafter")
+    drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=WHOLE)
+    save_drafter(drafter, tmp_path / "drafter")
     with pytest.raises(CheckpointError, match="drafter: config.json is of MedusaDrafter, which SGLang does not serve"):
         drafter_arguments(tmp_path / "drafter", tmp_path / "token_map.pt")
 

@@ -32,7 +32,7 @@ def engine(monkeypatch):
         pp_size=1,
         dp_size=1,
     )
-    # The head has rows of padding behind the vocabulary, as SGLang's has.
+    # The head has rows of padding after the vocabulary, as SGLang's has.
     head = SimpleNamespace(weight=torch.cat([HEAD, torch.zeros(2, 2)]))
     target = SimpleNamespace(
         model=SimpleNamespace(layers_to_capture=[2, 4]),
@@ -41,14 +41,14 @@ def engine(monkeypatch):
     )
     drafter = SimpleNamespace(config=SimpleNamespace(draft_vocab_size=3, vocab_size=6))
     runner = SimpleNamespace(model=drafter, device="cpu")
-    made = Plugin("tcp://127.0.0.1:*")
-    made._scheduler = SimpleNamespace(
+    plugin = Plugin("tcp://127.0.0.1:*")
+    plugin._scheduler = SimpleNamespace(
         server_args=args,
         draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=DRAFT_VOCAB)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
     )
-    yield made
-    made._answer("detach", {})
+    yield plugin
+    plugin._answer("detach", {})
 
 
 def test_a_fitting_engine_is_attached_to(engine):
@@ -69,9 +69,9 @@ def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(eng
     own = Handshake(**{**HANDSHAKE.__dict__, "feature_layers": (7,), "draft_map_checksum": vocab, "drafter": "eagle"})
     assert engine._answer("attach", {**FIELDS, "handshake": own.to_meta()})["attached"]
     engine._answer("detach", {})
-    other = Handshake(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
+    other_vocab = Handshake(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
     with pytest.raises(ControlError, match="draft vocabulary.*--speculative-token-map"):
-        engine._answer("attach", {**FIELDS, "handshake": other.to_meta()})
+        engine._answer("attach", {**FIELDS, "handshake": other_vocab.to_meta()})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_server_started_otherwise_is_refused(engine, change, message):
     assert not engine._answer("status", {})["attached"]
 
 
-def test_another_worker_another_version_and_missing_hooks_are_refused(engine, monkeypatch):
+def test_other_workers_other_versions_and_missing_hooks_are_refused(engine, monkeypatch):
     engine._missing = ["sglang.srt.speculative.eagle_utils.eagle_sample"]
     with pytest.raises(
         ControlError,

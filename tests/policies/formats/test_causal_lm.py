@@ -63,9 +63,9 @@ def test_what_is_read_drafts_as_what_was_written(saved: Path, parts: TargetParts
 def test_a_users_folder_with_a_tied_head_has_every_token(tmp_path: Path, parts: TargetParts) -> None:
     model = save_model(tmp_path / "model", Qwen2Config(**SIZES, tie_word_embeddings=True))
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
-    made = StandaloneDrafter.from_target(parts, draft_vocab=torch.arange(32), model=model)
+    drafter = StandaloneDrafter.from_target(parts, draft_vocab=torch.arange(32), model=model)
     read = load_drafter(model, parts, layout="sglang", options={"model": model})
-    assert all(torch.equal(read.published()[name], tensor) for name, tensor in made.published().items())
+    assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
     save_drafter(read, tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "aurora_rl_draft_vocab" not in config and not config["tie_word_embeddings"]

@@ -28,7 +28,7 @@ def test_a_checkpoint_whose_positions_depend_on_the_pass_is_refused() -> None:
 
 @pytest.fixture
 def llama3() -> TargetParts:
-    """Of a target with the base of Llama 3."""
+    """Parts of a target with the RoPE base of Llama 3."""
     model = tiny_target(dtype=torch.float32)
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     return TargetParts.of(model)
@@ -38,7 +38,7 @@ def test_the_authors_files_keep_the_rope_that_they_were_trained_with(
     parts: TargetParts, llama3: TargetParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))  # base 10000
-    save_drafter(drafter, tmp_path / "theirs")
+    save_drafter(drafter, tmp_path / "published")
     entries = {  # those of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B: no rotary settings
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
         "hidden_size": 16, "initializer_range": 0.02, "intermediate_size": 32, "max_position_embeddings": 2048,
@@ -47,8 +47,8 @@ def test_the_authors_files_keep_the_rope_that_they_were_trained_with(
         "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": 32,
         "draft_vocab_size": 8, "head_dim": 4,
     }  # fmt: skip
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(entries))
-    read = load_drafter(tmp_path / "theirs", llama3)
+    (tmp_path / "published" / "config.json").write_text(json.dumps(entries))
+    read = load_drafter(tmp_path / "published", llama3)
     assert "the default of its authors, {'rope_theta': 10000.0, 'rope_type': 'default'}" in caplog.text
     batch = pack([tiny_trajectory(drafter)])
     assert torch.equal(read.score(batch), drafter.score(batch))

@@ -22,8 +22,8 @@ from aurora_rl.trajectories import pack
 @pytest.mark.parametrize("layout", ["hf", "sglang"])
 @pytest.mark.parametrize("vocab", [HALF_THE_VOCAB, torch.arange(32)])
 def test_a_folder_holds_what_engines_read(layout: str, vocab: Tensor, parts: TargetParts, tmp_path: Path) -> None:
-    made = dflash_of_the_target(vocab=vocab, block_size=4, mask_token_id=7).float()
-    save_drafter(made, tmp_path / "drafter", layout)
+    drafter = dflash_of_the_target(vocab=vocab, block_size=4, mask_token_id=7).float()
+    save_drafter(drafter, tmp_path / "drafter", layout)
     tensors = load_file(tmp_path / "drafter" / "model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == DFLASH_SHAPES | (
         {"d2t": (16,)} if len(vocab) < 32 else {}
@@ -38,21 +38,21 @@ def test_a_folder_holds_what_engines_read(layout: str, vocab: Tensor, parts: Tar
     assert {name: config[name] for name in expected} == expected
 
     read = load_drafter(tmp_path / "drafter", parts, layout=layout)
-    assert isinstance(read, DFlashDrafter) and read.options == made.options
-    assert read.feature_layers == made.feature_layers and torch.equal(read.head, made.head)
-    assert all(torch.equal(read.published()[name], tensor) for name, tensor in made.published().items())
-    batch = pack([tiny_trajectory(made)])
-    assert torch.equal(read.score(batch), made.score(batch))
+    assert isinstance(read, DFlashDrafter) and read.options == drafter.options
+    assert read.feature_layers == drafter.feature_layers and torch.equal(read.head, drafter.head)
+    assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
 
 
 @pytest.mark.parametrize(("layers", "ids"), [((0, 2), [-1, 1]), ((1, 3), [0, 2])])
 def test_sglang_captures_between_layers_only(
     layers: tuple[int, ...], ids: list[int], parts: TargetParts, tmp_path: Path
 ) -> None:
-    made = dflash_of_the_target(feature_layers=layers)
+    drafter = dflash_of_the_target(feature_layers=layers)
     with pytest.raises(CheckpointError, match=r"feature_layers has [03]; engines capture .* 1..2 of this target"):
-        save_drafter(made, tmp_path / "drafter", "sglang")
-    save_drafter(made, tmp_path / "drafter", "hf")
+        save_drafter(drafter, tmp_path / "drafter", "sglang")
+    save_drafter(drafter, tmp_path / "drafter", "hf")
     config = json.loads((tmp_path / "drafter" / "config.json").read_text())
     assert config["dflash_config"]["target_layer_ids"] == ids
     assert load_drafter(tmp_path / "drafter", parts).feature_layers == layers
@@ -65,7 +65,7 @@ def edit(folder: Path, drop: str = "", **entries: Any) -> None:
 
 
 def test_entries_that_a_file_leaves_out(tmp_path: Path) -> None:
-    """Older files say less: layers follow from the target's, the block has SGLang's size, the mask is asked for."""
+    """Older files say less: layers follow from the target's, and the mask has to be given as an option."""
     target = tiny_target(num_layers=8)
     parts = TargetParts.of(target)
     save_drafter(

@@ -120,7 +120,7 @@ def test_a_map_that_does_not_rise_is_neither_written_nor_read_nor_swapped_in(
         (lambda t: t * torch.nan, "'norm.weight' holds values that are not finite"),
     ],
 )
-def test_weights_that_are_none_are_named(
+def test_tensors_that_hold_no_weights_are_named(
     saved_eagle3: tuple[Eagle3Drafter, Path],
     parts: TargetParts,
     change: Callable[[torch.Tensor], torch.Tensor],
@@ -335,7 +335,7 @@ def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest
 
 
 def tuned(part: str) -> TargetParts:
-    """Of the tiny target, further trained in one place."""
+    """Parts of the tiny target, further trained in one place."""
     model = tiny_target(dtype=torch.float32)
     model.get_parameter(part).add_(0.01 * torch.randn_like(model.get_parameter(part)))
     return TargetParts.of(model)
@@ -346,7 +346,7 @@ def tuned(part: str) -> TargetParts:
 def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
     parts: TargetParts, tmp_path: Path, name: str, part: str
 ) -> None:
-    drafter, other = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tuned(part)
+    drafter, tuned_target = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tuned(part)
     drafter.made_for = parts.fingerprint
     for layout in drafter.formats:
         if layout == "sglang" and name == "dflash":
@@ -357,15 +357,15 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
         save_drafter(drafter, folder, asked)
         wrong = (
             f"{folder}: config.json: aurora_rl_made_for is '{parts.fingerprint}', the target's weights are "
-            f"'{other.fingerprint}': .* set drafter.made_for=any"
+            f"'{tuned_target.fingerprint}': .* set drafter.made_for=any"
         )
         with pytest.raises(CheckpointError, match=wrong):
-            load_drafter(folder, other, type(drafter), layout=layout)
+            load_drafter(folder, tuned_target, type(drafter), layout=layout)
         assert load_drafter(folder, parts, type(drafter), layout=layout).made_for == parts.fingerprint
         # From then on it is the other target's.
-        read = load_drafter(folder, other, type(drafter), layout=layout, made_for="any")
+        read = load_drafter(folder, tuned_target, type(drafter), layout=layout, made_for="any")
         save_drafter(read, tmp_path / "again", asked)
-        load_drafter(tmp_path / "again", other, type(drafter), layout=layout)
+        load_drafter(tmp_path / "again", tuned_target, type(drafter), layout=layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -379,10 +379,12 @@ def test_the_same_target_in_another_dtype_is_the_same(parts: TargetParts, tmp_pa
 def test_a_folder_that_names_no_target_is_read_and_named_when_saved(
     saved_eagle3: tuple[Eagle3Drafter, Path], tmp_path: Path
 ) -> None:
-    other = tuned("lm_head.weight")
+    tuned_target = tuned("lm_head.weight")
     assert "aurora_rl_made_for" not in json.loads((saved_eagle3[1] / "config.json").read_text())
-    save_drafter(load_drafter(saved_eagle3[1], other), tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["aurora_rl_made_for"] == other.fingerprint
+    save_drafter(load_drafter(saved_eagle3[1], tuned_target), tmp_path / "again")
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text())["aurora_rl_made_for"] == tuned_target.fingerprint
+    )
 
 
 # As their authors write them: transformers 4, no feature layers, a short context.
@@ -410,8 +412,8 @@ def published(kind: type[Drafter], parts: TargetParts, folder: Path) -> tuple[Dr
     return drafter, tensors
 
 
-def of_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
-    """Have the hub give a folder. Returns what it is asked for."""
+def hub_gives(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """Have the hub give a folder; return the ids that it is asked for."""
     asked: list[str] = []
 
     def give(repo_id: str, **_: Any) -> str:
@@ -435,7 +437,7 @@ def test_a_hub_id_is_read_as_its_authors_wrote_it(
         torch.save(tensors, path)
     else:
         save_file(tensors, path)
-    asked = of_the_hub(monkeypatch, tmp_path / "snapshot")
+    asked = hub_gives(monkeypatch, tmp_path / "snapshot")
     read = load_drafter("authors/drafter", parts)
     assert asked == ["authors/drafter"] and type(read) is kind and read.made_for == parts.fingerprint
     batch = pack([tiny_trajectory(drafter)])
@@ -446,7 +448,7 @@ def test_a_repository_that_holds_no_drafter_is_named(
     parts: TargetParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published(Eagle3Drafter, parts, tmp_path / "snapshot")  # without tensors
-    of_the_hub(monkeypatch, tmp_path / "snapshot")
+    hub_gives(monkeypatch, tmp_path / "snapshot")
     with pytest.raises(CheckpointError, match="snapshot is not a checkpoint: .*model.safetensors"):
         load_drafter("authors/drafter", parts)
 
@@ -454,7 +456,7 @@ def test_a_repository_that_holds_no_drafter_is_named(
 def test_a_folder_of_the_same_name_comes_first(
     parts: TargetParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = of_the_hub(monkeypatch, tmp_path)
+    asked = hub_gives(monkeypatch, tmp_path)
     _, tensors = published(Eagle3Drafter, parts, tmp_path / "authors" / "drafter")
     save_file(tensors, tmp_path / "authors" / "drafter" / "model.safetensors")
     monkeypatch.chdir(tmp_path)

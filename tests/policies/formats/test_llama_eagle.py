@@ -137,9 +137,9 @@ def test_settings_of_eagle_3_1_are_kept(parts: TargetParts, tmp_path: Path, opti
 
 
 def save_eagle(parts: TargetParts, folder: Path, layout: str, vocab: Tensor) -> EagleDrafter:
-    made = perturbed(EagleDrafter.from_target(parts, draft_vocab=vocab))
-    save_drafter(made, folder, layout)
-    return made
+    drafter = perturbed(EagleDrafter.from_target(parts, draft_vocab=vocab))
+    save_drafter(drafter, folder, layout)
+    return drafter
 
 
 @pytest.mark.parametrize("vocab", [torch.tensor([2, 7, 11, 30]), VOCAB, torch.arange(32)])
@@ -147,18 +147,18 @@ def save_eagle(parts: TargetParts, folder: Path, layout: str, vocab: Tensor) -> 
 def test_an_eagle_that_is_read_scores_as_what_was_written(
     parts: TargetParts, tmp_path: Path, layout: str, vocab: Tensor
 ) -> None:
-    made = save_eagle(parts, tmp_path / "drafter", layout, vocab)
+    drafter = save_eagle(parts, tmp_path / "drafter", layout, vocab)
     read = load_drafter(tmp_path / "drafter", parts, layout=layout)
-    assert isinstance(read, EagleDrafter) and read.published().keys() == made.published().keys()
-    assert all(torch.equal(read.published()[name], tensor) for name, tensor in made.published().items())
+    assert isinstance(read, EagleDrafter) and read.published().keys() == drafter.published().keys()
+    assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
     assert torch.equal(read.head, parts.head.weight[vocab]) and read.feature_layers == (3,)
-    batch = pack([tiny_trajectory(made)])
-    assert torch.equal(read.score(batch), made.score(batch))
+    batch = pack([tiny_trajectory(drafter)])
+    assert torch.equal(read.score(batch), drafter.score(batch))
 
 
 @pytest.mark.parametrize("layout", ["sglang", "hf"])
 def test_an_eagle_folder_holds_what_others_read(parts: TargetParts, tmp_path: Path, layout: str) -> None:
-    made = save_eagle(parts, tmp_path / "whole", layout, torch.arange(32))
+    drafter = save_eagle(parts, tmp_path / "whole", layout, torch.arange(32))
     save_eagle(parts, tmp_path / "part", layout, torch.tensor([2, 7, 11, 30]))
     # What the authors' and SGLang's own conversions of their drafters hold, less the rotary table.
     names = {
@@ -170,7 +170,7 @@ def test_an_eagle_folder_holds_what_others_read(parts: TargetParts, tmp_path: Pa
     whole, part = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
     assert set(whole) == names and set(part) == {*names, "d2t"}
     assert part["d2t"].tolist() == [2, 6, 9, 27]
-    assert layout == "sglang" or torch.equal(whole["embed_tokens.weight"], made.embedding)
+    assert layout == "sglang" or torch.equal(whole["embed_tokens.weight"], drafter.embedding)
     config = json.loads((tmp_path / "part" / "config.json").read_text())
     expected = {
         "architectures": [{"sglang": "LlamaForCausalLMEagle", "hf": "LlamaForCausalLM"}[layout]],
@@ -183,8 +183,8 @@ def test_an_eagle_folder_holds_what_others_read(parts: TargetParts, tmp_path: Pa
 
 def test_an_eagle_as_its_authors_publish_it_is_read(parts: TargetParts, tmp_path: Path) -> None:
     """Theirs for Llama 3 has no bias, names its entries as transformers did then, and holds the embedding."""
-    made = perturbed(EagleDrafter.from_target(parts, draft_vocab=torch.arange(32)))
-    tensors = {name: t.half() for name, t in made.published().items() if name not in ("fc.bias", "d2t")}
+    drafter = perturbed(EagleDrafter.from_target(parts, draft_vocab=torch.arange(32)))
+    tensors = {name: t.half() for name, t in drafter.published().items() if name not in ("fc.bias", "d2t")}
     config = {
         "architectures": ["LlamaForCausalLM"], "bias": False, "hidden_act": "silu", "hidden_size": 16, "head_dim": 4,
         "intermediate_size": 32, "max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 4,

@@ -45,9 +45,9 @@ def medusa(deep_parts) -> Files:
     return drafter.published(), config
 
 
-def assert_same(one: Files, other: Files) -> None:
-    assert one[1] == other[1] and one[0].keys() == other[0].keys()
-    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+def assert_same(files: Files, expected: Files) -> None:
+    assert files[1] == expected[1] and files[0].keys() == expected[0].keys()
+    assert all(torch.equal(files[0][name], expected[0][name]) for name in files[0])
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
@@ -65,10 +65,10 @@ def test_eagle3_says_its_layers_to_each_engine(eagle3):
 
 def test_vllms_own_names_are_read_too(eagle3):
     tensors, config = to_vllm(*eagle3)
-    theirs = {
+    renamed = {
         name.replace("midlayer.", "layers.0.").replace("d2t", "draft_id_to_target_id"): t for name, t in tensors.items()
     }
-    assert_same(from_vllm(theirs, config), eagle3)
+    assert_same(from_vllm(renamed, config), eagle3)
 
 
 def test_layers_that_vllm_reads_in_two_ways_are_refused(eagle3):
@@ -99,7 +99,7 @@ def _without(name: str):
 
 
 def _with(**tensors: Tensor):
-    return lambda given, config: ({**given, **tensors}, config)
+    return lambda written, config: ({**written, **tensors}, config)
 
 
 @pytest.mark.parametrize(
