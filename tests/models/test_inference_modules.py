@@ -48,7 +48,7 @@ def assert_product(y: Tensor, x: Tensor, layer: nn.Linear) -> None:
 @native_bf16
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 96), (7, 96), (2, 3, 96), (1, 1, 96), (33, 96)])
-def test_packed_linear(bias: bool, shape: tuple[int, ...]) -> None:
+def test_a_packed_linear_layer_is_the_product_in_fp32(bias: bool, shape: tuple[int, ...]) -> None:
     layer, x = linear(bias), torch.randn(shape).bfloat16()
     packed = PackedLinear(layer, keep_weight=False)
     assert not dict(packed.named_parameters()).keys() & {"weight"}  # the point of not keeping it: one copy in memory
@@ -217,7 +217,7 @@ def test_decoder_layers_are_fused_where_that_changes_nothing(
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (3, 3)])
-def test_grouped_attention(heads: int, groups: int) -> None:
+def test_grouped_attention_is_attention_head_by_head(heads: int, groups: int) -> None:
     b, length, columns, d = 2, 5, 9, 4
     query = torch.randn(b, heads, length, d, dtype=torch.float64)
     key, value = (torch.randn(b, groups, columns, d, dtype=torch.float64) for _ in range(2))

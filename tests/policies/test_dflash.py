@@ -136,7 +136,7 @@ def test_unroll_ends_with_the_block() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "options"), [("llama", {}), ("qwen3", {"num_layers": 1, "block_size": 4})])
-def test_it_conforms(architecture: str, options: dict[str, int]) -> None:
+def test_dflash_passes_the_checks_of_drafters(architecture: str, options: dict[str, int]) -> None:
     check_drafter(dflash_of_the_target(architecture, **options), tiny_target(architecture))
 
 
@@ -193,6 +193,6 @@ def test_tied_embeddings_are_held_once() -> None:
         ({"mask_token_id": 32}, "mask_token_id must lie in 0..31, got 32"),
     ],
 )
-def test_bad_options(options: dict[str, int], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dflash_of_the_target(**options)

@@ -125,7 +125,7 @@ def reset(drafter: Drafter, seed: int) -> None:
                     parameter.fill_(1)
 
 
-def test_both_halves_of_a_run_agree_on_all_of_the_head() -> None:
+def test_the_handshake_covers_all_of_the_head() -> None:
     parts, drafter = target("llama")[0], started("llama", "medusa")
     weight = parts.head.weight
     heads = [TargetHead(weight), TargetHead(weight, scale=2.0), TargetHead(weight, softcap=2.0)]

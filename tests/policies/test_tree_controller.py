@@ -167,7 +167,7 @@ def test_between_measured_numbers_of_slots_costs_are_interpolated() -> None:
     assert [controller.choose(occupied).depth for occupied in (1, 2, 3)] == [1, 1, 0]
 
 
-def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
+def test_a_chain_is_chosen_where_the_rows_of_a_tree_are_expensive() -> None:
     shapes = TreeController.candidates(TREE)
     rows = {s: 1.0 + 0.05 * s.depth + 0.02 * s.num_nodes for s in shapes}
     table = {1: {s: 1.0 + 0.05 * s.depth for s in shapes}, 8: rows}
@@ -298,7 +298,7 @@ def with_lookup(**drafter: float) -> WithLookup:
         (0.1, 0.0, NONE),
     ],
 )
-def test_lookup_alone_where_it_delivers_most(likeliest: float, found: float, usual: TreeShape) -> None:
+def test_lookup_alone_is_chosen_where_it_delivers_most(likeliest: float, found: float, usual: TreeShape) -> None:
     serving = with_lookup(likeliest=likeliest, found=found)
     serving.run(200)
     chosen = serving.run(2000)
@@ -341,7 +341,7 @@ def test_candidates_with_lookup_alone() -> None:
     ]  # fmt: skip
 
 
-def test_nothing_to_choose_from() -> None:
+def test_plain_decoding_is_chosen_where_there_is_nothing_else() -> None:
     assert TreeController({1: {NONE: 1.0}}).choose(1) == NONE
 
 
@@ -354,7 +354,7 @@ def test_sampled_trees_are_not_compared_with_chains() -> None:
     "table",
     [{}, {1: {TreeShape(1): 1.0}}, {1: {NONE: 1.0, TreeShape(0, 2): 1.0}}, {1: {NONE: 1.0}, 2: {TREE: 1.0}}],
 )
-def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]]) -> None:
+def test_costs_that_cannot_be_compared_are_refused(table: dict[int, dict[TreeShape, float]]) -> None:
     with pytest.raises(ValueError, match="one of them of depth 0; got .depth, width. by number"):
         TreeController(table)
 

@@ -297,7 +297,7 @@ def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, 
         attached.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
 
 
-def test_detached_the_server_goes_on_unrecorded(chain, learner, handshake):
+def test_after_detaching_the_server_goes_on_unrecorded(chain, learner, handshake):
     before, after = requests(8, 8, new=6, seed=3)
     chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     first = chain.generate(before)

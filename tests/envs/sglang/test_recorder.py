@@ -299,7 +299,7 @@ def test_the_store_forgets_the_least_recently_used():
     assert store.get(texts[2])[1] == 7 and store.get(texts[0]) is not None
 
 
-def test_request_numbers():
+def test_ids_become_request_numbers():
     assert request_number("12") == 12
     assert 0 <= request_number("a-b") < 2**62 and request_number("a-b") != request_number("a-c")
     assert 0 <= request_number(str(2**70)) < 2**62

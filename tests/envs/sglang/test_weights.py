@@ -72,7 +72,7 @@ def test_parts_of_a_fused_parameter_are_views_of_its_rows(drafter, weights):
     assert fused.model.norm.weight.unique().tolist() == [5.0]
 
 
-def test_what_the_drafter_has_not_or_has_otherwise_is_named(drafter, weights):
+def test_tensors_that_sglangs_drafter_lacks_or_has_in_another_shape_are_named(drafter, weights):
     fused = Fused(drafter)
     with pytest.raises(SwapError, match="no parameter for 'midlayer.gate.weight'"):
         spoiled = {**weights, "midlayer.gate.weight": torch.zeros(1)}

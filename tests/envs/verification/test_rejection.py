@@ -374,7 +374,7 @@ def test_without_nodes_verification_is_plain_sampling() -> None:
     assert torch.equal(Rejection().verify(*given_, torch.zeros(50, 0, 7)).bonus_token, plain_.bonus_token)
 
 
-def test_q_is_needed() -> None:
+def test_rejection_needs_the_drafters_distribution() -> None:
     nodes = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"'rejection' needs q \[B, N, V\], got None"):
         Rejection().verify(
@@ -491,7 +491,9 @@ def test_a_rule_refuses_trees_that_were_drawn_otherwise() -> None:
         ("sample_and_match", "topk", "sampled"),
     ],
 )
-def test_trees_that_were_drawn_otherwise_than_the_environment_takes_them(rule: str, mode: str, drawn: str) -> None:
+def test_trees_that_were_drawn_in_another_mode_than_the_environments_are_refused(
+    rule: str, mode: str, drawn: str
+) -> None:
     message = f"drawn by '{drawn}', and the environment was made with draft_mode='{mode}'; .*draft_mode=policy.shape"
     with pytest.raises(ValueError, match=message):
         serve(rule, mode, 1.0, 1, 1, drawn=drawn)

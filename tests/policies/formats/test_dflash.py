@@ -64,7 +64,7 @@ def edit(folder: Path, drop: str = "", **entries: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_entries_that_a_file_leaves_out(tmp_path: Path) -> None:
+def test_entries_that_a_file_leaves_out_follow_from_the_target_or_the_options(tmp_path: Path) -> None:
     """Older files say less: layers follow from the target's, and the mask has to be given as an option."""
     target = tiny_target(num_layers=8)
     parts = TargetParts.of(target)
@@ -96,7 +96,7 @@ def test_entries_that_a_file_leaves_out(tmp_path: Path) -> None:
         ({"dflash_config": {"mask_token_id": 32, "target_layer_ids": [0, 1]}}, r"must lie in 0..31, got 32"),
     ],
 )
-def test_files_of_other_drafters_and_targets(
+def test_files_of_other_drafters_and_targets_are_refused(
     entries: dict[str, Any], message: str, parts: TargetParts, tmp_path: Path
 ) -> None:
     save_drafter(dflash_of_the_target(), tmp_path / "drafter")

@@ -311,13 +311,13 @@ def exported(engine: str, folder: Path, **options: Any) -> tuple[Drafter, Callab
         ("eagle3 in vllm", {"feature_layers": (0, 1)}),
     ],
 )
-def test_eagle3(engine: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_engine_drafts_as_the_exported_eagle3(engine: str, options: dict[str, Any], tmp_path: Path) -> None:
     drafter, reader = exported(engine, tmp_path / "drafter", **options)
     assert_drafts_alike(drafter, reader(tmp_path / "drafter"))
 
 
 @pytest.mark.parametrize("vocab", [SOME, torch.arange(32)])
-def test_eagle(vocab: Tensor, tmp_path: Path) -> None:
+def test_sglang_drafts_as_the_exported_eagle(vocab: Tensor, tmp_path: Path) -> None:
     drafter = drafter_of("eagle", vocab)
     assert isinstance(drafter, EagleDrafter)
     save_drafter(drafter.float(), tmp_path / "drafter")
@@ -325,7 +325,7 @@ def test_eagle(vocab: Tensor, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_medusa(num_layers: int, tmp_path: Path) -> None:
+def test_vllm_drafts_as_the_exported_medusa(num_layers: int, tmp_path: Path) -> None:
     drafter, reader = exported("medusa in vllm", tmp_path / "drafter", num_heads=3, num_layers=num_layers)
     assert isinstance(drafter, MedusaDrafter)
     assert_drafts_alike(drafter, reader(tmp_path / "drafter"))

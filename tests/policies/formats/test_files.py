@@ -255,7 +255,7 @@ def test_an_option_that_differs_is_named(parts: TargetParts, tmp_path: Path) -> 
         load_drafter(tmp_path / "drafter", parts, options={"num_heads": 6, "num_layers": 1})
 
 
-def test_what_cannot_be_written_is_said(parts: TargetParts, tmp_path: Path) -> None:
+def test_a_layout_that_cannot_hold_the_drafter_is_named(parts: TargetParts, tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=(0, 2))
     with pytest.raises(CheckpointError, match="Eagle3Drafter has no format 'gguf'; it has sglang, vllm, hf"):
         save_drafter(drafter, tmp_path / "drafter", "gguf")
@@ -328,7 +328,9 @@ def test_a_draft_map_of_another_type_is_named(
         load_drafter(saved_eagle3[1], parts)
 
 
-def test_neither_a_folder_nor_on_the_hub(parts: TargetParts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_is_neither_a_folder_nor_on_the_hub_is_named(
+    parts: TargetParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing is neither a folder nor a repository of the hub"):
         load_drafter("nobody/nothing", parts)
@@ -464,7 +466,7 @@ def test_a_folder_of_the_same_name_comes_first(
     assert not asked
 
 
-def test_a_hub_that_cannot_be_reached_is_said(
+def test_a_hub_that_cannot_be_reached_is_named(
     parts: TargetParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
