@@ -129,6 +129,7 @@ def test_rotary_frequencies_are_not_rounded_with_the_weights() -> None:
     ("options", "message"),
     [({"feature_layers": (1,)}, "reads no features"), ({"num_layers": 0}, "num_layers must be at least 1, got 0")],
 )
-def test_options_out_of_range_are_refused(parts: TargetParts, options: dict, message: str) -> None:
+def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
+    parts = TargetParts.of(tiny_target())
     with pytest.raises(ValueError, match=message):
         StandaloneDrafter.from_target(parts, draft_vocab=VOCAB, **options)

@@ -8,6 +8,13 @@ from drafters import perturbed
 
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.testing import tiny_target
+
+
+@pytest.fixture
+def parts() -> TargetParts:
+    """Frozen pieces of the tiny target, in float32."""
+    return TargetParts.of(tiny_target(dtype=torch.float32))
 
 
 @pytest.fixture
