@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait
 
 from aurora_rl.cli import main as cli
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -27,21 +28,6 @@ pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 ENDLESS = "traffic.requests=5000"
-
-
-def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture(autouse=True)

@@ -54,10 +54,13 @@ def test_a_subclass_reads_its_own_kind_in_the_layout_that_is_asked_for(drafter: 
     assert Eagle3Drafter.from_pretrained(tmp_path, target, layout="vllm").feature_layers == (1, 2)
     with pytest.raises(CheckpointError, match=r"is of Eagle3Drafter, and MedusaDrafter is asked for"):
         MedusaDrafter.from_pretrained(tmp_path, target)
-    other = tiny_target(dtype=torch.float32, seed=1)
+    other_target = tiny_target(dtype=torch.float32, seed=1)
     with pytest.raises(CheckpointError, match=r"trained for others.*made_for=any"):
-        Drafter.from_pretrained(tmp_path, other)
-    assert Drafter.from_pretrained(tmp_path, other, made_for="any").made_for == TargetParts.of(other).fingerprint
+        Drafter.from_pretrained(tmp_path, other_target)
+    assert (
+        Drafter.from_pretrained(tmp_path, other_target, made_for="any").made_for
+        == TargetParts.of(other_target).fingerprint
+    )
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_a_name_is_taken_once() -> None:
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])
-def test_shapes_that_do_not_belong_together(rule: VerificationRule) -> None:
+def test_shapes_that_do_not_belong_together_are_refused(rule: VerificationRule) -> None:
     nodes = torch.zeros(2, 3, dtype=torch.int64)
     sampling = SamplingBatch.from_params([None, None])
     with pytest.raises(ValueError, match=r"logits \[B, N \+ 1, V\].* got \[2, 3, 5\], \[2, 3\], \[2, 3\], \[2, 3\]"):
