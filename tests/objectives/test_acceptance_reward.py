@@ -496,13 +496,6 @@ def test_branches_that_are_nearly_alike_are_standardised_in_float32() -> None:
     torch.testing.assert_close(_standardised(trees, below), expected, atol=0.05, rtol=0)
 
 
-def test_sums_over_earlier_siblings() -> None:
-    context, values = torch.tensor([2, 0, 2, 2, 1, 0]), torch.arange(1.0, 7.0)
-    expected = [sum(float(values[j]) for j in range(i) if context[j] == context[i]) for i in range(6)]
-    assert before(context, values).tolist() == expected
-    assert before(context[:0], values[:0]).tolist() == []
-
-
 REFUSED = {
     "topk": (dict(mode="topk"), {}, r"'draft_mode'\) is 'topk', .* no exploration; serve with drafter.mode=sampled"),
     "lookup": (dict(log_probs=[-torch.inf] * 4), {}, r"not drawn from the drafter .* drafter.mode=sampled"),
