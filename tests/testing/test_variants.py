@@ -1,0 +1,28 @@
+"""Other forms of a trajectory: the target's likeliest tokens, and siblings reversed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_drafters import drafter_for
+
+from aurora_rl.policies import MedusaDrafter, TargetParts
+from aurora_rl.testing import tiny_target, tiny_trajectory, topk_form
+from aurora_rl.trajectories import validate
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_topk_form_is_the_softmax_of_the_hidden_states(dtype: torch.dtype) -> None:
+    target = tiny_target(dtype=dtype)
+    trajectory = tiny_trajectory(drafter_for(MedusaDrafter, target), prompt_length=3, max_new_tokens=6)
+    before, head = trajectory.clone(), TargetParts.of(target).head.to(torch.promote_types(dtype, torch.float32))
+    got = topk_form(trajectory, head, 3)
+    assert all(torch.equal(trajectory[key], before[key]) for key in before.keys(True, True))
+    validate(got, vocab_size=32, feature_size=16, hidden_size=16)
+    for part in ("sequence", "nodes"):
+        p = (trajectory[part, "hidden"].to(head.weight.dtype) @ head.weight.T).softmax(-1)
+        best = p.topk(3, dim=-1)
+        assert torch.equal(got[part, "topk_ids"], best.indices)
+        assert got[part, "topk_log_probs"].dtype == head.weight.dtype
+        torch.testing.assert_close(got[part, "topk_log_probs"].exp(), best.values)
+        torch.testing.assert_close(got[part, "tail_log_prob"].exp(), 1 - best.values.sum(-1), atol=1e-5, rtol=0)
