@@ -220,10 +220,3 @@ def test_as_many_as_can_be_distinct_and_not_one_more() -> None:
         generate(most + 1)
     with pytest.raises(TrafficError, match="asked for 0 requests; the number must be 1 or more"):
         generate(0)
-
-
-def test_every_choice_of_a_template_has_its_own_text() -> None:
-    for part in traffic._templates():
-        for template in (t for group in part.values() for t in group):
-            indices = range(0, template.size, max(1, template.size // 500))
-            assert len({template.fill(template.values(index)) for index in indices}) == len(indices), template.name
