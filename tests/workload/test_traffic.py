@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from aurora_rl.workload import traffic
-from aurora_rl.workload.pools import POOLS
-from aurora_rl.workload.templates import TEMPLATES
 from aurora_rl.workload.traffic import Prompt, TrafficError, generate, read_jsonl
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -176,17 +174,6 @@ def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list
     words = [word for word in kept if len(word) > 3 and not word[0].isdigit()]
     assert len(words) > 100
     assert [word for word in words if re.search(rf"\b{re.escape(word)}\b", everything)] == []
-
-
-def test_the_halves_of_every_pool_and_the_templates_are_disjoint() -> None:
-    pools = POOLS.values()
-    halves = [{p for pool in pools for v in pool[half] for p in pieces(v)} for half in (0, 1)]
-    assert not halves[0] & halves[1]
-    for first, last in TEMPLATES.values():
-        assert not first.keys() & last.keys()
-        assert not set(first.values()) & set(last.values())
-        assert len(first) >= 12
-        assert len(last) >= 5
 
 
 def test_domains_have_equal_shares_and_interleave(stream: list[traffic._Filled]) -> None:
