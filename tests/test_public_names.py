@@ -1,4 +1,4 @@
-"""What `import aurora_rl` gives: sixteen names, at once and without torch; and paths that moved name the new one."""
+"""What `import aurora_rl` gives: sixteen names, at once and without torch."""
 
 from __future__ import annotations
 
