@@ -81,7 +81,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
 
         return run
 
-    # What is left of a round besides these three is TorchRL's.
+    # TorchRL takes what these three leave of a round.
     env._step, env._reset, policy.draft = timed(env._step), timed(env._reset), timed(policy.draft)
     installs, began, rounds = [], time.perf_counter(), 0
     while server.step():

@@ -1,4 +1,4 @@
-"""The shape controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
+"""The tree controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
 
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
 weights are learned here: the useless drafter is the trained one with the rows of its draft heads permuted, and the
