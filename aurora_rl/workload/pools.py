@@ -33,15 +33,15 @@ class _Table(NamedTuple):
 class _Join(NamedTuple):
     """Two tables, of which the second refers to the first by `key`."""
 
-    one: str
+    parent: str
     label: str
-    many: str
+    child: str
     key: str
     number: str
 
     @property
     def schemas(self) -> str:
-        return f"{self.one}(id, {self.label})\n{self.many}(id, {self.key}, {self.number})"
+        return f"{self.parent}(id, {self.label})\n{self.child}(id, {self.key}, {self.number})"
 
 
 def _words(first: str, last: str) -> Pool:

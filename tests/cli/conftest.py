@@ -13,28 +13,30 @@ import pytest
 from aurora_rl.cli.config import Config, load_config
 
 
+def free_addresses() -> list[str]:
+    """Two addresses on ports that are free, for the two halves of the wire."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+
+
 @pytest.fixture
 def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
-    """Of a short run on the tiny model, on ports of its own, in `tmp_path / "run"`."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        ports = [s.getsockname()[1] for s in (one, two)]
+    """Arguments of a short run on the tiny model, on ports of its own, in `tmp_path / "run"`."""
+    trajectories, weights = free_addresses()
     return [
         *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
         *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0"),
         *("max_new_tokens=8", "traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
-        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
+        *(f"wire.trajectories={trajectories}", f"wire.weights={weights}"),
     ]
 
 
 @pytest.fixture(scope="module")
 def ports() -> list[str]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    return free_addresses()
 
 
 @pytest.fixture

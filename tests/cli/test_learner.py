@@ -25,19 +25,19 @@ from aurora_rl.trajectories import rule_code
 
 @contextlib.contextmanager
 def learner(config: Config, folder: Path) -> Iterator[object]:
-    made = build_learner(spec.resolve(config), MetricsLog(folder / "metrics.jsonl", "learner"), folder)
+    built = build_learner(spec.resolve(config), MetricsLog(folder / "metrics.jsonl", "learner"), folder)
     try:
-        yield made
+        yield built
     finally:
-        made.close()
+        built.close()
 
 
 def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
     config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
     config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
-    with learner(config, tmp_path) as made:
-        assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
-        made._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
+    with learner(config, tmp_path) as built:
+        assert [o.name for o in built._loss.objectives] == ["imitation", "acceptance_reward"]
+        built._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
     assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
 
 
@@ -49,9 +49,9 @@ def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: C
     config.rule = f"{__name__}:OwnRule"
     drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
     trajectory = tiny_trajectory(drafter.double())
-    with learner(config, tmp_path) as made, pytest.MonkeyPatch.context() as patch:
+    with learner(config, tmp_path) as built, pytest.MonkeyPatch.context() as patch:
         patch.setattr("aurora_rl.cli.learner.validate", lambda *_, **__: None)  # the tiny one is of another model
-        validate = made._collector._validate
+        validate = built._collector._validate
         for code in (rule_code("OwnRule"), rule_code("greedy")):
             trajectory["sampling", "rule"] = torch.tensor(code)
             validate(trajectory)
@@ -67,8 +67,8 @@ def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: C
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_path: Path, dtype: str) -> None:
     config.dtype = dtype
-    with learner(config, tmp_path) as made:
-        weight = made._loss.objectives[0].head.weight
+    with learner(config, tmp_path) as built:
+        weight = built._loss.objectives[0].head.weight
     # Under autocast the product is in bfloat16 anyway.
     assert weight.dtype == getattr(torch, dtype)
     assert weight.untyped_storage().nbytes() == weight.nbytes
@@ -77,8 +77,8 @@ def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_pa
 
 def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
     config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
-    with learner(config, tmp_path) as made:
-        rates = {type(each).__name__: each.param_groups[0]["lr"] for each in made._optimizers}
+    with learner(config, tmp_path) as built:
+        rates = {type(each).__name__: each.param_groups[0]["lr"] for each in built._optimizers}
     assert rates == {"Muon": 0.03, "AdamW": 0.0007}
 
 

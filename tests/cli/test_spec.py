@@ -206,16 +206,16 @@ def test_both_halves_start_from_the_same_drafter(
 ) -> None:
     config.drafter.name = name
     requests = spec.request_queue(spec.resolve(config), target, spec.traffic(config))
-    served, theirs = spec.first_drafter(
+    served, learner_config = spec.first_drafter(
         spec.resolve(config), target, requests, tmp_path / "day0" if own_learner else None
     )
-    learned = spec.start_drafter(spec.resolve(theirs), target, [])
+    learned = spec.start_drafter(spec.resolve(learner_config), target, [])
     assert spec.handshake(target.parts, served, "eagle3") == spec.handshake(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
     assert config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
     knows = not served.draft_vocab.equal(spec.start_drafter(spec.resolve(config), target, []).draft_vocab)
-    assert knows == own_learner == (theirs.drafter.path is not None)
+    assert knows == own_learner == (learner_config.drafter.path is not None)
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
@@ -297,7 +297,7 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
         spec.start_drafter(spec.resolve(config), target, [])
 
 
-THEIRS = """
+THIRD_PARTY = """
 from aurora_rl.policies import MedusaDrafter
 
 class Narrow(MedusaDrafter):
@@ -305,9 +305,9 @@ class Narrow(MedusaDrafter):
 
     @classmethod
     def from_target(cls, parts, *, draft_vocab, feature_layers=None, heads: int = 2):
-        made = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
-        made.options = {}  # forgets to say them
-        return made
+        drafter = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
+        drafter.options = {}  # forgets to say them
+        return drafter
 
 class Returnless(Narrow):
     @classmethod
@@ -317,12 +317,12 @@ class Returnless(Narrow):
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "their_drafters.py").write_text(THEIRS)
+def third_party_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_drafters.py").write_text(THIRD_PARTY)
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.usefixtures("theirs")
+@pytest.mark.usefixtures("third_party_drafters")
 def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Target, tmp_path: Path) -> None:
     config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
     started = spec.start_drafter(spec.resolve(config), target, [])
@@ -338,7 +338,7 @@ def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Ta
     assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
 
 
-@pytest.mark.usefixtures("theirs")
+@pytest.mark.usefixtures("third_party_drafters")
 def test_a_class_that_makes_no_drafter_is_named(config: Config, target: spec.Target) -> None:
     config.drafter.name = "their_drafters:Returnless"
     with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
