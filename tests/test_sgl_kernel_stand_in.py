@@ -120,7 +120,7 @@ def test_decoding_stores_the_new_token_and_attends_over_the_request(lengths: lis
     [([7], [7]), ([9, 30], [4, 4]), ([9, 30, 12], [9, 1, 5]), ([9, 5, 8], [2, 0, 8])],
     ids=["whole prompt", "equal and after a prefix", "ragged", "one of them has nothing new"],
 )
-def test_extending_is_causal_behind_the_prefix(lengths: list[int], new: list[int], dtype: torch.dtype) -> None:
+def test_extending_is_causal_after_the_prefix(lengths: list[int], new: list[int], dtype: torch.dtype) -> None:
     cache = Cache(lengths, dtype)
     query = torch.randn(sum(new), HEADS, SIZE).to(dtype)
     expected, rows = [], iter(query)
@@ -360,7 +360,7 @@ def test_allocated_slots_go_into_each_requests_range_and_come_back() -> None:
     assert out.tolist() == [10, 11, 12, 13, 14, -1, -1]
 
 
-def test_drafts_are_written_behind_the_text() -> None:
+def test_drafts_are_written_after_the_text() -> None:
     table = torch.arange(30).view(3, 10)
     out = torch.zeros(8, dtype=torch.long)
     kernels.assign_draft_cache_locs_contiguous_cpu(torch.tensor([2, 0]), table, torch.tensor([3, 5]), out, 10, 2, 2)

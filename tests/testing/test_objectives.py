@@ -294,7 +294,7 @@ class LeadsAway(ImitationLoss):
         return found._replace(value=-found.value)
 
 
-class LeadsAwayBehindTheFirstStep(ImitationLoss):
+class LeadsAwayAfterTheFirstStep(ImitationLoss):
     """By less than the first step leads there."""
 
     def values(self, batch: TensorDictBase) -> Values:
@@ -348,7 +348,7 @@ def test_a_term_of_a_sum_need_not_lead_to_the_target() -> None:
         (ReportsEveryPosition, "the metric 'agreement' depends on what stands where the drafter has no prediction"),
         (AveragesOverEveryPosition, "'mean' is not the mean of each group over its valid positions"),
         (LeadsAway, "it does not lead to the target"),
-        (LeadsAwayBehindTheFirstStep, "in group 1"),
+        (LeadsAwayAfterTheFirstStep, "in group 1"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
