@@ -70,7 +70,7 @@ def open_recording(folder: Path, target: Target, drafter: Drafter) -> Trajectory
     return recording
 
 
-class _Watched(TrajectoryDataset):
+class _ShownRecording(TrajectoryDataset):
     """A recording whose growth is shown."""
 
     watch: Watch
@@ -93,7 +93,7 @@ def record_answers(
         raise ConfigError(f"model={config.model}: {error}") from error
     for reason in requests.failed:
         console.print(f"not recorded: {reason}", soft_wrap=True)
-    waiting, recording = list(iter(requests, None)), _Watched(folder, drafter.feature_layers)
+    waiting, recording = list(iter(requests, None)), _ShownRecording(folder, drafter.feature_layers)
     with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
         record(
             model,

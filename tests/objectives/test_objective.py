@@ -28,7 +28,7 @@ from aurora_rl.objectives import (
 )
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
-from aurora_rl.testing.enumerable_worlds import DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
+from aurora_rl.testing.enumerable_worlds import DrawnTree, EnumerableDrafter, EnumerableTarget, tree_trajectory
 from aurora_rl.testing.variants import topk_form
 from aurora_rl.trajectories import pack
 
@@ -146,12 +146,12 @@ def test_entries_can_be_selected() -> None:
 
 
 def test_a_missing_entry_is_named() -> None:
-    target = TabularTarget(0)
+    target = EnumerableTarget(0)
     batch = pack([tree_trajectory(DrawnTree((-1,), (0,)), target, rule="sample_and_match")])
     del batch["nodes", "log_probs"]
     with pytest.raises(ValueError, match=r"'acceptance_reward' needs \('nodes', 'log_probs'\) in the batch"):
-        AcceptanceRewardLoss(TabularDrafter(0), target.head)(batch)
-    loss = AcceptanceRewardLoss(TabularDrafter(0), target.head)
+        AcceptanceRewardLoss(EnumerableDrafter(0), target.head)(batch)
+    loss = AcceptanceRewardLoss(EnumerableDrafter(0), target.head)
     batch["nodes", "behaviour"] = torch.zeros(1)
     loss.set_keys(log_probs=("nodes", "behaviour"))
     assert ("nodes", "behaviour") in loss.in_keys and torch.isfinite(loss(batch)["loss_acceptance_reward"])
@@ -204,7 +204,7 @@ def test_an_entry_of_unknown_source_is_named() -> None:
 @pytest.mark.parametrize("reduction", ["average", "", None])
 def test_reductions(reduction: Any) -> None:
     with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none'"):
-        ImitationLoss(TabularDrafter(0), TabularTarget(0).head, reduction=reduction)
+        ImitationLoss(EnumerableDrafter(0), EnumerableTarget(0).head, reduction=reduction)
 
 
 def test_losses_can_be_copied_and_cast() -> None:
@@ -328,7 +328,7 @@ class Nameless(Objective):
 
 def test_an_objective_needs_a_name() -> None:
     with pytest.raises(ValueError, match=r"Nameless has no name; give it one by @register_objective"):
-        Nameless(TabularDrafter(0), TabularTarget(0).head)
+        Nameless(EnumerableDrafter(0), EnumerableTarget(0).head)
 
 
 class OfOneDimension(ImitationLoss):
@@ -377,8 +377,10 @@ def test_weights_fit_the_values_and_do_not_learn(case: str) -> None:
 
 def test_features_of_another_drafter_are_named() -> None:
     drafter, head = eagle3_and_head()
-    other = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16), feature_layers=(1,))
-    batch = pack([tiny_trajectory(other.double())])
+    one_layer = Eagle3Drafter.from_target(
+        TargetParts.of(tiny_target()), draft_vocab=torch.arange(16), feature_layers=(1,)
+    )
+    batch = pack([tiny_trajectory(one_layer.double())])
     message = (
         r"objective 'imitation': the recorded features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers"
     )
@@ -397,11 +399,11 @@ def test_the_head_may_have_another_dtype(
 ) -> None:
     drafter, head = eagle3_and_head()
     batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"))])
-    one, other = (
+    exact, cast = (
         kind(drafter.to(dtype), head.to(of), **settings)(batch)[f"loss_{kind.name}"]
         for dtype, of in ((torch.float64, torch.float64), (drafts, judges))
     )
-    other.backward()
+    cast.backward()
     # Eight bits of a logit of 5 are off by 0.02 at most, and these losses by a few times that.
     tolerance = 0.1 if judges == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(other.double(), one, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(cast.double(), exact, atol=tolerance, rtol=tolerance)

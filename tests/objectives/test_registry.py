@@ -23,7 +23,7 @@ from aurora_rl.objectives import (
 )
 from aurora_rl.policies import Drafter
 from aurora_rl.registry import Registry
-from aurora_rl.testing.enumerable_worlds import TabularDrafter, TabularTarget
+from aurora_rl.testing.enumerable_worlds import EnumerableDrafter, EnumerableTarget
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def test_an_objective_that_passes_settings_on_has_those_of_its_parents(registry:
             super().__init__(drafter, head, steps=1)
 
     assert check_settings({"name": "focal", "steps": 2, "gamma": 2.0, "weight": 0.5}) is Focal
-    (made,) = make_objectives([{"name": "focal", "steps": 2}], TabularDrafter(0), TabularTarget(0).head)
-    assert isinstance(made, Focal) and made.steps == 2
+    (focal,) = make_objectives([{"name": "focal", "steps": 2}], EnumerableDrafter(0), EnumerableTarget(0).head)
+    assert isinstance(focal, Focal) and focal.steps == 2
     with pytest.raises(ValueError, match="objective 'focal' has no setting 'step'; did you mean 'steps'"):
         check_settings({"name": "focal", "step": 2})
     with pytest.raises(ValueError, match="objective 'focal' has no setting 'settings'"):
@@ -158,7 +158,7 @@ def test_values_of_settings_are_checked_before_anything_is_made(settings: dict[s
     with pytest.raises(ValueError, match=f"^objective '{settings['name']}': .*{message}"):
         check_settings(settings)
     with pytest.raises(ValueError, match=f"^objective '{settings['name']}': .*{message}"):
-        make_objectives([settings], TabularDrafter(0), TabularTarget(0).head)
+        make_objectives([settings], EnumerableDrafter(0), EnumerableTarget(0).head)
 
 
 def test_a_constructor_that_reads_its_drafter_is_checked_later(registry: Registry[type[Objective]]) -> None:
@@ -172,6 +172,6 @@ def test_a_constructor_that_reads_its_drafter_is_checked_later(registry: Registr
 
     assert check_settings({"name": "sized", "top_k": 9}) is Sized
     with pytest.raises(ValueError, match="objective 'sized': top_k must be at most 3, got 9"):
-        make_objectives([{"name": "sized", "top_k": 9}], TabularDrafter(0), TabularTarget(0).head)
+        make_objectives([{"name": "sized", "top_k": 9}], EnumerableDrafter(0), EnumerableTarget(0).head)
     with pytest.raises(ValueError, match="objective 'sized': '>' not supported between instances of 'str'"):
-        make_objectives([{"name": "sized", "top_k": "x"}], TabularDrafter(0), TabularTarget(0).head)
+        make_objectives([{"name": "sized", "top_k": "x"}], EnumerableDrafter(0), EnumerableTarget(0).head)

@@ -11,8 +11,8 @@ from aurora_rl.objectives import AcceptanceRewardLoss
 from aurora_rl.testing.enumerable_worlds import (
     VOCAB,
     DrawnTree,
-    TabularDrafter,
-    TabularTarget,
+    EnumerableDrafter,
+    EnumerableTarget,
     chance_of,
     drawn_trees,
     exact_gradient,
@@ -30,14 +30,14 @@ PARENTS = (-1, -1, 0)
 
 @pytest.mark.parametrize("distinct", [False, True])
 def test_every_tree_is_drawn_and_their_chances_sum_to_one(distinct: bool) -> None:
-    drafter = TabularDrafter(0)
+    drafter = EnumerableDrafter(0)
     trees = list(drawn_trees(PARENTS, distinct))
     assert len({tree.tokens for tree in trees}) == len(trees) == (3 * 2 * 3 if distinct else 3**3)
     assert abs(float(sum(chance_of(drafter, tree, distinct).detach() for tree in trees)) - 1) < 1e-12
 
 
 def test_the_chance_of_a_tree_by_hand() -> None:
-    drafter = TabularDrafter(0)
+    drafter = EnumerableDrafter(0)
     tree = DrawnTree(PARENTS, (2, 0, 1))
     assert tree.texts == [(2,), (0,), (2, 1)] and tree.children(-1) == [0, 1] and tree.children(0) == [2]
     root, below = (drafter.log_q(text).exp().tolist() for text in ((), (2,)))
@@ -48,7 +48,7 @@ def test_the_chance_of_a_tree_by_hand() -> None:
 
 @pytest.mark.parametrize("rule", ["sample_and_match", "rejection", "rejection_without_replacement"])
 def test_one_token_is_accepted_as_often_as_theory_says(rule: str) -> None:
-    drafter, target = TabularDrafter(1), TabularTarget(1)
+    drafter, target = EnumerableDrafter(1), EnumerableTarget(1)
     p, q = target.p(()), drafter.log_q(()).exp().detach()
     value, _ = exact_gradient(drafter, target, (-1,), rule=rule, distinct=rule.endswith("replacement"))
     theory = (p * q).sum() if rule == "sample_and_match" else torch.minimum(p, q).sum()  # Leviathan et al. 2023
@@ -56,7 +56,7 @@ def test_one_token_is_accepted_as_often_as_theory_says(rule: str) -> None:
 
 
 def test_a_greedy_target_accepts_its_likeliest_path_alone() -> None:
-    drafter, target = TabularDrafter(2), TabularTarget(2, temperature=0.0)
+    drafter, target = EnumerableDrafter(2), EnumerableTarget(2, temperature=0.0)
     first = int(target.p(()).argmax())
     second = int(target.p((first,)).argmax())
     reached = reach_of(drafter, target, DrawnTree(PARENTS, (first, (first + 1) % VOCAB, second)), "greedy")
@@ -66,7 +66,7 @@ def test_a_greedy_target_accepts_its_likeliest_path_alone() -> None:
 
 
 def test_outcomes_are_paths_from_the_root_and_their_chances_sum_to_one() -> None:
-    drafter, target, tree = TabularDrafter(3), TabularTarget(3), DrawnTree(PARENTS, (0, 1, 2))
+    drafter, target, tree = EnumerableDrafter(3), EnumerableTarget(3), DrawnTree(PARENTS, (0, 1, 2))
     outcomes = list(outcomes_of(tree, [chance.detach() for chance in reach_of(drafter, target, tree, "rejection")]))
     assert [accepted for accepted, _ in outcomes] == [
         [False, False, False],
@@ -79,20 +79,20 @@ def test_outcomes_are_paths_from_the_root_and_their_chances_sum_to_one() -> None
 
 @pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
 def test_the_exact_gradient_is_that_of_finite_differences(rule: str) -> None:
-    drafter, target, step = TabularDrafter(4), TabularTarget(4), 1e-6
+    drafter, target, step = EnumerableDrafter(4), EnumerableTarget(4), 1e-6
     _, gradient = exact_gradient(drafter, target, (-1, 0), rule=rule)
     for row, column in ((0, 0), (0, 2), (2, 1)):
         values = []
         for sign in (1, -1):
             start = drafter.table.detach().clone()
             start[row, column] += sign * step
-            values.append(exact_gradient(TabularDrafter(4, start=start), target, (-1, 0), rule=rule)[0])
+            values.append(exact_gradient(EnumerableDrafter(4, start=start), target, (-1, 0), rule=rule)[0])
         assert abs(float((values[0] - values[1]) / (2 * step) - gradient[row, column])) < 1e-8
     assert not gradient[13:].any()  # texts of three tokens are below every node
 
 
 def test_an_expectation_weighs_the_losses_of_trajectories() -> None:
-    drafter, target = TabularDrafter(5), TabularTarget(5)
+    drafter, target = EnumerableDrafter(5), EnumerableTarget(5)
     trees = [DrawnTree((-1,), (token,)) for token in range(VOCAB)]
     items = [
         (tree_trajectory(tree, target, rule="sample_and_match", log_probs=log_probs_of(drafter, tree)), torch.tensor(w))
