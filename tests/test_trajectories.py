@@ -143,11 +143,11 @@ def test_packing_takes_one_form(served: list[TensorDict], likeliest: list[Tensor
         ValueError, match="trajectory 0 has 'topk_log_probs' of 4 tokens, trajectory 2 has 'hidden'. Let"
     ):
         pack([*likeliest[:2], served[2]])
-    other = topk_form(served[1], TargetParts.of(tiny_target()).head, 5)
+    likeliest_five = topk_form(served[1], TargetParts.of(tiny_target()).head, 5)
     with pytest.raises(
         ValueError, match="trajectory 0 has 'topk_log_probs' of 4 tokens, trajectory 1 has .* of 5 tokens"
     ):
-        pack([likeliest[0], other])
+        pack([likeliest[0], likeliest_five])
 
 
 def test_log_probs_are_packed_where_all_have_them(served: list[TensorDict]) -> None:

@@ -43,7 +43,7 @@ def test_a_node_is_seen_from_itself_to_the_end_of_its_subtree(seed: int) -> None
     trees = TreeIndex.of(batch_of([random_tree(size, generator) for size in (7, 0, 1, 12, 9)]))
     ends = trees.ends
     for node in range(len(ends)):
-        seen = {other for other in range(len(ends)) if other <= node < ends[other]}
+        seen = {ancestor for ancestor in range(len(ends)) if ancestor <= node < ends[ancestor]}
         assert seen == ancestors_or_self(trees, node)
 
 

@@ -25,7 +25,7 @@ Text = tuple[int, ...]
 TEXTS: list[Text] = [text for length in range(4) for text in product(range(VOCAB), repeat=length)]
 
 
-class TabularDrafter(Drafter):
+class EnumerableDrafter(Drafter):
     """Logits by the text since the root. It scores trees and does not serve.
 
     Args:
@@ -60,7 +60,7 @@ class TabularDrafter(Drafter):
     @classmethod
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
-    ) -> TabularDrafter:
+    ) -> EnumerableDrafter:
         """There is no real target to start from."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class TabularDrafter(Drafter):
         raise NotImplementedError
 
 
-class TabularTarget:
+class EnumerableTarget:
     """Logits by text; its output head is the identity, so a hidden state is the logits themselves.
 
     Args:
@@ -147,7 +147,7 @@ def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[Draw
             yield tree
 
 
-def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
+def chance_of(drafter: EnumerableDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
     """Probability that the drafter draws the tree, with its gradient."""
     total = torch.ones((), dtype=torch.float64)
     for parent in {-1, *tree.parents}:
@@ -160,12 +160,12 @@ def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tenso
     return total
 
 
-def log_probs_of(drafter: TabularDrafter, tree: DrawnTree) -> list[float]:
+def log_probs_of(drafter: EnumerableDrafter, tree: DrawnTree) -> list[float]:
     """Log-probability of each node given its path, as a recording has it."""
     return [float(drafter.log_q(text[:-1])[text[-1]].detach()) for text in tree.texts]
 
 
-def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
+def reach_of(drafter: EnumerableDrafter, target: EnumerableTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
     """Chance that each node is accepted, by the definition of its rule and not by the library's, with its gradient."""
     out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
 
@@ -205,7 +205,7 @@ def outcomes_of(tree: DrawnTree, reached: Sequence[Tensor]) -> Iterator[tuple[li
 
 def tree_trajectory(
     tree: DrawnTree,
-    target: TabularTarget,
+    target: EnumerableTarget,
     *,
     rule: str,
     mode: str = "sampled",
@@ -249,7 +249,7 @@ def tree_trajectory(
     )
 
 
-def table_gradient(drafter: TabularDrafter, value: Tensor) -> Tensor:
+def table_gradient(drafter: EnumerableDrafter, value: Tensor) -> Tensor:
     """Of a scalar in the drafter's table."""
     (grad,) = torch.autograd.grad(value, drafter.table, retain_graph=True)
     return grad
@@ -263,13 +263,14 @@ def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[Tens
 
 
 def exact_gradient(
-    drafter: TabularDrafter, target: TabularTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
+    drafter: EnumerableDrafter, target: EnumerableTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Expected number of accepted nodes over all trees that the drafter can draw, and its gradient in the table.
 
     Example:
-        >>> value, gradient = exact_gradient(TabularDrafter(0), TabularTarget(0), (-1, 0), rule="sample_and_match")
-        >>> bool(0 < value < 2), gradient.shape == TabularDrafter(0).table.shape
+        >>> drafter, target = EnumerableDrafter(0), EnumerableTarget(0)
+        >>> value, gradient = exact_gradient(drafter, target, (-1, 0), rule="sample_and_match")
+        >>> bool(0 < value < 2), gradient.shape == drafter.table.shape
         (True, True)
     """
     total = torch.zeros((), dtype=torch.float64)

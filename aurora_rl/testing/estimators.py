@@ -10,8 +10,8 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.enumerable_worlds import (
-    TabularDrafter,
-    TabularTarget,
+    EnumerableDrafter,
+    EnumerableTarget,
     chance_of,
     drawn_trees,
     exact_gradient,
@@ -55,7 +55,7 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
     judged = 0
     for rule, mode, temperature in _SERVED:
         for parents in _PARENTS:
-            drafter, target = TabularDrafter(seed), TabularTarget(seed, temperature)
+            drafter, target = EnumerableDrafter(seed), EnumerableTarget(seed, temperature)
             distinct, batches = mode == "sampled_without_replacement", []
             for tree in drawn_trees(parents, distinct):
                 drawn = chance_of(drafter, tree, distinct).detach()

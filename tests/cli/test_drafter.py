@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +14,6 @@ from aurora_rl.cli import main as cli
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.policies import save_drafter
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
 
 # ---- init -----------------------------------------------------------------------------------------------------------
 

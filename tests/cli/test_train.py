@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ FILES = {
     "metrics.jsonl",
     "summary.json",
 }
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -286,8 +278,8 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
 def test_a_recording_of_another_drafter_is_refused_and_leaves_no_folder(
     pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = [*pairs, "drafter.feature_layers=[0,1]", f"run_dir={tmp_path / 'run'}"]
-    assert train("--recording", str(recordings[0]), *other) == 2
+    mismatched = [*pairs, "drafter.feature_layers=[0,1]", f"run_dir={tmp_path / 'run'}"]
+    assert train("--recording", str(recordings[0]), *mismatched) == 2
     assert "was recorded for a drafter that reads layers 1,2, this one reads 0,1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

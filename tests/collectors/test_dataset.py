@@ -17,15 +17,15 @@ from aurora_rl.testing import serve, tiny_target, tiny_trajectory
 
 def trajectories(count: int) -> list[TensorDict]:
     drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
-    made = [tiny_trajectory(drafter, request=i, prompt_length=2 + i) for i in range(count)]
-    made[0]["sequence", "features"] = made[0]["sequence", "features"].bfloat16()  # dtypes are kept
-    return made
+    trajectories = [tiny_trajectory(drafter, request=i, prompt_length=2 + i) for i in range(count)]
+    trajectories[0]["sequence", "features"] = trajectories[0]["sequence", "features"].bfloat16()  # dtypes are kept
+    return trajectories
 
 
-def same(one: TensorDict, other: TensorDict) -> bool:
-    keys = set(one.keys(True, True))
-    return keys == set(other.keys(True, True)) and all(
-        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in keys
+def same(first: TensorDict, second: TensorDict) -> bool:
+    keys = set(first.keys(True, True))
+    return keys == set(second.keys(True, True)) and all(
+        first[k].dtype == second[k].dtype and torch.equal(first[k], second[k]) for k in keys
     )
 
 

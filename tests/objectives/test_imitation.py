@@ -108,10 +108,10 @@ def test_a_trajectory_counts_the_same_alone_and_in_a_batch(
 def test_rounds_and_nodes_do_not_matter(trajectories: list[TensorDict]) -> None:
     """The loss reads accepted contexts only: another tree over the same text has the same loss."""
     drafter, head = make()
-    other = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
-    assert torch.equal(other["sequence", "tokens"], trajectories[0]["sequence", "tokens"])
+    wide = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
+    assert torch.equal(wide["sequence", "tokens"], trajectories[0]["sequence", "tokens"])
     loss = ImitationLoss(drafter, head)
-    torch.testing.assert_close(loss(pack([other]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
+    torch.testing.assert_close(loss(pack([wide]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
 
 
 def test_the_batch_is_not_changed(trajectories: list[TensorDict]) -> None:

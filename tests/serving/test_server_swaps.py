@@ -42,9 +42,9 @@ class Wire:
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:
-    made = Wire()
-    yield made
-    made.close()
+    ends = Wire()
+    yield ends
+    ends.close()
 
 
 def serve_until(serving: Serving, source: Iterator[Request], condition: Callable[[], bool]) -> None:
