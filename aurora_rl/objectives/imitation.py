@@ -4,58 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
-from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
+from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
-from aurora_rl.tree_index import SEQUENCE_KEYS
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class ImitationValues:
-    """Per-position values of the imitation objective.
-
-    Attributes:
-        divergence: ``[J, C]`` nats, at each unroll step and completion token.
-        agreement: ``[J, C]`` bool, whether the target's likeliest token is the drafter's too.
-    """
-
-    divergence: Tensor
-    agreement: Tensor
-
-
-def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> ImitationValues:
+def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> tuple[Tensor, Tensor]:
     """Compute a divergence to the target at every step of a training-time-test unroll.
 
     Args:
         unroll: The drafter's predictions, see ``Drafter.unroll``.
         log_p: ``[C, Vd]``, the target's log-probabilities at the rows of the draft vocabulary.
         divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
+
+    Returns:
+        ``[J, C]`` nats at each unroll step and completion token; and ``[J, C]`` bool, whether the target's likeliest
+        token is the drafter's too.
     """
     best = log_p.max(-1).indices[:, None]
     with torch.no_grad():
         # Whether the target's choice is a likeliest token of the drafter: its argmax would take several times longer.
         agreement = [logits.gather(1, best)[:, 0] >= logits.amax(-1) for logits in unroll.logits]
-    return ImitationValues(
-        divergence=torch.stack([divergence(log_p, log_softmax(logits)) for logits in unroll.logits]),
-        agreement=torch.stack(agreement),
-    )
+    values = [divergence(log_p, log_softmax(logits)) for logits in unroll.logits]
+    return torch.stack(values), torch.stack(agreement)
 
 
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
@@ -88,7 +75,7 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
 
 
 @register_objective("imitation")
-class ImitationLoss(Objective):
+class ImitationLoss(DistillationObjective):
     """A divergence to the target at accepted contexts, unrolled as serving drafts.
 
     Li et al. 2025 (EAGLE-3, arXiv 2503.01840): the training-time test feeds the drafter its own hidden states.
@@ -152,39 +139,26 @@ class ImitationLoss(Objective):
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {decay}")
-        if target not in ("model", "served"):
-            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
         if weighting not in ("decay", "expected_length"):
             raise ValueError(f"weighting must be 'decay' or 'expected_length', got {weighting!r}")
         if not 0 <= regression < math.inf:
             raise ValueError(f"regression must be finite and not negative, got {regression}")
-        super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.divergence = get_divergence(divergence)
-        self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
-        self.served = target == "served"
+        divergence = get_divergence(divergence)
+        if renormalize is None:
+            renormalize = wants_renormalized(divergence)
+        super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
+        self.divergence = divergence
         self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
-
-    @property
-    @override
-    def reads(self) -> list[NestedKey]:
-        return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
-
-    @property
-    @override
-    def metrics(self) -> list[str]:
-        return ["agreement"]
 
     @override
     def values(self, batch: TensorDictBase) -> Values:
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        log_p, covered = self.target_law(
-            batch, rows, completion_requests(batch), served=self.served, renormalize=self.renormalize
-        )
-        found, valid = imitation(unroll, log_p, self.divergence), unroll.valid & covered
-        value = found.divergence
+        log_p, covered = self.target_law(batch, rows, completion_requests(batch))
+        value, agrees = imitation(unroll, log_p, self.divergence)
+        valid = unroll.valid & covered
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
-        agreement = (found.agreement & valid).sum(1) / valid.sum(1).clamp(min=1)
+        agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
         weight = self.position_weights(batch, unroll, log_p)
         return Values(value, weight, valid, {"agreement": agreement})
 

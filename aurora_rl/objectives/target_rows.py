@@ -61,7 +61,7 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
         hidden: Key of the hidden states, ``[X, H]``; the top-k form stands next to it.
 
     Raises:
-        KeyError: the batch has neither form there.
+        KeyError: The batch has neither form there.
 
     Example:
         >>> batch = TensorDict({"nodes": {"hidden": torch.zeros(5, 16)}})

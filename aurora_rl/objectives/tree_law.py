@@ -76,15 +76,7 @@ class TreeLaw:
     """
 
     def __init__(
-        self,
-        trees: TreeIndex,
-        context: Tensor,
-        row: Tensor,
-        p: Tensor,
-        log_q: Tensor,
-        rule: Tensor,
-        *,
-        without: Tensor,
+        self, trees: TreeIndex, context: Tensor, row: Tensor, p: Tensor, log_q: Tensor, rule: Tensor, *, without: Tensor
     ) -> None:
         self.trees, self.context, self.row, self.p, self.q = trees, context, row, p, log_q.exp()
         self._rule, self.without = rule, without
