@@ -15,16 +15,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
-__all__ = ["SCHEMA", "CodecError", "Limits", "Message", "checksum", "decode", "encode"]
-
 SCHEMA = 2
+"""Version of the wire format and of the trajectory layout, in messages and in recordings."""
 
 Key = tuple[str, ...]
 Buffer = bytes | memoryview
@@ -77,17 +76,14 @@ class Message:
     tensors: TensorDict
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
+class _Leaf(NamedTuple):
     key: Key
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def encode(
-    kind: str,
-    meta: Mapping[str, Any] | None = None,
-    tensors: TensorDictBase | Mapping[str | Key, Tensor] | None = None,
+    kind: str, meta: Mapping[str, Any] | None = None, tensors: TensorDictBase | Mapping[str | Key, Tensor] | None = None
 ) -> list[Buffer]:
     """Write a message as frames for a multipart send.
 
@@ -135,10 +131,10 @@ def decode(frames: Sequence[Any], *, limits: Limits = DEFAULT_LIMITS) -> Message
 
     Args:
         frames: Bytes-like objects (``bytes``, ``memoryview``, ``zmq.Frame``) from `encode`.
-        limits: Limits of what is accepted.
+        limits: Limits of the message.
 
     Returns:
-        The message. The meaning of ``meta``, and which tensors must be there, is for the caller to check.
+        The message. The caller checks the meaning of ``meta``, and which tensors are there.
 
     Raises:
         CodecError: For anything that does not fit, before memory for the tensors is allocated; nothing else is raised.
@@ -250,14 +246,11 @@ def _read_header(view: memoryview) -> tuple[str, dict[str, Any], list[Any]]:
 
 
 def _read_leaf(entry: Any, view: memoryview, limits: Limits) -> _Leaf:
-    if (
-        not isinstance(entry, list)
-        or len(entry) != 3
-        or not isinstance(entry[0], list)
-        or not isinstance(entry[2], list)
-    ):
-        raise CodecError(f"a leaf is not [key, dtype, shape] but {_short(entry)}")
-    key, name, shape = entry
+    match entry:
+        case [list() as key, name, list() as shape]:
+            pass
+        case _:
+            raise CodecError(f"a leaf is not [key, dtype, shape] but {_short(entry)}")
     if not isinstance(name, str) or name not in _DTYPES:
         raise CodecError(f"the leaf {_short(key)} has the unknown dtype {_short(name)}")
     # A bool is an int to isinstance.
@@ -270,10 +263,10 @@ def _read_leaf(entry: Any, view: memoryview, limits: Limits) -> _Leaf:
     # An empty tensor may declare huge other dimensions; torch still multiplies them into strides.
     if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
         raise CodecError(f"the shape {_short(shape)} of leaf {_short(key)} overflows 64 bits")
-    if math.prod(shape) * itemsize != view.nbytes:
+    if (size := math.prod(shape) * itemsize) != view.nbytes:
         raise CodecError(
             f"the leaf {_short(key)} of shape {_short(shape)} and dtype {name} has a frame of {view.nbytes} bytes"
-            f" instead of {math.prod(shape) * itemsize}"
+            f" instead of {size}"
         )
     if name == "bool" and view.nbytes and np.frombuffer(view, np.uint8).max() > 1:
         raise CodecError(f"the bool leaf {_short(key)} holds bytes other than 0 and 1")
@@ -308,16 +301,9 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= _MAX_NAME and value.isprintable()
 
 
-def _is_shallow(meta: dict[str, Any]) -> bool:
-    level: list[Any] = [meta]
-    for _ in range(_MAX_META_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    return not level
+def _is_shallow(value: Any, levels: int = _MAX_META_DEPTH) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(child, levels - 1) for child in children)
 
 
 def _refuse_constant(name: str) -> None:

@@ -55,7 +55,7 @@ class Meter:
         """Take in the next bytes of the connection.
 
         Raises:
-            TooLong: the unfinished message has too many parts or bytes, or these are no frames of ZMTP 3.
+            TooLong: The unfinished message has too many parts or bytes, or these are no frames of ZMTP 3.
         """
         at = 0
         while at < len(data):
@@ -112,13 +112,7 @@ class Guard:
     """
 
     def __init__(
-        self,
-        listener: socket.socket,
-        dial: Callable[[], socket.socket],
-        *,
-        limits: Limits,
-        accepts: bool,
-        name: str,
+        self, listener: socket.socket, dial: Callable[[], socket.socket], *, limits: Limits, accepts: bool, name: str
     ) -> None:
         self._listener, self._dial, self._limits, self._accepts, self._name = listener, dial, limits, accepts, name
         self._total = max(limits.max_bytes, _LEAST_TOTAL)

@@ -7,8 +7,6 @@ from typing import Any
 
 from aurora_rl.collectors.codec import CodecError
 
-__all__ = ["Handshake"]
-
 _SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
 _CURES = {
     "schema": "run the same version of aurora-rl on both sides",
