@@ -26,14 +26,14 @@ def check_engine(
     short; slots are left out of rounds, released and taken again.
 
     Args:
-        engine: with all slots free, in float64 or float32, and room for about 40 tokens; its slots are free afterwards.
-        reference: the engine's model as Hugging Face runs it, a copy of its own.
-        feature_layers: what the engine was told to capture.
-        rounds: rounds of each of the two turns.
-        seed: of prompts, trees and paths.
+        engine: Engine in float64 or float32 with all slots free, and free afterwards, and room for about 40 tokens.
+        reference: Model of the engine as Hugging Face runs it, a copy of its own.
+        feature_layers: Layers that the engine was told to capture.
+        rounds: Rounds of each of the two turns.
+        seed: Seed of prompts, trees and paths.
 
     Raises:
-        AssertionError: names what differs, and by how much.
+        AssertionError: Something differs; the message names it, and by how much.
 
     Example:
         >>> from aurora_rl.envs import TransformersEngine

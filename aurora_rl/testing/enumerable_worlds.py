@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
-from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
+from aurora_rl.policies import Drafter
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex
@@ -57,36 +57,11 @@ class TabularDrafter(Drafter):
         index = torch.tensor([TEXTS.index(t) for t, w in zip(texts, wanted.tolist(), strict=True) if w])
         return self.table[index.long()]
 
-    @classmethod
-    def from_target(
-        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
-    ) -> TabularDrafter:
-        """There is no real target to start from."""
+    def _not_of_a_table(self, *args: Any, **kwargs: Any) -> Any:
+        """A table starts from no target, has no text to unroll over, and does not serve."""
         raise NotImplementedError
 
-    def allocate(self, num_slots: int, max_length: int) -> None:
-        """It does not serve, as the rest says too."""
-        raise NotImplementedError
-
-    @override
-    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        raise NotImplementedError
-
-    @override
-    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        raise NotImplementedError
-
-    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """There is no text to unroll over."""
-        raise NotImplementedError
-
-    @override
-    def published(self) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    @override
-    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        raise NotImplementedError
+    from_target = allocate = extend = propose = unroll = published = stage = _not_of_a_table
 
 
 class TabularTarget:
@@ -142,7 +117,7 @@ def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[Draw
     """Every tree of these parents; ``distinct``: only those whose siblings differ."""
     for tokens in product(range(VOCAB), repeat=len(parents)):
         tree = DrawnTree(parents, tokens)
-        pairs = [(parent, token) for parent, token in zip(parents, tokens, strict=True)]
+        pairs = list(zip(parents, tokens, strict=True))
         if not distinct or len(set(pairs)) == len(pairs):
             yield tree
 

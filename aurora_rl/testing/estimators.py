@@ -50,7 +50,7 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
         seed: Seed of the tables.
 
     Raises:
-        AssertionError: a direction is wrong, or everything is refused.
+        AssertionError: A direction is wrong, or everything is refused.
     """
     judged = 0
     for rule, mode, temperature in _SERVED:

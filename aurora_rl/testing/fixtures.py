@@ -29,7 +29,7 @@ class GappyDrafter(Eagle3Drafter):
     """EAGLE-3 of three depths, whose rows where it has no prediction can be told what to hold.
 
     Attributes:
-        filler: such a row rises by it from token to token.
+        filler: Step by which such a row rises from token to token.
     """
 
     max_depth = 3
@@ -58,7 +58,7 @@ class EchoDrafter(Eagle3Drafter):
 
     Attributes:
         head: ``[V, H]``, the target's output head.
-        factor: on the target's logits: 1 is the target's own law, 0 is even, −1 likes least what the target likes most.
+        factor: Factor on the target's logits: 1 is the target's law, 0 is even, −1 is the contrary.
     """
 
     head: Tensor

@@ -25,7 +25,7 @@ def refuses(objective: Objective, batch: TensorDict, what: str, *, naming: str =
         naming: What a refusal has to name in addition to the objective.
 
     Raises:
-        AssertionError: the error is of another kind, or of other words, than those who read it need.
+        AssertionError: The error is of another kind, or of other words, than those who read it need.
     """
     try:
         objective(batch)

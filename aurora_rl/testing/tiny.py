@@ -13,14 +13,7 @@ from tensordict import TensorDict
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
@@ -38,7 +31,7 @@ def tiny_target(
     """A random causal LM of hidden size 16, for tests.
 
     Args:
-        architecture: "llama" or "qwen3".
+        architecture: Model type of transformers, such as "llama" or "qwen3".
         vocab_size: Size of its vocabulary.
         num_layers: Number of its decoder layers.
         dtype: Dtype of its weights.
@@ -48,11 +41,8 @@ def tiny_target(
         >>> tiny_target("qwen3").dtype
         torch.float64
     """
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[architecture]
-    config = config_class(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
@@ -68,7 +58,7 @@ def tiny_target(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
     return cast(model, dtype).eval().requires_grad_(False)
 
 
@@ -98,7 +88,8 @@ def tiny_folder(folder: str | os.PathLike[str]) -> Path:
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
@@ -112,7 +103,7 @@ def tiny_folder(folder: str | os.PathLike[str]) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

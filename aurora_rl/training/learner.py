@@ -225,12 +225,7 @@ class Learner:
         Raises:
             OSError: A folder cannot be written; the earlier one is left as it was.
         """
-        progress = {
-            "seen": self.seen,
-            "steps": self.steps,
-            "version": self.version,
-            "draft_vocab": self._draft_vocab(),
-        }
+        progress = {"seen": self.seen, "steps": self.steps, "version": self.version, "draft_vocab": self._draft_vocab()}
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
         save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
