@@ -81,13 +81,9 @@ class AcceptanceRewardLoss(Objective):
             a row without a fresh round, that.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> chains = tiny_trajectory(drafter, shape=TreeShape(3, mode="sampled"))
-        >>> sorted(AcceptanceRewardLoss(drafter, parts.head)(pack([chains])).keys())
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch(shape=TreeShape(3, mode="sampled"))
+        >>> sorted(AcceptanceRewardLoss(drafter, head)(batch).keys())
         ['accepted', 'expected_accepted', 'loss_acceptance_reward', 'ratio', 'stale']
     """
 

@@ -55,13 +55,9 @@ class DiscardSamplingLoss(DistillationObjective):
         ValueError: ``top_k`` < 1, ``decay`` outside (0, 1], an unknown divergence, weighting or reduction.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> out = DiscardSamplingLoss(drafter, parts.head, weighting="reach")(pack([tiny_trajectory(drafter)]))
-        >>> sorted(out.keys())
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> sorted(DiscardSamplingLoss(drafter, head, weighting="reach")(batch).keys())
         ['discard_agreement', 'discarded', 'loss_discard']
     """
 

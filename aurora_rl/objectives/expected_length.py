@@ -49,12 +49,9 @@ class ExpectedLengthLoss(Objective):
         ValueError: ``steps`` < 1, an unknown rule, contexts or reduction.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> out = ExpectedLengthLoss(drafter, parts.head, steps=2)(pack([tiny_trajectory(drafter)]))
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> out = ExpectedLengthLoss(drafter, head, steps=2)(batch)
         >>> sorted(out.keys()), bool(out["loss_expected_length"] == -out["expected_length"])
         (['expected_length', 'loss_expected_length', 'top1_length'], True)
     """

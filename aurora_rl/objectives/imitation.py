@@ -110,13 +110,9 @@ class ImitationLoss(DistillationObjective):
             states, or with a target whose outputs come without hidden states.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> loss = ImitationLoss(drafter, parts.head, steps=2)
-        >>> sorted(loss(pack([tiny_trajectory(drafter)])).keys())
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> sorted(ImitationLoss(drafter, head, steps=2)(batch).keys())
         ['agreement', 'loss_imitation']
     """
 

@@ -84,13 +84,9 @@ class Objective(LossModule):
 
     Example:
         >>> from aurora_rl.objectives import ImitationLoss
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> loss = ImitationLoss(drafter, parts.head)
-        >>> "loss_imitation" in loss(pack([tiny_trajectory(drafter)]))
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> "loss_imitation" in ImitationLoss(drafter, head)(batch)
         True
     """
 

@@ -82,11 +82,9 @@ def make_objectives(
         ValueError: See :func:`check_settings`.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
-        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, parts.head)]
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, _ = tiny_batch()
+        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, head)]
         ['imitation']
     """
     return [_make(each, drafter, head) for each in settings]

@@ -23,16 +23,12 @@ class SumLoss(LossModule):
         objectives: Objectives of the same drafter, at least one.
 
     Example:
-        >>> import torch
         >>> from aurora_rl.objectives import make_objectives
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
         >>> settings = [{"name": "imitation"}, {"name": "discard", "weight": 0.5}]
-        >>> loss = SumLoss(make_objectives(settings, drafter, parts.head))
-        >>> [key for key in loss(pack([tiny_trajectory(drafter)])).keys() if key.startswith("loss")]
+        >>> loss = SumLoss(make_objectives(settings, drafter, head))
+        >>> [key for key in loss(batch).keys() if key.startswith("loss")]
         ['loss_imitation', 'loss_discard']
     """
 

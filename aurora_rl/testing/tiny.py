@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from aurora_rl.envs import Completion, Request, SamplingParams
-from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies import Drafter, DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.trajectories import pack
 
 
 def tiny_target(
@@ -146,6 +149,22 @@ def tiny_trajectory(
         sampling=sampling or SamplingParams(temperature=1.0, seed=request),
         first_request=request,
     )[0]
+
+
+def tiny_batch(**options: Any) -> tuple[Drafter, TargetHead, TensorDict]:
+    """Return what objectives take: an EAGLE-3 drafter in float64, its target's output head, and a packed batch.
+
+    Args:
+        **options: Further arguments of :func:`tiny_trajectory`, which serves the batch's one request.
+
+    Example:
+        >>> drafter, head, batch = tiny_batch(max_new_tokens=4)
+        >>> len(drafter.draft_vocab), len(head), batch["sequence", "tokens"].shape
+        (16, 32, torch.Size([9]))
+    """
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+    return drafter, parts.head, pack([tiny_trajectory(drafter, **options)])
 
 
 def serve(
