@@ -85,7 +85,7 @@ class _Leaf(NamedTuple):
 def encode(
     kind: str, meta: Mapping[str, Any] | None = None, tensors: TensorDictBase | Mapping[str | Key, Tensor] | None = None
 ) -> list[Buffer]:
-    """Write a message as frames for a multipart send.
+    """Write a message as frames for a multipart send: the header, and one frame for each tensor.
 
     Contiguous CPU tensors are not copied: the frames alias their memory, so the caller must not write to them until the
     message has left. Tensors on other devices, and views with gaps, are copied once.
@@ -93,11 +93,8 @@ def encode(
     Args:
         kind: Kind of the message, for example ``"trajectory"``.
         meta: Small JSON values (finite numbers only).
-        tensors: A TensorDict, or a flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer,
-            fp8, fp16, bf16, fp32 or fp64.
-
-    Returns:
-        The header, then one frame per tensor.
+        tensors: TensorDict, or flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer, fp8,
+            fp16, bf16, fp32 or fp64.
 
     Raises:
         CodecError: For a leaf that is not a dense tensor of these types, an unusable key, or ``meta`` that is not JSON.
@@ -169,14 +166,7 @@ def decode(frames: Sequence[Any], *, limits: Limits = DEFAULT_LIMITS) -> Message
 def checksum(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
     """Hash keys, dtypes, shapes and bytes; equal on every machine, whatever the order, strides or device.
 
-    Args:
-        tensors: Tensors as for `encode`.
-
-    Returns:
-        32 hexadecimal digits (BLAKE2b, 16 bytes).
-
-    Raises:
-        CodecError: As `encode`.
+    The result has 32 hexadecimal digits (BLAKE2b, 16 bytes). Tensors and errors are as for `encode`.
 
     >>> a, b = torch.arange(3), torch.zeros(())
     >>> checksum({"a": a, "b": b}) == checksum({("b",): b, ("a",): a})
@@ -193,11 +183,7 @@ def checksum(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
 
 
 def leaves(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> list[tuple[Key, Tensor]]:
-    """The tensors by full key, all of them fit for the wire.
-
-    Raises:
-        CodecError: As `encode`.
-    """
+    """Return the tensors by full key, all of them fit for the wire; errors as of `encode`."""
     items: Iterable[tuple[Any, Any]] = tensors.items()
     if isinstance(tensors, TensorDictBase):
         # By default a TensorDict passes over its non-tensor data without a word.

@@ -35,14 +35,7 @@ class TooLong(ValueError):
 
 
 class Meter:
-    """Follows the framing of one direction of a ZMTP 3 connection.
-
-    Args:
-        limits: Limits of a message.
-
-    Attributes:
-        held: Bytes of the unfinished message so far.
-    """
+    """Follows the framing of one direction of a ZMTP 3 connection; ``held`` are the bytes of the unfinished message."""
 
     def __init__(self, limits: Limits) -> None:
         self._max_bytes, self._max_parts = limits.max_bytes, limits.max_leaves + _SPARE_PARTS

@@ -68,9 +68,7 @@ class TrajectorySink:
     def extend(self, trajectory: TensorDictBase) -> None:
         """Queue one packed trajectory.
 
-        Args:
-            trajectory: Trajectory, the sink's from now on. Its tensors are encoded later, in another thread and without
-                a copy, so the caller must not write to them again.
+        Its tensors are encoded later, in another thread and without a copy, so do not write to them again.
         """
         with self._changed:
             if self._closed:

@@ -55,11 +55,7 @@ class Socket(zmq.Socket[bytes]):
 
 
 def open_socket(kind: int) -> Socket:
-    """Return a socket that notices dead peers, reconnects within seconds and never delays the end of the process.
-
-    Args:
-        kind: Kind of socket, such as ``zmq.PUSH``.
-    """
+    """Return a socket, of a kind such as ``zmq.PUSH``, that notices dead peers, reconnects and never delays an exit."""
     socket = Socket(zmq.Context(), kind)
     socket.linger = 0
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
@@ -70,19 +66,15 @@ def open_socket(kind: int) -> Socket:
 
 
 def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS) -> str:
-    """Bind, guarded against peers whose messages never end; close the socket if that fails.
+    """Bind, guarded against peers whose messages never end, and return the address with the real port.
 
     Args:
         socket: Socket from `open_socket`, with all its options set.
         address: ``tcp://host:port`` (port ``*`` or 0: any free one) or ``ipc://path``.
         limits: Limits of a message; a peer that exceeds them loses its connection.
 
-    Returns:
-        The address as bound, with the real port.
-
     Raises:
-        OSError: The address is taken or cannot be bound, a file that is no socket among them; the text names it and
-            the cure.
+        OSError: The address is taken, malformed or a file that is no socket; the socket is closed then.
     """
     try:
         _check(address, binds=True)

@@ -122,14 +122,13 @@ class WeightPublisher:
             return 1 + max([published, *(status.serving for status in self._engines.values())])
 
     def publish(self, version: int, tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
-        """Make these the newest weights. Copies and hashes them in the calling thread, sends them in another.
+        """Make these the newest weights, and return the checksum that acknowledgements must repeat.
+
+        They are copied and hashed in the calling thread, and sent in another.
 
         Args:
             version: Version, larger than any before; an engine that serves it or a later one ignores the weights.
             tensors: Tensors on any device; they may be trained on as soon as this returns.
-
-        Returns:
-            The checksum that acknowledgements must repeat.
 
         Raises:
             ValueError: ``version`` is not larger than the last one, or the weights exceed ``limits``.
@@ -154,15 +153,10 @@ class WeightPublisher:
         return digest
 
     def wait_ack(self, version: int, timeout: float, *, engines: int = 1) -> bool:
-        """Wait until enough engines have loaded a version.
-
-        Args:
-            version: Version, or a newer one in its place.
-            timeout: Seconds to wait.
-            engines: How many; engines come and go, so "all" would mean nothing.
+        """Wait until so many engines have loaded a version or a newer one.
 
         Returns:
-            True once they have; False when the time is up or an engine rejected this very version, see `engines`.
+            True once they have; False after ``timeout`` seconds, or if an engine rejected this very version.
         """
 
         def acknowledged() -> bool:
@@ -360,13 +354,9 @@ class WeightReceiver:
             return pending
 
     def acknowledge(self, version: int, checksum: str, swap_ms: float) -> None:
-        """Report weights as serving.
+        """Report weights from `latest` as serving, after a swap for which serving stood still ``swap_ms`` milliseconds.
 
-        Args:
-            version: Version from `latest`.
-            checksum: `codec.checksum` of what the model holds after the swap, not of what was received: this is how a
-                swap that silently did nothing is found.
-            swap_ms: Milliseconds that serving stood still.
+        ``checksum`` is that of what the model holds now, not of what was received: it finds a swap that did nothing.
         """
         with self._lock:
             self._version, self._checksum = version, checksum

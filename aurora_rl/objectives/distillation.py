@@ -62,8 +62,8 @@ class DistillationObjective(Objective):
 
         Args:
             batch: Packed trajectories.
-            rows: ``[X]``, the target's outputs, see ``target_rows``.
-            request: ``[X]`` int64, the request of each row.
+            rows: The target's outputs, ``[X]``, see ``target_rows``.
+            request: Request of each row, ``[X]`` int64.
 
         Returns:
             Log-probabilities ``[X, Vd]``; and ``[X]`` bool, whether the draft vocabulary has any of the mass. Rows
@@ -79,14 +79,9 @@ class DistillationObjective(Objective):
 
     @torch.no_grad()
     def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
-        """Return the target's log-probabilities at temperature 1 on the draft vocabulary.
+        """Return the target's log-probabilities at temperature 1 on the draft vocabulary, ``[X, Vd]``.
 
-        Args:
-            rows: ``[X]``, the target's outputs, see ``target_rows``.
-            renormalize: Whether rows sum to 1 over the draft vocabulary, or to the mass that it covers.
-
-        Returns:
-            ``[X, Vd]``, in the dtype of the drafter's log-probabilities.
+        ``rows`` are of ``target_rows``. Unless renormalised, they sum to the mass that the draft vocabulary covers.
         """
         vocab = self.drafter.draft_vocab
         if renormalize:

@@ -118,11 +118,7 @@ class FunctionObjective(DistillationObjective):
 
 @cache
 def objective_from_function(name: str, function: ObjectiveFunction) -> type[FunctionObjective]:
-    """Make the class of an objective from its function.
-
-    Args:
-        name: Name of the objective.
-        function: See :class:`FunctionObjective`.
+    """Make the class of an objective from its function, see :class:`FunctionObjective`.
 
     Raises:
         ValueError: The function does not take three positional arguments and keywords, or a keyword of it has the name

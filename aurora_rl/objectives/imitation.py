@@ -30,7 +30,7 @@ def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl
 
     Args:
         unroll: The drafter's predictions, see ``Drafter.unroll``.
-        log_p: ``[C, Vd]``, the target's log-probabilities at the rows of the draft vocabulary.
+        log_p: The target's log-probabilities at the rows of the draft vocabulary, ``[C, Vd]``.
         divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
 
     Returns:
@@ -54,11 +54,8 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
     Source: D-PACE (arXiv 2605.18810).
 
     Args:
-        log_q: ``[J, C]``, the drafter's log-probability of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
-        valid: ``[J, C]`` bool.
-
-    Returns:
-        ``[J, C]``, detached, 0 where invalid.
+        log_q: The drafter's log-probability of completion token ``c`` at depth ``j + 1``, ``[J, C]``, see ``Unroll``.
+        valid: Positions that count, ``[J, C]`` bool; the weights ``[J, C]`` are 0 elsewhere, and detached.
 
     Example:
         >>> sure = torch.zeros(2, 2)  # two tokens that the drafter is certain of, as one window and a cut one
@@ -161,13 +158,8 @@ class ImitationLoss(DistillationObjective):
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
         """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.
 
-        Args:
-            batch: Packed trajectories.
-            unroll: The drafter's predictions, ``J`` times ``[C, Vd]``.
-            log_p: ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
-
-        Returns:
-            Broadcasts to ``[J, C]``, detached; entries at invalid positions do not matter.
+        Weights broadcast to ``[J, C]`` and are detached; entries at invalid positions do not matter. ``log_p`` is
+        ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
@@ -175,7 +167,7 @@ class ImitationLoss(DistillationObjective):
 
     @torch.no_grad()
     def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
-        """Log-probability of every completion token at every step, ``[J, C]``; −inf where it has no row."""
+        """Return the log-probability of every completion token at every step, ``[J, C]``; −inf if it has no row."""
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
         picked = [log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0] for logits in unroll.logits]
         return torch.stack(picked).masked_fill(row < 0, -torch.inf)

@@ -42,9 +42,9 @@ class Values(NamedTuple):
     """Per-position values of an objective, in ``G`` groups (such as unroll steps) of ``X`` positions.
 
     Attributes:
-        value: ``[G, X]``, to minimise; entries at invalid positions do not matter.
-        weight: Broadcasts to ``[G, X]``.
-        valid: ``[G, X]`` bool.
+        value: Values to minimise, ``[G, X]``; entries at invalid positions do not matter.
+        weight: Weights, which broadcast to ``[G, X]``.
+        valid: Positions that count, ``[G, X]`` bool.
         metrics: Figures for the log; detached by the caller.
     """
 
@@ -129,12 +129,7 @@ class Objective(LossModule):
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
-        """Raise ValueError if trees of this shape never hold what the objective needs.
-
-        Args:
-            settings: Settings of the configuration, "name" among them.
-            shape: Shape of the trees that will be served.
-        """
+        """Raise ValueError if trees of this shape never hold what an objective of these settings needs."""
         if cls.sampled and shape.mode == "topk":
             raise ValueError(
                 f"objective {cls.name!r} learns from nodes drawn at random, and drafter.mode is 'topk'; "
@@ -284,17 +279,16 @@ class Objective(LossModule):
     def served_log_probs(
         self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
     ) -> Tensor:
-        """The log-probabilities that were served, after temperature, top-k and top-p, on the draft vocabulary.
+        """Return what was served, after temperature, top-k and top-p: log-probabilities on the draft vocabulary.
+
+        They are ``[X, Vd]``, not renormalised, in the dtype of the drafter's log-probabilities; the point mass on the
+        argmax if the request was decoded greedily.
 
         Args:
             batch: Packed trajectories.
-            rows: ``[X]``, the target's outputs, see ``target_rows``.
-            request: ``[X]`` int64, the request of each row.
+            rows: The target's outputs, ``[X]``, see ``target_rows``.
+            request: Request of each row, ``[X]`` int64.
             greedy: Whether to take every request as decoded greedily, and read nothing of "sampling".
-
-        Returns:
-            ``[X, Vd]``, not renormalised, in the dtype of the drafter's log-probabilities; the point mass on the argmax
-            where the request was decoded greedily.
         """
         logits = target_logits(rows, self.head)
         if greedy:

@@ -71,12 +71,7 @@ def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
 def make_objectives(
     settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: TargetHead | Tensor
 ) -> list[Objective]:
-    """Make objectives from a list of mappings: the name of each, and its settings.
-
-    Args:
-        settings: Settings such as ``[{"name": "imitation", "steps": 3}]``.
-        drafter: See :class:`Objective`.
-        head: See :class:`Objective`.
+    """Make objectives from mappings with the name of each and its settings.
 
     Raises:
         ValueError: See :func:`check_settings`.

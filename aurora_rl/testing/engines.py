@@ -139,11 +139,9 @@ def _random_trees(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trees with some nodes masked out, a few with parents or tokens that make no sense."""
     tokens = torch.randint(-1, vocab_size + 1, (count, num_nodes), generator=generator)
-    parents = (
-        torch.stack([torch.randint(-1, max(i, 0) + 1, (count,), generator=generator) for i in range(num_nodes)], dim=1)
-        if num_nodes
-        else torch.zeros(count, 0, dtype=torch.int64)
-    )
+    parents = torch.zeros(count, num_nodes, dtype=torch.int64)
+    for node in range(num_nodes):
+        parents[:, node] = torch.randint(-1, node + 1, (count,), generator=generator)
     mask = torch.rand(count, num_nodes, generator=generator) < 0.9
     return tokens, parents, valid_nodes(tokens, parents, mask, vocab_size)
 

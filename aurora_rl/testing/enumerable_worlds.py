@@ -30,11 +30,8 @@ class TabularDrafter(Drafter):
 
     Args:
         seed: Seed of the table.
-        draft_vocab: ``[Vd]`` int64; None has all tokens.
-        start: ``[texts, Vd]`` to start from instead.
-
-    Attributes:
-        table: ``[texts, Vd]`` float64, in the order of :data:`TEXTS`.
+        draft_vocab: Draft vocabulary, ``[Vd]`` int64; None has all tokens.
+        start: Table ``[texts, Vd]`` to start from instead, float64, in the order of :data:`TEXTS`.
     """
 
     def __init__(self, seed: int, draft_vocab: Tensor | None = None, start: Tensor | None = None) -> None:
@@ -46,7 +43,7 @@ class TabularDrafter(Drafter):
         self.table = nn.Parameter(table if start is None else start.clone())
 
     def log_q(self, text: Text) -> Tensor:
-        """``[Vd]`` after a text."""
+        """Return the log-probabilities after a text, ``[Vd]``."""
         return self.table[TEXTS.index(text)].log_softmax(-1)
 
     @override
@@ -80,7 +77,7 @@ class TabularTarget:
     head = torch.eye(VOCAB, dtype=torch.float64)
 
     def p(self, text: Text) -> Tensor:
-        """The served distribution."""
+        """Return the distribution that is served after a text."""
         logits = self.table[TEXTS.index(text)]
         if self.temperature == 0:
             return nn.functional.one_hot(logits.argmax(), VOCAB).double()
@@ -88,15 +85,7 @@ class TabularTarget:
 
 
 class DrawnTree:
-    """Nodes of a tree, in topological order.
-
-    Args:
-        parents: −1 = root.
-        tokens: Tokens of the nodes.
-
-    Attributes:
-        texts: For each node, the tokens from the root to it.
-    """
+    """Nodes of a tree, in topological order: parents (−1 is the root), tokens, and the texts from the root to each."""
 
     def __init__(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         self.parents, self.tokens = tuple(parents), tuple(tokens)
@@ -105,16 +94,16 @@ class DrawnTree:
             self.texts.append((*self.before(parent), token))
 
     def before(self, parent: int) -> Text:
-        """The text of a node, or of the root (−1)."""
+        """Return the text of a node, or of the root (−1)."""
         return () if parent < 0 else self.texts[parent]
 
     def children(self, parent: int) -> list[int]:
-        """Nodes below a node or the root, in their order."""
+        """Return the nodes below a node or the root, in their order."""
         return [i for i, above in enumerate(self.parents) if above == parent]
 
 
 def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[DrawnTree]:
-    """Every tree of these parents; ``distinct``: only those whose siblings differ."""
+    """Yield every tree of these parents; if ``distinct``, only those whose siblings differ."""
     for tokens in product(range(VOCAB), repeat=len(parents)):
         tree = DrawnTree(parents, tokens)
         pairs = list(zip(parents, tokens, strict=True))
@@ -123,7 +112,7 @@ def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[Draw
 
 
 def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
-    """Probability that the drafter draws the tree, with its gradient."""
+    """Return the probability that the drafter draws the tree, with its gradient."""
     total = torch.ones((), dtype=torch.float64)
     for parent in {-1, *tree.parents}:
         left = drafter.log_q(tree.before(parent)).exp()
@@ -136,12 +125,12 @@ def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tenso
 
 
 def log_probs_of(drafter: TabularDrafter, tree: DrawnTree) -> list[float]:
-    """Log-probability of each node given its path, as a recording has it."""
+    """Return the log-probability of each node given its path, as a recording has it."""
     return [float(drafter.log_q(text[:-1])[text[-1]].detach()) for text in tree.texts]
 
 
 def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
-    """Chance that each node is accepted, by the definition of its rule and not by the library's, with its gradient."""
+    """Return the chance that each node is accepted, by the rule's definition and not our code, with its gradient."""
     out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
 
     def descend(parent: int, arrived: Tensor) -> None:
@@ -169,7 +158,7 @@ def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, ru
 
 
 def outcomes_of(tree: DrawnTree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Tensor]]:
-    """Every set of accepted nodes, and its probability."""
+    """Yield every set of accepted nodes, and its probability."""
     for node in range(-1, len(tree.tokens)):
         stays = (reached[node] if node >= 0 else torch.ones(())) - sum(reached[c] for c in tree.children(node))
         accepted, at = [False] * len(tree.tokens), node
@@ -188,16 +177,9 @@ def tree_trajectory(
     log_probs: Sequence[float] | None = None,
     version: int = 0,
 ) -> TensorDict:
-    """The trajectory of a request of one round that drafted this tree.
+    """Return the trajectory of a request of one round that drafted this tree.
 
-    Args:
-        tree: Drafted tree.
-        target: Target that judged it.
-        rule: Name of the verification rule.
-        mode: Draft mode.
-        accepted: Whether each node was accepted; None accepts none.
-        log_probs: Log-probability of each node, as recorded, see :func:`log_probs_of`; None writes −1.
-        version: Version of the drafter's weights.
+    No node is accepted if ``accepted`` is None; recorded log-probabilities, see :func:`log_probs_of`, are −1 if None.
     """
     count = len(tree.tokens)
     hidden = [target.table[TEXTS.index(text)] for text in tree.texts]
@@ -225,13 +207,13 @@ def tree_trajectory(
 
 
 def table_gradient(drafter: TabularDrafter, value: Tensor) -> Tensor:
-    """Of a scalar in the drafter's table."""
+    """Return the gradient of a scalar in the drafter's table."""
     (grad,) = torch.autograd.grad(value, drafter.table, retain_graph=True)
     return grad
 
 
 def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[TensorDict], TensorDict]) -> Tensor:
-    """Mean of a loss with reduction "none" over trajectories of given probabilities."""
+    """Return the mean of a loss with reduction "none" over trajectories with their probabilities."""
     batch, weights = pack([t for t, _ in items]), torch.stack([w.detach() for _, w in items])
     (key,) = [k for k in loss(batch).keys() if k.startswith("loss_")]
     return (loss(batch)[key][0] * weights).sum()
@@ -240,7 +222,7 @@ def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[Tens
 def exact_gradient(
     drafter: TabularDrafter, target: TabularTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Expected number of accepted nodes over all trees that the drafter can draw, and its gradient in the table.
+    """Return the expected number of accepted nodes over all trees that can be drawn, and its gradient in the table.
 
     Example:
         >>> value, gradient = exact_gradient(TabularDrafter(0), TabularTarget(0), (-1, 0), rule="sample_and_match")

@@ -101,11 +101,8 @@ def gappy_drafter(parts: TargetParts, seed: int) -> GappyDrafter:
 def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
     """Three requests of a tiny target under each of three rules: sample-and-match, greedy and, by chains, rejection.
 
-    Kept, since serving takes longer than the checks and is the same for all objectives: copy what you may change.
-
-    Args:
-        seed: Seed of weights, prompts and completions.
-        sampled: Whether trees are drawn at random under the other rules too, and not by top-k.
+    Trees are by top-k, or drawn at random if ``sampled`` and under rejection. They are kept, since serving takes longer
+    than the checks and is the same for all objectives: copy what you may change.
     """
     target, generator = tiny_target(), torch.Generator().manual_seed(seed)
     drafter = gappy_drafter(TargetParts.of(target), seed)

@@ -219,11 +219,11 @@ def serve(
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in another dtype, in place."""
+    """Cast the model to another dtype, in place, and return it."""
     nn.Module.to(model, dtype=dtype)  # transformers wraps `to` in a way that type checkers cannot read
     return model
 
 
 def dtype_of(drafter: Drafter) -> torch.dtype:
-    """The dtype that a drafter computes in; float64 where it has no weights."""
+    """Return the dtype that a drafter computes in; float64 if it has no weights."""
     return next((parameter.dtype for parameter in drafter.parameters()), torch.float64)

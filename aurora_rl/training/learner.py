@@ -174,11 +174,7 @@ class Learner:
         )
 
     def _skip(self, reason: str) -> None:
-        """Leave a step out; what is learned stays as it was before it.
-
-        Raises:
-            FloatingPointError: Too many in a row; what was learned up to them is saved.
-        """
+        """Leave a step out. After too many in a row, save what was learned before them and raise FloatingPointError."""
         self.skipped += 1
         self._skipped_in_a_row += 1
         self._log.write("step_skipped", reason=reason, steps=self.steps, skipped=self.skipped)
