@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class AcceptanceRewardLoss(Objective):
     """
 
     sampled = True
-    metrics = ("expected_accepted", "accepted", "ratio", "stale")
+    metrics: Sequence[str] = ("expected_accepted", "accepted", "ratio", "stale")
     newest: Tensor
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class DiscardSamplingLoss(DistillationObjective):
         ['discard_agreement', 'discarded', 'loss_discard']
     """
 
-    metrics = ("discarded", "discard_agreement")
+    metrics: Sequence[str] = ("discarded", "discard_agreement")
 
     def __init__(
         self,

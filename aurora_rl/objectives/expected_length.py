@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -75,7 +77,6 @@ class ExpectedLengthLoss(Objective):
             raise ValueError(f"expected_length needs steps >= 1, got {steps}")
         super().__init__(drafter, head, weight=weight, reduction=reduction)
         self.rule, self.contexts, self.steps = rule, contexts, steps
-        self.metrics = ("expected_length", "top1_length" if contexts == "text" else "accepted_length")
 
     @property
     @override
@@ -87,12 +88,17 @@ class ExpectedLengthLoss(Objective):
             return [*SEQUENCE_KEYS, *served]
         return [*TREE_KEYS, *served, self.tensor_keys.node_hidden, self.tensor_keys.accepted]
 
+    @property
+    @override
+    def metrics(self) -> Sequence[str]:
+        return "expected_length", "top1_length" if self.contexts == "text" else "accepted_length"
+
     @override
     def values(self, batch: TensorDictBase) -> Values:
         length, true, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
         metrics = {
             name: torch.where(valid, part, 0.0).sum() / valid.sum().clamp(min=1)
-            for name, part in zip(self.metrics, (length, true), strict=True)
+            for name, part in zip(self.metrics, (length, true), strict=False)
         }
         return Values(-length[None], length.new_ones(()), valid[None], metrics)
 

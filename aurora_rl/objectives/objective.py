@@ -77,7 +77,6 @@ class Objective(LossModule):
     Attributes:
         name: Name by which it is configured.
         sampled: Whether it needs nodes that the drafter drew at random.
-        metrics: Names of the metrics that :meth:`values` gives.
 
     Raises:
         ValueError: An unknown reduction, a weight that is not finite, or a class without a name.
@@ -101,7 +100,6 @@ class Objective(LossModule):
 
     name: ClassVar[str]
     sampled: ClassVar[bool] = False
-    metrics: Sequence[str] = ()
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     drafter: Drafter
@@ -149,6 +147,11 @@ class Objective(LossModule):
     @abstractmethod
     def values(self, batch: TensorDictBase) -> Values:
         """Per-position values of a packed batch."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the metrics that :meth:`values` gives; a class attribute will do."""
+        return ()
 
     @property
     def in_keys(self) -> list[NestedKey]:
