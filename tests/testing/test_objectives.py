@@ -386,10 +386,10 @@ class RewardsANodeForItselfAlone(AcceptanceRewardLoss):
 class TrustsTheAcceptBits(AcceptanceRewardLoss):
     """As if no rule looked at the drafter's distribution."""
 
-    def _draws(self, batch: TensorDictBase) -> Any:
-        draws = super()._draws(batch)
-        draws.needs_q = torch.zeros_like(draws.needs_q)
-        return draws
+    def _law(self, batch: TensorDictBase) -> Any:
+        law = super()._law(batch)
+        law.needs_q = torch.zeros_like(law.needs_q)
+        return law
 
 
 class ScalesByTheTemperature(AcceptanceRewardLoss):
