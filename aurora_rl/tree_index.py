@@ -53,7 +53,9 @@ class TreeIndex(NamedTuple):
 
     @classmethod
     def of(cls, batch: TensorDictBase) -> TreeIndex:
-        """Read a packed batch."""
+        """Read a packed batch, or return the index that :func:`indexed` has put into it."""
+        if "tree_index" in batch.keys():
+            return batch["tree_index"]
         offset, parents, anchor = batch["rounds", "offset"], batch["nodes", "parents"], batch["rounds", "anchor"]
         rounds = torch.arange(len(anchor), device=anchor.device)
         drafted_in = torch.repeat_interleave(rounds, offset.diff())
@@ -140,6 +142,20 @@ class TreeIndex(NamedTuple):
             here = (depth == level).nonzero().flatten()
             sums = sums.index_add(0, self.parent[here], sums[here + self.num_rounds])
         return sums
+
+
+def indexed(batch: TensorDictBase) -> TensorDictBase:
+    """Return a shallow copy of a packed batch that carries its :class:`TreeIndex`, for several readers.
+
+    Example:
+        >>> rounds = {"anchor": [4], "offset": [0, 1], "request_offset": [0, 1]}
+        >>> batch = TensorDict({"rounds": {name: torch.tensor(value) for name, value in rounds.items()}}, batch_size=[])
+        >>> batch["nodes", "parents"] = torch.tensor([-1])
+        >>> shared = indexed(batch)
+        >>> TreeIndex.of(shared) is TreeIndex.of(shared)
+        True
+    """
+    return batch.copy().set_non_tensor("tree_index", TreeIndex.of(batch))
 
 
 def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -335,7 +336,7 @@ def test_every_form_crosses_the_wire(likeliest: list[TensorDict], served: list[T
     handshake = Handshake(1, "config", "head", (2, 5), "", "eagle3")
     sent = [form for t in (*served, *likeliest) for form in (t, t.exclude(("nodes", "log_probs")))]
     collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=lambda t: validate(t, **SIZES))
-    with TrajectorySink(collector.address, handshake=handshake) as sink:
+    with closing(TrajectorySink(collector.address, handshake=handshake)) as sink:
         for trajectory in sent:
             sink.extend(trajectory)
         received: list[TensorDict] = []

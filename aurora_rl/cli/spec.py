@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.cli.config import Config, ConfigError, naming
-from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.codec import SCHEMA, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.verification.rules import require_replayable
@@ -24,9 +24,6 @@ from aurora_rl.policies.formats.files import drafter_class, load_drafter, save_d
 from aurora_rl.policies.registry import drafter_name
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
-
-SCHEMA = 2
-"""Version of the trajectory layout."""
 
 
 @dataclass(frozen=True, slots=True)

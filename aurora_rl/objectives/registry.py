@@ -71,22 +71,15 @@ def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
 def make_objectives(
     settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: TargetHead | Tensor
 ) -> list[Objective]:
-    """Make objectives from a list of mappings: the name of each, and its settings.
-
-    Args:
-        settings: Settings such as ``[{"name": "imitation", "steps": 3}]``.
-        drafter: See :class:`Objective`.
-        head: See :class:`Objective`.
+    """Make objectives from mappings with the name of each and its settings.
 
     Raises:
         ValueError: It is no list, or see :func:`check_settings`.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
-        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, parts.head)]
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, _ = tiny_batch()
+        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, head)]
         ['imitation']
     """
     if isinstance(settings, str) or not isinstance(settings, Sequence):

@@ -44,13 +44,10 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
 
     An objective may refuse a rule, a draft mode or a chain by a ValueError that names it.
 
-    Args:
-        make: See :func:`~aurora_rl.testing.check_objective`.
-        unbiased: Whether the directions have to be the same, or only to agree.
-        seed: Seed of the tables.
+    Arguments are those of :func:`~aurora_rl.testing.check_objective`.
 
     Raises:
-        AssertionError: a direction is wrong, or everything is refused.
+        AssertionError: A direction is wrong, or everything is refused.
     """
     judged = 0
     for rule, mode, temperature in _SERVED:
@@ -66,10 +63,8 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
                             tree, target, rule=rule, mode=mode, accepted=accepted, log_probs=log_probs
                         )
                         batches.append((pack([trajectory]), drawn * follows))
-            objective, what = (
-                make(drafter, TargetHead(target.head), reduction="sum"),
-                f"trees {parents} served by {rule}",
-            )
+            objective = make(drafter, TargetHead(target.head), reduction="sum")
+            what = f"trees {parents} served by {rule}"
             if refuses(objective, batches[0][0], what):
                 continue
             judged += 1

@@ -92,39 +92,6 @@ def test_options_may_stand_between_pairs(capsys: pytest.CaptureFixture[str], tmp
     assert "expected key=value, got 'stray'" in capsys.readouterr().err
 
 
-def test_a_checkpoint_says_what_its_drafter_is(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = ["drafter", "init", "--out", str(tmp_path / "d0"), "drafter.name=eagle3"]
-    assert cli.main([*out, *arguments, "drafter.feature_layers=[1,2]", "run_dir=null"]) == 0
-    served = ["serve", *arguments, *QUICK, "traffic.requests=1", f"drafter.path={tmp_path / 'd0'}"]
-    assert cli.main(served) == 0
-    entries = json.loads((tmp_path / "run" / "drafter" / "config.json").read_text())
-    assert entries["architectures"] == ["LlamaForCausalLMEagle3"]
-    capsys.readouterr()
-    for name, wrong in (
-        ("medusa", "config.json is of Eagle3Drafter, and MedusaDrafter is asked for; ask for the former, or none"),
-        ("null", f"{tmp_path / 'd0'}: config.json must hold an object, got []"),
-    ):
-        if name == "null":
-            (tmp_path / "d0" / "config.json").write_text("[]")
-        assert cli.main([*served, f"run_dir={tmp_path / 'again'}", f"drafter.name={name}"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert wrong in line and not (tmp_path / "again").exists()
-
-
-def test_options_may_stand_between_pairs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("max_new_tokens: 7")
-    words = ["seed=1", "--config", str(tmp_path / "mine.yaml"), "engine.slots=3", "--print-config", "seed=2", "top_k=5"]
-    for command in (["serve"], ["drafter", "init", "--out", "d0"], ["drafter", "inspect", "d0"]):
-        assert cli.main([*command, *words]) == 0
-        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-        config = load_config(tmp_path / "printed.yaml")
-        assert (config.seed, config.engine.slots, config.top_k, config.max_new_tokens) == (2, 3, 5, 7)
-    assert cli.main(["serve", "seed=1", "--print-config", "stray"]) == 2
-    assert "expected key=value, got 'stray'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["flywheel", "serve", "learn"])
 def test_a_folder_that_holds_something_is_refused_and_left_alone(
     arguments: list[str],

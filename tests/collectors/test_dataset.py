@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
+from aurora_rl.collectors import dataset
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
@@ -84,4 +85,15 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
 def test_a_recording_of_an_earlier_layout_is_named(tmp_path: Path) -> None:
     save_file({"spine.tokens": torch.arange(3)}, tmp_path / "000000.safetensors")
     with pytest.raises(ValueError, match="the layout of an earlier release .* record the requests again"):
+        TrajectoryDataset(tmp_path)[0]
+
+
+def test_a_recording_of_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = trajectories(1)[0]
+    monkeypatch.setattr(dataset, "SCHEMA", 3)
+    TrajectoryDataset(tmp_path).append(written)
+    assert same(TrajectoryDataset(tmp_path)[0], written)
+    monkeypatch.undo()
+    message = "000000.safetensors has the layout schema 3, this release reads 2; record the requests again"
+    with pytest.raises(ValueError, match=message):
         TrajectoryDataset(tmp_path)[0]

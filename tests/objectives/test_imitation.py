@@ -47,10 +47,10 @@ def test_values_of_a_literal_unroll() -> None:
     half = math.log(0.5)
     target = torch.tensor([[half, half, -1e9], [0.0, -1e9, -1e9]])
     logits = [torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])]
-    values = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target.log_softmax(-1))
-    assert values.divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
-    assert values.divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
-    assert values.agreement.tolist() == [[True, False], [False, True]]
+    divergence, agreement = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target.log_softmax(-1))
+    assert divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
+    assert divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
+    assert agreement.tolist() == [[True, False], [False, True]]
 
 
 def test_mean_averages_each_step_over_its_own_positions(trajectories: list[TensorDict]) -> None:

@@ -21,15 +21,12 @@ from aurora_rl.objectives import (
     ExpectedLengthLoss,
     ImitationLoss,
     Objective,
-    SumLoss,
     Values,
     check_settings,
-    make_objectives,
 )
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, Unroll
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
 from aurora_rl.testing.enumerable_worlds import DrawnTree, EnumerableDrafter, EnumerableTarget, tree_trajectory
-from aurora_rl.testing.variants import topk_form
 from aurora_rl.trajectories import pack
 
 SETTINGS: list[tuple[type[Objective], dict[str, Any]]] = [
@@ -121,30 +118,6 @@ def test_what_is_right_is_not_refused() -> None:
 # ---- entries of a batch, and of the loss ----------------------------------------------------------------------------
 
 
-def test_entries_can_be_selected() -> None:
-    drafter, head = eagle3_and_head()
-    trajectory = tiny_trajectory(drafter)
-    likeliest = pack([topk_form(trajectory, head, 5)])  # no batch of all in_keys
-    for batch in (pack([trajectory]), likeliest):
-        loss = DiscardSamplingLoss(drafter, head)
-        every = loss(batch)
-        assert loss.select_out_keys("loss_discard", "discarded") is loss
-        assert loss.out_keys == list(loss(batch).keys()) == ["loss_discard", "discarded"]
-        assert loss(batch)["loss_discard"] == every["loss_discard"]
-        assert list(SumLoss([loss])(batch).keys()) == ["loss_discard", "discarded"]
-        with pytest.raises(
-            ValueError, match="no entry 'loss_colour' to select; there are loss_discard, discarded, disc"
-        ):
-            loss.select_out_keys("loss_discard", "loss_colour")
-        assert list(copy.deepcopy(loss).reset_out_keys()(batch).keys()) == list(every.keys())
-
-        total = SumLoss([ImitationLoss(drafter, head), ImitationLoss(drafter, head)])
-        total.out_keys = ["loss_imitation", "loss_imitation_2"]  # as TorchRL's losses can be told
-        assert total.out_keys == list(total(batch).keys()) == ["loss_imitation", "loss_imitation_2"]
-        total.reset_out_keys().select_out_keys("agreement_2")
-        assert list(total(batch).keys()) == ["agreement_2"]
-
-
 def test_a_missing_entry_is_named() -> None:
     target = EnumerableTarget(0)
     batch = pack([tree_trajectory(DrawnTree((-1,), (0,)), target, rule="sample_and_match")])
@@ -217,35 +190,6 @@ def test_losses_can_be_copied_and_cast() -> None:
         torch.testing.assert_close(copy.deepcopy(loss)(batch)[key], loss(batch)[key])
         assert "head" not in loss.state_dict()  # the target's, not to be saved with the drafter
         assert copy.deepcopy(loss).float()(batch)[key].dtype == torch.float32
-
-
-# ---- a reset --------------------------------------------------------------------------------------------------------
-
-
-def test_a_reset_is_of_what_learns() -> None:
-    drafter, head = eagle3_and_head()
-    parts = make_objectives([{"name": "imitation"}, {"name": "discard"}], drafter, head)
-    kept = drafter.fc.weight.requires_grad_(False).clone()
-    learned = [p for p in drafter.parameters() if p.requires_grad]
-    for loss in (parts[0], SumLoss(parts)):
-        with torch.no_grad():
-            for parameter in learned:
-                parameter += 1000
-        loss.reset_parameters_recursive()
-        assert len(learned) > 3 and all(bool((p < 500).all()) for p in learned)
-        assert torch.equal(drafter.fc.weight, kept)
-
-
-def test_a_drafter_that_cannot_be_reset_stays_as_it_is() -> None:
-    drafter, head = eagle3_and_head()
-    drafter.scales = torch.nn.ParameterList([torch.ones(2)])
-    before = copy.deepcopy(drafter.state_dict())
-    message = (
-        "'discard' cannot reset its drafter: ParameterList 'scales' has no reset_parameters; make a new one, Eagle3"
-    )
-    with pytest.raises(ValueError, match=message):
-        DiscardSamplingLoss(drafter, head).reset_parameters_recursive()
-    torch.testing.assert_close(dict(drafter.state_dict()), dict(before), atol=0, rtol=0)
 
 
 # ---- what is not a number, and what has the wrong form ---------------------------------------------------------------

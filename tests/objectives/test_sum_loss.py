@@ -10,9 +10,12 @@ import torch
 from tensordict.utils import NestedKey
 from tiny_drafters import eagle3_and_head
 
+from aurora_rl import tree_index
 from aurora_rl.objectives import DiscardSamplingLoss, ImitationLoss, Objective, SumLoss, make_objectives
+from aurora_rl.policies import TreeShape
 from aurora_rl.testing import tiny_trajectory
 from aurora_rl.trajectories import pack
+from aurora_rl.trees import depths
 
 
 def test_a_sum_is_its_parts() -> None:
@@ -40,8 +43,27 @@ def test_a_sum_is_its_parts() -> None:
     assert len(list(loss.parameters())) == len(list(drafter.parameters()))
     with pytest.raises(ValueError, match="objectives is empty"):
         SumLoss([])
-    with pytest.raises(AttributeError, match="set them there"):
-        loss.in_keys = []
+
+
+def test_a_sum_derives_the_index_of_trees_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, head = eagle3_and_head()
+    batch, derived = pack([tiny_trajectory(drafter, shape=TreeShape(2, 2))]), []
+    monkeypatch.setattr(tree_index, "depths", lambda parents: derived.append(1) or depths(parents))
+    names = ["discard", "expected_length", "discard"]
+    parts = make_objectives(
+        [{"name": name, **({"contexts": "trees"} if name == "expected_length" else {})} for name in names],
+        drafter,
+        head,
+    )
+    keys = set(batch.keys(include_nested=True))
+    out = SumLoss(parts)(batch)
+    assert len(derived) == 1 and set(batch.keys(include_nested=True)) == keys
+    for key, part in zip(("discard", "expected_length", "discard_2"), parts, strict=True):
+        assert torch.equal(out[f"loss_{key}"], part(batch)[f"loss_{part.name}"])
+    assert len(derived) == 4
+    del batch["nodes", "parents"]
+    with pytest.raises(ValueError, match=r"'discard' needs \('nodes', 'parents'\) in the batch"):
+        SumLoss(parts)(batch)
 
 
 def test_a_sum_renames_entries_of_its_objectives() -> None:

@@ -160,10 +160,9 @@ def test_acknowledgements_keep_the_order_of_the_swaps(tmp_path: Path, monkeypatc
 
 def test_nobody_listens(tmp_path: Path) -> None:
     # An address at which nothing is: what cannot be sent is dropped and counted, and every answer is given.
-    socket, context = open_socket(0, None)
+    socket = open_socket(0)
     address = bind(socket, LOCAL)
     socket.close()
-    context.term()
     sink = TrajectorySink(address, handshake=HANDSHAKE, capacity=2)
     receiver = WeightReceiver(address, handshake=HANDSHAKE)
     waiting = requests(5)

@@ -22,22 +22,22 @@ class LearnsWhatIsRejected(AcceptanceRewardLoss):
 
 
 class RewardsEveryDraw(AcceptanceRewardLoss):
-    def _credit(self, draws: Any, reach: Tensor, *rest: Tensor) -> Tensor:
+    def _credit(self, law: Any, reach: Tensor, *rest: Tensor) -> Tensor:
         return torch.ones_like(reach)
 
 
 class RewardsANodeForItselfAlone(AcceptanceRewardLoss):
-    def _credit(self, draws: Any, reach: Tensor, *rest: Tensor) -> Tensor:
+    def _credit(self, law: Any, reach: Tensor, *rest: Tensor) -> Tensor:
         return reach
 
 
 class TrustsTheAcceptBits(AcceptanceRewardLoss):
     """As if no rule looked at the drafter's distribution."""
 
-    def _draws(self, batch: TensorDictBase) -> Any:
-        draws = super()._draws(batch)
-        draws.needs_q = torch.zeros_like(draws.needs_q)
-        return draws
+    def _law(self, batch: TensorDictBase) -> Any:
+        law = super()._law(batch)
+        law.needs_q = torch.zeros_like(law.needs_q)
+        return law
 
 
 class ScalesByTheTemperature(AcceptanceRewardLoss):

@@ -39,10 +39,10 @@ class ControlServer:
 
     def __init__(self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
         self._answer = answer
-        self._socket, owned = open_socket(zmq.ROUTER, None)
+        self._socket = open_socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LIMITS.max_bytes
-        self.address = bind(self._socket, address, owned, limits=_LIMITS)
-        self._thread = SocketThread(self._socket, self._step, name="sglang-control", owned_context=owned)
+        self.address = bind(self._socket, address, limits=_LIMITS)
+        self._thread = SocketThread(self._socket, self._step, name="sglang-control")
         self._thread.start()
 
     def close(self) -> None:
@@ -76,8 +76,7 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
     Raises:
         ControlError: It refuses, or does not answer in time.
     """
-    socket, owned = open_socket(zmq.DEALER, None)
-    assert owned is not None
+    socket = open_socket(zmq.DEALER)
     try:
         connect(socket, address)
         socket.send_multipart(encode(kind, fields or {}))
@@ -89,7 +88,6 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
         message = decode(socket.recv_multipart(), limits=_LIMITS)
     finally:
         socket.close(linger=0)
-        owned.term()
     if message.kind == "refused":
         raise ControlError(str(message.meta.get("reason")))
     return message.meta
