@@ -57,9 +57,9 @@ def make_trajectory(
 
     Args:
         request: Number of the request, not negative.
-        tokens: ``[S]`` int64, prompt and completion.
-        prompt_length: ``P``.
-        features: ``[S - 1, F]``, row ``t`` belongs to token ``t``.
+        tokens: Tokens of prompt and completion, ``[S]`` int64.
+        prompt_length: Number ``P`` of the prompt's tokens.
+        features: Feature of each token but the last, ``[S - 1, F]``.
         target: The target's outputs from position ``P - 1`` to ``S - 2``: "hidden" ``[S - P, H]``, or
             :data:`TOPK_ENTRIES`.
         anchors: Position of each round's root, rising; ``R`` of them.
@@ -171,7 +171,7 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     """Check a trajectory that came over the network before anything reads it.
 
     Args:
-        trajectory: A packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
+        trajectory: Packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
         vocab_size: Vocabulary of the target; every token must lie in it.
         feature_size: Width ``F`` that the learner's drafter reads.
         hidden_size: Width ``H`` of the target.

@@ -9,7 +9,7 @@ from torch import Tensor
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
-from aurora_rl.trees import depth_first
+from aurora_rl.trees import reorder_depth_first
 
 
 def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> TensorDict:
@@ -60,7 +60,7 @@ def siblings_reversed(trajectory: TensorDict) -> TensorDict:
 
 def _reversed_depth_first(parents: Tensor) -> Tensor:
     """Depth-first order in which children come in reverse."""
-    order = depth_first(parents).tolist()
+    order = reorder_depth_first(parents)[0].tolist()
     children: dict[int, list[int]] = {}
     for node in order:
         children.setdefault(int(parents[node]), []).append(node)
