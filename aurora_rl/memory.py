@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+import sys
 
-_trim: Callable[[int], int] | None = None
-with contextlib.suppress(AttributeError, OSError, TypeError):  # raised where the C library is not glibc
-    _trim = ctypes.CDLL(None).malloc_trim
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # musl has none
 
 
 def return_freed_memory(*, collect: bool = False) -> None:
