@@ -175,7 +175,7 @@ class TrajectoryRecorder:
 def _pack_tree(
     keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor
 ) -> dict[str, Tensor]:
-    """One tree's valid nodes, depth-first, parents relative to the tree."""
+    """Return one tree's valid nodes, depth-first, with parents relative to the tree."""
     place = torch.full((int(keep[-1]) + 2 if len(keep) else 1,), -1, dtype=torch.int64, device=keep.device)
     place[keep] = torch.arange(len(keep), device=keep.device)
     order, parents = reorder_depth_first(torch.where(parents < 0, -1, place[parents]))

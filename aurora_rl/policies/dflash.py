@@ -96,8 +96,11 @@ class DFlashDrafter(Drafter):
         self.config, self.feature_layers, self.vocab_size = config, tuple(feature_layers), config.vocab_size
         self.num_target_layers, self.block_size, self.mask_token_id = num_target_layers, block_size, mask_token_id
         self.max_depth = block_size - 1
-        sizes = {"num_layers": config.num_hidden_layers, "block_size": block_size}
-        self.options = {**sizes, "mask_token_id": mask_token_id}
+        self.options = {
+            "num_layers": config.num_hidden_layers,
+            "block_size": block_size,
+            "mask_token_id": mask_token_id,
+        }
         self.fc = nn.Linear(len(feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # A list to type checkers, which cannot know what a ModuleList holds.
@@ -150,10 +153,12 @@ class DFlashDrafter(Drafter):
             self.hidden_norm.weight.copy_(read_by)
         for layer in self.layers:
             copied, own = copy_layer(layer, last), dict(layer.named_parameters())
-            for kind in ("q", "k"):  # a target that does not normalise these has a size of its own
+            # Norms that the target lacks start at the root mean square of its projection's outputs: exact for
+            # uncorrelated inputs, and for SmolLM2 three quarters of the measured value.
+            for kind in ("q", "k"):
                 norm, projection = f"self_attn.{kind}_norm.weight", f"self_attn.{kind}_proj.weight"
                 if norm not in copied and read_by is not None and projection in last:
-                    own[norm].fill_(_usual_size(last[projection], read_by))
+                    own[norm].fill_((last[projection] * read_by).square().sum(1).mean().sqrt())
 
     def _head_rows(self, draft_vocab: Tensor) -> Tensor:
         return (self.embedding if self.target_head is None else self.target_head)[draft_vocab]
@@ -351,11 +356,3 @@ def _spread(num_layers: int, count: int) -> tuple[int, ...]:
     else:
         left = [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]
     return tuple(min(max(layer + 1, 1), max(num_layers - 1, 1)) for layer in left)
-
-
-def _usual_size(projection: Tensor, norm: Tensor) -> Tensor:
-    """Return the root mean square of the outputs of a projection ``[out, H]`` after a norm with weight ``[H]``.
-
-    It is exact for uncorrelated inputs; for SmolLM2's last layer it is three quarters of the measured value.
-    """
-    return (projection * norm).square().sum(1).mean().sqrt()

@@ -112,7 +112,7 @@ class Unroll(NamedTuple):
     Attributes:
         logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
             of a chain of the true tokens, hence belongs to row ``c`` of ("sequence", "hidden").
-        valid: ``[J, C]`` bool; false if the anchor would lie before the last prompt token or has no feature.
+        valid: Whether a row counts, ``[J, C]`` bool: its anchor is at the last prompt token or later, with a feature.
         states: Inputs of the draft head, ``J`` tensors ``[C, H]``; None if they do not have the target's hidden size.
     """
 
@@ -219,7 +219,7 @@ class Drafter(HubMixin, nn.Module, ABC):
 
         Args:
             slots: Slots to draft for, ``[b]`` int64, each with at least one pair.
-            shape: Shape of the tree. What it says of lookup is the policy's business.
+            shape: Shape of the tree. The policy, not the drafter, does its lookup.
             generator: Source of randomness if the shape's mode samples; None takes PyTorch's own.
         """
 
@@ -232,7 +232,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         Args:
             batch: Packed trajectories, see ``aurora_rl.trajectories.pack``.
             trees: ``TreeIndex.of(batch)``.
-            wanted: ``[R + M]`` bool, the contexts asked for, in the order of ``trees``. Rows of those without a
+            wanted: Contexts that are asked for, ``[R + M]`` bool, in the order of ``trees``. Rows of those without a
                 prediction (a ``root`` of −1, a depth of ``max_depth`` or more) mean nothing.
 
         Returns:

@@ -32,6 +32,9 @@ class DraftLayer(nn.Module):
         norms: Names of norms ``[H]`` that come before it, for the drafter to apply.
     """
 
+    input_layernorm: nn.RMSNorm
+    hidden_norm: nn.RMSNorm
+
     def __init__(self, config: LlamaConfig, *, input_size: int, norms: Sequence[str] = ()) -> None:
         super().__init__()
         for name in norms:

@@ -41,7 +41,7 @@ _SLACK = 64
 
 
 class Branches(NamedTuple):
-    """Where contexts of recorded trees are read from: a context whose path is that of the text is read from the text.
+    """Places from which contexts of recorded trees are read: the text, for a context whose path is that of the text.
 
     Attributes:
         on_text: Whether each context stands on the text, ``[R + M]`` bool.
@@ -206,7 +206,7 @@ class StandaloneDrafter(Drafter):
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     def _read(self, slots: Tensor, tokens: Tensor, position: Tensor, columns: Tensor, mask: Tensor) -> Tensor:
-        """One pass over ``tokens`` ``[b, T]``, with a mask ``[b, T, end]`` over the columns: ``[b, T, H]``."""
+        """Run one pass over ``tokens`` ``[b, T]``, with a mask ``[b, T, end]`` over the columns: ``[b, T, H]``."""
         self._cache.aim(slots, columns, mask.shape[2])
         return self.model(
             input_ids=tokens,

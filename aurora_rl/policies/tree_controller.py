@@ -193,8 +193,8 @@ class TreeController:
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
         # Each kind at its pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
         spent = seconds if self._run == 1 else self._seconds(shape, occupied)
-        # Time that the best shape without the drafter would have taken for as many tokens. A profit is not saved up, and
-        # a long loss is not held for ever against weights to come.
+        # Time that the best shape without the drafter would have taken for as many tokens. A profit is not saved up,
+        # and a long loss is not held for ever against weights to come.
         instead = tokens / self._rate(self._rest(occupied), occupied)
         self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * plain
         if self._lost > limit:

@@ -107,8 +107,9 @@ class TopKSearch(TreeSearch):
 
     @override
     def proposal(self) -> Proposal:
-        candidates = (self._tokens, self._parents, self._log_probs, self._joint)
-        return best_first(*(torch.cat(parts, dim=1) for parts in candidates), budget=self._shape.num_nodes)
+        columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
+        tokens, parents, log_probs, joint = columns
+        return best_first(tokens, parents, log_probs, joint, self._shape.num_nodes)
 
 
 class SampledSearch(TreeSearch):

@@ -78,7 +78,7 @@ def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
 
 
 def is_eagle3(entries: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is an EAGLE-3's; the authors' own files name Llama, and a draft vocabulary."""
+    """Return whether a ``config.json`` is an EAGLE-3's; the authors' own files name Llama and a draft vocabulary."""
     name = (entries.get("architectures") or [""])[0]
     return "Eagle3" in name or (name == "LlamaForCausalLM" and "draft_vocab_size" in entries)
 
