@@ -41,7 +41,7 @@ MOVED = {
     **{f"serving.{name}": "cli.engines" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
     **{f"models.{name}": f"models.loading.{name}" for name in (
         "DEFAULT_TARGET", "ModelError", "default_dtype", "embedded_model_path", "encode_chat",
-        "is_embedded_model_installed", "load_target", "stop_token_ids")},
+        "load_target", "stop_token_ids")},
     **{f"envs.verification.{name}": f"envs.verification.rules.{name}" for name in (
         "RULES", "Greedy", "SampleAndMatch", "Verdict", "VerificationRule", "check_shapes", "descend", "get_rule",
         "register_rule", "settle")},

@@ -34,7 +34,7 @@ OLD_NAMES = {
         Greedy RULES SampleAndMatch Verdict VerificationRule check_shapes descend get_rule register_rule settle
     """,
     "models": """
-        DEFAULT_TARGET ModelError default_dtype embedded_model_path encode_chat is_embedded_model_installed load_target
+        DEFAULT_TARGET ModelError default_dtype embedded_model_path encode_chat load_target
         stop_token_ids
     """,
     "objectives": """
@@ -64,7 +64,7 @@ OLD_NAMES = {
         Checkpoint Drafter Proposal TreeShape Unroll check_draft_vocab check_weights draft_rows log_softmax
     """,
     "policies.eagle": "EagleDrafter",
-    "policies.eagle3": "Eagle3Drafter Eagle3Layer",
+    "policies.eagle3": "Eagle3Drafter",
     "policies.formats": "load_drafter save_drafter",
     "policies.medusa": "MedusaBlock MedusaDrafter",
     "policies.policy": "DrafterPolicy",
@@ -84,7 +84,7 @@ OLD_NAMES = {
         accepted_per_round pack pad_rows validate
     """,
     "trees": """
-        accepted_path ancestor_mask chain_parents depth_first depths last_accepted reorder_depth_first repeated_siblings
+        accepted_path ancestor_mask depths last_accepted reorder_depth_first repeated_siblings
         sibling_ranks tree_fault valid_nodes walk
     """,
 }

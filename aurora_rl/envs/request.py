@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
         id: Number of the request, not negative, as the trajectory carries it.
-        prompt: ``[P]`` int64 tokens, at least one.
+        prompt: Tokens of the prompt, at least one, ``[P]`` int64.
         sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
 
     Example:
@@ -36,11 +36,11 @@ class Completion:
 
     Attributes:
         request: The request.
-        tokens: ``[C]`` int64, the stop token included.
+        tokens: Tokens of the completion, the stop token included, ``[C]`` int64.
         terminated: Whether it ended at a stop token or string, and not at its token budget.
-        trajectory: What was recorded; None where nothing was.
+        trajectory: Trajectory of the request; None if nothing was recorded.
         acceptance_length: Tokens that a round with drafts added on average; None if there was no such round.
-        text: The tokens as text, without a stop string, where :class:`aurora_rl.LLM` served the request.
+        text: The tokens as text, without a stop string, if :class:`aurora_rl.LLM` served the request.
         error: Why the request was not served; None if it was.
 
     Example:

@@ -113,11 +113,14 @@ def test_a_wrong_fused_layer_is_switched_off(
 
 
 def test_a_norm_that_drops_eps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        inference_modules, "_fused_norm",
-        lambda module: inference_modules.FusedRMSNorm(module.weight, 0.0)
-        if type(module).__name__ == "LlamaRMSNorm" else None,
-    )  # fmt: skip
+    def without_eps(module: nn.Module) -> nn.RMSNorm | None:
+        if type(module).__name__ != "LlamaRMSNorm":
+            return None
+        norm = nn.RMSNorm(module.weight.shape, eps=0.0, device="meta")
+        norm.weight = module.weight
+        return norm
+
+    monkeypatch.setattr(inference_modules, "_fused_norm", without_eps)
     with pytest.raises(UnsupportedModelError, match="norms and linear layers of LlamaForCausalLM compute something el"):
         engine_of(model_of(hf.LlamaConfig(**HEADS, rms_norm_eps=1e-2)))
 

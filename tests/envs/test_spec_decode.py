@@ -13,10 +13,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
+from warped import warp_logits
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, transformers_engine
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.models.kv_cache import SlotCache
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter

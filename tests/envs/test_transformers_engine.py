@@ -16,7 +16,6 @@ from transformers import CohereConfig, CohereForCausalLM, MistralConfig, Mistral
 
 from aurora_rl.envs import TransformersEngine, transformers_engine
 from aurora_rl.testing import check_engine, tiny_target
-from aurora_rl.trees import chain_parents
 
 
 def none(slots: int = 1) -> torch.Tensor:
@@ -73,7 +72,8 @@ def test_a_full_slot_still_takes_a_tree() -> None:
     engine.prefill([0, 1], [torch.arange(7), torch.arange(7)])
     slots, width = torch.tensor([0, 1]), 64
     tokens = torch.zeros(2, width, dtype=torch.int64)
-    first = engine.verify(slots, tokens, chain_parents(width, 2), torch.ones(2, width, dtype=torch.bool))
+    chains = torch.arange(-1, width - 1).repeat(2, 1)
+    first = engine.verify(slots, tokens, chains, torch.ones(2, width, dtype=torch.bool))
     again = engine.verify(slots, none(2), none(2), none(2).bool())
     # Slot 0's tree would spoil slot 1 if it ran over its end.
     torch.testing.assert_close(again[:, 0], first[:, 0])

@@ -13,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from aurora_rl.models.inference_modules import (
     GROUPED_ATTENTION,
     FusedDecoderLayer,
-    FusedRMSNorm,
     PackedLinear,
     fuse_decoder_layers,
     grouped_attention,
@@ -122,7 +121,7 @@ def test_llama_norms_are_fused(dtype: torch.dtype) -> None:
     nn.init.normal_(norm.weight)
     model, x = nn.Sequential(norm), (0.1 * torch.randn(5, 16)).to(dtype)
     prepare_for_inference(model)
-    assert isinstance(model[0], FusedRMSNorm)
+    assert isinstance(model[0], nn.RMSNorm)
     # bf16: Llama's rounds before it multiplies by the weight, hence two roundings of 2**-8 against one.
     torch.testing.assert_close(model(x), norm(x), **({"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {}))
 
@@ -158,7 +157,7 @@ def test_whole_models_compute_the_same(architecture: str) -> None:
         before = model(tokens).logits
         prepare_for_inference(model)
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
-    fused = sum(isinstance(module, FusedRMSNorm) for module in model.modules())
+    fused = sum(isinstance(module, nn.RMSNorm) for module in model.modules())
     # Two a layer and the last, and Qwen3's of queries and keys.
     assert fused == {"llama": 7, "qwen3": 13, "gemma": 0}[architecture]
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from warped import warp_logits
 
-from aurora_rl.envs.verification.sampling import warp_logits
 from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
 from aurora_rl.objectives.objective import SAMPLING_KEYS

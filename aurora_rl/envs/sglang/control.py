@@ -31,7 +31,7 @@ class ControlServer:
 
     Args:
         address: Address to bind.
-        answer: Takes kind and fields of a request, and returns the fields of ``status``; ControlError refuses.
+        answer: Function of the kind and fields of a request to the fields of ``status``; ControlError refuses.
 
     Raises:
         OSError: The address is taken or cannot be bound.
@@ -57,7 +57,7 @@ class ControlServer:
                 reply = encode("status", self._answer(message.kind, message.meta))
             except (CodecError, ControlError) as error:
                 reply = encode("refused", {"reason": str(error)})
-            except Exception as error:  # a fault of ours must not end the thread: the engine could not be reached again
+            except Exception as error:  # a fault of ours must not end the thread, or nobody reaches the engine again
                 logger.exception("a control request failed")
                 reply = encode("refused", {"reason": f"{type(error).__name__}: {error}"})
             self._socket.send_multipart([identity, *reply])
@@ -65,16 +65,10 @@ class ControlServer:
 
 
 def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeout: float = 10.0) -> dict[str, Any]:
-    """Send one request to a plugin and wait for its status.
-
-    Args:
-        address: Address of its control socket.
-        kind: ``status``, ``attach``, ``detach`` or ``record``.
-        fields: Fields of the request.
-        timeout: Seconds to wait.
+    """Send one request (``status``, ``attach``, ``detach`` or ``record``) to a plugin and wait for its status.
 
     Raises:
-        ControlError: It refuses, or does not answer in time.
+        ControlError: The plugin at ``address`` refuses, or does not answer within ``timeout`` seconds.
     """
     socket = open_socket(zmq.DEALER)
     try:

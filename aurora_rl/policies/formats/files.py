@@ -35,8 +35,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
         layout: One of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: The drafter has no such format, the layout cannot say what it is, or the folder holds something
-            else.
+        CheckpointError: The drafter has no such format, the layout cannot describe it, or the folder holds other files.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -69,7 +68,7 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
     """Return what :func:`save_drafter` would write.
 
     Raises:
-        ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
+        ValueError: The drafter has no such format, the layout cannot describe it, or the engine of a layout that is
             asked for by name cannot serve it.
     """
     asked, layout = layout, layout or next(iter(drafter.formats), "any")
@@ -106,8 +105,8 @@ def load_drafter(
         kind: Class of the drafter; None takes the one that recognizes ``config.json``.
         layout: One of the class's ``formats``; None takes the first.
         options: ``drafter.options``, see ``Drafter.read``.
-        made_for: "target" refuses a folder that says that it was trained for other weights than the target's; "any"
-            starts from it, as from that of an earlier state of the target.
+        made_for: "target" refuses a folder that names other weights than the target's; "any" starts from it, such as
+            from that of an earlier state of the target.
 
     Raises:
         CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
@@ -195,20 +194,16 @@ def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
             if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
                 raise ValueError(f"config.json: {name} must be a list of {kind.__name__}, got {value!r}")
     for name in ("d2t", "draft_id_to_target_id", "token_map"):
-        tensor = tensors.get(name)
-        if tensor is not None and (
-            tensor.dtype not in (torch.int64, torch.int32) or tensor.dim() != 1 or not len(tensor)
-        ):
-            raise ValueError(
-                f"tensor {name!r} must hold an integer for each row of the draft head, got {tuple(tensor.shape)} of "
-                f"{tensor.dtype}"
-            )
+        if (ids := tensors.get(name)) is None:
+            continue
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1 or not len(ids):
+            found = f"{tuple(ids.shape)} of {ids.dtype}"
+            raise ValueError(f"tensor {name!r} must hold an integer for each row of the draft head, got {found}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            if tensor.dtype not in _WEIGHTS:
-                raise ValueError(f"tensor {name!r} is {tensor.dtype}, quantized without a scale; save it in bfloat16")
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"tensor {name!r} holds values that are not finite; was its training interrupted?")
+        if tensor.is_floating_point() and tensor.dtype not in _WEIGHTS:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, quantized without a scale; save it in bfloat16")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name!r} holds values that are not finite; was its training interrupted?")
 
 
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:

@@ -15,6 +15,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from warped import warp_logits
 
 from aurora_rl.envs.verification import rules as verification
 from aurora_rl.envs.verification.rules import (
@@ -27,7 +28,7 @@ from aurora_rl.envs.verification.rules import (
     register_rule,
     settle,
 )
-from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.sampling_params import SamplingBatch, SamplingParams
 from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
