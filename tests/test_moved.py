@@ -38,7 +38,7 @@ OLD_NAMES = {
         stop_token_ids
     """,
     "objectives": """
-        AcceptanceRewardLoss DIVERGENCES DiscardSamplingLoss Divergence ExpectedLengthLoss ImitationLoss ImitationValues
+        AcceptanceRewardLoss DIVERGENCES DiscardSamplingLoss Divergence ExpectedLengthLoss ImitationLoss
         OBJECTIVES Objective SumLoss Values check_settings context_rows get_objective imitation make_objectives overlap
         register_objective target_logits target_rows
     """,
@@ -49,7 +49,7 @@ OLD_NAMES = {
         negative_log_overlap overlap reverse_kl skewed_kl top_k_cross_entropy total_variation wants_renormalized
     """,
     "objectives.expected_length": "ExpectedLengthLoss",
-    "objectives.imitation": "ImitationLoss ImitationValues expected_length_weights imitation",
+    "objectives.imitation": "ImitationLoss expected_length_weights imitation",
     "objectives.objective": "Objective SumLoss Values",
     "objectives.registry": "OBJECTIVES check_settings get_objective make_objectives register_objective",
     "policies": """
