@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import LogitsProcessorList
 
-from aurora_rl.cli.config import ConfigError
+from aurora_rl.cli.config import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
@@ -30,26 +29,16 @@ from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 
+Note = Callable[[Completion], str]
+"""What is called with each completion; returns its domain."""
+
 
 def build_server(
-    spec: RunSpec,
-    target: Target,
-    requests: RequestQueue,
-    drafter: Drafter,
-    log: MetricsLog,
-    run_dir: Path,
-    note: Callable[[Completion], str],
+    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, log: MetricsLog, run_dir: Path, note: Note
 ) -> InferenceServer | SGLangServer:
-    """Build the serving half that ``engine.name`` asks for.
+    """Build the serving half that ``engine.name`` asks for, on a drafter in float32.
 
-    Args:
-        spec: Spec of the run.
-        target: The loaded target; an engine in this process puts its model into inference form.
-        requests: Source of the requests.
-        drafter: The drafter, float32.
-        log: Metrics of the run.
-        run_dir: Folder of the run.
-        note: Called with each completion; returns its domain.
+    An engine in this process puts the target's model into inference form.
     """
     if spec.config.engine.name == "sglang":
         return _sglang_server(spec, target, requests, drafter, log, run_dir, note)
@@ -57,22 +46,22 @@ def build_server(
 
 
 def _embedded_server(
-    spec: RunSpec,
-    target: Target,
-    requests: RequestQueue,
-    drafter: Drafter,
-    log: MetricsLog,
-    note: Callable[[Completion], str],
+    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, log: MetricsLog, note: Note
 ) -> InferenceServer:
-    """Build a server on a TransformersEngine in this process."""
+    """Build a server on an engine in this process."""
     config, tree = spec.config, spec.tree
-    greeting = handshake(target.parts, drafter, config.drafter.name)
+    greeting = handshake(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
     budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
     usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
-    processors = _processors(spec, target, stop_tokens, usual)
+    processors = None
+    if config.generation_config == "auto":
+        with naming(f"model={config.model}"):
+            processors = generation_processors(target.model, stop_tokens)
+            if processors is not None:
+                processors(usual)
     assert spec.engine_class is not None
     engine: Engine = cast(Any, spec.engine_class)(
         target.model,
@@ -125,33 +114,12 @@ def _embedded_server(
     return server
 
 
-def _processors(
-    spec: RunSpec, target: Target, stop_tokens: tuple[int, ...], usual: Request
-) -> Callable[[Request], LogitsProcessorList] | None:
-    """Return the logits processors of the model's generation config, tried on a usual request."""
-    if spec.config.generation_config != "auto":
-        return None
-    try:
-        processors = generation_processors(target.model, stop_tokens)
-        if processors is not None:
-            processors(usual)
-    except ValueError as error:
-        raise ConfigError(f"model={spec.config.model}: {error}") from error
-    return processors
-
-
 def _sglang_server(
-    spec: RunSpec,
-    target: Target,
-    requests: RequestQueue,
-    drafter: Drafter,
-    log: MetricsLog,
-    run_dir: Path,
-    note: Callable[[Completion], str],
+    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, log: MetricsLog, run_dir: Path, note: Note
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
-    greeting = handshake(target.parts, drafter, config.drafter.name)
+    greeting = handshake(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ConfigError(
@@ -162,7 +130,7 @@ def _sglang_server(
     target.model.cpu()  # the server loads its own, on the device that this one leaves
     if spec.device.type == "cuda":
         torch.cuda.empty_cache()
-    try:
+    with naming("engine.name=sglang", (SGLangError, ControlError)):
         if settings.url is None:
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
@@ -194,8 +162,6 @@ def _sglang_server(
         except BaseException:
             client.close()
             raise
-    except (SGLangError, ControlError) as error:
-        raise ConfigError(f"engine.name=sglang: {error}") from error
 
 
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGLangClient:

@@ -99,13 +99,9 @@ def _folder_of_now(parent: Path, suffix: str) -> Path:
 
 
 def resumed_config(command: str, folder: str, path: str | None, overrides: Sequence[str]) -> Config:
-    """Read the configuration of a run that goes on: its learner continues from its checkpoint, with its last drafter.
+    """Read the configuration of the run in ``folder``: its learner goes on from its checkpoint, with its last drafter.
 
-    Args:
-        command: The command that goes on.
-        folder: Folder of the run.
-        path: YAML file to read in place of the saved configuration.
-        overrides: Pairs such as ``traffic.requests=500``.
+    A YAML file at ``path`` takes the place of the saved configuration.
 
     Raises:
         ConfigError: The folder holds no such run, or the configuration cannot be used.

@@ -17,16 +17,14 @@ from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
-from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
 from aurora_rl.telemetry.outputs import Outputs, one_line
 from aurora_rl.telemetry.report import draw_report, summary_table, write_summary
 from aurora_rl.telemetry.stats import Stats
 from aurora_rl.telemetry.view import LiveView, Server, every
 
 if TYPE_CHECKING:
-    from aurora_rl.serving.answers import Answers
     from aurora_rl.serving.requests import RequestQueue
-
 
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
 
@@ -48,7 +46,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     learner: LearnerProcess | None = None
     server: Server | None = None
     requests: RequestQueue | None = None
-    answers: Answers | None = None
     view: LiveView | None = None
     outputs = Outputs()
     try:
@@ -57,7 +54,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         from aurora_rl.cli.engines import build_server
         from aurora_rl.cli.spec import first_drafter, load, request_queue, resolve, traffic
         from aurora_rl.memory import return_freed_memory
-        from aurora_rl.serving.answers import Answers
 
         torch.set_num_threads(config.engine.threads)
         with folder.undone_if_refused():
@@ -70,8 +66,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             if spawn_learner:
                 with stop.held():
                     learner = LearnerProcess.start(learner_config, run_dir)
-            answers = Answers(run_dir / "answers.jsonl", requests, target.tokenizer)
-            server = build_server(spec, target, requests, drafter, log, run_dir, answers.completed)
+            requests.answers = JsonLines(run_dir / "answers.jsonl")
+            server = build_server(spec, target, requests, drafter, log, run_dir, requests.completed)
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if learner is not None:
@@ -100,9 +96,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             stats, dropped = (Stats(), 0) if server is None else (server.stats, server.dropped)
             failed = [] if requests is None else requests.failed
             summary = stats.summary(failed=len(failed), dropped=dropped, duration_s=time.monotonic() - began)
-            if server is not None and answers is not None:
+            if server is not None:
                 outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
-                outputs.count(answers)
+            if requests is not None and requests.answers is not None:
+                outputs.count(requests.answers)
             for reason in failed:
                 log.write("failed", reason=reason)
             outputs.count(log)

@@ -1,4 +1,4 @@
-"""The shape controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
+"""The tree controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
 
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
 weights are learned here: the useless drafter is the trained one with the rows of its draft heads permuted, and the
@@ -15,17 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import arguments, parse, prompts, write_result
+from common import MAX_LENGTH, arguments, parse, prompts, request_queue, usual_request, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl import Request, SamplingParams, TargetParts, TreeShape
+from aurora_rl import Request, TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, rates
@@ -63,14 +62,7 @@ def serve(
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     drafter = load_drafter(options.trained, TargetParts.of(model))
     drafter.install(first)
-    source = RequestQueue(
-        prompts(options),
-        tokenizer,
-        vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=1024,
-        sampling=SamplingParams(),
-    )
+    source = request_queue(options, prompts(options), model, tokenizer)
     ends = [sum(count for _, count, _ in parts[: i + 1]) for i in range(len(parts))]
     asked = 0
 
@@ -91,14 +83,13 @@ def serve(
         drafter,
         requests,
         shape=most,
-        max_length=1024,
+        max_length=MAX_LENGTH,
         num_slots=max(in_flight for _, _, in_flight in parts),
         stop_tokens=stop_token_ids(model, tokenizer),
     )
     policy = decoder.policy
-    usual = Request(0, torch.tensor(source.first_prompts(1)[0]), SamplingParams(max_tokens=options.max_new_tokens))
     tried = TreeController.candidates(most)
-    costs = measure_rounds(decoder.engine, policy, usual, tried) if adaptive else {}
+    costs = measure_rounds(decoder.engine, policy, usual_request(options, source), tried) if adaptive else {}
     script = Script(later, parts[0][1])
     server = InferenceServer(
         decoder.env,

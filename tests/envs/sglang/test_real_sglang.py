@@ -1,4 +1,4 @@
-"""Real SGLang, unpatched, with our plugin in its scheduler: recording, swaps, learners that come and go."""
+"""Real SGLang, unpatched, with our plugin in its scheduler (all of envs/sglang): records, swaps, learners."""
 
 import json
 import subprocess
@@ -59,10 +59,10 @@ def other_weights(drafter, seed):
     }
 
 
-def with_weights(drafter, parts, sglang_models, weights):
-    made = load_drafter(sglang_models / "eagle3", parts)
-    made.install(weights)
-    return made
+def with_weights(parts, sglang_models, weights):
+    drafter = load_drafter(sglang_models / "eagle3", parts)
+    drafter.install(weights)
+    return drafter
 
 
 class Learner:
@@ -102,9 +102,9 @@ class Learner:
 
 @pytest.fixture
 def learner(handshake):
-    made = Learner(handshake)
-    yield made
-    made.die()
+    ends = Learner(handshake)
+    yield ends
+    ends.die()
 
 
 @pytest.fixture
@@ -131,27 +131,27 @@ def ask_all(engine, asked):
 
 def recorded_here(model, drafter, asked, shape, tmp_path):
     """The same requests on the embedded engine."""
-    recording = TrajectoryDataset(tmp_path / "own")
-    record(model, drafter, asked, recording, shape=shape, slots=1)
-    return {int(trajectory["request"]): trajectory for trajectory in recording}
+    dataset = TrajectoryDataset(tmp_path / "own")
+    record(model, drafter, asked, dataset, shape=shape, slots=1)
+    return {int(trajectory["request"]): trajectory for trajectory in dataset}
 
 
-def assert_same_rounds(theirs, ours):
+def assert_same_rounds(sglang, embedded):
     """Where both engines began a round at one place they drafted one tree and accepted one path of it."""
-    assert torch.equal(theirs["sequence", "tokens"], ours["sequence", "tokens"])
+    assert torch.equal(sglang["sequence", "tokens"], embedded["sequence", "tokens"])
     for key in ("features", "hidden"):
-        torch.testing.assert_close(theirs["sequence", key], ours["sequence", key], atol=2e-5, rtol=0)
-    at = {int(anchor): row for row, anchor in enumerate(ours["rounds", "anchor"])}
+        torch.testing.assert_close(sglang["sequence", key], embedded["sequence", key], atol=2e-5, rtol=0)
+    at = {int(anchor): row for row, anchor in enumerate(embedded["rounds", "anchor"])}
     compared = 0
-    for row, anchor in enumerate(theirs["rounds", "anchor"].tolist()):
+    for row, anchor in enumerate(sglang["rounds", "anchor"].tolist()):
         if anchor not in at:  # SGLang makes the first token in prefill, so its rounds may stand otherwise for a while
             continue
-        mine = slice(*ours["rounds", "offset"][at[anchor] : at[anchor] + 2].tolist())
-        nodes = slice(*theirs["rounds", "offset"][row : row + 2].tolist())
+        own = slice(*embedded["rounds", "offset"][at[anchor] : at[anchor] + 2].tolist())
+        nodes = slice(*sglang["rounds", "offset"][row : row + 2].tolist())
         for key in ("tokens", "parents", "accepted"):
-            assert torch.equal(theirs["nodes", key][nodes], ours["nodes", key][mine]), (key, anchor)
+            assert torch.equal(sglang["nodes", key][nodes], embedded["nodes", key][own]), (key, anchor)
         for key, tolerance in (("log_probs", 1e-4), ("hidden", 2e-5)):
-            torch.testing.assert_close(theirs["nodes", key][nodes], ours["nodes", key][mine], atol=tolerance, rtol=0)
+            torch.testing.assert_close(sglang["nodes", key][nodes], embedded["nodes", key][own], atol=tolerance, rtol=0)
         compared += 1
     return compared
 
@@ -164,18 +164,18 @@ def test_both_engines_record_the_same(kind, request, model, drafter, handshake, 
         # 300: the prompt is run in two chunks. One after the other, and the last two side by side.
         asked = requests(5, 40, 300, 12, seed=1)
         answers = [engine.generate(each) for each in asked[:2]] + ask_all(engine, asked[2:])
-        theirs = learner.take(*(each.id for each in asked))
+        recorded = learner.take(*(each.id for each in asked))
         own = recorded_here(model, drafter, asked, SHAPES[kind], tmp_path)
         compared = 0
-        for answer, trajectory in zip(answers, theirs, strict=True):
-            ours = own[answer.request.id]
-            assert answer.tokens.tolist() == ours["sequence", "tokens"][len(answer.request.prompt) :].tolist()
+        for answer, trajectory in zip(answers, recorded, strict=True):
+            embedded = own[answer.request.id]
+            assert answer.tokens.tolist() == embedded["sequence", "tokens"][len(answer.request.prompt) :].tolist()
             assert answer.rounds == len(trajectory["rounds", "anchor"])
-            compared += assert_same_rounds(trajectory, ours)
+            compared += assert_same_rounds(trajectory, embedded)
             assert RULE_CODES[int(trajectory["sampling", "rule"])] == "greedy"
             assert float(trajectory["sampling", "temperature"]) == 0.0
         assert compared > 30
-        assert sum(int(t["nodes", "accepted"].sum()) for t in theirs) > 10
+        assert sum(int(t["nodes", "accepted"].sum()) for t in recorded) > 10
         assert engine.status()["skipped"] == {}
     finally:
         engine.detach()
@@ -203,10 +203,10 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
         compared, accepted = [], 0
         for version, (served, asked) in enumerate(((drafter, before), (new, after))):
             own = recorded_here(model, served, asked, shape, tmp_path / str(version))
-            theirs = learner.take(*(each.id for each in asked))
-            accepted += sum(int(t["nodes", "accepted"].sum()) for t in theirs)
-            compared.append(sum(assert_same_rounds(t, own[int(t["request"])]) for t in theirs))
-            drafted, agreed = drafts_agreed(served, theirs, version)
+            recorded = learner.take(*(each.id for each in asked))
+            accepted += sum(int(t["nodes", "accepted"].sum()) for t in recorded)
+            compared.append(sum(assert_same_rounds(t, own[int(t["request"])]) for t in recorded))
+            drafted, agreed = drafts_agreed(served, recorded, version)
             assert drafted > 5 and agreed == drafted
         assert compared[0] > 10 and compared[1] > 5 and accepted > 10, (compared, accepted)
         assert engine.status()["skipped"] == {}
@@ -286,9 +286,9 @@ def test_a_temperature_is_refused_by_name_on_this_device(attached):
     ],
 )
 def test_a_learner_of_another_deployment_is_refused(chain, learner, handshake, changed, message):
-    other = Handshake(**{**handshake.__dict__, **changed})
+    another = Handshake(**{**handshake.__dict__, **changed})
     with pytest.raises(ControlError, match=message):
-        chain.attach(handshake=other, trajectories=learner.trajectories, weights=learner.weights)
+        chain.attach(handshake=another, trajectories=learner.trajectories, weights=learner.weights)
     assert not chain.status()["attached"]
 
 
@@ -297,7 +297,7 @@ def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, 
         attached.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
 
 
-def test_detached_the_server_goes_on_unrecorded(chain, learner, handshake):
+def test_after_detaching_the_server_goes_on_unrecorded(chain, learner, handshake):
     before, after = requests(8, 8, new=6, seed=3)
     chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     first = chain.generate(before)
@@ -307,7 +307,7 @@ def test_detached_the_server_goes_on_unrecorded(chain, learner, handshake):
     assert learner.collector.poll(0.3) == []
 
 
-def test_an_engine_without_a_control_address_cannot_be_attached_to(chain):
+def test_an_engine_without_a_plugin_address_cannot_be_attached_to(chain):
     with pytest.raises(ControlError, match="no plugin address"):
         SGLangClient(chain.url).status()
 
@@ -331,7 +331,7 @@ def test_after_a_swap_the_server_drafts_what_the_new_weights_predict(
     attached.generate(asked)
     (trajectory,) = learner.take(asked.id)
     assert set(trajectory["rounds", "policy_version"].tolist()) == {1}
-    new = with_weights(drafter, parts, sglang_models, weights)
+    new = with_weights(parts, sglang_models, weights)
     own = recorded_here(model, new, [asked], SHAPES["chain"], tmp_path)
     assert assert_same_rounds(trajectory, own[asked.id]) > 5
     drafted, agreed = drafts_agreed(new, [trajectory], 1)
