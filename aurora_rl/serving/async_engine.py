@@ -1,4 +1,4 @@
-"""Requests of concurrent clients, decoded by a thread of their own: what each round added comes as a stream."""
+"""Requests of concurrent clients: what each round added to one comes as a stream, in an event loop elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.envs.logprobs import TokenLogprobs
-from aurora_rl.serving.loop import ServingLoop
 from aurora_rl.serving.server import InferenceServer
 
 
@@ -23,7 +22,7 @@ class QueueFullError(RuntimeError):
 
 
 class EngineDeadError(RuntimeError):
-    """The thread that decodes has ended with an error; nothing is served any more."""
+    """Rounds have ended; nothing is served any more."""
 
 
 class RefusedError(ValueError):
@@ -67,18 +66,16 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Decode the requests of concurrent clients in a thread of its own.
+    """The requests of concurrent clients, for a server that another thread drives round by round.
 
-    Waiting requests are served first come, first served. The environment takes requests from this object, and reports
-    to it; see :meth:`start`.
+    An environment takes its requests from this object, and reports to it: make it first, then the server, then
+    :meth:`attach` it. Then one thread calls :meth:`step` again and again, and clients in the event loops of other
+    threads :meth:`generate`. Waiting requests are served first come, first served.
 
     Args:
         max_waiting: Requests that may wait for a slot.
-        workload: Requests that are served where no client's waits; None for none.
+        workload: Requests that are served while no client's waits; None for none.
         first_id: Number of the first client's request; the workload's are below it.
-
-    Attributes:
-        loop: The thread that decodes; None before :meth:`start`.
     """
 
     def __init__(self, *, max_waiting: int, workload: Workload | None = None, first_id: int = 0) -> None:
@@ -89,25 +86,11 @@ class AsyncEngine:
         self._cancelled: set[int] = set()
         self._streams: dict[int, _Stream] = {}
         self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
+        self._arrived = threading.Event()
         self._closed = False
         self._server: InferenceServer | None = None
-        self.loop: ServingLoop | None = None
 
-    # ---- of the event loop ------------------------------------------------------------------------------------------
-
-    def start(self, server: InferenceServer, *, done: Callable[[], bool] = lambda: False) -> ServingLoop:
-        """Begin to decode.
-
-        Args:
-            server: The server whose environment takes its requests from this object.
-            done: Asked when there is nothing to decode; True ends the thread. By default it waits for clients.
-        """
-        server.env.on_tokens, self._server = self._tokens, server
-        self.loop = ServingLoop(
-            lambda: self._step(server), done=lambda: not self._waiting and done(), on_end=self._ended
-        )
-        self.loop.start()
-        return self.loop
+    # ---- called by clients ------------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
@@ -122,7 +105,7 @@ class AsyncEngine:
     @property
     def alive(self) -> bool:
         """Whether requests are taken."""
-        return self.loop is not None and not self._closed
+        return self._server is not None and not self._closed
 
     async def generate(
         self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
@@ -138,7 +121,7 @@ class AsyncEngine:
         Raises:
             QueueFullError: ``max_waiting`` requests wait already.
             RefusedError: The engine cannot serve the request.
-            EngineDeadError: The thread has ended.
+            EngineDeadError: Rounds have ended.
         """
         request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop())
@@ -149,7 +132,7 @@ class AsyncEngine:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already, as many as http.max_waiting allows")
             self._streams[request.id] = stream
             self._waiting.append(request)
-        self._wake()
+        self._arrived.set()
         ended = False
         try:
             while not ended:
@@ -167,13 +150,34 @@ class AsyncEngine:
         with self._lock:
             self._streams.pop(request, None)
             self._cancelled.add(request)
-        self._wake()
+        self._arrived.set()
 
-    def _wake(self) -> None:
-        assert self.loop is not None, "a request was taken"
-        self.loop.wake()
+    # ---- called by the thread that drives the rounds ----------------------------------------------------------------
 
-    # ---- of the thread ----------------------------------------------------------------------------------------------
+    def attach(self, server: InferenceServer) -> None:
+        """Take requests from now on, for the server whose environment has this object as its source."""
+        server.env.on_tokens, self._server = self._tokens, server
+
+    def step(self) -> bool:
+        """Serve one round. False if there was nothing to decode."""
+        assert self._server is not None, "call attach first"
+        self._drop_cancelled(self._server)
+        worked = self._server.step()
+        self._deliver()
+        return worked
+
+    def wait(self, timeout: float) -> None:
+        """Wait until a client comes or goes, at most ``timeout`` seconds."""
+        if self._arrived.wait(timeout):
+            self._arrived.clear()
+
+    def end(self, reason: str) -> None:
+        """Take no more requests, and tell those in flight why."""
+        with self._lock:  # nobody is added after this
+            self._closed = True
+            self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
+            self._streams.clear()
+        self._deliver()
 
     def __call__(self) -> Request | None:
         """The next request for a free slot; None where none waits."""
@@ -202,20 +206,6 @@ class AsyncEngine:
     def _tokens(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
         if (stream := self._streams.get(request.id)) is not None:
             self._updates.append((stream, Update(tokens, logprobs)))
-
-    def _step(self, server: InferenceServer) -> bool:
-        self._drop_cancelled(server)
-        worked = server.step()
-        self._deliver()
-        return worked
-
-    def _ended(self, error: BaseException | None) -> None:
-        reason = "the server is shutting down" if error is None else f"the engine has ended: {error!r}"
-        with self._lock:  # nobody is added after this
-            self._closed = True
-            self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
-            self._streams.clear()
-        self._deliver()
 
     def _drop_cancelled(self, server: InferenceServer) -> None:
         if not self._cancelled:
