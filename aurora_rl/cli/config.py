@@ -118,6 +118,27 @@ class WireConfig:
 
 
 @dataclass
+class HttpConfig:
+    """The server of OpenAI's API; it needs ``pip install 'aurora-rl[serve]'``."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every address of this machine."""
+    port: int | None = 8000
+    """Port to listen at; 0 takes a free one, null starts no server."""
+    api_keys: str | None = None
+    """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
+    without that everyone is let in."""
+    max_body: int = 1048576
+    """Most bytes of a request's body."""
+    max_waiting: int = 256
+    """Requests that may wait for a slot; the next are answered with status 429."""
+    timeout: float = 600.0
+    """Most seconds of a request, waiting included."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins whose pages may call the server from a browser, such as https://chat.example; * is any."""
+
+
+@dataclass
 class LearnerConfig:
     """The training server."""
 
@@ -166,6 +187,7 @@ class Config:
     dtype: str = "auto"
     """float32, bfloat16, float16, float64; auto is bfloat16 where the hardware has it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     max_new_tokens: int = 96
     """Most tokens of a completion."""
@@ -321,22 +343,10 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
 _FREE = ("drafter.options",)  # whose keys the architecture knows, see `Drafter.check_options`
 
 _POSITIVE = (
-    "engine.slots",
-    "engine.max_length",
-    "engine.threads",
-    "max_new_tokens",
-    "drafter.vocab_size",
-    "drafter.depth",
-    "drafter.width",
-    "baseline.window",
-    "wire.queue",
-    "learner.threads",
-    "learner.batch_size",
-    "learner.buffer",
-    "learner.max_skipped",
-    "learner.publish_every",
+    *("engine.slots", "engine.max_length", "engine.threads", "http.max_body", "http.max_waiting", "traffic.requests"),
+    *("max_new_tokens", "drafter.vocab_size", "drafter.depth", "drafter.width", "baseline.window", "wire.queue"),
+    *("learner.threads", "learner.batch_size", "learner.buffer", "learner.max_skipped", "learner.publish_every"),
     "gate.requests",
-    "traffic.requests",
 )
 
 
@@ -366,6 +376,7 @@ def _check(config: Config) -> None:
     if sorted(set(layers)) != list(layers):
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
     _check_engine(config)
+    _check_http(config.http)
     for key in ("wire.trajectories", "wire.weights"):
         address = OmegaConf.select(tree, key)
         if not re.fullmatch(r"tcp://[^\s/]+:\d+|ipc://.+", address):
@@ -405,6 +416,18 @@ def to_yaml(config: Config, *, run_dir: bool = True) -> str:
     return OmegaConf.to_yaml(
         tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"])
     )
+
+
+def _check_http(http: HttpConfig) -> None:
+    if not http.host:
+        raise ConfigError("http.host is empty; give an address, such as 127.0.0.1")
+    if http.port is not None and not 0 <= http.port <= 65535:
+        raise ConfigError(f"http.port must lie in 0..65535 or be null, got {http.port}")
+    if not 0 < http.timeout < math.inf:
+        raise ConfigError(f"http.timeout must be a number of seconds above 0, got {http.timeout}")
+    for origin in http.cors_origins:
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise ConfigError(f"http.cors_origins must be like https://chat.example, without a path, got {origin!r}")
 
 
 def _check_engine(config: Config) -> None:
