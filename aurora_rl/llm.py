@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams, generation_processors
+from aurora_rl.models.detokenizer import Detokenizer, decode
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -138,7 +139,7 @@ class LLM:
             num_slots=num_slots,
             seed=seed,
             stop_tokens=stop_tokens,
-            decode=lambda tokens: str(self.tokenizer.decode(tokens)),
+            decode=lambda tokens: decode(self.tokenizer, tokens),
             processors=generation_processors(target, stop_tokens),
             on_completion=self._ended.append,
             on_refused=lambda request, reason: self._ended.append(_failed(request, reason)),
@@ -176,20 +177,10 @@ class LLM:
         Arguments and errors are those of :meth:`generate`. Closing the iterator drops what is not complete.
         """
         asked = _asked(prompts, sampling)
-        tokens: list[list[int]] = [[] for _ in asked]
-        said = [""] * len(asked)
+        texts = [Detokenizer(self.tokenizer, params.stop) for _, params in asked]
         for index, new, done in self._serve(asked):
-            if done is None:
-                tokens[index] += new
-                text = self._text(tokens[index])
-                # The beginning of a stop string is not said, nor a character that the next token completes.
-                held = max((len(s) - 1 for s in asked[index][1].stop), default=0)
-                text = text[: max(len(text) - held, 0)]
-                text = said[index] if text.endswith("\ufffd") else text
-            else:
-                text = done.text
-            yield Chunk(index, text[len(said[index]) :], new, done)
-            said[index] = max(said[index], text, key=len)
+            text = texts[index].feed(new)
+            yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
 
     def learn(
         self,
@@ -258,7 +249,10 @@ class LLM:
 
     def _completed(self) -> list[Completion]:
         """Take what has ended since the last call, as text too."""
-        ended = [replace(c, text=self._text(c.tokens.tolist(), c.request.sampling.stop)) for c in self._ended]
+        ended = [
+            replace(each, text=decode(self.tokenizer, each.tokens.tolist(), each.request.sampling.stop))
+            for each in self._ended
+        ]
         self._ended.clear()
         return ended
 
@@ -282,11 +276,6 @@ class LLM:
         if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
             raise ValueError("every message of a chat has a role and content")
         return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
-
-    def _text(self, tokens: list[int], stop: Sequence[str] = ()) -> str:
-        """The text of a completion, up to the first stop string."""
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
 
 
 def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
