@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams, generation_processors
+from aurora_rl.models.detokenizer import Detokenizer, decode
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -149,7 +150,7 @@ class LLM:
             num_slots=num_slots,
             seed=seed,
             stop_tokens=stop_tokens,
-            decode=self._text,
+            decode=lambda tokens: decode(self.tokenizer, tokens),
             processors=generation_processors(target, stop_tokens),
             on_completion=self._ended.append,
             record=record,
@@ -188,19 +189,10 @@ class LLM:
         return self._chunks(self._requests(prompts, sampling))
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        tokens: list[list[int]] = [[] for _ in requests]
-        said = [""] * len(requests)
+        texts = [Detokenizer(self.tokenizer, request.sampling.stop) for request in requests]
         for index, new, done in self._serve(requests):
-            if done is None:
-                tokens[index] += new
-                # A character that the next token completes is not said yet, nor the beginning of a stop string.
-                text = self._text(tokens[index]).rstrip("\ufffd")
-                held = max((len(s) - 1 for s in requests[index].sampling.stop), default=0)
-                text = text[: max(len(text) - held, 0)]
-            else:
-                text = done.text
-            yield Chunk(index, text[len(said[index]) :], new, done)
-            said[index] = max(said[index], text, key=len)
+            text = texts[index].feed(new)
+            yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
 
     def learn(
         self,
@@ -278,7 +270,7 @@ class LLM:
                 columns = zip(ids.tolist(), counts.tolist(), rows.tolist(), strict=True)
                 new = {id: row[:count] for id, count, row in columns if count}
                 for done in self._ended:
-                    text = self._text(done.tokens.tolist(), done.request.sampling.stop)
+                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling.stop)
                     yield place[done.request.id], new.pop(done.request.id, []), replace(done, text=text)
                 self._ended.clear()
                 yield from ((place[id], tokens, None) for id, tokens in new.items())
@@ -299,11 +291,6 @@ class LLM:
             if tokens.ndim == 1 and not (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
                 return tokens.long()
         raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
-
-    def _text(self, tokens: list[int], stop: Sequence[str] = ()) -> str:
-        """The text of a completion, up to the first stop string."""
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
 
 
 def _kind(value: object) -> str:

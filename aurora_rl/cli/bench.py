@@ -16,7 +16,8 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.config import Config, ConfigError, naming
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, resolve, start_drafter
 from aurora_rl.collectors.dataset import TrajectoryDataset

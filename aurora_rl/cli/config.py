@@ -5,11 +5,9 @@ Constructors elsewhere take flat arguments and never see these classes.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
+from aurora_rl.cli.config_checks import check
 from aurora_rl.cli.cpus import usable_cpus
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.settings import nearest
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, the value and the fix."""
-
-
-@contextmanager
-def naming(name: str, kinds: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
-    """Turn an error of the block into a ConfigError whose message begins with ``name``."""
-    try:
-        yield
-    except kinds as error:
-        raise ConfigError(f"{name}: {error}") from error
 
 
 @dataclass
@@ -130,8 +117,32 @@ class WireConfig:
 
 
 @dataclass
+class HttpConfig:
+    """The server of OpenAI's API; it needs ``pip install 'aurora-rl[serve]'``."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every address of this machine."""
+    port: int | None = 8000
+    """Port to listen at; 0 takes a free one, null starts no server."""
+    api_keys: str | None = None
+    """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
+    without that everyone is let in."""
+    max_body: int = 1048576
+    """Most bytes of a request's body."""
+    max_waiting: int = 256
+    """Requests that may wait for a slot; the next are answered with status 429."""
+    timeout: float = 600.0
+    """Most seconds of a request, waiting included."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins whose pages may call the server from a browser, such as https://chat.example; * is any."""
+
+
+@dataclass
 class LearnerConfig:
     """The training server."""
+
+    spawn: bool = True
+    """Whether the server starts a learner of its own; false leaves that to one at ``wire.*``, or to none."""
 
     threads: int = 1
     """CPU threads of the learner."""
@@ -178,6 +189,7 @@ class Config:
     dtype: str = "auto"
     """Dtype: float32, bfloat16, float16 or float64; auto is bfloat16 if the hardware has it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     max_new_tokens: int = 96
     """Most tokens of a completion."""
@@ -266,7 +278,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
     assert isinstance(config, Config)
-    _check(config)
+    check(config)
     return config
 
 
@@ -339,84 +351,6 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
         else:
             keys.append(key)
     return keys
-
-
-_POSITIVE = """
-    engine.slots engine.max_length engine.threads max_new_tokens drafter.vocab_size drafter.depth drafter.width
-    baseline.window wire.queue learner.threads learner.batch_size learner.buffer learner.max_skipped
-    learner.publish_every gate.requests traffic.requests
-"""
-
-_RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
-    **dict.fromkeys(_POSITIVE.split(), ("be at least 1", lambda value: value >= 1)),
-    "traffic.limit": ("be at least 1 or null", lambda value: value is None or value >= 1),
-    "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),
-    "engine.capture_rate": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
-    "learner.nice": ("lie in 0..19", lambda value: 0 <= value <= 19),
-    **dict.fromkeys(
-        ("learner.muon_lr", "learner.adam_lr", "learner.replay"),
-        ("not be negative", lambda value: 0 <= value < math.inf),
-    ),
-    "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
-    "drafter.made_for": ("be target or any", ("target", "any").__contains__),
-    "dtype": (
-        "be auto, float32, bfloat16, float16 or float64",
-        ("auto", "float32", "bfloat16", "float16", "float64").__contains__,
-    ),
-    "generation_config": ("be auto or ignore", ("auto", "ignore").__contains__),
-    **dict.fromkeys(
-        ("wire.trajectories", "wire.weights"),
-        ("be tcp://host:port or ipc://path", re.compile(r"tcp://[^\s/]+:\d+|ipc://.+").fullmatch),
-    ),
-}
-"""What the value of a key must do, and whether it does."""
-
-
-def _check(config: Config) -> None:
-    tree, learner, drafter = OmegaConf.structured(config), config.learner, config.drafter
-    for key, (duty, holds) in _RULES.items():
-        value = OmegaConf.select(tree, key)
-        if not holds(value):
-            raise ConfigError(f"{key} must {duty}, got {value!r}")
-    if learner.buffer < learner.batch_size:
-        raise ConfigError(
-            f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
-            f"would ever be taken; set learner.buffer={learner.batch_size} or more"
-        )
-    if drafter.name == "hybrid":
-        options = drafter.options
-        now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
-        raise ConfigError(f"drafter.name=hybrid is {now} now, and its learned_options are drafter.options")
-    layers = drafter.feature_layers or []
-    if sorted(set(layers)) != list(layers):
-        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
-    _check_engine(config)
-    for key, address in (("wire.trajectories", config.wire.trajectories), ("wire.weights", config.wire.weights)):
-        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
-            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
-    if config.wire.trajectories == config.wire.weights:
-        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
-    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
-        raise ConfigError(
-            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-            f"{config.temperature}, {config.top_k}, {config.top_p}"
-        )
-
-
-def _check_engine(config: Config) -> None:
-    engine = config.engine
-    if engine.name != "sglang":
-        return
-    if config.rule is not None:
-        raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
-    if (engine.url is None) != (engine.plugin_address is None):
-        raise ConfigError(
-            "engine.url and engine.plugin_address go together: a running server and the address of its plugin"
-        )
-    if engine.url is not None and config.drafter.path is None:
-        raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
-    if config.drafter.mode != "topk":
-        raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")
 
 
 def to_yaml(config: Config, *, run_dir: bool = True) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
 from aurora_rl.policies import Drafter, get_drafter, load_drafter

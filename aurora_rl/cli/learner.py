@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli.config import naming
+from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec, handshake, load, opening, start_drafter
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset

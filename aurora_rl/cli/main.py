@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from aurora_rl.cli.config import Config, ConfigError, load_config, make_absolute, nearest_key, to_yaml
+from aurora_rl.cli.config import Config, load_config, make_absolute, nearest_key, to_yaml
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop

@@ -10,7 +10,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
-from aurora_rl.cli.config import ConfigError, naming
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec, Target
 from aurora_rl.collectors.dataset import TrajectoryDataset, record

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from aurora_rl.cli.config import Config, ConfigError, load_config, to_yaml
+from aurora_rl.cli.config import Config, load_config, to_yaml
+from aurora_rl.cli.errors import ConfigError
 
 _DRAFTERS = ("learner/drafter", "drafter", "drafter-day0")  # newest first
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aurora_rl.cli.config import Config, ConfigError, naming
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.collectors.codec import SCHEMA, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule

@@ -21,7 +21,8 @@ from torch.utils.data import ConcatDataset, Subset
 from torchrl.objectives import LossModule
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
-from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.cli.config import Config, ConfigError, load_config, to_yaml
+from aurora_rl.cli.config import Config, load_config, to_yaml
+from aurora_rl.cli.errors import ConfigError
 
 
 def keys(config: Any, prefix: str = "") -> list[str]:
@@ -23,6 +24,8 @@ def test_the_keys_are_frozen() -> None:
         *("model", "device", "dtype"),
         *("engine.name", "engine.slots", "engine.max_length", "engine.threads"),
         *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
+        *("http.host", "http.port", "http.api_keys", "http.max_body", "http.max_waiting", "http.timeout"),
+        "http.cors_origins",
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
         *("max_new_tokens", "temperature", "top_k", "top_p", "rule", "generation_config", "seed"),
         *("drafter.name", "drafter.options", "drafter.path", "drafter.made_for"),
@@ -115,6 +118,12 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
             r"objectives in objectives=\[imitation\] must be a list of mappings, such as obj.*name: im",
         ),
         ("objectives=imitation", "objectives in objectives=imitation must be a list of mappings"),
+        ("http.port=65536", "http.port must lie in 0..65535 or be null, got 65536"),
+        ("http.host=", "http.host is empty"),
+        ("http.max_waiting=0", "http.max_waiting must be at least 1, got 0"),
+        ("http.timeout=0", "http.timeout must be a number of seconds above 0, got 0"),
+        ("http.timeout=.inf", "http.timeout must be a number of seconds above 0, got inf"),
+        ("http.cors_origins=[chat.example/]", "http.cors_origins must be like https://.* got 'chat.example/'"),
         ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
         ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
         ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name=2'?"),

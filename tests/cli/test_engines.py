@@ -13,8 +13,9 @@ import pytest
 from torch import Tensor
 
 from aurora_rl.cli import spec
-from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.cli.config import load_config
 from aurora_rl.cli.engines import build_server
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
 from aurora_rl.envs.verification.rules import Verdict
 from aurora_rl.telemetry.log import MetricsLog

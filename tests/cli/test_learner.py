@@ -12,7 +12,8 @@ import torch
 from tensordict import TensorDict
 
 from aurora_rl.cli import spec
-from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner import build_learner
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import SampleAndMatch

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from aurora_rl.cli import learner_process
-from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.cli.config import load_config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.telemetry.log import MetricsReader
 

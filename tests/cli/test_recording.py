@@ -10,7 +10,8 @@ from tensordict import TensorDict
 from tiny_drafters import drafter_for
 
 from aurora_rl.cli import spec
-from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.recording import open_recording, questions, recorded_prompts
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.policies import MedusaDrafter

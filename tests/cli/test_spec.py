@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aurora_rl.cli import spec
-from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import TreeShape

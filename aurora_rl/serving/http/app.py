@@ -1,0 +1,104 @@
+"""The application: OpenAI's API and what operators ask, over an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
+from transformers import PreTrainedTokenizerBase
+
+from aurora_rl.envs import SamplingParams
+from aurora_rl.models.detokenizer import token_bytes
+from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.http import errors
+from aurora_rl.serving.http.front import Front
+from aurora_rl.serving.http.keys import Keys
+from aurora_rl.serving.http.prompts import Encoder
+
+
+def create_app(
+    engine: AsyncEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model: str,
+    vocab_size: int,
+    max_length: int,
+    max_waiting: int,
+    sampling: SamplingParams,
+    num_spec_tokens: int = 0,
+    drafter_version: Callable[[], int] = lambda: 0,
+    info: Callable[[], dict[str, Any]] = dict,
+    api_keys: Collection[str] = (),
+    open_paths: Collection[str] = ("/health",),
+    max_body: int = 1 << 20,
+    timeout: float = 600.0,
+    cors_origins: Sequence[str] = (),
+    routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+    """Build the application that serves OpenAI's API.
+
+    Args:
+        engine: Engine that generates.
+        tokenizer: Tokenizer of the target.
+        model: Name of the served model.
+        vocab_size: Tokens that the target knows.
+        max_length: Most tokens of prompt and completion.
+        max_waiting: Requests that may wait in the engine.
+        sampling: Temperature, top-k and top-p of requests that name none.
+        num_spec_tokens: Tokens of the longest path that is drafted.
+        drafter_version: Returns the version of the weights that draft.
+        info: Returns what ``/server_info`` tells next to the model and the engine's load.
+        api_keys: Bearer keys; none lets everyone in.
+        open_paths: Paths that need no key.
+        max_body: Most bytes of a body.
+        timeout: Most seconds of a request.
+        cors_origins: Origins whose pages may call the server from a browser.
+        routes: Further routes, such as ``/metrics``; what they raise is answered in OpenAI's form too.
+    """
+    front = Front(
+        engine,
+        tokenizer,
+        Encoder(
+            tokenizer,
+            model=model,
+            vocab_size=vocab_size,
+            max_length=max_length,
+            max_waiting=max_waiting,
+            sampling=sampling,
+        ),
+        model=model,
+        max_length=max_length,
+        max_body=max_body,
+        timeout=timeout,
+        info=info,
+        drafter={
+            "spell": lru_cache(1 << 16)(partial(token_bytes, tokenizer)),
+            "num_spec_tokens": num_spec_tokens,
+            "drafter_version": drafter_version,
+        },
+    )
+    middleware = []
+    if cors_origins:  # outermost: a browser asks without a key, and its page reads refusals too
+        origins = list(cors_origins)
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        )
+    if api_keys:
+        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=open_paths))
+    app = Starlette(
+        routes=[*front.routes(), *routes],
+        middleware=middleware,
+        exception_handlers={
+            errors.ApiError: errors.answer_api_error,
+            HTTPException: errors.answer_http_exception,
+            Exception: errors.answer_any_exception,
+        },
+    )
+    app.router.redirect_slashes = False
+    return app

@@ -1,0 +1,197 @@
+"""Bodies of answers: choices, pieces of a stream, log-probabilities, usage, and what became of the drafts."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from aurora_rl.envs import Completion
+from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.models.detokenizer import decode
+from aurora_rl.serving.http.prompts import Job
+
+_LEAST = -9999.0  # what OpenAI writes for log-probabilities that JSON has no number for
+
+
+class Bodies(ABC):
+    """The bodies of the answer to one request.
+
+    Args:
+        model: Name of the served model.
+        tokenizer: Tokenizer of the target.
+        spell: Returns the text and the bytes of a token; see :func:`~aurora_rl.models.detokenizer.token_bytes`.
+        num_spec_tokens: Tokens of the longest path that is drafted.
+        drafter_version: Returns the version of the weights that draft.
+    """
+
+    prefix, kind, chunk_kind = "", "", ""
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        spell: Callable[[int], tuple[str, list[int] | None]],
+        num_spec_tokens: int,
+        drafter_version: Callable[[], int],
+    ) -> None:
+        self._tokenizer, self._spell = tokenizer, spell
+        self._num_spec_tokens, self._drafter_version = num_spec_tokens, drafter_version
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(16)}", "created": int(time.time()), "model": model}
+
+    def whole(self, jobs: Sequence[Job], completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+        choices = [self._choice(index, completion) for index, completion in enumerate(completions)]
+        end = {"usage": self.usage(jobs, completions), "metrics": self.metrics(completions)}
+        return {**self._head, "object": self.kind, "choices": choices, **end}
+
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None = None,
+        *,
+        first: bool = False,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        """Return a piece of a stream.
+
+        Args:
+            index: Index of the choice.
+            text: New text.
+            logprobs: Those of the new tokens.
+            first: Whether it begins the choice.
+            finish_reason: Why the choice ended; None before it did.
+        """
+        delta = self._delta(text, first)
+        choice = {"index": index, **delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "object": self.chunk_kind, "choices": [choice]}
+
+    def usage_chunk(self, jobs: Sequence[Job], completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the last piece of a stream that was asked for its usage."""
+        end = {"usage": self.usage(jobs, completions), "metrics": self.metrics(completions)}
+        return {**self._head, "object": self.chunk_kind, "choices": [], **end}
+
+    @staticmethod
+    def usage(jobs: Sequence[Job], completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the tokens of an answer; the prompt of several choices is counted once."""
+        prompts = {id(job.prompt): len(job.prompt) for job in jobs}
+        prompt, completion = sum(prompts.values()), sum(len(each.tokens) for each in completions)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def metrics(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return what became of the drafts of all choices together, under vLLM's names."""
+        drafts = [each.drafts for each in completions]
+        longest = max(self._num_spec_tokens, *(len(each.histogram) - 1 for each in drafts))
+        histogram = [0] * (longest + 1)
+        for each in drafts:
+            for accepted, rounds in enumerate(each.histogram):
+                histogram[accepted] += rounds
+        steps = sum(histogram)
+        accepted = sum(each.num_accepted for each in drafts)
+        drafted = sum(each.num_drafted for each in drafts)
+        return {
+            "speculative_decoding": {
+                "mean_acceptance_length": 1 + accepted / steps if steps else 1.0,
+                "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
+                "acceptance_histogram": histogram,
+                "num_spec_steps": steps,
+                "num_accepted_draft_tokens": accepted,
+                "num_draft_tokens": drafted,
+                "num_spec_tokens": longest,
+            },
+            "drafter_version": self._drafter_version(),
+        }
+
+    def _text(self, completion: Completion) -> str:
+        return decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)
+
+    def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        tokens, found = completion.tokens.tolist(), completion.logprobs
+        return {
+            "index": index,
+            **self._message(self._text(completion)),
+            "logprobs": None if found is None else self.logprobs(tokens, found),
+            "finish_reason": completion.finish_reason,
+        }
+
+    @abstractmethod
+    def _message(self, text: str) -> dict[str, Any]:
+        """The text of a choice of an answer that is not streamed."""
+
+    @abstractmethod
+    def _delta(self, text: str, first: bool) -> dict[str, Any]:
+        """The new text of a choice of a stream."""
+
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[int], found: Sequence[TokenLogprobs], before: int = 0) -> dict[str, Any]:
+        """Return the log-probabilities of tokens.
+
+        Args:
+            tokens: The tokens.
+            found: Their log-probabilities.
+            before: Characters of the choice's tokens before these.
+        """
+
+
+class ChatBodies(Bodies):
+    """The bodies of ``/v1/chat/completions``."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    @override
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    @override
+    def _delta(self, text: str, first: bool) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+
+    @override
+    def logprobs(self, tokens: Sequence[int], found: Sequence[TokenLogprobs], before: int = 0) -> dict[str, Any]:
+        content = [
+            {**self._token(token, each.logprob), "top_logprobs": [self._token(*pair) for pair in each.top]}
+            for token, each in zip(tokens, found, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text, spelt = self._spell(token)
+        return {"token": text, "logprob": max(logprob, _LEAST), "bytes": spelt}
+
+
+class TextBodies(Bodies):
+    """The bodies of ``/v1/completions``."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    @override
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    @override
+    def _delta(self, text: str, first: bool) -> dict[str, Any]:
+        return {"text": text}
+
+    @override
+    def logprobs(self, tokens: Sequence[int], found: Sequence[TokenLogprobs], before: int = 0) -> dict[str, Any]:
+        texts = [self._token(token) for token in tokens]
+        offsets, at = [], before
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        tops = [
+            {text: max(each.logprob, _LEAST), **{self._token(token): max(high, _LEAST) for token, high in each.top}}
+            for text, each in zip(texts, found, strict=True)
+        ]
+        own = [max(each.logprob, _LEAST) for each in found]
+        return {"tokens": texts, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+
+    def _token(self, token: int) -> str:
+        return self._spell(token)[0]

@@ -1,0 +1,192 @@
+"""What each path does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import torch
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from transformers import PreTrainedTokenizerBase
+
+import aurora_rl
+from aurora_rl.envs import SamplingParams
+from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
+from aurora_rl.serving.http.errors import ApiError, of_engine
+from aurora_rl.serving.http.generation import ClientGoneError, complete, generate, while_connected
+from aurora_rl.serving.http.prompts import Encoder, Job
+from aurora_rl.serving.http.reading import read_body
+from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
+from aurora_rl.serving.http.streams import EventStream, events
+
+T = TypeVar("T")
+
+_HEALTH_S = 20.0
+# Nobody reads this answer; nginx has the status for it.
+_GONE = Response(status_code=499)
+
+
+class Front:
+    """The routes of the application.
+
+    Args:
+        engine: Engine that generates.
+        tokenizer: Tokenizer of the target.
+        encoder: Turns bodies into jobs.
+        model: Name of the served model.
+        max_length: Most tokens of prompt and completion.
+        max_body: Most bytes of a body.
+        timeout: Most seconds of a request.
+        info: Returns what ``/server_info`` tells next to the model and the engine's load.
+        drafter: Further arguments of :class:`~aurora_rl.serving.http.bodies.Bodies`.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+        *,
+        model: str,
+        max_length: int,
+        max_body: int,
+        timeout: float,
+        info: Callable[[], dict[str, Any]],
+        drafter: dict[str, Any],
+    ) -> None:
+        self._engine, self._tokenizer, self._encoder = engine, tokenizer, encoder
+        self._model, self._max_length, self._info, self._drafter = model, max_length, info, drafter
+        self._max_body, self._timeout = max_body, timeout
+        self._created = int(time.time())
+        # Bodies are parsed and encoded next to the event loop, in one thread: tokenizers are not made for several.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        get, post = ["GET"], ["POST"]
+        return [
+            Route("/v1/chat/completions", self.chat_completions, methods=post),
+            Route("/v1/completions", self.completions, methods=post),
+            Route("/v1/models", self.models, methods=get),
+            Route("/v1/models/{model:path}", self.model, methods=get),
+            Route("/tokenize", self.tokenize, methods=post),
+            Route("/detokenize", self.detokenize, methods=post),
+            Route("/health", self.health, methods=get),
+            Route("/health_generate", self.health_generate, methods=get),
+            Route("/server_info", self.server_info, methods=get),
+        ]
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answer a conversation."""
+        return await self._answer(request, ChatCompletion, ChatBodies)
+
+    async def completions(self, request: Request) -> Response:
+        """Continue texts or tokens."""
+        return await self._answer(request, Completion, TextBodies)
+
+    async def models(self, request: Request) -> Response:
+        """List the served model."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the served model."""
+        self._encoder.check_model(request.path_params["model"])
+        return JSONResponse(self._card())
+
+    async def tokenize(self, request: Request) -> Response:
+        """Return the tokens of a text or of a conversation."""
+
+        def encode(data: bytes) -> dict[str, Any]:
+            body = parse(data, Tokenize)
+            tokens = self._encoder.tokenize(body)
+            strings = self._encoder.token_strings(tokens) if body.return_token_strs else None
+            return {
+                "count": len(tokens), "max_model_len": self._max_length, "tokens": tokens, "token_strs": strings,
+            }  # fmt: skip
+
+        return await self._work(request, encode)
+
+    async def detokenize(self, request: Request) -> Response:
+        """Return the text of tokens."""
+        return await self._work(request, lambda data: {"prompt": self._encoder.detokenize(parse(data, Detokenize))})
+
+    async def health(self, request: Request) -> Response:
+        """Tell whether the engine runs."""
+        if not self._engine.alive:
+            raise ApiError(503, "the engine does not run; see the server's log")
+        return Response()
+
+    async def health_generate(self, request: Request) -> Response:
+        """Generate a token to tell whether the engine works."""
+        job = Job(torch.zeros(1, dtype=torch.int64), SamplingParams(max_tokens=1), speculative=False, learn=False)
+        deadline = asyncio.get_running_loop().time() + _HEALTH_S
+        try:
+            await while_connected(request.receive, complete(self._engine, [job], deadline))
+        except ClientGoneError:
+            return _GONE
+        except Exception as error:
+            reason = of_engine(error)
+            raise ApiError(503, f"no token was generated: {reason.message}", code=reason.code) from error
+        return Response()
+
+    async def server_info(self, request: Request) -> Response:
+        """Tell what is served and how busy it is."""
+        engine = self._engine
+        load = {"num_running": engine.num_running, "num_waiting": engine.num_waiting}
+        head = {"model": self._model, "max_model_len": self._max_length, "version": aurora_rl.__version__}
+        return JSONResponse({**head, **load, "drafter_version": self._drafter["drafter_version"](), **self._info()})
+
+    async def _answer(
+        self, request: Request, schema: type[ChatCompletion | Completion], kind: type[Bodies]
+    ) -> Response:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+
+        def prepare(data: bytes) -> tuple[ChatCompletion | Completion, list[Job]]:
+            body = parse(data, schema)
+            return body, self._encoder.jobs(body, request.headers)
+
+        try:
+            data = await read_body(request, self._max_body, self._timeout)
+            body, jobs = await loop.run_in_executor(self._worker, prepare, data)
+            bodies = kind(self._model, self._tokenizer, **self._drafter)
+            if not body.stream:
+                done = await while_connected(request.receive, complete(self._engine, jobs, deadline))
+                return JSONResponse(bodies.whole(jobs, done))
+            updates = generate(self._engine, jobs, deadline)
+            # The status is known with the first tokens: a full queue, say, is told by it.
+            first = await while_connected(request.receive, anext(updates))
+            stream = events(_rejoined(first, updates), jobs, bodies, self._tokenizer, include_usage=body.include_usage)
+            return EventStream(stream, deadline)
+        except (ClientDisconnect, ClientGoneError):
+            return _GONE
+        except Exception as error:
+            raise of_engine(error) from error
+
+    async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
+        """Answer a body in the thread that encodes."""
+        try:
+            data = await read_body(request, self._max_body, self._timeout)
+        except ClientDisconnect:
+            return _GONE
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._worker, answer, data))
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model, "object": "model", "created": self._created, "owned_by": "aurora-rl",
+            "root": self._model, "parent": None, "max_model_len": self._max_length,
+        }  # fmt: skip
+
+
+async def _rejoined(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    async with aclosing(rest):
+        yield first
+        async for each in rest:
+            yield each

@@ -1,0 +1,99 @@
+"""The choices of one answer, generated side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from aurora_rl.envs import Completion
+from aurora_rl.serving.async_engine import AsyncEngine, Update
+from aurora_rl.serving.http.errors import ApiError
+from aurora_rl.serving.http.prompts import Job
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection."""
+
+
+async def generate(
+    engine: AsyncEngine, jobs: Sequence[Job], deadline: float
+) -> AsyncGenerator[tuple[int, Update], None]:
+    """Generate all jobs, and yield what a round added to one, with its index. Closing it cancels what is not complete.
+
+    Args:
+        engine: The engine.
+        jobs: The jobs.
+        deadline: Time of the event loop's clock at which they must be complete.
+
+    Raises:
+        ApiError: Status 504, the deadline has passed.
+        Exception: The first error of the engine at one of the jobs.
+    """
+    updates: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
+
+    async def run(index: int, job: Job) -> None:
+        stream: Any = engine.generate(job.prompt, job.sampling, speculative=job.speculative, learn=job.learn)
+        try:
+            async with aclosing(stream):
+                async for update in stream:
+                    updates.put_nowait((index, update))
+        except Exception as error:
+            updates.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(run(index, job)) for index, job in enumerate(jobs)]
+    left = len(tasks)
+    try:
+        while left:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    index, update = await updates.get()
+            except TimeoutError:
+                raise ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens") from None
+            if isinstance(update, Exception):
+                raise update
+            left -= update.completion is not None
+            yield index, update
+    finally:  # nothing is awaited here, so that a cancelled request ends at once
+        for task in tasks:
+            task.cancel()
+
+
+async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) -> list[Completion]:
+    """Generate all jobs; see :func:`generate`."""
+    done: dict[int, Completion] = {}
+    async with aclosing(generate(engine, jobs, deadline)) as updates:
+        async for index, update in updates:
+            if update.completion is not None:
+                done[index] = update.completion
+    return [done[index] for index in range(len(jobs))]
+
+
+async def while_connected(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
+    """Return the result of some work, and cancel it if the client leaves.
+
+    Args:
+        receive: ASGI's source of events, after the request's body was read.
+        work: The work.
+
+    Raises:
+        ClientGoneError: The client has left.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,197 @@
+"""Bodies of requests to what an engine takes: token ids and sampling parameters."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from aurora_rl.envs import SamplingParams
+from aurora_rl.models.loading import encode_chat
+from aurora_rl.serving.http.errors import ApiError
+from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Message, Tokenize
+
+_SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One completion to be generated, a choice of the answer.
+
+    Attributes:
+        prompt: ``[P]`` int64 tokens.
+        sampling: Its parameters.
+        speculative: Whether drafts are verified for it.
+        learn: Whether the learner may see it.
+    """
+
+    prompt: Tensor
+    sampling: SamplingParams
+    speculative: bool
+    learn: bool
+
+
+class Encoder:
+    """Turn bodies into jobs; what cannot be served is refused with the reason.
+
+    Args:
+        tokenizer: Tokenizer of the target.
+        model: Name of the served model.
+        vocab_size: Tokens that the target knows.
+        max_length: Most tokens of prompt and completion.
+        max_waiting: Most choices of a request, as many as may wait for a slot.
+        sampling: Temperature, top-k and top-p of requests that name none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model: str,
+        vocab_size: int,
+        max_length: int,
+        max_waiting: int,
+        sampling: SamplingParams,
+    ) -> None:
+        self._tokenizer, self._model, self._sampling = tokenizer, model, sampling
+        self._vocab_size, self._max_length, self._max_waiting = vocab_size, max_length, max_waiting
+
+    def jobs(self, body: ChatCompletion | Completion, headers: Mapping[str, str]) -> list[Job]:
+        """Return a job for each choice: those of the first prompt, then those of the next.
+
+        Args:
+            body: The checked body.
+            headers: Headers of the request, by lower-case name.
+
+        Raises:
+            ApiError: Status 404 for another model, 400 for what cannot be served.
+        """
+        self.check_model(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
+        chat = isinstance(body, ChatCompletion)
+        if isinstance(body, ChatCompletion) and body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
+        n = body.n or 1
+        prompts = 1 if isinstance(body, ChatCompletion) else len(body.prompt)
+        if n * prompts > self._max_waiting:
+            raise ApiError(
+                400,
+                f"{prompts} prompts of n={n} choices are more than http.max_waiting={self._max_waiting} completions; "
+                "send fewer at a time",
+                param="n" if chat else "prompt",
+                code="invalid_value",
+            )
+        speculative = _switch(body.speculative, headers, "x-aurora-speculative")
+        learn = _switch(body.learn, headers, "x-aurora-learn")
+        jobs = []
+        for tokens in self._prompts(body):
+            sampling = self._params(body, len(tokens))
+            prompt = torch.tensor(tokens, dtype=torch.int64)
+            for index in range(n):
+                seed = secrets.randbits(63) if body.seed is None else (body.seed + index) % 2**63
+                jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn))
+        return jobs
+
+    def tokenize(self, body: Tokenize) -> list[int]:
+        """Return the tokens of a text or a conversation."""
+        self.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
+        if body.messages is not None:
+            return self._chat(body.messages)
+        return list(self._tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"])
+
+    def detokenize(self, body: Detokenize) -> str:
+        """Return the text of tokens, special ones included."""
+        self.check_model(body.model)
+        self._check_vocab(body.tokens, "tokens")
+        return str(self._tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        """Return tokens as the vocabulary writes them."""
+        return [str(each) for each in self._tokenizer.convert_ids_to_tokens(list(tokens))]
+
+    def check_model(self, model: str | None) -> None:
+        """Raise ApiError with status 404 where a request names a model that is not served."""
+        if model is not None and model != self._model:
+            raise ApiError(
+                404,
+                f"the model {model[:200]!r} does not exist; this server serves {self._model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _prompts(self, body: ChatCompletion | Completion) -> list[list[int]]:
+        if isinstance(body, ChatCompletion):
+            return [self._checked(self._chat(body.messages), "messages")]
+        encoded = [list(self._tokenizer(each)["input_ids"]) if isinstance(each, str) else each for each in body.prompt]
+        return [self._checked(tokens, "prompt") for tokens in encoded]
+
+    def _chat(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            return encode_chat(self._tokenizer, [message.model_dump() for message in messages])
+        except Exception as error:  # a template is a program of the model's, which may fail in any way
+            reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            message = f"the chat template of model {self._model!r} refuses the conversation: {reason}"
+            raise ApiError(400, message, param="messages", code="invalid_value") from error
+
+    def _checked(self, tokens: list[int], param: str) -> list[int]:
+        if not tokens:
+            raise ApiError(400, "the prompt has no tokens; say something in it", param=param, code="invalid_value")
+        self._check_vocab(tokens, param)
+        return tokens
+
+    def _check_vocab(self, tokens: Sequence[int], param: str) -> None:
+        outside = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
+            raise ApiError(
+                400,
+                f"token {outside} is outside of the model's vocabulary, 0..{self._vocab_size - 1}",
+                param=param,
+                code="invalid_value",
+            )
+
+    def _params(self, body: Generation, prompt_length: int) -> SamplingParams:
+        """The parameters of a request, without its seed; raises where the context has no room for its budget."""
+        budget, name = body.max_tokens, "max_tokens"
+        if isinstance(body, ChatCompletion) and body.max_completion_tokens is not None:
+            budget, name = body.max_completion_tokens, "max_completion_tokens"
+        room = self._max_length - prompt_length
+        if room < (1 if budget is None else budget):
+            asked = "" if budget is None else f" and {name}={budget} asks for that many more"
+            raise ApiError(
+                400,
+                f"the context holds {self._max_length} tokens: the prompt has {prompt_length}{asked}; shorten the "
+                f"prompt{'' if budget is None else f' or lower {name}'}",
+                param="messages" if isinstance(body, ChatCompletion) else "prompt",
+                code="context_length_exceeded",
+            )
+        defaults = self._sampling
+        top_k = 0 if body.top_k == -1 else body.top_k
+        try:
+            return SamplingParams(
+                temperature=defaults.temperature if body.temperature is None else body.temperature,
+                top_k=defaults.top_k if top_k is None else top_k,
+                top_p=defaults.top_p if body.top_p is None else body.top_p,
+                max_tokens=room if budget is None else budget,
+                stop=body.stop,
+                logprobs=body.num_logprobs,
+            )
+        except ValueError as error:  # its message begins with the field
+            raise ApiError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
+
+
+def _switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:
+    """A switch of the body, or else of a header, or else on."""
+    if value is not None:
+        return value
+    text = headers.get(name, "true").strip().lower()
+    if text not in _SWITCHES:
+        raise ApiError(400, f"the header {name} is {text[:50]!r}; give true or false", code="invalid_value")
+    return _SWITCHES[text]

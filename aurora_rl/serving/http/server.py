@@ -1,0 +1,76 @@
+"""The listening socket and uvicorn, in a thread."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import uvicorn
+from starlette.types import ASGIApp
+
+_KEEP_ALIVE_S = 75
+_SHUTDOWN_S = 5
+
+
+class HttpServer:
+    """Serve an application from a thread of this process.
+
+    The port is taken when the object is made, so that a port in use is an error before a model is loaded; nothing is
+    answered before :meth:`start`.
+
+    Args:
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+
+    Attributes:
+        url: Where it listens.
+
+    Raises:
+        ValueError: The address cannot be used.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+        except OSError as error:
+            self._socket.close()
+            raise ValueError(
+                f"cannot listen at http.host={host}, http.port={port}: {error.strerror or error}; choose others, or "
+                "port 0 for any that is free"
+            ) from error
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
+        self._uvicorn: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, app: ASGIApp) -> None:
+        """Begin to answer, and return once it does."""
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )
+        self._uvicorn = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._uvicorn.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
+        )
+        self._thread.start()
+        while not self._uvicorn.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("the HTTP server did not start; see the log")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Close the port, let answers end for a few seconds, and end the thread."""
+        if self._uvicorn is not None and self._thread is not None:
+            self._uvicorn.should_exit = True
+            self._thread.join()
+        self._socket.close()

@@ -1,0 +1,118 @@
+"""Answers that are streamed, as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from aurora_rl.envs import Completion
+from aurora_rl.models.detokenizer import Detokenizer
+from aurora_rl.serving.async_engine import Update
+from aurora_rl.serving.http.bodies import Bodies
+from aurora_rl.serving.http.errors import of_engine
+from aurora_rl.serving.http.prompts import Job
+
+# Some clients take these for the ends of lines, which JSON does not.
+_LINE_ENDS = str.maketrans({each: f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"})
+# A client that reads nothing holds its connection so much longer than the request may take.
+_GRACE_S = 30.0
+
+
+def event(body: Any) -> str:
+    r"""Return a body as one server-sent event.
+
+    Example:
+        >>> event({"a": "é"})
+        'data: {"a":"é"}\n\n'
+    """
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':')).translate(_LINE_ENDS)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events, which closes their generator when the client leaves.
+
+    Args:
+        events: The events.
+        deadline: Time of the event loop's clock at which the last is to be there.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], deadline: float) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers)
+        self._events, self._deadline = events, deadline
+
+    @override
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._events):
+            try:
+                async with asyncio.timeout_at(self._deadline + _GRACE_S):
+                    await super().stream_response(send)
+            except TimeoutError:  # uvicorn closes a connection whose answer is not complete
+                return
+
+
+class _Choice:
+    """What was sent of one choice."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
+        self.detokenizer = Detokenizer(tokenizer, job.sampling.stop)
+        self.begun, self.characters = False, 0
+
+
+async def events(
+    updates: AsyncIterator[tuple[int, Update]],
+    jobs: Sequence[Job],
+    bodies: Bodies,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    include_usage: bool,
+) -> AsyncGenerator[str, None]:
+    """Yield the events of a stream.
+
+    Args:
+        updates: What each round added to one of the jobs, with its index.
+        jobs: The jobs.
+        bodies: The bodies of the answer.
+        tokenizer: Tokenizer of the target.
+        include_usage: Whether a last piece brings the usage, and the other ones say that it is to come.
+    """
+    choices = [_Choice(tokenizer, job) for job in jobs]
+    done: dict[int, Completion] = {}
+    usage = {"usage": None} if include_usage else {}
+    try:
+        async for index, update in updates:
+            choice, completion, logprobs = choices[index], update.completion, None
+            text = choice.detokenizer.feed(update.tokens)
+            if update.logprobs is not None:
+                logprobs = bodies.logprobs(update.tokens, update.logprobs, choice.characters)
+                choice.characters += sum(map(len, logprobs.get("tokens", ())))
+            said = ""
+            if not choice.begun:
+                choice.begun = True
+                said = event({**bodies.chunk(index, "", first=True), **usage})
+            if completion is not None:
+                done[index] = completion
+                text += choice.detokenizer.finish()
+                body = {**bodies.chunk(index, text, logprobs, finish_reason=completion.finish_reason), **usage}
+                if len(done) == len(jobs) and not include_usage:
+                    body["metrics"] = bodies.metrics([done[each] for each in range(len(jobs))])
+                said += event(body)
+            elif text or logprobs is not None:
+                said += event({**bodies.chunk(index, text, logprobs), **usage})
+            if said:
+                yield said
+        if include_usage:
+            yield event(bodies.usage_chunk(jobs, [done[each] for each in range(len(jobs))]))
+    except Exception as error:  # the status is sent, and the client is told in the stream
+        yield event(of_engine(error).body())
+    yield "data: [DONE]\n\n"

@@ -1,0 +1,117 @@
+"""Text that arrives in pieces is the text of the whole, and says nothing that a later token takes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from aurora_rl.models.detokenizer import Detokenizer, decode, token_bytes
+
+
+@pytest.fixture(scope="module")
+def of_bytes(tiny_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_path)
+
+
+@pytest.fixture(params=["of_bytes", pytest.param("smollm2", marks=pytest.mark.smollm2)], scope="module")
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return request.getfixturevalue(request.param)
+
+
+def pieces(detokenizer: Detokenizer, tokens: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    """Feed tokens in updates of these sizes, again and again."""
+    said, at, turn = [], 0, 0
+    while at < len(tokens):
+        size = sizes[turn % len(sizes)]
+        said.append(detokenizer.feed(tokens[at : at + size]))
+        at, turn = at + size, turn + 1
+    return [*said, detokenizer.finish()]
+
+
+sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
+texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("ab é€😀\u200d👩\n")), max_size=80)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_tokens_in_any_pieces_make_the_whole(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
+    # Random ids: broken characters, special tokens, and ids that the tokenizer does not know.
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=80))
+    said = pieces(Detokenizer(tokenizer), tokens, data.draw(sizes))
+    assert "".join(said) == decode(tokenizer, tokens)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_texts_come_without_a_broken_character(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
+    tokens = tokenizer(data.draw(texts), add_special_tokens=False)["input_ids"]
+    said, whole = pieces(Detokenizer(tokenizer), tokens, data.draw(sizes)), decode(tokenizer, tokens)
+    assert "".join(said) == whole
+    if "\ufffd" not in whole:  # the embedded model has no token for some bytes
+        assert not any("\ufffd" in piece for piece in said)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_stop_strings_cut_where_the_whole_text_is_cut(of_bytes: PreTrainedTokenizerBase, data: st.DataObject) -> None:
+    text = data.draw(st.text(st.sampled_from("abé"), max_size=40))
+    stop = data.draw(st.lists(st.text(st.sampled_from("abé"), min_size=1, max_size=5), max_size=3))
+    tokens = of_bytes(text)["input_ids"]
+    # An engine ends a completion at the token that completes a stop string.
+    ended = (n for n in range(len(tokens)) if any(each in decode(of_bytes, tokens[:n]) for each in stop))
+    tokens = tokens[: next(ended, len(tokens))]
+    said = pieces(Detokenizer(of_bytes, stop), tokens, data.draw(sizes))
+    assert "".join(said) == decode(of_bytes, tokens, stop)
+    # Nothing waits that cannot be the beginning of a stop string.
+    if not any(each in decode(of_bytes, tokens) for each in stop):
+        held = len("".join(said[-1:]))
+        assert held < max(map(len, stop), default=1)
+
+
+def test_the_beginning_of_a_stop_string_waits_until_it_is_none(of_bytes: PreTrainedTokenizerBase) -> None:
+    detokenizer = Detokenizer(of_bytes, ["###", "Q:"])
+    said = [detokenizer.feed(of_bytes(each)["input_ids"]) for each in ["ab#", "#", "c", "Q", "#", "##", "late"]]
+    assert said == ["ab", "", "##c", "", "Q", "", ""] and detokenizer.finish() == ""
+
+
+def test_a_beginning_that_never_ends_is_said_at_last(of_bytes: PreTrainedTokenizerBase) -> None:
+    detokenizer = Detokenizer(of_bytes, ["###"])
+    assert detokenizer.feed(of_bytes("ab##")["input_ids"]) == "ab" and detokenizer.finish() == "##"
+
+
+def test_bytes_that_are_no_text_do_not_pile_up(of_bytes: PreTrainedTokenizerBase) -> None:
+    broken = of_bytes.convert_tokens_to_ids("ÿ")  # the byte 255, which no character holds
+    detokenizer = Detokenizer(of_bytes)
+    said = [detokenizer.feed([broken]) for _ in range(200)]
+    assert len(detokenizer._window) <= 17
+    assert "".join(said) + detokenizer.finish() == "\ufffd" * 200
+
+
+def test_the_cost_of_a_token_does_not_grow(of_bytes: PreTrainedTokenizerBase) -> None:
+    detokenizer, tokens = Detokenizer(of_bytes, ["never there"]), of_bytes("word " * 4000)["input_ids"]
+    seconds = []
+    for start in range(0, len(tokens), 2000):
+        began = time.thread_time()
+        for token in tokens[start : start + 2000]:
+            detokenizer.feed([token])
+        seconds.append(time.thread_time() - began)
+    assert min(seconds[-3:]) < 3 * min(seconds[:3])
+
+
+def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerBase) -> None:
+    for text in ["caffé", "€ 5", "😀", "\ufffd"]:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelt = [token_bytes(tokenizer, token)[1] or [] for token in tokens]
+        assert bytes(byte for each in spelt for byte in each) == text.encode()
+    assert token_bytes(tokenizer, tokenizer.eos_token_id)[0] == tokenizer.eos_token

@@ -1,0 +1,126 @@
+"""A tiny model behind the real server, on a free port of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.loading import load_target, stop_token_ids
+from aurora_rl.policies import DrafterPolicy, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.http.app import create_app
+from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.rates import BaselineWindows
+
+MODEL, SLOTS, LENGTH, WAITING = "tiny/model", 2, 512, 8
+
+
+class Rig:
+    """An engine that decodes in its thread, and servers in front of it.
+
+    Attributes:
+        url: The server with the usual settings, without keys.
+        learned: Ids of the requests that a learner would get.
+    """
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        target, self.tokenizer = load_target(model, dtype=torch.float64, device="cpu")
+        self.target: PreTrainedModel = target
+        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(64)).double()
+        engine = TransformersEngine(target, num_slots=SLOTS, max_length=LENGTH, feature_layers=drafter.feature_layers)
+        shape = TreeShape(3, lookup=2)
+        policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
+        self.engine = AsyncEngine(max_waiting=WAITING)
+        self.stop_tokens = stop_token_ids(target, self.tokenizer)
+        self.env = SpecDecodeEnv(
+            engine, self.engine, num_nodes=shape.num_nodes, on_refused=self.engine.refused,
+            stop_tokens=self.stop_tokens, decode=lambda tokens: decode(self.tokenizer, tokens),
+        )  # fmt: skip
+        self.learned: list[int] = []
+        server = InferenceServer(
+            self.env,
+            policy,
+            windows=BaselineWindows(0.0, 1),
+            log=MetricsLog(folder / "metrics.jsonl", "server"),
+            sink=self,  # type: ignore[arg-type]
+            note=self.engine.completed,
+        )
+        self._servers: list[HttpServer] = []
+        self.engine.start(server)
+        self.url = self.serve(drafter_version=lambda: server.stats.version)
+
+    def extend(self, trajectory: Any) -> None:
+        self.learned.append(int(trajectory["request"]))
+
+    def serve(self, **settings: Any) -> str:
+        """Start one more server, and return where it is."""
+        usual: dict[str, Any] = {
+            "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING, "num_spec_tokens": 5,
+            "sampling": SamplingParams(),
+        }  # fmt: skip
+        server = HttpServer("127.0.0.1", 0)
+        self._servers.append(server)
+        server.start(create_app(self.engine, self.tokenizer, **{**usual, **settings}))
+        return server.url
+
+    def plain(self, prompt: list[int], count: int) -> list[int]:
+        """Greedy decoding without a cache, the stop token included."""
+        tokens = list(prompt)
+        with torch.inference_mode():
+            while len(tokens) < len(prompt) + count and (tokens == prompt or tokens[-1] not in self.stop_tokens):
+                tokens.append(int(self.target(torch.tensor([tokens])).logits[0, -1].argmax()))
+        return tokens[len(prompt) :]
+
+    def idle(self, seconds: float = 10.0) -> bool:
+        """Whether no request runs or waits any more, within some seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if not self.engine.num_running and not self.engine.num_waiting:
+                return True
+            time.sleep(0.01)
+        return False
+
+    def close(self) -> None:
+        self.engine.stop()
+        for server in self._servers:
+            server.stop()
+
+
+@pytest.fixture(scope="package")
+def make_rig(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Rig]]:
+    rigs: list[Rig] = []
+
+    def make() -> Rig:
+        rigs.append(Rig(tiny_folder, tmp_path_factory.mktemp("http")))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture(scope="package")
+def rig(make_rig: Callable[[], Rig]) -> Rig:
+    return make_rig()
+
+
+@pytest.fixture(scope="package")
+def tokenizer(rig: Rig) -> PreTrainedTokenizerBase:
+    return rig.tokenizer
+
+
+@pytest.fixture(scope="package")
+def client(rig: Rig) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{rig.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        yield client
