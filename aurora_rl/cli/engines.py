@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generation_processors
+from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.control import ControlError
@@ -24,45 +23,38 @@ from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 
-Note = Callable[[Completion], str]
-"""What is called with each completion; returns its domain."""
 
-
-def build_server(
-    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, log: MetricsLog, run_dir: Path, note: Note
-) -> InferenceServer | SGLangServer:
-    """Build the serving half that ``engine.name`` asks for, on a drafter in float32.
-
-    An engine in this process puts the target's model into inference form.
-    """
-    if spec.config.engine.name == "sglang":
-        return _sglang_server(spec, target, requests, drafter, log, run_dir, note)
-    return _embedded_server(spec, target, requests, drafter, log, note)
-
-
-def _embedded_server(
-    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, log: MetricsLog, note: Note
+def embedded_server(
+    spec: RunSpec, target: Target, requests: RequestSource, usual: list[int], drafter: Drafter, log: MetricsLog
 ) -> InferenceServer:
-    """Build a server on an engine in this process."""
+    """Build a server on an engine in this process, which puts the target's model into inference form.
+
+    Args:
+        spec: Spec of the run.
+        target: The loaded target.
+        requests: Source of the requests.
+        usual: Tokens of a usual prompt, to time rounds with.
+        drafter: The drafter, in float32.
+        log: Metrics of the run.
+    """
     config, tree = spec.config, spec.tree
     greeting = handshake(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
-    prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
-    budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
-    usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
+    budget = min(config.max_new_tokens, config.engine.max_length - len(usual))
+    tried = Request(0, torch.tensor(usual), replace(spec.sampling, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":
         with naming(f"model={config.model}"):
             processors = generation_processors(target.model, stop_tokens)
             if processors is not None:
-                processors(usual)
+                processors(tried)
     assert spec.engine_class is not None
     engine: Engine = cast(Any, spec.engine_class)(
         target.model,
@@ -80,9 +72,9 @@ def _embedded_server(
     )
     shapes, fault = None, None
     if config.drafter.adaptive:
-        tried = TreeController.candidates(tree)
+        candidates = TreeController.candidates(tree)
         try:
-            costs = measure_rounds(engine, policy, usual, tried, processors=processors)
+            costs = measure_rounds(engine, policy, tried, candidates, processors=processors)
         except DrafterFault as error:
             fault = error
             alone = replace(tree, width=1, num_nodes=tree.depth, lookup_only=True) if tree.lookup else None
@@ -108,15 +100,15 @@ def _embedded_server(
         receiver = WeightReceiver(config.wire.weights, handshake=greeting)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
-        env, policy, windows=windows, log=log, shapes=shapes, sink=sink, receiver=receiver, note=note
+        env, policy, windows=windows, log=log, shapes=shapes, sink=sink, receiver=receiver, note=requests.completed
     )
     if fault is not None:
         server.note_fault(str(fault), None, "every request is served without the drafter")
     return server
 
 
-def _sglang_server(
-    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, log: MetricsLog, run_dir: Path, note: Note
+def sglang_server(
+    spec: RunSpec, target: Target, requests: RequestSource, drafter: Drafter, log: MetricsLog, run_dir: Path
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
@@ -156,7 +148,7 @@ def _sglang_server(
                 depth=spec.tree.depth,
                 stop_tokens=stop_tokens,
                 log=log,
-                note=note,
+                note=requests.completed,
                 on_refused=requests.refused,
                 published=run_dir / "learner" / "drafter",
             )

@@ -37,8 +37,8 @@ class Command:
 
 
 COMMANDS = {
-    "flywheel": Command("serve traffic, learn from it in a second process, and swap the drafter", "flywheel"),
-    "serve": Command("the serving half: needs a learner at wire.* to improve, and serves without one", "flywheel"),
+    "serve": Command("serve OpenAI's API, learn from its traffic in a second process, and swap the drafter", "serve"),
+    "flywheel": Command("the same server, driven by a file of prompts or by built-in traffic to its end", "serve"),
     "learn": Command("the training half: waits for a server's trajectories until interrupted", "learn", learns=True),
     "train": Command("learn a drafter offline, from recordings or from a JSONL of chats", "train", learns=True),
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),

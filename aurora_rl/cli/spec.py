@@ -236,20 +236,22 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
     return started
 
 
-def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
+def first_drafter(
+    spec: RunSpec, target: Target, prompts: list[list[int]], folder: Path | None
+) -> tuple[Drafter, Config]:
     """The drafter that is served first, and the configuration of a learner that starts from the same one.
 
     Args:
         spec: Spec of the run.
-        target: Target of the run.
-        requests: Requests of the run, whose first prompts shape the draft vocabulary.
-        folder: Folder to save it to, for a learner of our own. None for a learner that is started apart: it does not
-            know the prompts.
+        target: The loaded target.
+        prompts: First prompts, for the draft vocabulary; may be empty.
+        folder: Folder to save it to, for a learner of our own. None for one that is started apart: it does not know
+            the prompts.
     """
     config = spec.config
     if folder is None or config.drafter.path is not None:
         return start_drafter(spec, target, []), config
-    drafter = start_drafter(spec, target, requests.first_prompts(64))
+    drafter = start_drafter(spec, target, prompts)
     if not drafter.formats:
         return drafter, config
     save_drafter(drafter, folder)

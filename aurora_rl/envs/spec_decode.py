@@ -270,7 +270,9 @@ class SpecDecodeEnv(EnvBase):
         raw, held = logits, [self._active[slot] for slot in occupied]
         if any(each.processors for each in held):
             texts = [store.tokens[slot, : int(store.lengths[slot])] for slot in occupied]
-            logits = process(logits, texts, tokens, parents, valid, [each.processors for each in held])
+            logits = process(
+                logits, texts, tokens, parents, valid, [each.processors or LogitsProcessorList() for each in held]
+            )
         verdict = self.rule.verify(logits, tokens, parents, valid, roots.to(self.device), sampling, q)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
@@ -300,18 +302,18 @@ class SpecDecodeEnv(EnvBase):
         out["request"][rows] = torch.tensor([each.request.id for each in held], device=self.device)
         out["speculate"][rows, 0] = torch.tensor([each.request.speculative for each in held], device=self.device)
         counts = zip(valid.sum(1).tolist(), accepted.sum(1).tolist(), num_new.tolist(), strict=True)
-        for row, (slot, each, (drafted, kept_nodes, delivered)) in enumerate(zip(occupied, held, counts, strict=True)):
-            if drafted:
-                each.drafts.add(kept_nodes, drafted, delivered)
-            new, logprobs = sequence[row, :delivered].tolist(), None
+        for index, (slot, each, (nodes, taken, delivered)) in enumerate(zip(occupied, held, counts, strict=True)):
+            if nodes:
+                each.drafts.add(taken, nodes, delivered)
+            new, logprobs = sequence[index, :delivered].tolist(), None
             if (top := each.request.sampling.logprobs) is not None:
-                judged = [0, *(node + 1 for node in path[row, : delivered - 1].tolist())]
-                logprobs = token_logprobs(raw[row, judged], new, top)
+                judged = [0, *(node + 1 for node in path[index, : delivered - 1].tolist())]
+                logprobs = token_logprobs(raw[index, judged], new, top)
                 each.logprobs += logprobs
             if self.on_tokens:
                 self.on_tokens(each.request, new, logprobs)
-            if bool(ended[row] | spent[row]):
-                self._finish(slot, bool(ended[row]))
+            if bool(ended[index] | spent[index]):
+                self._finish(slot, bool(ended[index]))
 
     def _check_draft(self, draft: TensorDictBase, drafted: Tensor) -> None:
         """Raise ValueError where the trees of these rows are not what the rule and the record take them for."""

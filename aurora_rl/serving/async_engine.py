@@ -8,12 +8,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 
 
@@ -27,19 +27,6 @@ class EngineDeadError(RuntimeError):
 
 class RefusedError(ValueError):
     """The engine cannot serve the request; the message says why."""
-
-
-class Workload(Protocol):
-    """A source of requests that are served where no client waits, such as a file of prompts."""
-
-    def __call__(self) -> Request | None:
-        """Return the next request; None where none waits."""
-
-    def completed(self, completion: Completion) -> str:
-        """Note an answer, and return its domain."""
-
-    def refused(self, request: Request, reason: str) -> None:
-        """Note that a request cannot be served."""
 
 
 @dataclass(slots=True)
@@ -78,7 +65,7 @@ class AsyncEngine:
         first_id: Number of the first client's request; the workload's are below it.
     """
 
-    def __init__(self, *, max_waiting: int, workload: Workload | None = None, first_id: int = 0) -> None:
+    def __init__(self, *, max_waiting: int, workload: RequestSource | None = None, first_id: int = 0) -> None:
         self._max_waiting, self._workload = max_waiting, workload
         self._first_id, self._ids = first_id, itertools.count(first_id)
         self._lock = threading.Lock()

@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -43,6 +44,19 @@ class _Turn:
     index: int
     number: int
     messages: Sequence[Message]
+
+
+class RequestSource(Protocol):
+    """Where a server's requests come from, and what becomes of them goes."""
+
+    def __call__(self) -> Request | None:
+        """Return the next request; None where none waits."""
+
+    def completed(self, completion: Completion) -> str:
+        """Note an answer, and return its domain."""
+
+    def refused(self, request: Request, reason: str) -> None:
+        """Note that a request cannot be served."""
 
 
 class RequestQueue:

@@ -58,7 +58,7 @@ class LiveView:
         server: Serving half of the run.
         log: Gets "status", and "refused" and "learner_died" if that happens.
         reader: Follows the run's metrics, where the learner's events are too.
-        total: Requests to serve.
+        total: Requests to serve; None if there is no end to them.
         learner: Says how the learner is: "running", or that it died.
 
     Attributes:
@@ -66,7 +66,7 @@ class LiveView:
     """
 
     def __init__(
-        self, server: Server, log: MetricsLog, reader: MetricsReader, *, total: int, learner: Callable[[], str]
+        self, server: Server, log: MetricsLog, reader: MetricsReader, *, total: int | None, learner: Callable[[], str]
     ) -> None:
         self._server, self._log, self._reader = server, log, reader
         self._total, self._learner = total, learner
@@ -150,7 +150,7 @@ class LiveView:
         speed = stats.rates(0.25)
         gate = self._gate and f"{self._gate['difference']:+.3f} {'published' if self._gate['publish'] else 'refused'}"
         return [
-            ("requests", f"{len(stats.finished)}/{self._total}"),
+            ("requests", str(len(stats.finished)) + (f"/{self._total}" if self._total is not None else "")),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show(speed.speedup)),
