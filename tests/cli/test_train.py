@@ -98,7 +98,7 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     losses = [e["loss"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "train"]
     assert len(losses) == 4 and losses[-1] < losses[0]
     served = [*pairs, f"drafter.path={run / 'drafter'}", "drafter.adaptive=false", "traffic.requests=2"]
-    assert cli.main(["serve", *served, f"run_dir={tmp_path / 'served'}"]) == 0
+    assert cli.main(["flywheel", "learner.spawn=false", "http.port=null", *served, f"run_dir={tmp_path}/served"]) == 0
     assert summary(tmp_path / "served")["requests"] == 2
 
 

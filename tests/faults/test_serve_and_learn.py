@@ -16,9 +16,11 @@ pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
 ENDLESS = "traffic.requests=5000"
 
+SERVE = ("flywheel", "learner.spawn=false")
+
 
 def test_either_side_restarts(start: Start) -> None:
-    learner, server = start("learn"), start("serve", ENDLESS)
+    learner, server = start("learn"), start(*SERVE, ENDLESS)
     server.wait_for("swap", 2)
     learner.process.kill()
     learner.ended()
@@ -41,7 +43,7 @@ def test_either_side_restarts(start: Start) -> None:
 
     # A new server gets the newest weights before it has served anything to speak of.
     newest = second.events("gate")[-1]["version"]
-    another = start("serve", "traffic.requests=12")
+    another = start(*SERVE, "traffic.requests=12")
     assert another.ended() == 0, another.text
     first = another.events("swap")[0]
     assert first["version"] >= newest
@@ -53,7 +55,10 @@ def test_either_side_restarts(start: Start) -> None:
 
 
 def test_both_sides_show_the_one_mismatch(start: Start) -> None:
-    learner, server = start("learn"), start("serve", "drafter.vocab_size=32", "traffic.requests=1000")
+    learner, server = (
+        start("learn"),
+        start(*SERVE, "drafter.vocab_size=32", "traffic.requests=1000"),
+    )
     reason = server.wait_for("refused")[0]["reason"]
     assert reason.startswith("handshake mismatch: draft_map_checksum is ")
     assert learner.wait_for("refused")[0]["reason"] == reason
@@ -73,7 +78,7 @@ def test_both_sides_show_the_one_mismatch(start: Start) -> None:
 
 
 def test_a_learner_goes_on_in_its_folder(start: Start) -> None:
-    learner, server = start("learn"), start("serve", ENDLESS)
+    learner, server = start("learn"), start(*SERVE, ENDLESS)
     server.wait_for("swap")
     learner.interrupt()
     assert learner.ended() == 0, learner.text

@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import flywheel, spec
 from aurora_rl.cli import main as cli
+from aurora_rl.cli import serve, spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
@@ -30,6 +30,7 @@ from aurora_rl.telemetry.stats import Stats
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 
 
+ALONE = ["flywheel", "learner.spawn=false"]
 QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
 
 
@@ -113,7 +114,7 @@ def test_a_drafter_that_fails_before_serving_starts_leaves_plain_serving(
         raise RuntimeError("no ideas at all")
 
     monkeypatch.setattr(NgramDrafter, "propose", fails)
-    assert cli.main(["serve", *arguments, "drafter.name=ngram"]) == 0
+    assert cli.main([*ALONE, *arguments, "drafter.name=ngram"]) == 0
     run = tmp_path / "run"
     (fault,) = events(run, "drafter_fault")
     assert fault["request"] is None and "NgramDrafter failed: RuntimeError('no ideas at all')" in fault["fault"]
@@ -129,7 +130,7 @@ def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
         raise RuntimeError("no ideas at all")
 
     monkeypatch.setattr(MedusaDrafter, "propose", fails)
-    assert cli.main(["serve", *arguments]) == 0
+    assert cli.main([*ALONE, *arguments]) == 0
     run = tmp_path / "run"
     (fault,) = events(run, "drafter_fault")
     assert fault["request"] is None and "no ideas at all" in fault["fault"]
@@ -138,7 +139,7 @@ def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
 
 
 def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["serve", *arguments]) == 0
+    assert cli.main([*ALONE, *arguments]) == 0
     figures = summary(tmp_path / "run")
     assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
     assert figures["dropped_trajectories"] == 6
@@ -169,7 +170,7 @@ def test_a_run_goes_on_from_what_it_learned(
 
     assert cli.main(["flywheel", "--resume", str(run), "traffic.requests=10"]) == 0
     assert json.loads((run / "part-1" / "summary.json").read_text()) == first
-    assert {path.name for path in (run / "part-1").iterdir()} == set(flywheel._DOCUMENTS)
+    assert {path.name for path in (run / "part-1").iterdir()} == set(serve._DOCUMENTS)
     assert load_config(run / "part-1" / "config.yaml").traffic.requests == 30
     config = load_config(run / "config.yaml")
     assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
@@ -211,7 +212,7 @@ def test_every_completed_request_is_answered_in_a_file(
         completed(server, completion)
 
     monkeypatch.setattr(InferenceServer, "completed", noted)
-    assert cli.main(["serve", *arguments, *QUICK, f"traffic.path={tmp_path / 'traffic.jsonl'}"]) == 0
+    assert cli.main([*ALONE, *arguments, *QUICK, f"traffic.path={tmp_path / 'traffic.jsonl'}"]) == 0
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
     assert sorted((a["prompt"], a["turn"]) for a in answers) == [("a", 1), ("a", 2), ("b", 1)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -237,8 +238,8 @@ def test_an_output_that_fails_does_not_lose_the_others(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("aurora_rl.serving.server.save_drafter", full)
-    monkeypatch.setattr(flywheel, "write_summary", full)
-    assert cli.main(["serve", *arguments, *QUICK]) == 1
+    monkeypatch.setattr(serve, "write_summary", full)
+    assert cli.main([*ALONE, *arguments, *QUICK]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "aurora-rl: drafter could not be written: No space left on device",
         "aurora-rl: summary.json could not be written: No space left on device",
@@ -258,7 +259,7 @@ def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_l
 
     monkeypatch.setattr(Stats, "summary", full_then_summary)
     try:
-        assert cli.main(["serve", *arguments, *QUICK]) == 1
+        assert cli.main([*ALONE, *arguments, *QUICK]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     errors = capsys.readouterr().err
@@ -275,9 +276,9 @@ def test_names_and_peers_texts_are_shown_as_they_are(
 ) -> None:
     refused = "handshake mismatch: target is [/x] :x: [bold]"
     monkeypatch.setattr(InferenceServer, "refused", property(lambda self: refused))
-    monkeypatch.setattr(flywheel, "every", lambda seconds, action: action)
+    monkeypatch.setattr(serve, "every", lambda seconds, action: action)
     run = tmp_path / "[fp16]" / "[/b]"
-    assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
+    assert cli.main([*ALONE, *arguments, *QUICK, f"run_dir={run}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(f"run folder {run}")  # on one line, however long
     assert refused in lines
@@ -290,14 +291,14 @@ def test_an_output_without_the_characters_gets_plain_ones(
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
-    assert cli.main(["serve", *arguments, *QUICK]) == 0
+    assert cli.main([*ALONE, *arguments, *QUICK]) == 0
     text = raw.getvalue().decode("ascii")
     assert "acceptance length, first -> last tenth" in text
     assert "6 (0 failed)" in text
 
 
 def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "aurora_rl.cli.main", "serve", *arguments, *QUICK]
+    command = [sys.executable, "-m", "aurora_rl.cli.main", *ALONE, *arguments, *QUICK]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith(b"loading")
@@ -308,7 +309,7 @@ def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[s
 
 
 def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "aurora_rl.cli.main", "serve", *arguments, *QUICK]
+    command = [sys.executable, "-m", "aurora_rl.cli.main", *ALONE, *arguments, *QUICK]
     assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=60).returncode == 0
     assert summary(tmp_path / "run")["requests"] == 6
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
@@ -344,7 +345,7 @@ def test_ctrl_c_while_serving(
         return step(server)
 
     monkeypatch.setattr(InferenceServer, "step", stepped)
-    assert cli.main(["serve", *arguments]) == 130
+    assert cli.main([*ALONE, *arguments]) == 130
     assert 0 < summary(tmp_path / "run")["requests"] < 6
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
@@ -360,7 +361,7 @@ def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
         return step(server)
 
     monkeypatch.setattr(InferenceServer, "step", stepped)
-    assert cli.main(["serve", *arguments]) == 1
+    assert cli.main([*ALONE, *arguments]) == 1
     run = tmp_path / "run"
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -377,7 +378,14 @@ def test_a_checkpoint_says_what_its_drafter_is(
 ) -> None:
     out = ["drafter", "init", "--out", str(tmp_path / "d0"), "drafter.name=eagle3"]
     assert cli.main([*out, *arguments, "drafter.feature_layers=[1,2]", "run_dir=null"]) == 0
-    served = ["serve", *arguments, *QUICK, "traffic.requests=1", f"drafter.path={tmp_path / 'd0'}"]
+    served = [
+        "flywheel",
+        "learner.spawn=false",
+        *arguments,
+        *QUICK,
+        "traffic.requests=1",
+        f"drafter.path={tmp_path / 'd0'}",
+    ]
     assert cli.main(served) == 0
     entries = json.loads((tmp_path / "run" / "drafter" / "config.json").read_text())
     assert entries["architectures"] == ["LlamaForCausalLMEagle3"]
