@@ -114,6 +114,8 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"messages": CHAT, "logprobs": True, "top_logprobs": 21}, "logprobs", "logprobs is 21"),
         ({"messages": CHAT, "logprobs": 1}, "logprobs", "valid boolean"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "shorten the prompt"),
+        ({"messages": [*CHAT, {"role": "user", "content": "x" * 9000}]}, "messages", "a prompt of 9002 characters"),
+        ({"prompt": ["a", "x" * 9000]}, "prompt", "a prompt of 9000 characters"),
         ({"messages": CHAT, "max_completion_tokens": 600}, "messages", "max_completion_tokens=600"),
         ({"messages": CHAT, "prompt": "a"}, "prompt", "unknown field"),
     ],
