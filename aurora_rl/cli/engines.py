@@ -19,6 +19,7 @@ from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generatio
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
@@ -108,7 +109,7 @@ def _embedded_server(
         rule=spec.rule,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,
-        decode=lambda tokens: str(tokenizer.decode(tokens)),
+        decode=lambda tokens: decode(tokenizer, tokens),
         processors=processors,
         on_refused=requests.refused,
     )
