@@ -1,12 +1,16 @@
-"""Module paths that moved: importing one raises an error that names the new path."""
+"""Modules and names that moved: importing one raises an error that names its new place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
-# Old to new, below aurora_rl. The old package sglang stands for its modules, of which "server" is serving.sglang.
+from typing_extensions import override
+
+# Old to new, below aurora_rl: modules, then names that left a module which is still there.
 MOVED = {
     "target_head": "models.target_head", "policies.target": "models.parts", "slot_cache": "models.kv_cache",
     "inference_modules": "models.inference_modules", "metrics": "telemetry.log", "throughput": "telemetry.rates",
@@ -20,26 +24,69 @@ MOVED = {
     "collectors.weight_sync": "collectors.weights", "recordings": "collectors.dataset",
     "collectors.buffer": "training.replay", "learner": "training.learner", "gate": "training.gate",
     "checkpoints": "training.checkpoint", "agreement": "training.served_weights", "server": "serving.server",
-    "conversations": "serving.requests", "answers": "serving.answers", "build": "cli.spec", "bench": "cli.bench",
+    "conversations": "serving.requests", "answers": "serving.requests", "build": "cli.spec", "bench": "cli.bench",
     "check": "cli.check", "config": "cli.config", "cpus": "cli.cpus", "output": "cli.output",
     "traffic": "workload.traffic", "traffic_templates": "workload.templates", "testing.forms": "testing.variants",
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
-    "sglang": "envs.sglang",
+    "sglang": "envs.sglang (its server: aurora_rl.serving.sglang, its engine: aurora_rl.envs.sglang.client)",
+    "collectors.weight_scheme": "collectors.weights",
+    "collectors.Hello": "collectors.handshake.Handshake", "collectors.ZMQWeightSyncScheme": "collectors.weights",
+    "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
+    "objectives.objective.SumLoss": "objectives.sum_loss.SumLoss", "policies.HybridDrafter": "policies.lookup",
+    "trajectories.ContextStore": "context.ContextStore", "trajectories.Sampling": "sampling_params.SamplingParams",
+    "trajectories.TrajectoryRecorder": "context.TrajectoryRecorder",
+    "training.drafter_optimizers": "training.optimizers.drafter_optimizers",
+    "training.train_on": "training.offline.train_on", "training.train_step": "training.offline.train_step",
+    **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in ("load_drafter", "save_drafter")},
+    **{f"serving.{name}": "cli.engines" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
+    **{f"models.{name}": f"models.loading.{name}" for name in (
+        "DEFAULT_TARGET", "ModelError", "default_dtype", "embedded_model_path", "encode_chat",
+        "load_target", "stop_token_ids")},
+    **{f"envs.verification.{name}": f"envs.verification.rules.{name}" for name in (
+        "RULES", "Greedy", "SampleAndMatch", "Verdict", "VerificationRule", "check_shapes", "descend", "get_rule",
+        "register_rule", "settle")},
 }  # fmt: skip
+_OLD_HOMES = {old.rpartition(".")[0] for old in MOVED}
 
 
 class MovedModules(MetaPathFinder):
     """A finder for the front of ``sys.meta_path``, ahead of what an older installation may have left."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
-        """Raise ModuleNotFoundError with the new path if the module moved.
+    @override
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Raise ModuleNotFoundError with the new path if the module moved; tell a module of the names that left it.
 
         Example:
             >>> import aurora_rl.target_head
             Traceback (most recent call last):
             ModuleNotFoundError: aurora_rl.target_head is aurora_rl.models.target_head now
+            >>> from aurora_rl.models import load_target
+            Traceback (most recent call last):
+            ModuleNotFoundError: aurora_rl.models.load_target is aurora_rl.models.loading.load_target now
         """
         package, _, name = fullname.partition(".")
-        if package == "aurora_rl" and name in MOVED:
-            # Without the error's `name`, by which `from aurora_rl import ...` would take it for a missing attribute.
-            raise ModuleNotFoundError(f"{fullname} is aurora_rl.{MOVED[name]} now")
+        if package != "aurora_rl":
+            return None
+        _refuse(name)
+        spec = PathFinder.find_spec(fullname, path) if name in _OLD_HOMES else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def prepared(module: ModuleType) -> None:
+                def missing(attribute: str) -> Any:
+                    _refuse(f"{name}.{attribute}")
+                    raise AttributeError(f"module {fullname!r} has no attribute {attribute!r}")
+
+                vars(module)["__getattr__"] = missing
+                execute(module)
+
+            spec.loader.exec_module = prepared  # type: ignore[method-assign]
+        return spec
+
+
+def _refuse(name: str) -> None:
+    if name in MOVED:
+        # Without the error's `name`, by which `from aurora_rl import ...` would take it for a missing attribute.
+        raise ModuleNotFoundError(f"aurora_rl.{name} is aurora_rl.{MOVED[name]} now")

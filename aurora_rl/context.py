@@ -33,11 +33,11 @@ class ContextStore:
         device: Device of all but the lengths.
 
     Attributes:
-        tokens: ``[B, max_length]`` int64.
-        features: ``[B, max_length, F]``.
-        hidden: ``[B, max_length, H]``, filled from position ``P - 1`` on.
-        lengths: ``[B]`` int64 on the CPU; 0 where the slot is free.
-        prompt_lengths: ``[B]`` int64 on the CPU.
+        tokens: Tokens of each slot, ``[B, max_length]`` int64.
+        features: Features of each slot, ``[B, max_length, F]``.
+        hidden: Hidden states from position ``P - 1`` on, ``[B, max_length, H]``.
+        lengths: Number of tokens, 0 if the slot is free, ``[B]`` int64 on the CPU.
+        prompt_lengths: Number of tokens of the prompt, ``[B]`` int64 on the CPU.
     """
 
     def __init__(
@@ -70,20 +70,19 @@ class ContextStore:
         """Append what a round committed.
 
         Args:
-            slots: ``[b]`` int64.
-            tokens: ``[b, D]`` new tokens, oldest first; columns from ``num_new`` on are ignored.
-            num_new: ``[b]`` int64 on the CPU.
-            features: ``[b, D, F]``, row ``i`` belongs to the position just before ``tokens[:, i]``.
-            hidden: ``[b, D, H]``, aligned like ``features``.
+            slots: Slots that took part, ``[b]`` int64.
+            tokens: New tokens, oldest first, ``[b, D]``; columns from ``num_new`` on are ignored.
+            num_new: Number of new tokens, ``[b]`` int64 on the CPU.
+            features: Features, ``[b, D, F]``; row ``i`` belongs to the position just before ``tokens[:, i]``.
+            hidden: Hidden states, ``[b, D, H]``, aligned like ``features``.
         """
         start = self.lengths[slots]
         row, column = torch.where(torch.arange(tokens.shape[1]) < num_new[:, None])
-        device = self.tokens.device
-        where = (slots[row].to(device), (start[row] + column).to(device))
-        row, column = row.to(device), column.to(device)
-        self.tokens[where] = tokens[row, column]
-        self.features[where[0], where[1] - 1] = features[row, column].to(self.features.dtype)
-        self.hidden[where[0], where[1] - 1] = hidden[row, column].to(self.hidden.dtype)
+        indices = (slots[row], start[row] + column, row, column)
+        slot, position, row, column = (index.to(self.tokens.device) for index in indices)
+        self.tokens[slot, position] = tokens[row, column]
+        self.features[slot, position - 1] = features[row, column].to(self.features.dtype)
+        self.hidden[slot, position - 1] = hidden[row, column].to(self.hidden.dtype)
         self.lengths[slots] = start + num_new
 
     def release(self, slot: int) -> None:
@@ -132,12 +131,12 @@ class TrajectoryRecorder:
         Args:
             slots: The slots.
             anchors: Position of each slot's root in its request.
-            tokens: ``[b, n]``.
-            parents: ``[b, n]``.
-            log_probs: ``[b, n]``.
-            valid: ``[b, n]`` bool; other nodes are left out.
-            accepted: ``[b, n]`` bool.
-            hidden: ``[b, n + 1, H]``, the root first.
+            tokens: Token of each node, ``[b, n]``.
+            parents: Parent of each node, ``[b, n]``.
+            log_probs: Log-probability of each node given its path, ``[b, n]``.
+            valid: Nodes to record, ``[b, n]`` bool.
+            accepted: Accepted nodes, ``[b, n]`` bool.
+            hidden: Hidden states, the root's first, ``[b, n + 1, H]``.
             policy_versions: Version of the weights that drafted, per slot.
             cache_versions: Oldest version with rows in the drafter's cache, per slot.
         """
@@ -151,14 +150,9 @@ class TrajectoryRecorder:
             record.nodes.append((keep, *(c[i, keep] for c in columns)))
 
     def cut(self, slot: int, request: int, sampling: SamplingParams, rule: str, draft_mode: str) -> TensorDict:
-        """Return the packed trajectory of the slot's request, in memory of its own, on the CPU.
+        """Return the packed trajectory of the slot's request, in memory of its own, on the CPU, and forget its rounds.
 
-        Args:
-            slot: The slot. Its rounds are forgotten.
-            request: Number of the request.
-            sampling: Parameters of the request.
-            rule: Verification rule, see :func:`~aurora_rl.trajectories.make_trajectory`.
-            draft_mode: How the nodes were drawn, see there.
+        The other arguments are those of :func:`~aurora_rl.trajectories.make_trajectory`.
         """
         store, record = self._store, self._rounds.pop(slot)
         length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])
@@ -181,7 +175,7 @@ class TrajectoryRecorder:
 def _pack_tree(
     keep: Tensor, tokens: Tensor, parents: Tensor, log_probs: Tensor, accepted: Tensor, hidden: Tensor
 ) -> dict[str, Tensor]:
-    """One tree's valid nodes, depth-first, parents relative to the tree."""
+    """Return one tree's valid nodes, depth-first, with parents relative to the tree."""
     place = torch.full((int(keep[-1]) + 2 if len(keep) else 1,), -1, dtype=torch.int64, device=keep.device)
     place[keep] = torch.arange(len(keep), device=keep.device)
     order, parents = reorder_depth_first(torch.where(parents < 0, -1, place[parents]))

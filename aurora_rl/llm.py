@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import deque
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams, generation_processors
 from aurora_rl.models.detokenizer import Detokenizer, decode
-from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, choose_draft_vocab, get_drafter
@@ -82,7 +83,7 @@ class LLM:
         ModelError: The model cannot be loaded.
         UnsupportedModelError: The engine cannot serve the model exactly.
         CheckpointError: The drafter's checkpoint is broken, or made for another target.
-        ValueError: An argument is out of range.
+        ValueError: An argument is of another kind, or out of range.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -109,9 +110,19 @@ class LLM:
         record: bool = False,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, str | os.PathLike):
+            raise ValueError(f"model is a {_kind(model)}; give its name: 'smollm2', a folder or a hub id")
+        if not isinstance(drafter, str | os.PathLike | Drafter | None):
+            raise ValueError(
+                f"drafter is a {_kind(drafter)}; give a name such as 'eagle3', a folder, a hub id, or a drafter made "
+                "for this target"
+            )
+        if not isinstance(shape, TreeShape | None):
+            raise ValueError(f"shape is {shape!r}; give a TreeShape, such as TreeShape(depth=4, width=2)")
+        _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
+        _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
         shape = shape or TreeShape(num_speculative_tokens)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usable_device(device)
         target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
         self.drafter: Drafter | None = None
         self._optimizers: list[torch.optim.Optimizer] | None = None
@@ -142,7 +153,6 @@ class LLM:
             decode=lambda tokens: decode(self.tokenizer, tokens),
             processors=generation_processors(target, stop_tokens),
             on_completion=self._ended.append,
-            on_refused=lambda request, reason: self._ended.append(_failed(request, reason)),
             record=record,
         )
         if self._decoder.policy is not None:
@@ -158,14 +168,14 @@ class LLM:
             sampling: Parameters of all, or of each; None decodes greedily.
 
         Returns:
-            A completion for each prompt, in their order. A prompt that cannot be served has ``error`` set, and the
-            others are served.
+            A completion for each prompt, in their order.
 
         Raises:
-            ValueError: There are neither one nor as many parameters as prompts.
+            ValueError: A prompt cannot be served, or there are neither one nor as many parameters as prompts; nothing
+                was decoded.
             RuntimeError: A stream of this LLM is still open.
         """
-        served = self._serve(_asked(prompts, sampling))
+        served = self._serve(self._requests(prompts, sampling))
         completions = {index: done for index, _, done in served if done is not None}
         return [completions[index] for index in sorted(completions)]
 
@@ -176,9 +186,11 @@ class LLM:
 
         Arguments and errors are those of :meth:`generate`. Closing the iterator drops what is not complete.
         """
-        asked = _asked(prompts, sampling)
-        texts = [Detokenizer(self.tokenizer, params.stop) for _, params in asked]
-        for index, new, done in self._serve(asked):
+        return self._chunks(self._requests(prompts, sampling))
+
+    def _chunks(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        texts = [Detokenizer(self.tokenizer, request.sampling.stop) for request in requests]
+        for index, new, done in self._serve(requests):
             text = texts[index].feed(new)
             yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
 
@@ -193,7 +205,7 @@ class LLM:
         """Train the drafter on completions, and serve its new weights from then on.
 
         Args:
-            completions: Completions of an LLM with ``record=True``; those with an error are passed over.
+            completions: Completions of an LLM with ``record=True``.
             objectives: What to learn, see :func:`~aurora_rl.objectives.make_objectives`.
             batch_size: Most completions of a gradient step.
             replay: Replayed batches for each new batch.
@@ -202,11 +214,17 @@ class LLM:
             The last step's loss.
 
         Raises:
-            ValueError: There is no drafter, nothing was recorded, or an objective does not fit.
+            ValueError: There is no drafter, nothing was recorded, an argument is out of range, or an objective does
+                not fit.
         """
         if self.drafter is None or self._decoder.policy is None:
             raise ValueError("there is no drafter to train; name one, such as LLM(model, drafter='eagle3')")
-        stream = [done.trajectory for done in completions if done.trajectory is not None]
+        _check_integers(1, batch_size=batch_size)
+        _check_integers(0, replay=replay)
+        done = list(completions) if isinstance(completions, Iterable) else [completions]
+        if strangers := [each for each in done if not isinstance(each, Completion)]:
+            raise ValueError(f"completions has a {_kind(strangers[0])}; give what llm.generate(...) returned")
+        stream = [each.trajectory for each in done if each.trajectory is not None]
         if not stream:
             raise ValueError("no completion has a trajectory to learn from; make the LLM with record=True")
         autocast = stream[0]["sequence", "features"].dtype == torch.bfloat16
@@ -221,61 +239,70 @@ class LLM:
         self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
         return last
 
-    def _serve(
-        self, asked: Sequence[tuple[Prompt, SamplingParams]]
-    ) -> Iterator[tuple[int, list[int], Completion | None]]:
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        """Encode and check all prompts, before any is served."""
+        requests = []
+        for index, (prompt, params) in enumerate(_asked(prompts, sampling)):
+            try:
+                request = Request(self._next_id + index, self._encoded(prompt), params)
+                self._decoder.env.check(request)
+            except Exception as error:  # a template is a program of the model's, which may fail in any way
+                reason = str(error).removeprefix(f"request {self._next_id + index}: ")
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"prompt {index} cannot be served: {kind}{reason}") from error
+            requests.append(request)
+        self._next_id += len(requests)
+        return requests
+
+    def _serve(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int], Completion | None]]:
         """Yield a prompt's index, the tokens that a round added, and its completion if it has ended."""
         if self._busy:
             raise RuntimeError("a stream of this LLM is still open; read it to its end, or close() it")
         self._busy = True
         try:
-            first, self._next_id = self._next_id, self._next_id + len(asked)
-            for id, (prompt, sampling) in enumerate(asked, first):
-                self._ask(Request(id, torch.zeros(0, dtype=torch.int64), sampling), prompt)
+            self._waiting.extend(requests)
+            place = {request.id: index for index, request in enumerate(requests)}
             for step in self._decoder.rounds():
                 after = step["next"]
                 ids, counts, rows = after["request"], after["observation", "num_new"], after["observation", "tokens"]
                 columns = zip(ids.tolist(), counts.tolist(), rows.tolist(), strict=True)
                 new = {id: row[:count] for id, count, row in columns if count}
-                for done in self._completed():
-                    yield done.request.id - first, new.pop(done.request.id, []), done
-                yield from ((id - first, tokens, None) for id, tokens in new.items())
-            # Those that were refused, where no round was left to decode.
-            yield from ((done.request.id - first, [], done) for done in self._completed())
+                for done in self._ended:
+                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling.stop)
+                    yield place[done.request.id], new.pop(done.request.id, []), replace(done, text=text)
+                self._ended.clear()
+                yield from ((place[id], tokens, None) for id, tokens in new.items())
         finally:
             self._waiting.clear()
             self._ended.clear()
             self._busy = False
 
-    def _completed(self) -> list[Completion]:
-        """Take what has ended since the last call, as text too."""
-        ended = [
-            replace(each, text=decode(self.tokenizer, each.tokens.tolist(), each.request.sampling.stop))
-            for each in self._ended
-        ]
-        self._ended.clear()
-        return ended
-
-    def _ask(self, request: Request, prompt: Prompt) -> None:
-        """Queue a request, or note why the prompt cannot be one."""
-        try:
-            tokens = torch.as_tensor(self._encoded(prompt))
-            if tokens.ndim != 1 or len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool):
-                raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
-            request.prompt = tokens.long()
-        except Exception as error:  # a template is a program of the model's, which may fail in any way
-            self._ended.append(_failed(request, f"the prompt cannot be encoded: {type(error).__name__}: {error}"))
-        else:
-            self._waiting.append(request)
-
-    def _encoded(self, prompt: Prompt) -> Sequence[int] | Tensor:
+    def _encoded(self, prompt: Prompt) -> Tensor:
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if isinstance(prompt, Tensor) or not any(isinstance(part, Mapping) for part in prompt):
-            return prompt  # type: ignore[return-value]
-        if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-            raise ValueError("every message of a chat has a role and content")
-        return encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
+            return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
+        if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
+            if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
+                raise ValueError("every message of a chat has a role and content")
+            return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            tokens = torch.as_tensor(prompt)
+            if tokens.ndim == 1 and not (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
+                return tokens.long()
+        raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
+
+
+def _kind(value: object) -> str:
+    return f"class, {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _check_integers(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
@@ -315,7 +342,7 @@ def _asked(
     prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
     """Return each prompt with its parameters."""
-    if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
+    if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
         raise ValueError(
             f"prompts is a {type(prompts).__name__}; give a text, token ids, a list of messages with role and content, "
             "or a list of these"
@@ -323,14 +350,13 @@ def _asked(
     first = prompts[0] if len(prompts) else None
     alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
     listed: list[Any] = [prompts] if alone else list(prompts)
-    params = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(listed)
+    params = (
+        list(sampling)
+        if isinstance(sampling, Sequence)
+        else [SamplingParams() if sampling is None else sampling] * len(listed)
+    )
     if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
         raise ValueError(f"sampling is a {wrong[0]}; give SamplingParams(...), or a list of them")
     if len(params) != len(listed):
         raise ValueError(f"there are {len(listed)} prompts and {len(params)} SamplingParams; give one, or as many")
     return list(zip(listed, params, strict=True))
-
-
-def _failed(request: Request, reason: str) -> Completion:
-    reason = reason.removeprefix(f"request {request.id}: ")
-    return Completion(request, torch.zeros(0, dtype=torch.int64), terminated=False, error=reason)

@@ -42,15 +42,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Refuse what no sampler could serve."""
-        for name in ("temperature", "top_p"):
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "max_tokens",
+            *(() if self.logprobs is None else ("logprobs",)),
+        )
+        for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise ValueError(f"{name} is {value!r}; give a number")
-        integers = ("top_k", "seed", "max_tokens", *([] if self.logprobs is None else ["logprobs"]))
-        for name in integers:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise ValueError(f"{name} is {value!r}; give an integer")
+            kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}; give {noun}")
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
         if not 0 <= self.top_k < 2**63:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -33,7 +33,10 @@ def settings_of(target: Callable[..., Any]) -> dict[str, Any]:
         {'drafter': typing.Any, 'gamma': <class 'float'>, 'steps': <class 'int'>}
     """
     found: dict[str, Any] = {}
-    for function in _chain(target):
+    functions = [target]
+    if isinstance(target, type):  # the constructors along its method resolution order
+        functions = [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)]
+    for function in functions:
         parameters = inspect.signature(function).parameters.values()
         try:
             types = get_type_hints(function)
@@ -45,14 +48,6 @@ def settings_of(target: Callable[..., Any]) -> dict[str, Any]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
-
-
-def _chain(target: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """The function, or the constructors along the class's method resolution order."""
-    if isinstance(target, type):
-        yield from (vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base))
-    else:
-        yield target
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -80,18 +75,11 @@ def check(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> N
         if key not in known:
             cure = f"did you mean {nearest(str(key), known)!r}?" if known else "it has none"
             raise ValueError(f"{what} has no setting {key!r}; {cure}")
-        if not _fits(value, known[key]):
-            wanted = " or ".join(_NAMES.get(get_origin(kind) or kind, str(kind)) for kind in _kinds(known[key]))
+        hint = known[key]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if not any(_is(value, get_origin(kind) or kind) for kind in kinds):
+            wanted = " or ".join(_NAMES.get(get_origin(kind) or kind, str(kind)) for kind in kinds)
             raise ValueError(f"{what}: {key} must be {wanted}, got {value!r}")
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that a type allows."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    return any(_is(value, get_origin(kind) or kind) for kind in _kinds(hint))
 
 
 def _is(value: Any, kind: Any) -> bool:

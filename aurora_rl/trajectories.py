@@ -57,9 +57,9 @@ def make_trajectory(
 
     Args:
         request: Number of the request, not negative.
-        tokens: ``[S]`` int64, prompt and completion.
-        prompt_length: ``P``.
-        features: ``[S - 1, F]``, row ``t`` belongs to token ``t``.
+        tokens: Tokens of prompt and completion, ``[S]`` int64.
+        prompt_length: Number ``P`` of the prompt's tokens.
+        features: Feature of each token but the last, ``[S - 1, F]``.
         target: The target's outputs from position ``P - 1`` to ``S - 2``: "hidden" ``[S - P, H]``, or
             :data:`TOPK_ENTRIES`.
         anchors: Position of each round's root, rising; ``R`` of them.
@@ -152,7 +152,7 @@ _MASS_TOLERANCE = 1e-3
 
 
 def _layout_of(trajectory: TensorDictBase) -> _Layout:
-    """The layout in the form that the trajectory carries; errors as of :func:`validate`."""
+    """Return the layout in the form of the trajectory; errors as of :func:`validate`."""
     keys = {k if isinstance(k, tuple) else (k,) for k in trajectory.keys(include_nested=True, leaves_only=True)}
     states, likeliest = sorted(keys & set(_HIDDEN)), sorted(keys & set(_TOPK))
     if states and likeliest:
@@ -171,7 +171,7 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     """Check a trajectory that came over the network before anything reads it.
 
     Args:
-        trajectory: A packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
+        trajectory: Packed trajectory, in either form of the target's outputs, with ("nodes", "log_probs") or without.
         vocab_size: Vocabulary of the target; every token must lie in it.
         feature_size: Width ``F`` that the learner's drafter reads.
         hidden_size: Width ``H`` of the target.
@@ -234,7 +234,7 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
 
 
 def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None:
-    """The rows of "sequence" or "nodes" as distributions: ``[X, K]``, ``[X, K]``, ``[X]``."""
+    """Check the rows of "sequence" or "nodes" as distributions: ``[X, K]``, ``[X, K]``, ``[X]``."""
     if not ids.shape[1]:
         raise ValueError(f"{part}.topk_ids needs at least one token a row, got shape {tuple(ids.shape)}")
     if bool((ids.sort(-1).values.diff() == 0).any()):
@@ -260,10 +260,8 @@ def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:
 def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = None) -> tuple[int, int]:
     """Return the tokens that speculative rounds committed, bonus tokens included, and the number of such rounds.
 
-    Args:
-        trajectory: Trajectory of a request.
-        speculative: ``[R]`` bool, the rounds for which drafts were asked for. None takes those with a tree: the same,
-            except where the drafter may find nothing (n-grams).
+    ``speculative`` ``[R]`` bool are the rounds for which drafts were asked for. None takes those with a tree: the same,
+    unless the drafter may find nothing (n-grams).
     """
     if speculative is None:
         speculative = accepted_per_round(trajectory)[1] > 0
@@ -273,12 +271,9 @@ def acceptance_length(trajectory: TensorDictBase, speculative: Tensor | None = N
 
 
 def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_size: int) -> None:
-    """Raise ValueError where the recorded features have another width than those that a drafter reads.
+    """Raise ValueError if the features of a trajectory or a packed batch have another width than a drafter reads.
 
-    Args:
-        batch: A trajectory, or several as :func:`pack` lays them.
-        feature_layers: Layers that the drafter reads; where there are none, any features will do.
-        hidden_size: Width of one layer's states.
+    ``hidden_size`` is the width of one layer's states. A drafter without feature layers takes any features.
     """
     width, count = batch["sequence", "features"].shape[-1], len(feature_layers)
     if count and width != count * hidden_size:
@@ -329,7 +324,7 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
 
 
 def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
-    """The form of the target's outputs that all trajectories have."""
+    """Return the form of the target's outputs that all trajectories have."""
     ids = [t.get(("sequence", "topk_ids"), None) for t in trajectories]
     forms = ["'hidden'" if each is None else f"'topk_log_probs' of {each.shape[-1]} tokens" for each in ids]
     for index, form in enumerate(forms):

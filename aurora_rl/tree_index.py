@@ -30,11 +30,11 @@ class TreeIndex(NamedTuple):
 
     Attributes:
         num_rounds: Number of rounds ``R``.
-        request: ``[R + M]`` int64, the request of each context.
-        root: ``[R + M]`` int64, the pair of its tree's root; −1 if the root is the first token of a text, which has no
+        request: Request of each context, ``[R + M]`` int64.
+        root: Pair of its tree's root, ``[R + M]`` int64; −1 if the root is the first token of a text, which has no
             pair, so that nothing can be drafted from it.
-        depth: ``[R + M]`` int64, 0 at a root.
-        parent: ``[M]`` int64, the context that each node was drawn from.
+        depth: Depth of each context, ``[R + M]`` int64, 0 at a root.
+        parent: Context that each node was drawn from, ``[M]`` int64.
 
     Example:
         >>> rounds = {"anchor": [4], "offset": [0, 3], "request_offset": [0, 1]}
@@ -53,7 +53,9 @@ class TreeIndex(NamedTuple):
 
     @classmethod
     def of(cls, batch: TensorDictBase) -> TreeIndex:
-        """Read a packed batch."""
+        """Read a packed batch, or return the index that :func:`indexed` has put into it."""
+        if "tree_index" in batch.keys():
+            return batch["tree_index"]
         offset, parents, anchor = batch["rounds", "offset"], batch["nodes", "parents"], batch["rounds", "anchor"]
         rounds = torch.arange(len(anchor), device=anchor.device)
         drafted_in = torch.repeat_interleave(rounds, offset.diff())
@@ -70,43 +72,34 @@ class TreeIndex(NamedTuple):
 
     @property
     def drawn_from(self) -> Tensor:
-        """``[R + M]`` bool, the contexts that nodes were drawn from."""
+        """Contexts that nodes were drawn from, ``[R + M]`` bool."""
         drawn_from = torch.zeros_like(self.depth, dtype=torch.bool)
         drawn_from[self.parent] = True
         return drawn_from
 
     @property
     def context(self) -> Tensor:
-        """``[M]`` int64, the context that each node was drawn from, counted among :attr:`drawn_from` alone."""
+        """Context that each node was drawn from, counted among :attr:`drawn_from` alone, ``[M]`` int64."""
         return (self.drawn_from.cumsum(0) - 1)[self.parent]
 
     @property
     def ends(self) -> Tensor:
-        """``[M]`` int64, one past the last node of the subtree of each, among all nodes of the batch.
+        """One past the last node of the subtree of each node, among all nodes of the batch, ``[M]`` int64.
 
         Node ``j`` is node ``i`` or an ancestor of it where ``j <= i < ends[j]``.
 
         Raises:
-            ValueError: a tree whose nodes are not depth-first, so that no interval holds a subtree.
+            ValueError: The nodes of a tree are not depth-first, so that no interval holds a subtree.
         """
-        size = torch.ones_like(self.depth)
-        for depth in range(int(self.depth.max()) if len(self.depth) else 0, 0, -1):
-            here = (self.depth[self.num_rounds :] == depth).nonzero().flatten()
-            size.index_add_(0, self.parent[here], size[self.num_rounds + here])
-        node = torch.arange(len(self.parent), device=self.parent.device)
-        ends, above = node + size[self.num_rounds :], self.parent - self.num_rounds
+        sizes = self.subtree_sums(torch.ones_like(self.parent))[self.num_rounds :]
+        ends = torch.arange(len(self.parent), device=self.parent.device) + sizes
+        above = self.parent - self.num_rounds
         if bool(((above >= 0) & (ends > ends[above.clamp(min=0)])).any()):
             raise ValueError("('nodes', 'parents') is not depth-first; lay trees with trees.reorder_depth_first")
         return ends
 
     def path_products(self, factors: Tensor) -> Tensor:
-        """Multiply a factor of each node along its path from the root, its own included.
-
-        Args:
-            factors: ``[M]``, with or without gradients.
-
-        Returns:
-            ``[M]``.
+        """Multiply the factors ``[M]`` of nodes along the path from the root to each, its own included: ``[M]``.
 
         Example:
             >>> chain = TreeIndex(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
@@ -121,13 +114,7 @@ class TreeIndex(NamedTuple):
         return products[self.num_rounds :]
 
     def subtree_sums(self, values: Tensor) -> Tensor:
-        """Sum a value of each node over the node and all nodes below it.
-
-        Args:
-            values: ``[M]``.
-
-        Returns:
-            ``[R + M]``; at a root the sum over its tree.
+        """Sum values ``[M]`` of nodes over each context and all nodes below it: ``[R + M]``, at a root over its tree.
 
         Example:
             >>> chain = TreeIndex(1, *(torch.tensor(x) for x in ([0] * 3, [4] * 3, [0, 1, 2], [0, 1])))
@@ -140,6 +127,20 @@ class TreeIndex(NamedTuple):
             here = (depth == level).nonzero().flatten()
             sums = sums.index_add(0, self.parent[here], sums[here + self.num_rounds])
         return sums
+
+
+def indexed(batch: TensorDictBase) -> TensorDictBase:
+    """Return a shallow copy of a packed batch that carries its :class:`TreeIndex`, for several readers.
+
+    Example:
+        >>> rounds = {"anchor": [4], "offset": [0, 1], "request_offset": [0, 1]}
+        >>> batch = TensorDict({"rounds": {name: torch.tensor(value) for name, value in rounds.items()}}, batch_size=[])
+        >>> batch["nodes", "parents"] = torch.tensor([-1])
+        >>> shared = indexed(batch)
+        >>> TreeIndex.of(shared) is TreeIndex.of(shared)
+        True
+    """
+    return batch.copy().set_non_tensor("tree_index", TreeIndex.of(batch))
 
 
 def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, Tensor]:

@@ -23,10 +23,8 @@ def _links(parents: Tensor) -> Tensor:
 
 
 def _hold_to_root(good: Tensor, links: Tensor) -> Tensor:
-    """Keep a node where it and all its ancestors are good. `good` is `[B, N]` bool, `links` as `_links` gives them.
-
-    Pointer doubling: after k rounds a column has heard from its 2**k nearest columns on the way to the root.
-    """
+    """Keep a node if it and all its ancestors are good. `good` is `[B, N]` bool, `links` the result of `_links`."""
+    # Pointer doubling: after k rounds a column has heard from its 2**k nearest columns on the way to the root.
     held = F.pad(good, (1, 0), value=True)
     for _ in range((good.shape[1] - 1).bit_length()):
         held = held & held.gather(1, links)
@@ -34,30 +32,10 @@ def _hold_to_root(good: Tensor, links: Tensor) -> Tensor:
     return held[:, 1:]
 
 
-def chain_parents(num_nodes: int, batch_size: int = 1) -> Tensor:
-    """Parents of a chain: every node is the child of the one before it.
-
-    Args:
-        num_nodes: Nodes of each tree, without the root.
-        batch_size: Number of equal trees.
-
-    Returns:
-        `[B, N]` int64.
-
-    >>> chain_parents(3)
-    tensor([[-1,  0,  1]])
-    """
-    return torch.arange(-1, num_nodes - 1).repeat(batch_size, 1)
-
-
 def depths(parents: Tensor) -> Tensor:
-    """Distance of every node from the root; a child of the root has depth 1.
+    """Return the distance of every node from the root, `[B, N]` int64, of `parents` `[B, N]` int64.
 
-    Args:
-        parents: `[B, N]` int64.
-
-    Returns:
-        `[B, N]` int64. A node of depth d drafts the token d positions after the root.
+    A node of depth d drafts the token d positions after the root; a child of the root has depth 1.
 
     >>> depths(torch.tensor([[-1, 0, 0, 2]]))
     tensor([[1, 2, 2, 3]])
@@ -71,13 +49,7 @@ def depths(parents: Tensor) -> Tensor:
 
 
 def sibling_ranks(context: Tensor) -> Tensor:
-    """Place of every node among the nodes of the same context, in order of index.
-
-    Args:
-        context: `[M]` int64, what each node was drawn from.
-
-    Returns:
-        `[M]` int64.
+    """Return the place of every node among the nodes of its context (`[M]` int64), in order of index, `[M]` int64.
 
     >>> sibling_ranks(torch.tensor([0, 0, 2, 0, 2]))
     tensor([0, 1, 0, 2, 1])
@@ -91,14 +63,11 @@ def sibling_ranks(context: Tensor) -> Tensor:
 
 
 def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
-    """Which nodes carry a token that an earlier node of the same context carries.
+    """Return which nodes carry a token that an earlier node of the same context carries, `[M]` bool.
 
     Args:
-        context: `[M]` int64, what each node was drawn from.
-        tokens: `[M]` int64.
-
-    Returns:
-        `[M]` bool.
+        context: The context that each node was drawn from, `[M]` int64.
+        tokens: Token of each node, `[M]` int64.
 
     >>> repeated_siblings(torch.tensor([0, 0, 2, 0, 2]), torch.tensor([5, 7, 5, 5, 6]))
     tensor([False, False, False,  True, False])
@@ -110,21 +79,18 @@ def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
 
 
 def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> Tensor:
-    """Project arbitrary nodes onto a legal tree: which nodes may be verified.
+    """Project arbitrary nodes onto a legal tree: return the nodes that may be verified, `[B, N]` bool.
 
     A node is dropped when it is masked out, its token is outside the vocabulary, its parent is not an earlier node or
     the root, its parent is dropped, or an earlier surviving sibling carries the same token. The last makes the path
     that verification accepts unique.
 
     Args:
-        tokens: `[B, N]` int64, any values.
-        parents: `[B, N]` int64, any values.
-        mask: `[B, N]` bool, true where the drafter means the node to count.
+        tokens: Token of each node, `[B, N]` int64, any values.
+        parents: Parent of each node, `[B, N]` int64, any values.
+        mask: Nodes that the drafter proposes, `[B, N]` bool.
         vocab_size: Size of the target's vocabulary.
-        repeats: Keep repeated siblings, as independent draws give them.
-
-    Returns:
-        `[B, N]` bool.
+        repeats: Whether repeated siblings are kept, as independent draws give them.
 
     >>> tokens, parents = torch.tensor([[5, 5, 7, 9]]), torch.tensor([[-1, -1, 1, 0]])
     >>> valid_nodes(tokens, parents, torch.ones(1, 4, dtype=torch.bool), vocab_size=10)
@@ -142,21 +108,13 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, 
 
 
 def tree_fault(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> str | None:
-    """What keeps one tree from being legal as it is, in words; None where `valid_nodes` would drop nothing.
-
-    Args:
-        tokens: `[N]` int64.
-        parents: `[N]` int64.
-        mask: `[N]` bool.
-        vocab_size: Size of the target's vocabulary.
-        repeats: Whether siblings may repeat.
+    """Return why one tree (arguments of `valid_nodes`, without `B`) is not legal; None if that would drop nothing.
 
     >>> tree_fault(torch.tensor([5, 7, 5]), torch.tensor([-1, 2, -1]), torch.ones(3, dtype=torch.bool), vocab_size=10)
     'node 1 has parent 2, which is no earlier node'
     """
     seen: dict[tuple[int, int], int] = {}
-    nodes = mask.nonzero().flatten().tolist()
-    for node in nodes:
+    for node in mask.nonzero().flatten().tolist():
         token, parent = int(tokens[node]), int(parents[node])
         if not 0 <= token < vocab_size:
             return f"node {node} has token {token}, outside the target's vocabulary of {vocab_size}"
@@ -170,15 +128,15 @@ def tree_fault(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *
 
 
 def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
-    """Which columns every column may attend to: itself and its ancestors, the root included.
+    """Return which columns every column may attend to: itself and its ancestors, the root included.
 
     Args:
-        parents: `[B, N]` int64.
-        valid: `[B, N]` bool, as `valid_nodes` gives it.
+        parents: Parent of each node, `[B, N]` int64.
+        valid: Result of `valid_nodes`, `[B, N]` bool.
 
     Returns:
-        `[B, N + 1, N + 1]` bool, row attends to column, index 0 is the root. An invalid node sees itself and is seen
-        by itself only: its row stays non-empty, which keeps softmax finite.
+        `[B, N + 1, N + 1]` bool: a row attends to a column. An invalid node sees itself and is seen by itself only:
+        its row stays non-empty, which keeps softmax finite.
 
     >>> ancestor_mask(torch.tensor([[-1, -1, 1]]), torch.ones(1, 3, dtype=torch.bool)).int()
     tensor([[[1, 0, 0, 0],
@@ -198,19 +156,16 @@ def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
 
 
 def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Tensor:
-    """Follow the target's choices down the tree.
+    """Follow the target's choices down the tree, and return the accepted nodes, `[B, N]` bool: one path from the root.
 
     A node is accepted when it and each of its ancestors carry the token that the target chose at the node before. Of
     repeated siblings the first counts.
 
     Args:
-        tokens: `[B, N]` int64.
-        parents: `[B, N]` int64.
-        valid: `[B, N]` bool, as `valid_nodes` gives it.
-        choices: `[B, N + 1]` int64, the target's choice at the root and after every node; -1 where there is none.
-
-    Returns:
-        `[B, N]` bool. The accepted nodes form one path from the root.
+        tokens: Token of each node, `[B, N]` int64.
+        parents: Parent of each node, `[B, N]` int64.
+        valid: Result of `valid_nodes`, `[B, N]` bool.
+        choices: The target's choice at the root and after every node, `[B, N + 1]` int64; -1 if there is none.
 
     >>> tokens, parents = torch.tensor([[4, 6, 8]]), torch.tensor([[-1, -1, 1]])
     >>> walk(tokens, parents, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[6, 0, 8, 2]]))
@@ -224,13 +179,7 @@ def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Ten
 
 
 def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """The accepted nodes in order of depth.
-
-    Parents come before children, so the order of depth along one path is the order of index and the parents are not
-    needed.
-
-    Args:
-        accepted: `[B, N]` bool, as `walk` gives it.
+    """Return the accepted nodes (the result of `walk`, `[B, N]` bool) in order of depth.
 
     Returns:
         The path, `[B, N]` int64 node indices padded with -1, and its length, `[B]` int64.
@@ -238,6 +187,7 @@ def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
     >>> accepted_path(torch.tensor([[False, True, False, True]]))
     (tensor([[ 1,  3, -1, -1]]), tensor([2]))
     """
+    # Parents come before children, so along one path the order of depth is the order of index.
     num_nodes = accepted.shape[1]
     index = torch.arange(num_nodes, device=accepted.device)
     ordered = torch.where(accepted, index, num_nodes).sort(1).values
@@ -245,13 +195,9 @@ def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_accepted(accepted: Tensor) -> Tensor:
-    """Column of the deepest accepted node, where the bonus token is chosen.
+    """Return the column of the deepest accepted node, where the bonus token is chosen, `[B]` int64 in `0 .. N`.
 
-    Args:
-        accepted: `[B, N]` bool, as `walk` gives it.
-
-    Returns:
-        `[B]` int64 in `0 .. N`; 0, the root, where nothing was accepted.
+    Column 0, the root, if none of the nodes (the result of `walk`, `[B, N]` bool) was accepted.
 
     >>> last_accepted(torch.tensor([[False, True, False], [False, False, False]]))
     tensor([2, 0])
@@ -260,20 +206,20 @@ def last_accepted(accepted: Tensor) -> Tensor:
     return (F.pad(accepted, (1, 0), value=True) * columns).amax(1)
 
 
-def depth_first(parents: Tensor) -> Tensor:
-    """Depth-first order of one tree: a parent before its children, children in order of index.
+def reorder_depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite one tree in depth-first order, the order of the packed trajectory: children in order of index.
 
     Args:
-        parents: `[n]` int64 of one tree without padding.
+        parents: Parent of each node of one tree without padding, `[n]` int64.
 
     Returns:
-        `[n]` int64, the nodes in the order in which they are visited.
+        The order, `[n]` int64, by which to index every array of nodes, and the parents in that order, `[n]` int64.
 
     Raises:
-        ValueError: If a parent is neither -1 nor an earlier node.
+        ValueError: A parent is neither -1 nor an earlier node.
 
-    >>> depth_first(torch.tensor([-1, -1, 0, 1, 0]))
-    tensor([0, 2, 4, 1, 3])
+    >>> reorder_depth_first(torch.tensor([-1, -1, 0, 1, 0]))
+    (tensor([0, 2, 4, 1, 3]), tensor([-1,  0,  0, -1,  3]))
     """
     children: list[list[int]] = [[] for _ in range(len(parents) + 1)]
     for node, parent in enumerate(parents.tolist()):
@@ -282,30 +228,12 @@ def depth_first(parents: Tensor) -> Tensor:
                 f"node {node} has parent {parent}, expected -1 or an earlier node; drop invalid nodes before reordering"
             )
         children[parent + 1].append(node)
-    order: list[int] = []
+    visited: list[int] = []
     stack = children[0][::-1]
     while stack:
-        order.append(stack.pop())
-        stack.extend(reversed(children[order[-1] + 1]))
-    return torch.tensor(order, dtype=torch.int64, device=parents.device)
-
-
-def reorder_depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite one tree in depth-first order, the order of the packed trajectory.
-
-    Args:
-        parents: `[n]` int64 of one tree without padding.
-
-    Returns:
-        The order, `[n]` int64, by which to index every array of nodes, and the parents in that order, `[n]` int64.
-
-    Raises:
-        ValueError: If a parent is neither -1 nor an earlier node.
-
-    >>> reorder_depth_first(torch.tensor([-1, -1, 0, 1, 0]))
-    (tensor([0, 2, 4, 1, 3]), tensor([-1,  0,  0, -1,  3]))
-    """
-    order = depth_first(parents)
+        visited.append(stack.pop())
+        stack.extend(reversed(children[visited[-1] + 1]))
+    order = torch.tensor(visited, dtype=torch.int64, device=parents.device)
     # One slot more, for the root: it stays -1, and -1 indexes it.
     position = torch.full((len(order) + 1,), -1, dtype=torch.int64, device=parents.device)
     position[order] = torch.arange(len(order), device=parents.device)

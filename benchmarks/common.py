@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aurora_rl import Request, SamplingParams
+from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
+MAX_LENGTH = 1024  # of prompt and completion
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -44,6 +48,26 @@ def prompts(options: argparse.Namespace) -> list[Prompt]:
     count = options.skip + options.limit
     found = read_jsonl(options.prompts, limit=count) if options.prompts else generate(count)
     return found[options.skip :]
+
+
+def request_queue(
+    options: argparse.Namespace, found: list[Prompt], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RequestQueue:
+    """Greedy requests of the prompts, in their order."""
+    return RequestQueue(
+        found,
+        tokenizer,
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_new_tokens=options.max_new_tokens,
+        max_length=MAX_LENGTH,
+        sampling=SamplingParams(),
+    )
+
+
+def usual_request(options: argparse.Namespace, requests: RequestQueue) -> Request:
+    """The first prompt, by which rounds are timed before serving."""
+    sampling = SamplingParams(max_tokens=options.max_new_tokens)
+    return Request(0, torch.tensor(requests.first_prompts(1)[0]), sampling)
 
 
 def processor() -> str:

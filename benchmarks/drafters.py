@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import RESULTS, arguments, parse, write_result
+from common import MAX_LENGTH, RESULTS, arguments, parse, request_queue, usual_request, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -45,7 +45,6 @@ from aurora_rl.policies import (
 )
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
-from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
@@ -165,25 +164,18 @@ def serve(world: World, name: str) -> dict[str, Any]:
     """Requests that come after the stream, speculative and plain in turns."""
     options, shape = world.options, world.shape_of(name)
     model, _ = load_target("smollm2", dtype=world.dtype, device=options.device)
-    requests = RequestQueue(
-        world.prompts,
-        world.tokenizer,
-        vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=1024,
-        sampling=SamplingParams(),
-    )
+    requests = request_queue(options, world.prompts, model, world.tokenizer)
     decoder = SpeculativeDecoder(
         model,
         world.trained(name),
         requests,
         shape=shape,
-        max_length=1024,
+        max_length=MAX_LENGTH,
         stop_tokens=stop_token_ids(model, world.tokenizer),
     )
     policy = decoder.policy
-    none, usual = replace(shape, depth=0), Request(0, torch.tensor(requests.first_prompts(1)[0]))
-    costs = measure_rounds(decoder.engine, policy, usual, [none, shape])[1]
+    none = replace(shape, depth=0)
+    costs = measure_rounds(decoder.engine, policy, usual_request(options, requests), [none, shape])[1]
     drafting: list[float] = []
     draft = policy.draft
 

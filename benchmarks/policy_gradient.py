@@ -22,8 +22,8 @@ from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.testing.enumerable_worlds import (
     DrawnTree,
-    TabularDrafter,
-    TabularTarget,
+    EnumerableDrafter,
+    EnumerableTarget,
     chance_of,
     drawn_trees,
     exact_gradient,
@@ -48,13 +48,13 @@ ESTIMATORS = {
 }
 
 
-def warm(target: TabularTarget, sharpness: float) -> TabularDrafter:
+def warm(target: EnumerableTarget, sharpness: float) -> EnumerableDrafter:
     """A drafter that has learned the target's distributions, but blurred."""
-    return TabularDrafter(0, start=sharpness * target.table.log_softmax(-1))
+    return EnumerableDrafter(0, start=sharpness * target.table.log_softmax(-1))
 
 
 def draw(
-    drafter: TabularDrafter, target: TabularTarget, rule: str, count: int, generator: torch.Generator
+    drafter: EnumerableDrafter, target: EnumerableTarget, rule: str, count: int, generator: torch.Generator
 ) -> list[tuple[DrawnTree, list[bool], float]]:
     """Trees and outcomes of this many rounds, equal ones together with their share."""
     every = [
@@ -68,8 +68,8 @@ def draw(
 
 
 def estimate(
-    drafter: TabularDrafter,
-    target: TabularTarget,
+    drafter: EnumerableDrafter,
+    target: EnumerableTarget,
     rounds: list[tuple[DrawnTree, list[bool], float]],
     rule: str,
     settings: dict,
@@ -139,7 +139,7 @@ def main() -> None:
         for count in counts:
             found = []
             for world in range(options.worlds):
-                target = TabularTarget(world)
+                target = EnumerableTarget(world)
                 drafter = warm(target, 0.5)
                 _, truth = exact_gradient(drafter, target, PARENTS, rule=rule)
                 for _ in range(options.repeats):
@@ -150,7 +150,7 @@ def main() -> None:
         print(cosines[-1], flush=True)
         ends = []
         for world in range(options.worlds):
-            target = TabularTarget(world)
+            target = EnumerableTarget(world)
             drafter = warm(target, 0.5)
             optimizer = torch.optim.Adam([drafter.table], lr=0.03)
             before, _ = exact_gradient(drafter, target, PARENTS, rule=rule)

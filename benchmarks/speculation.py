@@ -16,15 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import arguments, parse, prompts, write_result
+from common import MAX_LENGTH, arguments, parse, prompts, request_queue, usual_request, write_result
 
-from aurora_rl import Request, SamplingParams, TargetParts, TreeShape
+from aurora_rl import TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
 from aurora_rl.policies.calibration import cost_table, measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
@@ -38,29 +37,21 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
     weights = [copy.deepcopy(drafter.published())]
     if options.swap_to:
         weights.insert(0, load_drafter(options.swap_to, parts).published())
-    requests = RequestQueue(
-        prompts(options),
-        tokenizer,
-        vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=1024,
-        sampling=SamplingParams(),
-    )
+    requests = request_queue(options, prompts(options), model, tokenizer)
     shape = TreeShape(options.depth, options.width, options.nodes, lookup=options.lookup)
     decoder = SpeculativeDecoder(
         model,
         drafter,
         requests,
         shape=shape,
-        max_length=1024,
+        max_length=MAX_LENGTH,
         num_slots=slots,
         stop_tokens=stop_token_ids(model, tokenizer),
     )
     env, policy = decoder.env, decoder.policy
     policy.rebuild_on_install = rebuild
-    sampling = SamplingParams(max_tokens=options.max_new_tokens)
-    usual = Request(0, torch.tensor(requests.first_prompts(1)[0]), sampling)
-    costs = measure_rounds(decoder.engine, policy, usual, TreeController.candidates(shape))
+    usual, tried = usual_request(options, requests), TreeController.candidates(shape)
+    costs = measure_rounds(decoder.engine, policy, usual, tried)
     server = InferenceServer(
         env,
         policy,
@@ -81,7 +72,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
 
         return run
 
-    # What is left of a round besides these three is TorchRL's.
+    # TorchRL takes what these three leave of a round.
     env._step, env._reset, policy.draft = timed(env._step), timed(env._reset), timed(policy.draft)
     installs, began, rounds = [], time.perf_counter(), 0
     while server.step():

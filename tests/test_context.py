@@ -20,7 +20,7 @@ def store_of_two() -> ContextStore:
 
 
 def committed(first: int, count: int, width: int) -> tuple[Tensor, Tensor]:
-    """Features and hidden rows of positions ``first`` on, with rubbish behind."""
+    """Features and hidden rows of positions ``first`` on, and rubbish after them."""
     rows = torch.full((1, width, 1), 99.0)
     rows[0, :count, 0] = first + torch.arange(count)
     return rows, 10 * rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import runpy
@@ -17,7 +16,6 @@ from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.main import main
 from aurora_rl.objectives import registry
-from aurora_rl.telemetry.events import EVENTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -202,27 +200,6 @@ def test_the_page_of_the_http_api_names_every_field() -> None:
     }
     named = re.findall(r"`(\w+)`", (DOCS / "reference" / "http.md").read_text())
     assert taken | fields.HARMLESS | fields.NEUTRAL.keys() <= set(named)
-
-
-def written_events() -> dict[str, set[str]]:
-    """Fields of each event by the calls of `MetricsLog.write` that name it; `**` hides the fields of a call."""
-    found: dict[str, set[str]] = {}
-    for path in (ROOT / "aurora_rl").rglob("*.py"):
-        for call in ast.walk(ast.parse(path.read_text())):
-            match call:
-                case ast.Call(ast.Attribute(attr="write"), [ast.Constant(str(event))], [_, *_] as words):
-                    found.setdefault(event, set()).update(word.arg or "**" for word in words)
-    return found
-
-
-def test_the_table_of_events_is_that_of_the_calls() -> None:
-    found = written_events()
-    assert set(EVENTS) - set(found) == {"learner_died"}  # view.py writes it by a variable
-    for event, fields in found.items():
-        if "**" in fields:
-            assert fields - {"**"} < set(EVENTS[event].fields), event
-        else:
-            assert fields == set(EVENTS[event].fields), event
 
 
 def test_the_walks_name_at_most_six_files() -> None:

@@ -98,25 +98,22 @@ def test_acceptance_is_what_was_recorded(drafted: LLM) -> None:
         assert completion.acceptance_length == pytest.approx((len(tokens) - 1 - int(anchor[0])) / len(anchor))
 
 
-def test_a_prompt_that_fails_ends_no_other(drafted: LLM) -> None:
-    bad = {
-        "empty": ([], "the prompt is empty; give at least one token"),
-        "unknown": ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
-        "long": ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
-        "chat": ([*CHAT, 5], "the prompt cannot be encoded: ValueError: every message of a chat has a role"),
-        "kind": (None, "the prompt cannot be encoded: TypeError"),
-        "float": ([1.5, 2.0], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
-        "nested": ([[1, 2]], "the prompt cannot be encoded: ValueError: give a text, a list of token ids"),
-    }
-    mixed = [part for prompt, _ in bad.values() for part in (prompt, "good")]
-    completions = drafted.generate(mixed, SHORT)
+def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [
+        ([], "the prompt is empty; give at least one token"),
+        ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
+        ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
+        ([*CHAT, 5], "every message of a chat has a role and content"),
+        *((prompt, "give a text, a list of token ids") for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)),
+    ]
     expected = texts(drafted.generate("good", SHORT))
-    assert texts(completions[1::2]) == expected * len(bad)
-    for completion, (_, message) in zip(completions[::2], bad.values(), strict=True):
-        assert completion.finish_reason == "error" and completion.text == ""
-        with pytest.raises(ValueError, match=message):
-            raise ValueError(completion.error)
-    assert [c.finish_reason for c in drafted.generate([prompt for prompt, _ in bad.values()])] == ["error"] * len(bad)
+    with monkeypatch.context() as patch:
+        patch.setattr(SpecDecodeEnv, "_round", lambda *_: pytest.fail("a round was decoded"))
+        for prompt, message in bad:
+            for served in (drafted.generate, drafted.stream):
+                with pytest.raises(ValueError, match=f"^prompt 1 cannot be served: .*{message}"):
+                    served(["good", prompt], SHORT)
+    assert texts(drafted.generate("good", SHORT)) == expected
 
 
 def test_parameters_are_one_or_as_many_as_the_prompts(plain: LLM) -> None:
@@ -152,6 +149,22 @@ def test_a_stop_string_ends_the_text_before_it(drafted: LLM) -> None:
     assert "".join(chunk.text for chunk in drafted.stream([prompt], params)) == cut.text
 
 
+def test_a_stop_string_across_a_special_token_ends_text_and_chunks(drafted: LLM) -> None:
+    """A special token is no part of the text, so that a stop string may lie on both sides of it."""
+    tokenizer, found = drafted.tokenizer, []
+    params = [SamplingParams(temperature=1.0, max_tokens=60, seed=seed) for seed in range(24)]
+    for done, wanted in zip(drafted.generate(["x"] * len(params), params), params, strict=True):
+        written = [tokenizer.decode([token], skip_special_tokens=True) for token in done.tokens.tolist()]
+        for before, special, after in zip(written, done.tokens[1:].tolist(), written[2:], strict=False):
+            if special in tokenizer.all_special_ids and re.fullmatch("[ -~]{2}", stop := before + after):
+                found.append((done.text, replace(wanted, stop=stop)))
+    assert found
+    for whole, wanted in found[:3]:
+        (cut,) = drafted.generate("x", wanted)
+        assert cut.finish_reason == "stop" and cut.text == whole[: whole.index(wanted.stop[0])]
+        assert "".join(chunk.text for chunk in drafted.stream("x", wanted)) == cut.text
+
+
 def test_a_stream_that_is_left_drops_its_requests(drafted: LLM) -> None:
     expected = texts(drafted.generate("good", SHORT))
     stream = drafted.stream(PROMPTS, SHORT)
@@ -175,6 +188,40 @@ def test_it_learns_from_what_it_served(tiny_folder: Path) -> None:
 
     assert acceptance(after) > acceptance(before) + 0.5
     assert after[0].trajectory["rounds", "policy_version"].unique().tolist() == [6]
+
+
+def test_a_single_completion_is_learned_from(drafted: LLM) -> None:
+    (completion,) = drafted.generate("abc", SHORT)
+    assert drafted.learn(completion, replay=0) > 0
+
+
+@pytest.mark.parametrize(
+    ("completions", "settings", "message"),
+    [
+        (["a", "b"], {}, r"completions has a str; give what llm.generate\(...\) returned"),
+        ("text", {}, "completions has a str; give what"),
+        (None, {}, "completions has a NoneType; give what"),
+        ([], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ([], {"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
+        ([], {"replay": -1}, "replay must be at least 0, got -1"),
+        ("SERVED", {"objectives": "imitation"}, "objectives is 'imitation'; give a list of mappings"),
+        ("SERVED", {"objectives": ["imitation"]}, "an objective needs a name, got 'imitation'"),
+        (
+            "SERVED",
+            {"objectives": {"name": "imitation"}},
+            "objectives is {'name': 'imitation'}; give a list of mappings",
+        ),
+        ("SERVED", {"objectives": []}, "objectives is empty; name at least one"),
+        ("SERVED", {"objectives": [{"nam": "imitation"}]}, "name"),
+        ("SERVED", {"objectives": [{"name": "imitatio"}]}, "imitation"),
+    ],
+)
+def test_what_cannot_be_learned_is_named(
+    drafted: LLM, completions: Any, settings: dict[str, Any], message: str
+) -> None:
+    completions = drafted.generate("abc", SHORT) if completions == "SERVED" else completions
+    with pytest.raises(ValueError, match=message):
+        drafted.learn(completions, **settings)
 
 
 def test_there_must_be_something_to_learn_from(plain: LLM, tiny_folder: Path) -> None:
@@ -206,11 +253,31 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"drafter": "/no/such/folder"}, "/no/such/folder"),
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
         ({"max_length": 513}, r"max_length must lie in 2\.\.512"),
+        ({"num_slots": 2.0}, "num_slots must be an integer, got 2.0"),
+        ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer, got 2.5"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens must be at least 0, got -1"),
+        ({"seed": None}, "seed must be an integer, got None"),
+        ({"shape": 4}, r"shape is 4; give a TreeShape, such as TreeShape\(depth=4, width=2\)"),
+        ({"dtype": None}, "dtype is None; give auto, float32"),
+        ({"device": None}, "device='None' cannot be used here .*; try cpu, or auto"),
+        ({"device": "meta:x"}, "device='meta:x' cannot be used here .*; try cpu, or auto"),
+        ({"drafter": Eagle3Drafter}, "drafter is a class, Eagle3Drafter; give a name such as 'eagle3', a folder"),
+        ({"drafter": 3}, "drafter is a int; give a name such as 'eagle3', a folder"),
+        ({"drafter": ""}, "no drafter is called ''"),
+        ({"model": torch.nn.Linear(1, 1)}, "model is a Linear; give its name: 'smollm2', a folder or a hub id"),
     ],
 )
 def test_what_cannot_be_is_named(tiny_folder: Path, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LLM(tiny_folder, **{"drafter": "eagle3", "device": "cpu", **settings})
+        LLM(**{"model": tiny_folder, "drafter": "eagle3", "device": "cpu", **settings})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_here_is_named(tiny_folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"device='cuda' cannot be used here \(Torch not compiled .*; try cpu, or auto"
+    ):
+        LLM(tiny_folder, device="cuda")
 
 
 def test_a_drafter_that_fails_ends_no_request(
@@ -252,15 +319,15 @@ def test_the_embedded_model_counts(smollm2_path: Path) -> None:
     assert "<|" not in completion.text and completion.acceptance_length > 1.2
 
 
-@pytest.mark.parametrize("prompts", [{"role": "user", "content": "hi"}, {"prompt": "hi"}, None, 5])
+@pytest.mark.parametrize("prompts", [{"role": "user", "content": "hi"}, {"prompt": "hi"}, None, 5, {"hi"}])
 def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
     llm = LLM(tiny_folder, device="cpu")
     with pytest.raises(ValueError, match="prompts is a .*; give a text, token ids, a list of messages"):
         llm.generate(prompts)
     with pytest.raises(ValueError, match=r"sampling is a dict; give SamplingParams"):
         llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
-    (failed,) = llm.generate([{"prompt": "hi"}])
-    assert failed.error is not None and "every message of a chat has a role and content" in failed.error
+    with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat has a role and content"):
+        llm.generate([{"prompt": "hi"}])
 
 
 def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:

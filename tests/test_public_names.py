@@ -1,17 +1,15 @@
-"""What `import aurora_rl` gives: sixteen names, at once and without torch; and paths that moved name the new one."""
+"""What `import aurora_rl` gives: sixteen names, at once and without torch."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 
 import pytest
 
 import aurora_rl
-from aurora_rl._moved import MOVED
 
 NAMES = [name for name in aurora_rl.__all__ if name != "__version__"]
 
@@ -50,14 +48,3 @@ def test_other_names_are_refused_as_usual() -> None:
         exec("from aurora_rl import LLn")
     with pytest.raises(ModuleNotFoundError, match="No module named 'aurora_rl.no_such_module'"):
         importlib.import_module("aurora_rl.no_such_module")
-
-
-@pytest.mark.parametrize("old", MOVED)
-def test_a_path_that_moved_names_the_new_one(old: str) -> None:
-    new = f"aurora_rl.{MOVED[old]}"
-    assert importlib.util.find_spec(new) is not None
-    with pytest.raises(ModuleNotFoundError, match=rf"^aurora_rl\.{old} is {new} now$"):
-        importlib.import_module(f"aurora_rl.{old}")
-    if "." not in old:
-        with pytest.raises(ModuleNotFoundError, match=rf"^aurora_rl\.{old} is {new} now$"):
-            exec(f"from aurora_rl import {old}")

@@ -9,7 +9,6 @@ from types import ModuleType
 import pytest
 
 from aurora_rl import registry
-from aurora_rl.envs import Engine, TransformersEngine, get_engine, register_engine
 from aurora_rl.registry import Registry
 
 MODULE = "test_registry_parts"
@@ -79,11 +78,3 @@ def test_functions(parts: Registry[type[Part]]) -> None:
         functions.get("math:pi")
     with pytest.raises(ValueError, match="'collections:Counter' is collections:Counter, which is no function"):
         functions.get("collections:Counter")
-
-
-def test_engines() -> None:
-    assert get_engine("transformers") is get_engine(f"{TransformersEngine.__module__}:TransformersEngine")
-    with pytest.raises(ValueError, match="did you mean 'sglang'[?] There are sglang, transformers, and any"):
-        get_engine("sglnag")
-    with pytest.raises(ValueError, match="lacks commit, logits, prefill, release, verify"):
-        register_engine("unfinished")(type("Unfinished", (Engine,), {}))

@@ -64,18 +64,20 @@ class Cache:
             output.append((keys @ query[head].double() * SCALE).softmax(0) @ values)
         return torch.stack(output)
 
-    def decode(self, query: Tensor, key: Tensor | None, value: Tensor | None, loc: Tensor, **other: object) -> Tensor:
+    def decode(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, loc: Tensor, **overrides: object
+    ) -> Tensor:
         arguments = dict(
             query=query, k_buffer=self.keys, v_buffer=self.values, k_scale=1.0, v_scale=1.0,
             output=torch.full_like(query, math.nan), key=key, value=value, loc=loc, attn_logits=torch.empty(0),
             req_to_token=self.table, req_pool_indices=self.rows, seq_lens=self.lengths, sm_scale=SCALE, logit_cap=0.0,
             is_cross_attn=False, sliding_window=0, encoder_lens=None, sinks=None,
         )  # fmt: skip
-        arguments.update(other)
+        arguments.update(overrides)
         torch.ops.sgl_kernel.decode_attention_cpu(*arguments.values())
         return arguments["output"]
 
-    def extend(self, query: Tensor, new: list[int], tree_mask: Tensor | None = None, **other: object) -> Tensor:
+    def extend(self, query: Tensor, new: list[int], tree_mask: Tensor | None = None, **overrides: object) -> Tensor:
         starts = [sum(new[:i]) for i in range(len(new))]
         arguments = dict(
             query=query, key=None, value=None, output=torch.full_like(query, math.nan), k_buffer=self.keys,
@@ -85,7 +87,7 @@ class Cache:
             logit_cap=0.0, is_cross_attn=False, sliding_window=0, encoder_lens=None, sinks=None, tree_mask=tree_mask,
             is_causal=True,
         )  # fmt: skip
-        arguments.update(other)
+        arguments.update(overrides)
         torch.ops.sgl_kernel.extend_attention_cpu(*arguments.values())
         return arguments["output"]
 
@@ -116,9 +118,9 @@ def test_decoding_stores_the_new_token_and_attends_over_the_request(lengths: lis
 @pytest.mark.parametrize(
     ("lengths", "new"),
     [([7], [7]), ([9, 30], [4, 4]), ([9, 30, 12], [9, 1, 5]), ([9, 5, 8], [2, 0, 8])],
-    ids=["whole prompt", "equal and behind a prefix", "ragged", "one of them has nothing new"],
+    ids=["whole prompt", "equal and after a prefix", "ragged", "one of them has nothing new"],
 )
-def test_extending_is_causal_behind_the_prefix(lengths: list[int], new: list[int], dtype: torch.dtype) -> None:
+def test_extending_is_causal_after_the_prefix(lengths: list[int], new: list[int], dtype: torch.dtype) -> None:
     cache = Cache(lengths, dtype)
     query = torch.randn(sum(new), HEADS, SIZE).to(dtype)
     expected, rows = [], iter(query)
@@ -183,12 +185,12 @@ class Drafted:
         self.parents = [candidate for step in expansions[:-1] for candidate in step]
         kept: list[int] = []
         while len(kept) < num_nodes - 1:  # any candidate whose parent is kept
-            made = range(topk + topk * topk * (steps - 1))
-            kept.append(rng.choice([c for c in made if c not in kept and self.parent(c) in {None, *kept}]))
+            candidates = range(topk + topk * topk * (steps - 1))
+            kept.append(rng.choice([c for c in candidates if c not in kept and self.parent(c) in {None, *kept}]))
         self.kept = sorted(kept)
 
     def parent(self, candidate: int) -> int | None:
-        """The candidate that this one was drafted behind; None behind the root."""
+        """The candidate that this one was drafted after; None after the root."""
         expansion = candidate // self.topk
         return None if expansion == 0 else self.parents[expansion]
 
@@ -255,7 +257,7 @@ def test_a_chain_and_a_tree_by_hand() -> None:
     assert out["retrive_next_sibling"].tolist() == [[-1, -1, -1, -1]]
     assert out["positions"].tolist() == [7, 8, 9, 10]
     tree = Drafted(random.Random(0), topk=2, steps=2, num_nodes=5)
-    # Candidates 0, 1 stand behind the root, 2, 3 behind candidate 0, and 4, 5 behind candidate 1.
+    # Candidates 0, 1 are children of the root, 2, 3 of candidate 0, and 4, 5 of candidate 1.
     tree.parents, tree.kept = [-1, 0, 1], [0, 1, 3, 4]
     out = build([tree], [7], 5)
     assert out["retrive_next_token"].tolist() == [[1, 3, 4, -1, -1]]
@@ -272,7 +274,7 @@ def test_a_chain_and_a_tree_by_hand() -> None:
 
 def test_a_node_whose_parent_was_not_kept_is_out_of_reach() -> None:
     tree = Drafted(random.Random(0), topk=2, steps=2, num_nodes=3)
-    tree.parents, tree.kept = [-1, 0, 1], [0, 4]  # 4 stands behind 1, which a tie left out
+    tree.parents, tree.kept = [-1, 0, 1], [0, 4]  # 4 is a child of 1, which a tie left out
     out = build([tree], [7], 3)
     assert out["retrive_next_token"].tolist() == [[1, -1, -1]]
     assert out["retrive_next_sibling"].tolist() == [[-1, -1, -1]]
@@ -316,10 +318,10 @@ def test_the_greedy_verdict_is_the_path_that_the_target_would_say(
         path = [0]
         while len(path) < longest:
             said = wanted[i, path[-1]]
-            behind = [n for n in range(1, num_nodes) if parents[i][n] == path[-1] and candidates[i, n] == said]
-            if not behind:
+            children = [n for n in range(1, num_nodes) if parents[i][n] == path[-1] and candidates[i, n] == said]
+            if not children:
                 break
-            path.append(behind[0])
+            path.append(children[0])
         assert accepted[i] == len(path) - 1
         assert accept_index[i].tolist() == [i * num_nodes + n for n in path] + [-1] * (longest - len(path))
         for node in path:
@@ -358,7 +360,7 @@ def test_allocated_slots_go_into_each_requests_range_and_come_back() -> None:
     assert out.tolist() == [10, 11, 12, 13, 14, -1, -1]
 
 
-def test_drafts_are_written_behind_the_text() -> None:
+def test_drafts_are_written_after_the_text() -> None:
     table = torch.arange(30).view(3, 10)
     out = torch.zeros(8, dtype=torch.long)
     kernels.assign_draft_cache_locs_contiguous_cpu(torch.tensor([2, 0]), table, torch.tensor([3, 5]), out, 10, 2, 2)

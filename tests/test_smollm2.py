@@ -167,8 +167,8 @@ class Knowing(Drafter):
 
 def eagle(parts: TargetParts, dtype: torch.dtype = torch.float32) -> Eagle3Drafter:
     # Low ids are the frequent tokens of a byte-pair tokenizer.
-    made = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(4096), feature_layers=LAYERS)
-    return made.to(dtype).eval().requires_grad_(False)
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(4096), feature_layers=LAYERS)
+    return drafter.to(dtype).eval().requires_grad_(False)
 
 
 def accepted(completions: dict[int, Completion]) -> Tensor:
@@ -192,15 +192,15 @@ def test_trees_in_four_slots_of_unequal_lengths(world: World) -> None:
 
 
 def test_swaps_in_mid_request(world: World) -> None:
-    made = eagle(world.parts)
-    published = {name: tensor.clone() for name, tensor in made.published().items()}
+    drafter = eagle(world.parts)
+    published = {name: tensor.clone() for name, tensor in drafter.published().items()}
 
     def swap(policy: DrafterPolicy, number: int) -> None:
         if number % 6 == 5:
             weights = {k: v if k == "d2t" else v + 0.01 * torch.randn_like(v) for k, v in published.items()}
             policy.install(weights, policy.version + 1)
 
-    done = serve(world, SWAPS, made, TreeShape(2), slots=2, each=swap)
+    done = serve(world, SWAPS, drafter, TreeShape(2), slots=2, each=swap)
     for completion in done.values():
         versions = completion.trajectory["rounds", "policy_version"]
         assert len(versions.unique()) > 3 and bool((versions.diff() >= 0).all())
@@ -208,9 +208,9 @@ def test_swaps_in_mid_request(world: World) -> None:
 
 
 def test_recorded_streams_replay_exactly_and_score_as_served(world: World) -> None:
-    made, shape = eagle(world.parts), TreeShape(3, 2, 5, lookup=2)
-    again = copy.deepcopy(made)
-    done = serve(world, REPLAY, made, shape, slots=2)
+    drafter, shape = eagle(world.parts), TreeShape(3, 2, 5, lookup=2)
+    again = copy.deepcopy(drafter)
+    done = serve(world, REPLAY, drafter, shape, slots=2)
     trajectories = [completion.trajectory for completion in done.values()]
     replayed = replay(copy.deepcopy(again), trajectories, shape)
     assert replayed.tokens.tolist() == [len(c.tokens) for c in done.values()]
@@ -228,15 +228,15 @@ def test_scores_in_bf16(smollm2_path: Path) -> None:
     if models.default_dtype("cpu") != torch.bfloat16:
         pytest.skip("this CPU does not compute in bf16")
     model, parts, _, prompts = load(smollm2_path, torch.bfloat16, 2)
-    made = eagle(parts, torch.bfloat16)
-    again = copy.deepcopy(made)
+    drafter = eagle(parts, torch.bfloat16)
+    again = copy.deepcopy(drafter)
     engine = TransformersEngine(model, num_slots=2, max_length=192, feature_layers=LAYERS)
     waiting = [Request(i, prompt, SamplingParams(max_tokens=24)) for i, prompt in enumerate(prompts)]
     done: list[Completion] = []
     env = SpecDecodeEnv(
         engine, lambda: waiting.pop() if waiting else None, num_nodes=5, rule="greedy", on_completion=done.append
     )
-    policy = DrafterPolicy(made, engine.store, num_nodes=5, shape=TreeShape(3, 2, 5))
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=5, shape=TreeShape(3, 2, 5))
     td = env.reset()
     while env.num_active:
         _, td = env.step_and_maybe_reset(policy(td))

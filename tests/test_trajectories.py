@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -143,11 +144,11 @@ def test_packing_takes_one_form(served: list[TensorDict], likeliest: list[Tensor
         ValueError, match="trajectory 0 has 'topk_log_probs' of 4 tokens, trajectory 2 has 'hidden'. Let"
     ):
         pack([*likeliest[:2], served[2]])
-    other = topk_form(served[1], TargetParts.of(tiny_target()).head, 5)
+    likeliest_five = topk_form(served[1], TargetParts.of(tiny_target()).head, 5)
     with pytest.raises(
         ValueError, match="trajectory 0 has 'topk_log_probs' of 4 tokens, trajectory 1 has .* of 5 tokens"
     ):
-        pack([likeliest[0], other])
+        pack([likeliest[0], likeliest_five])
 
 
 def test_log_probs_are_packed_where_all_have_them(served: list[TensorDict]) -> None:
@@ -335,7 +336,7 @@ def test_every_form_crosses_the_wire(likeliest: list[TensorDict], served: list[T
     handshake = Handshake(1, "config", "head", (2, 5), "", "eagle3")
     sent = [form for t in (*served, *likeliest) for form in (t, t.exclude(("nodes", "log_probs")))]
     collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=lambda t: validate(t, **SIZES))
-    with TrajectorySink(collector.address, handshake=handshake) as sink:
+    with closing(TrajectorySink(collector.address, handshake=handshake)) as sink:
         for trajectory in sent:
             sink.extend(trajectory)
         received: list[TensorDict] = []

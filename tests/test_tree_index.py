@@ -43,7 +43,7 @@ def test_a_node_is_seen_from_itself_to_the_end_of_its_subtree(seed: int) -> None
     trees = TreeIndex.of(batch_of([random_tree(size, generator) for size in (7, 0, 1, 12, 9)]))
     ends = trees.ends
     for node in range(len(ends)):
-        seen = {other for other in range(len(ends)) if other <= node < ends[other]}
+        seen = {ancestor for ancestor in range(len(ends)) if ancestor <= node < ends[ancestor]}
         assert seen == ancestors_or_self(trees, node)
 
 
@@ -72,3 +72,20 @@ def test_a_pass_scores_all_nodes_of_a_depth_or_all_there_are(name: str, part: st
     drafter.get_submodule(part).register_forward_hook(lambda *_: counted.append(1))
     drafter.score(batch)
     assert len(counted) == passes
+
+
+def test_recorded_trees() -> None:
+    """Two requests: one of three rounds, of which the second drafted nothing, and one whose root is its first token."""
+    batch = TensorDict({
+        "rounds": {
+            "offset": torch.tensor([0, 3, 3, 5, 6]), "anchor": torch.tensor([4, 5, 7, 0]),
+            "request_offset": torch.tensor([0, 3, 4]),
+        },
+        "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0, -1])},
+    })  # fmt: skip
+    trees = TreeIndex.of(batch)
+    assert trees.num_rounds == 4
+    assert trees.request.tolist() == [0, 0, 0, 1] + [0, 0, 0, 0, 0, 1]
+    assert trees.root.tolist() == [3, 4, 6, -1] + [3, 3, 3, 6, 6, -1]
+    assert trees.depth.tolist() == [0, 0, 0, 0] + [1, 2, 2, 1, 2, 1]
+    assert trees.parent.tolist() == [0, 4, 4, 2, 7, 3]

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from aurora_rl.trees import (
     accepted_path,
     ancestor_mask,
-    chain_parents,
-    depth_first,
     depths,
     last_accepted,
     reorder_depth_first,
@@ -200,7 +198,7 @@ def test_depth_first_order(parents: list[list[int]]) -> None:
         assert [order[p].item() if p >= 0 else -1 for p in renamed] == [tree[node] for node in order]
         assert renamed.dtype == order.dtype == torch.int64
         # A tree in depth-first order is left as it is.
-        assert depth_first(renamed).tolist() == list(range(len(tree)))
+        assert reorder_depth_first(renamed)[0].tolist() == list(range(len(tree)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,11 +215,6 @@ def test_depth_first_order(parents: list[list[int]]) -> None:
 PARENTS = torch.tensor([[-1, -1, 0, 0, 1, 2]])
 TOKENS = torch.tensor([[0, 1, 1, 2, 0, 0]])
 ALL = torch.ones(1, 6, dtype=torch.bool)
-
-
-def test_chain() -> None:
-    assert chain_parents(4, 2).tolist() == [[-1, 0, 1, 2]] * 2
-    assert chain_parents(0, 2).shape == (2, 0)
 
 
 def test_literal_depths_and_mask() -> None:
@@ -290,4 +283,4 @@ def test_literal_depth_first() -> None:
 @pytest.mark.parametrize("parents", [[0], [-2], [-1, 2, 0]])
 def test_depth_first_names_the_illegal_node(parents: list[int]) -> None:
     with pytest.raises(ValueError, match=r"node \d has parent -?\d, expected -1 or an earlier node; drop invalid"):
-        depth_first(torch.tensor(parents))
+        reorder_depth_first(torch.tensor(parents))

@@ -28,7 +28,7 @@ def pip(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves a `build` folder behind, and packs what an older one still holds."""
+    """Built from a copy: setuptools leaves a `build` folder, and packs what an older one still holds."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("aurora_rl", "kernels"):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.config import Config, ConfigError
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, resolve, start_drafter
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -57,19 +57,74 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
-    """Run the variants that have no result yet. Returns the exit status."""
+    """Run the variants that have no result yet, then write the table and the plot of all results in the folder.
+
+    The results may be of several recordings. Returns the exit status.
+
+    Raises:
+        ConfigError: An unknown variant, a number below 1, objectives that no variant uses, a recording that is too
+            short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
+            was made with other settings.
+    """
     torch.set_num_threads(config.learner.threads)
-    bench_objectives(
-        config,
-        arguments.recording,
-        arguments.out,
-        variants=[name.strip() for name in arguments.variants.split(",")],
-        seeds=arguments.seeds,
-        every=arguments.every,
-        ahead=arguments.ahead,
-        limit=arguments.limit,
-        say=lambda line: print(line, flush=True),
-    )
+    spec, recording, out = resolve(config), arguments.recording, arguments.out
+    every, ahead = arguments.every, arguments.ahead
+    variants = dict.fromkeys(name.strip() for name in arguments.variants.split(","))
+    known = {**VARIANTS, _CONFIGURED: config.objectives}
+    for option in ("seeds", "every", "ahead", "limit"):
+        number = getattr(arguments, option)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{option} must be at least 1, got {number}")
+    for variant in variants:
+        if variant not in known:
+            raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join(known)}")
+    if _CONFIGURED not in variants and config.objectives != Config().objectives:
+        raise ConfigError(f"no variant learns by objectives={config.objectives}; add {_CONFIGURED!r} to --variants")
+    dataset = TrajectoryDataset(recording)
+    count = min(len(dataset), arguments.limit or len(dataset))
+    if every % config.learner.batch_size:
+        raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
+    if count < every + ahead:
+        raise ConfigError(f"--recording {recording} has {count} trajectories; at least {every + ahead} are needed")
+    settings = _settings(spec, every, ahead, count, dataset.digest(count))
+    missing = []
+    for seed in range(arguments.seeds):
+        for variant in variants:
+            path = out / f"{recording.name}-{variant}-{seed}.json"
+            if path.exists():
+                _check_reuse(path, {"objectives": known[variant], **settings})
+            else:
+                missing.append((path, variant, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    if missing:
+        stream = [dataset[index] for index in range(count)]
+        target = load(spec)
+        # Another drafter's features may be as wide as this one's.
+        TrajectoryDataset(recording, start_drafter(spec, target, []).feature_layers)
+    for path, variant, seed in missing:
+        began, spent = time.monotonic(), time.process_time()
+        with naming(f"variant {variant!r} on {recording}"):
+            curves, skipped = learning_curve(
+                spec, target, stream, known[variant], seed=seed, every=every, ahead=ahead,
+                label=f"{recording.name} {variant} seed {seed}",
+            )  # fmt: skip
+        result = {
+            "recording": recording.name,
+            "variant": variant,
+            "seed": seed,
+            "settings": {"objectives": known[variant], **settings},
+            "skipped": skipped,  # steps
+            "seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time() - spent, 1),  # whatever else the machine did
+            "curves": {mode: [[seen, round(a, 4)] for seen, a in curve] for mode, curve in curves.items()},
+        }
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    (out / "table.md").write_text(_markdown(results))
+    _plot(results, out / "curves.png")
+    _say(f"{len(results)} runs in {out}: table.md, curves.png")
     return 0
 
 
@@ -82,52 +137,40 @@ def learning_curve(
     seed: int,
     every: int,
     ahead: int,
-    tell: Callable[[int, str, float], None],
+    label: str,
 ) -> tuple[dict[str, list[tuple[int, float]]], int]:
-    """Acceptance length on the next requests of a stream, after every so many learned from.
+    """Return the acceptance length on the next ``ahead`` requests of a stream, after every ``every`` learned from.
 
     Likeliest drafts are evaluated always, since they are served by default; sampled ones as well if the configuration
-    samples.
-
-    Args:
-        spec: Drafter, learner and tree.
-        target: Target that the stream was recorded with.
-        stream: Trajectories in order of arrival.
-        objectives: Names and settings.
-        seed: Seed of the drafter's start and of replay.
-        every: Requests between two evaluations, a multiple of ``learner.batch_size``.
-        ahead: Requests of an evaluation, the next of the stream, which were not learned from yet.
-        tell: Called with each point as it comes.
+    samples. ``seed`` is that of the drafter's start and of replay. ``label`` begins the lines that are printed.
 
     Returns:
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
     drafter = start_drafter(replace(spec, config=replace(spec.config, seed=seed)), target, prompts)
-    dtype, settings, served_shape = spec.dtype, spec.config.learner, spec.tree
-    shapes = {mode: replace(served_shape, mode=mode) for mode in dict.fromkeys(("topk", served_shape.mode))}
+    settings = spec.config.learner
+    shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
-    optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
-    served = copy.deepcopy(drafter).to(dtype).eval().requires_grad_(False)
+    served = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
     def evaluate(seen: int) -> None:
         served.install(drafter.published())
-        coming = [stream[index] for index in range(seen, seen + ahead)]
         for mode, shape in shapes.items():
-            acceptance = replay(served, coming, shape).acceptance_length
+            acceptance = replay(served, stream[seen : seen + ahead], shape).acceptance_length
             curves[mode].append((seen, acceptance))
-            tell(seen, mode, acceptance)
+            _say(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
 
     evaluate(0)
     skipped: list[str] = []
     steps = train_on(
         stream[: (len(stream) - ahead) // every * every],  # up to the last evaluation
         loss,
-        optimizers,
+        drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
         batch_size=settings.batch_size,
         replay=settings.replay,
-        autocast=dtype == torch.bfloat16,
+        autocast=spec.dtype == torch.bfloat16,
         seed=seed,
         max_skipped=settings.max_skipped,
         on_skip=skipped.append,
@@ -138,102 +181,8 @@ def learning_curve(
     return curves, len(skipped)
 
 
-def bench_objectives(
-    config: Config,
-    recording: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    variants: Sequence[str],
-    seeds: int,
-    every: int,
-    ahead: int,
-    limit: int | None,
-    say: Callable[[str], None],
-) -> None:
-    """Run the variants that have no result yet, then write the table and the plot of all results in the folder.
-
-    Args:
-        config: Configuration of the runs.
-        recording: Folder of a recorded stream.
-        out: Folder of the results, one file a run; its table and plot cover every recording that it has results of.
-        variants: Names of :data:`VARIANTS`, or "configured" for the objectives of ``config``.
-        seeds: Runs of each variant.
-        every: Requests between two evaluations.
-        ahead: Requests of an evaluation.
-        limit: Most requests of the recording.
-        say: Takes a line of progress.
-
-    Raises:
-        ConfigError: An unknown variant, a number below 1, objectives that no variant uses, a recording that is too
-            short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
-            was made with other settings.
-    """
-    recording, out = Path(recording), Path(out)
-    spec = resolve(config)
-    _check_arguments(config, variants, seeds=seeds, every=every, ahead=ahead, limit=limit)
-    known = {**VARIANTS, _CONFIGURED: config.objectives}
-    found = TrajectoryDataset(recording)
-    count = min(len(found), limit or len(found))
-    if every % config.learner.batch_size:
-        raise ConfigError(f"--every {every} must be a multiple of learner.batch_size={config.learner.batch_size}")
-    if count < every + ahead:
-        raise ConfigError(f"--recording {recording} has {count} trajectories; at least {every + ahead} are needed")
-    settings = _settings(spec, every, ahead, count, found.digest(count))
-    missing = []
-    for seed in range(seeds):
-        for variant in dict.fromkeys(variants):
-            path = _result(out, recording, variant, seed)
-            if path.exists():
-                _check_reuse(path, {"objectives": known[variant], **settings}, say)
-            else:
-                missing.append((variant, seed))
-    out.mkdir(parents=True, exist_ok=True)
-    if missing:
-        stream = [found[index] for index in range(count)]
-        target = load(spec)
-        # Another drafter's features may be as wide as this one's.
-        TrajectoryDataset(recording, start_drafter(spec, target, []).feature_layers)
-        for variant, seed in missing:
-            began, spent = time.monotonic(), time.process_time()
-
-            def tell(seen: int, mode: str, acceptance: float, variant: str = variant, seed: int = seed) -> None:
-                say(f"{recording.name} {variant} seed {seed}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
-
-            try:
-                curves, skipped = learning_curve(
-                    spec, target, stream, known[variant], seed=seed, every=every, ahead=ahead, tell=tell
-                )
-            except ValueError as error:
-                raise ConfigError(f"variant {variant!r} on {recording}: {error}") from error
-            result = {
-                "recording": recording.name,
-                "variant": variant,
-                "seed": seed,
-                "settings": {"objectives": known[variant], **settings},
-                "skipped": skipped,  # steps
-                "seconds": round(time.monotonic() - began, 1),
-                "cpu_seconds": round(time.process_time() - spent, 1),  # whatever else the machine did
-                "curves": {mode: [[seen, round(a, 4)] for seen, a in curve] for mode, curve in curves.items()},
-            }
-            part = _result(out, recording, variant, seed).with_suffix(".part")
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            part.replace(_result(out, recording, variant, seed))
-    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    (out / "table.md").write_text(_markdown(results))
-    _plot(results, out / "curves.png")
-    say(f"{len(results)} runs in {out}: table.md, curves.png")
-
-
-def _check_arguments(config: Config, variants: Sequence[str], **numbers: int | None) -> None:
-    """Raise ConfigError for what can be told before anything is read."""
-    for option, number in numbers.items():
-        if number is not None and number < 1:
-            raise ConfigError(f"--{option} must be at least 1, got {number}")
-    for variant in variants:
-        if variant not in (*VARIANTS, _CONFIGURED):
-            raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join((*VARIANTS, _CONFIGURED))}")
-    if _CONFIGURED not in variants and config.objectives != Config().objectives:
-        raise ConfigError(f"no variant learns by objectives={config.objectives}; add {_CONFIGURED!r} to --variants")
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
@@ -252,11 +201,11 @@ def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) ->
     }
 
 
-def _check_reuse(path: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
+def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
     """Raise ConfigError where a result was made with other settings."""
     earlier = json.loads(path.read_text()).get("settings")
     if earlier is None:
-        say(f"{path} does not say its settings, as older results do not; it is taken as it is")
+        _say(f"{path} does not say its settings, as older results do not; it is taken as it is")
         return
     for name, value in settings.items():
         if earlier.get(name) != value:
@@ -264,10 +213,6 @@ def _check_reuse(path: Path, settings: dict[str, Any], say: Callable[[str], None
                 f"{path} was made with {name}={earlier.get(name)}, and this run has {name}={value}; name another "
                 "folder by --out"
             )
-
-
-def _result(out: Path, recording: Path, variant: str, seed: int) -> Path:
-    return out / f"{recording.name}-{variant}-{seed}.json"
 
 
 def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[tuple[int, float, float]]]:
@@ -283,21 +228,16 @@ def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str],
     }
 
 
-def _rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _markdown(results: Sequence[dict[str, Any]]) -> str:
     curves = mean_curves(results)
     seeds = Counter((r["recording"], r["variant"]) for r in results)
     at = sorted({seen for curve in curves.values() for seen, _, _ in curve})
-    rows = [["recording", "drafts", "objectives", "seeds", *(str(seen) for seen in at)]]
+    rows = [["recording", "drafts", "objectives", "seeds", *map(str, at)]]
     for (recording, mode, variant), curve in curves.items():
         cells = {seen: f"{mean:.3f}" + (f" ± {spread / 2:.3f}" if spread else "") for seen, mean, spread in curve}
         rows.append([recording, mode, variant, str(seeds[recording, variant]), *(cells.get(seen, "–") for seen in at)])
-    return rows
-
-
-def _markdown(results: Sequence[dict[str, Any]]) -> str:
-    rows = _rows(results)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
 
 
 def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -316,12 +256,12 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     # A variant has one colour in all panels, and stands in the legend also where the first panel lacks it.
     colours = {variant: f"C{number}" for number, variant in enumerate(sorted({variant for _, _, variant in curves}))}
     lines = {}
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for (recording, mode, variant), curve in curves.items():
-            if (recording, mode) == panel:
-                points = zip(*((seen, mean) for seen, mean, _ in curve), strict=True)
-                (lines[variant],) = axis.plot(*points, color=colours[variant])
-        axis.set_title(f"{panel[0]}, {panel[1]} drafts")
+    axis_of = dict(zip(panels, axes.flat, strict=False))
+    for (recording, mode, variant), curve in curves.items():
+        points = zip(*((seen, mean) for seen, mean, _ in curve), strict=True)
+        (lines[variant],) = axis_of[recording, mode].plot(*points, color=colours[variant])
+    for (recording, mode), axis in axis_of.items():
+        axis.set_title(f"{recording}, {mode} drafts")
         axis.set_xlabel("requests learned from")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()

@@ -9,15 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, check_context, load, resolve, start_drafter
-from aurora_rl.envs import Request, SamplingParams, TransformersEngine, generation_processors
-from aurora_rl.envs.exactness import UnsupportedModelError
+from aurora_rl.envs import Request, TransformersEngine, generation_processors
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
 from aurora_rl.policies.calibration import measure_rounds
@@ -35,36 +33,28 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
-    """Report on the configured model, line by line.
-
-    Args:
-        config: Names the model, its dtype and device, the engine's slots and length, and the drafter that is timed.
-        say: Takes each line.
-
-    Returns:
-        Whether the embedded engine serves the model with the configured drafter.
+    """Report on the configured model, line by line; return whether the embedded engine serves it with the drafter.
 
     Raises:
         ModelError: The model cannot be loaded.
     """
     spec = resolve(config)
     target = load(spec)
-    model = target.model
-    weights = _size(sum(p.nbytes for p in model.parameters()))
-    dtype = str(model.dtype).removeprefix("torch.")
+    model, weights = target.model, _size(sum(p.nbytes for p in target.model.parameters()))
+    dtype = str(spec.dtype).removeprefix("torch.")
     say(f"model        {config.model}: {type(model).__name__}, {dtype} on {model.device}, {weights} of weights")
     served, processors = True, None
     if config.generation_config != "ignore":
         try:
             processors = generation_processors(model, stop_token_ids(model, target.tokenizer))
             if processors is not None:
-                processors(_request(config, torch.zeros(1, dtype=torch.int64), 1))
+                processors(Request(0, torch.zeros(1, dtype=torch.int64), replace(spec.sampling, max_tokens=1)))
                 say("generation   the processors of generation_config are applied at every node")
         except ValueError as error:
             served, processors = False, None
             say(f"generation   refused: {error}")
-    drafters = _report_drafters(config, target, say)
-    drafter = drafters.get(config.drafter.name)
+    drafters = _report_drafters(spec, target, say)
+    drafter = drafters.get(spec.drafter_name)
     try:
         check_context(config, target)
         engine = TransformersEngine(
@@ -73,7 +63,7 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
             max_length=config.engine.max_length,
             feature_layers=drafter.feature_layers if drafter is not None else (),
         )
-    except (UnsupportedModelError, ValueError) as error:
+    except ValueError as error:
         say(f"engine       refused: {error}")
         return False
     found = engine.exactness
@@ -83,25 +73,20 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
         f"engine       exact in the {found.form} form: logits differ by {found.error:.1e} of their spread "
         f"({found.tolerance:.0e} is rounding)"
     )
-    held = _size(engine.cache_bytes)
-    say(f"memory       {held} of keys and values for {engine.num_slots} slots of {engine.max_length} tokens")
+    slots = f"{engine.num_slots} slots of {engine.max_length} tokens"
+    say(f"memory       {_size(engine.cache_bytes)} of keys and values for {slots}")
     if drafter is None:
         return False
     _report_rounds(spec, engine, drafter, processors, say)
     return served
 
 
-def _request(config: Config, prompt: Tensor, max_new_tokens: int) -> Request:
-    sampling = SamplingParams(config.temperature, config.top_k, config.top_p, max_tokens=max_new_tokens)
-    return Request(0, prompt, sampling)
-
-
-def _report_drafters(config: Config, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
+def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
     """Start every drafter untrained; the configured one as it is configured."""
-    started = {}
-    for name in sorted({*available_drafters(), config.drafter.name}):
+    started, config = {}, spec.config
+    for name in sorted({*available_drafters(), spec.drafter_name}):
         settings = config.drafter
-        if name != settings.name:
+        if name != spec.drafter_name:
             settings = replace(settings, name=name, options={}, path=None, feature_layers=None)
         try:
             started[name] = drafter = start_drafter(resolve(replace(config, drafter=settings)), target, [])
@@ -120,15 +105,13 @@ def _report_rounds(
     processors: Callable[[Request], LogitsProcessorList] | None,
     say: Callable[[str], Any],
 ) -> None:
-    config, shape = spec.config, spec.tree
-    served = (
-        copy.deepcopy(drafter).to(device=engine.model.device, dtype=engine.model.dtype).eval().requires_grad_(False)
-    )
+    shape = spec.tree
+    served = copy.deepcopy(drafter).to(device=spec.device, dtype=spec.dtype).eval().requires_grad_(False)
     policy = DrafterPolicy(served, engine.store, num_nodes=shape.num_nodes, shape=shape)
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
-    request = _request(config, tokens, engine.max_length - len(tokens))
+    request = Request(0, tokens, replace(spec.sampling, max_tokens=engine.max_length - len(tokens)))
     plain = TreeShape(0, mode=shape.mode)
-    tree = f"{config.drafter.name} (depth {shape.depth}, width {shape.width})"
+    tree = f"{spec.drafter_name} (depth {shape.depth}, width {shape.width})"
     costs = measure_rounds(engine, policy, request, [plain, shape], repeats=5, processors=processors)
     for slots, seconds in sorted(costs.items()):
         before, after = seconds[plain], seconds[shape]

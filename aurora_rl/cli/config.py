@@ -5,8 +5,7 @@ Constructors elsewhere take flat arguments and never see these classes.
 
 from __future__ import annotations
 
-import difflib
-import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
+from aurora_rl.cli.config_checks import check
 from aurora_rl.cli.cpus import usable_cpus
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, the value and the fix."""
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.settings import nearest
 
 
 @dataclass
@@ -33,7 +31,7 @@ class EngineConfig:
     """
 
     name: str = "transformers"
-    """transformers, sglang, or package.module:Class of an engine in this process."""
+    """Engine: transformers, sglang, or package.module:Class of one in this process."""
     slots: int = 2
     """Requests decoded at the same time."""
     max_length: int = 1024
@@ -68,14 +66,15 @@ class TrafficConfig:
 class DrafterConfig:
     """The drafter and the trees that it proposes."""
 
-    name: str = "medusa"
-    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class."""
+    name: str | None = None
+    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class; null takes that of the
+    checkpoint in ``drafter.path``, or medusa."""
     options: dict[str, Any] = field(default_factory=dict)
     """Architecture-specific options, for example ``fc_norm: true``."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
     made_for: str = "target"
-    """target refuses a checkpoint that was trained for other weights than the target's; any starts from it."""
+    """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
     vocab_size: int = 8192
     """Rows of the draft head."""
     feature_layers: list[int] | None = None
@@ -83,14 +82,14 @@ class DrafterConfig:
     depth: int = 4
     """Longest path."""
     width: int = 4
-    """1 drafts a chain; more, a top-k tree."""
+    """Most children of a node: 1 drafts a chain, more a top-k tree."""
     num_nodes: int | None = 4
     """Node budget of a tree; null keeps all."""
     lookup: int | None = None
     """Most tokens of a chain that is looked up in the request's own text and merged into each tree; 0 turns it off.
-    null is 2 where trees can take it: not with engine.name=sglang, with sampled trees, or with drafter.name=ngram."""
+    null is 2 if trees can take it: not with engine.name=sglang, with sampled trees, or with drafter.name=ngram."""
     mode: str = "topk"
-    """topk takes the likeliest nodes; sampled and sampled_without_replacement draw them, for policy gradients."""
+    """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
     adaptive: bool = True
     """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
 
@@ -110,9 +109,9 @@ class WireConfig:
     """ZeroMQ addresses, bound by the learner."""
 
     trajectories: str = "tcp://127.0.0.1:5557"
-    """Where the learner receives trajectories: tcp://host:port or ipc://path."""
+    """Address that receives trajectories: tcp://host:port or ipc://path."""
     weights: str = "tcp://127.0.0.1:5558"
-    """Where the learner hands out weights."""
+    """Address that hands out weights."""
     queue: int = 256
     """Trajectories that wait for an absent learner before the oldest is dropped."""
 
@@ -141,6 +140,9 @@ class HttpConfig:
 @dataclass
 class LearnerConfig:
     """The training server."""
+
+    spawn: bool = True
+    """Whether the server starts a learner of its own; false leaves that to one at ``wire.*``, or to none."""
 
     threads: int = 1
     """CPU threads of the learner."""
@@ -173,7 +175,7 @@ class GateConfig:
     requests: int = 16
     """Arrivals held back for each decision."""
     margin: float = 0.02
-    """Publish if the mean paired difference in acceptance length is above minus this."""
+    """Loss of acceptance length that is tolerated: publish if the mean paired difference is above minus this."""
 
 
 @dataclass
@@ -183,9 +185,9 @@ class Config:
     model: str = "smollm2"
     """Embedded model by name, hub id or folder of a Hugging Face causal LM."""
     device: str = "auto"
-    """cpu, cuda or cuda:1; auto takes a GPU if there is one."""
+    """Device: cpu, cuda or cuda:1; auto takes a GPU if there is one."""
     dtype: str = "auto"
-    """float32, bfloat16, float16, float64; auto is bfloat16 where the hardware has it."""
+    """Dtype: float32, bfloat16, float16 or float64; auto is bfloat16 if the hardware has it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
@@ -201,15 +203,15 @@ class Config:
     """Verification rule by name, or package.module:Class; null takes sample_and_match, which is greedy at temperature
     0. A rule whose text depends on what was drafted is refused, since the gate could not replay it."""
     generation_config: str = "auto"
-    """auto applies what the model's generation config does to its logits, such as repetition_penalty; ignore serves
-    them raw. Temperature, top-k, top-p and the token budget are those above in either case."""
+    """Logits processors: auto applies those of the model's generation config, such as repetition_penalty; ignore serves
+    raw logits. Temperature, top-k, top-p and the token budget are those above in either case."""
     seed: int = 0
     """Seed of traffic, sampling and learning."""
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     wire: WireConfig = field(default_factory=WireConfig)
     objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "imitation"}])
-    """What is learned: name and settings of each objective; their losses are summed."""
+    """Name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     run_dir: str | None = None
@@ -276,8 +278,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
     assert isinstance(config, Config)
-    _check(config)
+    check(config)
     return config
+
+
+def make_absolute(config: Config) -> None:
+    """Make paths absolute, so that a saved configuration means the same in every folder."""
+    for part, name in ((config.traffic, "path"), (config.learner, "record"), (config.learner, "resume")):
+        if (path := getattr(part, name)) is not None:
+            setattr(part, name, os.path.abspath(path))
+    if config.model != Config.model and os.path.exists(config.model):  # else a name, or an id of the hub
+        config.model = os.path.abspath(config.model)
+    if config.drafter.path is not None and os.path.exists(config.drafter.path):
+        config.drafter.path = os.path.abspath(config.drafter.path)
 
 
 def _moved(key: str) -> str | None:
@@ -296,7 +309,7 @@ def nearest_key(name: str) -> str:
     if f"{name}.name" in known:
         return f"{name}.name"
     last = [key for key in known if key.rpartition(".")[2] == name]
-    return last[0] if last else difflib.get_close_matches(name, known, 1, 0)[0]
+    return last[0] if last else nearest(name, known)
 
 
 def _from_pair(pair: str, config: DictConfig) -> DictConfig:
@@ -333,76 +346,11 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     for name in config:
         value = config._get_node(name)
         key = f"{prefix}{name!s}"
-        if isinstance(value, DictConfig) and len(value) and key not in _FREE:
+        if isinstance(value, DictConfig) and len(value) and key != "drafter.options":  # the architecture knows those
             keys += _keys(value, key + ".")
         else:
             keys.append(key)
     return keys
-
-
-_FREE = ("drafter.options",)  # whose keys the architecture knows, see `Drafter.check_options`
-
-_POSITIVE = (
-    *("engine.slots", "engine.max_length", "engine.threads", "http.max_body", "http.max_waiting", "traffic.requests"),
-    *("max_new_tokens", "drafter.vocab_size", "drafter.depth", "drafter.width", "baseline.window", "wire.queue"),
-    *("learner.threads", "learner.batch_size", "learner.buffer", "learner.max_skipped", "learner.publish_every"),
-    "gate.requests",
-)
-
-
-def _check(config: Config) -> None:
-    tree = OmegaConf.structured(config)
-    for key in _POSITIVE:
-        if OmegaConf.select(tree, key) < 1:
-            raise ConfigError(f"{key} must be at least 1, got {OmegaConf.select(tree, key)}")
-    if config.traffic.limit is not None and config.traffic.limit < 1:
-        raise ConfigError(f"traffic.limit must be at least 1 or null, got {config.traffic.limit}")
-    if not 0 <= config.baseline.share < 1:
-        raise ConfigError(f"baseline.share must lie in [0, 1), got {config.baseline.share}")
-    if not 0 <= config.learner.nice <= 19:
-        raise ConfigError(f"learner.nice must lie in 0..19, got {config.learner.nice}")
-    for key in ("learner.muon_lr", "learner.adam_lr", "learner.replay"):
-        if not 0 <= OmegaConf.select(tree, key) < math.inf:
-            raise ConfigError(f"{key} must not be negative, got {OmegaConf.select(tree, key)}")
-    if config.learner.buffer < config.learner.batch_size:
-        raise ConfigError(
-            f"learner.buffer={config.learner.buffer} is less than learner.batch_size={config.learner.batch_size}, so "
-            f"that no step would ever be taken; set learner.buffer={config.learner.batch_size} or more"
-        )
-    _check_lookup(config.drafter)
-    if config.drafter.made_for not in ("target", "any"):
-        raise ConfigError(f"drafter.made_for must be target or any, got {config.drafter.made_for!r}")
-    layers = config.drafter.feature_layers or []
-    if sorted(set(layers)) != list(layers):
-        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
-    _check_engine(config)
-    _check_http(config.http)
-    for key in ("wire.trajectories", "wire.weights"):
-        address = OmegaConf.select(tree, key)
-        if not re.fullmatch(r"tcp://[^\s/]+:\d+|ipc://.+", address):
-            raise ConfigError(f"{key} must be tcp://host:port or ipc://path, got {address!r}")
-        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
-            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
-    if config.wire.trajectories == config.wire.weights:
-        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
-    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
-        raise ConfigError(
-            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-            f"{config.temperature}, {config.top_k}, {config.top_p}"
-        )
-    if config.dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise ConfigError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {config.dtype!r}")
-    if config.generation_config not in ("auto", "ignore"):
-        raise ConfigError(f"generation_config must be auto or ignore, got {config.generation_config!r}")
-
-
-def _check_lookup(drafter: DrafterConfig) -> None:
-    if drafter.name == "hybrid":
-        options = drafter.options
-        now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
-        raise ConfigError(f"drafter.name=hybrid is {now} now, and its learned_options are drafter.options")
-    if drafter.lookup is not None and drafter.lookup < 0:
-        raise ConfigError(f"drafter.lookup must not be negative, got {drafter.lookup}")
 
 
 def to_yaml(config: Config, *, run_dir: bool = True) -> str:
@@ -416,33 +364,3 @@ def to_yaml(config: Config, *, run_dir: bool = True) -> str:
     return OmegaConf.to_yaml(
         tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"])
     )
-
-
-def _check_http(http: HttpConfig) -> None:
-    if not http.host:
-        raise ConfigError("http.host is empty; give an address, such as 127.0.0.1")
-    if http.port is not None and not 0 <= http.port <= 65535:
-        raise ConfigError(f"http.port must lie in 0..65535 or be null, got {http.port}")
-    if not 0 < http.timeout < math.inf:
-        raise ConfigError(f"http.timeout must be a number of seconds above 0, got {http.timeout}")
-    for origin in http.cors_origins:
-        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
-            raise ConfigError(f"http.cors_origins must be like https://chat.example, without a path, got {origin!r}")
-
-
-def _check_engine(config: Config) -> None:
-    engine = config.engine
-    if not 0 <= engine.capture_rate <= 1:
-        raise ConfigError(f"engine.capture_rate must lie in [0, 1], got {engine.capture_rate}")
-    if engine.name != "sglang":
-        return
-    if config.rule is not None:
-        raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
-    if (engine.url is None) != (engine.plugin_address is None):
-        raise ConfigError(
-            "engine.url and engine.plugin_address go together: a running server and the address of its plugin"
-        )
-    if engine.url is not None and config.drafter.path is None:
-        raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
-    if config.drafter.mode != "topk":
-        raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
-from aurora_rl.policies.formats.files import local_folder
-from aurora_rl.policies.hub import engine_commands
-from aurora_rl.policies.registry import recognized
+from aurora_rl.policies.formats.files import drafter_class, local_folder
+from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder
 
 _FORMATS = "sglang, vllm, hf (its authors' own), or another of its formats"
@@ -61,6 +61,11 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 def _init(config: Config, out: Path, layout: str | None) -> int:
     spec = resolve(replace(config, drafter=replace(config.drafter, path=None)))
+    if not spec.drafter_class.formats:
+        raise ConfigError(
+            f"drafter.name={spec.drafter_name} has no weights to write; serve it by its name, or start another, "
+            "such as drafter.name=eagle3"
+        )
     prompts = traffic(config)
     target = load(spec)
     drafter = start_drafter(spec, target, request_queue(spec, target, prompts).first_prompts(_PROMPTS))
@@ -82,7 +87,11 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
 def _inspect(config: Config, source: str, check: bool) -> int:
     folder = local_folder(source)
     tensors, entries = read_folder(folder, "config.json")
-    kind = _named_kind(config) or _recognized(folder, entries)
+    kind = _named_kind(config) or drafter_class(folder)
+    if type(entries.get("vocab_size")) is not int:
+        raise CheckpointError(
+            f"{folder}: config.json: vocab_size must be an integer, got {entries.get('vocab_size')!r}"
+        )
     commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
     made_for = entries.get("aurora_rl_made_for")
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
@@ -105,17 +114,10 @@ def _inspect(config: Config, source: str, check: bool) -> int:
     return 0 if reason is None else 1
 
 
-def _recognized(folder: Path, entries: Mapping[str, Any]) -> type[Drafter]:
-    try:
-        return recognized(entries)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-
-
 def _named_kind(config: Config) -> type[Drafter] | None:
     """The class that the user names by its import path: no file may say what is imported."""
     name = config.drafter.name
-    return get_drafter(name) if ":" in name else None
+    return get_drafter(name) if name is not None and ":" in name else None
 
 
 def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout: str | None = None) -> Drafter:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import LogitsProcessorList
 
-from aurora_rl.cli.config import ConfigError
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generation_processors
+from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.control import ControlError
@@ -25,55 +23,38 @@ from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 
 
-def build_server(
-    spec: RunSpec,
-    target: Target,
-    requests: RequestQueue,
-    drafter: Drafter,
-    log: MetricsLog,
-    run_dir: Path,
-    note: Callable[[Completion], str],
-) -> InferenceServer | SGLangServer:
-    """Build the serving half that ``engine.name`` asks for.
+def embedded_server(
+    spec: RunSpec, target: Target, requests: RequestSource, usual: list[int], drafter: Drafter, log: MetricsLog
+) -> InferenceServer:
+    """Build a server on an engine in this process, which puts the target's model into inference form.
 
     Args:
         spec: Spec of the run.
-        target: The loaded target; an engine in this process puts its model into inference form.
+        target: The loaded target.
         requests: Source of the requests.
-        drafter: The drafter, float32.
+        usual: Tokens of a usual prompt, to time rounds with.
+        drafter: The drafter, in float32.
         log: Metrics of the run.
-        run_dir: Folder of the run.
-        note: Called with each completion; returns its domain.
     """
-    if spec.config.engine.name == "sglang":
-        return _sglang_server(spec, target, requests, drafter, log, run_dir, note)
-    return _embedded_server(spec, target, requests, drafter, log, note)
-
-
-def _embedded_server(
-    spec: RunSpec,
-    target: Target,
-    requests: RequestQueue,
-    drafter: Drafter,
-    log: MetricsLog,
-    note: Callable[[Completion], str],
-) -> InferenceServer:
-    """Build a server on a TransformersEngine in this process."""
     config, tree = spec.config, spec.tree
-    greeting = handshake(target.parts, drafter, config.drafter.name)
+    greeting = handshake(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
-    prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
-    budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
-    usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
-    processors = _processors(spec, target, stop_tokens, usual)
+    budget = min(config.max_new_tokens, config.engine.max_length - len(usual))
+    tried = Request(0, torch.tensor(usual), replace(spec.sampling, max_tokens=budget))
+    processors = None
+    if config.generation_config == "auto":
+        with naming(f"model={config.model}"):
+            processors = generation_processors(target.model, stop_tokens)
+            if processors is not None:
+                processors(tried)
     assert spec.engine_class is not None
     engine: Engine = cast(Any, spec.engine_class)(
         target.model,
@@ -91,9 +72,9 @@ def _embedded_server(
     )
     shapes, fault = None, None
     if config.drafter.adaptive:
-        tried = TreeController.candidates(tree)
+        candidates = TreeController.candidates(tree)
         try:
-            costs = measure_rounds(engine, policy, usual, tried, processors=processors)
+            costs = measure_rounds(engine, policy, tried, candidates, processors=processors)
         except DrafterFault as error:
             fault = error
             alone = replace(tree, width=1, num_nodes=tree.depth, lookup_only=True) if tree.lookup else None
@@ -119,40 +100,19 @@ def _embedded_server(
         receiver = WeightReceiver(config.wire.weights, handshake=greeting)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
-        env, policy, windows=windows, log=log, shapes=shapes, sink=sink, receiver=receiver, note=note
+        env, policy, windows=windows, log=log, shapes=shapes, sink=sink, receiver=receiver, note=requests.completed
     )
     if fault is not None:
         server.note_fault(str(fault), None, "every request is served without the drafter")
     return server
 
 
-def _processors(
-    spec: RunSpec, target: Target, stop_tokens: tuple[int, ...], usual: Request
-) -> Callable[[Request], LogitsProcessorList] | None:
-    """Return the logits processors of the model's generation config, tried on a usual request."""
-    if spec.config.generation_config != "auto":
-        return None
-    try:
-        processors = generation_processors(target.model, stop_tokens)
-        if processors is not None:
-            processors(usual)
-    except ValueError as error:
-        raise ConfigError(f"model={spec.config.model}: {error}") from error
-    return processors
-
-
-def _sglang_server(
-    spec: RunSpec,
-    target: Target,
-    requests: RequestQueue,
-    drafter: Drafter,
-    log: MetricsLog,
-    run_dir: Path,
-    note: Callable[[Completion], str],
+def sglang_server(
+    spec: RunSpec, target: Target, requests: RequestSource, drafter: Drafter, log: MetricsLog, run_dir: Path
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
-    greeting = handshake(target.parts, drafter, config.drafter.name)
+    greeting = handshake(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ConfigError(
@@ -163,7 +123,7 @@ def _sglang_server(
     target.model.cpu()  # the server loads its own, on the device that this one leaves
     if spec.device.type == "cuda":
         torch.cuda.empty_cache()
-    try:
+    with naming("engine.name=sglang", (SGLangError, ControlError)):
         if settings.url is None:
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
@@ -188,15 +148,13 @@ def _sglang_server(
                 depth=spec.tree.depth,
                 stop_tokens=stop_tokens,
                 log=log,
-                note=note,
+                note=requests.completed,
                 on_refused=requests.refused,
                 published=run_dir / "learner" / "drafter",
             )
         except BaseException:
             client.close()
             raise
-    except (SGLangError, ControlError) as error:
-        raise ConfigError(f"engine.name=sglang: {error}") from error
 
 
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGLangClient:

@@ -53,8 +53,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         try:
             while not stop.requested:
                 learner.step()
-        except FloatingPointError:
-            raise
         except (ValueError, OSError) as error:  # of the program, not of its input: show where
             raise RuntimeError(f"learning stopped: {type(error).__name__}: {one_line(error)}") from error
         stop.ignore()

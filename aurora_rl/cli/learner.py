@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli.config import ConfigError
+from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec, handshake, load, opening, start_drafter
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -27,17 +27,11 @@ from aurora_rl.trajectories import validate
 
 
 def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
-    """Build the training half of a run.
-
-    Args:
-        spec: Spec of the run.
-        log: Metrics of the run.
-        run_dir: Folder of the run.
-    """
+    """Build the training half of the run in ``run_dir``, whose metrics go to ``log``."""
     config, settings, target = spec.config, spec.config.learner, load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
-    greeting = handshake(parts, drafter, config.drafter.name)
+    greeting = handshake(parts, drafter, spec.drafter_name)
     drafter.to(spec.device)
     # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
@@ -48,29 +42,21 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     return_freed_memory(collect=True)
     scratch = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
 
+    vocab_size, width = head.weight.shape
+    feature_size = width * len(drafter.feature_layers)
+
     def check_one(trajectory: TensorDictBase) -> None:
-        validate(
-            trajectory,
-            vocab_size=len(head),
-            hidden_size=head.weight.shape[1],
-            feature_size=head.weight.shape[1] * len(drafter.feature_layers),
-        )
+        validate(trajectory, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
-    try:
+    with naming("objectives"):
         loss = SumLoss(make_objectives(config.objectives, drafter, head))
-    except ValueError as error:
-        raise ConfigError(f"objectives: {error}") from error
-    try:
+    with naming(f"drafter.name={spec.drafter_name}"):
         optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
-    except ValueError as error:
-        raise ConfigError(f"drafter.name={config.drafter.name}: {error}") from error
-    try:
+    with naming("learner.record", (ValueError, OSError)):
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
         if recording is not None:
             recording.folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"learner.record: {error}") from error
     outputs = Outputs(log)
 
     def record(trajectory: TensorDictBase) -> None:

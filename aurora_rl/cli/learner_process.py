@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from aurora_rl.cli.config import Config, ConfigError, to_yaml
+from aurora_rl.cli.config import Config, to_yaml
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.telemetry.log import MetricsReader
 
 _READY_S = 300.0

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from aurora_rl.cli.config import Config, ConfigError, load_config, nearest_key, to_yaml
+from aurora_rl.cli.config import Config, load_config, make_absolute, nearest_key, to_yaml
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
@@ -36,8 +37,8 @@ class Command:
 
 
 COMMANDS = {
-    "flywheel": Command("serve traffic, learn from it in a second process, and swap the drafter", "flywheel"),
-    "serve": Command("the serving half: needs a learner at wire.* to improve, and serves without one", "flywheel"),
+    "serve": Command("serve OpenAI's API, learn from its traffic in a second process, and swap the drafter", "serve"),
+    "flywheel": Command("the same server, driven by a file of prompts or by built-in traffic to its end", "serve"),
     "learn": Command("the training half: waits for a server's trajectories until interrupted", "learn", learns=True),
     "train": Command("learn a drafter offline, from recordings or from a JSONL of chats", "train", learns=True),
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
@@ -85,6 +86,7 @@ def _main(words: list[str]) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
+        make_absolute(config)
         assert module is not None, "the parser knows no other command"
         status: int = module.run(config, arguments, stop)
         return status
@@ -118,13 +120,12 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
         if each == name:
             module.register(subparser)
     arguments, unknown = parser.parse_known_args(words)
-    if unknown and not unknown[0].startswith("-"):
-        parser.error(f"unrecognized argument {unknown[0]}; put all key=value pairs next to each other")
-    if unknown:  # --slots 2
-        option, _, value = unknown[0].partition("=")
-        value = value or next(iter(words[words.index(unknown[0]) + 1 :]), "...")
+    if options := [word for word in unknown if word.startswith("-")]:  # --slots 2
+        option, _, value = options[0].partition("=")
+        value = value or next(iter(words[words.index(options[0]) + 1 :]), "...")
         key = nearest_key(option.lstrip("-").replace("-", "_"))
         parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {key}={value}")
+    arguments.overrides += unknown  # argparse takes the first group of pairs only; options stand between groups
     return arguments
 
 

@@ -11,18 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aurora_rl.telemetry.view import every
 
-_LINE_S = 15.0
-
 
 class Watch:
-    """Shows what is done and how long the rest will take: a bar in a terminal, a line at times elsewhere.
+    """Shows how many units of ``total`` are done and how long the rest will take.
 
-    Args:
-        console: Console to show it on.
-        what: Name of the work.
-        total: Units of the work.
-        done: Units that were done before.
-        bar: Bar of the terminal.
+    A terminal has the bar, another console a line at times. ``done`` units were done before.
     """
 
     def __init__(self, console: Console, what: str, total: int, done: int, bar: Progress) -> None:
@@ -30,7 +23,7 @@ class Watch:
         self._task = bar.add_task(what, total=total, completed=done)
         self._began, self._before = time.monotonic(), done
         self._line = ""
-        self._print = every(_LINE_S, lambda: console.print(self._line, soft_wrap=True))
+        self._print = every(15.0, lambda: console.print(self._line, soft_wrap=True))
 
     def tell(self, done: int, text: str = "") -> None:
         """Note how many units are done by now, and what else there is to say."""
@@ -43,7 +36,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watch(console: Console, what: str, total: int, done: int) -> Iterator[Watch]:
-    """Show a part of the work until the block ends; arguments as of :class:`Watch`."""
+    """Show a part of the work until the block ends."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield Watch(console, what, total, done, bar)

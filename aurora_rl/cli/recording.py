@@ -10,7 +10,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
-from aurora_rl.cli.config import ConfigError
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec, Target
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
@@ -56,21 +56,15 @@ def recorded_prompts(folders: Sequence[Path], count: int) -> list[list[int]]:
 
 def open_recording(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
     """Open a recording, and check that its first trajectory fits the target and the drafter."""
-    width = target.parts.head.weight.shape[1]
-    try:
+    vocab_size, width = target.parts.head.weight.shape
+    with naming(f"--recording {folder}"):
         recording = TrajectoryDataset(folder, drafter.feature_layers)
-        validate(
-            recording[0],
-            vocab_size=len(target.parts.head),
-            hidden_size=width,
-            feature_size=width * len(drafter.feature_layers),
-        )
-    except ValueError as error:
-        raise ConfigError(f"--recording {folder}: {error}") from error
+        feature_size = width * len(drafter.feature_layers)
+        validate(recording[0], vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
     return recording
 
 
-class _Watched(TrajectoryDataset):
+class _ShownRecording(TrajectoryDataset):
     """A recording whose growth is shown."""
 
     watch: Watch
@@ -87,13 +81,11 @@ def record_answers(
     """Serve the requests that are not recorded yet by the embedded engine, with the drafter as it starts."""
     config, model = spec.config, target.model
     stop_tokens = stop_token_ids(model, target.tokenizer)
-    try:
+    with naming(f"model={config.model}"):
         processors = generation_processors(model, stop_tokens) if config.generation_config == "auto" else None
-    except ValueError as error:
-        raise ConfigError(f"model={config.model}: {error}") from error
     for reason in requests.failed:
         console.print(f"not recorded: {reason}", soft_wrap=True)
-    waiting, recording = list(iter(requests, None)), _Watched(folder, drafter.feature_layers)
+    waiting, recording = list(iter(requests, None)), _ShownRecording(folder, drafter.feature_layers)
     with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
         record(
             model,

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from aurora_rl.cli.config import Config, ConfigError, load_config, to_yaml
+from aurora_rl.cli.config import Config, load_config, to_yaml
+from aurora_rl.cli.errors import ConfigError
 
 _DRAFTERS = ("learner/drafter", "drafter", "drafter-day0")  # newest first
 
@@ -99,13 +100,9 @@ def _folder_of_now(parent: Path, suffix: str) -> Path:
 
 
 def resumed_config(command: str, folder: str, path: str | None, overrides: Sequence[str]) -> Config:
-    """Read the configuration of a run that goes on: its learner continues from its checkpoint, with its last drafter.
+    """Read the configuration of the run in ``folder``: its learner goes on from its checkpoint, with its last drafter.
 
-    Args:
-        command: The command that goes on.
-        folder: Folder of the run.
-        path: YAML file to read in place of the saved configuration.
-        overrides: Pairs such as ``traffic.requests=500``.
+    A YAML file at ``path`` takes the place of the saved configuration.
 
     Raises:
         ConfigError: The folder holds no such run, or the configuration cannot be used.

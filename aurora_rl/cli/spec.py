@@ -11,30 +11,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aurora_rl.cli.config import Config, ConfigError
-from aurora_rl.collectors.codec import checksum
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.collectors.codec import SCHEMA, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.verification.rules import require_replayable
-from aurora_rl.models.loading import default_dtype, load_target
+from aurora_rl.models.loading import default_dtype, load_target, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
-from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.formats.files import drafter_class, load_drafter, save_drafter, written
+from aurora_rl.policies.registry import drafter_name
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
-
-SCHEMA = 2
-"""Version of the trajectory layout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    parts: TargetParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +32,15 @@ class RunSpec:
     """A configuration, resolved once: what the parts of a run are built from.
 
     Attributes:
-        config: The configuration. Whatever stands below is read here, not there.
+        config: Configuration. What stands below is read here, not there.
         device: Device of the target.
         dtype: Dtype in which the target and the drafter are served.
         engine_class: Class of the engine in this process; None if SGLang serves.
         rule: Name of the verification rule.
-        tree: The trees that are drafted.
+        tree: Shape of the trees that are drafted.
+        drafter_name: Name of the drafter's architecture.
         drafter_class: Architecture of the drafter.
-        sampling: Temperature, top-k, top-p and seed of the first request.
+        sampling: Parameters of a request that says nothing of its own. The seed is the first request's.
     """
 
     config: Config
@@ -58,6 +49,7 @@ class RunSpec:
     engine_class: type[Engine] | None
     rule: str
     tree: TreeShape
+    drafter_name: str
     drafter_class: type[Drafter]
     sampling: SamplingParams
 
@@ -73,11 +65,21 @@ def resolve(config: Config) -> RunSpec:
         >>> resolve(load_config(overrides=["device=cpu", "dtype=float32", "drafter.depth=3"])).tree.depth
         3
     """
-    device = _device(config)
-    engine_class, rule = _engine_class(config), _rule(config)
-    drafter_class = _drafter_class(config)
-    tree = _shape(config, engine_class)
-    check_objectives(config, tree)
+    try:
+        device = usable_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with naming("engine.name"):
+        engine_class = None if config.engine.name == "sglang" else get_engine(config.engine.name)
+    name, rule = config.drafter.name or "medusa", _rule(config)
+    if config.drafter.name is None and config.drafter.path is not None:
+        name = drafter_name(drafter_class(config.drafter.path))
+    kind, tree = _drafter_class(config, name), _shape(config, name, engine_class)
+    if not config.objectives:
+        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
+    with naming("objectives"):
+        for settings in config.objectives:
+            check_settings(settings).check_served(settings, tree)
     return RunSpec(
         config,
         device,
@@ -85,46 +87,18 @@ def resolve(config: Config) -> RunSpec:
         engine_class,
         rule,
         tree,
-        drafter_class,
-        SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
+        name,
+        kind,
+        SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens),
     )
-
-
-def _device(config: Config) -> torch.device:
-    """The device that ``device`` names; "auto" is CUDA where there is one."""
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
-
-
-def load(spec: RunSpec) -> Target:
-    """Load the target."""
-    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
-    return Target(model, tokenizer, TargetParts.of(model))
-
-
-def _engine_class(config: Config) -> type[Engine] | None:
-    """The class of the engine in this process; None where SGLang serves."""
-    if config.engine.name == "sglang":
-        return None
-    try:
-        return get_engine(config.engine.name)
-    except ValueError as error:
-        raise ConfigError(f"engine.name: {error}") from error
 
 
 def _rule(config: Config) -> str:
     """The name of the verification rule, which is looked up and so made known to the objectives."""
     name = config.rule or "sample_and_match"
-    try:
+    with naming("rule"):
         rule = get_rule(name)
         require_replayable(rule)
-    except ValueError as error:
-        raise ConfigError(f"rule: {error}") from error
     if config.drafter.mode not in rule.draft_modes:
         raise ConfigError(
             f"rule={name} needs drafter.mode={' or '.join(rule.draft_modes)}, got drafter.mode={config.drafter.mode}"
@@ -134,23 +108,60 @@ def _rule(config: Config) -> str:
     return name
 
 
-def check_objectives(config: Config, tree: TreeShape) -> None:
-    """Find what is wrong with the objectives, alone and with the trees that are drafted."""
-    if not config.objectives:
-        raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
-    try:
-        for settings in config.objectives:
-            check_settings(settings).check_served(settings, tree)
-    except ValueError as error:
-        raise ConfigError(f"objectives: {error}") from error
+def _drafter_class(config: Config, name: str) -> type[Drafter]:
+    settings = config.drafter
+    with naming("drafter.name"):
+        kind = get_drafter(name)
+    with naming("drafter.options"):
+        kind.check_options(settings.options)
+    if settings.mode not in kind.draft_modes:
+        raise ConfigError(
+            f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
+            f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
+        )
+    if config.engine.name == "sglang" and kind.sglang_algorithm is None:
+        raise ConfigError(
+            f"drafter.name={name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+        )
+    return kind
 
 
-def traffic(config: Config) -> list[Prompt]:
-    """The prompts of the run, all read and checked."""
-    source = config.traffic
-    if source.path is not None:
-        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
-    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
+    """The tree that the configuration asks for."""
+    settings, lookup = config.drafter, config.drafter.lookup
+    if lookup is None:
+        takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
+        lookup = 2 if takes_it else 0
+    elif lookup and config.engine.name == "sglang":
+        raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
+    with naming("drafter"):
+        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
+    if engine is not None and tree.num_nodes > engine.max_nodes:
+        budget = "null" if settings.num_nodes is None else settings.num_nodes
+        raise ConfigError(
+            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
+            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
+            f"{engine.max_nodes} or less"
+        )
+    return tree
+
+
+# ---- what is built from it ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    parts: TargetParts
+
+
+def load(spec: RunSpec) -> Target:
+    """Load the target."""
+    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
+    return Target(model, tokenizer, TargetParts.of(model))
 
 
 def check_context(config: Config, target: Target) -> None:
@@ -163,6 +174,14 @@ def check_context(config: Config, target: Target) -> None:
         )
 
 
+def traffic(config: Config) -> list[Prompt]:
+    """The prompts of the run, all read and checked."""
+    source = config.traffic
+    if source.path is not None:
+        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
+    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+
+
 def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
     """The run's requests, in order."""
     config = spec.config
@@ -171,7 +190,6 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
         prompts,
         target.tokenizer,
         vocab_size=target.parts.config.vocab_size,
-        max_new_tokens=config.max_new_tokens,
         max_length=config.engine.max_length,
         sampling=spec.sampling,
     )
@@ -196,10 +214,8 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
             "one after the other; set it to that, or start a deeper drafter by drafter.options"
         )
     if drafter.formats:
-        try:
+        with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
             written(drafter, "sglang" if config.engine.name == "sglang" else None)
-        except ValueError as error:  # which would come when it is first saved, after hours of learning
-            raise ConfigError(f"drafter.name={config.drafter.name} cannot be saved: {error}") from error
     return drafter
 
 
@@ -210,54 +226,32 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
     torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
-    try:
+    with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
         started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"drafter.name={settings.name}: {error}") from error
     if not isinstance(started, Drafter):
-        raise ConfigError(f"drafter.name={settings.name}: from_target gave {started!r} and no drafter")
+        raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or settings.options
     started.made_for = target.parts.fingerprint
     return started
 
 
-def _drafter_class(config: Config) -> type[Drafter]:
-    settings = config.drafter
-    try:
-        kind = get_drafter(settings.name)
-    except ValueError as error:
-        raise ConfigError(f"drafter.name: {error}") from error
-    try:
-        kind.check_options(settings.options)
-    except ValueError as error:
-        raise ConfigError(f"drafter.options: {error}") from error
-    if settings.mode not in kind.draft_modes:
-        raise ConfigError(
-            f"drafter.name={settings.name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
-            f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
-        )
-    if config.engine.name == "sglang" and kind.sglang_algorithm is None:
-        raise ConfigError(
-            f"drafter.name={settings.name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
-        )
-    return kind
-
-
-def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
+def first_drafter(
+    spec: RunSpec, target: Target, prompts: list[list[int]], folder: Path | None
+) -> tuple[Drafter, Config]:
     """The drafter that is served first, and the configuration of a learner that starts from the same one.
 
     Args:
         spec: Spec of the run.
         target: The loaded target.
-        requests: Requests of the run; the first prompts shape the draft vocabulary.
-        folder: Folder to save it to for a learner of our own. None for one that is started apart: it does not know
+        prompts: First prompts, for the draft vocabulary; may be empty.
+        folder: Folder to save it to, for a learner of our own. None for one that is started apart: it does not know
             the prompts.
     """
     config = spec.config
     if folder is None or config.drafter.path is not None:
         return start_drafter(spec, target, []), config
-    drafter = start_drafter(spec, target, requests.first_prompts(64))
+    drafter = start_drafter(spec, target, prompts)
     if not drafter.formats:
         return drafter, config
     save_drafter(drafter, folder)
@@ -274,29 +268,6 @@ def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
         draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
         drafter=name,
     )
-
-
-def _shape(config: Config, engine: type[Engine] | None) -> TreeShape:
-    """The tree that the configuration asks for."""
-    settings, lookup = config.drafter, config.drafter.lookup
-    if lookup is None:
-        lookup = (
-            2 if (config.engine.name, settings.mode) == ("transformers", "topk") and settings.name != "ngram" else 0
-        )
-    elif lookup and config.engine.name == "sglang":
-        raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
-    try:
-        tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
-    except ValueError as error:
-        raise ConfigError(f"drafter: {error}") from error
-    if engine is not None and tree.num_nodes > engine.max_nodes:
-        budget = "null" if settings.num_nodes is None else settings.num_nodes
-        raise ConfigError(
-            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
-            f"{engine.max_nodes} or less"
-        )
-    return tree
 
 
 @contextmanager

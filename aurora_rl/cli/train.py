@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -20,13 +21,15 @@ from torch.utils.data import ConcatDataset, Subset
 from torchrl.objectives import LossModule
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
-from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
@@ -65,13 +68,19 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     _settle(arguments)
     spec, began = resolve(config), time.monotonic()
     prompts = [] if arguments.recording else questions(traffic(config))
+    data = _fingerprint(arguments.recording or [], prompts)
     folder = None
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
-        chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")}
+        chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
         (folder.path / _ARGUMENTS).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
     else:
         _check_resumed(config, Path(arguments.resume))
+        if arguments.data != data:
+            raise ConfigError(
+                f"--resume {arguments.resume}: what it learns from ({_sources(config, arguments)}) was changed or "
+                "reordered since it was started; restore that, or start in another folder"
+            )
     run_dir = Path(config.run_dir or "")
     torch.set_num_threads(config.engine.threads)
     console = plain_console()
@@ -95,7 +104,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 def _settle(arguments: argparse.Namespace) -> None:
     """Fill in the options that are not given: those of the training that is resumed, or the defaults."""
-    defaults = {"recording": None, "epochs": 4, "held_out": 0.1}
+    defaults: dict[str, Any] = {"recording": None, "epochs": 4, "held_out": 0.1}
     arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
     if arguments.resume is not None:
         path = Path(arguments.resume) / _ARGUMENTS
@@ -103,7 +112,10 @@ def _settle(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--resume {arguments.resume}: there is no {_ARGUMENTS} in it; it is no training's folder"
             )
-        defaults = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            defaults = {**defaults, "data": None, **json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is broken: {error}; start in another folder") from error
         for name in ("recording", "held_out"):
             if getattr(arguments, name) not in (None, defaults[name]):
                 raise ConfigError(
@@ -111,12 +123,24 @@ def _settle(arguments: argparse.Namespace) -> None:
                     "which stays; leave the option out, or start in another folder"
                 )
     for name, value in defaults.items():
-        if getattr(arguments, name) is None:
+        if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
     if arguments.epochs < 1:
         raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
     if not 0 < arguments.held_out < 1:
         raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
+
+
+def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
+    """A checksum of what is learned from: the prompts and their order, or the first trajectories of each recording."""
+    recordings = [TrajectoryDataset(folder) for folder in folders]
+    found = [recording.digest(min(len(recording), _PROMPTS)) for recording in recordings]
+    return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
+
+
+def _sources(config: Config, arguments: argparse.Namespace) -> str:
+    folders = " ".join(f"--recording {folder}" for folder in arguments.recording or [])
+    return folders or (f"traffic.path={config.traffic.path}" if config.traffic.path else "the built-in traffic")
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -185,11 +209,6 @@ def _start(
         train += range(start, start + kept)
         for index in range(kept, len(recording)):
             request = int(recording[index]["request"])
-            if not names and request >= len(prompts):
-                raise ConfigError(
-                    f"the recording has an answer to prompt {request + 1}, and the traffic has {len(prompts)} prompts "
-                    "now; restore the traffic that the training started with"
-                )
             name = names[number] if names else prompts[request].domain
             groups[name].append(start + index)
         start += len(recording)
@@ -243,7 +262,7 @@ def _objectives(spec: RunSpec, target: Target, drafter: Drafter) -> tuple[LossMo
     try:
         return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
     except ValueError as error:
-        raise ConfigError(f"drafter.name={spec.config.drafter.name}: {error}") from error
+        raise ConfigError(f"drafter.name={spec.drafter_name}: {error}") from error
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------
@@ -351,6 +370,6 @@ class _Training:
         write_summary(self.run_dir, summary)
         self.console.print(
             f"acceptance length {first['all']:.3f} → {best['all']:.3f}; serve it by\n"
-            f"aurora-rl serve model={config.model} drafter.name={config.drafter.name} drafter.path={folder}",
+            f"aurora-rl serve model={config.model} drafter.name={self.spec.drafter_name} drafter.path={folder}",
             soft_wrap=True,
         )

@@ -15,16 +15,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
-__all__ = ["SCHEMA", "CodecError", "Limits", "Message", "checksum", "decode", "encode"]
-
 SCHEMA = 2
+"""Version of the wire format and of the trajectory layout, in messages and in recordings."""
 
 Key = tuple[str, ...]
 Buffer = bytes | memoryview
@@ -77,19 +76,16 @@ class Message:
     tensors: TensorDict
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
+class _Leaf(NamedTuple):
     key: Key
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def encode(
-    kind: str,
-    meta: Mapping[str, Any] | None = None,
-    tensors: TensorDictBase | Mapping[str | Key, Tensor] | None = None,
+    kind: str, meta: Mapping[str, Any] | None = None, tensors: TensorDictBase | Mapping[str | Key, Tensor] | None = None
 ) -> list[Buffer]:
-    """Write a message as frames for a multipart send.
+    """Write a message as frames for a multipart send: the header, and one frame for each tensor.
 
     Contiguous CPU tensors are not copied: the frames alias their memory, so the caller must not write to them until the
     message has left. Tensors on other devices, and views with gaps, are copied once.
@@ -97,11 +93,8 @@ def encode(
     Args:
         kind: Kind of the message, for example ``"trajectory"``.
         meta: Small JSON values (finite numbers only).
-        tensors: A TensorDict, or a flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer,
-            fp8, fp16, bf16, fp32 or fp64.
-
-    Returns:
-        The header, then one frame per tensor.
+        tensors: TensorDict, or flat mapping whose keys are strings or tuples of strings. Any shape; bool, integer, fp8,
+            fp16, bf16, fp32 or fp64.
 
     Raises:
         CodecError: For a leaf that is not a dense tensor of these types, an unusable key, or ``meta`` that is not JSON.
@@ -135,10 +128,10 @@ def decode(frames: Sequence[Any], *, limits: Limits = DEFAULT_LIMITS) -> Message
 
     Args:
         frames: Bytes-like objects (``bytes``, ``memoryview``, ``zmq.Frame``) from `encode`.
-        limits: Limits of what is accepted.
+        limits: Limits of the message.
 
     Returns:
-        The message. The meaning of ``meta``, and which tensors must be there, is for the caller to check.
+        The message. The caller checks the meaning of ``meta``, and which tensors are there.
 
     Raises:
         CodecError: For anything that does not fit, before memory for the tensors is allocated; nothing else is raised.
@@ -173,14 +166,7 @@ def decode(frames: Sequence[Any], *, limits: Limits = DEFAULT_LIMITS) -> Message
 def checksum(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
     """Hash keys, dtypes, shapes and bytes; equal on every machine, whatever the order, strides or device.
 
-    Args:
-        tensors: Tensors as for `encode`.
-
-    Returns:
-        32 hexadecimal digits (BLAKE2b, 16 bytes).
-
-    Raises:
-        CodecError: As `encode`.
+    The result has 32 hexadecimal digits (BLAKE2b, 16 bytes). Tensors and errors are as for `encode`.
 
     >>> a, b = torch.arange(3), torch.zeros(())
     >>> checksum({"a": a, "b": b}) == checksum({("b",): b, ("a",): a})
@@ -197,11 +183,7 @@ def checksum(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
 
 
 def leaves(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> list[tuple[Key, Tensor]]:
-    """The tensors by full key, all of them fit for the wire.
-
-    Raises:
-        CodecError: As `encode`.
-    """
+    """Return the tensors by full key, all of them fit for the wire; errors as of `encode`."""
     items: Iterable[tuple[Any, Any]] = tensors.items()
     if isinstance(tensors, TensorDictBase):
         # By default a TensorDict passes over its non-tensor data without a word.
@@ -250,14 +232,11 @@ def _read_header(view: memoryview) -> tuple[str, dict[str, Any], list[Any]]:
 
 
 def _read_leaf(entry: Any, view: memoryview, limits: Limits) -> _Leaf:
-    if (
-        not isinstance(entry, list)
-        or len(entry) != 3
-        or not isinstance(entry[0], list)
-        or not isinstance(entry[2], list)
-    ):
-        raise CodecError(f"a leaf is not [key, dtype, shape] but {_short(entry)}")
-    key, name, shape = entry
+    match entry:
+        case [list() as key, name, list() as shape]:
+            pass
+        case _:
+            raise CodecError(f"a leaf is not [key, dtype, shape] but {_short(entry)}")
     if not isinstance(name, str) or name not in _DTYPES:
         raise CodecError(f"the leaf {_short(key)} has the unknown dtype {_short(name)}")
     # A bool is an int to isinstance.
@@ -270,10 +249,10 @@ def _read_leaf(entry: Any, view: memoryview, limits: Limits) -> _Leaf:
     # An empty tensor may declare huge other dimensions; torch still multiplies them into strides.
     if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
         raise CodecError(f"the shape {_short(shape)} of leaf {_short(key)} overflows 64 bits")
-    if math.prod(shape) * itemsize != view.nbytes:
+    if (size := math.prod(shape) * itemsize) != view.nbytes:
         raise CodecError(
             f"the leaf {_short(key)} of shape {_short(shape)} and dtype {name} has a frame of {view.nbytes} bytes"
-            f" instead of {math.prod(shape) * itemsize}"
+            f" instead of {size}"
         )
     if name == "bool" and view.nbytes and np.frombuffer(view, np.uint8).max() > 1:
         raise CodecError(f"the bool leaf {_short(key)} holds bytes other than 0 and 1")
@@ -308,16 +287,9 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= _MAX_NAME and value.isprintable()
 
 
-def _is_shallow(meta: dict[str, Any]) -> bool:
-    level: list[Any] = [meta]
-    for _ in range(_MAX_META_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    return not level
+def _is_shallow(value: Any, levels: int = _MAX_META_DEPTH) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(child, levels - 1) for child in children)
 
 
 def _refuse_constant(name: str) -> None:

@@ -16,8 +16,6 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TRAJECTORY
 from aurora_rl.collectors.sockets import bind, open_socket
 
-__all__ = ["ZMQCollector"]
-
 logger = logging.getLogger(__name__)
 
 _TURN_S = 0.1
@@ -39,7 +37,6 @@ class ZMQCollector:
         record: Called with each trajectory that is accepted, before :meth:`poll` returns it.
         limits: Limits of a message.
         high_water: Messages that ZeroMQ may hold per engine, and the most that one `poll` looks at.
-        context: Context to share; needed for ``inproc://`` only. It must outlive the collector.
 
     Raises:
         ValueError: ``high_water`` is not positive.
@@ -55,7 +52,6 @@ class ZMQCollector:
         record: Callable[[TensorDictBase], None] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         high_water: int = 64,
-        context: zmq.Context | None = None,
     ) -> None:
         if high_water < 1:
             raise ValueError(f"high_water must be positive, got {high_water}")
@@ -70,32 +66,30 @@ class ZMQCollector:
         self._high_water = high_water
         self._closed = False
         self._lock = threading.Lock()  # shutdown may come from another thread than poll
-        self._socket, self._owned_context = open_socket(zmq.PULL, context)
+        self._socket = open_socket(zmq.PULL)
         self._socket.rcvhwm = high_water
         self._socket.maxmsgsize = limits.max_bytes  # of one frame: refused before it is received
-        self.address = bind(self._socket, address, self._owned_context, limits=limits)
+        self.address = bind(self._socket, address, limits=limits)
 
     @property
     def rejected(self) -> int:
         """Messages dropped so far."""
         return self.rejections.total()
 
-    def poll(self, timeout_s: float = 0.0, max_items: int | None = None) -> list[TensorDict]:
-        """Take the trajectories that have arrived, oldest first.
+    def poll(self, timeout_s: float = 0.0) -> list[TensorDict]:
+        """Take the trajectories that have arrived, oldest first, and at most ``high_water``.
 
         Args:
             timeout_s: Seconds to wait for the first one; the others are not waited for.
-            max_items: Most trajectories to take; None takes ``high_water``.
 
         Returns:
             Valid trajectories that own their memory; empty if none arrived, or after `shutdown`.
         """
         deadline = time.monotonic() + timeout_s
-        wanted = self._high_water if max_items is None else max_items
         trajectories: list[TensorDict] = []
         looked_at = 0
         # The second condition keeps a flood of bad messages from holding the learner here.
-        while len(trajectories) < wanted and (looked_at < self._high_water or time.monotonic() < deadline):
+        while len(trajectories) < self._high_water and (looked_at < self._high_water or time.monotonic() < deadline):
             frames = self._receive(0.0 if trajectories else deadline - time.monotonic())
             if frames is None:
                 break
@@ -110,8 +104,6 @@ class ZMQCollector:
         self._closed = True
         with self._lock:
             self._socket.close()
-            if self._owned_context is not None:
-                self._owned_context.term()
 
     def _receive(self, timeout_s: float) -> list[zmq.Frame] | None:
         deadline = time.monotonic() + timeout_s

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
+from aurora_rl.collectors.codec import SCHEMA
 from aurora_rl.envs import Completion, Request
 from aurora_rl.policies import Drafter, TreeShape
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.storage import save_tensors
 
-_LAYERS = "feature_layers"  # in the metadata of each file
+_SCHEMA, _LAYERS = "schema", "feature_layers"  # in the metadata of each file
 
 
 class TrajectoryDataset(Dataset[TensorDict]):
@@ -30,8 +31,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
             not known.
 
     Raises:
-        ValueError: The folder says that it was recorded for a drafter of other layers. Their features may have the same
-            width, and be something else.
+        ValueError: The folder was recorded for a drafter of other layers, whose features may have the same width.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
         flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
         path = self._path(self._count)
         part = path.with_suffix(".part")
-        save_tensors(flat, part, None if self._layers is None else {_LAYERS: self._layers})
+        save_tensors(flat, part, {_SCHEMA: str(SCHEMA), **({} if self._layers is None else {_LAYERS: self._layers})})
         part.replace(path)
         self._count += 1
 
@@ -90,18 +90,20 @@ class TrajectoryDataset(Dataset[TensorDict]):
 
         Raises:
             IndexError: There are not so many.
-            ValueError: The file is not what :meth:`append` wrote.
+            ValueError: The file is not what :meth:`append` wrote, or has the layout of another release.
         """
         if not 0 <= index < self._count:
             raise IndexError(f"{self.folder} holds {self._count} trajectories, asked for number {index}")
         try:
-            flat = load_file(self._path(index))
+            with safe_open(self._path(index), "pt") as file:
+                schema = (file.metadata() or {}).get(_SCHEMA, str(SCHEMA))
+                flat = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
-        if "spine.tokens" in flat:
+        if "spine.tokens" in flat or schema != str(SCHEMA):
+            layout = "of an earlier release ('spine' for 'sequence')" if "spine.tokens" in flat else f"schema {schema}"
             raise ValueError(
-                f"{self._path(index)} has the layout of an earlier release ('spine' for 'sequence'); record the "
-                "requests again"
+                f"{self._path(index)} has the layout {layout}, this release reads {SCHEMA}; record the requests again"
             )
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
@@ -125,10 +127,7 @@ def record(
     *,
     shape: TreeShape,
     slots: int = 2,
-    rule: str = "sample_and_match",
-    stop_tokens: tuple[int, ...] = (),
-    processors: Callable[[Request], LogitsProcessorList] | None = None,
-    seed: int = 0,
+    **settings: Any,
 ) -> None:
     """Serve requests in this process, and record those that are not there yet.
 
@@ -139,10 +138,7 @@ def record(
         recording: Dataset that gets the trajectories, in the order of completion.
         shape: The trees.
         slots: Requests served at the same time.
-        rule: Name of the verification rule.
-        stop_tokens: Ids that end a completion.
-        processors: Logits processors of a request, see :class:`aurora_rl.envs.SpecDecodeEnv`.
-        seed: Seed of sampled drafts.
+        **settings: Further arguments of :class:`SpeculativeDecoder`, such as ``stop_tokens``.
     """
     recorded = {int(trajectory["request"]) for trajectory in recording}
     waiting = [request for request in requests if request.id not in recorded]
@@ -160,11 +156,8 @@ def record(
         shape=shape,
         max_length=max(len(r.prompt) + r.sampling.max_tokens for r in waiting),
         num_slots=slots,
-        seed=seed,
-        rule=rule,
-        stop_tokens=stop_tokens,
-        processors=processors,
         on_completion=keep,
+        **settings,
     )
     for _ in decoder.rounds():
         pass

@@ -35,14 +35,7 @@ class TooLong(ValueError):
 
 
 class Meter:
-    """Follows the framing of one direction of a ZMTP 3 connection.
-
-    Args:
-        limits: Limits of a message.
-
-    Attributes:
-        held: Bytes of the unfinished message so far.
-    """
+    """Follows the framing of one direction of a ZMTP 3 connection; ``held`` are the bytes of the unfinished message."""
 
     def __init__(self, limits: Limits) -> None:
         self._max_bytes, self._max_parts = limits.max_bytes, limits.max_leaves + _SPARE_PARTS
@@ -55,7 +48,7 @@ class Meter:
         """Take in the next bytes of the connection.
 
         Raises:
-            TooLong: the unfinished message has too many parts or bytes, or these are no frames of ZMTP 3.
+            TooLong: The unfinished message has too many parts or bytes, or these are no frames of ZMTP 3.
         """
         at = 0
         while at < len(data):
@@ -112,13 +105,7 @@ class Guard:
     """
 
     def __init__(
-        self,
-        listener: socket.socket,
-        dial: Callable[[], socket.socket],
-        *,
-        limits: Limits,
-        accepts: bool,
-        name: str,
+        self, listener: socket.socket, dial: Callable[[], socket.socket], *, limits: Limits, accepts: bool, name: str
     ) -> None:
         self._listener, self._dial, self._limits, self._accepts, self._name = listener, dial, limits, accepts, name
         self._total = max(limits.max_bytes, _LEAST_TOTAL)

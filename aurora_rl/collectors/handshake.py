@@ -7,8 +7,6 @@ from typing import Any
 
 from aurora_rl.collectors.codec import CodecError
 
-__all__ = ["Handshake"]
-
 _SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
 _CURES = {
     "schema": "run the same version of aurora-rl on both sides",
@@ -53,10 +51,7 @@ class Handshake:
 
     @classmethod
     def from_meta(cls, meta: object) -> Handshake:
-        """Read what a peer sent.
-
-        Args:
-            meta: Value of `to_meta` after JSON; not trusted.
+        """Read the `to_meta` of a peer, which is not trusted.
 
         Raises:
             CodecError: Names the field that is missing, unknown or of the wrong type.
@@ -77,12 +72,10 @@ class Handshake:
         return cls(**{**meta, "feature_layers": tuple(layers)})
 
     def mismatch(self, engine: Handshake) -> str | None:
-        """Compare the learner's handshake (``self``) with an engine's.
+        """Compare the learner's handshake (``self``) with an engine's; None if they agree.
 
-        The learner makes the comparison and sends the sentence back, so both sides show the same one.
-
-        Returns:
-            One sentence that names the first field that differs, both values and what to do, or None where all agree.
+        The sentence names the first field that differs, both values and what to do. The learner sends it to the engine,
+        so both sides show the same.
         """
         for field in fields(self):
             here, there = getattr(self, field.name), getattr(engine, field.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from types import TracebackType
 
 import zmq
 from tensordict import TensorDictBase
@@ -13,8 +12,6 @@ from tensordict import TensorDictBase
 from aurora_rl.collectors.codec import encode
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sockets import SocketThread, connect, open_socket
-
-__all__ = ["TRAJECTORY", "TrajectorySink"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +34,13 @@ class TrajectorySink:
             connects.
         handshake: Sent with every trajectory, since a learner may be replaced at any time.
         capacity: Trajectories held while no learner takes them.
-        context: Context to share; needed for ``inproc://`` only. It must outlive the sink.
 
     Raises:
         ValueError: ``capacity`` is not positive.
         OSError: ``address`` is malformed. An absent learner is no error.
     """
 
-    def __init__(
-        self, address: str, *, handshake: Handshake, capacity: int = 256, context: zmq.Context | None = None
-    ) -> None:
+    def __init__(self, address: str, *, handshake: Handshake, capacity: int = 256) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 trajectory, got {capacity}")
         self._meta = {"handshake": handshake.to_meta()}
@@ -54,25 +48,17 @@ class TrajectorySink:
         self._queue: deque[TensorDictBase] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._sent = 0
-        self._dropped = 0
         self._logged_refusal = False
-        self._socket, owned = open_socket(zmq.PUSH, context)
+        self.sent = 0
+        """Trajectories handed to a connected learner; those on their way when it dies are lost unnoticed."""
+        self.dropped = 0
+        """Trajectories given up: displaced by newer ones, left over at `close`, or not encodable."""
+        self._socket = open_socket(zmq.PUSH)
         self._socket.sndhwm = _SEND_HIGH_WATER
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for a learner that has completed its handshake
-        connect(self._socket, address, owned)
-        self._thread = SocketThread(self._socket, self._step, name="trajectory-sink", owned_context=owned)
+        connect(self._socket, address)
+        self._thread = SocketThread(self._socket, self._step, name="trajectory-sink")
         self._thread.start()
-
-    @property
-    def sent(self) -> int:
-        """Trajectories handed to a connected learner; those on their way when it dies are lost unnoticed."""
-        return self._sent
-
-    @property
-    def dropped(self) -> int:
-        """Trajectories given up: displaced by newer ones, left over at `close`, or not encodable."""
-        return self._dropped
 
     @property
     def queued(self) -> int:
@@ -82,17 +68,15 @@ class TrajectorySink:
     def extend(self, trajectory: TensorDictBase) -> None:
         """Queue one packed trajectory.
 
-        Args:
-            trajectory: Trajectory, the sink's from now on. Its tensors are encoded later, in another thread and without
-                a copy, so the caller must not write to them again.
+        Its tensors are encoded later, in another thread and without a copy, so do not write to them again.
         """
         with self._changed:
             if self._closed:
-                self._dropped += 1
+                self.dropped += 1
                 return
             if len(self._queue) >= self._capacity:
                 self._queue.popleft()
-                self._dropped += 1
+                self.dropped += 1
             self._queue.append(trajectory)
             self._changed.notify()
 
@@ -103,16 +87,8 @@ class TrajectorySink:
             self._changed.notify()
         self._thread.close(timeout)
         with self._changed:
-            self._dropped += len(self._queue)
+            self.dropped += len(self._queue)
             self._queue.clear()
-
-    def __enter__(self) -> TrajectorySink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _step(self) -> bool:
         with self._changed:
@@ -136,7 +112,7 @@ class TrajectorySink:
             frames = encode(TRAJECTORY, self._meta, trajectory)
         except (ValueError, RuntimeError) as error:  # a RuntimeError is a failed copy from another device
             with self._changed:
-                self._dropped += 1
+                self.dropped += 1
             if not self._logged_refusal:
                 self._logged_refusal = True
                 logger.warning("a trajectory cannot be sent and is dropped (later ones are only counted): %s", error)
@@ -148,6 +124,6 @@ class TrajectorySink:
                 if len(self._queue) < self._capacity:
                     self._queue.appendleft(trajectory)
                 else:
-                    self._dropped += 1
+                    self.dropped += 1
         else:
-            self._sent += 1
+            self.sent += 1

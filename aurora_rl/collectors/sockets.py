@@ -17,11 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from typing_extensions import override
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits
 from aurora_rl.collectors.guard import Guard
-
-__all__ = ["SocketThread", "bind", "connect", "open_socket"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +32,13 @@ _RECONNECT_MS = 100
 _RECONNECT_MAX_MS = 2_000
 
 
-class _Socket(zmq.Socket[bytes]):
-    """A socket that takes its guard along when it closes."""
+class Socket(zmq.Socket[bytes]):
+    """A socket that takes its guard and its context along when it closes."""
 
     guard: Guard | None = None
     folder: str | None = None  # of the address between the two
 
+    @override
     def close(self, linger: int | None = None) -> None:
         super().close(linger)
         guard, self.guard = self.guard, None
@@ -46,6 +46,7 @@ class _Socket(zmq.Socket[bytes]):
             guard.close((linger or 0) / 1000)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self.context.term()  # once messages have left
 
     def private_path(self) -> str:
         """A path that only this user can reach."""
@@ -53,50 +54,30 @@ class _Socket(zmq.Socket[bytes]):
         return f"{self.folder}/s"
 
 
-def open_socket(kind: int, context: zmq.Context | None) -> tuple[_Socket, zmq.Context | None]:
-    """A socket that notices dead peers, reconnects within seconds and never delays the end of the process.
-
-    Args:
-        kind: Kind of socket, such as ``zmq.PUSH``.
-        context: Context to share; None makes a new one.
-
-    Returns:
-        The socket, and the new context, which the caller must terminate after the socket; None if it was shared.
-    """
-    owned = None
-    if context is None:
-        context = owned = zmq.Context()
-    socket = context.socket(kind, socket_class=_Socket)
-    assert isinstance(socket, _Socket)
+def open_socket(kind: int) -> Socket:
+    """Return a socket, of a kind such as ``zmq.PUSH``, that notices dead peers, reconnects and never delays an exit."""
+    socket = Socket(zmq.Context(), kind)
     socket.linger = 0
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
-    return socket, owned
+    return socket
 
 
-def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits = DEFAULT_LIMITS) -> str:
-    """Bind, guarded against peers whose messages never end; close everything if that fails.
+def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS) -> str:
+    """Bind, guarded against peers whose messages never end, and return the address with the real port.
 
     Args:
         socket: Socket from `open_socket`, with all its options set.
-        address: ``tcp://host:port`` (port ``*`` or 0: any free one), ``ipc://path`` or ``inproc://name``.
-        owned: Context from `open_socket`, terminated on failure.
-        limits: Limits of a message; a peer that exceeds them loses its connection. ``inproc`` has no guard.
-
-    Returns:
-        The address as bound, with the real port.
+        address: ``tcp://host:port`` (port ``*`` or 0: any free one) or ``ipc://path``.
+        limits: Limits of a message; a peer that exceeds them loses its connection.
 
     Raises:
-        OSError: The address is taken or cannot be bound, a file that is no socket among them; the text names it and
-            the cure.
+        OSError: The address is taken, malformed or a file that is no socket; the socket is closed then.
     """
     try:
-        _check_port(address, lowest=0)
-        if address.startswith("inproc://"):
-            socket.bind(address)
-            return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        _check(address, binds=True)
         if address.startswith("ipc://") and _has_listener(address.removeprefix("ipc://")):
             # ZeroMQ unlinks the file and takes over, which leaves the first process listening to nobody.
             raise zmq.ZMQError(errno.EADDRINUSE)
@@ -115,7 +96,7 @@ def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, lim
             raise
         socket.guard = Guard(listener, lambda: _dial(f"ipc://{path}"), limits=limits, accepts=True, name=bound)
     except (zmq.ZMQError, OSError) as error:
-        _close(socket, owned)
+        socket.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
                 errno.EADDRINUSE,
@@ -128,40 +109,40 @@ def bind(socket: _Socket, address: str, owned: zmq.Context | None = None, *, lim
     return bound
 
 
-def connect(socket: _Socket, address: str, owned: zmq.Context | None = None, *, limits: Limits | None = None) -> None:
+def connect(socket: Socket, address: str, *, limits: Limits | None = None) -> None:
     """Connect in the background; the peer need not exist yet.
 
     Args:
         socket: Socket from `open_socket`, with all its options set.
         address: Address as for `bind`.
-        owned: Context from `open_socket`, terminated on failure.
         limits: Limits of a message from the peer, which loses the connection if it exceeds them; None where nothing is
             received, or not for long.
 
     Raises:
-        OSError: The address is malformed; socket and ``owned`` are closed then.
+        OSError: The address is malformed; the socket is closed then.
     """
     try:
-        _check_port(address, lowest=1)
-        if limits is None or address.startswith("inproc://"):
+        _check(address, binds=False)
+        if limits is None:
             socket.connect(address)
             return
-        if not re.fullmatch(r"tcp://.+:[0-9]+|ipc://.+", address):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         path = socket.private_path()
         listener = _listen(f"ipc://{path}")
         socket.guard = Guard(listener, lambda: _dial(address), limits=limits, accepts=False, name=address)
         socket.connect(f"ipc://{path}")
     except (zmq.ZMQError, OSError) as error:
-        _close(socket, owned)
+        socket.close()
         raise OSError(
             error.errno, f"cannot connect to {address!r}: {error}; expected tcp://host:port or ipc://path"
         ) from None
 
 
-def _check_port(address: str, *, lowest: int) -> None:
-    """Refuse a TCP port that does not exist: systems take it modulo 65536, which is a port that nobody named."""
-    port = re.fullmatch(r"tcp://.*:(-?[0-9]+)", address)
+def _check(address: str, *, binds: bool) -> None:
+    """Refuse what is malformed, and a TCP port that does not exist: systems take it modulo 65536."""
+    port = re.fullmatch(r"tcp://.+:(-?[0-9]+)", address)
+    if port is None and not re.fullmatch(r"tcp://.+:[*]|ipc://.+" if binds else r"ipc://.+", address):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    lowest = 0 if binds else 1
     if port and not lowest <= int(port[1]) <= 65535:
         raise OSError(errno.EINVAL, f"port {port[1]} does not lie in {lowest}..65535")
 
@@ -214,12 +195,6 @@ def _dial(address: str) -> plain.socket:
     return dialed
 
 
-def _close(socket: zmq.Socket, owned: zmq.Context | None) -> None:
-    socket.close()
-    if owned is not None:
-        owned.term()
-
-
 def _has_listener(path: str) -> bool:
     with contextlib.closing(plain.socket(plain.AF_UNIX, plain.SOCK_STREAM)) as probe:
         probe.settimeout(1.0)  # a listener that does not answer is as good as none
@@ -237,15 +212,10 @@ class SocketThread:
         socket: Socket, handed over; closed by the thread.
         step: One short turn of work, at most some tens of milliseconds, so that `close` is prompt.
         name: Name of the thread.
-        owned_context: Context that the thread terminates at its end, when messages have left; None terminates none.
     """
 
-    def __init__(
-        self, socket: zmq.Socket, step: Callable[[], bool], *, name: str, owned_context: zmq.Context | None
-    ) -> None:
-        self._socket = socket
-        self._step = step
-        self._owned_context = owned_context
+    def __init__(self, socket: Socket, step: Callable[[], bool], *, name: str) -> None:
+        self._socket, self._step = socket, step
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -273,10 +243,8 @@ class SocketThread:
         try:
             while self._step():
                 pass
-        except zmq.ZMQError as error:  # for example the owner of a shared context terminated it
+        except zmq.ZMQError as error:
             logger.warning("%s stops: %s", self._thread.name, error)
         finally:
             left = max(0.0, (self._deadline or 0.0) - time.monotonic())
             self._socket.close(linger=int(left * 1000))
-            if self._owned_context is not None:
-                self._owned_context.term()

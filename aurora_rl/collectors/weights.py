@@ -87,15 +87,12 @@ class WeightPublisher:
         address: Address to bind; ``tcp://127.0.0.1:*`` takes a free port, see `address`.
         handshake: What an engine's handshake must equal before it gets weights.
         limits: Limits of a message, the same on both sides: weights that engines would refuse are refused here.
-        context: Context to share; needed for ``inproc://`` only. It must outlive the publisher.
 
     Raises:
         OSError: The address is taken or cannot be bound.
     """
 
-    def __init__(
-        self, address: str, *, handshake: Handshake, limits: Limits = DEFAULT_LIMITS, context: zmq.Context | None = None
-    ) -> None:
+    def __init__(self, address: str, *, handshake: Handshake, limits: Limits = DEFAULT_LIMITS) -> None:
         self.error: str | None = None
         """How the latest refused engine differed."""
         self.rejected = 0  # malformed messages dropped
@@ -104,11 +101,11 @@ class WeightPublisher:
         self._engines: OrderedDict[str, EngineStatus] = OrderedDict()
         self._changed = threading.Condition()
         self._checksums: OrderedDict[int, str] = OrderedDict()  # an engine may acknowledge what is no longer the newest
-        self._socket, owned = open_socket(zmq.ROUTER, context)
+        self._socket = open_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # report an engine that is gone instead of dropping silently
         self._socket.maxmsgsize = _CONTROL.max_bytes
-        self.address = bind(self._socket, address, owned, limits=_CONTROL)
-        self._thread = SocketThread(self._socket, self._step, name="weight-publisher", owned_context=owned)
+        self.address = bind(self._socket, address, limits=_CONTROL)
+        self._thread = SocketThread(self._socket, self._step, name="weight-publisher")
         self._thread.start()
 
     @property
@@ -125,14 +122,13 @@ class WeightPublisher:
             return 1 + max([published, *(status.serving for status in self._engines.values())])
 
     def publish(self, version: int, tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
-        """Make these the newest weights. Copies and hashes them in the calling thread, sends them in another.
+        """Make these the newest weights, and return the checksum that acknowledgements must repeat.
+
+        They are copied and hashed in the calling thread, and sent in another.
 
         Args:
             version: Version, larger than any before; an engine that serves it or a later one ignores the weights.
             tensors: Tensors on any device; they may be trained on as soon as this returns.
-
-        Returns:
-            The checksum that acknowledgements must repeat.
 
         Raises:
             ValueError: ``version`` is not larger than the last one, or the weights exceed ``limits``.
@@ -157,15 +153,10 @@ class WeightPublisher:
         return digest
 
     def wait_ack(self, version: int, timeout: float, *, engines: int = 1) -> bool:
-        """Wait until enough engines have loaded a version.
-
-        Args:
-            version: Version, or a newer one in its place.
-            timeout: Seconds to wait.
-            engines: How many; engines come and go, so "all" would mean nothing.
+        """Wait until so many engines have loaded a version or a newer one.
 
         Returns:
-            True once they have; False when the time is up or an engine rejected this very version, see `engines`.
+            True once they have; False after ``timeout`` seconds, or if an engine rejected this very version.
         """
 
         def acknowledged() -> bool:
@@ -312,7 +303,6 @@ class WeightReceiver:
         name: Name of this engine at the learner; the default is unique to the process.
         limits: Limits of a weights message.
         heartbeat_s: Seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
-        context: Context to share; needed for ``inproc://`` only. It must outlive the receiver.
 
     Raises:
         OSError: ``address`` is malformed. An absent learner is no error.
@@ -327,7 +317,6 @@ class WeightReceiver:
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         heartbeat_s: float = 1.0,
-        context: zmq.Context | None = None,
     ) -> None:
         self.name = name or f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.error: str | None = None
@@ -343,11 +332,11 @@ class WeightReceiver:
         self._pending: tuple[int, TensorDict] | None = None
         self._replies: deque[list[Buffer]] = deque(maxlen=_MAX_REPLIES)
         self._next_beat = 0.0
-        self._socket, owned = open_socket(zmq.DEALER, context)
+        self._socket = open_socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # no stale heartbeats for a learner that comes back
         self._socket.maxmsgsize = limits.max_bytes
-        connect(self._socket, address, owned, limits=limits)
-        self._thread = SocketThread(self._socket, self._step, name="weight-receiver", owned_context=owned)
+        connect(self._socket, address, limits=limits)
+        self._thread = SocketThread(self._socket, self._step, name="weight-receiver")
         self._thread.start()
 
     @property
@@ -365,13 +354,9 @@ class WeightReceiver:
             return pending
 
     def acknowledge(self, version: int, checksum: str, swap_ms: float) -> None:
-        """Report weights as serving.
+        """Report weights from `latest` as serving, after a swap for which serving stood still ``swap_ms`` milliseconds.
 
-        Args:
-            version: Version from `latest`.
-            checksum: `codec.checksum` of what the model holds after the swap, not of what was received: this is how a
-                swap that silently did nothing is found.
-            swap_ms: Milliseconds that serving stood still.
+        ``checksum`` is that of what the model holds now, not of what was received: it finds a swap that did nothing.
         """
         with self._lock:
             self._version, self._checksum = version, checksum

@@ -22,9 +22,9 @@ Sees = Callable[[Tensor, Tensor], Tensor | bool]
 
 
 def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, Sees]:
-    """What the layers of each kind see of the text before a token, from query and key positions.
+    """Return what the layers of each kind see of the text before a token, by query and key positions.
 
-    Empty where all layers see the whole text; the key is None where all layers are of one kind that does not.
+    It is empty if all layers see the whole text; the key is None if all layers are of one kind that does not.
 
     Raises:
         UnsupportedModelError: Some layers are no attention over keys and values.
@@ -51,10 +51,10 @@ def _everything(query: Tensor, key: Tensor) -> bool:
 
 
 def make_independent_of_length(model: PreTrainedModel, max_length: int) -> None:
-    """Keep attention from changing with the length of a pass: a neighbour's, or a draft's.
+    """Keep attention from changing with the length of a pass, which a neighbour or a draft may change.
 
-    `dynamic` and `longrope` compute with other frequencies once a pass is longer than the original context; keys that
-    were cached before it stay as they were. Up to that length they are constant, and are served as such.
+    `dynamic` and `longrope` compute with other frequencies once a pass is longer than the original context, while
+    cached keys keep theirs. Up to that length they are constant, and are served as such.
 
     Raises:
         UnsupportedModelError: ``max_length`` goes beyond the original context.

@@ -49,31 +49,31 @@ class Engine(ABC):
         """Run the target once over the root and every node of each slot's tree.
 
         Args:
-            slots: ``[b]`` int64 on the CPU, occupied slots in rising order.
-            tokens: ``[b, n]`` int64; ``n = 0`` is plain decoding.
-            parents: ``[b, n]`` int64, topological, −1 = root.
-            valid: ``[b, n]`` bool.
+            slots: Occupied slots in rising order, ``[b]`` int64 on the CPU.
+            tokens: Token of each node, ``[b, n]`` int64; ``n = 0`` is plain decoding.
+            parents: Parent of each node, topological, −1 = root, ``[b, n]`` int64.
+            valid: Nodes that count, ``[b, n]`` bool.
 
         Returns:
-            ``[b, n + 1, H]``: the output head's input at the root (column 0) and at each node.
+            The output head's input at the root (column 0) and at each node, ``[b, n + 1, H]``.
         """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """The target's output head: ``[..., H]`` to ``[..., V]``."""
+        """Apply the target's output head: ``[..., H]`` to ``[..., V]``."""
 
     @abstractmethod
     def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
         """Keep the accepted path of the round just verified and append its tokens.
 
         Args:
-            slots: ``[b]``, those of :meth:`verify`.
-            path: ``[b, n]`` int64, indices of the accepted nodes in order of depth, then −1.
-            tokens: ``[b, n + 1]`` int64, delivered tokens oldest first.
-            num_new: ``[b]`` int64 on the CPU, how many are delivered, at least one.
+            slots: Slots of :meth:`verify`, ``[b]``.
+            path: Indices of the accepted nodes in order of depth, then −1, ``[b, n]`` int64.
+            tokens: Delivered tokens, oldest first, ``[b, n + 1]`` int64.
+            num_new: Number of delivered tokens, at least one, ``[b]`` int64 on the CPU.
 
         Returns:
-            ``[b, n + 1, F]``: row ``i`` is the feature at the position just before ``tokens[:, i]``.
+            Features, ``[b, n + 1, F]``; row ``i`` is the feature at the position just before ``tokens[:, i]``.
         """
 
     @abstractmethod
@@ -82,11 +82,7 @@ class Engine(ABC):
 
 
 ENGINES: Registry[type[Engine]] = Registry("engine", "aurora_rl.engines", Engine, reserved=("sglang",))
-"""In-process engines by name; "sglang" is a server of its own.
-
-A configured engine is made as ``TransformersEngine`` is: ``Engine(model, num_slots=..., max_length=...,
-feature_layers=...)``.
-"""
+"""In-process engines by name, constructed as ``TransformersEngine`` is; "sglang" is a server of its own."""
 
 register_engine = ENGINES.register
 get_engine = ENGINES.get

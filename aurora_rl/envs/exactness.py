@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from aurora_rl.models.inference_modules import GROUPED_ATTENTION, layer_kind
 from aurora_rl.models.target_head import context_length, decoder_layers, decoder_of
 
-# Tokens of the first row and of each other, and rows of the probe at most: they bound what the check costs.
+# Tokens of the first row and of the others, and most rows of the probe: they bound the time of the check.
 _LONG, _LENGTH, _MOST_ROWS = 48, 16, 6
-# Tokens of the float32 copy's vocabulary at most.
+# Most tokens of the float32 copy's vocabulary.
 _FEW_TOKENS = 2048
 # Depth of the true path in the tree that is verified; one more token is decoded after it.
 _PATH = 2
@@ -38,13 +37,12 @@ _THRESHOLDS = ("original_max_position_embeddings",)
 
 ELSEWHERE = "engine.name=sglang may serve it"
 """What to do with a model that is refused."""
-
 SGLANG = "serve it with engine.name=sglang"
-"""What to do with a model whose state no tree can be rolled back in."""
+"""What to do with a model whose state cannot be rolled back."""
 
 
 def reason_of(error: Exception) -> str:
-    """The type of an error and its message, in one line."""
+    """Return the type of an error and its message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -65,11 +63,11 @@ class Exactness:
     """What the check found.
 
     Attributes:
-        form: How the model is run: "fused" (decoder layers in fewer operations), "grouped" (its own layers with our
-            attention), "sdpa" or "eager" (transformers' attention).
-        error: How far the logits are from the model's own, see :meth:`Probe.difference`.
-        tolerance: What ``error`` may be: rounding in the model's dtype.
-        switched_off: Forms that were tried first and why each was switched off.
+        form: Form in which the model is run: "fused" (decoder layers in fewer operations), "grouped" (its own layers
+            with our attention), "sdpa" or "eager" (transformers' attention).
+        error: Distance of the logits from the model's own, see :meth:`Probe.difference`.
+        tolerance: Largest ``error`` that is rounding in the model's dtype.
+        switched_off: Forms that were tried first, with the reason why each was switched off.
     """
 
     form: str
@@ -79,26 +77,26 @@ class Exactness:
 
 
 class Probe:
-    """Texts at telling positions, and what the untouched model says of them.
+    """Texts at telling positions, and the untouched model's logits on them.
 
     The first row is a longer text from position 0 on. The others start at both sides of every threshold that the
     settings of the rotary embedding name, and at the last positions that will be served. Their tokens are those of the
-    largest embeddings and random others. The model's attention windows are shortened meanwhile, so that these texts
+    largest embeddings and random others. The model's attention windows are shortened for the probe, so that these texts
     cross them.
 
     Args:
-        model: As it was loaded, before anything of it is replaced.
+        model: Model as it was loaded, before anything of it is replaced.
         max_length: Most tokens of a slot.
-        by_median: Judge the median context instead of the worst, for a model of half precision of which a float32
-            copy was compared too: where rounding flips the choice of a router, one context is far off.
+        by_median: Whether to judge the median context instead of the worst, for a model of half precision of which a
+            float32 copy was compared too: one context is far off if rounding flips the choice of a router.
 
     Attributes:
         texts: ``R`` rows ``[n]`` int64; the first is the longest.
-        starts: ``[R]`` int64, the position of each row's first token.
-        roots: ``[R]`` int64, of each row the index of the token that is the root of its tree; they differ.
-        logits: ``[R, 4, V]``, of the model's own, at the root and the three tokens after it.
+        starts: Position of each row's first token, ``[R]`` int64.
+        roots: Index of the token of each row that is the root of its tree, ``[R]`` int64; they differ.
+        logits: Logits of the model's own forward at the root and the three tokens after it, ``[R, 4, V]``.
         tolerance: Largest :meth:`difference` that is rounding: 8 times that of the model from itself, when it reads
-            the same text in a pass of another size, and at least 8 times what rounding in each layer adds up to.
+            the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
 
     Raises:
         NotCausalError: The model's logits depend on later tokens, on other rows or on the length of the pass.
@@ -157,12 +155,9 @@ class Probe:
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 
     def _own(self, model: PreTrainedModel, tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        """Logits ``[r, n, V]`` of the model's own forward, without a cache and without a mask.
+        """Return the logits ``[r, n, V]`` of the model's own forward on ``tokens`` ``[r, n]``, without cache and mask.
 
-        Args:
-            model: The model.
-            tokens: ``[r, n]`` int64.
-            starts: ``r`` positions, of each row's first token.
+        ``starts`` are the positions of each row's first token.
         """
         arguments: dict[str, Any] = {}
         if self.takes_positions:
@@ -172,9 +167,9 @@ class Probe:
             return model(tokens, use_cache=False, **arguments).logits
 
     def difference(self, logits: Tensor, own: Tensor) -> float:
-        """Root mean square of the difference of logits ``[..., V]``, of the worst context, relative to their spread.
+        """Return the root mean square of the difference of logits ``[..., V]``, relative to their spread.
 
-        A context is judged by the mean over its logits, which rounding hardly moves, and not by the worst of them.
+        It is that of the worst context, each judged by the mean over its logits, which rounding hardly moves.
         """
         precise = torch.promote_types(own.dtype, torch.float32)
         logits, own = logits.to(precise), own.to(precise)
@@ -197,7 +192,7 @@ class Probe:
 
 @contextlib.contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model compute attention as its family defines it: others leave terms out (SDPA drops Gemma 2's cap)."""
+    """Compute attention as the model's family defines it: other forms drop terms (SDPA drops Gemma 2's cap)."""
     kept = model.config._attn_implementation
     if kept == GROUPED_ATTENTION:  # it is in inference form already, checked by the engine that put it there
         yield
@@ -209,26 +204,10 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(kept)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from warning at each form that attention is set in another way than a family is made for."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
 def few_layers_in_float32(model: PreTrainedModel, layers: nn.ModuleList) -> PreTrainedModel:
-    """A copy of a model with its first layers alone, two and one of each kind, 8 at most.
-
-    Args:
-        model: As it was loaded.
-        layers: Its decoder layers.
-    """
+    """Copy a model, as it was loaded, with its first decoder layers only: at least two, one of each kind, 8 at most."""
     kinds = [layer_kind(layer) for layer in layers]
-    # Two at least: what a norm after a lone layer takes back, a layer after it sees.
+    # Two at least: a norm after a single layer may undo what a second layer would show.
     count = min(max(2, *(kinds.index(kind) + 1 for kind in kinds)), 8, len(kinds))
     others = list(layers[count:])
     del layers[count:]
@@ -243,7 +222,7 @@ def few_layers_in_float32(model: PreTrainedModel, layers: nn.ModuleList) -> PreT
 
 
 def _keep_first_tokens(model: PreTrainedModel) -> None:
-    """Leave the first rows of the embedding and of the head alone: products with the others are most of the time."""
+    """Keep only the first rows of the embedding and of the head: products with the others take most of the time."""
     config, ends = model.config.get_text_config(), (model.get_input_embeddings(), model.get_output_embeddings())
     if config.vocab_size <= _FEW_TOKENS or any(type(end) not in (nn.Embedding, nn.Linear) for end in ends):
         return
@@ -258,7 +237,7 @@ def _keep_first_tokens(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def with_larger_products(few: PreTrainedModel, factor: float) -> PreTrainedModel:
-    """A copy of a model whose layers' products are ``factor`` times as large, which makes outliers of what it computes.
+    """Copy a model with products of its layers that are ``factor`` times as large, which makes outliers.
 
     The embedding and the head, most of a small model, are shared.
     """
@@ -272,12 +251,12 @@ def with_larger_products(few: PreTrainedModel, factor: float) -> PreTrainedModel
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the decoder can be told the positions of its tokens; ALiBi has none."""
+    """Return whether the decoder takes the positions of its tokens; ALiBi has none."""
     return "position_ids" in inspect.signature(decoder_of(model).forward).parameters
 
 
 def _thresholds(config: PretrainedConfig) -> set[int]:
-    """Positions from which on the model computes something else, as its rotary settings name them."""
+    """Return the positions at which, by its rotary settings, the model starts to compute something else."""
 
     def whole_numbers(settings: Any) -> Iterator[int]:
         if isinstance(settings, Mapping):
@@ -292,7 +271,7 @@ def _thresholds(config: PretrainedConfig) -> set[int]:
 
 @torch.inference_mode()
 def _telling_tokens(model: PreTrainedModel, rows: int, length: int) -> Tensor:
-    """``[rows, length]`` int64: random tokens, every second one of a large embedding (outliers), bos first."""
+    """Return ``[rows, length]`` int64: random tokens, every second one of a large embedding (outliers), bos first."""
     embedding, generator = model.get_input_embeddings().get_parameter("weight"), torch.Generator().manual_seed(0)
     vocab = min(len(embedding), model.config.get_text_config().vocab_size)
     ids = torch.arange(0, vocab, max(vocab // 4096, 1))

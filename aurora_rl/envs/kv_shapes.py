@@ -11,7 +11,7 @@ from aurora_rl.models.target_head import decoder_of
 
 
 def kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
-    """Shapes of keys and values of each layer, as the model writes them."""
+    """Return the shapes of the keys and values of each layer, as the model writes them."""
     name, recorder = type(model).__name__, ShapeRecorder()
     tokens = torch.tensor([[1, 2]], device=model.device)
     try:

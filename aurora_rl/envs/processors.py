@@ -57,14 +57,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def text_settings(config: GenerationConfig | None) -> dict[str, Any]:
-    """The fields of a generation config that change the text, and that no request decides.
+    """Return the fields of a model's generation config that change the text and that no request decides.
 
-    Args:
-        config: a model's; None where it has none.
-
-    Returns:
-        Value by field, those that :func:`generation_processors` applies as well as those that it refuses. Entries that
-        transformers does not know are left out, as `generate` does not read them.
+    They are fields that :func:`generation_processors` applies and that it refuses, without entries that transformers
+    does not know, which `generate` does not read.
 
     Example:
         >>> text_settings(GenerationConfig(repetition_penalty=1.1, temperature=0.7, num_beams=1))
@@ -83,20 +79,19 @@ def text_settings(config: GenerationConfig | None) -> dict[str, Any]:
 def generation_processors(
     model: PreTrainedModel, stop_tokens: Sequence[int]
 ) -> Callable[[Request], LogitsProcessorList] | None:
-    """The logits processors that a model's generation config asks for.
+    """Return the logits processors that a model's generation config asks for; None if it leaves the text as it is.
 
     Args:
-        model: the target; its ``generation_config`` is read now.
-        stop_tokens: ids that end a completion, which a shortest length forbids and a length penalty favours.
+        model: Target; its ``generation_config`` is read now.
+        stop_tokens: Ids that end a completion, which a shortest length forbids and a length penalty favours.
 
     Returns:
-        What :class:`aurora_rl.envs.SpecDecodeEnv` takes as ``processors``: called with a request, it returns the
-        processors for that prompt and budget, and raises ValueError for a request that would be sampled where the
-        config has settings of sampling that are not applied. None where the config leaves the text as it is.
+        The ``processors`` of :class:`aurora_rl.envs.SpecDecodeEnv`. They raise ValueError for a request that would be
+        sampled if the config has settings of sampling that are not applied.
 
     Raises:
-        ValueError: the config sets a field that is no function of the text before a token, such as
-            ``guidance_scale``, or a value that transformers refuses. The message names field, value and cure.
+        ValueError: The config sets a field that is no function of the text before a token, such as
+            ``guidance_scale``, or a value that transformers refuses. The message names field, value and fix.
 
     Example:
         >>> from aurora_rl.envs import Request
@@ -173,12 +168,12 @@ def process(
     A processor is called with all nodes of one depth of a tree at once. It gets real text only: no padding.
 
     Args:
-        logits: ``[b, n + 1, V]``, raw, at the root and at every node.
-        texts: each tree's committed tokens, the root last, ``[length]`` int64.
-        tokens: ``[b, n]`` int64.
-        parents: ``[b, n]`` int64, −1 = root.
-        valid: ``[b, n]`` bool, as `aurora_rl.trees.valid_nodes` gives it.
-        processors: each tree's.
+        logits: Raw logits at the root and at every node, ``[b, n + 1, V]``.
+        texts: Committed tokens of each tree, the root last, ``[length]`` int64.
+        tokens: Token of each node, ``[b, n]`` int64.
+        parents: Parent of each node, −1 = root, ``[b, n]`` int64.
+        valid: Result of `aurora_rl.trees.valid_nodes`, ``[b, n]`` bool.
+        processors: Processors of each tree.
 
     Returns:
         ``[b, n + 1, V]`` float32, in which `generate` calls processors as well; raw at invalid nodes.

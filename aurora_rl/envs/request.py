@@ -17,7 +17,7 @@ class Request:
 
     Attributes:
         id: Number of the request, not negative, as the trajectory carries it.
-        prompt: ``[P]`` int64 tokens, at least one.
+        prompt: Tokens of the prompt, at least one, ``[P]`` int64.
         sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
@@ -84,12 +84,12 @@ class Completion:
 
     Attributes:
         request: The request.
-        tokens: ``[C]`` int64, the stop token included.
+        tokens: Tokens of the completion, the stop token included, ``[C]`` int64.
         terminated: Whether it ended at a stop token or string, and not at its token budget.
-        trajectory: What was recorded; None where nothing was.
+        trajectory: Trajectory of the request; None if nothing was recorded.
         drafts: What became of its drafts.
-        logprobs: Log-probabilities of each token, where the request asked for them.
-        text: The tokens as text, without a stop string, where :class:`aurora_rl.LLM` served the request.
+        logprobs: Log-probabilities of each token, if the request asked for them.
+        text: The tokens as text, without a stop string, if :class:`aurora_rl.LLM` served the request.
         error: Why the request was not served; None if it was.
 
     Example:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -20,7 +20,7 @@ from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.logprobs import TokenLogprobs, token_logprobs
 from aurora_rl.envs.processors import process
 from aurora_rl.envs.request import Completion, Drafts, Request
-from aurora_rl.envs.specs import blank, specs
+from aurora_rl.envs.specs import specs
 from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
@@ -43,21 +43,20 @@ class SpecDecodeEnv(EnvBase):
     The action is a draft tree per slot. A step verifies it in one pass of the target, keeps the accepted path and adds
     the bonus token; an empty tree is plain decoding. The reward is the number of tokens delivered. A slot is done at a
     stop token or string (terminated) or at its token budget (truncated), and takes the next request at its reset. A
-    slot for which there is none is idle: it delivers nothing and is done at every step, so that it asks again.
+    slot without a request is idle: it delivers nothing and is done at every step, so that it asks again.
 
     Args:
         engine: Engine of the target.
         requests: Called for the next request; None if there is none now.
         num_nodes: Most nodes ``N`` of a tree without its root.
         rule: Name of the verification rule, or its import path.
-        draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Where the rule compares with
-            the drafter's distribution, actions carry it as ("draft", "q"). An action that says how it was drawn, in
-            ("draft", "mode") as a policy's does, has to say this.
+        draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``; also ("draft", "mode") of
+            actions that have it. If the rule needs the drafter's distribution, actions carry it as ("draft", "q").
         stop_tokens: Token ids that end a completion.
         decode: Turns token ids into text; needed only by requests with stop strings.
-        processors: Called with a request for the logits processors of transformers that its logits pass before they
-            are verified, as :func:`aurora_rl.envs.generation_processors` makes it; ValueError from it refuses the
-            request. A processor has to be a function of ``input_ids`` and ``scores`` alone. None serves raw logits.
+        processors: Returns the logits processors of transformers for a request, such as the result of
+            :func:`aurora_rl.envs.generation_processors`; ValueError from it refuses the request. A processor must
+            depend on ``input_ids`` and ``scores`` alone. None serves raw logits.
         on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
             if the request asked for them.
         on_completion: Called with each :class:`Completion` as it ends, after ``on_tokens``.
@@ -69,10 +68,9 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
-        ValueError: The rule is not lossless for the draft mode; trees of more
-            nodes than the engine verifies; from a request that the engine cannot hold or the rule cannot serve (see
-            :meth:`check`); or from an action that was drawn in another mode, or lacks the distribution that the rule
-            needs.
+        ValueError: The rule is not lossless for the draft mode; trees have more nodes than the engine verifies; a
+            request cannot be served (see :meth:`check`); or an action was drawn in another mode, or lacks the
+            distribution that the rule needs.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -129,6 +127,7 @@ class SpecDecodeEnv(EnvBase):
         self.full_done_spec = Composite(
             done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(engine.num_slots,), device=device
         )
+        self._template = self.observation_spec.zero()
 
     def check(self, request: Request) -> None:
         """Raise ValueError, naming the value and the fix, where this environment cannot serve the request."""
@@ -192,7 +191,15 @@ class SpecDecodeEnv(EnvBase):
         params = [self._active[s].request.sampling if s in self._active else None for s in range(self.engine.num_slots)]
         self._sampling = SamplingBatch.from_params(params, self.device)
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+    def _blank(self) -> TensorDict:
+        """Return an observation of nothing; ``observation_spec.zero()`` costs a round several times as much."""
+        out: Any = torch.zeros_like(self._template)
+        out["speculate"].fill_(True)
+        for key in ("request", ("verifier", "bonus_token")):
+            out[key].fill_(-1)
+        return out
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         flags = None if tensordict is None else tensordict.get("_reset", None)
         slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
         # A bad request is refused here, before anything changes; good ones taken along with it wait for the next reset.
@@ -217,7 +224,7 @@ class SpecDecodeEnv(EnvBase):
                 for slot, _ in loaded:
                     self._recorder.start(slot)
             self._set_sampling()
-        out = blank(self.engine, self.num_nodes)
+        out = self._blank()
         for slot, request in loaded:
             out["is_init"][slot] = True
             out["request"][slot] = request.id
@@ -228,27 +235,18 @@ class SpecDecodeEnv(EnvBase):
             out[key] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         return out
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        store, slots = self.engine.store, self.engine.store.occupied
-        out = blank(self.engine, self.num_nodes)
-        reward = torch.zeros(*self.batch_size, 1, device=self.device)
-        terminated = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        truncated = torch.ones_like(terminated)  # what idle slots report
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        store, slots, out = self.engine.store, self.engine.store.occupied, self._blank()
+        out["reward"] = torch.zeros(*self.batch_size, 1, device=self.device)
+        out["terminated"] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
+        out["truncated"] = torch.ones_like(out["terminated"])  # what idle slots report
         if len(slots):
-            self._round(tensordict, slots, out, reward, terminated, truncated)
+            self._round(tensordict, slots, out)
         out["observation", "position"].copy_(store.lengths - 1)
-        out.update({"reward": reward, "terminated": terminated, "truncated": truncated, "done": terminated | truncated})
+        out["done"] = out["terminated"] | out["truncated"]
         return out
 
-    def _round(
-        self,
-        tensordict: TensorDictBase,
-        slots: Tensor,
-        out: TensorDictBase,
-        reward: Tensor,
-        terminated: Tensor,
-        truncated: Tensor,
-    ) -> None:
+    def _round(self, tensordict: TensorDictBase, slots: Tensor, out: TensorDictBase) -> None:
         """Verify, judge, commit and deliver one round of the occupied slots, written into the step's result."""
         engine, store, draft = self.engine, self.engine.store, tensordict["draft"]
         rows = slots.to(self.device)
@@ -272,7 +270,9 @@ class SpecDecodeEnv(EnvBase):
         raw, held = logits, [self._active[slot] for slot in occupied]
         if any(each.processors for each in held):
             texts = [store.tokens[slot, : int(store.lengths[slot])] for slot in occupied]
-            logits = process(logits, texts, tokens, parents, valid, [each.processors for each in held])
+            logits = process(
+                logits, texts, tokens, parents, valid, [each.processors or LogitsProcessorList() for each in held]
+            )
         verdict = self.rule.verify(logits, tokens, parents, valid, roots.to(self.device), sampling, q)
         path, length = accepted_path(verdict.accepted)
         sequence = torch.cat([tokens.gather(1, path.clamp(min=0)), verdict.bonus_token[:, None]], dim=1)
@@ -296,24 +296,24 @@ class SpecDecodeEnv(EnvBase):
         observation["tokens"][rows, : width + 1] = sequence
         observation["features"][rows, : width + 1] = features
         observation["num_new"][rows] = num_new.to(self.device)
-        reward[rows, 0] = num_new.to(self.device, reward.dtype)
-        terminated[rows, 0] = ended.to(self.device)
-        truncated[rows, 0] = (spent & ~ended).to(self.device)
+        out["reward"][rows, 0] = num_new.to(self.device, torch.float32)
+        out["terminated"][rows, 0] = ended.to(self.device)
+        out["truncated"][rows, 0] = (spent & ~ended).to(self.device)
         out["request"][rows] = torch.tensor([each.request.id for each in held], device=self.device)
         out["speculate"][rows, 0] = torch.tensor([each.request.speculative for each in held], device=self.device)
         counts = zip(valid.sum(1).tolist(), accepted.sum(1).tolist(), num_new.tolist(), strict=True)
-        for row, (slot, each, (drafted, kept_nodes, delivered)) in enumerate(zip(occupied, held, counts, strict=True)):
-            if drafted:
-                each.drafts.add(kept_nodes, drafted, delivered)
-            new, logprobs = sequence[row, :delivered].tolist(), None
+        for index, (slot, each, (nodes, taken, delivered)) in enumerate(zip(occupied, held, counts, strict=True)):
+            if nodes:
+                each.drafts.add(taken, nodes, delivered)
+            new, logprobs = sequence[index, :delivered].tolist(), None
             if (top := each.request.sampling.logprobs) is not None:
-                judged = [0, *(node + 1 for node in path[row, : delivered - 1].tolist())]
-                logprobs = token_logprobs(raw[row, judged], new, top)
+                judged = [0, *(node + 1 for node in path[index, : delivered - 1].tolist())]
+                logprobs = token_logprobs(raw[index, judged], new, top)
                 each.logprobs += logprobs
             if self.on_tokens:
                 self.on_tokens(each.request, new, logprobs)
-            if bool(ended[row] | spent[row]):
-                self._finish(slot, bool(ended[row]))
+            if bool(ended[index] | spent[index]):
+                self._finish(slot, bool(ended[index]))
 
     def _check_draft(self, draft: TensorDictBase, drafted: Tensor) -> None:
         """Raise ValueError where the trees of these rows are not what the rule and the record take them for."""
@@ -332,7 +332,7 @@ class SpecDecodeEnv(EnvBase):
             )
 
     def _deliver(self, slots: Tensor, sequence: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How many tokens of path and bonus each slot delivers, and whether it ended there or spent its budget."""
+        """Return how many tokens of path and bonus each slot delivers, whether it ended, and whether its budget did."""
         store = self.engine.store
         generated = store.lengths[slots] - store.prompt_lengths[slots]
         stops = torch.isin(sequence, self._stop_tokens).tolist()

@@ -1,12 +1,10 @@
-"""Specs of :class:`~aurora_rl.envs.SpecDecodeEnv`, and the empty observation that each step fills in."""
+"""Specs of :class:`~aurora_rl.envs.SpecDecodeEnv`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tensordict import TensorDict
-from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 
 from aurora_rl.envs.engine import Engine
@@ -55,38 +53,3 @@ def specs(engine: Engine, num_nodes: int, *, needs_q: bool) -> tuple[Composite, 
     if needs_q:
         draft["q"] = Bounded(0.0, 1.0, shape=(b, n, vocab), dtype=torch.float32, device=device)
     return observation, group(draft=group(**draft))
-
-
-def blank(engine: Engine, num_nodes: int) -> TensorDict:
-    """Return an observation of nothing; ``observation_spec.zero()`` costs a round several times as much."""
-    features, hidden, device = engine.store.features, engine.store.hidden, engine.store.tokens.device
-    b, width = engine.num_slots, num_nodes + 1
-
-    def ints(*shape: int) -> Tensor:
-        return torch.zeros(b, *shape, dtype=torch.int64, device=device)
-
-    def group(entries: dict) -> TensorDict:
-        return TensorDict(entries, batch_size=[b], device=device)
-
-    return group(
-        {
-            "is_init": torch.zeros(b, 1, dtype=torch.bool, device=device),
-            "request": ints() - 1,
-            "speculate": torch.ones(b, 1, dtype=torch.bool, device=device),
-            "observation": group(
-                {
-                    "tokens": ints(width),
-                    "num_new": ints(),
-                    "position": ints(),
-                    "features": features.new_zeros(b, width, features.shape[-1]),
-                }
-            ),
-            "verifier": group(
-                {
-                    "accepted": torch.zeros(b, num_nodes, dtype=torch.bool, device=device),
-                    "hidden": hidden.new_zeros(b, width, hidden.shape[-1]),
-                    "bonus_token": ints() - 1,
-                }
-            ),
-        }
-    )

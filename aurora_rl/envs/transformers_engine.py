@@ -1,4 +1,4 @@
-"""The embedded engine: a Hugging Face causal LM with ordinary attention, with a static KV cache per slot."""
+"""The embedded engine: a Hugging Face causal LM with a static KV cache per slot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from aurora_rl.envs.exactness import (
     UnsupportedModelError,
     WrongLogitsError,
     few_layers_in_float32,
-    quiet,
     reason_of,
     takes_positions,
     with_larger_products,
@@ -36,11 +35,8 @@ from aurora_rl.models.inference_modules import (
     grouped_mask,
     prepare_for_inference,
 )
-from aurora_rl.models.kv_cache import (
-    SlotCache,
-    cache_mask,
-    column_positions,
-)
+from aurora_rl.models.kv_cache import SlotCache, cache_mask, column_positions
+from aurora_rl.models.loading import quiet_transformers
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trees import ancestor_mask, depths
 
@@ -48,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 # A prompt is read in chunks of so many scores (rows x heads x columns), so that memory stays linear in its length.
 _PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
-# The fastest first; what computes something else than the model is switched off.
+# The fastest first; a form that computes something else than the model is switched off.
 _FORMS = ("fused", "grouped", "sdpa", "eager")
 # By which the products of the float32 probe are multiplied: 1 shows what a token attends to, and 4, which makes
 # attention all but one-hot, shows clips, caps and scales.
@@ -64,14 +60,14 @@ class TransformersEngine(Engine):
     disagrees is switched off; a model that disagrees in every form is refused.
 
     Args:
-        model: The target; it is put into inference form in place (see :func:`prepare_for_inference`).
-        num_slots: Slots ``B``, each with its own KV and length.
+        model: Target, put into inference form in place (see :func:`prepare_for_inference`).
+        num_slots: Number of slots ``B``, each with its own KV cache and length.
         max_length: Most tokens of a slot, prompt, completion and tree; at most the model's context.
         feature_layers: Layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
             enters decoder layer ``l``, and ``num_hidden_layers`` the input of the output head.
 
     Attributes:
-        exactness: In which form the model is run, and how near its logits are to the model's own.
+        exactness: Form in which the model is run, and the distance of its logits from the model's own.
 
     Raises:
         ValueError: A layer id, ``num_slots`` or ``max_length`` is out of range.
@@ -102,7 +98,7 @@ class TransformersEngine(Engine):
         count = len(self._layers)
         if not all(0 <= layer <= count for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
-        with quiet():
+        with quiet_transformers():  # which warns of each form of attention that it does not know of a family
             self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe)
         self._feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
@@ -111,7 +107,7 @@ class TransformersEngine(Engine):
         self.prefill_seconds = 0.0
 
     def _set_up(self, model: PreTrainedModel, max_length: int) -> Probe:
-        """Read what a pass through the model takes, and make the probe of it while nothing of it is replaced."""
+        """Read what a pass through the model takes, and probe it before anything of it is replaced."""
         config, name = model.config.get_text_config(), type(model).__name__
         context = context_length(config)
         if not 2 <= max_length <= (context or max_length):
@@ -123,7 +119,7 @@ class TransformersEngine(Engine):
         self.vocab_size = config.vocab_size
         try:
             self._layers, self._output = decoder_layers(model), TargetHead.of(model)
-            with quiet():
+            with quiet_transformers():
                 self._wrong_forms = self._wrong_in_float32(max_length)
                 probe = Probe(model, max_length, by_median=self._wrong_forms is not None)
         except UnsupportedModelError:
@@ -215,10 +211,9 @@ class TransformersEngine(Engine):
         return replace(exactness, error=error)
 
     def _wrong_in_float32(self, max_length: int) -> dict[str, str] | None:
-        """Forms that are wrong on a few of the model's layers in float32, and why; of a model of half precision alone.
+        """Return forms that are wrong on a few layers of a half-precision model in float32, where rounding hides none.
 
-        There nothing hides in rounding. None where such a copy cannot be made or run, as of layers that read the keys
-        of others.
+        None if such a copy cannot be made or run, for example of layers that read the keys of others.
 
         Raises:
             NotCausalError: The copy of the layers is no causal model.
@@ -246,7 +241,7 @@ class TransformersEngine(Engine):
         return wrong
 
     def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
-        """Change how attention is computed; returns what undoes "fused", None where no layer can be fused."""
+        """Change how attention is computed; return a function that undoes "fused", None if no layer can be fused."""
         self._form = form
         implementation = GROUPED_ATTENTION if form in ("fused", "grouped") else form
         if self._config._attn_implementation != implementation:
@@ -258,10 +253,10 @@ class TransformersEngine(Engine):
         return None
 
     def _disagreement(self, probe: Probe) -> float:
-        """How far this engine's logits are from the model's own on the probe.
+        """Return how far this engine's logits are from the model's own on the probe.
 
-        Every row goes through all that a request meets: prefill, a tree with wrong nodes among the true ones,
-        the move of the accepted path, and a plain round after it, with slots of unequal length in one pass.
+        Every row goes through all steps of a request: prefill, a tree with wrong nodes among the true ones, the move
+        of the accepted path, and a plain round after it, with slots of unequal length in one pass.
         """
         length = max(len(text) for text in probe.texts)
         self._allocate(len(probe.texts), length, 0)
@@ -291,7 +286,7 @@ class TransformersEngine(Engine):
         return probe.difference(self.logits(torch.cat([hidden[:, [0, 2, 4]], last], dim=1)), probe.logits)
 
     def _place_alibi(self, max_length: int) -> None:
-        """Give BLOOM's ALiBi the positions of the columns: a tree's nodes lie in another order."""
+        """Give BLOOM's ALiBi the positions of the columns, since a tree's nodes lie in another order."""
         original = getattr(type(self._decoder), "build_alibi_tensor", None)
         if original is None:
             if not self._takes_positions or getattr(self._config, "alibi", False):
@@ -322,9 +317,9 @@ class TransformersEngine(Engine):
     def _forward(
         self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
+        """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 
-        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` which tokens it sees.
+        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees.
         """
         device, width = tokens.device, tokens.shape[1]
         end = int(past.max()) + width
@@ -351,7 +346,7 @@ class TransformersEngine(Engine):
         return hidden, torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
 
     def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:
-        """The mask of a pass as the model takes it; by kind of layer where they do not all see the whole text."""
+        """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
         mask = cache_mask(seen, past, end)
         if not self._mask_kinds:
             return self._formed(mask)
@@ -360,7 +355,7 @@ class TransformersEngine(Engine):
         return masks[None] if None in masks else masks
 
     def _formed(self, mask: Tensor) -> Tensor:
-        """A mask ``[b, T, L]`` bool as attention of the engine's form reads it."""
+        """Return a mask ``[b, T, L]`` bool as attention of the engine's form reads it."""
         if self._form == "eager":
             dtype = self.model.dtype
             zero = torch.zeros((), dtype=dtype, device=mask.device)
@@ -388,11 +383,6 @@ class TransformersEngine(Engine):
 
     @override
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
-        """As :meth:`Engine.verify`.
-
-        Raises:
-            ValueError: The tree has more nodes than a slot has room for after its context.
-        """
         if tokens.shape[1] > self.max_nodes:  # it would run into the next slot's columns
             raise ValueError(
                 f"a tree of {tokens.shape[1]} nodes exceeds the engine's {self.max_nodes}; lower num_nodes"
@@ -436,10 +426,7 @@ class TransformersEngine(Engine):
 
 
 class _FewLayers(TransformersEngine):
-    """An engine of a few layers that chooses its form and serves nothing.
-
-    Its weights may be scaled: rounding weighs more there, and faults far more.
-    """
+    """An engine of a few layers that chooses its form and serves nothing, so that its weights may be scaled."""
 
     _least_tolerance = 1e-4
 

@@ -25,7 +25,7 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
 
     The estimate is the target's next-token distribution summed over all positions of the prompts, plus the prompts' own
     tokens. On code prompts its best 4,096 tokens held 90% of the tokens that were then generated; the 4,096 lowest ids
-    with the prompts' tokens held 84%. Of a prompt longer than the model's context the last tokens count.
+    with the prompts' tokens held 84%. The last tokens count of a prompt that is longer than the model's context.
     """
     head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
     context = context_length(model.config.get_text_config())
@@ -66,15 +66,14 @@ def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
 def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:
     """Choose the day-0 draft vocabulary: the tokens of highest prior, and the lowest ids among equals.
 
-    A byte-pair tokenizer numbers its merges in the order of frequency, so low ids are the frequent tokens if nothing
-    else is known.
+    A byte-pair tokenizer numbers its merges in the order of frequency, so low ids are the frequent tokens.
 
     Args:
-        size: Rows of the draft head, at most the target's vocabulary.
+        size: Number of rows of the draft head, at most the target's vocabulary.
         prior: Expected counts of :func:`token_prior`, ``[V]``; zeros if there are no prompts yet.
 
     Returns:
-        ``[size]`` int64, rising.
+        The chosen tokens, rising, ``[size]`` int64.
 
     Example:
         >>> choose_draft_vocab(2, torch.tensor([0.0, 0.0, 3.0]))

@@ -18,8 +18,6 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
 GROUPED_ATTENTION = "aurora_rl_grouped"
-
-
 # Tensors that transformers hands to attention, and that are no terms of it.
 _NO_TERMS = ("position_ids", "cache_position")
 
@@ -36,22 +34,21 @@ def grouped_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of grouped queries without repeating keys and values: the queries of a group share rows of one head.
+    """Attend with grouped queries without repeating keys and values: the queries of a group share rows of one head.
 
     Args:
         module: The attention module; unused, transformers passes it.
-        query: ``[b, heads, T, d]``.
-        key: ``[b, groups, L, d]``.
-        value: ``[b, groups, L, dv]``.
+        query: Queries, ``[b, heads, T, d]``.
+        key: Keys, ``[b, groups, L, d]``.
+        value: Values, ``[b, groups, L, dv]``.
         attention_mask: ``[b, 1, T, L]`` bool, or with the ``T`` rows repeated for each head of a group (see
             :func:`grouped_mask`), which saves every layer that copy. None is a causal mask.
         scaling: Factor on the scores; None is ``d ** -0.5``.
-        ancestors: Given where the pass is a text with trees after it; this and the mask then are as of
+        ancestors: Nodes that a node sees, if the pass is a text with trees after it; this and the mask then are as of
             :func:`text_and_trees`.
         softcap: Bound on the absolute value of a score (Gemma 2), or None.
-        s_aux: ``[heads]``, a score of nothing for each head that the softmax counts too (the sinks of gpt-oss), or
-            None.
-        **kwargs: What else transformers passes.
+        s_aux: Score of nothing for each head, ``[heads]``, that the softmax counts too (gpt-oss's sinks), or None.
+        **kwargs: Further arguments that transformers passes.
 
     Returns:
         ``[b, T, heads, dv]`` and no weights.
@@ -92,18 +89,18 @@ def grouped_attention(
 def text_and_trees(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, ancestors: Tensor, scaling: float
 ) -> Tensor:
-    """Attention over ``S`` tokens of a text, each after those before it, and ``N`` nodes of trees that leave the text.
+    """Attend from ``S`` tokens of a text, causally, and from ``N`` nodes of trees that leave the text.
 
     A node sees the text up to where its path leaves it, and its path. Scores of nodes are ``[N, S + J]`` and not
     ``[N, S + N]``: training has thousands of nodes, with paths of a few.
 
     Args:
-        query: ``[b, heads, S + N, d]``.
-        key: ``[b, groups, S + N, d]``.
-        value: ``[b, groups, S + N, d]``.
-        seen: ``[b, N, S]`` bool, the tokens of the text that a node sees.
-        ancestors: ``[b, N, J]`` int64, the nodes that a node sees, itself included; −1 fills up.
-        scaling: factor on the scores.
+        query: Queries, ``[b, heads, S + N, d]``.
+        key: Keys, ``[b, groups, S + N, d]``.
+        value: Values, ``[b, groups, S + N, d]``.
+        seen: Tokens of the text that a node sees, ``[b, N, S]`` bool.
+        ancestors: Nodes that a node sees, itself included, padded by −1, ``[b, N, J]`` int64.
+        scaling: Factor on the scores.
 
     Returns:
         ``[b, S + N, heads, d]``.
@@ -136,7 +133,7 @@ AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
 
 
 def grouped_mask(mask: Tensor, groups: int) -> Tensor:
-    """A mask ``[b, T, L]`` as :func:`grouped_attention` reads it, where ``groups`` heads share a key head."""
+    """Return a mask ``[b, T, L]`` as :func:`grouped_attention` reads it if ``groups`` heads share a key head."""
     return mask.repeat(1, groups, 1)[:, None]
 
 
@@ -144,8 +141,8 @@ class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
     Args:
-        linear: the layer to replace.
-        keep_weight: keep the plain weight too, so that it can be replaced, see :func:`stage`.
+        linear: Layer to replace.
+        keep_weight: Whether to keep the plain weight too, so that it can be replaced, see :func:`stage`.
     """
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
@@ -172,25 +169,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class FusedRMSNorm(nn.Module):
-    """RMSNorm in one operation."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = weight, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]``."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 @torch.no_grad()
-def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """The fused form of a norm, if the module is one: names are no proof (Gemma scales by 1 + weight), a probe is."""
+def _fused_norm(module: nn.Module) -> nn.RMSNorm | None:
+    """Return torch's norm, one operation, for a module that a probe finds to be one: Gemma's scales by 1 + weight."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.ndim != 1 or eps is None:
         return None
-    fused = FusedRMSNorm(weight, eps)
+    fused = nn.RMSNorm(weight.shape, eps=eps, device="meta")
+    fused.weight = weight
     probe = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)
     tolerance = 4 * torch.finfo(weight.dtype).eps
     return fused if torch.allclose(fused(probe), module(probe), rtol=tolerance, atol=tolerance) else None
@@ -198,7 +184,7 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
 
 @torch.no_grad()
 def _join(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One linear layer whose outputs are those of ``layers``, end to end. They become views of it: no memory twice."""
+    """Return a linear layer whose outputs are those of ``layers``, end to end. They become views of it."""
     with torch.device("meta"):
         joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=False)
     sizes = [layer.out_features for layer in layers]
@@ -216,12 +202,9 @@ class FusedDecoderLayer(nn.Module):
     Queries, keys and values are one product and rotated together, gate and up another. It takes what transformers
     passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache.
 
-    Args:
-        layer: the layer to replace.
-
     Raises:
-        AttributeError: the layer is not made of the parts that this form knows. Whether it computes the same is for
-            the caller to see, as :func:`fuse_decoder_layers` does.
+        AttributeError: The layer to replace has other parts than this form knows. Whether it computes the same is for
+            the caller to check, as :func:`fuse_decoder_layers` does.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -245,15 +228,7 @@ class FusedDecoderLayer(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> Tensor:
-        """``[b, T, H]`` to ``[b, T, H]``.
-
-        Args:
-            hidden_states: ``[b, T, H]``.
-            attention_mask: see :func:`grouped_attention`.
-            position_embeddings: cosines and sines, each ``[b, T, d]``.
-            past_key_values: the cache, or None.
-            **kwargs: what else transformers passes.
-        """
+        """Turn ``[b, T, H]`` into ``[b, T, H]``, with cosines and sines ``[b, T, d]`` as ``position_embeddings``."""
         b, length, _ = hidden_states.shape
         heads, turns = self._num_heads, self._num_heads + self._num_key_heads
         qkv = self.qkv_proj(self.input_layernorm(hidden_states)).view(b, length, -1, self._head_dim)
@@ -282,12 +257,12 @@ def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Call
     """Replace, in place, the decoder layers that :class:`FusedDecoderLayer` computes the same as; leave the others.
 
     Args:
-        layers: Of a model whose attention is :data:`GROUPED_ATTENTION`.
-        rotary: The model's rotary embedding.
-        far: The last position that the model will be asked for.
+        layers: Layers of a model whose attention is :data:`GROUPED_ATTENTION`.
+        rotary: Rotary embedding of the model.
+        far: Last position that the model will be asked for.
 
     Returns:
-        Puts the layers back that were replaced; None where no layer is fused, now or before.
+        A function that puts back the layers that were replaced; None if no layer is fused, now or before.
     """
     replaced, alike = {}, {}
     for index, layer in enumerate(layers):
@@ -305,7 +280,7 @@ def fuse_decoder_layers(layers: nn.ModuleList, rotary: Rotary, far: int) -> Call
 
 
 def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Equal for layers that compute the same function of their weights: they are probed once."""
+    """Return a key that is equal for layers that compute the same function of their weights, to probe them once."""
     settings = tuple(
         (name, key, value)
         for name, module in layer.named_modules()
@@ -318,10 +293,7 @@ def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
-    """Whether the fused form of a layer computes the same: as for norms, a probe and not the name tells.
-
-    The probe runs on a copy of the layer in float32, where nothing hides in rounding.
-    """
+    """Probe whether the fused form of a layer computes the same, in float32, where nothing hides in rounding."""
     try:
         layer = copy.deepcopy(layer)
         layer = layer if layer.self_attn.q_proj.weight.dtype == torch.float64 else layer.float()
@@ -329,7 +301,9 @@ def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
         x = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         positions = torch.tensor([[0, 1, far // 2, far]], device=x.device)
         arguments = dict(position_embeddings=rotary(x, positions), position_ids=positions, use_cache=False)
-        own = _outputs(layer, _projections(layer), x, arguments)
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        own = _outputs(layer, projections, x, arguments)
         fused = FusedDecoderLayer(layer)
         ours = _outputs(fused, [fused.qkv_proj, fused.gate_up_proj], x, arguments)
     except Exception:  # a layer of other parts, or one that is called in another way
@@ -338,14 +312,8 @@ def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
     return bool(((ours - own).abs() <= scale).all())
 
 
-def _projections(layer: Any) -> list[nn.Module]:
-    """The layers that :class:`FusedDecoderLayer` joins."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
-
-
 def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """What a layer gives, and what it gives where its projections are far larger: a clip or cap shows there."""
+    """Return a layer's outputs, and those with far larger projections, where a clip or cap would show."""
 
     def run() -> Tensor:
         out = layer(x, attention_mask=None, past_key_values=None, **arguments)
@@ -367,12 +335,8 @@ def _is_packable(weight: Tensor) -> bool:
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:
     """Replace modules by their faster forms, in place.
 
-    RMSNorms are fused on every device; linear layers are packed where the CPU multiplies bf16 natively.
-
-    Args:
-        model: the module to change.
-        keep_weights: keep the plain weights of packed layers, for a module whose weights will be replaced (see
-            :func:`stage`). Otherwise they are dropped: take what you need of them before.
+    RMSNorms are fused on every device; linear layers are packed where the CPU multiplies bf16 natively. The plain
+    weights of packed layers are dropped, unless ``keep_weights`` keeps them to be replaced by :func:`stage`.
     """
     pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
@@ -391,11 +355,11 @@ def stage(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[], None]
     """Copy new weights into the dtypes, devices and layouts of a model that goes on with its old ones.
 
     Args:
-        model: may be in inference form.
-        weights: by the names of its state dict.
+        model: Model, which may be in inference form.
+        weights: New weights by the names of its state dict.
 
     Returns:
-        Puts the copies in place. Nothing is copied then: parameters point to other memory.
+        A function that puts the copies in place, by reference.
     """
     put: list[tuple[Any, str, Tensor]] = []
     for name, old in model.state_dict(keep_vars=True).items():

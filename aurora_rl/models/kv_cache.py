@@ -37,11 +37,7 @@ class _KeysAndValuesOnly(Cache):
 
 
 class ShapeRecorder(_KeysAndValuesOnly, DynamicCache):
-    """A growing cache that notes the shapes of what each layer writes.
-
-    Attributes:
-        shapes: Of each layer that has written, its keys' and its values' shape.
-    """
+    """A growing cache that notes in ``shapes`` the shapes of the keys and values that each layer writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +52,7 @@ class ShapeRecorder(_KeysAndValuesOnly, DynamicCache):
 
 
 def uniform_shapes(config: PretrainedConfig) -> dict[int, tuple[KVShape, KVShape]]:
-    """The shapes of a model whose layers are alike, as its configuration gives them."""
+    """Return the shapes of a model whose layers are alike, by its configuration."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = KVShape(config.num_key_value_heads, head_dim)
     return {layer: (shape, shape) for layer in range(config.num_hidden_layers)}
@@ -66,11 +62,11 @@ class SlotCache(_KeysAndValuesOnly):
     """Keys and values of every slot in one block for each shape, written at a place of our choosing.
 
     Args:
-        shapes: Of the keys and the values of each layer.
-        num_slots: ``B``.
-        max_length: Columns of a slot.
-        dtype: Of keys and values.
-        device: Where they live.
+        shapes: Shapes of the keys and the values of each layer.
+        num_slots: Number of slots ``B``.
+        max_length: Number of columns of a slot.
+        dtype: Dtype of keys and values.
+        device: Device of keys and values.
     """
 
     def __init__(
@@ -137,7 +133,7 @@ class SlotCache(_KeysAndValuesOnly):
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that the pass reads; transformers asks only where it was given no positions."""
+        """Columns that the pass reads; transformers asks only if it is given no positions."""
         return self._end
 
     @override
@@ -147,15 +143,12 @@ class SlotCache(_KeysAndValuesOnly):
 
 
 def cache_mask(seen: Tensor, past: Tensor, end: int) -> Tensor:
-    """What the tokens of a pass may read of their slots' columns: all before ``past``, and some of those after it.
+    """Return which of their slots' columns the tokens of a pass may read, ``[b, T, L]`` bool: all before ``past``.
 
     Args:
-        seen: ``[b, T, W]`` bool, whether a token sees each of the ``W`` columns from ``past`` on.
-        past: ``[b, 1]`` int64.
-        end: Columns ``L`` that the pass reads.
-
-    Returns:
-        ``[b, T, L]`` bool.
+        seen: Whether a token also sees each of the ``W`` columns from ``past`` on, ``[b, T, W]`` bool.
+        past: First column that the pass writes, ``[b, 1]`` int64.
+        end: Number of columns ``L`` that the pass reads.
 
     Example:
         >>> cache_mask(torch.tensor([[[True, False], [False, True]]]), torch.tensor([[1]]), 4).int()
@@ -170,15 +163,14 @@ def cache_mask(seen: Tensor, past: Tensor, end: int) -> Tensor:
 
 
 def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
-    """The position of the token in each column: a text lies in order, a tree by the depth of its nodes.
+    """Return the position of the token in each column, ``[b, L]`` int64: a text lies in order, a tree by its depths.
+
+    Columns after the tree hold nothing and have some position.
 
     Args:
-        depth: ``[b, T]`` int64, of the pass's tokens, which are written from column ``past`` on.
-        past: ``[b, 1]`` int64.
-        end: Columns ``L`` that the pass reads.
-
-    Returns:
-        ``[b, L]`` int64; columns after the tree hold nothing and have some position.
+        depth: Depth of each token of the pass, ``[b, T]`` int64.
+        past: First column that the pass writes, ``[b, 1]`` int64.
+        end: Number of columns ``L`` that the pass reads.
 
     Example:
         >>> column_positions(torch.tensor([[0, 1, 1, 2]]), torch.tensor([[2]]), 6)
@@ -190,7 +182,7 @@ def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
-    """Tokens that a layer of a model looks back at most, where some layer does not see the whole text."""
+    """Return how many tokens a layer looks back at most; None if every layer sees the whole text."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)  # none are given where all layers are of one kind, as Mistral's
     return window if window and (types is None or "sliding_attention" in types) else None

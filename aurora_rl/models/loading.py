@@ -2,8 +2,7 @@
 
 The default target, SmolLM2-135M-Instruct, travels inside a package of the Python index as a 4-bit GGUF file, so a
 first run needs no model hub. It is converted once into an ordinary Hugging Face folder, because the GGUF route of
-transformers re-reads and de-quantises every tensor at each start. Any other causal language model is named by its hub
-id or by a folder.
+transformers re-reads and de-quantises every tensor at each start.
 """
 
 from __future__ import annotations
@@ -49,13 +48,12 @@ class ModelError(ValueError):
 def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
     """Return the folder of the embedded target, converting it at the first call.
 
-    Processes may call this at the same time: each converts into a folder of its own, the first rename wins and the
-    others take its result.
+    Processes may call this at the same time: each converts into a folder of its own, and the first rename wins.
 
     Args:
         cache_dir: Folder where converted models are kept; default `$AURORA_RL_CACHE`, else `aurora_rl` under
             `$XDG_CACHE_HOME` or `~/.cache`.
-        progress: Whether to tell on stderr what the conversion does. A call that finds the folder says nothing.
+        progress: Whether to print the steps of a conversion on stderr.
 
     Returns:
         A folder with config, bf16 safetensors (270 MB), tokenizer and chat template.
@@ -69,11 +67,6 @@ def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progres
     return _build_once(folder, lambda scratch: _convert(gguf, scratch, _announcer(progress)))
 
 
-def is_embedded_model_installed() -> bool:
-    """Tell whether the package that carries the embedded target is there, without importing it."""
-    return importlib.util.find_spec(_MODULE) is not None
-
-
 def load_target(
     model: str | os.PathLike[str], *, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -84,16 +77,13 @@ def load_target(
         dtype: Dtype of the weights; see `default_dtype`.
         device: Device of the weights, such as `"cpu"` or `"cuda:0"`.
 
-    Returns:
-        The model and its tokenizer.
-
     Raises:
-        ModelError: Nothing of that name, a folder with parts missing or damaged, weights that do not fill the
-            model, or an architecture that is not a causal language model.
+        ModelError: There is nothing of that name, parts are missing or damaged, the weights do not fill the model, or
+            it is no causal language model.
     """
     model = os.fspath(model)
     source, where = _resolve(model)
-    with _quiet_transformers() if where.is_local else contextlib.nullcontext():
+    with quiet_transformers() if where.is_local else contextlib.nullcontext():
         try:
             # The config first: it is small, so a wrong name fails before gigabytes are fetched.
             AutoConfig.from_pretrained(source)
@@ -110,37 +100,51 @@ def load_target(
         )
     target = target.to(device).eval().requires_grad_(False)
     if target.device.type == "cpu":
-        # Views of the mapped file until now: a single one that is kept would keep the whole file in memory, next to
-        # what becomes of the weights in inference form.
+        # Weights are views of the mapped file: a single one that is kept would keep the whole file in memory.
         for weight in target.parameters():
             weight.data = weight.data.clone()
     return target, tokenizer
 
 
-def default_dtype(device: str | torch.device) -> torch.dtype:
-    """Return bf16 where the device computes in it natively, else fp32.
+def usable_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name; "auto" is CUDA where there is one.
 
-    Emulated bf16 is slower than fp32, and less exact.
+    Raises:
+        ValueError: There is no such device here.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(name)!r} cannot be used here ({reason}); try cpu, or auto") from error
+    return device
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """Return bf16 if the device computes in it natively, else fp32, which is faster than emulated bf16 and more exact.
 
     >>> default_dtype("cpu") in (torch.bfloat16, torch.float32)
     True
     """
-    kind = torch.device(device).type
+    kind, native = torch.device(device).type, False
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == "cpu":
         features = torch.cpu.get_capabilities()
         native = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    else:
-        native = False
     return torch.bfloat16 if native else torch.float32
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end an answer, ascending: the generation config's and the tokenizer's end of sequence.
+    """Return the ids that end an answer, ascending; empty if the model declares none.
 
-    Chat models often list several in one place and a single one in the other, so both are read. The result is empty
-    for a model that declares none; its answers end at the token budget.
+    They are those of the generation config and the tokenizer: chat models often list several in one of these places
+    and a single one in the other.
     """
     config = model.generation_config
     declared = config.eos_token_id if config is not None else None
@@ -154,15 +158,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     """Encode a conversation up to the point where the assistant speaks next.
 
     Args:
-        tokenizer: Tokenizer whose chat template is applied. Without one (a base model) the contents are joined by
-            newlines.
+        tokenizer: Tokenizer whose chat template is applied. Without a template (a base model) the contents are joined
+            by newlines.
         messages: Messages, each with `role` and `content`.
 
-    Returns:
-        The prompt's token ids.
-
     Raises:
-        jinja2.TemplateError: The template refuses the conversation, such as one with a role it does not know.
+        jinja2.TemplateError: The template refuses the conversation, such as one with an unknown role.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
@@ -246,9 +247,8 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         try:
             built.rename(folder)
         except OSError:
-            if not folder.is_dir():
+            if not folder.is_dir():  # no other process finished first
                 raise
-            # Another process finished first, with the same content.
     return folder
 
 
@@ -256,7 +256,7 @@ def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Write the model in a GGUF file as a Hugging Face folder."""
     start = time.perf_counter()
     say(f"preparing {gguf.name} (once; kept in {folder.parent.parent})")
-    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
         say("1/3 weights: reading and de-quantising")
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         say("2/3 tokenizer: reading")
@@ -278,8 +278,7 @@ def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     r"""Give the tokenizer what the GGUF file says and its reader in transformers drops.
 
     The reader takes `<|im_start|>` for the end of sequence, which would never stop an answer, and forgets that SmolLM
-    splits off every digit before the byte-level rule: "\n\n1" would become three tokens where the model was trained
-    on two.
+    splits off every digit before the byte-level rule: "\n\n1" would become three tokens instead of two.
     """
     config = model.config
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -294,8 +293,8 @@ def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings, which would tear a live view; errors still raise."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings, which would break a live view; errors still raise."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     if bars:

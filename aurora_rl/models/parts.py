@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 
-# Weights of a Llama layer that are taken as they are, among them those of outputs, and norms of heads.
+# Weights of a Llama layer that are copied, those of its outputs among them, and norms of heads.
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _PROJECTIONS = tuple(
     f"{name}_proj.weight"
@@ -88,11 +88,10 @@ class TargetParts:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the target's weights, in whichever dtype they are loaded.
+        """Identity of the target's weights, in any dtype: a digest of rows of the head and the last decoder layer.
 
-        A digest of rows of the head and the last decoder layer. A target that was tuned further is another one, also
-        where its head stayed as it was. Weights that are kept in float32 and loaded in float16 have a digest of their
-        own, as the two roundings differ.
+        A target that was tuned further differs, even if its head did not change. Float32 weights that are loaded in
+        float16 have a digest of their own, as the two roundings differ.
         """
         found = hashlib.blake2b(digest_size=8)
         weights = list(self.head.tensors().items())
@@ -104,24 +103,20 @@ class TargetParts:
 
 
 def _few_rows(weight: Tensor) -> Tensor:
-    """About 64 rows ``[·, last size]`` from all over a weight, as bfloat16 and float16 both have them, on the CPU."""
+    """Return about 64 rows of a weight, spread evenly, as bfloat16 and float16 both represent them, on the CPU."""
     rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
     # float16 has fewer digits of small weights than bfloat16.
     return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
 
 
 def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dict[str, Tensor], bool]:
-    """Weights of the norms that a drafter starts from.
+    """Find the weights of the norms that a drafter starts from, in a target and one of its decoder layers.
 
-    Families name them differently, and give the same name to different ones: "post_attention_layernorm" is before the
-    MLP in Llama and before the residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
-
-    Args:
-        model: The target.
-        layer: One of its decoder layers.
+    Families give one name to different norms: "post_attention_layernorm" is before the MLP in Llama and before the
+    residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
 
     Returns:
-        The final norm's ``[H]``, None where the decoder ends without a norm; the layer's, by their names in a Llama
+        The final norm's ``[H]``, None if the decoder ends without a norm; the layer's, by their names in a Llama
         layer; and whether the layer normalises what its attention or its MLP adds to the residual stream.
     """
     decoder = decoder_of(model)
@@ -175,22 +170,19 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
 
 @torch.no_grad()
 def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None:
-    """Return what a norm (RMSNorm or LayerNorm, in whichever form it stores it) multiplies normalised inputs by.
+    """Return the factor ``[size]`` that an RMSNorm or LayerNorm multiplies by, however it stores it; None for others.
 
     Args:
-        norm: The module.
+        norm: Module to probe.
         size: Width of its inputs, even.
-        dtype: Of its inputs.
-
-    Returns:
-        ``[size]``; None where the module is no norm of one vector.
+        dtype: Dtype of its inputs.
 
     Example:
         >>> norm_weight(nn.LayerNorm(2), 2, torch.float32), norm_weight(nn.Linear(2, 2), 2, torch.float32)
         (tensor([1., 1.]), None)
     """
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
-    # Of mean 0 and root mean square 1, so that both kinds of norm divide by the factor, next to which epsilon vanishes.
+    # Of mean 0 and root mean square 1, so that both kinds of norm divide by the factor, which dwarfs epsilon.
     sign = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(size // 2)
     probe = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(sign)
     try:
@@ -207,18 +199,10 @@ def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None
 
 @torch.no_grad()
 def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
-    """Start a drafter's layer from the target's last one, with the weights that have the same name and shape.
+    """Start a drafter's layer from ``TargetParts.last_layer``, and return the names of the weights that were copied.
 
-    An attention or MLP that cannot be copied whole adds nothing until it has learned: what it says at random would only
-    blur the residual stream.
-
-    Args:
-        layer: Its projections are named as in a Llama layer. Those of queries, keys and values may read twice as much,
-            the embedding first (EAGLE-3): they start blind to it.
-        last: See ``TargetParts.last_layer``.
-
-    Returns:
-        Names of the weights that were copied.
+    Projections of queries, keys and values may read twice as much, the embedding first (EAGLE-3): they start blind to
+    it. An attention or MLP that cannot be copied whole adds nothing to the residual stream until it has learned.
     """
     copied: set[str] = set()
     own = dict(layer.named_parameters())
@@ -238,10 +222,10 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
 
 
 def layer_config(parts: TargetParts) -> LlamaConfig:
-    """Configuration of one Llama layer of the target's sizes and rotary settings, for drafters that have one.
+    """Return the configuration of one Llama layer of the target's sizes and rotary settings.
 
-    What the target has in no form that a Llama layer takes is replaced: attention has the usual head size where the
-    target compresses its keys (MLA), and rotary positions where it has learned ones or ALiBi.
+    A layer has the usual head size if the target compresses its keys (MLA), and rotary positions if the target has
+    learned ones or ALiBi.
     """
     target = parts.config
     size = target.hidden_size
@@ -268,7 +252,7 @@ def layer_config(parts: TargetParts) -> LlamaConfig:
 
 
 def _key_heads(config: PretrainedConfig, heads: int) -> int:
-    """Key heads of a model where they divide ``heads``; Falcon and GPTBigCode name them differently."""
+    """Return the number of key heads of a model if it divides ``heads``; Falcon and GPTBigCode name it differently."""
     found = getattr(config, "num_key_value_heads", None)
     if found is None and getattr(config, "new_decoder_architecture", False):
         found = config.num_kv_heads
@@ -278,10 +262,7 @@ def _key_heads(config: PretrainedConfig, heads: int) -> int:
 
 
 def _layer_rope(config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary settings of a drafter's layer: the target's, as far as they are the same at every length of a pass.
-
-    Of settings by type of layer they are those of full attention, and the whole head is turned.
-    """
+    """Return the target's rotary settings, of full attention and the whole head, if they are the same at any length."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     rope = dict(rope.get("full_attention") or next((v for v in rope.values() if isinstance(v, dict)), rope))
     rope.pop("partial_rotary_factor", None)
@@ -292,22 +273,21 @@ def _layer_rope(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def target_entries(parts: TargetParts) -> dict[str, Any]:
-    """Entries of a drafter's configuration that are the target's, whatever a file says.
+    """Return the entries of a drafter's configuration that are the target's, whatever a file says.
 
-    Files are often cut to the length of their training; positions are computed here, as far as the target's go.
+    A file often gives the length of its training; positions are computed here, up to the target's last.
     """
     target = parts.config
-    names = ("bos_token_id", "eos_token_id")
     entries = {
         "max_position_embeddings": context_length(target),
-        **{name: getattr(target, name, None) for name in names},
+        **{name: getattr(target, name, None) for name in ("bos_token_id", "eos_token_id")},
         "num_target_layers": target.num_hidden_layers,
     }
     return {name: value for name, value in entries.items() if value is not None}
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's early, middle and late layers, as SGLang captures them: 2, n // 2, n − 3 (fewer in tiny models).
+    """Return EAGLE-3's early, middle and late layers, as SGLang captures them: 2, n // 2, n − 3; fewer in tiny models.
 
     >>> default_feature_layers(30)
     (2, 15, 27)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 # Entries of configurations by which families scale their logits; some multiply by the value and some divide.
-_SCALES = ("logit_scale", "logits_scaling")
-_SOFTCAPS = ("final_logit_softcapping",)
+_SCALES, _SOFTCAPS = ("logit_scale", "logits_scaling"), ("final_logit_softcapping",)
 
 
 class TargetHead(nn.Module):
@@ -46,13 +45,9 @@ class TargetHead(nn.Module):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TargetHead:
-        """Find how a causal LM makes logits of its decoder's output, by comparing candidates with its own logits.
+        """Find the head of a causal LM, as it was loaded, by comparing candidates with its own logits.
 
-        Args:
-            model: The target, as it was loaded.
-
-        Returns:
-            A head that shares the model's weight.
+        The result shares the model's weight.
 
         Raises:
             ValueError: The model has no output head, or does more to make logits than this class knows.
@@ -69,8 +64,8 @@ class TargetHead(nn.Module):
             )
         if not bool((logits != logits[..., :1]).any()):
             raise ValueError(f"{name} gives every token the same logit; its weights are missing or zero")
-        bias = getattr(output, "bias", None)
-        heads = cls.candidates(weight.detach(), None if bias is None else bias.detach(), model.config.get_text_config())
+        bias = None if getattr(output, "bias", None) is None else output.bias.detach()
+        heads = cls.candidates(weight.detach(), bias, model.config.get_text_config())
         # The nearest and not the first that is near: a cap changes small logits by less than bfloat16 rounds.
         gaps = [float((head(hidden) - logits).abs().max()) for head in heads]
         if min(gaps) <= 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()):
@@ -140,7 +135,7 @@ class TargetHead(nn.Module):
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Hidden states ``[1, 4, H]`` and logits ``[1, 4, V]`` of a few tokens, from the model's own forward."""
+    """Return hidden states ``[1, 4, H]`` and logits ``[1, 4, V]`` of a few tokens, by the model's own forward."""
     vocab = model.get_input_embeddings().get_parameter("weight").shape[0]
     # Not the first ids alone: a padding token may have an embedding of zeros, and logits of zeros tell nothing.
     tokens = torch.arange(1, 5, device=model.device)[None] * max((vocab - 1) // 4, 1) % vocab
@@ -156,7 +151,7 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """The part of a causal LM that turns tokens into what its output head reads."""
+    """Return the part of a causal LM that turns tokens into what its output head reads."""
     candidates = (model.get_decoder(), getattr(model, "model", None), model.base_model)
     lists = (part for part in candidates if part is not None and part is not model and _outermost_lists(part))
     return next(lists, model.get_decoder())
@@ -168,7 +163,7 @@ def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal LM, under whichever name its family has them (``layers``, ``h``, ``blocks``).
+    """Return the decoder layers of a causal LM, whatever its family calls them (``layers``, ``h``, ``blocks``).
 
     Raises:
         ValueError: The decoder has no list of modules, or several of ``num_hidden_layers``.
@@ -191,7 +186,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that a model has, None where its configuration names no limit (BLOOM's ALiBi has none).
+    """Return how many positions a model has, None if its configuration names no limit (BLOOM's ALiBi has none).
 
     Example:
         >>> from transformers import MptConfig

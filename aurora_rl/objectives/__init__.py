@@ -12,15 +12,9 @@ from aurora_rl.objectives.divergences import (
 )
 from aurora_rl.objectives.expected_length import ExpectedLengthLoss
 from aurora_rl.objectives.function_objective import FunctionObjective
-from aurora_rl.objectives.imitation import ImitationLoss, ImitationValues, imitation
+from aurora_rl.objectives.imitation import ImitationLoss, imitation
 from aurora_rl.objectives.objective import Objective, Values
-from aurora_rl.objectives.registry import (
-    OBJECTIVES,
-    check_settings,
-    get_objective,
-    make_objectives,
-    register_objective,
-)
+from aurora_rl.objectives.registry import OBJECTIVES, check_settings, get_objective, make_objectives, register_objective
 from aurora_rl.objectives.sum_loss import SumLoss
 from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
 from aurora_rl.objectives.windows import Windows
@@ -34,7 +28,6 @@ __all__ = [
     "ExpectedLengthLoss",
     "FunctionObjective",
     "ImitationLoss",
-    "ImitationValues",
     "Objective",
     "SumLoss",
     "Values",

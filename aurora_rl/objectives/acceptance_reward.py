@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,23 +75,20 @@ class AcceptanceRewardLoss(Objective):
     ratio; and "stale", the share of trees that were left out.
 
     Raises:
-        ValueError: an unknown reward or baseline, or a clip or limit out of range; at the first batch, trees that were
+        ValueError: An unknown reward or baseline, or a clip or limit out of range; at the first batch, trees that were
             not sampled, a node that the drafter cannot have drawn, a missing log-probability, a rule or draft mode that
             reward or baseline does not hold for, or siblings that a baseline misses; after more than twenty batches in
             a row without a fresh round, that.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> chains = tiny_trajectory(drafter, shape=TreeShape(3, mode="sampled"))
-        >>> sorted(AcceptanceRewardLoss(drafter, parts.head)(pack([chains])).keys())
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch(shape=TreeShape(3, mode="sampled"))
+        >>> sorted(AcceptanceRewardLoss(drafter, head)(batch).keys())
         ['accepted', 'expected_accepted', 'loss_acceptance_reward', 'ratio', 'stale']
     """
 
     sampled = True
+    metrics: Sequence[str] = ("expected_accepted", "accepted", "ratio", "stale")
     newest: Tensor
 
     def __init__(
@@ -142,29 +139,22 @@ class AcceptanceRewardLoss(Objective):
         served = [*SAMPLING_KEYS, ("sampling", "rule"), ("sampling", "draft_mode"), ("rounds", "policy_version")]
         return [*TREE_KEYS, *served, keys.hidden, keys.node_hidden, keys.accepted, keys.log_probs]
 
-    @property
-    @override
-    def metrics(self) -> list[str]:
-        return ["expected_accepted", "accepted", "ratio", "stale"]
-
     @override
     def values(self, batch: TensorDictBase) -> Values:
         self.expect_nodes(batch)
-        draws = self._draws(batch)
-        trees, rounds = draws.trees, slice(draws.trees.num_rounds)
-        acceptance = draws.by_rule(
-            lambda rule, here: rule.acceptance(draws.p, draws.q, draws.row[here], draws.context[here])
-        )
+        law = self._law(batch)
+        trees, rounds = law.trees, slice(law.trees.num_rounds)
+        acceptance = law.by_rule(lambda rule, here: rule.acceptance(law.p, law.q, law.row[here], law.context[here]))
         reach = trees.path_products(acceptance)
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
         # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
-        behaviour = draws.given_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
-        ratio = (draws.log_q.detach() - behaviour).exp()
-        joint = draws.joint(ratio)
-        credit = self._credit(draws, reach.detach(), accepted, ratio, joint)
+        behaviour = law.given_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
+        ratio = (law.log_q.detach() - behaviour).exp()
+        joint = law.joint(ratio)
+        credit = self._credit(law, reach.detach(), accepted, ratio, joint)
         clip = torch.inf if self.clip is None else self.clip
-        gain = clipped_gain(draws.log_q, behaviour, credit, clip)
+        gain = clipped_gain(law.log_q, behaviour, credit, clip)
         if self.reward == "expected":
             # grad R, if there is any, is averaged over the behaviour's draws too; if clipped, on both sides.
             held = joint if self.clip is None else ratio.clamp(1 - clip, 1 + clip)
@@ -182,7 +172,7 @@ class AcceptanceRewardLoss(Objective):
         }
         return Values(-trees.subtree_sums(gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
-    def _draws(self, batch: TensorDictBase) -> TreeLaw:
+    def _law(self, batch: TensorDictBase) -> TreeLaw:
         """Return what was drawn, and the distributions that judge it, with gradients in the drafter."""
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         request = trees.request[trees.num_rounds :]
@@ -207,59 +197,59 @@ class AcceptanceRewardLoss(Objective):
         return TreeLaw(trees, trees.context, row, p, log_q, rule, without=mode == _WITHOUT_REPLACEMENT)
 
     @torch.no_grad()
-    def _credit(self, draws: TreeLaw, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
+    def _credit(self, law: TreeLaw, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
         """Return the weight of each node's score apart from its own ratio, ``[M]``."""
-        trees, context, row = draws.trees, draws.context, draws.row
+        trees, context, row = law.trees, law.context, law.row
         # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
         share, own = (joint, ratio) if self.clip is None else (1.0, 1.0)
         if self.reward == "expected":
             credit = _hanging(trees, context, share * reach) / own
         else:
-            self._check_recorded(draws)
+            self._check_recorded(law)
             # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
-            counts = (draws.q[context, row] < draws.p[context, row]).to(accepted.dtype)
-            credit = torch.where(draws.needs_q, counts, 1.0) * _hanging(trees, context, share * accepted) / own
+            counts = (law.q[context, row] < law.p[context, row]).to(accepted.dtype)
+            credit = torch.where(law.needs_q, counts, 1.0) * _hanging(trees, context, share * accepted) / own
         if self.baseline == "none" or not len(context):
             return credit
-        self._check_baseline(draws)
+        self._check_baseline(law)
         # What every node would do as the first of its siblings: a function of its own branch alone.
-        alone = draws.by_rule(
+        alone = law.by_rule(
             lambda rule, here: rule.acceptance(
-                draws.p[context[here]], draws.q[context[here]], row[here], torch.arange(len(here), device=row.device)
+                law.p[context[here]], law.q[context[here]], row[here], torch.arange(len(here), device=row.device)
             )
         )
         below = trees.subtree_sums(trees.path_products(alone))[trees.num_rounds :]
         if self.baseline == "group":
             return _standardised(trees, below)
-        return credit - _others(context, below, draws.needs_q)
+        return credit - _others(context, below, law.needs_q)
 
     # ---- what a batch must be ---------------------------------------------------------------------------------------
 
-    def _check_recorded(self, draws: TreeLaw) -> None:
-        if bool((sibling_ranks(draws.context) > 0)[draws.needs_q].any()):
+    def _check_recorded(self, law: TreeLaw) -> None:
+        if bool((sibling_ranks(law.context) > 0)[law.needs_q].any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' does not hold for rejection on trees, where a node's "
                 "acceptance depends on its siblings; set reward='expected', or serve chains (drafter.width=1)"
             )
-        if self.clip is not None and bool(draws.needs_q.any()):
+        if self.clip is not None and bool(law.needs_q.any()):
             raise ValueError(
                 f"objective {self.name!r}: reward='recorded' with clip={self.clip} does not hold for rejection, whose "
                 "accept bits depend on the weights that drew them; set reward='expected', or clip=null where the "
                 "current weights did"
             )
 
-    def _check_baseline(self, draws: TreeLaw) -> None:
-        if not bool((sibling_ranks(draws.context) > 0).any()):
+    def _check_baseline(self, law: TreeLaw) -> None:
+        if not bool((sibling_ranks(law.context) > 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
                 "any; serve with drafter.width > 1 and a node budget for it, or set baseline='none'"
             )
-        if bool(draws.without.any()):
+        if bool(law.without.any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} needs independent siblings, and "
                 "('sampling', 'draft_mode') is 'sampled_without_replacement'; serve with drafter.mode=sampled"
             )
-        if self.baseline == "group" and bool(draws.needs_q.any()):
+        if self.baseline == "group" and bool(law.needs_q.any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline='group' scales the score but not the gradient of the reward, which "
                 "rejection rules have; use leave_one_out"

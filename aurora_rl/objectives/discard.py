@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
-from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
+from aurora_rl.objectives.objective import SAMPLING_KEYS, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
 from aurora_rl.policies.drafter import Drafter, log_softmax
@@ -22,7 +23,7 @@ from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 
 
 @register_objective("discard")
-class DiscardSamplingLoss(Objective):
+class DiscardSamplingLoss(DistillationObjective):
     """A divergence to the target at rejected nodes.
 
     Every node of a tree went through the target, so its distribution is known at the contexts that serving discards,
@@ -54,15 +55,13 @@ class DiscardSamplingLoss(Objective):
         ValueError: ``top_k`` < 1, ``decay`` outside (0, 1], an unknown divergence, weighting or reduction.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> out = DiscardSamplingLoss(drafter, parts.head, weighting="reach")(pack([tiny_trajectory(drafter)]))
-        >>> sorted(out.keys())
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> sorted(DiscardSamplingLoss(drafter, head, weighting="reach")(batch).keys())
         ['discard_agreement', 'discarded', 'loss_discard']
     """
+
+    metrics: Sequence[str] = ("discarded", "discard_agreement")
 
     def __init__(
         self,
@@ -84,17 +83,16 @@ class DiscardSamplingLoss(Objective):
             raise ValueError(f"decay must lie in (0, 1], got {decay}")
         if weighting not in ("uniform", "reach", "decay"):
             raise ValueError(f"weighting must be 'uniform', 'reach' or 'decay', got {weighting!r}")
-        if target not in ("model", "served"):
-            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
-        super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.divergence, self.served, self.top_k = get_divergence(divergence), target == "served", top_k
-        if top_k is not None and self.divergence is reverse_kl:
+        divergence = get_divergence(divergence)
+        if top_k is not None and divergence is reverse_kl:
             raise ValueError(
                 f"top_k={top_k} leaves out tokens that the reverse KL charges to the drafter; set top_k=null, or "
                 "divergence=forward_kl"
             )
-        self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
-        self.weighting, self.decay = weighting, decay
+        if renormalize is None:
+            renormalize = wants_renormalized(divergence)
+        super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
+        self.divergence, self.top_k, self.weighting, self.decay = divergence, top_k, weighting, decay
 
     @property
     @override
@@ -109,11 +107,6 @@ class DiscardSamplingLoss(Objective):
     def optional_reads(self) -> list[NestedKey]:
         return [self.tensor_keys.log_probs]
 
-    @property
-    @override
-    def metrics(self) -> list[str]:
-        return ["discarded", "discard_agreement"]
-
     @override
     def values(self, batch: TensorDictBase) -> Values:
         self.expect_nodes(batch)
@@ -127,13 +120,8 @@ class DiscardSamplingLoss(Objective):
         wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
         wanted[nodes] = discarded
         log_q = log_softmax(self.drafter.context_logits(batch, trees, wanted))
-        log_p, covered = self.target_law(
-            batch,
-            target_rows(batch, keys.node_hidden)[discarded],
-            trees.request[wanted],
-            served=self.served,
-            renormalize=self.renormalize,
-        )
+        rows = target_rows(batch, keys.node_hidden)[discarded]
+        log_p, covered = self.target_law(batch, rows, trees.request[wanted])
         agreement = (argmax(log_p) == argmax(log_q)).float().mean() if len(log_q) else log_q.new_zeros(())
         if self.top_k is not None and self.top_k < log_p.shape[-1]:
             least = log_p.topk(self.top_k, dim=-1).values[:, -1:]

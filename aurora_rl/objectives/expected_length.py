@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -49,12 +51,9 @@ class ExpectedLengthLoss(Objective):
         ValueError: ``steps`` < 1, an unknown rule, contexts or reduction.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> out = ExpectedLengthLoss(drafter, parts.head, steps=2)(pack([tiny_trajectory(drafter)]))
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> out = ExpectedLengthLoss(drafter, head, steps=2)(batch)
         >>> sorted(out.keys()), bool(out["loss_expected_length"] == -out["expected_length"])
         (['expected_length', 'loss_expected_length', 'top1_length'], True)
     """
@@ -91,19 +90,15 @@ class ExpectedLengthLoss(Objective):
 
     @property
     @override
-    def metrics(self) -> list[str]:
-        return ["expected_length", self._true_length]
-
-    @property
-    def _true_length(self) -> str:
-        return "top1_length" if self.contexts == "text" else "accepted_length"
+    def metrics(self) -> Sequence[str]:
+        return "expected_length", "top1_length" if self.contexts == "text" else "accepted_length"
 
     @override
     def values(self, batch: TensorDictBase) -> Values:
         length, true, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
         metrics = {
             name: torch.where(valid, part, 0.0).sum() / valid.sum().clamp(min=1)
-            for name, part in (("expected_length", length), (self._true_length, true))
+            for name, part in zip(self.metrics, (length, true), strict=False)
         }
         return Values(-length[None], length.new_ones(()), valid[None], metrics)
 

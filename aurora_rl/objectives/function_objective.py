@@ -10,23 +10,22 @@ from typing import Any, ClassVar, cast
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
+from aurora_rl.objectives.distillation import DistillationObjective
+from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import Windows, by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.settings import settings_of
-from aurora_rl.tree_index import SEQUENCE_KEYS
 
 ObjectiveFunction = Callable[..., tuple[Tensor, Tensor]]
 """``function(log_p, log_q, windows, *, settings) -> (values, mask)``, see :class:`FunctionObjective`."""
 
 
-class FunctionObjective(Objective):
+class FunctionObjective(DistillationObjective):
     """An objective whose values are a pure function of the log-probabilities of target and drafter.
 
     :func:`register_objective` makes a subclass of it from a function
@@ -71,10 +70,8 @@ class FunctionObjective(Objective):
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        if target not in ("model", "served"):
-            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
-        super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.steps, self.renormalize, self.served, self._settings = steps, renormalize, target == "served", settings
+        super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
+        self.steps, self._settings = steps, settings
         shape, even = (steps, 2), torch.full((steps, 2, 2), -math.log(2))
         rows, request = torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         try:  # better now than at the first batch, when a model is loaded
@@ -89,30 +86,12 @@ class FunctionObjective(Objective):
     def settings(cls) -> dict[str, Any]:
         return super().settings() | cls.function_settings
 
-    @property
-    @override
-    def reads(self) -> list[NestedKey]:
-        return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
-
-    @property
-    @override
-    def metrics(self) -> list[str]:
-        return ["agreement"]
-
     @override
     def values(self, batch: TensorDictBase) -> Values:
         request = completion_requests(batch)
-        log_p, covered = self.target_law(
-            batch,
-            target_rows(batch, self.tensor_keys.hidden),
-            request,
-            served=self.served,
-            renormalize=self.renormalize,
-        )
-        unroll, row = (
-            self.drafter.unroll(batch, self.steps),
-            draft_rows(self.drafter.draft_vocab, completion_tokens(batch)),
-        )
+        log_p, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
+        row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
+        unroll = self.drafter.unroll(batch, self.steps)
         log_q = by_window([log_softmax(logits) for logits in unroll.logits])
         log_p = by_window([log_p] * self.steps)
         windows = Windows(by_window([row] * self.steps), request, by_window(unroll.valid & covered))
@@ -139,11 +118,7 @@ class FunctionObjective(Objective):
 
 @cache
 def objective_from_function(name: str, function: ObjectiveFunction) -> type[FunctionObjective]:
-    """Make the class of an objective from its function.
-
-    Args:
-        name: Name of the objective.
-        function: See :class:`FunctionObjective`.
+    """Make the class of an objective from its function, see :class:`FunctionObjective`.
 
     Raises:
         ValueError: The function does not take three positional arguments and keywords, or a keyword of it has the name

@@ -4,58 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
-from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
+from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
-from aurora_rl.tree_index import SEQUENCE_KEYS
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class ImitationValues:
-    """Per-position values of the imitation objective.
-
-    Attributes:
-        divergence: ``[J, C]`` nats, at each unroll step and completion token.
-        agreement: ``[J, C]`` bool, whether the target's likeliest token is the drafter's too.
-    """
-
-    divergence: Tensor
-    agreement: Tensor
-
-
-def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> ImitationValues:
+def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> tuple[Tensor, Tensor]:
     """Compute a divergence to the target at every step of a training-time-test unroll.
 
     Args:
         unroll: The drafter's predictions, see ``Drafter.unroll``.
-        log_p: ``[C, Vd]``, the target's log-probabilities at the rows of the draft vocabulary.
+        log_p: The target's log-probabilities at the rows of the draft vocabulary, ``[C, Vd]``.
         divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
+
+    Returns:
+        ``[J, C]`` nats at each unroll step and completion token; and ``[J, C]`` bool, whether the target's likeliest
+        token is the drafter's too.
     """
     best = log_p.max(-1).indices[:, None]
     with torch.no_grad():
         # Whether the target's choice is a likeliest token of the drafter: its argmax would take several times longer.
         agreement = [logits.gather(1, best)[:, 0] >= logits.amax(-1) for logits in unroll.logits]
-    return ImitationValues(
-        divergence=torch.stack([divergence(log_p, log_softmax(logits)) for logits in unroll.logits]),
-        agreement=torch.stack(agreement),
-    )
+    values = [divergence(log_p, log_softmax(logits)) for logits in unroll.logits]
+    return torch.stack(values), torch.stack(agreement)
 
 
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
@@ -67,11 +54,8 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
     Source: D-PACE (arXiv 2605.18810).
 
     Args:
-        log_q: ``[J, C]``, the drafter's log-probability of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
-        valid: ``[J, C]`` bool.
-
-    Returns:
-        ``[J, C]``, detached, 0 where invalid.
+        log_q: The drafter's log-probability of completion token ``c`` at depth ``j + 1``, ``[J, C]``, see ``Unroll``.
+        valid: Positions that count, ``[J, C]`` bool; the weights ``[J, C]`` are 0 elsewhere, and detached.
 
     Example:
         >>> sure = torch.zeros(2, 2)  # two tokens that the drafter is certain of, as one window and a cut one
@@ -88,7 +72,7 @@ def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
 
 
 @register_objective("imitation")
-class ImitationLoss(Objective):
+class ImitationLoss(DistillationObjective):
     """A divergence to the target at accepted contexts, unrolled as serving drafts.
 
     Li et al. 2025 (EAGLE-3, arXiv 2503.01840): the training-time test feeds the drafter its own hidden states.
@@ -123,13 +107,9 @@ class ImitationLoss(Objective):
             states, or with a target whose outputs come without hidden states.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> loss = ImitationLoss(drafter, parts.head, steps=2)
-        >>> sorted(loss(pack([tiny_trajectory(drafter)])).keys())
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> sorted(ImitationLoss(drafter, head, steps=2)(batch).keys())
         ['agreement', 'loss_imitation']
     """
 
@@ -152,52 +132,34 @@ class ImitationLoss(Objective):
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {decay}")
-        if target not in ("model", "served"):
-            raise ValueError(f"target must be 'model' or 'served', got {target!r}")
         if weighting not in ("decay", "expected_length"):
             raise ValueError(f"weighting must be 'decay' or 'expected_length', got {weighting!r}")
         if not 0 <= regression < math.inf:
             raise ValueError(f"regression must be finite and not negative, got {regression}")
-        super().__init__(drafter, head, weight=weight, reduction=reduction)
-        self.divergence = get_divergence(divergence)
-        self.renormalize = wants_renormalized(self.divergence) if renormalize is None else renormalize
-        self.served = target == "served"
+        divergence = get_divergence(divergence)
+        if renormalize is None:
+            renormalize = wants_renormalized(divergence)
+        super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
+        self.divergence = divergence
         self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
-
-    @property
-    @override
-    def reads(self) -> list[NestedKey]:
-        return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
-
-    @property
-    @override
-    def metrics(self) -> list[str]:
-        return ["agreement"]
 
     @override
     def values(self, batch: TensorDictBase) -> Values:
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        log_p, covered = self.target_law(
-            batch, rows, completion_requests(batch), served=self.served, renormalize=self.renormalize
-        )
-        found, valid = imitation(unroll, log_p, self.divergence), unroll.valid & covered
-        value = found.divergence
+        log_p, covered = self.target_law(batch, rows, completion_requests(batch))
+        value, agrees = imitation(unroll, log_p, self.divergence)
+        valid = unroll.valid & covered
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
-        agreement = (found.agreement & valid).sum(1) / valid.sum(1).clamp(min=1)
+        agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
         weight = self.position_weights(batch, unroll, log_p)
         return Values(value, weight, valid, {"agreement": agreement})
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
         """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.
 
-        Args:
-            batch: Packed trajectories.
-            unroll: The drafter's predictions, ``J`` times ``[C, Vd]``.
-            log_p: ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
-
-        Returns:
-            Broadcasts to ``[J, C]``, detached; entries at invalid positions do not matter.
+        Weights broadcast to ``[J, C]`` and are detached; entries at invalid positions do not matter. ``log_p`` is
+        ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
@@ -205,7 +167,7 @@ class ImitationLoss(Objective):
 
     @torch.no_grad()
     def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
-        """Log-probability of every completion token at every step, ``[J, C]``; −inf where it has no row."""
+        """Return the log-probability of every completion token at every step, ``[J, C]``; −inf if it has no row."""
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
         picked = [log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0] for logits in unroll.logits]
         return torch.stack(picked).masked_fill(row < 0, -torch.inf)

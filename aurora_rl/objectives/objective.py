@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,7 +17,7 @@ from torchrl.objectives import LossModule
 from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.target_rows import target_keys, target_logits
-from aurora_rl.policies.drafter import Drafter, TreeShape, log_softmax
+from aurora_rl.policies.drafter import Drafter, TreeShape
 from aurora_rl.settings import settings_of
 from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 
@@ -42,9 +42,9 @@ class Values(NamedTuple):
     """Per-position values of an objective, in ``G`` groups (such as unroll steps) of ``X`` positions.
 
     Attributes:
-        value: ``[G, X]``, to minimise; entries at invalid positions do not matter.
-        weight: Broadcasts to ``[G, X]``.
-        valid: ``[G, X]`` bool.
+        value: Values to minimise, ``[G, X]``; entries at invalid positions do not matter.
+        weight: Weights, which broadcast to ``[G, X]``.
+        valid: Positions that count, ``[G, X]`` bool.
         metrics: Figures for the log; detached by the caller.
     """
 
@@ -54,58 +54,7 @@ class Values(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class KeyedLoss(LossModule):
-    """A loss whose entries can be set and selected as those of TorchRL's losses.
-
-    TorchRL's own ``select_out_keys`` uses a hook that fails if a batch lacks any of ``in_keys``. A batch with the other
-    form of the target's outputs does.
-    """
-
-    _out_keys: list[NestedKey] | None = None
-
-    @property
-    @abstractmethod
-    def _all_keys(self) -> list[NestedKey]:
-        """All entries, to select from."""
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Entries that forward returns."""
-        return self._all_keys if self._out_keys is None else self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, keys: list[NestedKey]) -> None:
-        self._out_keys = keys
-
-    def select_out_keys(self, *out_keys: NestedKey) -> Self:
-        """Return these entries alone from now on.
-
-        Raises:
-            ValueError: an entry that there is not.
-        """
-        for key in out_keys:
-            if key not in self._all_keys:
-                raise ValueError(
-                    f"there is no entry {key!r} to select; there are {', '.join(map(str, self._all_keys))}"
-                )
-        self.out_keys = list(out_keys)
-        return self
-
-    def reset_out_keys(self) -> Self:
-        """Return every entry again."""
-        self._out_keys = None
-        return self
-
-    def _selected(self, out: Mapping[str, Tensor]) -> TensorDict:
-        return TensorDict(
-            {key: value for key, value in out.items() if self._out_keys is None or key in self._out_keys}, batch_size=[]
-        )
-
-    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """Called when keys are renamed; there is no value estimator."""
-
-
-class Objective(KeyedLoss):
+class Objective(LossModule):
     """A loss on packed trajectories (``aurora_rl.trajectories.pack``) that teaches a drafter.
 
     A subclass gives :meth:`values`; registered by :func:`register_objective` it is known to configurations by its name.
@@ -117,9 +66,6 @@ class Objective(KeyedLoss):
 
     A constructor checks its settings and asks nothing of the drafter: configurations are checked by making the
     objective on a stand-in, before a model is loaded.
-
-    It takes a batch and not its entries one by one (TorchRL's ``dispatch``): they have leading sizes of their own, from
-    which no batch size can be told, and which of them a batch has depends on the form of the target's outputs.
 
     Args:
         drafter: Drafter whose parameters learn.
@@ -133,17 +79,13 @@ class Objective(KeyedLoss):
         sampled: Whether it needs nodes that the drafter drew at random.
 
     Raises:
-        ValueError: an unknown reduction, a weight that is not finite, or a class without a name.
+        ValueError: An unknown reduction, a weight that is not finite, or a class without a name.
 
     Example:
         >>> from aurora_rl.objectives import ImitationLoss
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> loss = ImitationLoss(drafter, parts.head)
-        >>> "loss_imitation" in loss(pack([tiny_trajectory(drafter)]))
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
+        >>> "loss_imitation" in ImitationLoss(drafter, head)(batch)
         True
     """
 
@@ -175,7 +117,6 @@ class Objective(KeyedLoss):
         super().__init__()
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
         self.head = TargetHead.like(head)
-        self._in_keys: list[NestedKey] | None = None
         self._without_nodes: int | None = 0  # batches so far; None once there were nodes
 
     @classmethod
@@ -186,12 +127,7 @@ class Objective(KeyedLoss):
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
-        """Raise ValueError if trees of this shape never hold what the objective needs.
-
-        Args:
-            settings: Settings of the configuration, "name" among them.
-            shape: Shape of the trees that will be served.
-        """
+        """Raise ValueError if trees of this shape never hold what an objective of these settings needs."""
         if cls.sampled and shape.mode == "topk":
             raise ValueError(
                 f"objective {cls.name!r} learns from nodes drawn at random, and drafter.mode is 'topk'; "
@@ -213,24 +149,25 @@ class Objective(KeyedLoss):
         """Per-position values of a packed batch."""
 
     @property
-    def metrics(self) -> list[str]:
-        """Names of the metrics that :meth:`values` gives."""
-        return []
+    def metrics(self) -> Sequence[str]:
+        """Names of the metrics that :meth:`values` gives; a class attribute will do."""
+        return ()
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries that forward reads; of a batch in another form see :meth:`keys_of`."""
-        return self._in_keys or self.reads
+        return self.reads
 
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that forward returns."""
+        return [f"loss_{self.name}", *self.metrics]
 
     def keys_of(self, batch: TensorDictBase) -> list[NestedKey]:
         """Entries that forward reads of this batch: :attr:`reads` in the form that it has.
 
         Raises:
-            ValueError: one is missing; the message names it and what would supply it. Or it is no batch.
+            ValueError: It is no batch, or an entry is missing; the message names it and what would supply it.
         """
         prompt_length = batch.get(("sequence", "prompt_length"), None)
         if prompt_length is not None and not prompt_length.ndim:
@@ -261,17 +198,12 @@ class Objective(KeyedLoss):
         group = "nodes" if key == keys.accepted else key[0]
         return f"; {_SOURCES[group]}" if group in _SOURCES else ""
 
-    @property
-    def _all_keys(self) -> list[NestedKey]:
-        return [f"loss_{self.name}", *self.metrics]
-
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Loss and metrics of a packed batch.
 
         Raises:
-            ValueError: the batch lacks something that the objective needs; the message names it and its source. Or the
-                shapes of value and valid are not one ``[G, X]``, or weight does not broadcast to it or has a gradient;
-                or the features are not those that the drafter reads.
+            ValueError: The batch lacks an entry; the message names it and its source. Or the features are not those
+                that the drafter reads; value and valid are not both ``[G, X]``; weight does not fit or has a gradient.
         """
         if ("sequence", "features") in self.keys_of(tensordict):
             try:
@@ -296,7 +228,10 @@ class Objective(KeyedLoss):
             # A batch without such positions: zero, of which a learner can still ask the gradient.
             loss = loss + next(self.drafter.parameters()).flatten()[:0].sum()
         out = {name: metric.detach() for name, metric in metrics.items()}
-        return self._selected({f"loss_{self.name}": self.weight * loss, **out})
+        return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """Called by ``set_keys``; there is no value estimator."""
 
     def _check_weight(self, weight: Tensor, value: Tensor) -> None:
         """Raise ValueError where the weights do not fit the values, or learn."""
@@ -311,27 +246,6 @@ class Objective(KeyedLoss):
                 f"objective {self.name!r}: weight has a gradient, by which the drafter would learn to make it small; "
                 "detach it, and put what is to be learned into value"
             )
-
-    def reset_parameters_recursive(self) -> None:
-        """Reset the drafter's trainable parameters to random numbers, as TorchRL's losses reset their networks.
-
-        A drafter starts with parts of its target. This does not restore them; ``Drafter.from_target`` does.
-
-        Raises:
-            ValueError: A module with such parameters has no ``reset_parameters``; nothing has changed then.
-        """
-        resets = []
-        for name, module in self.drafter.named_modules():
-            if any(p.requires_grad for p in module.parameters(recurse=False)):
-                reset = getattr(module, "reset_parameters", None)
-                if reset is None:
-                    raise ValueError(
-                        f"objective {self.name!r} cannot reset its drafter: {type(module).__name__} {name!r} has no "
-                        f"reset_parameters; make a new one, {type(self.drafter).__name__}.from_target"
-                    )
-                resets.append(reset)
-        for reset in resets:
-            reset()
 
     def expect_nodes(self, batch: TensorDictBase) -> None:
         """Check that an objective that learns from trees gets some.
@@ -360,22 +274,6 @@ class Objective(KeyedLoss):
                 "drafter.adaptive=false if drafts do not pay there yet"
             )
 
-    @torch.no_grad()
-    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
-        """The target's log-probabilities at temperature 1 on the draft vocabulary.
-
-        Args:
-            rows: ``[X]``, the target's outputs, see ``target_rows``.
-            renormalize: over the draft vocabulary; otherwise rows sum to the mass that it covers.
-
-        Returns:
-            ``[X, Vd]``, in the dtype of the drafter's log-probabilities.
-        """
-        vocab = self.drafter.draft_vocab
-        if renormalize:
-            return self._as_drafted(log_softmax(target_logits(rows, self.head, vocab)))
-        return self._as_drafted(log_softmax(target_logits(rows, self.head))[:, vocab])
-
     def _as_drafted(self, log_p: Tensor) -> Tensor:
         """In the dtype that :func:`log_softmax` gives of the drafter's logits; the head may have another."""
         return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
@@ -384,51 +282,21 @@ class Objective(KeyedLoss):
     def served_log_probs(
         self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
     ) -> Tensor:
-        """The log-probabilities that were served, after temperature, top-k and top-p, on the draft vocabulary.
+        """Return what was served, after temperature, top-k and top-p: log-probabilities on the draft vocabulary.
+
+        They are ``[X, Vd]``, not renormalised, in the dtype of the drafter's log-probabilities; the point mass on the
+        argmax if the request was decoded greedily.
 
         Args:
             batch: Packed trajectories.
-            rows: ``[X]``, the target's outputs, see ``target_rows``.
-            request: ``[X]`` int64, the request of each row.
-            greedy: take every request as decoded greedily, and read nothing of "sampling".
-
-        Returns:
-            ``[X, Vd]``, not renormalised, in the dtype of the drafter's log-probabilities; the point mass on the argmax
-            where the request was decoded greedily.
+            rows: The target's outputs, ``[X]``, see ``target_rows``.
+            request: Request of each row, ``[X]`` int64.
+            greedy: Whether to take every request as decoded greedily, and read nothing of "sampling".
         """
         logits = target_logits(rows, self.head)
         if greedy:
-            temperature, top_k, top_p = (
-                logits.new_zeros(len(logits)),
-                torch.zeros_like(request),
-                logits.new_ones(len(logits)),
-            )
+            temperature, top_k = logits.new_zeros(len(logits)), torch.zeros_like(request)
+            top_p = torch.ones_like(temperature)
         else:
             temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
         return self._as_drafted(served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab))
-
-    @torch.no_grad()
-    def target_law(
-        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, served: bool, renormalize: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the distribution that the drafter is compared with.
-
-        Args:
-            batch: Packed trajectories.
-            rows: ``[X]``, the target's outputs, see ``target_rows``.
-            request: ``[X]`` int64, the request of each row.
-            served: after the request's temperature, top-k and top-p, the point mass where it was decoded greedily;
-                otherwise at temperature 1.
-            renormalize: over the draft vocabulary.
-
-        Returns:
-            Log-probabilities ``[X, Vd]``; and ``[X]`` bool, whether the draft vocabulary has any of the mass. Rows
-            without are uniform.
-        """
-        if not served:
-            log_p = self.target_log_probs(rows, renormalize=renormalize)
-            return log_p, torch.ones(len(log_p), dtype=torch.bool, device=log_p.device)
-        log_p = self.served_log_probs(batch, rows, request)
-        covered = log_p.amax(-1) != -torch.inf  # what is not a number is to show in the loss
-        log_p = log_p.masked_fill(~covered[:, None], -math.log(log_p.shape[-1]))
-        return log_softmax(log_p) if renormalize else log_p, covered

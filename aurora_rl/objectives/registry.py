@@ -71,30 +71,25 @@ def check_settings(settings: Mapping[str, Any]) -> type[Objective]:
 def make_objectives(
     settings: Sequence[Mapping[str, Any]], drafter: Drafter, head: TargetHead | Tensor
 ) -> list[Objective]:
-    """Make objectives from a list of mappings: the name of each, and its settings.
-
-    Args:
-        settings: Settings such as ``[{"name": "imitation", "steps": 3}]``.
-        drafter: See :class:`Objective`.
-        head: See :class:`Objective`.
+    """Make objectives from mappings with the name of each and its settings.
 
     Raises:
-        ValueError: See :func:`check_settings`.
+        ValueError: It is no list, or see :func:`check_settings`.
 
     Example:
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
-        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, parts.head)]
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, _ = tiny_batch()
+        >>> [objective.name for objective in make_objectives([{"name": "imitation", "steps": 3}], drafter, head)]
         ['imitation']
     """
+    if isinstance(settings, str) or not isinstance(settings, Sequence):
+        raise ValueError(f"objectives is {settings!r}; give a list of mappings, such as [{{'name': 'imitation'}}]")
     return [_make(each, drafter, head) for each in settings]
 
 
 def _make(settings: Mapping[str, Any], drafter: Drafter, head: TargetHead | Tensor) -> Objective:
-    if not isinstance(settings.get("name"), str):
-        raise ValueError(f"an objective needs a name, got {dict(settings)}")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"an objective needs a name, got {settings!r}; give a mapping such as {{'name': 'imitation'}}")
     cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"
     arguments = {key: value for key, value in settings.items() if key != "name"}
     check(arguments, cls.settings(), what)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import nn
-from typing_extensions import override
+from torchrl.objectives import LossModule
 
-from aurora_rl.objectives.objective import KeyedLoss, Objective
+from aurora_rl.objectives.objective import Objective
+from aurora_rl.tree_index import TREE_KEYS, indexed
 
 
-class SumLoss(KeyedLoss):
+class SumLoss(LossModule):
     """Objectives that are learned together. The optimisation step sums their losses, as with TorchRL's.
 
     The entries of a second objective of the same name, such as imitation by another divergence, end in "_2".
@@ -22,16 +23,12 @@ class SumLoss(KeyedLoss):
         objectives: Objectives of the same drafter, at least one.
 
     Example:
-        >>> import torch
         >>> from aurora_rl.objectives import make_objectives
-        >>> from aurora_rl.policies import Eagle3Drafter, TargetParts
-        >>> from aurora_rl.testing import tiny_target, tiny_trajectory
-        >>> from aurora_rl.trajectories import pack
-        >>> parts = TargetParts.of(tiny_target())
-        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, head, batch = tiny_batch()
         >>> settings = [{"name": "imitation"}, {"name": "discard", "weight": 0.5}]
-        >>> loss = SumLoss(make_objectives(settings, drafter, parts.head))
-        >>> [key for key in loss(pack([tiny_trajectory(drafter)])).keys() if key.startswith("loss")]
+        >>> loss = SumLoss(make_objectives(settings, drafter, head))
+        >>> [key for key in loss(batch).keys() if key.startswith("loss")]
         ['loss_imitation', 'loss_discard']
     """
 
@@ -54,39 +51,29 @@ class SumLoss(KeyedLoss):
         """Rename entries in every objective that has the key; None takes its default.
 
         Raises:
-            ValueError: no objective has the key.
+            ValueError: No objective has the key.
         """
-        fields = [objective._AcceptedKeys.__dataclass_fields__ for objective, _ in self._parts()]
-        known = dict.fromkeys(name for names in fields for name in names)
-        for key in keys:
-            if key not in known:
-                raise ValueError(f"{key} is not an accepted tensordict key; the objectives have {', '.join(known)}")
-        for (objective, _), names in zip(self._parts(), fields, strict=True):
-            objective.set_keys(**{key: value for key, value in keys.items() if key in names})
-
-    @override
-    def reset_parameters_recursive(self) -> None:
-        self._parts()[0][0].reset_parameters_recursive()
+        known = {o: o._AcceptedKeys.__dataclass_fields__ for o, _ in self._parts()}
+        names = dict.fromkeys(name for fields in known.values() for name in fields)
+        if unknown := [key for key in keys if key not in names]:
+            raise ValueError(f"{unknown[0]} is not an accepted tensordict key; the objectives have {', '.join(names)}")
+        for objective, fields in known.items():
+            objective.set_keys(**{key: value for key, value in keys.items() if key in fields})
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries that forward reads."""
         return list(dict.fromkeys(key for objective, _ in self._parts() for key in objective.in_keys))
 
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        raise AttributeError("the keys of a SumLoss are those of its objectives; set them there")
-
     @property
-    def _all_keys(self) -> list[NestedKey]:
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that forward returns."""
         return [f"{key}{suffix}" for objective, suffix in self._parts() for key in objective.out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Losses and metrics of a packed batch; errors as of the objectives."""
-        return self._selected(
-            {
-                f"{key}{suffix}": value
-                for objective, suffix in self._parts()
-                for key, value in objective(tensordict).items()
-            }
-        )
+        readers = sum(set(TREE_KEYS) <= set(objective.in_keys) for objective, _ in self._parts())
+        if readers > 1 and set(TREE_KEYS) <= set(tensordict.keys(include_nested=True)):
+            tensordict = indexed(tensordict)
+        found = ((objective(tensordict), suffix) for objective, suffix in self._parts())
+        return TensorDict({f"{key}{suffix}": value for out, suffix in found for key, value in out.items()})

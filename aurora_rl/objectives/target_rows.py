@@ -39,29 +39,17 @@ def sibling_key(key: NestedKey, name: str) -> NestedKey:
 
 
 def target_keys(batch: TensorDictBase, hidden: NestedKey) -> list[NestedKey]:
-    """The entries that hold the target's outputs: ``[hidden]``, or the three of the top-k form next to it.
-
-    Args:
-        batch: Packed trajectories.
-        hidden: Key of the hidden states, where the batch has those.
-
-    Returns:
-        Empty where the batch has neither form whole.
-    """
+    """Return the entries with the target's outputs: ``[hidden]``, the three of the top-k form next to it, or none."""
     there = batch.keys(include_nested=True)
     forms: list[list[NestedKey]] = [[hidden], [sibling_key(hidden, name) for name in TOPK_ENTRIES]]
     return next((form for form in forms if all(key in there for key in form)), [])
 
 
 def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden")) -> TensorDict:
-    """The target's outputs at the rows of "sequence" or of "nodes", in the form that the batch has.
-
-    Args:
-        batch: Packed trajectories.
-        hidden: Key of the hidden states, ``[X, H]``; the top-k form stands next to it.
+    """Return the target's outputs at the rows of "sequence" or of "nodes", whichever ``hidden`` is a key of.
 
     Raises:
-        KeyError: the batch has neither form there.
+        KeyError: The batch has neither form there.
 
     Example:
         >>> batch = TensorDict({"nodes": {"hidden": torch.zeros(5, 16)}})
@@ -80,17 +68,14 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
 def context_rows(
     batch: TensorDictBase, trees: TreeIndex, wanted: Tensor, hidden: NestedKey, node_hidden: NestedKey
 ) -> TensorDict:
-    """The target's outputs at contexts of recorded trees.
+    """Return the target's outputs at contexts of recorded trees, a row for each that is wanted, in their order.
 
     Args:
         batch: Packed trajectories.
         trees: Index of the batch.
-        wanted: ``[R + M]`` bool.
+        wanted: Contexts to return, ``[R + M]`` bool.
         hidden: Key of the sequence's hidden states, ``[C, H]``, see :func:`target_rows`.
-        node_hidden: Key of the nodes', ``[M, H]``.
-
-    Returns:
-        One row for each that is wanted, in their order.
+        node_hidden: Key of the nodes' hidden states, ``[M, H]``.
     """
     prompt = batch["sequence", "prompt_length"]
     count = batch["sequence", "offset"].diff() - prompt
@@ -105,17 +90,14 @@ def context_rows(
 
 
 def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None = None) -> Tensor:
-    """The target's logits at temperature 1, in the head's dtype.
+    """Return the target's logits at temperature 1, ``[X, V]``, in the head's dtype.
 
     Of the top-k form they are log-probabilities, in float32 at least.
 
     Args:
-        rows: Rows of :func:`target_rows` or :func:`context_rows`.
-        head: The output head.
-        tokens: ``[Vd]`` int64, the only tokens that are asked for, each once; None is all of the vocabulary.
-
-    Returns:
-        ``[X, Vd]`` or ``[X, V]``.
+        rows: Rows of :func:`target_rows` or :func:`context_rows`, ``[X]``.
+        head: Output head of the target.
+        tokens: Tokens to return, ``[Vd]`` int64, each once, for ``[X, Vd]``; None returns all of the vocabulary.
 
     Example:
         >>> rows = {"topk_ids": [[2, 0]], "topk_log_probs": [[-0.5, -1.5]], "tail_log_prob": [math.log(0.2)]}

@@ -34,16 +34,16 @@ def before(context: Tensor, values: Tensor) -> Tensor:
 
 
 def log_left(log_q: Tensor, context: Tensor, row: Tensor, distinct: Tensor) -> Tensor:
-    """Log of the mass that the earlier siblings of every node left, ``[M]``; 0 where ``distinct`` is false.
+    """Return the log of the mass that the earlier siblings of every node left, ``[M]``; 0 if ``distinct`` is false.
 
     Summed over the tokens that are left: one less the sum of the others has neither value nor gradient where a token is
     all but sure.
 
     Args:
-        log_q: ``[C, Vd]``, normalised.
-        context: ``[M]`` int64, the row that each node was drawn from.
-        row: ``[M]`` int64, its column.
-        distinct: ``[M]`` bool, the same for all siblings, and their columns differ.
+        log_q: Log-probabilities, ``[C, Vd]``, normalised.
+        context: Row that each node was drawn from, ``[M]`` int64.
+        row: Column of each node, ``[M]`` int64.
+        distinct: Whether the columns of siblings differ, ``[M]`` bool, the same for all siblings.
 
     Example:
         >>> log_q = torch.tensor([[0.5, 0.3, 0.2]]).log()
@@ -66,25 +66,17 @@ class TreeLaw:
 
     Attributes:
         trees: Index of the contexts.
-        context: ``[M]`` int64, the row of ``p`` and ``q`` that each node was drawn from.
-        row: ``[M]`` int64, its column.
-        p: ``[C, Vd]``, the served distribution.
-        q: ``[C, Vd]``, the drafter's, with gradients.
-        log_q: ``[M]``, log-probability of each draw given its earlier siblings, with gradients.
-        needs_q: ``[M]`` bool, whether its rule looks at ``q``.
-        without: ``[M]`` bool, whether its siblings were drawn without replacement.
+        context: Row of ``p`` and ``q`` that each node was drawn from, ``[M]`` int64.
+        row: Column of each node, ``[M]`` int64.
+        p: Served distribution, ``[C, Vd]``.
+        q: Distribution of the drafter, ``[C, Vd]``, with gradients.
+        log_q: Log-probability of each draw given its earlier siblings, ``[M]``, with gradients.
+        needs_q: Whether the rule of each node looks at ``q``, ``[M]`` bool.
+        without: Whether the siblings of each node were drawn without replacement, ``[M]`` bool.
     """
 
     def __init__(
-        self,
-        trees: TreeIndex,
-        context: Tensor,
-        row: Tensor,
-        p: Tensor,
-        log_q: Tensor,
-        rule: Tensor,
-        *,
-        without: Tensor,
+        self, trees: TreeIndex, context: Tensor, row: Tensor, p: Tensor, log_q: Tensor, rule: Tensor, *, without: Tensor
     ) -> None:
         self.trees, self.context, self.row, self.p, self.q = trees, context, row, p, log_q.exp()
         self._rule, self.without = rule, without
@@ -93,7 +85,7 @@ class TreeLaw:
         self.needs_q = self.by_rule(lambda rule, here: torch.full_like(self.log_q[here], float(rule.needs_q))) > 0
 
     def given_siblings(self, recorded: Tensor) -> Tensor:
-        """Log-probabilities as recorded, given the path, ``[M]``, as those given the earlier siblings too."""
+        """Return recorded log-probabilities, ``[M]``, which are given the path, given the earlier siblings too."""
         left = 1 - before(self.context, recorded.exp())
         # Where float32 cannot say what was left, what is left now stands for it.
         now = self._log_left.detach().clamp(max=math.log(_RESOLVED))
@@ -101,10 +93,7 @@ class TreeLaw:
         return torch.where(self.without, recorded - known, recorded)
 
     def joint(self, ratio: Tensor) -> Tensor:
-        """Product of a ratio over all draws that a node's acceptance hangs on, ``[M]``.
-
-        They are its own, its ancestors', and those of their earlier siblings and its own.
-        """
+        """Return the product of a ratio over the path to each node and all earlier siblings along it, ``[M]``."""
         siblings = before(self.context, ratio.log()).exp()
         return self.trees.path_products(ratio * siblings)
 

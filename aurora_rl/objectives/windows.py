@@ -20,10 +20,10 @@ class Windows(NamedTuple):
     ``c`` predicts completion token ``c + j`` after the ``j`` tokens of the text before it.
 
     Attributes:
-        rows: ``[J, C]`` int64, row of the draft vocabulary that holds the text's token; −1 if none does.
-        request: ``[C]`` int64, the request of each window.
-        valid: ``[J, C]`` bool. False after the end of a request, where the drafter predicts nothing, and where the
-            draft vocabulary covers nothing of the target's distribution.
+        rows: Row of the draft vocabulary that holds the text's token, ``[J, C]`` int64; −1 if none does.
+        request: Request of each window, ``[C]`` int64.
+        valid: Positions that count, ``[J, C]`` bool: not those after the end of a request, where the drafter predicts
+            nothing, or where the draft vocabulary covers nothing of the target's distribution.
     """
 
     rows: Tensor
@@ -58,15 +58,11 @@ def completion_requests(batch: TensorDictBase) -> Tensor:
 
 
 def by_window(steps: Sequence[Tensor] | Tensor) -> Tensor:
-    """Lay values of an unroll out by window: the drafts of one window stand below each other.
+    """Lay the ``J`` steps of an unroll, each ``[C, ...]``, out by window: the drafts of a window stand in one column.
 
-    Args:
-        steps: ``J`` times ``[C, ...]``, of completion token ``c`` at depth ``j + 1``, see ``Unroll``.
-
-    Returns:
-        ``[J, C, ...]``: row ``j`` of column ``c`` is the value of the ``j``-th token of the window that starts at
-        completion token ``c``, 0 after the last column. A window may run into the next request, where nothing is valid:
-        mask the values first, or after.
+    Row ``j`` of column ``c`` of the result, ``[J, C, ...]``, is the value of the ``j``-th token of the window that
+    starts at completion token ``c``, 0 after the last column. A window may run into the next request, where nothing is
+    valid: mask the values first, or after.
 
     Example:
         >>> by_window(torch.tensor([[1, 2, 3], [0, 5, 6]]))

@@ -53,7 +53,7 @@ class TreeAttention(nn.Module):
         self._table: tuple[Tensor, Tensor] | None = None
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of ``[b, T, heads, d]`` at ``[b, T]``."""
+        """Turn ``[b, T, heads, d]`` to its positions ``[b, T]``."""
         longest = int(positions.max()) + 1
         if self._table is None or self._table[0].shape[0] < longest or self._table[0].device != x.device:
             # Twice what is needed: a growing request must not compute the table anew at every token.
@@ -72,14 +72,14 @@ class TreeAttention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, sequence: KeysValues, mask: Tensor, branch: KeysValues | None = None
     ) -> Tensor:
-        """Attend.
+        """Attend from the nodes of trees.
 
         Args:
-            x: ``[b, T, input_size]``.
-            positions: ``[b, T]`` int64.
-            sequence: keys and values, each ``[b, S, g, d]``.
-            mask: ``[b, T, S]`` bool, true where a query may see a sequence key.
-            branch: keys and values, each ``[b, T, J, g, d]``: each query's own ancestors and itself, all visible.
+            x: Inputs, ``[b, T, input_size]``.
+            positions: Position of each input, ``[b, T]`` int64.
+            sequence: Keys and values, each ``[b, S, g, d]``.
+            mask: Sequence keys that a query may see, ``[b, T, S]`` bool.
+            branch: Keys and values of each query's ancestors and itself, all visible, each ``[b, T, J, g, d]``.
 
         Returns:
             ``[b, T, hidden_size]``.
@@ -96,21 +96,15 @@ class TreeAttention(nn.Module):
             scores = torch.einsum("btgrd,bsgd->btgrs", q, sequence[0])
             scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
             to_own = torch.einsum("btgrd,btjgd->btgrj", q, branch[0])
-            weights = torch.cat([scores, to_own], dim=-1).softmax(dim=-1, dtype=_softmax_dtype(q)).to(q.dtype)
+            precise = torch.promote_types(q.dtype, torch.float32)
+            weights = torch.cat([scores, to_own], dim=-1).softmax(dim=-1, dtype=precise).to(q.dtype)
             to_sequence, to_branch = weights.split([mask.shape[-1], to_own.shape[-1]], dim=-1)
             out = torch.einsum("btgrs,bsgd->btgrd", to_sequence, sequence[1])
             out = out + torch.einsum("btgrj,btjgd->btgrd", to_branch, branch[1])
         return self.o_proj(out.reshape(b, length, -1))
 
     def _fused(self, q: Tensor, sequence: KeysValues, mask: Tensor, branch: KeysValues | None) -> Tensor:
-        """One fused attention over sequence and the branch keys of all queries, each masked to its own.
-
-        Args:
-            q: ``[b, T, g, h / g, d]``, scaled.
-            sequence: see :meth:`forward`, like the others.
-            mask: ``[b, T, S]``.
-            branch: keys and values.
-        """
+        """Attend from scaled ``q`` ``[b, T, g, h / g, d]`` in one fused call, branch keys masked to their queries."""
         b, length, heads, group, size = q.shape
         keys, values = sequence
         if branch is not None:
@@ -123,7 +117,3 @@ class TreeAttention(nn.Module):
             rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask.repeat(1, group, 1)[:, None], scale=1.0
         )
         return out.view(b, heads, group, length, size).permute(0, 3, 1, 2, 4)
-
-
-def _softmax_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -42,13 +42,13 @@ class BlockAttention(nn.Module):
         return _rotated(self.k_norm(keys), rotation), values
 
     def forward(self, x: Tensor, rotation: Rotation, context: KeysValues, mask: Tensor) -> Tensor:
-        """Attend.
+        """Attend from the positions of blocks.
 
         Args:
-            x: ``[r, A, W, H]``.
-            rotation: cosines and sines, each ``[r, A, W, d]``.
-            context: keys and values, each ``[r, S, g, d]``.
-            mask: ``[r, A, S]`` bool, true where the blocks of an anchor may see a context key.
+            x: Inputs, ``[r, A, W, H]``.
+            rotation: Cosines and sines, each ``[r, A, W, d]``.
+            context: Keys and values, each ``[r, S, g, d]``.
+            mask: Context keys that the block of an anchor may see, ``[r, A, S]`` bool.
 
         Returns:
             ``[r, A, W, H]``.
@@ -88,7 +88,7 @@ class BlockLayer(nn.Module):
 
 
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """``[..., heads, d]`` turned by cosines and sines ``[..., d]``."""
+    """Turn ``[..., heads, d]`` by cosines and sines ``[..., d]``."""
     cos, sin = (part[..., None, :].to(x.dtype) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

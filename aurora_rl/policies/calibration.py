@@ -28,13 +28,14 @@ def measure_rounds(
 ) -> dict[int, dict[TreeShape, float]]:
     """Time whole rounds on this machine, with few and with many slots occupied, before serving starts.
 
+    Shapes take turns, and the median share of a turn counts, which a drifting speed or other work hardly changes.
+
     Args:
         engine: Engine whose slots are free.
         policy: Policy on it. Its weights do not matter: a round takes as long, whatever is accepted.
         request: Request of each slot, started again whenever it ends.
         shapes: Shapes to measure, within the policy's ``num_nodes``.
-        repeats: Timings of each. Shapes take turns, and the median share of a turn counts, which a machine whose speed
-            drifts, or that does other work now and then, hardly changes.
+        repeats: Number of timings of each shape.
         processors: Logits processors of the environment that will serve; they take time at every node.
 
     Returns:
@@ -44,16 +45,14 @@ def measure_rounds(
         DrafterFault: The drafter failed; the slots are free again.
     """
     kept, slots = policy.shape, engine.num_slots
-    powers = [2**i for i in range(slots.bit_length())]
+    counts = (*(2**i for i in range(slots.bit_length())), slots)
 
     def give_up(slot: int, fault: str) -> None:
         raise DrafterFault(fault)
 
     policy.on_fault = give_up  # until a server takes over
     try:
-        seconds = {
-            n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in (*powers, slots)
-        }
+        seconds = {n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in counts}
     finally:
         for slot in engine.store.occupied.tolist():
             engine.release(slot)
@@ -71,7 +70,7 @@ def measure_rounds(
 
 
 def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
-    """What :func:`measure_rounds` returns, for a log: milliseconds, shapes by depth and width, and whether free.
+    """Return the result of :func:`measure_rounds` for a log: milliseconds by depth and width, and whether lookup only.
 
     Example:
         >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
@@ -94,7 +93,7 @@ def _time_rounds(
     repeats: int,
     processors: Callable[[Request], LogitsProcessorList] | None,
 ) -> dict[TreeShape, float]:
-    """Seconds of a round of each shape, with as many slots occupied as there are requests."""
+    """Return the seconds of a round of each shape, with as many slots occupied as there are requests."""
     env = SpecDecodeEnv(
         engine,
         lambda: waiting.pop() if waiting else None,

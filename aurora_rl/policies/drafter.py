@@ -112,7 +112,7 @@ class Unroll(NamedTuple):
     Attributes:
         logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
             of a chain of the true tokens, hence belongs to row ``c`` of ("sequence", "hidden").
-        valid: ``[J, C]`` bool; false if the anchor would lie before the last prompt token or has no feature.
+        valid: Whether a row counts, ``[J, C]`` bool: its anchor is at the last prompt token or later, with a feature.
         states: Inputs of the draft head, ``J`` tensors ``[C, H]``; None if they do not have the target's hidden size.
     """
 
@@ -210,7 +210,7 @@ class Drafter(HubMixin, nn.Module, ABC):
             tokens: Tokens at the positions of the features and the next one, ``[b, T + 1]`` int64: pair ``i`` is
                 ``features[:, i]`` with ``tokens[:, i + 1]``. Columns after the last new pair are padding.
             features: Feature of each pair, ``[b, T, F]``.
-            num_new: Number of new pairs, ``[b]`` int64 on the CPU, at least 1.
+            num_new: Number of new pairs, at least 1, ``[b]`` int64 on the CPU.
         """
 
     @abstractmethod
@@ -219,7 +219,7 @@ class Drafter(HubMixin, nn.Module, ABC):
 
         Args:
             slots: Slots to draft for, ``[b]`` int64, each with at least one pair.
-            shape: Shape of the tree. What it says of lookup is the policy's business.
+            shape: Shape of the tree. The policy, not the drafter, does its lookup.
             generator: Source of randomness if the shape's mode samples; None takes PyTorch's own.
         """
 
@@ -232,7 +232,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         Args:
             batch: Packed trajectories, see ``aurora_rl.trajectories.pack``.
             trees: ``TreeIndex.of(batch)``.
-            wanted: ``[R + M]`` bool, the contexts asked for, in the order of ``trees``. Rows of those without a
+            wanted: Contexts that are asked for, ``[R + M]`` bool, in the order of ``trees``. Rows of those without a
                 prediction (a ``root`` of −1, a depth of ``max_depth`` or more) mean nothing.
 
         Returns:
@@ -266,12 +266,10 @@ class Drafter(HubMixin, nn.Module, ABC):
         −inf for what the drafter cannot have drafted: a token outside the draft vocabulary, or a node that is too deep.
         """
         trees = TreeIndex.of(batch)
-        wanted = torch.zeros(len(trees.depth), dtype=torch.bool, device=trees.depth.device)
-        wanted[trees.parent] = True
-        log_q = log_softmax(self.context_logits(batch, trees, wanted))
+        log_q = log_softmax(self.context_logits(batch, trees, trees.drawn_from))
         row, nodes = draft_rows(self.draft_vocab, batch["nodes", "tokens"]), slice(trees.num_rounds, None)
         possible = (row >= 0) & (trees.root[nodes] >= 0) & (trees.depth[nodes] <= self.max_depth)
-        picked = log_q[(wanted.cumsum(0) - 1)[trees.parent], row.clamp(min=0)]
+        picked = log_q[trees.context, row.clamp(min=0)]
         return torch.where(possible, picked, -torch.inf)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -315,11 +313,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def write(self, layout: str) -> Checkpoint:
-        """Return the drafter in one of its :attr:`formats`.
-
-        By default ``config.json`` holds the arguments of :meth:`from_target`, and the tensors are those of
-        :meth:`published`.
-        """
+        """Return the drafter in one of its :attr:`formats`; by default with the arguments of :meth:`from_target`."""
         config = {
             "architectures": [type(self).__name__],
             "vocab_size": self.vocab_size,
@@ -383,12 +377,9 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> No
 
 
 def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
-    """Raise ValueError where the rows of a draft head are no rising map into the target's vocabulary.
+    """Raise ValueError unless the tokens of a draft head's rows, ``[Vd]`` int64, rise and lie in the vocabulary.
 
-    Args:
-        draft_vocab: Target token of each row, ``[Vd]`` int64.
-        vocab_size: Size of the target's vocabulary.
-        name: Where the rows were read from, for the message.
+    The message begins with ``name``, where the rows were read from.
     """
     outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
     if bool(outside.any()):

@@ -23,7 +23,8 @@ from aurora_rl.policies.formats.llama_eagle import read_eagle, write_eagle
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import OWN_NAME, register_drafter
 
-# Size of the embedding's image by day-0 `fc` relative to the feature's, by root mean squares.
+# Size of the embedding's image by day-0 `fc` relative to the feature's, by root mean squares. On SmolLM2 after 36
+# requests it gives 1.19 tokens a round, against 1.13 without, and costs nothing at day 0.
 _TOKEN_SHARE = 0.5
 
 
@@ -95,13 +96,10 @@ class EagleDrafter(RecurrentDrafter):
     ) -> Self:
         """Start a day-0 drafter in float32 that predicts the feature that it reads.
 
-        ``fc`` passes the feature on and adds a random image of the embedding, half as large: embeddings are small, and
-        a layer that has to learn to see them first learns late. On SmolLM2 (chains of 3, 24 unseen requests) it costs
-        nothing at day 0, 1.03 tokens a round, and gives 1.19 against 1.13 after 36 requests.
-
-        Projections into attention and MLP are the last layer's, with the norms between them and a feature folded in;
-        those out of them are zero, since what they add belongs to a residual stream of another scale (1.00 at day 0
-        with them).
+        ``fc`` passes the feature on and adds a random image of the embedding, half as large: a layer that must first
+        learn to see small embeddings learns late. Projections into attention and MLP are the last layer's, with the
+        norms between them and a feature folded in; those out of them are zero, since they add to a residual stream of
+        another scale.
 
         The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
         the target's.
@@ -156,7 +154,7 @@ class EagleDrafter(RecurrentDrafter):
         return features
 
     def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        # The layer has no norm before its attention, which so reads the residual stream itself.
+        # The layer has no norm before its attention, which reads the residual stream itself.
         fused = self.fc(torch.cat([embedding, carried], dim=-1))
         return fused, fused
 

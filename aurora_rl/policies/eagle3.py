@@ -22,20 +22,6 @@ from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
 
 
-class Eagle3Layer(DraftLayer):
-    """Attention reads [embedding, feature], each normalised; the residual stream is the feature's."""
-
-    input_layernorm: nn.RMSNorm
-    hidden_norm: nn.RMSNorm
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, input_size=2 * config.hidden_size, norms=("input_layernorm", "hidden_norm"))
-
-    def read(self, embedding: Tensor, hidden: Tensor) -> Tensor:
-        """What attention reads, ``[b, T, 2H]``."""
-        return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
-
-
 @register_drafter("eagle3")
 class Eagle3Drafter(RecurrentDrafter):
     """EAGLE-3 with its own KV cache at serving and a reduced draft vocabulary.
@@ -80,7 +66,7 @@ class Eagle3Drafter(RecurrentDrafter):
         self.fc = nn.Linear(len(feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         norms = (nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in feature_layers)
         self.fc_norm = nn.ModuleList(norms) if fc_norm else None
-        self.midlayer = Eagle3Layer(config)
+        self.midlayer = DraftLayer(config, input_size=2 * config.hidden_size, norms=("input_layernorm", "hidden_norm"))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, len(draft_vocab), bias=False)
         self.register_buffer("embedding", embedding, persistent=False)
@@ -144,7 +130,9 @@ class Eagle3Drafter(RecurrentDrafter):
         return self.fc(features)
 
     def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        return self.midlayer.read(embedding, carried), carried
+        # Attention reads embedding and feature, each normalised; the residual stream is the feature's.
+        normed = (self.midlayer.input_layernorm(embedding), self.midlayer.hidden_norm(carried))
+        return torch.cat(normed, dim=-1), carried
 
     def _carried(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.norm_output else hidden

@@ -24,8 +24,7 @@ from aurora_rl.tree_index import TreeIndex
 
 # Most and fewest tokens that must agree. The longest match counts; a single token matches by chance too often to pay.
 _LONGEST, _SHORTEST = 4, 2
-# Number of occurrences that count. Older ones have less than a part in four billion of the weight, and after a thousand
-# repetitions their weight underflows.
+# Number of occurrences that count. Older ones have less than a part in four billion of the weight.
 _COUNTED = 32
 
 
@@ -34,9 +33,6 @@ def continuations(text: Sequence[int] | np.ndarray) -> dict[int, float]:
 
     The longest run of four to two last tokens that occurred earlier counts. Each occurrence has twice the weight of the
     one before it, so that the latest is never outvoted; 32 occurrences count.
-
-    Args:
-        text: Tokens of the text.
 
     Returns:
         Tokens with their probabilities, likeliest first; empty if the last two tokens did not occur before.
@@ -85,11 +81,7 @@ class Tree(NamedTuple):
 
 
 def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
-    """Return the likeliest nodes after a text, by :func:`continuations` of it and of each path.
-
-    Args:
-        text: Tokens of a request so far, prompt and completion.
-        shape: Depth, width and node budget of the tree.
+    """Return the likeliest nodes after a request's text so far, by :func:`continuations` of it and of each path.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
@@ -124,13 +116,13 @@ def merged(tree: Tree, found: Tree, budget: int) -> Tree:
     """Add a tree that was looked up to a drafter's, sharing the nodes that both have.
 
     Args:
-        tree: The drafter's.
-        found: What was looked up, at most ``budget`` nodes.
-        budget: Most nodes of the result. What was looked up displaces the drafter's least likely nodes: a repetition in
-            the text is a better guess than they are.
+        tree: Tree of the drafter.
+        found: Tree that was looked up, of at most ``budget`` nodes. They displace the drafter's least likely ones: a
+            repetition in the text is a better guess.
+        budget: Most nodes of the result.
 
     Returns:
-        The new tree. Nodes that were looked up alone have a log-probability of −inf.
+        The new tree. Nodes that were only looked up have a log-probability of −inf.
 
     Example:
         >>> found = Tree([7, 8], [-1, 0], [0.0, 0.0])
@@ -193,11 +185,11 @@ class NgramDrafter(Drafter):
         self.register_buffer("draft_vocab", torch.arange(vocab_size), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
     ) -> Self:
-        """Return the drafter: neither the target's weights nor a reduced vocabulary matter."""
-        return cls(len(parts.head))
+        return cls(len(parts.head))  # whatever the target's weights and the draft vocabulary
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 

@@ -81,10 +81,8 @@ class MedusaDrafter(Drafter):
         num_layers: int = 1,
     ) -> None:
         if len(feature_layers) != 1 or num_heads < 1:
-            raise ValueError(
-                f"Medusa reads one feature layer and has at least one head, got layers {feature_layers} and {num_heads}"
-                " heads"
-            )
+            found = f"layers {feature_layers} and {num_heads} heads"
+            raise ValueError(f"Medusa reads one feature layer and has at least one head, got {found}")
         if num_layers < 0:
             raise ValueError(f"num_layers must not be negative, got {num_layers}; 0 is a head without blocks")
         super().__init__()
@@ -226,6 +224,6 @@ class MedusaDrafter(Drafter):
 
 
 def _first_pair(batch: TensorDictBase) -> Tensor:
-    """Row of each request's pair 0 in the packed features, ``[n]``; a request has one row less than tokens."""
+    """Return the row of each request's pair 0 in the packed features, ``[n]``; a request has a row less than tokens."""
     start = batch["sequence", "offset"][:-1]
     return start - torch.arange(len(start), device=start.device)

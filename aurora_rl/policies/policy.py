@@ -39,7 +39,7 @@ class DrafterPolicy(TensorDictModuleBase):
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
         store: Context store of the engine.
-        num_nodes: Padded nodes ``N`` of the emitted trees.
+        num_nodes: Number of padded nodes ``N`` of the emitted trees.
         shape: Shape of the tree to propose; may be replaced between rounds, within ``num_nodes``.
         version: Version of the drafter's weights.
         vocab_size: Size of the target's vocabulary. With it, sampled drafts come with ("draft", "q"): the distribution
@@ -82,15 +82,8 @@ class DrafterPolicy(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.in_keys = ["is_init", "speculate"]
-        self.out_keys = [
-            ("draft", "tokens"),
-            ("draft", "parents"),
-            ("draft", "mask"),
-            ("draft", "log_probs"),
-            ("draft", "mode"),
-            "policy_version",
-            "cache_version",
-        ]
+        drafted = ("tokens", "parents", "mask", "log_probs", "mode")
+        self.out_keys = [*(("draft", key) for key in drafted), "policy_version", "cache_version"]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
@@ -173,12 +166,12 @@ class DrafterPolicy(TensorDictModuleBase):
         """Draft for every slot.
 
         Args:
-            is_init: ``[B, 1]`` bool, slots with a new request.
-            speculate: ``[B, 1]`` bool, slots whose request takes drafts; None drafts for all.
+            is_init: Slots with a new request, ``[B, 1]`` bool.
+            speculate: Slots whose request takes drafts, ``[B, 1]`` bool; None drafts for all.
 
         Returns:
             "tokens", "parents", "mask" and "log_probs", each ``[B, N]``; "mode" ``[B]`` int64, how the tree was drawn,
-            an index into ``aurora_rl.trajectories.DRAFT_MODES``; and "q" ``[B, N, V]`` where it is asked for.
+            an index into ``aurora_rl.trajectories.DRAFT_MODES``; and "q" ``[B, N, V]`` if it is asked for.
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
@@ -196,7 +189,7 @@ class DrafterPolicy(TensorDictModuleBase):
         draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs, "mode": mode}
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
-        # The first token of all has no feature before it.
+        # The first token of a text has no feature before it.
         ready = store.lengths > 1
         if speculate is not None:
             ready &= speculate.flatten().cpu()
@@ -212,7 +205,7 @@ class DrafterPolicy(TensorDictModuleBase):
         return TensorDict(draft, batch_size=shape[:1])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
-        """Draft for the slots. Whatever the drafter does, rows of slots that it fails stay empty."""
+        """Draft for the slots. Rows of slots that the drafter fails stay empty."""
         try:
             self._catch_up(slots)
             self._write(draft, slots, self.drafter.propose(slots, self.shape, self._generator))
@@ -220,12 +213,12 @@ class DrafterPolicy(TensorDictModuleBase):
             if len(slots) == 1 or self.on_fault is None:
                 self._refuse(slots, error)
                 return
-            # Whose fault it was shows when each is asked alone, without what the failed call left in the cache.
+            # Ask for each slot alone, without what the failed call left in the cache, to find whose fault it was.
             self._forget(slots)
             for slot in slots[~self._refused[slots]]:
                 self._fill(draft, slot[None])
             if not bool(self._refused[slots].any()):
-                # It fails slots together only: that would come again each round, and cost all their caches.
+                # It fails only slots together, which would come again each round and cost all their caches.
                 self._refuse(slots, error)
 
     def _look_up(self, draft: dict[str, Tensor]) -> None:
@@ -258,9 +251,9 @@ class DrafterPolicy(TensorDictModuleBase):
         tokens, parents, log_probs, q, mask = proposal
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         shapes = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)]
-        most = self.num_nodes
-        if len(set(shapes)) > 1 or shapes[0] not in [(len(slots), nodes) for nodes in range(most + 1)]:
-            raise ValueError(f"tokens, parents, log_probs and mask are {shapes}, not [{len(slots)}, 0..{most}]")
+        if len(set(shapes)) > 1 or shapes[0] not in [(len(slots), nodes) for nodes in range(self.num_nodes + 1)]:
+            wanted = f"[{len(slots)}, 0..{self.num_nodes}]"
+            raise ValueError(f"tokens, parents, log_probs and mask are {shapes}, not {wanted}")
         dtypes = (tokens.dtype, parents.dtype, mask.dtype)
         if dtypes != (torch.int64, torch.int64, torch.bool) or not log_probs.is_floating_point():
             names = ", ".join(map(str, (*dtypes, log_probs.dtype)))
@@ -311,9 +304,7 @@ class DrafterPolicy(TensorDictModuleBase):
         store, drafter = self._store, self.drafter
         missing = store.lengths[slots] - 1 - drafter.cached[slots]
         long = missing > _SHORT
-        for group in (slots[~long & (missing > 0)], *slots[long].split(1)):
-            if not len(group):
-                continue
+        for group in filter(len, (slots[~long & (missing > 0)], *slots[long].split(1))):
             start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]
             column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
             column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]

@@ -32,6 +32,9 @@ class DraftLayer(nn.Module):
         norms: Names of norms ``[H]`` that come before it, for the drafter to apply.
     """
 
+    input_layernorm: nn.RMSNorm
+    hidden_norm: nn.RMSNorm
+
     def __init__(self, config: LlamaConfig, *, input_size: int, norms: Sequence[str] = ()) -> None:
         super().__init__()
         for name in norms:
@@ -110,9 +113,8 @@ class RecurrentDrafter(Drafter):
     @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
         tokens = tokens[:, 1:]
-        device, width = tokens.device, tokens.shape[1]
-        rows = slots.to(device)
-        positions = self.cached[slots].to(device)[:, None] + torch.arange(width, device=device)
+        device, rows = tokens.device, slots.to(tokens.device)
+        positions = self.cached[slots].to(device)[:, None] + torch.arange(tokens.shape[1], device=device)
         x, residual = self._enter_at(tokens, features)
         columns = positions.clamp(max=self._cache[0].shape[1] - 1)
         for cache, new in zip(self._cache, self._layer.self_attn.keys_values(x, positions), strict=True):
@@ -144,17 +146,13 @@ class RecurrentDrafter(Drafter):
     @torch.inference_mode()
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        rows = slots.to(self._state.device)
-        b = len(rows)
-        end = int(self.cached[slots].max())
-        held = self.cached[slots].to(rows.device)
+        rows, end = slots.to(self._state.device), int(self.cached[slots].max())
+        held, every = self.cached[slots].to(rows.device), torch.arange(len(rows), device=rows.device)[:, None]
         sequence, sequence_mask = self._sequence(slots, end), torch.arange(end, device=rows.device) < held[:, None]
-
         search = grow(self.draft_vocab, shape, generator)
         branch: KeysValues | None = None
         carried = self._state[rows, None]
         search.add(self._log_probs(carried))
-        every = torch.arange(b, device=rows.device)[:, None]
         for depth in range(1, shape.depth):
             tokens, parent = search.frontier()
             positions = (held + depth - 1)[:, None].expand_as(tokens)
@@ -263,5 +261,5 @@ class RecurrentDrafter(Drafter):
 
 
 def _next_row(x: Tensor) -> Tensor:
-    """Rows moved on by one along dim 1, zeros first."""
+    """Move rows on by one along dim 1, with zeros first."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)

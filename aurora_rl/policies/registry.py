@@ -34,6 +34,17 @@ def get_drafter(name: str) -> type[Drafter]:
     return DRAFTERS.get(name)
 
 
+def drafter_name(kind: type[Drafter]) -> str:
+    """Return the name of a drafter's class in configurations.
+
+    Example:
+        >>> drafter_name(get_drafter("medusa"))
+        'medusa'
+    """
+    name = kind.__name__.removesuffix("Drafter").lower()
+    return name if name in available_drafters() else f"{kind.__module__}:{kind.__qualname__}"
+
+
 def recognized(config: Mapping[str, Any]) -> type[Drafter]:
     """Return the class that wrote, or would write, a drafter's ``config.json``.
 

@@ -41,7 +41,7 @@ _SLACK = 64
 
 
 class Branches(NamedTuple):
-    """Where contexts of recorded trees are read from: a context whose path is that of the text is read from the text.
+    """Places from which contexts of recorded trees are read: the text, for a context whose path is that of the text.
 
     Attributes:
         on_text: Whether each context stands on the text, ``[R + M]`` bool.
@@ -154,17 +154,10 @@ class StandaloneDrafter(Drafter):
         model: str | None = None,
         num_layers: int = 2,
     ) -> Self:
-        """Start a day-0 drafter in float32: a model that was trained elsewhere, or layers from the target's pieces.
+        """Start a day-0 drafter in float32 from a causal LM with the target's tokenizer, ``model`` (folder or hub id).
 
-        An untrained one is the target's last layer, final norm and head on the target's embedding. The layers before
-        the last add nothing until they have learned, so at day 0 their number does not matter.
-
-        Args:
-            parts: Frozen pieces of the target.
-            draft_vocab: Tokens that it may draft, ``[Vd]`` int64.
-            feature_layers: Must be empty: no features are read.
-            model: Folder or hub id of a causal LM with the target's tokenizer; None starts an untrained LM.
-            num_layers: Decoder layers of an untrained LM.
+        Without one, it is the target's last layer, final norm and head on the target's embedding, after layers that add
+        nothing until they have learned, ``num_layers`` in all. No features are read: ``feature_layers`` must be empty.
 
         Raises:
             ValueError: The model cannot be loaded or served, or has another vocabulary; or there are no layers, or
@@ -207,14 +200,13 @@ class StandaloneDrafter(Drafter):
     def allocate(self, num_slots: int, max_length: int) -> None:
         weight = self.lm_head.weight
         self._longest = max_length
-        self._cache = SlotCache(
-            uniform_shapes(self.config), num_slots, max_length + _SLACK, weight.dtype, weight.device
-        )
+        shapes = uniform_shapes(self.config)
+        self._cache = SlotCache(shapes, num_slots, max_length + _SLACK, weight.dtype, weight.device)
         self._state = weight.new_zeros(num_slots, weight.shape[1])
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
     def _read(self, slots: Tensor, tokens: Tensor, position: Tensor, columns: Tensor, mask: Tensor) -> Tensor:
-        """One pass over ``tokens`` ``[b, T]``, with a mask ``[b, T, end]`` over the columns: ``[b, T, H]``."""
+        """Run one pass over ``tokens`` ``[b, T]``, with a mask ``[b, T, end]`` over the columns: ``[b, T, H]``."""
         self._cache.aim(slots, columns, mask.shape[2])
         return self.model(
             input_ids=tokens,
@@ -227,8 +219,7 @@ class StandaloneDrafter(Drafter):
     @torch.inference_mode()
     @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        # The first column is read again if a slot holds pairs already. That is a row of a pass that is needed anyway,
-        # and it gives the state of the last token, for which `propose` would need a pass of its own.
+        # If a slot holds pairs, its first column is read again: a row more here saves `propose` a pass of its own.
         (b, width), device = tokens.shape, tokens.device
         held, row = self.cached[slots].to(device)[:, None], torch.arange(width, device=device)
         causal = (row[:, None] >= row).expand(b, -1, -1)

@@ -11,11 +11,9 @@ from typing import Literal
 
 from aurora_rl.policies.drafter import TreeShape
 
-# Share of the best shape's tokens per second at which a shape is as good as the best, and at which no speculation is
-# preferred.
+# Shares of the best shape's tokens per second at which a shape is as good as it, and at which no speculation is better.
 _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
-# Guess of an unknown chance, and the number of trials that it is worth. A time measured at start is worth as many
-# rounds.
+# Guess of an unknown chance, and the number of trials that it is worth; a time measured at start is worth as many.
 _GUESS, _WORTH = 0.25, 4
 # Optimistic guess of lookup's chances: trying it costs next to nothing.
 _HOPE = 0.75
@@ -105,11 +103,7 @@ class TreeController:
     def candidates(most: TreeShape) -> list[TreeShape]:
         """Return the shapes to choose from: none, and every depth up to that of ``most``, in its width and as a chain.
 
-        With lookup the bare chains are looked up, without the drafter: a chain of the drafter with lookup's nodes
-        merged into it is no bare one.
-
-        Args:
-            most: Widest and deepest shape.
+        With lookup the bare chains are looked up without the drafter, whose chains have lookup's nodes merged in.
 
         Example:
             >>> [(s.depth, s.width, s.num_nodes) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
@@ -276,8 +270,7 @@ class TreeController:
         self._pace[kind] += (live - old) / min(self._timed[kind] + _WORTH, _RECENT)
         for rest, timed in enumerate(self._timed):
             if rest != kind and (self._run > _RECENT or not timed):
-                # What changes soon after the kind did is the difference between them; what changes later, such as the
-                # machine's other work, is taken to change all.
+                # A pace that changes soon after the kind did tells the kinds apart; one that changes later changes all.
                 self._pace[rest] *= self._pace[kind] / old
 
 

@@ -15,16 +15,9 @@ from aurora_rl.policies.drafter import Proposal, TreeShape
 
 
 def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor, budget: int) -> Proposal:
-    """Keep the ``budget`` likeliest nodes of each tree.
+    """Keep the ``budget`` likeliest of candidates ``[b, n]`` in topological order by their joint log-probability.
 
     A node's joint log-probability is at most its parent's, and ties keep the earlier node, so what is kept is a tree.
-
-    Args:
-        tokens: Candidates in topological order, ``[b, n]``.
-        parents: Parent of each candidate, ``[b, n]``.
-        log_probs: Log-probability of each candidate given its path, ``[b, n]``.
-        joint: Log-probabilities summed along the path, ``[b, n]``.
-        budget: Number of nodes to keep.
     """
     if tokens.shape[1] > budget:
         keep = joint.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
@@ -41,11 +34,7 @@ class TreeSearch(ABC):
 
     @abstractmethod
     def add(self, log_probs: Tensor) -> None:
-        """Add a depth.
-
-        Args:
-            log_probs: Log-probabilities at each of the ``w`` nodes of the frontier, at first the root, ``[b, w, Vd]``.
-        """
+        """Add a depth by the log-probabilities at the nodes of the frontier, at first the root, ``[b, w, Vd]``."""
 
     @abstractmethod
     def frontier(self) -> tuple[Tensor, Tensor]:
@@ -57,12 +46,7 @@ class TreeSearch(ABC):
 
 
 def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> TreeSearch:
-    """Start the search for trees of a shape.
-
-    Args:
-        draft_vocab: Target ids of the rows, ``[Vd]`` int64.
-        shape: Shape of the trees.
-        generator: Source of randomness, see :meth:`Drafter.propose`.
+    """Start the search for trees of a shape over tokens ``[Vd]`` int64; ``generator`` as of :meth:`Drafter.propose`.
 
     Example:
         >>> type(grow(torch.arange(4), TreeShape(2, mode="sampled"))).__name__
@@ -75,10 +59,6 @@ class TopKSearch(TreeSearch):
     """Expands the likeliest nodes of each depth by joint probability, each by its likeliest tokens.
 
     There are ``width`` of each, or all tokens of a smaller draft vocabulary. In the end the budget keeps the likeliest.
-
-    Args:
-        draft_vocab: Target ids of the rows, ``[Vd]`` int64.
-        shape: Shape of the trees.
 
     Example:
         >>> search = TopKSearch(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
@@ -103,8 +83,7 @@ class TopKSearch(TreeSearch):
     @override
     def add(self, log_probs: Tensor) -> None:
         best, choice = log_probs.topk(self._children)
-        parents = torch.full_like(choice, -1)
-        joint = best
+        parents, joint = torch.full_like(choice, -1), best
         if self._expanded is not None:
             self._before += self._tokens[-1].shape[1]
             index, path = self._expanded
@@ -138,11 +117,6 @@ class SampledSearch(TreeSearch):
 
     Which nodes there are does not depend on what was drawn, as rejection needs: leaving a node out for its token would
     change the law of the text.
-
-    Args:
-        draft_vocab: Target ids of the rows, ``[Vd]`` int64.
-        shape: Shape of the trees.
-        generator: Source of randomness.
 
     Example:
         >>> search = SampledSearch(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))

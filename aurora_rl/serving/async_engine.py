@@ -1,26 +1,20 @@
-"""Requests of concurrent clients, decoded by a thread of their own: what each round added comes as a stream."""
+"""Requests of concurrent clients: what each round added to one comes as a stream, in an event loop elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
-
-logger = logging.getLogger(__name__)
-
-# An idle server looks so often whether new weights have come.
-_IDLE_S = 0.1
 
 
 class QueueFullError(RuntimeError):
@@ -28,24 +22,11 @@ class QueueFullError(RuntimeError):
 
 
 class EngineDeadError(RuntimeError):
-    """The thread that decodes has ended with an error; nothing is served any more."""
+    """Rounds have ended; nothing is served any more."""
 
 
 class RefusedError(ValueError):
     """The engine cannot serve the request; the message says why."""
-
-
-class Workload(Protocol):
-    """A source of requests that are served where no client waits, such as a file of prompts."""
-
-    def __call__(self) -> Request | None:
-        """Return the next request; None where none waits."""
-
-    def completed(self, completion: Completion) -> str:
-        """Note an answer, and return its domain."""
-
-    def refused(self, request: Request, reason: str) -> None:
-        """Note that a request cannot be served."""
 
 
 @dataclass(slots=True)
@@ -72,21 +53,19 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Decode the requests of concurrent clients in a thread of its own.
+    """The requests of concurrent clients, for a server that another thread drives round by round.
 
-    Waiting requests are served first come, first served. The environment takes requests from this object, and reports
-    to it; see :meth:`start`.
+    An environment takes its requests from this object, and reports to it: make it first, then the server, then
+    :meth:`attach` it. Then one thread calls :meth:`step` again and again, and clients in the event loops of other
+    threads :meth:`generate`. Waiting requests are served first come, first served.
 
     Args:
         max_waiting: Requests that may wait for a slot.
-        workload: Requests that are served where no client's waits; None for none.
+        workload: Requests that are served while no client's waits; None for none.
         first_id: Number of the first client's request; the workload's are below it.
-
-    Attributes:
-        error: Why the thread ended, None while it runs.
     """
 
-    def __init__(self, *, max_waiting: int, workload: Workload | None = None, first_id: int = 0) -> None:
+    def __init__(self, *, max_waiting: int, workload: RequestSource | None = None, first_id: int = 0) -> None:
         self._max_waiting, self._workload = max_waiting, workload
         self._first_id, self._ids = first_id, itertools.count(first_id)
         self._lock = threading.Lock()
@@ -94,24 +73,11 @@ class AsyncEngine:
         self._cancelled: set[int] = set()
         self._streams: dict[int, _Stream] = {}
         self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
-        self._wake, self._stopping = threading.Event(), False
-        self._thread: threading.Thread | None = None
+        self._arrived = threading.Event()
+        self._closed = False
         self._server: InferenceServer | None = None
-        self.error: BaseException | None = None
 
-    # ---- of the event loop ------------------------------------------------------------------------------------------
-
-    def start(self, server: InferenceServer, on_idle: Callable[[], bool] = lambda: True) -> None:
-        """Begin to decode.
-
-        Args:
-            server: The server whose environment takes its requests from this object.
-            on_idle: Called in the thread where there is nothing to decode; False ends it.
-        """
-        self._server = server
-        server.env.on_tokens = self._tokens
-        self._thread = threading.Thread(target=self._run, args=(server, on_idle), name="engine", daemon=True)
-        self._thread.start()
+    # ---- called by clients ------------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
@@ -125,8 +91,8 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread decodes."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether requests are taken."""
+        return self._server is not None and not self._closed
 
     async def generate(
         self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
@@ -142,18 +108,18 @@ class AsyncEngine:
         Raises:
             QueueFullError: ``max_waiting`` requests wait already.
             RefusedError: The engine cannot serve the request.
-            EngineDeadError: The thread has ended.
+            EngineDeadError: Rounds have ended.
         """
         request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop())
         with self._lock:
-            if not self.alive or self._stopping:
+            if not self.alive:
                 raise EngineDeadError("the engine does not run; see the server's log")
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already, as many as http.max_waiting allows")
             self._streams[request.id] = stream
             self._waiting.append(request)
-        self._wake.set()
+        self._arrived.set()
         ended = False
         try:
             while not ended:
@@ -171,16 +137,34 @@ class AsyncEngine:
         with self._lock:
             self._streams.pop(request, None)
             self._cancelled.add(request)
-        self._wake.set()
+        self._arrived.set()
 
-    def stop(self, timeout: float = 30.0) -> None:
-        """End the thread after the round that runs; requests in flight fail."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+    # ---- called by the thread that drives the rounds ----------------------------------------------------------------
 
-    # ---- of the thread ----------------------------------------------------------------------------------------------
+    def attach(self, server: InferenceServer) -> None:
+        """Take requests from now on, for the server whose environment has this object as its source."""
+        server.env.on_tokens, self._server = self._tokens, server
+
+    def step(self) -> bool:
+        """Serve one round. False if there was nothing to decode."""
+        assert self._server is not None, "call attach first"
+        self._drop_cancelled(self._server)
+        worked = self._server.step()
+        self._deliver()
+        return worked
+
+    def wait(self, timeout: float) -> None:
+        """Wait until a client comes or goes, at most ``timeout`` seconds."""
+        if self._arrived.wait(timeout):
+            self._arrived.clear()
+
+    def end(self, reason: str) -> None:
+        """Take no more requests, and tell those in flight why."""
+        with self._lock:  # nobody is added after this
+            self._closed = True
+            self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
+            self._streams.clear()
+        self._deliver()
 
     def __call__(self) -> Request | None:
         """The next request for a free slot; None where none waits."""
@@ -209,27 +193,6 @@ class AsyncEngine:
     def _tokens(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
         if (stream := self._streams.get(request.id)) is not None:
             self._updates.append((stream, Update(tokens, logprobs)))
-
-    def _run(self, server: InferenceServer, on_idle: Callable[[], bool]) -> None:
-        try:
-            while not self._stopping:
-                self._drop_cancelled(server)
-                worked = server.step()
-                self._deliver()
-                if not worked:
-                    if not self._waiting and not on_idle():
-                        break
-                    self._wake.wait(_IDLE_S)
-                    self._wake.clear()
-            reason: Exception = EngineDeadError("the server is shutting down")
-        except BaseException as error:
-            logger.exception("the engine has ended")
-            self.error, reason = error, EngineDeadError(f"the engine has ended: {type(error).__name__}: {error}")
-        with self._lock:  # nobody is added after this
-            self._stopping = True
-            self._updates += [(stream, reason) for stream in self._streams.values()]
-            self._streams.clear()
-        self._deliver()
 
     def _drop_cancelled(self, server: InferenceServer) -> None:
         if not self._cancelled:

@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.models.loading import encode_chat
-from aurora_rl.workload.traffic import Prompt, TrafficError
+from aurora_rl.telemetry.log import JsonLines
+from aurora_rl.workload.traffic import Message, Prompt, TrafficError
 
 
 def turn_seed(seed: int, turn: int) -> int:
@@ -36,13 +38,25 @@ def turn_seed(seed: int, turn: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What is asked at one turn of a conversation, and the place of the conversation in the traffic."""
+    """One turn of a conversation: its number, what is said so far, and the conversation's place in the traffic."""
 
     prompt: Prompt
     index: int
     number: int
-    messages: list[dict[str, str]]
-    request: Request
+    messages: Sequence[Message]
+
+
+class RequestSource(Protocol):
+    """Where a server's requests come from, and what becomes of them goes."""
+
+    def __call__(self) -> Request | None:
+        """Return the next request; None where none waits."""
+
+    def completed(self, completion: Completion) -> str:
+        """Note an answer, and return its domain."""
+
+    def refused(self, request: Request, reason: str) -> None:
+        """Note that a request cannot be served."""
 
 
 class RequestQueue:
@@ -53,17 +67,17 @@ class RequestQueue:
     place (modulo 2**63). Seeds of follow-ups come from :func:`turn_seed`.
 
     Args:
-        prompts: Traffic to serve. What a prompt says about its budget, sampling and stop strings counts before the
-            arguments below.
+        prompts: Traffic to serve. What a prompt says of its sampling, budget and stop strings counts before
+            ``sampling``.
         tokenizer: Tokenizer of the target.
         vocab_size: Tokens that the target knows; ids outside of it cannot be served.
-        max_new_tokens: Token budget of each completion.
         max_length: Tokens that a slot holds, prompt and completion.
-        sampling: Temperature, top-k, top-p and seed.
+        sampling: Temperature, top-k, top-p, seed and token budget.
 
     Attributes:
         total: First turns and follow-ups, the requests that will be served if none fails.
         failed: Messages of requests that could not be asked.
+        answers: File that gets a line for each completion; None, the default, writes none.
 
     Raises:
         TrafficError: No prompt can be served; says why the first cannot.
@@ -75,76 +89,75 @@ class RequestQueue:
         tokenizer: PreTrainedTokenizerBase,
         *,
         vocab_size: int,
-        max_new_tokens: int,
         max_length: int,
         sampling: SamplingParams,
     ) -> None:
-        self._tokenizer, self._vocab_size, self._sampling = tokenizer, vocab_size, sampling
-        self._max_new_tokens, self._max_length = max_new_tokens, max_length
-        self._waiting: deque[_Turn] = deque()
+        self._tokenizer, self._sampling = tokenizer, sampling
+        self._vocab_size, self._max_length = vocab_size, max_length
+        self._waiting: deque[tuple[_Turn, Request]] = deque()
         self._open: dict[int, _Turn] = {}
         self._next_id = len(prompts)
         self.total = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         self.failed: list[str] = []
+        self.answers: JsonLines | None = None
         for index, prompt in enumerate(prompts):
-            self._ask(prompt, index, 0, [dict(message) for message in prompt.messages], index)
+            self._ask(_Turn(prompt, index, 0, prompt.messages), index)
         if self.failed and not self._waiting:
             raise TrafficError(f"none of the prompts can be served ({len(prompts)}); the first: {self.failed[0]}")
 
     def first_prompts(self, count: int) -> list[list[int]]:
         """Token ids of the first prompts, for the day-0 draft vocabulary."""
-        return [turn.request.prompt.tolist() for turn in list(self._waiting)[:count]]
+        return [request.prompt.tolist() for _, request in list(self._waiting)[:count]]
 
     def __call__(self) -> Request | None:
         """The next request, None where none waits."""
         if not self._waiting:
             return None
-        turn = self._waiting.popleft()
-        self._open[turn.request.id] = turn
-        return turn.request
-
-    def asked(self, request: int) -> tuple[Prompt, int]:
-        """Return the prompt of a request that is not completed yet, and its turn, counted from 0."""
-        turn = self._open[request]
-        return turn.prompt, turn.number
+        turn, request = self._waiting.popleft()
+        self._open[request.id] = turn
+        return request
 
     def completed(self, completion: Completion) -> str:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         turn = self._open.pop(completion.request.id)
-        prompt = turn.prompt
+        prompt, text = turn.prompt, str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        if self.answers is not None:
+            self.answers.append(
+                request=completion.request.id,
+                prompt=prompt.id,
+                domain=prompt.domain,
+                turn=turn.number + 1,
+                text=text,
+                finish_reason=completion.finish_reason,
+                tokens=len(completion.tokens),
+            )
         if turn.number < len(prompt.follow_ups):
-            answer = str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
-            messages = [
-                *turn.messages,
-                {"role": "assistant", "content": answer},
-                {"role": "user", "content": prompt.follow_ups[turn.number]},
-            ]
-            self._ask(prompt, turn.index, turn.number + 1, messages, self._next_id)
+            follow_up = {"role": "user", "content": prompt.follow_ups[turn.number]}
+            messages = [*turn.messages, {"role": "assistant", "content": text}, follow_up]
+            self._ask(replace(turn, number=turn.number + 1, messages=messages), self._next_id)
             self._next_id += 1
         return prompt.domain
 
     def refused(self, request: Request, reason: str) -> None:
         """Note that the engine refused a request; the later turns of its conversation fail with it."""
-        turn = self._open.pop(request.id)
-        self._fail(turn.prompt, turn.number, reason)
+        self._fail(self._open.pop(request.id), reason)
 
-    def _ask(self, prompt: Prompt, index: int, number: int, messages: list[dict[str, str]], id: int) -> None:
+    def _ask(self, turn: _Turn, id: int) -> None:
         """Queue a turn, or note why it cannot be asked."""
         try:
-            request = self._request(prompt, index, number, messages, id)
+            self._waiting.append((turn, self._request(turn, id)))
         except ValueError as error:
-            self._fail(prompt, number, str(error))
-        else:
-            self._waiting.append(_Turn(prompt, index, number, messages, request))
+            self._fail(turn, str(error))
 
-    def _fail(self, prompt: Prompt, number: int, reason: str) -> None:
-        turns_left = len(prompt.follow_ups) - number + 1
-        self.failed += [f"prompt {prompt.id!r}, turn {number + 1}: {reason}"] * turns_left
+    def _fail(self, turn: _Turn, reason: str) -> None:
+        turns_left = len(turn.prompt.follow_ups) - turn.number + 1
+        self.failed += [f"prompt {turn.prompt.id!r}, turn {turn.number + 1}: {reason}"] * turns_left
 
-    def _request(self, prompt: Prompt, index: int, number: int, messages: list[dict[str, str]], id: int) -> Request:
-        """The request of a turn; raises ValueError with what is wrong with it."""
+    def _request(self, turn: _Turn, id: int) -> Request:
+        """Return the request of a turn; raise ValueError with what is wrong with it."""
+        prompt = turn.prompt
         try:
-            tokens = encode_chat(self._tokenizer, messages)
+            tokens = encode_chat(self._tokenizer, turn.messages)
         except Exception as error:  # a template is a program of the model's, which may fail in any way
             reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             name = self._tokenizer.name_or_path
@@ -157,15 +170,13 @@ class RequestQueue:
                 f"the tokenizer gives token {outside}, and the model knows 0..{self._vocab_size - 1}; take the model's "
                 "own tokenizer, or leave out the text that it has no token for"
             )
-        budget = self._max_new_tokens if prompt.max_tokens is None else prompt.max_tokens
+        budget = self._sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens
         if len(tokens) + budget > self._max_length:
             key = "max_new_tokens" if prompt.max_tokens is None else "max_tokens"
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens; with {key}={budget} that exceeds engine.max_length="
                 f"{self._max_length}; shorten it, or raise engine.max_length up to the model's context"
             )
-        settings = {"seed": (self._sampling.seed + index) % 2**63, **prompt.sampling}
-        sampling = replace(self._sampling, **settings)
-        seed = turn_seed(sampling.seed, number)
-        sampling = replace(sampling, seed=seed, max_tokens=budget, stop=prompt.stop)
-        return Request(id, torch.tensor(tokens), sampling)
+        settings = {"seed": (self._sampling.seed + turn.index) % 2**63, **prompt.sampling}
+        settings |= {"seed": turn_seed(settings["seed"], turn.number), "max_tokens": budget, "stop": prompt.stop}
+        return Request(id, torch.tensor(tokens), replace(self._sampling, **settings))

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -189,12 +188,9 @@ class InferenceServer:
         self.note_fault(fault, request, f"request {request} goes on without the drafter")
 
     def note_fault(self, fault: str, request: int | None, outcome: str) -> None:
-        """Count and log that the drafter failed, and warn of the first time.
+        """Count and log a fault of the drafter, and warn of the first one and its outcome.
 
-        Args:
-            fault: What the drafter did.
-            request: Id of the request that it failed; None where it failed before there were any.
-            outcome: What is done about it.
+        ``request`` is the id of the request that it failed; None if there was none yet.
         """
         self.stats.drafter_faults += 1
         self._log.write("drafter_fault", request=request, version=self.stats.version, fault=fault)
@@ -207,7 +203,8 @@ class InferenceServer:
             return
         if self._staged is None and (received := self._receiver.latest()) is not None:
             version, weights = received
-            self._staged = version, self._background.submit(self.policy.stage, _named(weights), version)
+            named = dict(weights.flatten_keys(".").items())
+            self._staged = version, self._background.submit(self.policy.stage, named, version)
         if self._staged is None or not self._staged[1].done():
             return
         (version, staged), self._staged = self._staged, None
@@ -245,14 +242,6 @@ class InferenceServer:
         assert self._receiver is not None
         self._receiver.acknowledge(version, checksum(loaded), milliseconds)
         return_freed_memory()  # of the weights that these replace, and of the message
-
-
-def _named(weights: Any) -> dict[str, Tensor]:
-    """Tensors of a TensorDict by their dotted names."""
-    return {
-        name if isinstance(name, str) else ".".join(name): tensor
-        for name, tensor in weights.items(include_nested=True, leaves_only=True)
-    }
 
 
 def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:

@@ -48,10 +48,6 @@ class JsonLines:
                 logger.warning("%s cannot be written (later lines are lost without a word)%s", self.path, reason)
             self.lost += 1
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
-
 
 class MetricsLog(JsonLines):
     """Append events to ``metrics.jsonl``.
@@ -102,7 +98,3 @@ class MetricsReader:
                 except ValueError:  # a full disk cuts lines
                     continue
                 yield event
-
-    def new(self) -> list[dict[str, Any]]:
-        """Return the events since the last call."""
-        return list(self)

@@ -85,19 +85,15 @@ class Rounds:
 
     def append(self, round_: Round) -> None:
         """Add a round."""
+        rounds = [round_]
         if round_.request >= self._buckets * self._width:
-            rounds = list(self)
+            rounds, self._sums = [*self, round_], {}
             while round_.request >= self._buckets * self._width:
                 self._width *= 2
-            self._sums = {}
-            for each in rounds:
-                self._add(each)
-        self._add(round_)
-
-    def _add(self, round_: Round) -> None:
-        key = round_.request // self._width, round_.speculative, round_.occupied
-        tokens, seconds = self._sums.get(key, (0, 0.0))
-        self._sums[key] = tokens + round_.tokens, seconds + round_.seconds
+        for each in rounds:
+            key = each.request // self._width, each.speculative, each.occupied
+            tokens, seconds = self._sums.get(key, (0, 0.0))
+            self._sums[key] = tokens + each.tokens, seconds + each.seconds
 
     def __iter__(self) -> Iterator[Round]:
         """The sums; ``request`` is the first of their bucket."""
@@ -141,12 +137,11 @@ def rates(rounds: Iterable[Round]) -> Rates:
     measured = [key for key, count in tokens.items() if count]
     both = [o for kind, o in measured if kind and (False, o) in measured]
     if not both:
-        overall = {
-            kind: sum(t for (k, _), t in tokens.items() if k == kind)
-            / sum(s for (k, _), s in seconds.items() if k == kind)
-            for kind in {kind for kind, _ in measured}
-        }
-        return Rates(overall.get(False), overall.get(True))
+        overall = []
+        for kind in (False, True):
+            count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
+            overall.append(count / time if count else None)
+        return Rates(*overall)
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
     return Rates(*(sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)))

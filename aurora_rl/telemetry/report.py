@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,14 +24,16 @@ def write_summary(run_dir: str | os.PathLike[str], summary: dict[str, Any]) -> N
     (Path(run_dir) / "summary.json").write_text(json.dumps(tidy(summary), indent=2) + "\n")
 
 
+def show(value: float | None, digits: int = 2) -> str:
+    """Return a figure as text; a dash stands for what was not measured."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def summary_table(summary: dict[str, Any]) -> Table:
     """The final table."""
     table = Table(title="run", show_header=False)
     table.add_column(style="bold")
     table.add_column()
-
-    def show(value: Any, digits: int = 2) -> str:
-        return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
     length, speed, swap = summary["acceptance_length"], summary["tokens_per_second"], summary["swap_ms"]
     table.add_row("requests", f"{summary['requests']} ({summary['failed']} failed)")
@@ -41,20 +44,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("tokens/s plain · speculative", f"{show(speed['baseline'], 1)} · {show(speed['speculative'], 1)}")
     table.add_row("speedup, last quarter", show(summary["speedup"]))
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
-    table.add_row("dropped trajectories", show(summary["dropped_trajectories"]))
+    table.add_row("dropped trajectories", str(summary["dropped_trajectories"]))
     if summary["drafter_faults"]:
-        table.add_row("served without the drafter, for a fault", show(summary["drafter_faults"]))
+        table.add_row("served without the drafter, for a fault", str(summary["drafter_faults"]))
     table.add_row("duration", f"{summary['duration_s']:.0f} s")
     return table
 
 
 def draw_report(
-    path: str | os.PathLike[str],
-    finished: list[tuple[int, int]],
-    rounds: Rounds | list[Round],
-    swaps: list[int],
-    *,
-    bins: int = 10,
+    path: str | os.PathLike[str], finished: list[tuple[int, int]], rounds: Rounds | list[Round], swaps: list[int]
 ) -> None:
     """Draw acceptance length, swaps, and speedup over requests; tokens per second where nothing decoded plainly.
 
@@ -63,7 +61,6 @@ def draw_report(
         finished: Speculative tokens and rounds of each request, in order of completion.
         rounds: The decoding of the run.
         swaps: Number of completed requests at each swap.
-        bins: Parts of the run for which a rate is drawn; parts without a baseline window have no speedup.
     """
     import matplotlib
 
@@ -81,10 +78,8 @@ def draw_report(
             lengths.append(tokens / steps)
     top.plot(middles, lengths, color="tab:blue")
     top.set_ylabel("acceptance length\n(tokens per round)")
-    measured = []
-    for part in range(bins):
-        begin, end = count * part / bins, count * (part + 1) / bins
-        measured.append(((begin + end) / 2, rates([r for r in rounds if begin <= r.request < end])))
+    edges = [count * tenth / 10 for tenth in range(11)]  # tenths without a baseline window have no speedup
+    measured = [((a + b) / 2, rates(r for r in rounds if a <= r.request < b)) for a, b in itertools.pairwise(edges)]
     overall = rates(rounds).speedup
     if overall:
         shown = [(at, rate.speedup) for at, rate in measured if rate.speedup]

@@ -61,19 +61,6 @@ class Stats:
             requests=1, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
         )
 
-    def by_domain(self) -> dict[str, dict[str, Any]]:
-        """Requests, tokens and acceptance length of each domain by name; empty where no prompt has one."""
-        if not any(self.domains):
-            return {}
-        return {
-            domain: {
-                "requests": count["requests"],
-                "tokens": count["tokens"],
-                "acceptance_length": count["speculative"] / count["rounds"] if count["rounds"] else None,
-            }
-            for domain, count in sorted(self.domains.items())
-        }
-
     def summary(self, *, failed: int = 0, dropped: int = 0, duration_s: float = 0.0) -> dict[str, Any]:
         """Return what ``summary.json`` holds; null stands for what was not measured.
 
@@ -85,6 +72,14 @@ class Stats:
         count = len(self.finished)
         tenth = max(count // 10, 1)
         last = self.rates(0.25)
+        domains = {
+            name: {
+                "requests": c["requests"],
+                "tokens": c["tokens"],
+                "acceptance_length": c["speculative"] / c["rounds"] if c["rounds"] else None,
+            }
+            for name, c in sorted(self.domains.items())
+        }
         return {
             "requests": count,
             "failed": failed,
@@ -94,10 +89,10 @@ class Stats:
                 "max": max(self.swap_ms, default=None),
             },
             "acceptance_length": {
-                "first": self.acceptance(0, tenth) if count else None,
-                "last": self.acceptance(count - tenth, count) if count else None,
+                "first": self.acceptance(0, tenth),
+                "last": self.acceptance(max(count - tenth, 0), count),
             },
-            "domains": self.by_domain(),
+            "domains": domains if any(domains) else {},  # the only name may be the empty one
             "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},
             "speedup": last.speedup,
             "dropped_trajectories": dropped,

@@ -12,10 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.report import show
 from aurora_rl.telemetry.stats import Stats
-
-_REMEMBERED = 100
-"""Messages that are not told again. A peer may send ever new ones, so not all of them are kept."""
 
 
 class Server(Protocol):
@@ -60,7 +58,7 @@ class LiveView:
         server: Serving half of the run.
         log: Gets "status", and "refused" and "learner_died" if that happens.
         reader: Follows the run's metrics, where the learner's events are too.
-        total: Requests to serve.
+        total: Requests to serve; None if there is no end to them.
         learner: Says how the learner is: "running", or that it died.
 
     Attributes:
@@ -68,11 +66,11 @@ class LiveView:
     """
 
     def __init__(
-        self, server: Server, log: MetricsLog, reader: MetricsReader, *, total: int, learner: Callable[[], str]
+        self, server: Server, log: MetricsLog, reader: MetricsReader, *, total: int | None, learner: Callable[[], str]
     ) -> None:
         self._server, self._log, self._reader = server, log, reader
         self._total, self._learner = total, learner
-        self._told: deque[str] = deque(maxlen=_REMEMBERED)
+        self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
         self._loss: float | None = None
         self._skipped = 0
         self._unwritten = False
@@ -124,9 +122,8 @@ class LiveView:
         self.follow()
         server, accepted, coverage = self._server, self._accepted, self._coverage
         stats, rounds, speed = server.stats, accepted.total(), server.stats.rates(0.25)
-        reached = [
-            sum(n for count, n in accepted.items() if count >= d) for d in range(1, max(accepted, default=0) + 1)
-        ]
+        positions = range(1, max(accepted, default=0) + 1)
+        reached = [sum(n for count, n in accepted.items() if count >= position) for position in positions]
         self._log.write(
             "status",
             requests=len(stats.finished),
@@ -146,18 +143,14 @@ class LiveView:
         """Acceptance length of the last tenth of the requests, at least eight."""
         stats = self._server.stats
         count = len(stats.finished)
-        return stats.acceptance(max(count - max(count // 10, 8), 0), count) if count else None
+        return stats.acceptance(max(count - max(count // 10, 8), 0), count)
 
     def _rows(self) -> list[tuple[str, str]]:
         server, stats = self._server, self._server.stats
         speed = stats.rates(0.25)
-
-        def show(value: float | None, digits: int = 2) -> str:
-            return "–" if value is None else f"{value:.{digits}f}"
-
         gate = self._gate and f"{self._gate['difference']:+.3f} {'published' if self._gate['publish'] else 'refused'}"
         return [
-            ("requests", f"{len(stats.finished)}/{self._total}"),
+            ("requests", str(len(stats.finished)) + (f"/{self._total}" if self._total is not None else "")),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show(speed.speedup)),

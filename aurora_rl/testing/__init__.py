@@ -3,7 +3,7 @@
 from aurora_rl.testing.drafters import check_drafter
 from aurora_rl.testing.engines import check_engine
 from aurora_rl.testing.objectives import check_objective
-from aurora_rl.testing.tiny import serve, tiny_folder, tiny_target, tiny_trajectory
+from aurora_rl.testing.tiny import serve, tiny_batch, tiny_folder, tiny_target, tiny_trajectory
 from aurora_rl.testing.variants import topk_form
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "check_engine",
     "check_objective",
     "serve",
+    "tiny_batch",
     "tiny_folder",
     "tiny_target",
     "tiny_trajectory",

@@ -130,9 +130,7 @@ def filled(drafter: Drafter, trajectories: Sequence[TensorDictBase]) -> Tensor:
     slots = torch.arange(len(trajectories))
     drafter.allocate(len(slots), int(lengths.max()) + 1)
     for i in slots.tolist():
-        _extend(
-            drafter, trajectories[i : i + 1], slots[i : i + 1], torch.zeros(1, dtype=torch.int64), lengths[i : i + 1]
-        )
+        _extend(drafter, trajectories[i : i + 1], slots[i : i + 1], torch.tensor([0]), lengths[i : i + 1])
     return slots
 
 

@@ -172,6 +172,6 @@ def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: lis
 
 
 def _outside(draft_vocab: Tensor) -> int | None:
-    """Some token id that is not in the draft vocabulary and smaller than its largest, if there is one."""
+    """Return a token id that is not in the draft vocabulary and smaller than its largest, if there is one."""
     known = set(draft_vocab.tolist())
     return next((i for i in range(max(known)) if i not in known), None)

@@ -127,11 +127,7 @@ def check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorD
 
 
 def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict], layout: str) -> None:
-    """By way of real files.
-
-    Raises:
-        CheckpointError: The drafter cannot be written in the format.
-    """
+    """By way of real files; raises CheckpointError if the drafter cannot be written in the format."""
     kind, way, batch = type(drafter), f"by way of the format {layout!r}", pack(trajectories)
     with tempfile.TemporaryDirectory() as folder:
         # The first as runs are kept, by no name: SGLang cannot capture all that a drafter of a tiny target reads.

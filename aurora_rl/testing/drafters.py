@@ -13,13 +13,7 @@ from aurora_rl.envs import SamplingParams
 from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.testing.asserts import COMPUTED, require
 from aurora_rl.testing.drafter_serving import check_cache, check_draws, check_proposals
-from aurora_rl.testing.drafter_training import (
-    check_gradients,
-    check_packing,
-    check_paths,
-    check_recorded,
-    check_unroll,
-)
+from aurora_rl.testing.drafter_training import check_gradients, check_packing, check_paths, check_recorded, check_unroll
 from aurora_rl.testing.drafter_weights import check_saved, check_staging, check_swap, check_weights, moved
 from aurora_rl.testing.tiny import cast, dtype_of, serve
 

@@ -26,14 +26,14 @@ def check_engine(
     short; slots are left out of rounds, released and taken again.
 
     Args:
-        engine: with all slots free, in float64 or float32, and room for about 40 tokens; its slots are free afterwards.
-        reference: the engine's model as Hugging Face runs it, a copy of its own.
-        feature_layers: what the engine was told to capture.
-        rounds: rounds of each of the two turns.
-        seed: of prompts, trees and paths.
+        engine: Engine in float64 or float32 with all slots free, and free afterwards, and room for about 40 tokens.
+        reference: Model of the engine as Hugging Face runs it, a copy of its own.
+        feature_layers: Layers that the engine was told to capture.
+        rounds: Rounds of each of the two turns.
+        seed: Seed of prompts, trees and paths.
 
     Raises:
-        AssertionError: names what differs, and by how much.
+        AssertionError: Something differs; the message names it, and by how much.
 
     Example:
         >>> from aurora_rl.envs import TransformersEngine
@@ -139,11 +139,9 @@ def _random_trees(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trees with some nodes masked out, a few with parents or tokens that make no sense."""
     tokens = torch.randint(-1, vocab_size + 1, (count, num_nodes), generator=generator)
-    parents = (
-        torch.stack([torch.randint(-1, max(i, 0) + 1, (count,), generator=generator) for i in range(num_nodes)], dim=1)
-        if num_nodes
-        else torch.zeros(count, 0, dtype=torch.int64)
-    )
+    parents = torch.zeros(count, num_nodes, dtype=torch.int64)
+    for node in range(num_nodes):
+        parents[:, node] = torch.randint(-1, node + 1, (count,), generator=generator)
     mask = torch.rand(count, num_nodes, generator=generator) < 0.9
     return tokens, parents, valid_nodes(tokens, parents, mask, vocab_size)
 

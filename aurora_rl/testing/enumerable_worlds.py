@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
-from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies import Drafter, Proposal, TreeShape, Unroll
+from aurora_rl.policies import Drafter
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex
@@ -25,16 +25,13 @@ Text = tuple[int, ...]
 TEXTS: list[Text] = [text for length in range(4) for text in product(range(VOCAB), repeat=length)]
 
 
-class TabularDrafter(Drafter):
+class EnumerableDrafter(Drafter):
     """Logits by the text since the root. It scores trees and does not serve.
 
     Args:
         seed: Seed of the table.
-        draft_vocab: ``[Vd]`` int64; None has all tokens.
-        start: ``[texts, Vd]`` to start from instead.
-
-    Attributes:
-        table: ``[texts, Vd]`` float64, in the order of :data:`TEXTS`.
+        draft_vocab: Draft vocabulary, ``[Vd]`` int64; None has all tokens.
+        start: Table ``[texts, Vd]`` to start from instead, float64, in the order of :data:`TEXTS`.
     """
 
     def __init__(self, seed: int, draft_vocab: Tensor | None = None, start: Tensor | None = None) -> None:
@@ -46,7 +43,7 @@ class TabularDrafter(Drafter):
         self.table = nn.Parameter(table if start is None else start.clone())
 
     def log_q(self, text: Text) -> Tensor:
-        """``[Vd]`` after a text."""
+        """Return the log-probabilities after a text, ``[Vd]``."""
         return self.table[TEXTS.index(text)].log_softmax(-1)
 
     @override
@@ -57,39 +54,14 @@ class TabularDrafter(Drafter):
         index = torch.tensor([TEXTS.index(t) for t, w in zip(texts, wanted.tolist(), strict=True) if w])
         return self.table[index.long()]
 
-    @classmethod
-    def from_target(
-        cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
-    ) -> TabularDrafter:
-        """There is no real target to start from."""
+    def _not_of_a_table(self, *args: Any, **kwargs: Any) -> Any:
+        """A table starts from no target, has no text to unroll over, and does not serve."""
         raise NotImplementedError
 
-    def allocate(self, num_slots: int, max_length: int) -> None:
-        """It does not serve, as the rest says too."""
-        raise NotImplementedError
-
-    @override
-    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        raise NotImplementedError
-
-    @override
-    def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        raise NotImplementedError
-
-    def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """There is no text to unroll over."""
-        raise NotImplementedError
-
-    @override
-    def published(self) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    @override
-    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        raise NotImplementedError
+    from_target = allocate = extend = propose = unroll = published = stage = _not_of_a_table
 
 
-class TabularTarget:
+class EnumerableTarget:
     """Logits by text; its output head is the identity, so a hidden state is the logits themselves.
 
     Args:
@@ -105,7 +77,7 @@ class TabularTarget:
     head = torch.eye(VOCAB, dtype=torch.float64)
 
     def p(self, text: Text) -> Tensor:
-        """The served distribution."""
+        """Return the distribution that is served after a text."""
         logits = self.table[TEXTS.index(text)]
         if self.temperature == 0:
             return nn.functional.one_hot(logits.argmax(), VOCAB).double()
@@ -113,15 +85,7 @@ class TabularTarget:
 
 
 class DrawnTree:
-    """Nodes of a tree, in topological order.
-
-    Args:
-        parents: −1 = root.
-        tokens: Tokens of the nodes.
-
-    Attributes:
-        texts: For each node, the tokens from the root to it.
-    """
+    """Nodes of a tree, in topological order: parents (−1 is the root), tokens, and the texts from the root to each."""
 
     def __init__(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         self.parents, self.tokens = tuple(parents), tuple(tokens)
@@ -130,25 +94,25 @@ class DrawnTree:
             self.texts.append((*self.before(parent), token))
 
     def before(self, parent: int) -> Text:
-        """The text of a node, or of the root (−1)."""
+        """Return the text of a node, or of the root (−1)."""
         return () if parent < 0 else self.texts[parent]
 
     def children(self, parent: int) -> list[int]:
-        """Nodes below a node or the root, in their order."""
+        """Return the nodes below a node or the root, in their order."""
         return [i for i, above in enumerate(self.parents) if above == parent]
 
 
 def drawn_trees(parents: Sequence[int], distinct: bool = False) -> Iterator[DrawnTree]:
-    """Every tree of these parents; ``distinct``: only those whose siblings differ."""
+    """Yield every tree of these parents; if ``distinct``, only those whose siblings differ."""
     for tokens in product(range(VOCAB), repeat=len(parents)):
         tree = DrawnTree(parents, tokens)
-        pairs = [(parent, token) for parent, token in zip(parents, tokens, strict=True)]
+        pairs = list(zip(parents, tokens, strict=True))
         if not distinct or len(set(pairs)) == len(pairs):
             yield tree
 
 
-def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
-    """Probability that the drafter draws the tree, with its gradient."""
+def chance_of(drafter: EnumerableDrafter, tree: DrawnTree, distinct: bool) -> Tensor:
+    """Return the probability that the drafter draws the tree, with its gradient."""
     total = torch.ones((), dtype=torch.float64)
     for parent in {-1, *tree.parents}:
         left = drafter.log_q(tree.before(parent)).exp()
@@ -160,13 +124,13 @@ def chance_of(drafter: TabularDrafter, tree: DrawnTree, distinct: bool) -> Tenso
     return total
 
 
-def log_probs_of(drafter: TabularDrafter, tree: DrawnTree) -> list[float]:
-    """Log-probability of each node given its path, as a recording has it."""
+def log_probs_of(drafter: EnumerableDrafter, tree: DrawnTree) -> list[float]:
+    """Return the log-probability of each node given its path, as a recording has it."""
     return [float(drafter.log_q(text[:-1])[text[-1]].detach()) for text in tree.texts]
 
 
-def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
-    """Chance that each node is accepted, by the definition of its rule and not by the library's, with its gradient."""
+def reach_of(drafter: EnumerableDrafter, target: EnumerableTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
+    """Return the chance that each node is accepted, by the rule's definition and not our code, with its gradient."""
     out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
 
     def descend(parent: int, arrived: Tensor) -> None:
@@ -194,7 +158,7 @@ def reach_of(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, ru
 
 
 def outcomes_of(tree: DrawnTree, reached: Sequence[Tensor]) -> Iterator[tuple[list[bool], Tensor]]:
-    """Every set of accepted nodes, and its probability."""
+    """Yield every set of accepted nodes, and its probability."""
     for node in range(-1, len(tree.tokens)):
         stays = (reached[node] if node >= 0 else torch.ones(())) - sum(reached[c] for c in tree.children(node))
         accepted, at = [False] * len(tree.tokens), node
@@ -205,7 +169,7 @@ def outcomes_of(tree: DrawnTree, reached: Sequence[Tensor]) -> Iterator[tuple[li
 
 def tree_trajectory(
     tree: DrawnTree,
-    target: TabularTarget,
+    target: EnumerableTarget,
     *,
     rule: str,
     mode: str = "sampled",
@@ -213,16 +177,9 @@ def tree_trajectory(
     log_probs: Sequence[float] | None = None,
     version: int = 0,
 ) -> TensorDict:
-    """The trajectory of a request of one round that drafted this tree.
+    """Return the trajectory of a request of one round that drafted this tree.
 
-    Args:
-        tree: Drafted tree.
-        target: Target that judged it.
-        rule: Name of the verification rule.
-        mode: Draft mode.
-        accepted: Whether each node was accepted; None accepts none.
-        log_probs: Log-probability of each node, as recorded, see :func:`log_probs_of`; None writes −1.
-        version: Version of the drafter's weights.
+    No node is accepted if ``accepted`` is None; recorded log-probabilities, see :func:`log_probs_of`, are −1 if None.
     """
     count = len(tree.tokens)
     hidden = [target.table[TEXTS.index(text)] for text in tree.texts]
@@ -249,27 +206,28 @@ def tree_trajectory(
     )
 
 
-def table_gradient(drafter: TabularDrafter, value: Tensor) -> Tensor:
-    """Of a scalar in the drafter's table."""
+def table_gradient(drafter: EnumerableDrafter, value: Tensor) -> Tensor:
+    """Return the gradient of a scalar in the drafter's table."""
     (grad,) = torch.autograd.grad(value, drafter.table, retain_graph=True)
     return grad
 
 
 def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[TensorDict], TensorDict]) -> Tensor:
-    """Mean of a loss with reduction "none" over trajectories of given probabilities."""
+    """Return the mean of a loss with reduction "none" over trajectories with their probabilities."""
     batch, weights = pack([t for t, _ in items]), torch.stack([w.detach() for _, w in items])
     (key,) = [k for k in loss(batch).keys() if k.startswith("loss_")]
     return (loss(batch)[key][0] * weights).sum()
 
 
 def exact_gradient(
-    drafter: TabularDrafter, target: TabularTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
+    drafter: EnumerableDrafter, target: EnumerableTarget, parents: Sequence[int], *, rule: str, distinct: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Expected number of accepted nodes over all trees that the drafter can draw, and its gradient in the table.
+    """Return the expected number of accepted nodes over all trees that can be drawn, and its gradient in the table.
 
     Example:
-        >>> value, gradient = exact_gradient(TabularDrafter(0), TabularTarget(0), (-1, 0), rule="sample_and_match")
-        >>> bool(0 < value < 2), gradient.shape == TabularDrafter(0).table.shape
+        >>> drafter, target = EnumerableDrafter(0), EnumerableTarget(0)
+        >>> value, gradient = exact_gradient(drafter, target, (-1, 0), rule="sample_and_match")
+        >>> bool(0 < value < 2), gradient.shape == drafter.table.shape
         (True, True)
     """
     total = torch.zeros((), dtype=torch.float64)

@@ -10,8 +10,8 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.enumerable_worlds import (
-    TabularDrafter,
-    TabularTarget,
+    EnumerableDrafter,
+    EnumerableTarget,
     chance_of,
     drawn_trees,
     exact_gradient,
@@ -44,18 +44,15 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
 
     An objective may refuse a rule, a draft mode or a chain by a ValueError that names it.
 
-    Args:
-        make: See :func:`~aurora_rl.testing.check_objective`.
-        unbiased: Whether the directions have to be the same, or only to agree.
-        seed: Seed of the tables.
+    Arguments are those of :func:`~aurora_rl.testing.check_objective`.
 
     Raises:
-        AssertionError: a direction is wrong, or everything is refused.
+        AssertionError: A direction is wrong, or everything is refused.
     """
     judged = 0
     for rule, mode, temperature in _SERVED:
         for parents in _PARENTS:
-            drafter, target = TabularDrafter(seed), TabularTarget(seed, temperature)
+            drafter, target = EnumerableDrafter(seed), EnumerableTarget(seed, temperature)
             distinct, batches = mode == "sampled_without_replacement", []
             for tree in drawn_trees(parents, distinct):
                 drawn = chance_of(drafter, tree, distinct).detach()
@@ -66,10 +63,8 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
                             tree, target, rule=rule, mode=mode, accepted=accepted, log_probs=log_probs
                         )
                         batches.append((pack([trajectory]), drawn * follows))
-            objective, what = (
-                make(drafter, TargetHead(target.head), reduction="sum"),
-                f"trees {parents} served by {rule}",
-            )
+            objective = make(drafter, TargetHead(target.head), reduction="sum")
+            what = f"trees {parents} served by {rule}"
             if refuses(objective, batches[0][0], what):
                 continue
             judged += 1

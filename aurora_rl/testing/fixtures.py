@@ -29,7 +29,7 @@ class GappyDrafter(Eagle3Drafter):
     """EAGLE-3 of three depths, whose rows where it has no prediction can be told what to hold.
 
     Attributes:
-        filler: such a row rises by it from token to token.
+        filler: Step by which such a row rises from token to token.
     """
 
     max_depth = 3
@@ -58,7 +58,7 @@ class EchoDrafter(Eagle3Drafter):
 
     Attributes:
         head: ``[V, H]``, the target's output head.
-        factor: on the target's logits: 1 is the target's own law, 0 is even, −1 likes least what the target likes most.
+        factor: Factor on the target's logits: 1 is the target's law, 0 is even, −1 is the contrary.
     """
 
     head: Tensor
@@ -101,11 +101,8 @@ def gappy_drafter(parts: TargetParts, seed: int) -> GappyDrafter:
 def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
     """Three requests of a tiny target under each of three rules: sample-and-match, greedy and, by chains, rejection.
 
-    Kept, since serving takes longer than the checks and is the same for all objectives: copy what you may change.
-
-    Args:
-        seed: Seed of weights, prompts and completions.
-        sampled: Whether trees are drawn at random under the other rules too, and not by top-k.
+    Trees are by top-k, or drawn at random if ``sampled`` and under rejection. They are kept, since serving takes longer
+    than the checks and is the same for all objectives: copy what you may change.
     """
     target, generator = tiny_target(), torch.Generator().manual_seed(seed)
     drafter = gappy_drafter(TargetParts.of(target), seed)

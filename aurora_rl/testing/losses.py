@@ -11,21 +11,15 @@ from aurora_rl.testing.asserts import require
 
 
 def total_loss(objective: Objective, batch: TensorDict) -> Tensor:
-    """All that the objective minimises on a batch, as a scalar."""
+    """Return all that the objective minimises on a batch, as a scalar."""
     return torch.stack([value.sum() for key, value in objective(batch).items() if key.startswith("loss_")]).sum()
 
 
 def refuses(objective: Objective, batch: TensorDict, what: str, *, naming: str = "") -> bool:
-    """Whether the objective cannot learn from a batch and says so.
-
-    Args:
-        objective: Objective to ask.
-        batch: Packed trajectories.
-        what: The batch, in words.
-        naming: What a refusal has to name in addition to the objective.
+    """Return whether the objective refuses a batch, which is ``what`` in words.
 
     Raises:
-        AssertionError: the error is of another kind, or of other words, than those who read it need.
+        AssertionError: The refusal is no ValueError that names the objective, and ``naming`` as well.
     """
     try:
         objective(batch)

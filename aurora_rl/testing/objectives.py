@@ -73,7 +73,7 @@ def check_objective(
         seed: Seed of weights, prompts and completions.
 
     Raises:
-        AssertionError: names the promise that is broken.
+        AssertionError: A promise is broken; the message names it.
 
     Example:
         >>> from aurora_rl.objectives import get_objective

@@ -7,24 +7,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from aurora_rl.envs import Completion, Request, SamplingParams
-from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies import Drafter, DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.trajectories import pack
 
 
 def tiny_target(
@@ -38,7 +34,7 @@ def tiny_target(
     """A random causal LM of hidden size 16, for tests.
 
     Args:
-        architecture: "llama" or "qwen3".
+        architecture: Model type of transformers, such as "llama" or "qwen3".
         vocab_size: Size of its vocabulary.
         num_layers: Number of its decoder layers.
         dtype: Dtype of its weights.
@@ -48,11 +44,8 @@ def tiny_target(
         >>> tiny_target("qwen3").dtype
         torch.float64
     """
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[architecture]
-    config = config_class(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
@@ -68,7 +61,7 @@ def tiny_target(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
     return cast(model, dtype).eval().requires_grad_(False)
 
 
@@ -98,7 +91,8 @@ def tiny_folder(folder: str | os.PathLike[str]) -> Path:
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
@@ -112,7 +106,7 @@ def tiny_folder(folder: str | os.PathLike[str]) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
@@ -155,6 +149,22 @@ def tiny_trajectory(
         sampling=sampling or SamplingParams(temperature=1.0, seed=request),
         first_request=request,
     )[0]
+
+
+def tiny_batch(**options: Any) -> tuple[Drafter, TargetHead, TensorDict]:
+    """Return what objectives take: an EAGLE-3 drafter in float64, its target's output head, and a packed batch.
+
+    Args:
+        **options: Further arguments of :func:`tiny_trajectory`, which serves the batch's one request.
+
+    Example:
+        >>> drafter, head, batch = tiny_batch(max_new_tokens=4)
+        >>> len(drafter.draft_vocab), len(head), batch["sequence", "tokens"].shape
+        (16, 32, torch.Size([9]))
+    """
+    parts = TargetParts.of(tiny_target())
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
+    return drafter, parts.head, pack([tiny_trajectory(drafter, **options)])
 
 
 def serve(
@@ -209,11 +219,11 @@ def serve(
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in another dtype, in place."""
+    """Cast the model to another dtype, in place, and return it."""
     nn.Module.to(model, dtype=dtype)  # transformers wraps `to` in a way that type checkers cannot read
     return model
 
 
 def dtype_of(drafter: Drafter) -> torch.dtype:
-    """The dtype that a drafter computes in; float64 where it has no weights."""
+    """Return the dtype that a drafter computes in; float64 if it has no weights."""
     return next((parameter.dtype for parameter in drafter.parameters()), torch.float64)

@@ -9,14 +9,13 @@ from torch import Tensor
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
-from aurora_rl.trees import depth_first
 
 
 def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> TensorDict:
     """The trajectory with the target's likeliest tokens in place of its hidden states.
 
     Args:
-        trajectory: with ("sequence", "hidden") and ("nodes", "hidden"); stays as it is.
+        trajectory: Trajectory with ("sequence", "hidden") and ("nodes", "hidden"); stays as it is.
         head: The target's output head; a weight ``[V, H]`` stands for a plain one.
         k: Tokens ``K`` of a row, at most ``V``.
 
@@ -49,7 +48,7 @@ def siblings_reversed(trajectory: TensorDict) -> TensorDict:
     for first, last in zip(offset, offset[1:], strict=False):
         parents, count = trajectory["nodes", "parents"][first:last], last - first
         # Nodes counted from the end keep children after parents only depth by depth: visit them in that order.
-        order = _reversed_depth_first(parents)
+        order = torch.tensor(_reversed_depth_first(parents), dtype=torch.int64)
         place = torch.full((count + 1,), -1)
         place[order] = torch.arange(count)
         for key in ("tokens", "log_probs", "accepted", "hidden"):
@@ -58,18 +57,7 @@ def siblings_reversed(trajectory: TensorDict) -> TensorDict:
     return out
 
 
-def _reversed_depth_first(parents: Tensor) -> Tensor:
-    """Depth-first order in which children come in reverse."""
-    order = depth_first(parents).tolist()
-    children: dict[int, list[int]] = {}
-    for node in order:
-        children.setdefault(int(parents[node]), []).append(node)
-    out: list[int] = []
-
-    def visit(node: int) -> None:
-        for child in reversed(children.get(node, [])):
-            out.append(child)
-            visit(child)
-
-    visit(-1)
-    return torch.tensor(out, dtype=torch.int64)
+def _reversed_depth_first(parents: Tensor, node: int = -1) -> list[int]:
+    """Return the nodes below a node, depth-first, in which children come in reverse."""
+    children = (parents == node).nonzero().flatten().tolist()
+    return [below for child in reversed(children) for below in (child, *_reversed_depth_first(parents, child))]

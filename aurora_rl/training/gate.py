@@ -21,8 +21,8 @@ class Replay(NamedTuple):
     """What a drafter would have had on recorded requests.
 
     Attributes:
-        tokens: ``[n]`` int64, committed tokens of each request.
-        rounds: ``[n]`` int64, rounds that it took.
+        tokens: Committed tokens of each request, ``[n]`` int64.
+        rounds: Rounds of each request, ``[n]`` int64.
     """
 
     tokens: Tensor
@@ -30,7 +30,7 @@ class Replay(NamedTuple):
 
     @property
     def acceptance(self) -> Tensor:
-        """``[n]`` float64, tokens per round of each request."""
+        """Tokens per round of each request, ``[n]`` float64."""
         return self.tokens.double() / self.rounds
 
     @property
@@ -41,7 +41,7 @@ class Replay(NamedTuple):
 
 @torch.inference_mode()
 def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: TreeShape) -> Replay:
-    """The acceptance that a drafter would have had on recorded requests, exactly.
+    """Compute the acceptance that a drafter would have had on recorded requests, exactly.
 
     Under greedy decoding and sample-and-match the text does not depend on the drafter, so the recorded text says which
     drafts the target would have accepted.
@@ -158,10 +158,7 @@ class Gate:
         return self.candidate is not None and len(self._held) >= self._requests
 
     def decide(self, serving: dict[str, Tensor]) -> tuple[Decision, list[TensorDictBase]]:
-        """Replay candidate and serving weights on the held-back requests, and release both.
-
-        Args:
-            serving: Weights that are served.
+        """Replay the candidate and the weights that are served on the held-back requests.
 
         Returns:
             The decision, and the requests, which may be learned from now.
@@ -183,14 +180,8 @@ class Gate:
             new = Replay(old.tokens, old.tokens)
         paired = new.acceptance - old.acceptance
         mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
-        decision = Decision(
-            reason is None and mean > -self._margin,
-            mean,
-            (mean - half, mean + half),
-            new.acceptance_length,
-            old.acceptance_length,
-            len(paired),
-            reason,
-        )
+        publish, interval = reason is None and mean > -self._margin, (mean - half, mean + half)
+        lengths = new.acceptance_length, old.acceptance_length
+        decision = Decision(publish, mean, interval, *lengths, len(paired), reason)
         released, self._held, self.candidate = self._held, [], None
         return decision, released

@@ -174,11 +174,7 @@ class Learner:
         )
 
     def _skip(self, reason: str) -> None:
-        """Leave a step out; what is learned stays as it was before it.
-
-        Raises:
-            FloatingPointError: Too many in a row; what was learned up to them is saved.
-        """
+        """Leave a step out. After too many in a row, save what was learned before them and raise FloatingPointError."""
         self.skipped += 1
         self._skipped_in_a_row += 1
         self._log.write("step_skipped", reason=reason, steps=self.steps, skipped=self.skipped)
@@ -225,12 +221,7 @@ class Learner:
         Raises:
             OSError: A folder cannot be written; the earlier one is left as it was.
         """
-        progress = {
-            "seen": self.seen,
-            "steps": self.steps,
-            "version": self.version,
-            "draft_vocab": self._draft_vocab(),
-        }
+        progress = {"seen": self.seen, "steps": self.steps, "version": self.version, "draft_vocab": self._draft_vocab()}
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
         save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one

@@ -10,18 +10,14 @@ from aurora_rl.trajectories import pack
 
 
 def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0) -> ReplayBuffer:
-    """A TorchRL replay buffer whose samples are packed batches.
+    """Return a TorchRL replay buffer of ``capacity`` trajectories, whose samples are packed batches.
 
-    Args:
-        capacity: Trajectories kept; the oldest goes first.
-        batch_size: Trajectories of a sample.
-        seed: Seed of the sampling.
+    The oldest trajectory goes first.
     """
-    generator = torch.Generator().manual_seed(seed)
     return ReplayBuffer(
         storage=ListStorage(capacity),
         sampler=RandomSampler(),
         batch_size=batch_size,
         collate_fn=pack,
-        generator=generator,
+        generator=torch.Generator().manual_seed(seed),
     )

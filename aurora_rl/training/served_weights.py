@@ -81,19 +81,13 @@ class WeightAudit:
 
 @torch.inference_mode()
 def drafts_agreed(drafter: Drafter, trajectories: Sequence[TensorDictBase], version: int) -> tuple[int, int]:
-    """Compare recorded first drafts with those of a drafter.
+    """Return the first drafts in rounds of a version, and how many of them a drafter of its weights would have drafted.
 
     The tokens proposed at the root of a round are the likeliest there by the weights that drafted it. Those that prompt
     lookup added are left out. Where the engine's drafter cache holds rows of older weights, or in bfloat16, some drafts
     differ: compare with another version's weights, which agree less often.
 
-    Args:
-        drafter: Drafter with the weights of the version.
-        trajectories: Trajectories as they arrived, drafted in mode "topk".
-        version: Version whose rounds are compared.
-
-    Returns:
-        First drafts of such rounds, and how many of them the drafter would have drafted.
+    Trajectories are as they arrived, drafted in mode "topk".
 
     Example:
         >>> from aurora_rl.policies import Eagle3Drafter, TargetParts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Pool = tuple[Sequence[Any], Sequence[Any]]
@@ -33,15 +33,15 @@ class _Table(NamedTuple):
 class _Join(NamedTuple):
     """Two tables, of which the second refers to the first by `key`."""
 
-    one: str
+    parent: str
     label: str
-    many: str
+    children: str
     key: str
     number: str
 
     @property
     def schemas(self) -> str:
-        return f"{self.one}(id, {self.label})\n{self.many}(id, {self.key}, {self.number})"
+        return f"{self.parent}(id, {self.label})\n{self.children}(id, {self.key}, {self.number})"
 
 
 def _words(first: str, last: str) -> Pool:
@@ -53,24 +53,16 @@ def _late_words(last: str) -> Pool:
 
 
 def _numbers(start: float, stop: float, step: float = 1) -> Pool:
-    """Keeps two numbers in seven for the last quarter, by their value, so that no pool gives away another's."""
+    """Keep two numbers in seven for the last quarter, by their value, so that no pool gives away another's."""
     values = [start + step * index for index in range(round((stop - start) / step))]
     first, last = ([f"{value:g}" for value in values if (round(value * 10) % 7 < 2) == late] for late in (False, True))
     return first, last
 
 
-def _tasks(first: str, last: str) -> Pool:
-    return [_Task(*line.split(": ")) for line in first.split("|")], [
-        _Task(*line.split(": ")) for line in last.split("|")
-    ]
-
-
-def _tables(first: str, last: str) -> Pool:
-    return [_Table(*line.split()) for line in first.split("|")], [_Table(*line.split()) for line in last.split("|")]
-
-
-def _joins(first: str, last: str) -> Pool:
-    return [_Join(*line.split()) for line in first.split("|")], [_Join(*line.split()) for line in last.split("|")]
+def _rows(kind: Callable[..., Any], separator: str, first: str, last: str) -> Pool:
+    """Values of several parts each, which stand in the order of the fields of ``kind``."""
+    rows, late_rows = ([kind(*row.split(separator)) for row in text.split("|")] for text in (first, last))
+    return rows, late_rows
 
 
 POOLS: dict[str, Pool] = {
@@ -106,7 +98,9 @@ POOLS: dict[str, Pool] = {
     ),
     # code
     "language": _words("Python|JavaScript|Java|C++|Go|Ruby|Perl", "Rust|TypeScript|Kotlin|Swift|PHP|Lua"),
-    "task": _tasks(
+    "task": _rows(
+        _Task,
+        ": ",
         "count_vowels(text): counts the vowels in a string|is_palindrome(word): checks whether a word is a palindrome|"
         "factorial(n): returns the factorial of a number|second_largest(values): finds the second largest number in a "
         "list|merge_sorted(a, b): merges two sorted lists|remove_duplicates(items): removes duplicates from a list and "
@@ -167,16 +161,17 @@ POOLS: dict[str, Pool] = {
         "creates a compressed archive",
     ),
     "failure": _late_words(
-        "a missing file|a request that times out|invalid user input|a full disk|a lost "
-        "database connection|a malformed date"
+        "a missing file|a request that times out|invalid user input|a full disk|a lost database connection|a malformed "
+        "date"
     ),
     "program": _late_words(
-        "asks for a name and greets the user|guesses a number between 1 and 100|keeps a list of "
-        "expenses|rolls two dice until they match|shows a countdown|translates words from a "
-        "small dictionary"
+        "asks for a name and greets the user|guesses a number between 1 and 100|keeps a list of expenses|rolls two "
+        "dice until they match|shows a countdown|translates words from a small dictionary"
     ),
     # sql
-    "table": _tables(
+    "table": _rows(
+        _Table,
+        " ",
         "employees full_name salary department hired_on|orders customer_name total status ordered_on|"
         "products product_name price category added_on|students surname grade_average major enrolled_on|"
         "flights flight_code seats_sold airline departs_on|books title page_count genre published_on|"
@@ -189,7 +184,9 @@ POOLS: dict[str, Pool] = {
         "plants species height_cm habitat surveyed_on|subscriptions contact_address monthly_fee plan renewed_on|"
         "auctions lot highest_bid house closed_on|sensors tag reading weather_station measured_on",
     ),
-    "join": _joins(
+    "join": _rows(
+        _Join,
+        " ",
         "customers name orders customer_id total|authors pen_name novels author_id sales|airlines airline_name routes "
         "airline_id distance|schools school_name pupils school_id age|artists stage_name albums artist_id copies|"
         "clinics clinic_name visits clinic_id fee|farms owner harvests farm_id tonnes|teams nickname players team_id "
@@ -222,15 +219,15 @@ POOLS: dict[str, Pool] = {
         "tailor|plant nursery|record store|fish market|pottery studio",
     ),
     "goal": _late_words(
-        "buy a first home|pay off student debt|retire early|start a small business|save for a "
-        "child's education|leave a family business"
+        "buy a first home|pay off student debt|retire early|start a small business|save for a child's education|leave "
+        "a family business"
     ),
     "bank_request": _late_words(
         "raise a card limit|waive a late fee|close an account|stop a payment|replace a lost card|explain a charge"
     ),
     "entry": _late_words(
-        "buys stock on credit|pays its rent|sells goods for cash|receives a loan|repays a supplier|"
-        "takes a deposit from a client"
+        "buys stock on credit|pays its rent|sells goods for cash|receives a loan|repays a supplier|takes a deposit "
+        "from a client"
     ),
     # chat
     "phenomenon": _words(
@@ -275,8 +272,8 @@ POOLS: dict[str, Pool] = {
     ),
     "occasion": _late_words("retirement|wedding|sixtieth birthday|graduation|house-warming|engagement"),
     "myth": _late_words(
-        "goldfish forget everything in seconds|lightning never strikes twice|we use a tenth of our "
-        "brain|bulls hate red|sugar makes children wild|the Great Wall can be seen from the Moon|"
-        "cracking knuckles causes arthritis|bats are blind|chameleons change colour to hide"
+        "goldfish forget everything in seconds|lightning never strikes twice|we use a tenth of our brain|bulls hate "
+        "red|sugar makes children wild|the Great Wall can be seen from the Moon|cracking knuckles causes arthritis|"
+        "bats are blind|chameleons change colour to hide"
     ),
 }

@@ -59,24 +59,24 @@ TEMPLATES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
             "nulls": "In {table.schema} some {table.number} are missing. Write SQL for the average that takes them as "
             "{few}.",
             "join": "Tables:\n{join.schemas}\n\nWrite a SQL query that lists each {join.label} with the number of "
-            "{join.many}, if there are more than {few}.",
-            "join-sum": "I have {join.one} and {join.many}:\n{join.schemas}\n\nWhat is the total {join.number} per "
-            "{join.label}? Show only totals above {many}.",
+            "{join.children}, if there are more than {few}.",
+            "join-sum": "I have {join.parent} and {join.children}:\n{join.schemas}\n\nWhat is the total {join.number} "
+            "per {join.label}? Show only totals above {many}.",
         },
         {
             "view": "Define a view on {table.schema} that shows {table.label} and {table.date} where {table.number} "
             "is at least {many}.",
             "second": "What is the second highest {table.number} since {year}?\n\nSchema: {table.schema}",
-            "orphans": "Schema:\n{join.schemas}\n\nFind every row of {join.one} without any {join.many}, and show at "
-            "most {some} of them.",
+            "orphans": "Schema:\n{join.schemas}\n\nFind every row of {join.parent} without any {join.children}, and "
+            "show at most {some} of them.",
             "running": "Write a query over {table.schema} that adds a running total of {table.number} by "
             "{table.date}, starting in {year}.",
             "bands": "Sort the rows of {table.schema} into low, middle and high {table.number}, with limits at {some} "
             "and {many}.",
             "index": "Queries on {table.schema} that filter by {table.group} and {table.date} take {some} seconds. "
             "Which index helps?",
-            "above-average": "Tables:\n{join.schemas}\n\nWhich {join.many} have a {join.number} over {percent}% above "
-            "the average?",
+            "above-average": "Tables:\n{join.schemas}\n\nWhich {join.children} have a {join.number} over {percent}% "
+            "above the average?",
         },
     ),
     "math": (

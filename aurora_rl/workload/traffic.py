@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import itertools
 import json
 import math
 import os
 import random
 import string
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ class Prompt:
 def read_jsonl(
     path: str | os.PathLike[str], *, limit: int | None = None, shuffle: bool = False, seed: int = 0
 ) -> list[Prompt]:
-    """Reads requests from a JSONL file.
+    """Read requests from a JSONL file.
 
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}` with, if wanted, an `id`, a `domain` and
     `follow_ups`, a list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`,
@@ -111,7 +111,7 @@ def read_jsonl(
 
 
 def _parse(line: bytes, number: int) -> Prompt:
-    """Turns one line into a prompt, or raises ValueError with what is wrong with it."""
+    """Turn one line into a prompt, or raise ValueError with what is wrong with it."""
     try:
         record = json.loads(line)
     except RecursionError:
@@ -190,7 +190,7 @@ def _kind(value: object) -> str:
 
 
 def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
-    """Makes varied requests over five domains: code, sql, math, finance and chat.
+    """Make varied requests over five domains: code, sql, math, finance and chat.
 
     A request is a template filled with values. No prompt repeats, the domains have equal shares and come in random
     order, and the last quarter of the stream uses templates and values that occur nowhere before it, so acceptance
@@ -236,21 +236,17 @@ class _Template:
 
     def __init__(self, name: str, text: str, pools: Mapping[str, Sequence[Any]]) -> None:
         self.name, self._text = name, text
-        fields = dict.fromkeys(
-            field.partition(".")[0] for _, field, _, _ in string.Formatter().parse(text) if field is not None
-        )
-
-        def pool_of(field: str) -> str:
-            return field.rstrip("0123456789")
-
         # Pool by pool: its values and the fields that draw from it.
-        self._draws = [
-            (pools[pool], tuple(group)) for pool, group in itertools.groupby(sorted(fields, key=pool_of), key=pool_of)
-        ]
+        fields: dict[str, dict[str, None]] = defaultdict(dict)
+        for _, place, _, _ in string.Formatter().parse(text):
+            if place is not None:
+                field = place.partition(".")[0]
+                fields[field.rstrip("0123456789")][field] = None
+        self._draws = [(pools[pool], tuple(fields[pool])) for pool in sorted(fields)]
         self.size = math.prod(math.perm(len(values), len(group)) for values, group in self._draws)
 
     def values(self, index: int) -> dict[str, Any]:
-        """Returns choice `index` of `size`, read as a number of mixed base with a digit for each field."""
+        """Return choice `index` of `size`, read as a number of mixed base with a digit for each field."""
         chosen = {}
         for values, group in self._draws:
             left = list(values)
@@ -267,7 +263,7 @@ def _generate(num_requests: int, seed: int) -> Iterator[_Filled]:
     rng = random.Random(seed)
     late = num_requests // 4
     position = 0
-    for templates, count in ((_templates()[0], num_requests - late), (_templates()[1], late)):
+    for templates, count in ((_templates(0), num_requests - late), (_templates(1), late)):
         # A random order of the domains decides who gets the odd ones of an uneven share.
         domains = rng.sample(_DOMAINS, len(_DOMAINS))
         part: list[tuple[str, _Template, int]] = []
@@ -286,7 +282,7 @@ def _generate(num_requests: int, seed: int) -> Iterator[_Filled]:
 
 
 def _allot(share: int, templates: Sequence[_Template], rng: random.Random) -> list[tuple[_Template, int]]:
-    """Shares out `share` requests among templates, evenly but for those that have fewer distinct ones to give."""
+    """Share out `share` requests among templates, evenly but for those that have fewer distinct ones to give."""
     # Smallest first, so that what a small one cannot give is spread over all the larger ones.
     order = sorted(rng.sample(templates, len(templates)), key=lambda template: template.size)
     uses = []
@@ -298,24 +294,16 @@ def _allot(share: int, templates: Sequence[_Template], rng: random.Random) -> li
 
 def _most_requests() -> int:
     """The longest stream whose first three quarters and last quarter both have distinct requests for every domain."""
-    first, last = (
-        len(_DOMAINS) * min(sum(template.size for template in group) for group in part.values())
-        for part in _templates()
-    )
+    sums = ([sum(template.size for template in group) for group in _templates(part).values()] for part in (0, 1))
+    first, last = (len(_DOMAINS) * min(sizes) for sizes in sums)
     return min(first * 4 // 3, last * 4 + 3)
 
 
 @functools.cache
-def _templates() -> tuple[dict[str, list[_Template]], dict[str, list[_Template]]]:
-    """The templates of every domain, those of the first three quarters and those of the last."""
-    first, last = (
-        {
-            domain: [
-                _Template(name, text, {pool: halves[half] for pool, halves in POOLS.items()})
-                for name, text in groups[half].items()
-            ]
-            for domain, groups in TEMPLATES.items()
-        }
-        for half in (0, 1)
-    )
-    return first, last
+def _templates(part: int) -> dict[str, list[_Template]]:
+    """Return the templates of every domain: part 0 is the first three quarters of a stream, part 1 the last."""
+    pools = {pool: parts[part] for pool, parts in POOLS.items()}
+    return {
+        domain: [_Template(name, text, pools) for name, text in parts[part].items()]
+        for domain, parts in TEMPLATES.items()
+    }

@@ -82,9 +82,9 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(
     assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "configured") == 0
     path = tmp_path / "topk-configured-0.json"
     written = path.read_bytes()
-    other = tmp_path / "other" / "topk"
-    shutil.copytree(streams["topk"], other)
-    (other / "000003.safetensors").write_bytes((other / "000004.safetensors").read_bytes())
+    altered = tmp_path / "other" / "topk"
+    shutil.copytree(streams["topk"], altered)
+    (altered / "000003.safetensors").write_bytes((altered / "000004.safetensors").read_bytes())
     for stream, more, difference in (
         (streams["topk"], ["drafter.depth=1"], "drafter.depth=4, and this run has drafter.depth=1"),
         (streams["topk"], ["learner.replay=3", "drafter.width=2"], "drafter.width=4, and this run has drafter.width=2"),
@@ -93,7 +93,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(
         (streams["topk"], ["--every", "8"], "--every=4, and this run has --every=8"),
         (streams["topk"], ["--limit", "11"], "--limit=12, and this run has --limit=11"),
         (streams["topk"], ["objectives=[{name: imitation,steps: 2}]"], "objectives=[{'name': 'imitation'}], and this"),
-        (other, [], "checksum of the recording="),
+        (altered, [], "checksum of the recording="),
     ):
         assert bench(tiny_folder, stream, tmp_path, "--variants", "configured", *more) == 2
         error = capsys.readouterr().err
@@ -117,13 +117,13 @@ def test_objectives_of_the_configuration_are_a_variant(
     class Doubled(ImitationLoss):
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings)
-            made.append(self)
+            losses.append(self)
 
-    made: list[Objective] = []
+    losses: list[Objective] = []
     pairs = ("objectives=[{name: doubled_imitation,steps: 1}]",)
     try:
         assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "forward_kl, configured", *pairs) == 0
-        assert isinstance(made[-1].drafter, Eagle3Drafter)
+        assert isinstance(losses[-1].drafter, Eagle3Drafter)
     finally:
         del OBJECTIVES._parts["doubled_imitation"]
     result = json.loads((tmp_path / "topk-configured-0.json").read_text())

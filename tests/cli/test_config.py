@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.cli.config import Config, ConfigError, load_config, to_yaml
+from aurora_rl.cli.config import Config, load_config, to_yaml
+from aurora_rl.cli.errors import ConfigError
 
 
 def keys(config: Any, prefix: str = "") -> list[str]:

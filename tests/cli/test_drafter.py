@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,6 @@ from aurora_rl.cli import main as cli
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.policies import save_drafter
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
 
 # ---- init -----------------------------------------------------------------------------------------------------------
 
@@ -66,10 +56,17 @@ def test_the_draft_vocabulary_is_of_the_traffic(target: list[str], tmp_path: Pat
 
 def test_init_refuses_what_has_no_folder(target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert init(tmp_path / "d0", *target, "drafter.name=ngram") == 2
-    assert "NgramDrafter has no format" in capsys.readouterr().err
+    assert "drafter.name=ngram has no weights to write; serve it by its name, or start another" in (
+        capsys.readouterr().err
+    )
     assert init(tmp_path / "d0", "--to", "gguf", *target, "drafter.name=medusa") == 2
     assert "MedusaDrafter has no format 'gguf'; it has aurora_rl, vllm" in capsys.readouterr().err
     assert not (tmp_path / "d0").exists()
+    model = shutil.copytree(Path(target[0].partition("=")[2]), tmp_path / "model")  # as after a slip of --out
+    before = sorted(path.name for path in model.iterdir())
+    assert init(model, *target, "drafter.name=medusa") == 2
+    assert "holds other things than a drafter" in capsys.readouterr().err
+    assert sorted(path.name for path in model.iterdir()) == before
 
 
 # ---- inspect --------------------------------------------------------------------------------------------------------
@@ -143,6 +140,9 @@ def test_inspect_says_why_a_drafter_does_not_fit(
     (folder / "config.json").write_text(json.dumps({**entries, "architectures": ["Unheard"]}))
     assert cli.main(["drafter", "inspect", str(folder)]) == 2
     assert f"{folder}: config.json: no drafter is of architectures ['Unheard']" in capsys.readouterr().err
+    (folder / "config.json").write_text(json.dumps({**entries, "vocab_size": None}))
+    assert cli.main(["drafter", "inspect", str(folder)]) == 2
+    assert f"{folder}: config.json: vocab_size must be an integer, got None" in capsys.readouterr().err
     assert cli.main(["drafter", "inspect", str(tmp_path / "nowhere")]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
 

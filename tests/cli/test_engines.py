@@ -13,8 +13,9 @@ import pytest
 from torch import Tensor
 
 from aurora_rl.cli import spec
-from aurora_rl.cli.config import ConfigError, load_config
+from aurora_rl.cli.config import load_config
 from aurora_rl.cli.engines import build_server
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
 from aurora_rl.envs.verification.rules import Verdict
 from aurora_rl.telemetry.log import MetricsLog
@@ -47,14 +48,14 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
         run = spec.resolve(config)
         target = spec.load(run)
         requests = spec.request_queue(run, target, spec.traffic(config))
-        made, model, done = spec.start_drafter(run, target, []), copy.deepcopy(target.model), []
+        drafter, model, done = spec.start_drafter(run, target, []), copy.deepcopy(target.model), []
 
         def keep(completion: Completion) -> str:
             done.append(completion)
             return "domain"
 
         log = MetricsLog(tmp_path / "metrics.jsonl", "test")
-        server = build_server(run, target, requests, made, log, tmp_path, keep)
+        server = build_server(run, target, requests, drafter, log, tmp_path, keep)
         try:
             while server.step():
                 pass

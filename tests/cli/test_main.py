@@ -1,224 +1,16 @@
+"""The command line: its configuration, help, errors of one line and exit codes."""
+
 from __future__ import annotations
 
-import errno
-import io
-import json
-import os
-import resource
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
-from aurora_rl.cli import drafter, flywheel, learner_process, spec
+from aurora_rl.cli import drafter, spec
 from aurora_rl.cli import main as cli
-from aurora_rl.cli.config import ConfigError, load_config
-from aurora_rl.cli.learner_process import LearnerProcess
-from aurora_rl.cli.signals import Stop
-from aurora_rl.envs import Completion
-from aurora_rl.policies import MedusaDrafter, NgramDrafter
-from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsReader
-from aurora_rl.telemetry.stats import Stats
-
-FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
-QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
-SERVED = FILES | {"answers.jsonl", "drafter"}
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
-    """Of a short run on the tiny model, on ports of its own, in `tmp_path / "run"`."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        ports = [s.getsockname()[1] for s in (one, two)]
-    return [
-        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
-        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0"),
-        *("max_new_tokens=8", "traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
-        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
-    ]
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
-
-
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
-
-
-# ---- the whole loop -------------------------------------------------------------------------------------------------
-
-
-def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Path) -> None:
-    pairs = [
-        *(
-            "traffic.requests=96",
-            "learner.publish_every=4",
-            "learner.batch_size=4",
-            "gate.requests=3",
-            "learner.replay=1",
-        ),
-        *("gate.margin=9", "baseline.share=0.3", "baseline.window=6", "drafter.adaptive=false"),
-    ]
-    command = [sys.executable, "-m", "aurora_rl.cli.main", "flywheel", *arguments, *pairs]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    run = tmp_path / "run"
-    assert done.returncode == 0, done.stderr + (run / "learner.log").read_text()
-    assert done.stderr == ""
-    assert "96 (0 failed)" in done.stdout
-
-    figures = summary(run)
-    assert list(figures) == list(Stats().summary())
-    assert (figures["requests"], figures["failed"], figures["dropped_trajectories"]) == (96, 0, 0)
-    assert figures["swaps"] >= 1
-    assert len(figures["versions_served"]) == figures["swaps"] + 1
-    assert figures["versions_served"] == sorted(set(figures["versions_served"]))
-    assert figures["versions_served"][0] == 0
-    assert 0 < figures["swap_ms"]["p50"] <= figures["swap_ms"]["max"]
-    assert 1 <= figures["acceptance_length"]["first"] <= 5
-    assert 1 <= figures["acceptance_length"]["last"] <= 5
-    rates = figures["tokens_per_second"]
-    assert rates["speculative"] > 0
-    if figures["speedup"] is not None:
-        assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["baseline"], rel=1e-3)
-    assert 1 < figures["duration_s"] < 120
-
-    assert {path.name for path in run.iterdir()} == SERVED | {"drafter-day0", "learner", "learner.log", "learner.yaml"}
-    assert (run / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert {path.name for path in (run / "drafter").iterdir()} == {"config.json", "model.safetensors"}
-    again = load_config(run / "config.yaml")
-    # The saved configuration starts another run, in a folder of its own.
-    assert again == replace(load_config(overrides=[*arguments, *pairs]), run_dir=None)
-    assert not any("run_dir" in (run / name).read_text() for name in ("config.yaml", "learner.yaml"))
-
-    (ready,) = events(run, "learner_ready")
-    assert not Path(f"/proc/{ready['pid']}").exists()
-    requests = events(run, "request")
-    assert sorted(event["request"] for event in requests) == list(range(96))
-    assert {version for event in requests for version in event["versions"]} <= set(figures["versions_served"])
-    assert all(0 <= event["coverage"] <= 1 for event in requests)
-    gates, swaps = events(run, "gate"), events(run, "swap")
-    assert {event["version"] for event in swaps} <= {event["version"] for event in gates if event["publish"]}
-    status = events(run, "status")[-1]
-    assert (status["requests"], status["dropped"]) == (96, 0)
-    assert status["version"] == figures["versions_served"][-1]
-    assert status["learner"] == "running"
-    (over,) = events(run, "learner_done")
-    assert over["seen"] > 0
-    assert "Warning" not in (run / "learner.log").read_text()
-
-
-def test_a_drafter_that_fails_before_serving_starts_leaves_plain_serving(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(*args: object) -> None:
-        raise RuntimeError("no ideas at all")
-
-    monkeypatch.setattr(NgramDrafter, "propose", fails)
-    assert cli.main(["serve", *arguments, "drafter.name=ngram"]) == 0
-    run = tmp_path / "run"
-    (fault,) = events(run, "drafter_fault")
-    assert fault["request"] is None and "NgramDrafter failed: RuntimeError('no ideas at all')" in fault["fault"]
-    assert "every request is served without the drafter: NgramDrafter failed" in caplog.text
-    assert (summary(run)["requests"], summary(run)["failed"], summary(run)["drafter_faults"]) == (6, 0, 1)
-    assert {event["speculative_rounds"] for event in events(run, "request")} == {0}
-
-
-def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*args: object) -> None:
-        raise RuntimeError("no ideas at all")
-
-    monkeypatch.setattr(MedusaDrafter, "propose", fails)
-    assert cli.main(["serve", *arguments]) == 0
-    run = tmp_path / "run"
-    (fault,) = events(run, "drafter_fault")
-    assert fault["request"] is None and "no ideas at all" in fault["fault"]
-    assert (summary(run)["requests"], summary(run)["failed"], summary(run)["drafter_faults"]) == (6, 0, 1)
-    assert any(event["accepted"] for event in events(run, "request"))  # rounds by accepted drafts, where there were any
-
-
-def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["serve", *arguments]) == 0
-    figures = summary(tmp_path / "run")
-    assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
-    assert figures["dropped_trajectories"] == 6
-    status = events(tmp_path / "run", "status")[-1]
-    assert (status["queue"], status["learner"]) == (6, f"any at {load_config(overrides=arguments).wire.weights}")
-    assert "written to" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_from_what_it_learned(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    step, run = InferenceServer.step, tmp_path / "run"
-
-    def stepped(server: InferenceServer) -> bool:
-        if not server.stats.swap_ms:
-            time.sleep(0.05)  # until there is something to go on from
-        return step(server)
-
-    monkeypatch.setattr(InferenceServer, "step", stepped)
-    pairs = ["learner.publish_every=4", "learner.batch_size=2", "gate.requests=3", "learner.replay=1", "gate.margin=9"]
-    pairs += ["drafter.adaptive=false", "baseline.share=0"]
-    assert cli.main(["flywheel", *arguments, *pairs, "traffic.requests=30"]) == 0
-    first, (over,) = summary(run), events(run, "learner_done")
-    assert over["version"] and first["requests"] == 30
-    saved = load_file(run / "learner" / "drafter" / "model.safetensors")
-
-    assert cli.main(["flywheel", "--resume", str(run), "traffic.requests=10"]) == 0
-    assert json.loads((run / "part-1" / "summary.json").read_text()) == first
-    assert {path.name for path in (run / "part-1").iterdir()} == set(flywheel._DOCUMENTS)
-    assert load_config(run / "part-1" / "config.yaml").traffic.requests == 30
-    config = load_config(run / "config.yaml")
-    assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
-    assert (config.drafter.path, config.learner.resume) == (str(run / "learner" / "drafter"), str(run / "learner"))
-    assert saved.keys() == load_file(run / "learner" / "drafter" / "model.safetensors").keys()
-    assert summary(run)["requests"] == 10 and len(events(run, "request")) == 40
-    assert len((run / "answers.jsonl").read_text().splitlines()) == 40
-    last = events(run, "learner_done")[-1]
-    assert last["version"] > over["version"] and last["steps"] >= over["steps"] and last["seen"] >= over["seen"]
-    later = [event for event in events(run, "train") if event["time"] > over["time"]]
-    assert all(event["steps"] > over["steps"] for event in later)
-    # The figures are of this part alone, and the engine had what was learned before it.
-    assert max(event["requests"] for event in events(run, "swap")[first["swaps"] :]) <= 10
-    assert summary(run)["versions_served"][1] > over["version"]
-
-    # What is refused leaves the folder as it was.
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"}
-    assert cli.main(["flywheel", "--resume", str(run), "drafter.vocab_size=0"]) == 2
-    assert cli.main(["flywheel", "--resume", str(run), "traffic.path=/no/file"]) == 2
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"} == before
-    assert "cannot read requests from /no/file" in capfd.readouterr().err
-
-
-# ---- configuration and errors ---------------------------------------------------------------------------------------
+from aurora_rl.cli.config import load_config
 
 
 def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,23 +55,6 @@ def test_errors_are_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    address = next(a.partition("=")[2] for a in arguments if a.startswith("wire.weights"))
-    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
-        assert cli.main(["learn", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"aurora-rl: {address} is in use;")
-    assert "set wire.weights to another address" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
-    (tmp_path / "learner.log").write_text("loading\naurora-rl: tcp://here is in use\n")
-    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
-        with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
-            LearnerProcess(child, tmp_path / "learner.log").wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
-
-
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(["--version"])
@@ -305,6 +80,18 @@ def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.Captu
         assert "keys are set without dashes, such as engine.slots=2" in capsys.readouterr().err
 
 
+def test_options_may_stand_between_pairs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("max_new_tokens: 7")
+    words = ["seed=1", "--config", str(tmp_path / "mine.yaml"), "engine.slots=3", "--print-config", "seed=2", "top_k=5"]
+    for command in (["serve"], ["drafter", "init", "--out", "d0"], ["drafter", "inspect", "d0"]):
+        assert cli.main([*command, *words]) == 0
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        config = load_config(tmp_path / "printed.yaml")
+        assert (config.seed, config.engine.slots, config.top_k, config.max_new_tokens) == (2, 3, 5, 7)
+    assert cli.main(["serve", "seed=1", "--print-config", "stray"]) == 2
+    assert "expected key=value, got 'stray'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["flywheel", "serve", "learn"])
 def test_a_folder_that_holds_something_is_refused_and_left_alone(
     arguments: list[str],
@@ -323,256 +110,6 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of an earlier run"]
 
 
-def test_every_completed_request_is_answered_in_a_file(
-    arguments: list[str], tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = [
-        {"id": "a", "domain": "greetings", "messages": [{"role": "user", "content": "Hi"}], "follow_ups": ["And?"]},
-        {"id": "b", "messages": [{"role": "user", "content": "Count"}]},
-    ]
-    (tmp_path / "traffic.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    completions, completed = {}, InferenceServer.completed
-
-    def noted(server: InferenceServer, completion: Completion) -> None:
-        completions[completion.request.id] = completion
-        completed(server, completion)
-
-    monkeypatch.setattr(InferenceServer, "completed", noted)
-    assert cli.main(["serve", *arguments, *QUICK, f"traffic.path={tmp_path / 'traffic.jsonl'}"]) == 0
-    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
-    assert sorted((a["prompt"], a["turn"]) for a in answers) == [("a", 1), ("a", 2), ("b", 1)]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    for answer in answers:
-        completion = completions[answer["request"]]
-        assert answer == {
-            "request": answer["request"],
-            "prompt": answer["prompt"],
-            "domain": answer["domain"],
-            "turn": answer["turn"],
-            "text": tokenizer.decode(completion.tokens, skip_special_tokens=True),
-            "finish_reason": "stop" if completion.terminated else "length",
-            "tokens": len(completion.tokens),
-        }
-    assert {a["domain"] for a in answers if a["prompt"] == "a"} == {"greetings"}
-    assert {(a["finish_reason"], a["tokens"]) for a in answers} >= {("length", 8)}
-
-
-# ---- what cannot be written -----------------------------------------------------------------------------------------
-
-
-def test_an_output_that_fails_does_not_lose_the_others(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("aurora_rl.serving.server.save_drafter", full)
-    monkeypatch.setattr(flywheel, "write_summary", full)
-    assert cli.main(["serve", *arguments, *QUICK]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "aurora-rl: drafter could not be written: No space left on device",
-        "aurora-rl: summary.json could not be written: No space left on device",
-    ]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "summary.json"}
-
-
-def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made_summary = Stats.summary
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def full_then_summary(stats: Stats, **figures: Any) -> dict[str, Any]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        return made_summary(stats, **figures)
-
-    monkeypatch.setattr(Stats, "summary", full_then_summary)
-    try:
-        assert cli.main(["serve", *arguments, *QUICK]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    errors = capsys.readouterr().err
-    assert f"{tmp_path / 'run' / 'drafter'} cannot be written" in errors and "report.png could not be" in errors
-    assert summary(tmp_path / "run")["requests"] == 6
-    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "report.png"}
-
-
-# ---- what is printed, and where -------------------------------------------------------------------------------------
-
-
-def test_names_and_peers_texts_are_shown_as_they_are(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = "handshake mismatch: target is [/x] :x: [bold]"
-    monkeypatch.setattr(InferenceServer, "refused", property(lambda self: refused))
-    monkeypatch.setattr(flywheel, "every", lambda seconds, action: action)
-    run = tmp_path / "[fp16]" / "[/b]"
-    assert cli.main(["serve", *arguments, *QUICK, f"run_dir={run}"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(f"run folder {run}")  # on one line, however long
-    assert refused in lines
-    status = [line for line in lines if line.startswith("requests ")]
-    assert status and all(f"learner {refused} |" in line and "gate" in line for line in status)
-
-
-def test_an_output_without_the_characters_gets_plain_ones(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
-    assert cli.main(["serve", *arguments, *QUICK]) == 0
-    text = raw.getvalue().decode("ascii")
-    assert "acceptance length, first -> last tenth" in text
-    assert "6 (0 failed)" in text
-
-
-def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "aurora_rl.cli.main", "serve", *arguments, *QUICK]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline().startswith(b"loading")
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert (process.wait(60), errors) == (0, b"")
-    assert summary(tmp_path / "run")["requests"] == 6
-
-
-def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "aurora_rl.cli.main", "serve", *arguments, *QUICK]
-    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=60).returncode == 0
-    assert summary(tmp_path / "run")["requests"] == 6
-    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
-
-
-def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "profile.py").write_text("raise SystemExit('shadowed')")
-    (tmp_path / "aurora_rl").mkdir()
-    (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
-    monkeypatch.chdir(tmp_path)
-    learner = LearnerProcess.start(load_config(overrides=arguments), tmp_path / "run")
-    try:
-        learner.wait_ready(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
-    finally:
-        learner.end()
-    assert learner.child.returncode == 0
-
-
-# ---- signals --------------------------------------------------------------------------------------------------------
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_signals_raise_once_while_starting() -> None:
-    stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        interrupt()
-    interrupt()
-    assert stop.requested
-
-
-def test_signals_are_held_while_a_child_is_made() -> None:
-    stop, after = Stop(), []
-    with pytest.raises(KeyboardInterrupt), stop.held():
-        interrupt()
-        after.append("made")
-    assert after == ["made"]
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_are_noted_while_working_and_a_second_one_raises(name: str) -> None:
-    code = f"""
-import signal
-from aurora_rl.cli.signals import Stop
-signal.signal(signal.{name}, signal.SIG_DFL)  # whoever started the tests may have had it ignored
-stop = Stop()
-stop.working = True
-signal.raise_signal(signal.{name})
-print("noted" if stop.requested else "lost")
-try:
-    signal.raise_signal(signal.{name})
-except KeyboardInterrupt:
-    print("raised")
-"""
-    # In a process of its own, which a signal that nobody handles may end.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "noted\nraised\n", "")
-
-
-def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and where it is taken nevertheless, it only sets a flag
-    stop = Stop()
-    stop.working = True
-    os.kill(os.getpid(), signal.SIGHUP)
-    assert not stop.requested
-
-
-def test_signals_do_nothing_while_ending() -> None:
-    stop = Stop()
-    stop.ignore()
-    interrupt()
-    assert not stop.requested
-
-
-def test_ctrl_c_while_loading(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(spec, "load", lambda spec: interrupt())
-    assert cli.main(["flywheel", *arguments]) == 130
-    assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
-    assert "interrupted" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("times", [1, 5])
-def test_ctrl_c_while_serving(
-    arguments: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    times: int,
-) -> None:
-    step, rounds = InferenceServer.step, iter(range(1000))
-
-    def stepped(server: InferenceServer) -> bool:
-        if next(rounds) == 20:
-            for _ in range(times):
-                interrupt()
-        return step(server)
-
-    monkeypatch.setattr(InferenceServer, "step", stepped)
-    assert cli.main(["serve", *arguments]) == 130
-    assert 0 < summary(tmp_path / "run")["requests"] < 6
-    assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
-
-
-def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    step, rounds = InferenceServer.step, iter(range(1000))
-
-    def stepped(server: InferenceServer) -> bool:
-        if next(rounds) == 20:
-            raise ValueError("a bug")
-        return step(server)
-
-    monkeypatch.setattr(InferenceServer, "step", stepped)
-    assert cli.main(["serve", *arguments]) == 1
-    run = tmp_path / "run"
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
-        "aurora-rl: RuntimeError: serving stopped: ValueError: a bug; the traceback is in "
-        f"{run / 'serve-traceback.txt'}"
-    )
-    assert 'raise ValueError("a bug")' in (run / "serve-traceback.txt").read_text()
-    assert summary(run)["requests"] > 0
-    assert {path.name for path in run.iterdir()} == SERVED | {"serve-traceback.txt"}
-
-
 def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -584,29 +121,6 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     start, _, path = line.partition("; the traceback is in ")
     assert start == "aurora-rl: KeyError: 'missing'"
     assert Path(path).is_relative_to(tmp_path) and "Traceback" in Path(path).read_text()
-
-
-def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner_process, "_END_S", 0.2)
-    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        assert (
-            LearnerProcess(child, Path("r/learner.log")).end()
-            == "the learner did not end within 0 s and was killed; see r/learner.log"
-        )
-        assert child.returncode == -signal.SIGKILL
-    assert LearnerProcess(child, Path("r/learner.log")).end() is None  # nothing to do any more
-
-
-def test_the_state_of_the_learner() -> None:
-    running: Any = SimpleNamespace(poll=lambda: None)
-    assert LearnerProcess(running, Path("r/learner.log")).state == "running"
-    dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
-    assert (
-        "died with status -9, serving goes on; see r/learner.log" in LearnerProcess(dead, Path("r/learner.log")).state
-    )
 
 
 def test_a_command_that_moved_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.cli import run_dir
-from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.run_dir import RunDir, resumed_config
 
 

@@ -1,63 +1,28 @@
+"""The configuration resolved: what is refused before a model is loaded, and what a run starts from."""
+
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from aurora_rl.cli import spec
-from aurora_rl.cli.config import Config, ConfigError, load_config
-from aurora_rl.cli.learner import build_learner
-from aurora_rl.collectors.dataset import TrajectoryDataset
-from aurora_rl.envs import SampleAndMatch, TransformersEngine
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.envs import TransformersEngine
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
-from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.trajectories import rule_code
 from aurora_rl.workload.traffic import TrafficError, generate
-
-
-@pytest.fixture(scope="module")
-def ports() -> list[str]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-
-
-@pytest.fixture
-def config(tiny_folder: Path, ports: list[str]) -> Config:
-    return load_config(
-        overrides=[
-            *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
-            *("engine.max_length=256", "max_new_tokens=8", "traffic.requests=5"),
-            *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
-        ]
-    )
 
 
 @pytest.fixture(scope="module")
 def target(tiny_folder: Path) -> spec.Target:
     return spec.load(spec.resolve(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"])))
-
-
-@contextlib.contextmanager
-def learner(config: Config, folder: Path) -> Iterator[object]:
-    made = build_learner(spec.resolve(config), MetricsLog(folder / "metrics.jsonl", "learner"), folder)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 SAMPLED = ("drafter.name=eagle3", "drafter.mode=sampled")
@@ -140,60 +105,11 @@ class NodesOfTwo(TransformersEngine):
 
 
 def test_an_engine_by_its_import_path_has_limits_of_its_own() -> None:
-    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo"])
-    assert spec._engine_class(config) is NodesOfTwo
+    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo", "drafter.depth=2", "drafter.num_nodes=2"])
+    assert spec.resolve(config).engine_class is NodesOfTwo
+    config.drafter.num_nodes = 4
     with pytest.raises(ConfigError, match="trees of 4 nodes, and the engine verifies 2 at most"):
         spec.resolve(config)
-
-
-def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
-    config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
-    config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
-    with learner(config, tmp_path) as made:
-        assert [o.name for o in made._loss.objectives] == ["imitation", "acceptance_reward"]
-        made._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
-    assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
-
-
-class OwnRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive where the library does not
-    """A verification rule of a third party."""
-
-
-def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: Config, tmp_path: Path) -> None:
-    config.rule = f"{__name__}:OwnRule"
-    drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
-    trajectory = tiny_trajectory(drafter.double())
-    with learner(config, tmp_path) as made, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aurora_rl.cli.learner.validate", lambda *_, **__: None)  # the tiny one is of another model
-        validate = made._collector._validate
-        for code in (rule_code("OwnRule"), rule_code("greedy")):
-            trajectory["sampling", "rule"] = torch.tensor(code)
-            validate(trajectory)
-        for name, message in (
-            ("rejection", "'rejection' is not replayable"),
-            ("unheard", "is not known here; set"),
-        ):
-            trajectory["sampling", "rule"] = torch.tensor(rule_code(name))
-            with pytest.raises(ValueError, match=message):
-                validate(trajectory)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_path: Path, dtype: str) -> None:
-    config.dtype = dtype
-    with learner(config, tmp_path) as made:
-        weight = made._loss.objectives[0].head.weight
-    # Under autocast the product is in bfloat16 anyway.
-    assert weight.dtype == getattr(torch, dtype)
-    assert weight.untyped_storage().nbytes() == weight.nbytes
-    assert torch.equal(weight, spec.load(spec.resolve(config)).parts.head.weight)
-
-
-def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
-    config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
-    with learner(config, tmp_path) as made:
-        rates = {type(each).__name__: each.param_groups[0]["lr"] for each in made._optimizers}
-    assert rates == {"Muon": 0.03, "AdamW": 0.0007}
 
 
 def test_device_and_dtype(config: Config) -> None:
@@ -292,16 +208,16 @@ def test_both_halves_start_from_the_same_drafter(
 ) -> None:
     config.drafter.name = name
     requests = spec.request_queue(spec.resolve(config), target, spec.traffic(config))
-    served, theirs = spec.first_drafter(
+    served, learner_config = spec.first_drafter(
         spec.resolve(config), target, requests, tmp_path / "day0" if own_learner else None
     )
-    learned = spec.start_drafter(spec.resolve(theirs), target, [])
+    learned = spec.start_drafter(spec.resolve(learner_config), target, [])
     assert spec.handshake(target.parts, served, "eagle3") == spec.handshake(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
     assert config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
     knows = not served.draft_vocab.equal(spec.start_drafter(spec.resolve(config), target, []).draft_vocab)
-    assert knows == own_learner == (theirs.drafter.path is not None)
+    assert knows == own_learner == (learner_config.drafter.path is not None)
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
@@ -345,14 +261,6 @@ def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: C
         spec.start_drafter(spec.resolve(config), target, [])
 
 
-def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
-    config.drafter.name, config.learner.record = "eagle3", str(tmp_path / "stream")
-    TrajectoryDataset(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
-    message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
-    with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
-        pass
-
-
 def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
     config: Config, target: spec.Target, tmp_path: Path
 ) -> None:
@@ -391,7 +299,7 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
         spec.start_drafter(spec.resolve(config), target, [])
 
 
-THEIRS = """
+THIRD_PARTY = """
 from aurora_rl.policies import MedusaDrafter
 
 class Narrow(MedusaDrafter):
@@ -399,9 +307,9 @@ class Narrow(MedusaDrafter):
 
     @classmethod
     def from_target(cls, parts, *, draft_vocab, feature_layers=None, heads: int = 2):
-        made = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
-        made.options = {}  # forgets to say them
-        return made
+        drafter = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
+        drafter.options = {}  # forgets to say them
+        return drafter
 
 class Returnless(Narrow):
     @classmethod
@@ -411,12 +319,12 @@ class Returnless(Narrow):
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "their_drafters.py").write_text(THEIRS)
+def third_party_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_drafters.py").write_text(THIRD_PARTY)
     monkeypatch.syspath_prepend(tmp_path)
 
 
-@pytest.mark.usefixtures("theirs")
+@pytest.mark.usefixtures("third_party_drafters")
 def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Target, tmp_path: Path) -> None:
     config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
     started = spec.start_drafter(spec.resolve(config), target, [])
@@ -432,35 +340,8 @@ def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Ta
     assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
 
 
-@pytest.mark.usefixtures("theirs")
+@pytest.mark.usefixtures("third_party_drafters")
 def test_a_class_that_makes_no_drafter_is_named(config: Config, target: spec.Target) -> None:
     config.drafter.name = "their_drafters:Returnless"
     with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
         spec.start_drafter(spec.resolve(config), target, [])
-
-
-@pytest.mark.parametrize("key", ["wire.trajectories", "wire.weights"])
-def test_a_port_in_use_names_address_and_key(config: Config, ports: list[str], tmp_path: Path, key: str) -> None:
-    address = ports[key == "wire.weights"]
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", int(address.rpartition(":")[2])))
-        holder.listen()
-        with (
-            pytest.raises(ConfigError, match=f"{address} is in use; stop the process .*, or set {key} to another"),
-            learner(config, tmp_path),
-        ):
-            pass
-    with learner(config, tmp_path):  # what was opened before the error is closed again
-        pass
-
-
-def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
-    with learner(config, tmp_path) as first:
-        first.seen, first.steps, first.version = 40, 30, 2  # type: ignore[attr-defined]
-        first.save()  # type: ignore[attr-defined]
-    config.learner.resume = str(tmp_path / "learner")
-    with learner(config, tmp_path) as second:
-        assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
-    config.drafter.vocab_size = 32
-    with pytest.raises(CheckpointError, match="tensor 'lm_heads.0.weight'"), learner(config, tmp_path):
-        pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ FILES = {
     "metrics.jsonl",
     "summary.json",
 }
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -164,6 +156,11 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     assert "which stays; leave the option out" in capsys.readouterr().err
     assert train("--resume", str(run), "--held-out", "0.5") == 2
     assert "it was started with --held-out 0.25, which stays" in capsys.readouterr().err
+    moved = json.loads((run / "train.json").read_text())
+    (run / "train.json").write_text(json.dumps(moved | {"recording": moved["recording"][::-1]}))
+    assert train("--resume", str(run)) == 2
+    assert f"--recording {recordings[1]} --recording {recordings[0]}) was changed or" in capsys.readouterr().err
+    (run / "train.json").write_text(json.dumps(moved))
     path = run / "learner" / "progress.json"
     path.write_text(path.read_text().replace("4,", "9,", 1))
     assert train("--resume", str(run)) == 2
@@ -217,6 +214,27 @@ def test_other_settings_are_not_resumed(
     assert f"and this command has {key}={value}; leave the key out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["reordered", "another"])
+def test_other_chats_are_not_resumed(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    run, elsewhere, one, two = tmp_path / "run", tmp_path / "elsewhere", [("user", "one")], [("user", "two")]
+    elsewhere.mkdir()
+    chats(elsewhere / "chats.jsonl", one, one)  # a relative path is of the folder that the training started in
+    chats(tmp_path / "chats.jsonl", one, two)
+    monkeypatch.chdir(tmp_path)
+    words = [*pairs, "traffic.path=chats.jsonl", "learner.batch_size=1", "run_dir=run", "engine.slots=1"]
+    assert train("--epochs", "1", *words) == 0
+    monkeypatch.chdir(elsewhere)
+    assert train("--epochs", "2", "--resume", str(run)) == 0
+    assert summary(run)["steps"] == 2
+    chats(tmp_path / "chats.jsonl", *((two, one) if change == "reordered" else (one, [("user", "three")])))
+    capsys.readouterr()
+    assert train("--epochs", "3", "--resume", str(run)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"(traffic.path={tmp_path / 'chats.jsonl'}) was changed or reordered since it was started" in line
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +245,7 @@ def test_other_settings_are_not_resumed(
         (["--held-out", "1.5"], "--held-out must lie between 0 and 1, got 1.5"),
         (["--resume", "NOWHERE", "run_dir=null"], "there is no config.yaml in it"),
         (["--resume", "SERVED", "run_dir=null"], "there is no train.json in it; it is no training's folder"),
+        (["--resume", "BROKEN", "run_dir=null"], "train.json is broken: Expecting value"),
         (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
         (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
         (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
@@ -240,8 +259,15 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "broken" / "train.json").write_text("")
     names = {"NOWHERE": str(tmp_path / "nowhere"), "SERVED": str(tmp_path / "served")}
-    places = names | {"EMPTY": str(tmp_path / "empty"), "ANSWERS": str(tmp_path / "answers.jsonl")}
+    places = names | {
+        "BROKEN": str(tmp_path / "broken"),
+        "EMPTY": str(tmp_path / "empty"),
+        "ANSWERS": str(tmp_path / "answers.jsonl"),
+    }
     for name, place in places.items():
         words = [word.replace(name, place) for word in words]
     assert train(*pairs, f"run_dir={tmp_path / 'run'}", *words) == 2
@@ -252,8 +278,8 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
 def test_a_recording_of_another_drafter_is_refused_and_leaves_no_folder(
     pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = [*pairs, "drafter.feature_layers=[0,1]", f"run_dir={tmp_path / 'run'}"]
-    assert train("--recording", str(recordings[0]), *other) == 2
+    mismatched = [*pairs, "drafter.feature_layers=[0,1]", f"run_dir={tmp_path / 'run'}"]
+    assert train("--recording", str(recordings[0]), *mismatched) == 2
     assert "was recorded for a drafter that reads layers 1,2, this one reads 0,1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

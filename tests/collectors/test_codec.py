@@ -272,7 +272,7 @@ def test_checksum_depends_on_key_dtype_shape_and_bytes_only() -> None:
         {"a": a, "b": a.float()},
         {"a": a, "b": a + 1},
     ]
-    assert len({reference, *(checksum(other) for other in others)}) == 6
+    assert len({reference, *(checksum(changed) for changed in others)}) == 6
     # A name that looks like a path differs from the path.
     assert checksum({"a.b": a}) != checksum({("a", "b"): a})
 

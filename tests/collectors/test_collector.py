@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -53,7 +54,7 @@ def collector() -> Iterator[ZMQCollector]:
 def test_what_is_accepted_is_recorded_and_nothing_else() -> None:
     recorded: list[TensorDictBase] = []
     collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, validate=no_negatives, record=recorded.append)
-    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
+    with closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
         for number in (1, -1, 2):
             sink.extend(item(number))
         assert poll(collector, 2) == [1, 2]
@@ -61,26 +62,28 @@ def test_what_is_accepted_is_recorded_and_nothing_else() -> None:
     collector.shutdown()
 
 
-def test_poll_waits_for_the_first_only_and_respects_max_items(collector: ZMQCollector) -> None:
+def test_poll_waits_for_the_first_only_and_takes_high_water_at_most() -> None:
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, high_water=2)
     assert collector.poll() == []
     start = time.monotonic()
     assert collector.poll(0.05) == []
     assert 0.04 < time.monotonic() - start < 1
-    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
+    with closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
         for number in range(5):
             sink.extend(item(number))
         until_sent = time.monotonic() + 10
         while sink.sent < 5 and time.monotonic() < until_sent:
             time.sleep(0.002)
-    assert numbers(collector.poll(10.0, max_items=2)) == [0, 1]
+    assert numbers(collector.poll(10.0)) == [0, 1]
     assert poll(collector, 3) == [2, 3, 4]
+    collector.shutdown()
 
 
 def test_a_late_collector_gets_what_the_sink_kept() -> None:
     first = ZMQCollector(LOCAL, handshake=HANDSHAKE)
     address = first.address
     first.shutdown()
-    with TrajectorySink(address, handshake=HANDSHAKE) as sink:
+    with closing(TrajectorySink(address, handshake=HANDSHAKE)) as sink:
         sink.extend(item(5))
         late = ZMQCollector(address, handshake=HANDSHAKE)
         assert poll(late, 1) == [5]

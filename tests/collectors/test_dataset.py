@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
+from aurora_rl.collectors import dataset
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
@@ -17,15 +18,15 @@ from aurora_rl.testing import serve, tiny_target, tiny_trajectory
 
 def trajectories(count: int) -> list[TensorDict]:
     drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).double()
-    made = [tiny_trajectory(drafter, request=i, prompt_length=2 + i) for i in range(count)]
-    made[0]["sequence", "features"] = made[0]["sequence", "features"].bfloat16()  # dtypes are kept
-    return made
+    trajectories = [tiny_trajectory(drafter, request=i, prompt_length=2 + i) for i in range(count)]
+    trajectories[0]["sequence", "features"] = trajectories[0]["sequence", "features"].bfloat16()  # dtypes are kept
+    return trajectories
 
 
-def same(one: TensorDict, other: TensorDict) -> bool:
-    keys = set(one.keys(True, True))
-    return keys == set(other.keys(True, True)) and all(
-        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in keys
+def same(first: TensorDict, second: TensorDict) -> bool:
+    keys = set(first.keys(True, True))
+    return keys == set(second.keys(True, True)) and all(
+        first[k].dtype == second[k].dtype and torch.equal(first[k], second[k]) for k in keys
     )
 
 
@@ -84,4 +85,15 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
 def test_a_recording_of_an_earlier_layout_is_named(tmp_path: Path) -> None:
     save_file({"spine.tokens": torch.arange(3)}, tmp_path / "000000.safetensors")
     with pytest.raises(ValueError, match="the layout of an earlier release .* record the requests again"):
+        TrajectoryDataset(tmp_path)[0]
+
+
+def test_a_recording_of_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = trajectories(1)[0]
+    monkeypatch.setattr(dataset, "SCHEMA", 3)
+    TrajectoryDataset(tmp_path).append(written)
+    assert same(TrajectoryDataset(tmp_path)[0], written)
+    monkeypatch.undo()
+    message = "000000.safetensors has the layout schema 3, this release reads 2; record the requests again"
+    with pytest.raises(ValueError, match=message):
         TrajectoryDataset(tmp_path)[0]

@@ -80,7 +80,7 @@ def collector() -> Iterator[ZMQCollector]:
 
 
 def receives(collector: ZMQCollector) -> bool:
-    with TrajectorySink(collector.address, handshake=HANDSHAKE) as sink:
+    with contextlib.closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
         sink.extend(TensorDict({"x": torch.arange(3)}, batch_size=[]))
         until(lambda: sink.sent == 1)
         return len(collector.poll(10)) == 1
@@ -128,8 +128,8 @@ def test_a_learner_that_never_ends_its_weights_is_left_and_the_next_one_heard() 
 
 def test_of_many_unfinished_messages_the_largest_goes(collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_LEAST_TOTAL", MIB)
-    socket_, context = open_socket(zmq.PULL, None)
-    address = bind(socket_, LOCAL, context, limits=Limits(max_bytes=MIB))
+    socket_ = open_socket(zmq.PULL)
+    address = bind(socket_, LOCAL, limits=Limits(max_bytes=MIB))
     half, largest, small = (peer(address, b"PUSH") for _ in range(3))
     for raw, size in ((half, MIB // 2), (largest, MIB // 2 + 1000), (small, 1000)):
         with contextlib.suppress(OSError):
@@ -143,7 +143,6 @@ def test_of_many_unfinished_messages_the_largest_goes(collector: ZMQCollector, m
     for raw in (half, small):
         raw.close()
     socket_.close()
-    context.term()
 
 
 def test_no_more_connections_than_are_looked_after(collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,12 +156,11 @@ def test_no_more_connections_than_are_looked_after(collector: ZMQCollector, monk
 
 
 def test_the_path_to_the_socket_itself_is_this_users_alone_and_goes_with_it() -> None:
-    socket_, context = open_socket(zmq.PULL, None)
-    bind(socket_, LOCAL, context)
+    socket_ = open_socket(zmq.PULL)
+    bind(socket_, LOCAL)
     folder = os.path.dirname(socket_.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("ipc://"))
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
     socket_.close()
-    context.term()
     assert not os.path.exists(folder)
 
 

@@ -42,7 +42,7 @@ def test_mismatch_names_the_first_field_and_both_values(changes: dict, says: str
         raise AssertionError(HANDSHAKE.mismatch(replace(HANDSHAKE, **changes)))
 
 
-def test_equal_hellos_match() -> None:
+def test_equal_handshakes_match() -> None:
     assert HANDSHAKE.mismatch(replace(HANDSHAKE)) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Learner:
     """A bare PULL socket."""
 
     def __init__(self, address: str = "tcp://127.0.0.1:*", high_water: int = 1000) -> None:
-        self.socket, self.context = open_socket(zmq.PULL, None)
+        self.socket = open_socket(zmq.PULL)
         self.socket.rcvhwm = high_water
         self.address = bind(self.socket, address)
 
@@ -49,7 +50,6 @@ class Learner:
 
     def close(self) -> None:
         self.socket.close()
-        self.context.term()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def free() -> Iterator[str]:
 
 def test_everything_arrives_in_order() -> None:
     learner = Learner()
-    with TrajectorySink(learner.address, handshake=HANDSHAKE) as sink:
+    with closing(TrajectorySink(learner.address, handshake=HANDSHAKE)) as sink:
         for number in range(50):
             sink.extend(item(number))
         assert learner.receive(50) == list(range(50))
@@ -147,7 +147,7 @@ def test_close_without_a_learner_is_bounded_idempotent_and_counts(free: str) -> 
 
 def test_what_cannot_be_encoded_is_dropped_and_the_rest_goes_on() -> None:
     learner = Learner()
-    with TrajectorySink(learner.address, handshake=HANDSHAKE) as sink:
+    with closing(TrajectorySink(learner.address, handshake=HANDSHAKE)) as sink:
         sink.extend(TensorDict({"text": NonTensorData("prompt")}, batch_size=[]))
         sink.extend(item(7))
         assert learner.receive(1) == [7]
@@ -164,7 +164,7 @@ def test_errors_of_the_caller() -> None:
 
 def test_it_serves_as_a_replay_buffer_of_a_torchrl_collector() -> None:
     learner = Learner()
-    with TrajectorySink(learner.address, handshake=HANDSHAKE) as sink:
+    with closing(TrajectorySink(learner.address, handshake=HANDSHAKE)) as sink:
         collector = Collector(CountingEnv(max_steps=5), None, frames_per_batch=10, total_frames=30, replay_buffer=sink)
         assert list(collector) == [None, None, None]
         collector.shutdown()

@@ -54,10 +54,9 @@ def load(receiver: WeightReceiver) -> int:
 
 
 def free_address() -> str:
-    socket, context = open_socket(zmq.ROUTER, None)
+    socket = open_socket(zmq.ROUTER)
     address = bind(socket, LOCAL)
     socket.close()
-    context.term()
     return address
 
 
@@ -65,7 +64,7 @@ class FakeLearner:
     """A bare ROUTER, to send what a `WeightPublisher` would not."""
 
     def __init__(self) -> None:
-        self.socket, self.context = open_socket(zmq.ROUTER, None)
+        self.socket = open_socket(zmq.ROUTER)
         self.address = bind(self.socket, LOCAL)
 
     def receive(self, kind: str) -> tuple[bytes, dict]:
@@ -89,7 +88,6 @@ class FakeLearner:
 
     def close(self) -> None:
         self.socket.close()
-        self.context.term()
 
 
 def test_publish_load_acknowledge() -> None:

@@ -13,10 +13,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
+from warped import warp_logits
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine, transformers_engine
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.models.kv_cache import SlotCache
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape
 from aurora_rl.policies.eagle3 import Eagle3Drafter
@@ -167,7 +168,7 @@ def check_hidden(completion: Completion, architecture: str = "llama") -> None:
 
 
 def requests(*shapes: tuple[int, int]) -> list[Request]:
-    """Requests of (prompt length, budget)."""
+    """Requests of (prompt length, token budget)."""
     generator = torch.Generator().manual_seed(1)
     return [
         Request(i, torch.randint(0, VOCAB, (length,), generator=generator), SamplingParams(max_tokens=budget))
@@ -248,7 +249,7 @@ def knowing(truths: Sequence[Truth], *, chain: bool = False) -> Policy:
     def chance(share: float) -> bool:
         return float(torch.rand((), generator=generator)) < share
 
-    def other(token: int) -> int:
+    def wrong(token: int) -> int:
         return (token + 1 + int(torch.randint(0, VOCAB - 1, (), generator=generator))) % VOCAB
 
     def policy(td: TensorDictBase) -> TensorDictBase:
@@ -262,8 +263,8 @@ def knowing(truths: Sequence[Truth], *, chain: bool = False) -> Policy:
             right = truth.known[position + 1 - len(truth.request.prompt) :]
             true = decoy = -1
             for level in range(NODES if chain else NODES // 2):
-                token = right[level] if not chance(0.2) else other(right[level])
-                pairs = [(token, true)] if chain else [(other(token), true if chance(0.5) else decoy), (token, true)]
+                token = right[level] if not chance(0.2) else wrong(right[level])
+                pairs = [(token, true)] if chain else [(wrong(token), true if chance(0.5) else decoy), (token, true)]
                 first = level * len(pairs)
                 for i, (drafted, parent) in enumerate(pairs):
                     draft["tokens"][slot, first + i], draft["parents"][slot, first + i] = drafted, parent
@@ -274,17 +275,17 @@ def knowing(truths: Sequence[Truth], *, chain: bool = False) -> Policy:
     return policy
 
 
-def drafter(seed: int = 0, vocab: Sequence[int] = (0, 1, 2, 3, 5, 7)) -> Eagle3Drafter:
+def random_drafter(seed: int = 0, vocab: Sequence[int] = (0, 1, 2, 3, 5, 7)) -> Eagle3Drafter:
     """A drafter of random weights over a reduced vocabulary, in fp64."""
     torch.manual_seed(seed)
-    made = Eagle3Drafter.from_target(
+    drafter = Eagle3Drafter.from_target(
         TargetParts.of(reference()), draft_vocab=torch.tensor(vocab), feature_layers=LAYERS
     )
-    made = made.double().eval().requires_grad_(False)
-    for parameter in made.parameters():
+    drafter = drafter.double().eval().requires_grad_(False)
+    for parameter in drafter.parameters():
         if parameter.ndim == 2:
             parameter.normal_(std=0.4)
-    return made
+    return drafter
 
 
 def accepted_counts(steps: list[TensorDictBase]) -> set[int]:
@@ -323,7 +324,9 @@ def test_collector() -> None:
 
     world = World([])
     env = SpecDecodeEnv(world.engine, again, num_nodes=NODES, on_completion=done.append)
-    policy = DrafterPolicy(drafter(), world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES), version=7)
+    policy = DrafterPolicy(
+        random_drafter(), world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES), version=7
+    )
     collector = Collector(env, policy, frames_per_batch=3 * 16, total_frames=3 * 48)
     rewards = []
     for batch in collector:
@@ -370,7 +373,7 @@ def test_drafter_policy(architecture: str, shape: TreeShape) -> None:
     wanted = requests(*MANY)
     truths = [Truth.of(r, architecture) for r in wanted]
     world = World(wanted, architecture=architecture)
-    policy = DrafterPolicy(drafter(), world.engine.store, num_nodes=NODES, shape=shape)
+    policy = DrafterPolicy(random_drafter(), world.engine.store, num_nodes=NODES, shape=shape)
     rounds = iter(range(10**6))
 
     def with_plain_windows(td: TensorDictBase) -> TensorDictBase:
@@ -395,18 +398,18 @@ def test_drafter_policy(architecture: str, shape: TreeShape) -> None:
 def test_broken_weights_never_change_the_text() -> None:
     wanted = requests(*MANY)
     world = World(wanted)
-    made = drafter()
-    policy = DrafterPolicy(made, world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES))
+    drafter = random_drafter()
+    policy = DrafterPolicy(drafter, world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES))
     faults: list[str] = []
     policy.on_fault = lambda slot, fault: faults.append(fault)
     # As no swap would do it: the policy refuses weights that are not finite.
-    policy.drafter.install({k: v if k == "d2t" else v * torch.nan for k, v in made.published().items()})
+    policy.drafter.install({k: v if k == "d2t" else v * torch.nan for k, v in drafter.published().items()})
     check(world, world.run(policy), [Truth.of(r) for r in wanted])
     assert len(faults) == len(wanted) and all("a log-probability is above 0 or not a number" in f for f in faults)
 
 
 def test_a_budget_that_fills_the_slot_and_the_widest_trees() -> None:
-    # Trees are written behind the context: at its end they must neither wrap nor run into the next slot.
+    # Trees are written after the context: at its end they must neither wrap nor run into the next slot.
     wanted = requests((5, 27), (30, 2), (2, 30))
     world = World(wanted, num_nodes=64, max_length=32)
     world.run(world.env.rand_action)
@@ -567,7 +570,9 @@ def test_sampled_text_is_that_of_plain_sampling() -> None:
         lambda world: world.env.rand_action,
         lambda world: knowing(truths, chain=True),
         lambda world: knowing(truths),
-        lambda world: DrafterPolicy(drafter(), world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES)),
+        lambda world: DrafterPolicy(
+            random_drafter(), world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES)
+        ),
     ]
     for make in policies:
         world = World(wanted)
@@ -588,12 +593,12 @@ def test_hot_swaps(rebuild: bool) -> None:
     truths = [Truth.of(r) for r in wanted]
     # Other weights and another draft vocabulary at each version.
     weights = [
-        drafter(seed, vocab).published()
+        random_drafter(seed, vocab).published()
         for seed, vocab in enumerate([(0, 1, 2, 3, 5, 7), (0, 2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 7)])
     ]
     world = World(wanted)
-    made = drafter()
-    policy = DrafterPolicy(made, world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES))
+    drafter = random_drafter()
+    policy = DrafterPolicy(drafter, world.engine.store, num_nodes=NODES, shape=TreeShape(3, 2, NODES))
     policy.rebuild_on_install = rebuild
     policy.install(weights[0], 0)
     served: list[int] = []
@@ -623,9 +628,9 @@ def test_hot_swaps(rebuild: bool) -> None:
         assert torch.equal(t["rounds", "cache_version"][drafted], expected[drafted])
         if rebuild:  # the recorded versions are those that drafted: their weights give the recorded probabilities
             for version in set(rounds[id]):
-                made.install(weights[version % 3])
+                drafter.install(weights[version % 3])
                 these = torch.repeat_interleave(t["rounds", "policy_version"] == version, t["rounds", "offset"].diff())
-                scores = made.score(pack([t]))
+                scores = drafter.score(pack([t]))
                 torch.testing.assert_close(scores[these].float(), t["nodes", "log_probs"][these], rtol=0, atol=1e-5)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served_models import FAMILIES, engine_of, model_of
 from transformers import CohereConfig, CohereForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from aurora_rl.envs import TransformersEngine
+from aurora_rl.envs import TransformersEngine, transformers_engine
 from aurora_rl.testing import check_engine, tiny_target
-from aurora_rl.trees import chain_parents
 
 
 def none(slots: int = 1) -> torch.Tensor:
@@ -52,12 +55,12 @@ def test_the_last_layer_id_is_the_input_of_the_head() -> None:
     assert torch.equal(engine.store.hidden[0, 2], hidden[0, 0])
 
 
-def test_prompts_are_loaded_beside_running_slots() -> None:
+def test_prompts_are_loaded_next_to_running_slots() -> None:
     engine = TransformersEngine(tiny_target(), num_slots=2, max_length=32, feature_layers=(0, 1))
     alone = TransformersEngine(tiny_target(), num_slots=1, max_length=32, feature_layers=(0, 1))
-    prompt, other = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2])
+    prompt, neighbour = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2])
     alone.prefill([0], [prompt])
-    engine.prefill([1], [other])
+    engine.prefill([1], [neighbour])
     engine.prefill([0], [prompt])
     assert engine.store.lengths.tolist() == [5, 2]
     torch.testing.assert_close(engine.store.features[0, :4], alone.store.features[0, :4])
@@ -69,7 +72,8 @@ def test_a_full_slot_still_takes_a_tree() -> None:
     engine.prefill([0, 1], [torch.arange(7), torch.arange(7)])
     slots, width = torch.tensor([0, 1]), 64
     tokens = torch.zeros(2, width, dtype=torch.int64)
-    first = engine.verify(slots, tokens, chain_parents(width, 2), torch.ones(2, width, dtype=torch.bool))
+    chains = torch.arange(-1, width - 1).repeat(2, 1)
+    first = engine.verify(slots, tokens, chains, torch.ones(2, width, dtype=torch.bool))
     again = engine.verify(slots, none(2), none(2), none(2).bool())
     # Slot 0's tree would spoil slot 1 if it ran over its end.
     torch.testing.assert_close(again[:, 0], first[:, 0])
@@ -124,3 +128,60 @@ def test_a_model_serves_a_second_engine() -> None:
         engine.prefill([0], [prompt])
         outputs.append(engine.verify(slot, none(1), none(1), none(1).bool()))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", ["gpt-2", "gemma 3", "deepseek v3", "bloom", "opt", "gpt-oss", "cohere"])
+def test_rounds_of_every_family_equal_the_model_run_path_by_path(family: str) -> None:
+    model = model_of(FAMILIES[family][1]())
+    engine = TransformersEngine(copy.deepcopy(model), num_slots=2, max_length=64, feature_layers=(0, 2))
+    check_engine(engine, model, feature_layers=(0, 2), rounds=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma 3", "llama 4", "bloom", "deepseek v3"])
+def test_prompts_read_in_chunks_are_read_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt, slots = model_of(FAMILIES[family][1]()), torch.randint(3, 48, (61,)), torch.tensor([0])
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    engine = TransformersEngine(model, num_slots=1, max_length=64, feature_layers=(1,))
+    results = []
+    for scores, rows in ((2**24, 512), (2**24, 16), (2**24, 23), (2**24, 59), (1, 512), (4 * 61 * 31, 512)):
+        monkeypatch.setattr(transformers_engine, "_PREFILL_SCORES", scores)
+        monkeypatch.setattr(transformers_engine, "_PREFILL_ROWS", rows)
+        engine.prefill([0], [prompt])
+        results.append((engine.store.features[0, :60].clone(), engine.verify(slots, none, none, none.bool())))
+        engine.release(0)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-4)
+
+
+_MEMORY = """
+import resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from aurora_rl.envs import TransformersEngine
+torch.set_num_threads(1)
+config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=8,
+    num_key_value_heads=1, head_dim=2, max_position_embeddings=16384, bos_token_id=None, eos_token_id=None)
+engine = TransformersEngine(LlamaForCausalLM(config).eval(), num_slots=1, max_length=6008, feature_layers=(0,))
+most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+engine.prefill([0], [torch.randint(300, (500,))])
+before = most()
+engine.prefill([0], [torch.randint(300, (6000,))])
+print(most() - before)
+"""
+
+
+def test_memory_of_a_long_prompt_is_linear_in_its_length() -> None:
+    run = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, timeout=120, check=True)
+    # MB. It is about 90, of the scores of one chunk; one mask of all pairs, for 8 heads in float32, is 1152.
+    assert float(run.stdout) < 150
+
+
+def test_two_engines_of_one_alibi_model_take_turns() -> None:
+    model = model_of(hf.BloomConfig(vocab_size=48, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.3))
+    reference, texts = copy.deepcopy(model), (torch.arange(3, 15), torch.arange(5, 40))
+    engines = [engine_of(model) for _ in texts]
+    for engine, text in zip(engines, texts, strict=True):
+        engine.prefill([0], [text])
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    for engine, text in zip(engines, texts, strict=True):
+        logits = engine.logits(engine.verify(torch.tensor([0]), none, none, none.bool()))[0, 0]
+        torch.testing.assert_close(logits, reference(text[None]).logits[0, -1], rtol=0, atol=1e-4)

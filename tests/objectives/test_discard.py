@@ -8,7 +8,7 @@ import torch
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.testing.enumerable_worlds import VOCAB, DrawnTree, TabularDrafter, TabularTarget, tree_trajectory
+from aurora_rl.testing.enumerable_worlds import VOCAB, DrawnTree, EnumerableDrafter, EnumerableTarget, tree_trajectory
 from aurora_rl.trajectories import pack
 from aurora_rl.tree_index import TreeIndex
 
@@ -18,24 +18,24 @@ REJECTED = [(1,), (0, 2), (1, 0)]
 
 
 def loss_of(
-    drafter: TabularDrafter, judge: TabularTarget, log_probs: list[float] | None = None, **settings
+    drafter: EnumerableDrafter, judge: EnumerableTarget, log_probs: list[float] | None = None, **settings
 ) -> torch.Tensor:
     batch = pack([tree_trajectory(TREE, judge, rule="sample_and_match", accepted=ACCEPTED, log_probs=log_probs)])
     return DiscardSamplingLoss(drafter, judge.head, reduction="sum", **settings)(batch)["loss_discard"]
 
 
-def kl(drafter: TabularDrafter, target: TabularTarget, text: tuple[int, ...]) -> torch.Tensor:
+def kl(drafter: EnumerableDrafter, target: EnumerableTarget, text: tuple[int, ...]) -> torch.Tensor:
     p = target.p(text)
     return (p * (p.log() - drafter.log_q(text))).sum()
 
 
 def test_the_contexts_are_the_rejected_nodes() -> None:
-    drafter, target = TabularDrafter(0), TabularTarget(0)
+    drafter, target = EnumerableDrafter(0), EnumerableTarget(0)
     torch.testing.assert_close(loss_of(drafter, target), sum(kl(drafter, target, text) for text in REJECTED))
 
 
 def test_weights() -> None:
-    drafter, target = TabularDrafter(1), TabularTarget(1)
+    drafter, target = EnumerableDrafter(1), EnumerableTarget(1)
     values = [kl(drafter, target, text) for text in REJECTED]
     decayed = [0.5 ** len(text) for text in REJECTED]
     expected = sum(w * v for w, v in zip(decayed, values, strict=True))
@@ -48,14 +48,14 @@ def test_weights() -> None:
 
 
 def test_weights_are_exact_where_the_head_is_in_bfloat16() -> None:
-    drafter, target = TabularDrafter(1), TabularTarget(1)
+    drafter, target = EnumerableDrafter(1), EnumerableTarget(1)
     batch = pack([tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)])
     loss = DiscardSamplingLoss(drafter, target.head.bfloat16(), weighting="decay", decay=0.3)
     assert loss._weights(batch, TreeIndex.of(batch)).dtype == torch.float32
 
 
 def test_the_targets_likeliest_tokens_alone() -> None:
-    drafter, target = TabularDrafter(2), TabularTarget(2)
+    drafter, target = EnumerableDrafter(2), EnumerableTarget(2)
     expected = torch.zeros((), dtype=torch.float64)
     for text in REJECTED:
         best = target.p(text).topk(2)
@@ -87,7 +87,7 @@ def test_more_likeliest_tokens_and_how_often_the_first_agree(top_k: int) -> None
 
 
 def test_likeliest_tokens_keep_their_mass_where_nothing_is_renormalised() -> None:
-    drafter, target = TabularDrafter(2), TabularTarget(2)
+    drafter, target = EnumerableDrafter(2), EnumerableTarget(2)
     expected = torch.zeros((), dtype=torch.float64)
     for text in REJECTED:
         p, best = target.p(text).max(), int(target.p(text).argmax())
@@ -97,20 +97,23 @@ def test_likeliest_tokens_keep_their_mass_where_nothing_is_renormalised() -> Non
 
 
 def test_the_served_law_may_be_learned() -> None:
-    drafter, cold = TabularDrafter(2), TabularTarget(2, 0.5)
+    drafter, cold = EnumerableDrafter(2), EnumerableTarget(2, 0.5)
     torch.testing.assert_close(
         loss_of(drafter, cold, target="served"), sum(kl(drafter, cold, text) for text in REJECTED)
     )
-    greedy = TabularTarget(2, 0.0)
+    greedy = EnumerableTarget(2, 0.0)
     expected = sum(-drafter.log_q(text)[int(greedy.p(text).argmax())] for text in REJECTED)
     torch.testing.assert_close(loss_of(drafter, greedy, target="served"), expected)
 
 
 def test_contexts_whose_served_token_has_no_row_do_not_count() -> None:
-    greedy = TabularTarget(2, 0.0)
+    greedy = EnumerableTarget(2, 0.0)
     missing = int(greedy.p(REJECTED[0]).argmax())
     vocab = torch.tensor([t for t in range(VOCAB) if t != missing])
-    drafter, rest = TabularDrafter(2, draft_vocab=vocab), [t for t in REJECTED if int(greedy.p(t).argmax()) != missing]
+    drafter, rest = (
+        EnumerableDrafter(2, draft_vocab=vocab),
+        [t for t in REJECTED if int(greedy.p(t).argmax()) != missing],
+    )
     assert 0 < len(rest) < len(REJECTED)
     row = {int(token): place for place, token in enumerate(vocab)}
     expected = sum(-drafter.log_q(text)[row[int(greedy.p(text).argmax())]] for text in rest)
@@ -120,7 +123,7 @@ def test_contexts_whose_served_token_has_no_row_do_not_count() -> None:
 
 
 def test_nodes_of_others_do_not_count() -> None:
-    drafter, target = TabularDrafter(3), TabularTarget(3)
+    drafter, target = EnumerableDrafter(3), EnumerableTarget(3)
     inf = float("-inf")
     got = loss_of(drafter, target, log_probs=[-1.0, inf, -1.0, inf])  # prompt lookup's
     torch.testing.assert_close(got, kl(drafter, target, (0, 2)))
@@ -128,7 +131,7 @@ def test_nodes_of_others_do_not_count() -> None:
 
 
 def test_a_drafter_predicts_at_its_own_depths_only() -> None:
-    """Medusa with two heads has no prediction behind its second token."""
+    """Medusa with two heads has no prediction after its second token."""
     parts = TargetParts.of(tiny_target())
     drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16), num_heads=2).double()
     recorded = tiny_trajectory(drafter, shape=TreeShape(2, 2), max_new_tokens=8)
@@ -141,7 +144,7 @@ def test_a_drafter_predicts_at_its_own_depths_only() -> None:
 
 def test_before_the_first_pair_a_drafter_predicts_nothing() -> None:
     """A drafter reads a token with the one before it; another engine may draft from the first token all the same."""
-    drafter, target = TabularDrafter(0), TabularTarget(0)
+    drafter, target = EnumerableDrafter(0), EnumerableTarget(0)
     trajectory = tree_trajectory(TREE, target, rule="sample_and_match", accepted=ACCEPTED)
     trajectory["rounds", "anchor"] -= 1
     trajectory["sequence", "prompt_length"] -= 1
@@ -189,4 +192,4 @@ def test_it_scores_what_serving_drafted_from() -> None:
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DiscardSamplingLoss(TabularDrafter(0), TabularTarget(0).head, **settings)
+        DiscardSamplingLoss(EnumerableDrafter(0), EnumerableTarget(0).head, **settings)

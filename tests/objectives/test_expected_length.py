@@ -14,8 +14,8 @@ from aurora_rl.testing import serve, tiny_target, tiny_trajectory
 from aurora_rl.testing.enumerable_worlds import (
     VOCAB,
     DrawnTree,
-    TabularDrafter,
-    TabularTarget,
+    EnumerableDrafter,
+    EnumerableTarget,
     chance_of,
     drawn_trees,
     reach_of,
@@ -27,12 +27,12 @@ from aurora_rl.tree_index import TreeIndex
 RULES = {"sample_and_match": 1.0, "rejection": 1.0, "greedy": 0.0}
 
 
-def alpha(drafter: TabularDrafter, target: TabularTarget, text: tuple[int, ...], rule: str) -> Tensor:
+def alpha(drafter: EnumerableDrafter, target: EnumerableTarget, text: tuple[int, ...], rule: str) -> Tensor:
     p, q = target.p(text), drafter.log_q(text).exp()
     return torch.minimum(p, q).sum() if rule == "rejection" else (p * q).sum()
 
 
-def length(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, **settings) -> Tensor:
+def length(drafter: EnumerableDrafter, target: EnumerableTarget, tree: DrawnTree, **settings) -> Tensor:
     batch = pack([tree_trajectory(tree, target, rule=settings.pop("served"))])
     return -ExpectedLengthLoss(drafter, target.head, contexts="trees", **settings)(batch)["loss_expected_length"]
 
@@ -40,7 +40,7 @@ def length(drafter: TabularDrafter, target: TabularTarget, tree: DrawnTree, **se
 @pytest.mark.parametrize("rule", RULES)
 def test_one_token_is_exact(rule: str) -> None:
     """At depth one the relaxation is the expectation itself, under every rule."""
-    drafter, target = TabularDrafter(0), TabularTarget(0, RULES[rule])
+    drafter, target = EnumerableDrafter(0), EnumerableTarget(0, RULES[rule])
     got = length(drafter, target, DrawnTree((-1,), (1,)), served=rule)
     truth = sum(chance_of(drafter, t, False) * reach_of(drafter, target, t, rule)[0] for t in drawn_trees((-1,)))
     torch.testing.assert_close(got, truth)
@@ -48,10 +48,10 @@ def test_one_token_is_exact(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_tree_is_the_mean_of_its_paths_by_reach(rule: str) -> None:
-    drafter, target = TabularDrafter(1), TabularTarget(1, RULES[rule])
+    drafter, target = EnumerableDrafter(1), EnumerableTarget(1, RULES[rule])
     tree = DrawnTree((-1, -1, 0, 0, 1), (0, 2, 1, 2, 0))
     a = lambda text: alpha(drafter, target, text, rule)  # noqa: E731
-    plain = TabularTarget(1)  # paths count by the target at temperature 1
+    plain = EnumerableTarget(1)  # paths count by the target at temperature 1
     leaves = {(0, 1): 0.0, (0, 2): 0.0, (2, 0): 0.0}
     weight = {leaf: plain.p(())[leaf[0]] * plain.p(leaf[:1])[leaf[1]] for leaf in leaves}
     total = sum(weight.values())
@@ -60,10 +60,10 @@ def test_a_tree_is_the_mean_of_its_paths_by_reach(rule: str) -> None:
 
 
 def test_the_rule_may_be_given() -> None:
-    drafter, target = TabularDrafter(2), TabularTarget(2)
+    drafter, target = EnumerableDrafter(2), EnumerableTarget(2)
     tree = DrawnTree((-1, 0), (0, 1))
-    given = length(drafter, target, tree, served="sample_and_match", rule="rejection")
-    torch.testing.assert_close(given, length(drafter, target, tree, served="rejection"))
+    with_rule = length(drafter, target, tree, served="sample_and_match", rule="rejection")
+    torch.testing.assert_close(with_rule, length(drafter, target, tree, served="rejection"))
     greedy = length(drafter, target, tree, served="sample_and_match", rule="greedy")
     best = [drafter.log_q(t).exp()[int(target.p(t).argmax())] for t in ((), (0,))]
     torch.testing.assert_close(greedy, best[0] + best[0] * best[1])
@@ -105,7 +105,7 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
 
 def test_following_it_raises_what_is_accepted() -> None:
     """Gradient steps on a chain's own contexts raise the exact expected length of sampled drafting."""
-    drafter, target = TabularDrafter(3), TabularTarget(3)
+    drafter, target = EnumerableDrafter(3), EnumerableTarget(3)
     parents = (-1, 0)
 
     def exact() -> float:
@@ -134,25 +134,25 @@ def test_following_it_raises_what_is_accepted() -> None:
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ExpectedLengthLoss(TabularDrafter(0), TabularTarget(0).head, **settings)
+        ExpectedLengthLoss(EnumerableDrafter(0), EnumerableTarget(0).head, **settings)
 
 
 def test_a_vocabulary_without_the_targets_choice_accepts_nothing_greedily() -> None:
-    target = TabularTarget(4, 0.0)
+    target = EnumerableTarget(4, 0.0)
     others = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
-    drafter = TabularDrafter(4, draft_vocab=others)
+    drafter = EnumerableDrafter(4, draft_vocab=others)
     batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
     out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(batch)
     assert float(out["expected_length"]) == 0.0
 
 
-def test_beside_trees_stands_what_was_accepted() -> None:
-    drafter, target = TabularDrafter(5), TabularTarget(5)
-    made = [
+def test_next_to_trees_stands_what_was_accepted() -> None:
+    drafter, target = EnumerableDrafter(5), EnumerableTarget(5)
+    trajectories = [
         tree_trajectory(DrawnTree((-1, 0, -1), (0, 1, 2)), target, rule="sample_and_match", accepted=accepted)
         for accepted in ([True, True, False], [False, False, True], [False, False, False], [True, False, False])
     ]
-    out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(pack(made))
+    out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(pack(trajectories))
     assert float(out["accepted_length"]) == 1.0
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from warped import warp_logits
 
-from aurora_rl.envs.verification.sampling import warp_logits
 from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
 from aurora_rl.objectives.objective import SAMPLING_KEYS
@@ -47,10 +47,10 @@ def test_values_of_a_literal_unroll() -> None:
     half = math.log(0.5)
     target = torch.tensor([[half, half, -1e9], [0.0, -1e9, -1e9]])
     logits = [torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])]
-    values = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target.log_softmax(-1))
-    assert values.divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
-    assert values.divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
-    assert values.agreement.tolist() == [[True, False], [False, True]]
+    divergence, agreement = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target.log_softmax(-1))
+    assert divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
+    assert divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
+    assert agreement.tolist() == [[True, False], [False, True]]
 
 
 def test_mean_averages_each_step_over_its_own_positions(trajectories: list[TensorDict]) -> None:
@@ -108,10 +108,10 @@ def test_a_trajectory_counts_the_same_alone_and_in_a_batch(
 def test_rounds_and_nodes_do_not_matter(trajectories: list[TensorDict]) -> None:
     """The loss reads accepted contexts only: another tree over the same text has the same loss."""
     drafter, head = make()
-    other = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
-    assert torch.equal(other["sequence", "tokens"], trajectories[0]["sequence", "tokens"])
+    wide = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
+    assert torch.equal(wide["sequence", "tokens"], trajectories[0]["sequence", "tokens"])
     loss = ImitationLoss(drafter, head)
-    torch.testing.assert_close(loss(pack([other]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
+    torch.testing.assert_close(loss(pack([wide]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
 
 
 def test_the_batch_is_not_changed(trajectories: list[TensorDict]) -> None:

@@ -280,7 +280,7 @@ def test_keys_of_a_batch(served: Served) -> None:
     assert ("nodes", "log_probs") not in loss.keys_of(ids.exclude(("nodes", "log_probs")))
 
 
-def test_the_topk_form_stands_beside_the_key_of_hidden_states(served: Served) -> None:
+def test_the_topk_form_stands_next_to_the_key_of_hidden_states(served: Served) -> None:
     drafter, head, recorded = served
     loss, batch = ImitationLoss(drafter, head), likeliest(recorded["plain"], head, 4)
     expected = loss(batch)["loss_imitation"]

@@ -79,13 +79,13 @@ def test_tree_attention_and_its_gradients_equal_each_path_alone(heads: int, key_
     )
     torch.testing.assert_close(got, expected)
     weight = torch.randn_like(got)
-    for mine, theirs in zip(
+    for gradient, slow in zip(
         torch.autograd.grad(got, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
     ):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(gradient, slow)
 
 
-def test_masked_sequence_keys_do_not_matter_beside_a_branch() -> None:
+def test_masked_sequence_keys_do_not_matter_next_to_a_branch() -> None:
     attention, _ = build()
     x = torch.randn(1, 1, 5, dtype=torch.float64)
     sequence = torch.randn(1, 3, 5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Every drafter of this package keeps the promises of the seam: a registered name without a case fails."""
+"""Every registered drafter (all of policies) passes `check_drafter`; a registered name without a case fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_registered_drafter_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [(name, o) for name, several in OPTIONS.items() for o in several])
-def test_it_keeps_the_promises_of_drafters(name: str, options: dict[str, Any]) -> None:
+def test_every_drafter_passes_the_checks(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     target = tiny_target()
     drafter = get_drafter(name).from_target(TargetParts.of(target), draft_vocab=torch.arange(0, 32, 2), **options)

@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.drafter import check_weights, draft_rows
-from aurora_rl.tree_index import TreeIndex
 
 
 @pytest.mark.parametrize(
-    ("shape", "budget"),
+    ("shape", "num_nodes"),
     [
         (TreeShape(0), 0),
         (TreeShape(0, 4), 0),
@@ -25,14 +23,14 @@ from aurora_rl.tree_index import TreeIndex
         (TreeShape(3, 3, 8), 8),
         (TreeShape(2, 2, 100), 6),
         (TreeShape(2, 2, 100, mode="sampled"), 4),
-        (TreeShape(2, 2, 7, lookup=3), 7),  # what is looked up shares the budget
+        (TreeShape(2, 2, 7, lookup=3), 7),  # lookup nodes count among them
         (TreeShape(2, 2, 100, lookup=3), 9),
         (TreeShape(2, 2, None, lookup=3), 6),
         (TreeShape(0, 2, 4, lookup=3), 0),
     ],
 )
-def test_budget(shape: TreeShape, budget: int) -> None:
-    assert shape.num_nodes == budget
+def test_a_shape_says_its_number_of_nodes(shape: TreeShape, num_nodes: int) -> None:
+    assert shape.num_nodes == num_nodes
     assert replace(shape) == shape
 
 
@@ -60,36 +58,19 @@ def test_sampled_shapes_hold_whole_chains() -> None:
 
 
 def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
-    """Depth control moves within what was allocated for the deepest tree."""
-    for nodes, budgets in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
+    """The tree controller chooses depths within what was allocated for the deepest tree."""
+    for nodes, drafted in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
         most = TreeShape(4, 4, nodes, mode="sampled")
         shapes = [TreeShape(depth, 4, nodes, mode="sampled") for depth in range(5)]
-        assert [shape.depth * shape.chains for shape in shapes] == budgets and most.num_nodes >= max(budgets)
+        assert [shape.depth * shape.chains for shape in shapes] == drafted and most.num_nodes >= max(drafted)
         assert [replace(most, depth=depth).chains for depth in range(5)] == [shape.chains for shape in shapes]
 
 
-def test_draft_rows() -> None:
+def test_rows_of_tokens_in_the_draft_head() -> None:
     assert draft_rows(torch.tensor([9, 2, 5]), torch.tensor([[2, 9, 4], [0, 5, 31]])).tolist() == [
         [1, 0, -1],
         [-1, 2, -1],
     ]
-
-
-def test_recorded_trees() -> None:
-    """Two requests: one of three rounds, of which the second drafted nothing, and one whose root is its first token."""
-    batch = TensorDict({
-        "rounds": {
-            "offset": torch.tensor([0, 3, 3, 5, 6]), "anchor": torch.tensor([4, 5, 7, 0]),
-            "request_offset": torch.tensor([0, 3, 4]),
-        },
-        "nodes": {"parents": torch.tensor([-1, 0, 0, -1, 0, -1])},
-    })  # fmt: skip
-    trees = TreeIndex.of(batch)
-    assert trees.num_rounds == 4
-    assert trees.request.tolist() == [0, 0, 0, 1] + [0, 0, 0, 0, 0, 1]
-    assert trees.root.tolist() == [3, 4, 6, -1] + [3, 3, 3, 6, 6, -1]
-    assert trees.depth.tolist() == [0, 0, 0, 0] + [1, 2, 2, 1, 2, 1]
-    assert trees.parent.tolist() == [0, 4, 4, 2, 7, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Drafters of targets that are no Llama: they start, draft, score and learn, from whatever the family has."""
+"""All drafters on targets that are no Llama (models/parts.py with policies): they start, draft, score and learn."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_day_0_is_no_worse_than_random_weights(name: str, kind: str) -> None:
     for seed in range(2):
         drafter = started(name, kind, seed)
         day_0.append(agreement(drafter, name, seed))
-        for other in range(2):
-            reset(drafter, seed=other)
+        for random_seed in range(2):
+            reset(drafter, seed=random_seed)
             random.append(agreement(drafter, name, seed))
     assert torch.stack(day_0).mean() > torch.stack(random).mean()
 
@@ -125,7 +125,7 @@ def reset(drafter: Drafter, seed: int) -> None:
                     parameter.fill_(1)
 
 
-def test_both_halves_of_a_run_agree_on_all_of_the_head() -> None:
+def test_the_handshake_covers_all_of_the_head() -> None:
     parts, drafter = target("llama")[0], started("llama", "medusa")
     weight = parts.head.weight
     heads = [TargetHead(weight), TargetHead(weight, scale=2.0), TargetHead(weight, softcap=2.0)]

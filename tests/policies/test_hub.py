@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import Hub, hub
-from huggingface_hub import metadata_load
+from huggingface_hub import HfApi, metadata_load
 
 from aurora_rl.models.loading import load_target
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts
-from aurora_rl.policies.hub import engine_commands, model_card
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target
-
-RUN = {
-    "requests": 300,
-    "swaps": 31,
-    "acceptance_length": {"first": 1.5123, "last": 2.3456},
-    "domains": {"code": {"requests": 150, "acceptance_length": 2.5}, "": {"requests": 150, "acceptance_length": None}},
-    "speedup": 1.3049,
-    "versions_served": [0, 1, 7],
-}
-
-
-@pytest.fixture
-def drafter() -> Eagle3Drafter:
-    parts = TargetParts.of(tiny_target(dtype=torch.float32))
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2), feature_layers=(1, 2))
-    drafter.made_for = parts.fingerprint
-    return drafter
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    (tmp_path / "summary.json").write_text(json.dumps(RUN))
-    (tmp_path / "config.yaml").write_text("model: smollm2\nengine:\n  name: sglang\n")
-    return tmp_path
 
 
 @pytest.fixture
@@ -77,10 +54,13 @@ def test_a_subclass_reads_its_own_kind_in_the_layout_that_is_asked_for(drafter: 
     assert Eagle3Drafter.from_pretrained(tmp_path, target, layout="vllm").feature_layers == (1, 2)
     with pytest.raises(CheckpointError, match=r"is of Eagle3Drafter, and MedusaDrafter is asked for"):
         MedusaDrafter.from_pretrained(tmp_path, target)
-    other = tiny_target(dtype=torch.float32, seed=1)
+    other_target = tiny_target(dtype=torch.float32, seed=1)
     with pytest.raises(CheckpointError, match=r"trained for others.*made_for=any"):
-        Drafter.from_pretrained(tmp_path, other)
-    assert Drafter.from_pretrained(tmp_path, other, made_for="any").made_for == TargetParts.of(other).fingerprint
+        Drafter.from_pretrained(tmp_path, other_target)
+    assert (
+        Drafter.from_pretrained(tmp_path, other_target, made_for="any").made_for
+        == TargetParts.of(other_target).fingerprint
+    )
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
@@ -124,98 +104,20 @@ def test_nothing_is_published_where_the_run_has_no_summary(drafter: Eagle3Drafte
     assert not server.created and not server.files
 
 
-# ---- the card -------------------------------------------------------------------------------------------------------
-
-
-def test_the_text_of_a_card(drafter: Eagle3Drafter, run: Path) -> None:
-    config = drafter.write("vllm").config
-    versions = ", ".join(f"{name} {version(name)}" for name in ("aurora-rl", "torch", "transformers"))
-    assert model_card(drafter, "me/drafter", config, run=run, license="apache-2.0") == (
-        f"""---
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
-library_name: aurora_rl
-license: apache-2.0
-tags:
-- speculative-decoding
-- eagle3
----
-
-# me/drafter
-
-A drafter for speculative decoding of `HuggingFaceTB/SmolLM2-135M-Instruct`, trained with aurora_rl.
-
-| | |
-|---|---|
-| architecture | `Eagle3Drafter` |
-| parameters | 0.0 M |
-| draft vocabulary | 16 of 32 tokens |
-| target layers that it reads | 1, 2 |
-| fingerprint of the target's weights | `{drafter.made_for}` |
-| written with | {versions} |
-
-## Training
-
-| | |
-|---|---|
-| engine | sglang |
-| requests | 300 |
-| acceptance length, first → last | 1.51 → 2.35 |
-| acceptance length, code | 2.50 |
-| speedup over plain decoding | 1.30 |
-| swaps of weights while serving | 31 |
-| versions served | 0 to 7 |
-
-## Use
-
-```bash
-aurora-rl serve model=smollm2 drafter.name=eagle3 drafter.path=me/drafter
-python -m sglang.launch_server --model-path HuggingFaceTB/SmolLM2-135M-Instruct --speculative-algorithm EAGLE3 """
-        """--speculative-draft-model-path me/drafter
-vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --speculative-config """
-        """'{"method": "eagle3", "model": "me/drafter", "num_speculative_tokens": 3}'
-```
-
-```python
-from aurora_rl.policies import Drafter
-
-drafter = Drafter.from_pretrained("me/drafter", "smollm2")
-```
-"""
-    )
-
-
-@pytest.mark.parametrize(
-    ("model", "base_model", "stated", "command"),
-    [
-        ("FOLDER", None, None, "model=TARGET "),
-        ("FOLDER", "me/target", "me/target", "model=me/target "),
-        ("../models/mine", None, None, "model=TARGET "),
-        ("me/target", None, "me/target", "model=me/target "),
-        ("me/target", "me/family", "me/family", "model=me/target "),
-    ],
-)
-def test_a_card_names_no_folder_of_the_machine(
-    drafter: Eagle3Drafter, run: Path, model: str, base_model: str | None, stated: str | None, command: str
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_drafter_that_cannot_be_published_is_kept_in_a_folder(
+    drafter: Eagle3Drafter, server: Hub, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
-    (run / "config.yaml").write_text(f"model: {str(run) if model == 'FOLDER' else model}\nengine: {{name: x}}\n")
-    card = model_card(drafter, "me/drafter", drafter.write("sglang").config, base_model=base_model, run=run)
-    assert (f"base_model: {stated}\n" in card) if stated else ("base_model" not in card)
-    assert command in card and str(run) not in card and "models/mine" not in card
-
-
-@pytest.mark.parametrize(
-    ("kind", "layout", "layers", "engines"),
-    [
-        (Eagle3Drafter, "sglang", (1, 2), ["aurora_rl", "sglang"]),
-        (Eagle3Drafter, "vllm", (1, 2), ["aurora_rl", "sglang", "vllm"]),
-        (Eagle3Drafter, "sglang", (0, 2), ["aurora_rl"]),
-        (MedusaDrafter, "aurora_rl", None, ["aurora_rl"]),
-        (MedusaDrafter, "vllm", None, ["aurora_rl", "vllm"]),
-    ],
-)
-def test_engines_that_load_a_folder(
-    kind: type[Drafter], layout: str, layers: tuple[int, ...] | None, engines: list[str]
-) -> None:
-    parts = TargetParts.of(tiny_target())
-    config = kind.from_target(parts, draft_vocab=torch.arange(16), feature_layers=layers).write(layout).config
-    assert list(engine_commands(kind, config, "drafter", "target")) == engines
+    if offline:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(HfApi, "hf_hub_download", lambda *_: httpx.get("http://127.0.0.1:1"))  # nobody listens
+    with pytest.raises(ConnectionError, match=r"the hub could not be reached .*; the drafter is saved in") as error:
+        drafter.push_to_hub("me/drafter")
+    assert "call push_to_hub('me/drafter') again" in str(error.value)
+    folder = Path(re.search(r"from_pretrained\('(.*?)', target\)", str(error.value))[1])
+    try:
+        read = Eagle3Drafter.from_pretrained(folder, tiny_target(dtype=torch.float32))
+        assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
+    finally:
+        shutil.rmtree(folder.parent)

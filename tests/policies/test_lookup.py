@@ -60,8 +60,8 @@ def test_a_long_text_that_repeats_itself_is_drafted_for() -> None:
 
 
 @given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9))
-def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: int, budget: int) -> None:
-    tree = ngram_tree(text, TreeShape(depth, width, budget))
+def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: int, num_nodes: int) -> None:
+    tree = ngram_tree(text, TreeShape(depth, width, num_nodes))
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -72,7 +72,7 @@ def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: 
             best = sorted(search([*text, *path]).items(), key=lambda item: -item[1])[:width]
             chance |= {(*path, token): chance[path] * p for token, p in best}
     del chance[()]
-    assert len(set(paths)) == len(paths) == min(len(chance), TreeShape(depth, width, budget).num_nodes)
+    assert len(set(paths)) == len(paths) == min(len(chance), TreeShape(depth, width, num_nodes).num_nodes)
     # Of equal ones any may be there.
     assert sorted(chance[p] for p in paths) == sorted(chance.values(), reverse=True)[: len(paths)][::-1]
     for path, log_prob in zip(paths, tree.log_probs, strict=True):
@@ -124,23 +124,25 @@ def as_paths(tokens: Iterable[int], parents: Iterable[int], log_probs: Iterable[
     return dict(zip(paths, log_probs, strict=True))
 
 
-def merged_by_definition(drafted: Paths, found: Iterable[tuple[int, ...]], budget: int) -> Paths:
-    """All paths that were looked up, and the drafter's by falling joint probability as far as the budget goes."""
+def merged_by_definition(drafted: Paths, found: Iterable[tuple[int, ...]], num_nodes: int) -> Paths:
+    """All paths that were looked up, and the drafter's by falling joint probability as far as the nodes go."""
     both: Paths = {path: drafted.get(path, -math.inf) for path in found}
 
     def joint(path: tuple[int, ...]) -> float:
         return sum(drafted[path[:end]] for end in range(1, len(path) + 1))
 
     for path in sorted((path for path in drafted if path not in both), key=lambda path: -joint(path)):
-        if len(both) < budget:
+        if len(both) < num_nodes:
             both[path] = drafted[path]
     return both
 
 
 @given(trees(), trees(most=4), st.integers(4, 12))
-def test_what_was_looked_up_is_there_and_the_likeliest_of_the_others(drafted: Paths, found: Paths, budget: int) -> None:
-    both = as_paths(*merged(as_tree(drafted), as_tree(found), budget))
-    assert both == merged_by_definition(drafted, found, budget)
+def test_what_was_looked_up_is_there_and_the_likeliest_of_the_others(
+    drafted: Paths, found: Paths, num_nodes: int
+) -> None:
+    both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes))
+    assert both == merged_by_definition(drafted, found, num_nodes)
 
 
 def chain_by_definition(text: list[int], length: int) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""DrafterPolicy keeps the drafter's cache level with the store, whatever put it behind."""
+"""DrafterPolicy keeps the drafter's cache as long as the store, whatever made it fall back."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Serving:
         """What a policy with an empty cache and the same weights drafts now."""
         drafter = copy.deepcopy(self.drafter)
         drafter.install(self.policy.drafter.published())
-        other = DrafterPolicy(drafter, self.engine.store, num_nodes=6, shape=self.policy.shape)
-        return other.draft(torch.zeros(3, 1, dtype=torch.bool))
+        policy = DrafterPolicy(drafter, self.engine.store, num_nodes=6, shape=self.policy.shape)
+        return policy.draft(torch.zeros(3, 1, dtype=torch.bool))
 
-    def assert_level(self) -> None:
+    def assert_up_to_date(self) -> None:
         got, expected = self.policy.draft(self.td["is_init"]), self.fresh()
         for key in ("tokens", "parents", "mask"):
             assert torch.equal(got[key], expected[key]), key
@@ -64,15 +64,15 @@ class Serving:
         }
 
 
-def test_level_after_every_speculative_round() -> None:
+def test_the_cache_is_up_to_date_after_every_speculative_round() -> None:
     serving = Serving([4, 1, 9], new_tokens=12)
     for _ in range(4):
         serving.round()
-        serving.assert_level()
+        serving.assert_up_to_date()
 
 
 @pytest.mark.parametrize("plain", [1, 3, 35])
-def test_catches_up_after_plain_windows(plain: int) -> None:
+def test_the_cache_catches_up_after_plain_windows(plain: int) -> None:
     serving = Serving([4, 1, 9], new_tokens=60)
     serving.round()
     serving.policy.speculate = False
@@ -81,12 +81,12 @@ def test_catches_up_after_plain_windows(plain: int) -> None:
         assert not done["draft", "mask"].any()
         assert (done["next", "reward"] == 1).all()
     serving.policy.speculate = True
-    serving.assert_level()
+    serving.assert_up_to_date()
 
 
-def test_long_prompts_are_read_beside_short_ones() -> None:
+def test_long_prompts_are_read_together_with_short_ones() -> None:
     serving = Serving([70, 3, 50])
-    serving.assert_level()
+    serving.assert_up_to_date()
     assert serving.policy.drafter.cached.tolist() == [69, 2, 49]
 
 
@@ -94,7 +94,7 @@ def test_a_new_request_starts_from_nothing() -> None:
     serving = Serving([4, 2, 9, 5, 6], new_tokens=3)
     while serving.queue:
         serving.round()
-    serving.assert_level()
+    serving.assert_up_to_date()
     occupied = serving.engine.store.occupied
     assert torch.equal(serving.policy.drafter.cached[occupied], serving.engine.store.lengths[occupied] - 1)
 
@@ -115,7 +115,7 @@ def test_a_swap_rebuilds_the_caches(dtype: torch.dtype) -> None:
     before = serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["log_probs"].clone()
     serving.policy.install(serving.moved(), version=3)
     assert serving.policy.drafter.cached.tolist() == [0, 0, 0]
-    serving.assert_level()
+    serving.assert_up_to_date()
     assert not torch.allclose(serving.policy.draft(torch.zeros(3, 1, dtype=torch.bool))["log_probs"], before)
     done = serving.round()
     assert done["policy_version"].tolist() == done["cache_version"].tolist() == [3, 3, 3]
@@ -159,7 +159,7 @@ def test_refused_weights_change_nothing() -> None:
         serving.policy.install(weights, version=7)
     assert serving.policy.version == 0
     assert torch.equal(serving.policy.drafter.cached, held)
-    serving.assert_level()
+    serving.assert_up_to_date()
 
 
 def test_the_shape_may_change_within_the_budget() -> None:
@@ -199,7 +199,7 @@ def test_sampled_drafts_carry_the_law_that_they_were_drawn_from(mode: str) -> No
         (lambda q: q * torch.nan, "q has a row that is no distribution"),
     ],
 )
-def test_a_law_that_verification_cannot_compare_with_is_the_drafters_fault(
+def test_a_distribution_that_verification_cannot_use_is_the_drafters_fault(
     spoil: Callable[[Tensor], Tensor | None], message: str
 ) -> None:
     serving, faults = Serving([4, 2, 9]), []
@@ -224,13 +224,13 @@ def test_a_law_that_verification_cannot_compare_with_is_the_drafters_fault(
 
 
 def test_a_policy_of_another_environment_is_named_at_the_first_round() -> None:
-    serving, other = Serving([5, 7, 3]), Serving([5, 4, 3])
+    serving, second = Serving([5, 7, 3]), Serving([5, 4, 3])
     message = (
         r"slots stand at positions \[4, 6, 2\], those of the policy's store at \[4, 3, 2\]: a policy drafts for the one"
     )
     with pytest.raises(ValueError, match=message):
-        other.policy(serving.td)
-    other.env.close()
+        second.policy(serving.td)
+    second.env.close()
     serving.round()
 
 

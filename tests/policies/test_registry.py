@@ -19,26 +19,30 @@ MODULE = "test_registry_module"
 def installed(monkeypatch: pytest.MonkeyPatch) -> type[NgramDrafter]:
     """Entry points of installed packages: one that works, whose class is returned, and broken ones."""
 
-    class Theirs(NgramDrafter):
+    class FastDrafter(NgramDrafter):
         pass
 
     def points(group: str) -> list[EntryPoint]:
         assert group == "aurora_rl.drafters"
-        named = {"theirs": f"{MODULE}:Theirs", "a_counter": "collections:Counter", "a_ghost": "no_such_module:Ghost"}
+        named = {
+            "fastdraft": f"{MODULE}:FastDrafter",
+            "a_counter": "collections:Counter",
+            "a_ghost": "no_such_module:Ghost",
+        }
         return [EntryPoint(name, value, group) for name, value in named.items()]
 
     module = ModuleType(MODULE)
-    module.Theirs = Theirs  # type: ignore[attr-defined]
+    module.FastDrafter = FastDrafter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, MODULE, module)
     monkeypatch.setattr(registry, "entry_points", points)
-    return Theirs
+    return FastDrafter
 
 
-def test_entry_points(installed: type[NgramDrafter]) -> None:
-    assert {"theirs", "a_counter", "a_ghost", "eagle3"} <= set(available_drafters())
-    assert get_drafter("theirs") is installed
-    with pytest.raises(ValueError, match="did you mean 'theirs'"):
-        get_drafter("thiers")
+def test_drafters_of_installed_packages_are_found_by_name(installed: type[NgramDrafter]) -> None:
+    assert {"fastdraft", "a_counter", "a_ghost", "eagle3"} <= set(available_drafters())
+    assert get_drafter("fastdraft") is installed
+    with pytest.raises(ValueError, match="did you mean 'fastdraft'"):
+        get_drafter("fastdarft")
     with pytest.raises(ValueError, match="'a_counter' is collections:Counter, which is no subclass"):
         get_drafter("a_counter")
     with pytest.raises(ValueError, match="'a_ghost' cannot be imported: No module named 'no_such_module'"):

@@ -1,4 +1,4 @@
-"""The shape controller on simulated drafters and literal costs."""
+"""The tree controller on simulated drafters and literal costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def costs(*by_depth: float, per_slot: float = 0.0, slots: int = 1) -> dict[int, 
 class Simulation:
     """Serves with a drafter that is as good at every depth; rounds take what they truly take, more or less."""
 
-    shapes: TreeController
+    controller: TreeController
     truth: dict[int, dict[TreeShape, float]]
     likeliest: float = 0.0
     sibling: float = 0.0
@@ -51,11 +51,11 @@ class Simulation:
     def run(self, rounds: int) -> Counter[TreeShape]:
         chosen: Counter[TreeShape] = Counter()
         for _ in range(rounds):
-            shape = self.shapes.choose(self.slots)
+            shape = self.controller.choose(self.slots)
             chosen[shape] += 1
             paths = [self.path(shape) for _ in range(self.slots)] if shape.depth else []
             seconds = self.truth[self.slots][shape] * self.dice.uniform(0.9, 1.1)
-            self.shapes.observe(shape, self.slots, seconds, paths)
+            self.controller.observe(shape, self.slots, seconds, paths)
             self.seconds += seconds
             self.tokens += self.slots + sum(o in ("likeliest", "sibling") for path in paths for o in path)
             self.drafted.append(shape.depth)
@@ -79,7 +79,7 @@ def test_probing_loses_less_than_it_may_even_if_weights_are_swapped_all_the_time
     serving = simulation(costs(1.0, 2.0, 3.0))
     for _ in range(400):
         serving.run(20)
-        serving.shapes.swapped()
+        serving.controller.swapped()
     assert serving.tokens / serving.seconds > 0.97
 
 
@@ -88,9 +88,9 @@ def test_after_a_swap_an_improved_drafter_is_found_soon() -> None:
     serving.run(4000)
     assert serving.run(200)[NONE] == 200
     serving.likeliest = 0.7
-    serving.shapes.swapped()
+    serving.controller.swapped()
     chosen = serving.run(100)
-    assert chosen[NONE] == 0 and serving.shapes.choose(1).depth == 3
+    assert chosen[NONE] == 0 and serving.controller.choose(1).depth == 3
 
 
 def test_without_a_swap_better_traffic_is_found_too() -> None:
@@ -106,7 +106,7 @@ def test_an_improving_drafter_is_drafted_deeper_up_to_what_pays() -> None:
     usual = []
     for likeliest in (0.0, 0.3, 0.7, 0.95):
         serving.likeliest = likeliest
-        serving.shapes.swapped()
+        serving.controller.swapped()
         serving.run(200)
         usual.append(serving.run(300).most_common(1)[0][0].depth)
     # 1.3 / 1.15 at depth 1 against 1.39 / 1.3; 2.53 / 1.45 at depth 3; the fourth level costs as much as a round.
@@ -140,7 +140,7 @@ def test_a_drafter_that_recovered_and_fails_again_is_given_up_as_soon() -> None:
     serving = simulation(costs(1.0, 1.1), likeliest=0.9)
     for _ in range(2):
         serving.likeliest = 0.9
-        serving.shapes.swapped()
+        serving.controller.swapped()
         serving.run(1500)
         assert serving.drafted[-1] == 1
         serving.likeliest = 0.0
@@ -160,14 +160,14 @@ def test_speculation_is_off_in_a_large_batch_and_on_again_in_a_small_one() -> No
 
 def test_between_measured_numbers_of_slots_costs_are_interpolated() -> None:
     table = {1: {NONE: 1.0, TreeShape(1): 1.0}, 4: {NONE: 1.0, TreeShape(1): 3.4}}
-    shapes = TreeController(table)
+    controller = TreeController(table)
     for _ in range(100):
-        shapes.observe(TreeShape(1), 1, 1.0, [["likeliest"]])
+        controller.observe(TreeShape(1), 1, 1.0, [["likeliest"]])
     # Nearly two tokens take 1, 1.8 and 2.6 seconds.
-    assert [shapes.choose(occupied).depth for occupied in (1, 2, 3)] == [1, 1, 0]
+    assert [controller.choose(occupied).depth for occupied in (1, 2, 3)] == [1, 1, 0]
 
 
-def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
+def test_a_chain_is_chosen_where_the_rows_of_a_tree_are_expensive() -> None:
     shapes = TreeController.candidates(TREE)
     rows = {s: 1.0 + 0.05 * s.depth + 0.02 * s.num_nodes for s in shapes}
     table = {1: {s: 1.0 + 0.05 * s.depth for s in shapes}, 8: rows}
@@ -179,35 +179,35 @@ def test_a_chain_where_the_rows_of_a_tree_are_dear() -> None:
 
 
 def test_trees_tell_what_chains_would_have_had() -> None:
-    shapes = TreeController({1: dict.fromkeys(TreeController.candidates(TREE), 1.0)}, memory=10**9)
+    controller = TreeController({1: dict.fromkeys(TreeController.candidates(TREE), 1.0)}, memory=10**9)
     rounds: list[list[Outcome]] = [
         *[["likeliest", "sibling", "undrafted"]] * 500,
         *[["likeliest", "refused"]] * 300,
         *[["refused"]] * 200,
     ]
-    shapes.observe(TREE, 1000, 1.0, rounds)
+    controller.observe(TREE, 1000, 1.0, rounds)
     # Where nothing was drafted a chain would have had a child: depth 3 is untried for it, as good as depth 2.
-    assert shapes.acceptance(TreeShape(3)) == pytest.approx([0.8, 0.0, 0.0], abs=0.01)
-    assert shapes.acceptance(TREE) == pytest.approx([0.8, 500 / 800, 0.0], abs=0.01)
+    assert controller.acceptance(TreeShape(3)) == pytest.approx([0.8, 0.0, 0.0], abs=0.01)
+    assert controller.acceptance(TREE) == pytest.approx([0.8, 500 / 800, 0.0], abs=0.01)
 
 
 def test_what_was_not_tried_is_as_good_as_the_depth_before() -> None:
-    shapes = TreeController(costs(1.0, 1.1, 1.2, 1.3), memory=10**9)
-    shapes.observe(TreeShape(1), 100, 1.0, [["likeliest"]] * 75 + [["refused"]] * 25)
+    controller = TreeController(costs(1.0, 1.1, 1.2, 1.3), memory=10**9)
+    controller.observe(TreeShape(1), 100, 1.0, [["likeliest"]] * 75 + [["refused"]] * 25)
     # The guess: 1 of 4.
-    assert shapes.acceptance(TreeShape(3)) == pytest.approx([76 / 104] * 3)
+    assert controller.acceptance(TreeShape(3)) == pytest.approx([76 / 104] * 3)
 
 
-def test_of_shapes_that_are_as_good_the_deepest() -> None:
+def test_of_equally_good_shapes_the_deepest_is_chosen() -> None:
     # 1.5 tokens in 1.2 seconds and 1.75 in 1.407: half a percent less.
-    shapes = TreeController(costs(1.0, 1.2, 1.407), memory=10**9)
+    controller = TreeController(costs(1.0, 1.2, 1.407), memory=10**9)
     half: list[Outcome] = ["likeliest", "likeliest"]
     paths: list[list[Outcome]] = [half] * 250 + [["likeliest", "refused"]] * 250 + [["refused"]] * 500
-    shapes.observe(TreeShape(2), 1000, 1.407, paths)
-    assert shapes.choose(1) == TreeShape(2)
+    controller.observe(TreeShape(2), 1000, 1.407, paths)
+    assert controller.choose(1) == TreeShape(2)
 
 
-def test_a_slower_machine_is_no_slower_shape() -> None:
+def test_a_machine_that_slows_down_changes_no_choice() -> None:
     # Speculation pays by a tenth. Everything takes three times as long from some moment on, in which nothing is plain.
     serving = simulation(costs(1.0, 1.3), likeliest=0.43)
     serving.run(300)
@@ -222,7 +222,7 @@ def test_what_drafting_really_costs_is_learned_from_windows_of_plain_decoding() 
     for _ in range(10):
         serving.run(100)
         for _ in range(32):
-            serving.shapes.observe(NONE, 1, 1.0)
+            serving.controller.observe(NONE, 1, 1.0)
     assert serving.run(300)[NONE] > 250
 
 
@@ -237,35 +237,35 @@ def test_a_machine_whose_speed_wanders_does_not_bring_drafts_back_and_forth() ->
         serving.run(45)
         plain += speed * (serving.tokens - before)
         for _ in range(5):
-            serving.shapes.observe(NONE, 1, speed)
+            serving.controller.observe(NONE, 1, speed)
     starts = sum(a == 0 < b for a, b in pairwise(serving.drafted))
     assert 0 < starts <= 12  # probes
     assert plain / serving.seconds > 0.98
 
 
 def test_one_round_that_the_machine_held_up_changes_nothing() -> None:
-    shapes = TreeController(costs(1.0, 1.1, 1.2))
+    controller = TreeController(costs(1.0, 1.1, 1.2))
     for seconds in [1.2] * 100 + [50.0]:
-        shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
-    assert shapes.choose(1) == TreeShape(2)
+        controller.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
+    assert controller.choose(1) == TreeShape(2)
 
 
-def test_nor_does_it_soon_after_plain_rounds_whose_pace_is_known() -> None:
-    shapes = TreeController(costs(1.0, 1.1, 1.2))
+def test_one_slow_round_soon_after_plain_rounds_changes_nothing_either() -> None:
+    controller = TreeController(costs(1.0, 1.1, 1.2))
     for _ in range(10):
-        shapes.observe(NONE, 1, 1.0)
+        controller.observe(NONE, 1, 1.0)
     for seconds in [1.2] * 40 + [500.0]:
-        shapes.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
-    assert shapes.choose(1) == TreeShape(2)
+        controller.observe(TreeShape(2), 1, seconds, [["likeliest", "likeliest"]])
+    assert controller.choose(1) == TreeShape(2)
 
 
-def test_what_n_grams_add_below_the_tree_counts_for_it() -> None:
-    shapes, drafted = TreeController(costs(1.0, 1.3)), 0
+def test_what_lookup_adds_below_the_tree_counts_for_it() -> None:
+    controller, drafted = TreeController(costs(1.0, 1.3)), 0
     for _ in range(500):
-        shape = shapes.choose(1)
+        shape = controller.choose(1)
         drafted += shape.depth
         # The drafter's own nodes are refused; two tokens in 1.3 seconds all the same.
-        shapes.observe(shape, 1, 1.0 + 0.3 * shape.depth, [["refused"]] * shape.depth, below=shape.depth)
+        controller.observe(shape, 1, 1.0 + 0.3 * shape.depth, [["refused"]] * shape.depth, below=shape.depth)
     assert drafted == 500
 
 
@@ -273,24 +273,24 @@ CHAIN, ALONE = TreeShape(1), TreeShape(1, 1, 1, lookup=2, lookup_only=True)
 
 
 @dataclass
-class TwoHalves(Simulation):
-    """A learned half that is accepted with chance ``likeliest``, and n-grams, which cost less, with chance ``free``."""
+class WithLookup(Simulation):
+    """Drafts are accepted with chance ``likeliest``, and what lookup finds, at less cost, with chance ``found``."""
 
-    free: float = 0.0
+    found: float = 0.0
 
     def path(self, shape: TreeShape) -> list[Outcome]:
         if not shape.lookup_only:
             return super().path(shape)
-        return ["likeliest"] if self.dice.random() < self.free else ["undrafted"]
+        return ["likeliest"] if self.dice.random() < self.found else ["undrafted"]
 
 
-def two_halves(**drafter: float) -> TwoHalves:
+def with_lookup(**drafter: float) -> WithLookup:
     table = {1: {NONE: 1.0, ALONE: 1.02, CHAIN: 1.15}}
-    return TwoHalves(TreeController(table), table, **drafter)
+    return WithLookup(TreeController(table), table, **drafter)
 
 
 @pytest.mark.parametrize(
-    ("likeliest", "free", "usual"),
+    ("likeliest", "found", "usual"),
     [
         (0.3, 0.3, ALONE),  # 1.3 / 1.15 against 1.3 / 1.02
         (0.9, 0.3, CHAIN),  # 1.9 / 1.15 against 1.27
@@ -298,40 +298,40 @@ def two_halves(**drafter: float) -> TwoHalves:
         (0.1, 0.0, NONE),
     ],
 )
-def test_n_grams_alone_where_they_deliver_most(likeliest: float, free: float, usual: TreeShape) -> None:
-    serving = two_halves(likeliest=likeliest, free=free)
+def test_lookup_alone_is_chosen_where_it_delivers_most(likeliest: float, found: float, usual: TreeShape) -> None:
+    serving = with_lookup(likeliest=likeliest, found=found)
     serving.run(200)
     chosen = serving.run(2000)
     assert chosen.most_common(1)[0][0] == usual and chosen[usual] > 1400
-    best = max(1.0, (1 + free) / 1.02, (1 + likeliest) / 1.15)
+    best = max(1.0, (1 + found) / 1.02, (1 + likeliest) / 1.15)
     assert serving.tokens / serving.seconds > 0.96 * best
 
 
-def test_a_half_that_improves_or_fails_takes_or_loses_its_turn() -> None:
-    serving = two_halves(likeliest=0.1, free=0.3)
+def test_a_drafter_or_a_lookup_that_improves_or_fails_takes_or_loses_its_turn() -> None:
+    serving = with_lookup(likeliest=0.1, found=0.3)
     assert serving.run(1000).most_common(1)[0][0] == ALONE
     serving.likeliest = 0.9
-    serving.shapes.swapped()
+    serving.controller.swapped()
     serving.run(600)
     assert serving.run(300).most_common(1)[0][0] == CHAIN
     serving.likeliest = 0.1
     assert serving.run(1500).most_common(1)[0][0] == ALONE
-    serving.free = 0.0
+    serving.found = 0.0
     serving.run(1500)
     assert serving.run(1000).most_common(1)[0][0] == NONE
-    serving.free = 0.4  # other traffic, which repeats itself: nobody tells
+    serving.found = 0.4  # other traffic, which repeats itself: nobody tells
     assert serving.run(1000).most_common(1)[0][0] == ALONE
 
 
-def test_the_halves_are_measured_apart() -> None:
-    shapes = TreeController({1: {NONE: 1.0, ALONE: 1.0, CHAIN: 2.0}}, memory=10**9)
+def test_drafter_and_lookup_are_measured_apart() -> None:
+    controller = TreeController({1: {NONE: 1.0, ALONE: 1.0, CHAIN: 2.0}}, memory=10**9)
     hits: list[list[Outcome]] = [["likeliest"]] * 300
-    shapes.observe(ALONE, 1000, 3.0, [*hits, *[["refused"]] * 100, *[["undrafted"]] * 600])  # type: ignore[list-item]
-    assert shapes.acceptance(ALONE) == pytest.approx([(300 + 4 * 0.75) / 1004])
-    assert shapes.acceptance(CHAIN) == [0.25]  # the guess
-    shapes.observe(CHAIN, 1000, 1.0, [["likeliest"]] * 800 + [["refused"]] * 200)
-    assert shapes.acceptance(CHAIN) == pytest.approx([801 / 1004])
-    assert shapes.acceptance(ALONE) == pytest.approx([303 / 1004])
+    controller.observe(ALONE, 1000, 3.0, [*hits, *[["refused"]] * 100, *[["undrafted"]] * 600])  # type: ignore[list-item]
+    assert controller.acceptance(ALONE) == pytest.approx([(300 + 4 * 0.75) / 1004])
+    assert controller.acceptance(CHAIN) == [0.25]  # the guess
+    controller.observe(CHAIN, 1000, 1.0, [["likeliest"]] * 800 + [["refused"]] * 200)
+    assert controller.acceptance(CHAIN) == pytest.approx([801 / 1004])
+    assert controller.acceptance(ALONE) == pytest.approx([303 / 1004])
 
 
 def test_candidates_with_lookup_alone() -> None:
@@ -341,7 +341,7 @@ def test_candidates_with_lookup_alone() -> None:
     ]  # fmt: skip
 
 
-def test_nothing_to_choose_from() -> None:
+def test_plain_decoding_is_chosen_where_there_is_nothing_else() -> None:
     assert TreeController({1: {NONE: 1.0}}).choose(1) == NONE
 
 
@@ -354,7 +354,7 @@ def test_sampled_trees_are_not_compared_with_chains() -> None:
     "table",
     [{}, {1: {TreeShape(1): 1.0}}, {1: {NONE: 1.0, TreeShape(0, 2): 1.0}}, {1: {NONE: 1.0}, 2: {TREE: 1.0}}],
 )
-def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]]) -> None:
+def test_costs_that_cannot_be_compared_are_refused(table: dict[int, dict[TreeShape, float]]) -> None:
     with pytest.raises(ValueError, match="one of them of depth 0; got .depth, width. by number"):
         TreeController(table)
 
@@ -362,9 +362,9 @@ def test_costs_that_cannot_be_compared(table: dict[int, dict[TreeShape, float]])
 def test_a_round_without_the_drafter_is_one_of_lookup_or_plain() -> None:
     most = TreeShape(3, width=4, num_nodes=4, lookup=2)
     shapes = TreeController.candidates(most)
-    with_lookup = TreeController({1: dict.fromkeys(shapes, 1.0)})
+    merging = TreeController({1: dict.fromkeys(shapes, 1.0)})
     for shape in shapes[1:]:
-        without = with_lookup.without_drafter(shape)
+        without = merging.without_drafter(shape)
         assert without in shapes and without.lookup_only and without.depth == shape.depth
     most = TreeShape(3, width=4, num_nodes=4)
     drafter_alone = TreeController({1: dict.fromkeys(TreeController.candidates(most), 1.0)})
@@ -373,15 +373,15 @@ def test_a_round_without_the_drafter_is_one_of_lookup_or_plain() -> None:
 
 def test_requests_that_the_drafter_fails_do_not_make_drafting_look_cheap() -> None:
     table, dice = costs(1.0, 1.5), random.Random(1)
-    shapes, seconds, tokens, failed = TreeController(table), 0.0, 0, False
+    controller, seconds, tokens, failed = TreeController(table), 0.0, 0, False
     for number in range(8000):
         if number % 60 == 0:  # a request
             failed = dice.random() < 0.7
-        shape = shapes.choose(1)
+        shape = controller.choose(1)
         if failed:
-            shape = shapes.without_drafter(shape)
+            shape = controller.without_drafter(shape)
         hit = shape.depth > 0 and dice.random() < 0.3  # 1.3 tokens in 1.5 seconds do not pay
-        shapes.observe(shape, 1, table[1][shape], [["likeliest" if hit else "refused"]] * shape.depth)
+        controller.observe(shape, 1, table[1][shape], [["likeliest" if hit else "refused"]] * shape.depth)
         seconds, tokens = seconds + table[1][shape], tokens + 1 + hit
     # With failed requests' rounds booked as drafted ones, in which nothing failed and that took a second, it is 0.963.
     assert tokens / seconds > 0.99

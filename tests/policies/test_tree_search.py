@@ -1,4 +1,4 @@
-"""Search for trees, drawn chains, and cutting to a budget: literal numbers and brute force."""
+"""Search for trees, drawn chains, and cutting to a number of nodes: literal numbers and brute force."""
 
 from __future__ import annotations
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.serving.requests import RequestQueue, turn_seed
+from aurora_rl.telemetry.log import JsonLines
 from aurora_rl.workload.traffic import Prompt, TrafficError
 
 TEMPLATE = (
@@ -37,8 +40,8 @@ def prompt(id: str, text: str, *follow_ups: str, domain: str = "chat") -> Prompt
 
 
 def queue_of(*prompts: Prompt, **options: object) -> RequestQueue:
-    sampling = SamplingParams(0.5, 7, 0.9, seed=100)
-    defaults = {"vocab_size": len(TOKENIZER), "max_new_tokens": 10, "max_length": 60, "sampling": sampling}
+    sampling = SamplingParams(0.5, 7, 0.9, seed=100, max_tokens=10)
+    defaults = {"vocab_size": len(TOKENIZER), "max_length": 60, "sampling": sampling}
     return RequestQueue(prompts, TOKENIZER, **(defaults | options))
 
 
@@ -144,7 +147,8 @@ def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
 
 
 def test_the_largest_seed_is_served() -> None:
-    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=SamplingParams(seed=2**63 - 1))
+    sampling = SamplingParams(seed=2**63 - 1, max_tokens=10)
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
     first, second = source(), source()
     assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
     source.completed(answer(first, "yes"))
@@ -212,3 +216,30 @@ def test_traffic_is_not_changed() -> None:
     source.completed(answer(source(), "yes"))
     assert read(source()) == "<u>one<a>yes<u>more<a>"
     assert traffic == prompt("p", "one", "more")
+
+
+def test_an_answer_that_ends_at_eos_shows_none(tiny_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    requests = RequestQueue(
+        [Prompt("p", "chat", ({"role": "user", "content": "Hi"},))],
+        tokenizer,
+        vocab_size=len(tokenizer),
+        max_length=256,
+        sampling=SamplingParams(max_tokens=10),
+    )
+    request = requests()
+    assert request is not None
+    tokens = [*tokenizer("Yes.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(tokens) != "Yes."
+    requests.answers = JsonLines(tmp_path / "answers.jsonl")
+    assert requests.completed(Completion(request, torch.tensor(tokens), True, None)) == "chat"
+    (line,) = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "request": 0,
+        "prompt": "p",
+        "domain": "chat",
+        "turn": 1,
+        "text": "Yes.",
+        "finish_reason": "stop",
+        "tokens": len(tokens),
+    }

@@ -42,9 +42,9 @@ class Wire:
 
 @pytest.fixture
 def wire() -> Iterator[Wire]:
-    made = Wire()
-    yield made
-    made.close()
+    ends = Wire()
+    yield ends
+    ends.close()
 
 
 def serve_until(serving: Serving, source: Iterator[Request], condition: Callable[[], bool]) -> None:
@@ -160,10 +160,9 @@ def test_acknowledgements_keep_the_order_of_the_swaps(tmp_path: Path, monkeypatc
 
 def test_nobody_listens(tmp_path: Path) -> None:
     # An address at which nothing is: what cannot be sent is dropped and counted, and every answer is given.
-    socket, context = open_socket(0, None)
+    socket = open_socket(0)
     address = bind(socket, LOCAL)
     socket.close()
-    context.term()
     sink = TrajectorySink(address, handshake=HANDSHAKE, capacity=2)
     receiver = WeightReceiver(address, handshake=HANDSHAKE)
     waiting = requests(5)

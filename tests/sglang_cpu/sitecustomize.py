@@ -28,7 +28,7 @@ class _BeforeImport:
 def _declare_torchvision_operators() -> None:
     """Declare the two operators that torchvision registers shapes for at import, whether it could load them or not.
 
-    The x86 wheel on the Python index is built for CUDA. Beside a torch for CPU its library does not load, torchvision
+    The x86 wheel on the Python index is built for CUDA. Next to a torch for CPU its library does not load, torchvision
     goes on without, and then fails with "operator torchvision::nms does not exist". SGLang and transformers need its
     import only, not the operators.
     """

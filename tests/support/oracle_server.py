@@ -116,12 +116,12 @@ class Wrong(Oracle):
 
 def eagle(seed: int = 0) -> Eagle3Drafter:
     torch.manual_seed(seed)
-    made = Eagle3Drafter.from_target(TargetParts.of(model()), draft_vocab=torch.arange(6), feature_layers=LAYERS)
-    made = made.double().eval().requires_grad_(False)
-    for parameter in made.parameters():
+    drafter = Eagle3Drafter.from_target(TargetParts.of(model()), draft_vocab=torch.arange(6), feature_layers=LAYERS)
+    drafter = drafter.double().eval().requires_grad_(False)
+    for parameter in drafter.parameters():
         if parameter.ndim == 2:
             parameter.normal_(std=0.4)
-    return made
+    return drafter
 
 
 # ---- a server on a tiny target ----------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Serving:
         return self.server
 
     def events(self, kind: str) -> list[dict]:
-        return [event for event in MetricsReader(self._path).new() if event["event"] == kind]
+        return [event for event in MetricsReader(self._path) if event["event"] == kind]
 
     def check_texts(self) -> None:
         for completion in self.completions:

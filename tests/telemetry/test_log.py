@@ -13,8 +13,7 @@ from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 def test_events_carry_time_source_and_fields(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "new folder" / "metrics.jsonl", "server")
     log.write("swap", version=3, ms=0.5)
-    log.close()
-    (event,) = MetricsReader(tmp_path / "new folder" / "metrics.jsonl").new()
+    (event,) = list(MetricsReader(tmp_path / "new folder" / "metrics.jsonl"))
     assert event.pop("time") > 1.7e9
     assert event == {"source": "server", "event": "swap", "version": 3, "ms": 0.5}
 
@@ -31,14 +30,14 @@ def test_a_full_disk_loses_events_and_stops_nobody(caplog: pytest.LogCaptureFixt
 def test_a_reader_follows(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reader = MetricsReader(path)
-    assert reader.new() == []  # the file may come later
+    assert list(reader) == []  # the file may come later
     log = MetricsLog(path, "a")
     log.write("one")
     log.write("two")
-    assert [event["event"] for event in reader.new()] == ["one", "two"]
-    assert reader.new() == []
+    assert [event["event"] for event in reader] == ["one", "two"]
+    assert list(reader) == []
     log.write("three")
-    assert [event["event"] for event in reader.new()] == ["three"]
+    assert [event["event"] for event in reader] == ["three"]
 
 
 def test_a_long_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
@@ -58,17 +57,17 @@ def test_a_reader_that_stops_early_goes_on_where_it_was(tmp_path: Path) -> None:
     path.write_text('{"event": "one"}\n{"event": "two"}\n')
     reader = MetricsReader(path)
     assert next(iter(reader))["event"] == "one"
-    assert [event["event"] for event in reader.new()] == ["two"]
+    assert [event["event"] for event in reader] == ["two"]
 
 
 def test_a_line_being_written_waits_and_a_broken_one_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reader = MetricsReader(path)
     path.write_text('{"event": "o')
-    assert reader.new() == []
+    assert list(reader) == []
     with path.open("a") as file:
         file.write('ne"}\n{"event": \n{"event": "two"}\n')
-    assert [event["event"] for event in reader.new()] == ["one", "two"]
+    assert [event["event"] for event in reader] == ["one", "two"]
 
 
 def _write(path: Path, name: str) -> None:
@@ -96,14 +95,14 @@ def test_a_line_that_was_cut_does_not_swallow_the_next(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"event": "cut')
     MetricsLog(path, "server").write("second")
-    assert [event["event"] for event in MetricsReader(path).new()] == ["first", "second"]
+    assert [event["event"] for event in MetricsReader(path)] == ["first", "second"]
 
 
 def test_a_reader_from_now_on_leaves_the_earlier_events_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert MetricsReader(path, from_now=True).new() == []
+    assert list(MetricsReader(path, from_now=True)) == []
     log = MetricsLog(path, "server")
     log.write("first")
     reader = MetricsReader(path, from_now=True)
     log.write("second")
-    assert [event["event"] for event in reader.new()] == ["second"]
+    assert [event["event"] for event in reader] == ["second"]

@@ -23,7 +23,7 @@ def test_each_failure_is_logged_the_first_is_warned_of_and_all_are_told(
     assert not outputs.write("a", full) and not outputs.write("a", full)
     assert outputs.failures == {"a": "a could not be written (2 times): the disk is full"}
     assert [r.message for r in caplog.records] == ["a was not written, and the run goes on: the disk is full"]
-    events = MetricsReader(tmp_path / "metrics.jsonl").new()
+    events = list(MetricsReader(tmp_path / "metrics.jsonl"))
     assert [(event["event"], event["what"], event["reason"]) for event in events] == [
         ("not_written", "a", "the disk is full")
     ] * 2

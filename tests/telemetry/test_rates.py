@@ -145,8 +145,8 @@ def test_windows_are_whole_and_placed_at_random() -> None:
 
 
 def test_the_seed_places_the_windows() -> None:
-    first, again, other = (simulate(BaselineWindows(0.2, 4, seed), 2_000, 0.1, 0.1) for seed in (5, 5, 6))
-    assert first == again and first != other
+    first, again, another_seed = (simulate(BaselineWindows(0.2, 4, seed), 2_000, 0.1, 0.1) for seed in (5, 5, 6))
+    assert first == again and first != another_seed
 
 
 def test_a_share_of_zero_has_no_windows() -> None:

@@ -27,49 +27,49 @@ def serving() -> Any:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> SimpleNamespace:
+def run(tmp_path: Path) -> SimpleNamespace:
     log, half = MetricsLog(tmp_path / "m.jsonl", "server"), serving()
-    made = SimpleNamespace(log=log, serving=half, learner="running", reader=MetricsReader(tmp_path / "m.jsonl"))
-    made.view = LiveView(half, log, MetricsReader(tmp_path / "m.jsonl"), total=40, learner=lambda: made.learner)
-    return made
+    run = SimpleNamespace(log=log, serving=half, learner="running", reader=MetricsReader(tmp_path / "m.jsonl"))
+    run.view = LiveView(half, log, MetricsReader(tmp_path / "m.jsonl"), total=40, learner=lambda: run.learner)
+    return run
 
 
 def request(log: MetricsLog, accepted: dict[int, int], coverage: float) -> None:
     log.write("request", accepted=accepted, coverage=coverage)
 
 
-def test_the_view_shows_the_run(made: SimpleNamespace) -> None:
-    made.log.write("train", loss=1.2345)
-    made.log.write("gate", difference=0.0711, publish=True)
-    made.view.follow()
-    assert made.view.line() == (
+def test_the_view_shows_the_run(run: SimpleNamespace) -> None:
+    run.log.write("train", loss=1.2345)
+    run.log.write("gate", difference=0.0711, publish=True)
+    run.view.follow()
+    assert run.view.line() == (
         "requests 20/40 | acceptance length 2.00 at depth 2 | tokens/s plain · speculative 10.0 · 15.0 | speedup 1.50"
         " | version · swaps 3 · 2 | queue · dropped 4 · 1 | learner running | learner loss · skipped steps 1.234 · 0"
         " | gate +0.071 published"
     )
     console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"))
-    console.print(made.view.table())
+    console.print(run.view.table())
     console.file.close()
     text = console.export_text()
     assert all(shown in text for shown in ("20/40", "10.0 · 15.0", "+0.071 published"))
 
 
-def test_a_run_that_has_nothing_to_show_yet(made: SimpleNamespace) -> None:
-    made.serving.stats.finished = []
-    made.serving.stats.rates = lambda share: Rates(None, None)
-    assert "requests 0/40 | acceptance length – at depth 2 | tokens/s plain · speculative – · –" in made.view.line()
-    made.view.log_status()
-    (status,) = made.reader.new()
+def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:
+    run.serving.stats.finished = []
+    run.serving.stats.rates = lambda share: Rates(None, None)
+    assert "requests 0/40 | acceptance length – at depth 2 | tokens/s plain · speculative – · –" in run.view.line()
+    run.view.log_status()
+    (status,) = list(run.reader)
     assert (status["acceptance_length"], status["coverage"], status["acceptance_by_position"]) == (None, None, [])
 
 
-def test_a_status_is_about_the_time_since_the_last_one(made: SimpleNamespace) -> None:
-    request(made.log, {0: 6, 1: 1, 2: 3}, 0.5)
-    request(made.log, {2: 2}, 0.7)
-    made.view.log_status()
-    request(made.log, {0: 1}, 1.0)
-    made.view.log_status()
-    first, second = [event for event in made.reader.new() if event["event"] == "status"]
+def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> None:
+    request(run.log, {0: 6, 1: 1, 2: 3}, 0.5)
+    request(run.log, {2: 2}, 0.7)
+    run.view.log_status()
+    request(run.log, {0: 1}, 1.0)
+    run.view.log_status()
+    first, second = [event for event in list(run.reader) if event["event"] == "status"]
     assert first["acceptance_by_position"] == [0.5, round(5 / 12, 4)]
     assert first["coverage"] == pytest.approx(0.6)
     assert (second["acceptance_by_position"], second["coverage"]) == ([], 1.0)
@@ -89,61 +89,59 @@ def test_a_status_is_about_the_time_since_the_last_one(made: SimpleNamespace) ->
     }
 
 
-def test_what_goes_wrong_is_told_and_logged_once(made: SimpleNamespace) -> None:
-    assert made.view.follow() == []
-    made.serving.refused = "handshake mismatch: x"
-    made.learner = "died with status -9, serving goes on"
-    assert made.view.follow() == ["handshake mismatch: x", "the learner died with status -9, serving goes on"]
-    assert made.view.follow() == []
-    assert "learner handshake mismatch: x" in made.view.line()
-    events = [(event["event"], event["reason"]) for event in made.reader.new()]
+def test_what_goes_wrong_is_told_and_logged_once(run: SimpleNamespace) -> None:
+    assert run.view.follow() == []
+    run.serving.refused = "handshake mismatch: x"
+    run.learner = "died with status -9, serving goes on"
+    assert run.view.follow() == ["handshake mismatch: x", "the learner died with status -9, serving goes on"]
+    assert run.view.follow() == []
+    assert "learner handshake mismatch: x" in run.view.line()
+    events = [(event["event"], event["reason"]) for event in list(run.reader)]
     assert events == [
         ("refused", "handshake mismatch: x"),
         ("learner_died", "the learner died with status -9, serving goes on"),
     ]
 
 
-def test_a_skipped_step_is_told_once_and_counted(made: SimpleNamespace) -> None:
+def test_a_skipped_step_is_told_once_and_counted(run: SimpleNamespace) -> None:
     for skipped in (1, 2):
-        made.log.write("step_skipped", reason="loss is nan", steps=5, skipped=skipped)
-    assert made.view.follow() == ["the learner skipped a step, and goes on: loss is nan"]
-    made.log.write("step_skipped", reason="loss is inf", steps=5, skipped=3)
-    assert made.view.follow() == []
-    assert "learner loss · skipped steps – · 3" in made.view.line()
+        run.log.write("step_skipped", reason="loss is nan", steps=5, skipped=skipped)
+    assert run.view.follow() == ["the learner skipped a step, and goes on: loss is nan"]
+    run.log.write("step_skipped", reason="loss is inf", steps=5, skipped=3)
+    assert run.view.follow() == []
+    assert "learner loss · skipped steps – · 3" in run.view.line()
 
 
-def test_what_the_learner_cannot_write_is_told_once(made: SimpleNamespace) -> None:
+def test_what_the_learner_cannot_write_is_told_once(run: SimpleNamespace) -> None:
     for _ in range(2):
-        made.log.write("not_written", what="the training state", reason="No space left on device")
-    assert made.view.follow() == [
-        "the learner could not write the training state, and goes on: No space left on device"
-    ]
+        run.log.write("not_written", what="the training state", reason="No space left on device")
+    assert run.view.follow() == ["the learner could not write the training state, and goes on: No space left on device"]
 
 
-def test_a_training_state_that_was_not_written_is_remembered_until_one_is(made: SimpleNamespace) -> None:
-    made.log.write("not_written", what="a trajectory", reason="full")
-    made.view.follow()
-    assert made.view.unsaved is None
-    made.log.write("not_written", what="the training state", reason="full")
-    made.view.follow()
-    assert made.view.unsaved == "full"
-    made.log.write("checkpoint", steps=3, version=1)
-    made.view.follow()
-    assert made.view.unsaved is None
+def test_a_training_state_that_was_not_written_is_remembered_until_one_is(run: SimpleNamespace) -> None:
+    run.log.write("not_written", what="a trajectory", reason="full")
+    run.view.follow()
+    assert run.view.unsaved is None
+    run.log.write("not_written", what="the training state", reason="full")
+    run.view.follow()
+    assert run.view.unsaved == "full"
+    run.log.write("checkpoint", steps=3, version=1)
+    run.view.follow()
+    assert run.view.unsaved is None
 
 
-def test_text_of_peers_is_no_markup(made: SimpleNamespace) -> None:
-    made.serving.refused = "target is [/x] [bold]"
+def test_text_of_peers_is_no_markup(run: SimpleNamespace) -> None:
+    run.serving.refused = "target is [/x] [bold]"
     console = Console(record=True, width=100, file=io.StringIO())
-    console.print(made.view.table())
+    console.print(run.view.table())
     assert "target is [/x] [bold]" in console.export_text()
 
 
-def test_a_peer_whose_message_changes_all_the_time_fills_no_memory(made: SimpleNamespace) -> None:
+def test_a_peer_whose_message_changes_all_the_time_fills_no_memory(run: SimpleNamespace) -> None:
     for number in range(1000):
-        made.serving.refused = f"handshake mismatch: {number}"
-        assert made.view.follow() == [f"handshake mismatch: {number}"]
-    assert len(made.view._told) <= 100
+        run.serving.refused = f"handshake mismatch: {number}"
+        assert run.view.follow() == [f"handshake mismatch: {number}"]
+    assert len(run.view._told) <= 100
 
 
 def test_every() -> None:

@@ -73,8 +73,8 @@ def test_to_save_and_load_in_between_changes_no_bit(
 
 def test_wrong_checkpoints_name_the_first_tensor(tmp_path: Path) -> None:
     drafter, optimizers = fresh(torch.float32)
-    other, others = fresh(torch.float32, size=10)
-    save_training_state(tmp_path / "other", other, others, {})
+    small, small_optimizers = fresh(torch.float32, size=10)
+    save_training_state(tmp_path / "other", small, small_optimizers, {})
     with pytest.raises(
         CheckpointError, match=r"other: tensor 'lm_head.weight' is \(10, 16\), this drafter needs \(20, 16\)"
     ):
@@ -113,7 +113,7 @@ def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tensors, config = read_folder("folder", "config.json")
     assert torch.equal(tensors["x"], NEW["x"]) and config == {"a": 1}
     MetricsLog("run/metrics.jsonl", "server").write("swap")
-    assert [event["event"] for event in MetricsReader("run/metrics.jsonl").new()] == ["swap"]
+    assert [event["event"] for event in MetricsReader("run/metrics.jsonl")] == ["swap"]
     write_summary("run", Stats().summary())
     draw_report("run/report.png", [], [], [])
     assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}

@@ -39,8 +39,8 @@ def learned(kind: type[Drafter]) -> Drafter:
 
 @pytest.fixture(scope="module")
 def drafters() -> dict[tuple[type[Drafter], torch.dtype], Drafter]:
-    made = {kind: learned(kind) for kind in (Eagle3Drafter, MedusaDrafter)}
-    return {(k, d): copy.deepcopy(made[k]).to(d) for k in made for d in (torch.float64, torch.float32)}
+    trained = {kind: learned(kind) for kind in (Eagle3Drafter, MedusaDrafter)}
+    return {(k, d): copy.deepcopy(trained[k]).to(d) for k in trained for d in (torch.float64, torch.float32)}
 
 
 @pytest.mark.parametrize("shape", [TreeShape(3), TreeShape(3, 2, 7), TreeShape(1, 4), TreeShape(2, 2)])
@@ -79,19 +79,19 @@ def test_replay_names_features_of_another_drafter_without_hidden_states(drafters
 
 def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None:
     """The text is fixed, so a stream that one drafter served gives the other's rounds."""
-    served_by, other, target = (
+    served_by, replayed, target = (
         drafters[MedusaDrafter, torch.float64],
         drafters[Eagle3Drafter, torch.float64],
         tiny_target(),
     )
     prompts = PROMPTS[:3]
     streams = serve(served_by, target, prompts, shape=TreeShape(0), max_new_tokens=9, sampling=COLD)
-    eagle = serve(other, target, prompts, shape=TreeShape(2, 2), max_new_tokens=9, sampling=COLD)
+    eagle = serve(replayed, target, prompts, shape=TreeShape(2, 2), max_new_tokens=9, sampling=COLD)
     for stream, trajectory in zip(streams, eagle, strict=True):
         assert torch.equal(stream["sequence", "tokens"], trajectory["sequence", "tokens"])
-        # The other reads other layers; its features are what its own serving recorded.
+        # The two read different layers; these features are what the second's own serving recorded.
         stream["sequence", "features"] = trajectory["sequence", "features"]
-    result = replay(copy.deepcopy(other), streams, TreeShape(2, 2))
+    result = replay(copy.deepcopy(replayed), streams, TreeShape(2, 2))
     assert result.rounds.tolist() == [len(t["rounds", "anchor"]) for t in eagle]
 
 

@@ -121,7 +121,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 stack.callback(close)
 
             def events(kind: str) -> list[dict[str, Any]]:
-                return [e for e in MetricsReader(tmp_path / "metrics.jsonl").new() if e["event"] == kind]
+                return [e for e in MetricsReader(tmp_path / "metrics.jsonl") if e["event"] == kind]
 
             return SimpleNamespace(
                 learner=learner,
@@ -138,10 +138,10 @@ def make(tmp_path: Path) -> Iterator[Make]:
         yield build
 
 
-def send(made: SimpleNamespace, trajectories: list[TensorDict]) -> None:
+def send(loop: SimpleNamespace, trajectories: list[TensorDict]) -> None:
     for trajectory in trajectories:
-        made.sink.extend(trajectory)
-    wait(lambda: made.sink.sent and not made.sink.queued)
+        loop.sink.extend(trajectory)
+    wait(lambda: loop.sink.sent and not loop.sink.queued)
     time.sleep(0.05)
 
 
@@ -152,16 +152,16 @@ def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-def step_until(made: SimpleNamespace, condition: Callable[[], object]) -> None:
+def step_until(loop: SimpleNamespace, condition: Callable[[], object]) -> None:
     def stepped() -> object:
-        made.learner.step(wait_s=0.01)
+        loop.learner.step(wait_s=0.01)
         return condition()
 
     wait(stepped)
 
 
-def drain(made: SimpleNamespace) -> None:
-    while made.learner.step(wait_s=0.1):
+def drain(loop: SimpleNamespace) -> None:
+    while loop.learner.step(wait_s=0.1):
         pass
 
 
@@ -172,25 +172,25 @@ def acceptance(drafter: Eagle3Drafter, trajectories: list[TensorDict]) -> float:
 def test_it_learns_what_it_is_fed_and_drafts_better_for_requests_it_never_saw(
     make: Make, served: list[TensorDict]
 ) -> None:
-    made = make(batch_size=8, replay=9)
+    loop = make(batch_size=8, replay=9)
     train, held_out = served[:64], served[64:]
-    before = acceptance(made.drafter, held_out)
+    before = acceptance(loop.drafter, held_out)
     for start in range(0, 64, 8):
-        send(made, train[start : start + 8])
-        drain(made)
-    assert made.learner.seen == 64
-    assert made.learner.steps == len(made.loss.batches) == 80
-    assert {request for batch in made.loss.batches for request in batch} == set(range(64))
-    assert sum(made.loss.losses[-8:]) < 0.6 * sum(made.loss.losses[:8])
+        send(loop, train[start : start + 8])
+        drain(loop)
+    assert loop.learner.seen == 64
+    assert loop.learner.steps == len(loop.loss.batches) == 80
+    assert {request for batch in loop.loss.batches for request in batch} == set(range(64))
+    assert sum(loop.loss.losses[-8:]) < 0.6 * sum(loop.loss.losses[:8])
     # Measured on 16 requests of 24 tokens: 1.23 before, 1.5 after. A drafter that always failed would have 1.
-    assert acceptance(made.drafter, held_out) > before + 0.15
-    train_events = made.events("train")
+    assert acceptance(loop.drafter, held_out) > before + 0.15
+    train_events = loop.events("train")
     assert len(train_events) == 80
     assert train_events[-1] | {"seconds": 0, "time": 0} == {
         "time": 0,
         "source": "learner",
         "event": "train",
-        "loss": round(made.loss.losses[-1], 4),
+        "loss": round(loop.loss.losses[-1], 4),
         "objectives": train_events[-1]["objectives"],
         "seen": 64,
         "steps": 80,
@@ -205,69 +205,69 @@ def test_it_learns_what_it_is_fed_and_drafts_better_for_requests_it_never_saw(
 
 
 def test_what_the_gate_holds_back_is_not_learned_from_before_the_decision(make: Make, served: list[TensorDict]) -> None:
-    made = make(gate=4, publish_every=6, batch_size=2, replay=4)
-    send(made, served[:6])
-    step_until(made, lambda: made.events("candidate"))
-    before = made.drafter.published()["lm_head.weight"].clone()
-    send(made, served[6:9])  # one fewer than the gate wants
-    drain(made)
-    assert not made.events("gate")
-    assert {request for batch in made.loss.batches for request in batch} <= set(range(6))
-    assert not torch.equal(made.drafter.published()["lm_head.weight"], before)  # learning went on meanwhile
-    send(made, served[9:12])  # of these the gate takes one
-    step_until(made, lambda: made.events("gate"))
-    decided = made.events("gate")[0]
-    trained = {request for batch in made.loss.batches[: decided["steps"]] for request in batch}
+    loop = make(gate=4, publish_every=6, batch_size=2, replay=4)
+    send(loop, served[:6])
+    step_until(loop, lambda: loop.events("candidate"))
+    before = loop.drafter.published()["lm_head.weight"].clone()
+    send(loop, served[6:9])  # one fewer than the gate wants
+    drain(loop)
+    assert not loop.events("gate")
+    assert {request for batch in loop.loss.batches for request in batch} <= set(range(6))
+    assert not torch.equal(loop.drafter.published()["lm_head.weight"], before)  # learning went on meanwhile
+    send(loop, served[9:12])  # of these the gate takes one
+    step_until(loop, lambda: loop.events("gate"))
+    decided = loop.events("gate")[0]
+    trained = {request for batch in loop.loss.batches[: decided["steps"]] for request in batch}
     assert not trained & {6, 7, 8, 9}
     assert (decided["requests"], decided["publish"], decided["version"]) == (4, True, 1)
     assert decided["interval"][0] <= decided["difference"] <= decided["interval"][1]
     assert decided["candidate"] >= 1
-    drain(made)
-    assert {request for batch in made.loss.batches for request in batch} == set(range(12))
-    assert made.learner.seen == 12
+    drain(loop)
+    assert {request for batch in loop.loss.batches for request in batch} == set(range(12))
+    assert loop.learner.seen == 12
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # autocast casts no norms' weights
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_candidate_reaches_an_engine_bit_for_bit(make: Make, served: list[TensorDict], dtype: torch.dtype) -> None:
-    made = make(gate=2, publish_every=4, dtype=dtype, replay=2)
-    send(made, served[:8])
+    loop = make(gate=2, publish_every=4, dtype=dtype, replay=2)
+    send(loop, served[:8])
     frozen: dict[str, Tensor] = {}
-    while not made.events("gate"):
+    while not loop.events("gate"):
         # Frozen at the beginning of the step that logs it; learning goes on afterwards.
-        now = {name: t.clone() for name, t in made.drafter.published().items()}
-        made.learner.step(wait_s=0.01)
-        if made.events("candidate") and not frozen:
+        now = {name: t.clone() for name, t in loop.drafter.published().items()}
+        loop.learner.step(wait_s=0.01)
+        if loop.events("candidate") and not frozen:
             frozen = {n: t.to(dtype) if t.is_floating_point() else t for n, t in now.items()}
-        if frozen and made.sink.sent == 8:
-            send(made, served[8:10])
+        if frozen and loop.sink.sent == 8:
+            send(loop, served[8:10])
     received: list[tuple[int, TensorDict]] = []
-    wait(lambda: received or received.extend(filter(None, [made.receiver.latest()])))
+    wait(lambda: received or received.extend(filter(None, [loop.receiver.latest()])))
     version, weights = received[0]
-    assert version == made.learner.version == 1
+    assert version == loop.learner.version == 1
     flat = {".".join(k) if isinstance(k, tuple) else k: t for k, t in weights.items(True, True)}
     assert flat.keys() == frozen.keys()
     for name, tensor in frozen.items():
         assert flat[name].dtype == tensor.dtype
         assert torch.equal(flat[name], tensor), name
-    made.receiver.acknowledge(version, checksum(flat), 0.1)
-    assert made.publisher.wait_ack(version, timeout=5)
+    loop.receiver.acknowledge(version, checksum(flat), 0.1)
+    assert loop.publisher.wait_ack(version, timeout=5)
 
 
 def test_a_refused_candidate_is_not_published(
     make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make(gate=2, publish_every=2)
+    loop = make(gate=2, publish_every=2)
     decide = Gate.decide
     monkeypatch.setattr(Gate, "decide", lambda self, weights: _refuse(*decide(self, weights)))
-    send(made, served[:2])
-    step_until(made, lambda: made.events("candidate"))
-    send(made, served[2:4])
-    step_until(made, lambda: made.events("gate"))
-    drain(made)
-    assert not any(event["publish"] for event in made.events("gate"))
-    assert made.learner.version == 0
-    assert made.receiver.latest() is None
+    send(loop, served[:2])
+    step_until(loop, lambda: loop.events("candidate"))
+    send(loop, served[2:4])
+    step_until(loop, lambda: loop.events("gate"))
+    drain(loop)
+    assert not any(event["publish"] for event in loop.events("gate"))
+    assert loop.learner.version == 0
+    assert loop.receiver.latest() is None
 
 
 def _refuse(decision: Any, released: list[TensorDict]) -> tuple[Any, list[TensorDict]]:
@@ -285,76 +285,76 @@ def _refuse(decision: Any, released: list[TensorDict]) -> tuple[Any, list[Tensor
 def test_a_step_that_is_not_finite_is_skipped_and_logged(
     make: Make, served: list[TensorDict], poison: Callable[[Eagle3Drafter], Tensor]
 ) -> None:
-    made = make()
-    before = {name: value.clone() for name, value in made.drafter.state_dict().items()}
-    made.loss.poison = poison
-    send(made, served[:2])
-    step_until(made, lambda: made.loss.batches)
-    assert len(made.events("step_skipped")) == 1
-    assert not made.events("train")
-    assert made.learner.steps == 0
-    assert all(torch.equal(value, before[name]) for name, value in made.drafter.state_dict().items())
-    made.loss.poison = None
-    send(made, served[2:4])
-    step_until(made, lambda: made.events("train"))
-    assert made.learner.steps == 1
-    assert all(value.isfinite().all() for value in made.drafter.state_dict().values())
+    loop = make()
+    before = {name: value.clone() for name, value in loop.drafter.state_dict().items()}
+    loop.loss.poison = poison
+    send(loop, served[:2])
+    step_until(loop, lambda: loop.loss.batches)
+    assert len(loop.events("step_skipped")) == 1
+    assert not loop.events("train")
+    assert loop.learner.steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in loop.drafter.state_dict().items())
+    loop.loss.poison = None
+    send(loop, served[2:4])
+    step_until(loop, lambda: loop.events("train"))
+    assert loop.learner.steps == 1
+    assert all(value.isfinite().all() for value in loop.drafter.state_dict().values())
 
 
 def test_a_good_step_between_them_starts_the_count_anew(make: Make, served: list[TensorDict]) -> None:
-    made = make(max_skipped=1, batch_size=2, replay=0)
+    loop = make(max_skipped=1, batch_size=2, replay=0)
     for number in range(4):  # bad, good, bad, good
-        made.loss.poison = None if number % 2 else lambda drafter: drafter.fc.weight.sum() * math.nan
-        send(made, served[2 * number : 2 * number + 2])
-        step_until(made, lambda wanted=number + 1: len(made.loss.batches) == wanted)
-    assert made.learner.skipped == 2 and made.learner.steps == 2
+        loop.loss.poison = None if number % 2 else lambda drafter: drafter.fc.weight.sum() * math.nan
+        send(loop, served[2 * number : 2 * number + 2])
+        step_until(loop, lambda wanted=number + 1: len(loop.loss.batches) == wanted)
+    assert loop.learner.skipped == 2 and loop.learner.steps == 2
 
 
 def test_the_next_candidate_waits_for_as_many_requests_as_the_first(make: Make, served: list[TensorDict]) -> None:
-    made = make(gate=4, publish_every=6)
-    send(made, served[:6])
-    step_until(made, lambda: made.events("candidate"))
-    send(made, served[6:10])
-    step_until(made, lambda: made.events("gate"))
-    drain(made)
-    assert len(made.events("candidate")) == 1  # four since then
-    send(made, served[10:12])
-    step_until(made, lambda: len(made.events("candidate")) == 2)
+    loop = make(gate=4, publish_every=6)
+    send(loop, served[:6])
+    step_until(loop, lambda: loop.events("candidate"))
+    send(loop, served[6:10])
+    step_until(loop, lambda: loop.events("gate"))
+    drain(loop)
+    assert len(loop.events("candidate")) == 1  # four since then
+    send(loop, served[10:12])
+    step_until(loop, lambda: len(loop.events("candidate")) == 2)
 
 
 def test_what_no_step_changed_is_not_offered(make: Make, served: list[TensorDict]) -> None:
-    made = make(gate=1, publish_every=2, batch_size=8)
-    send(made, served[:6])
-    drain(made)
-    assert not made.events("candidate") and made.learner.steps == 0
-    send(made, served[6:12])
-    step_until(made, lambda: made.events("candidate"))
-    assert made.events("candidate")[0]["steps"] > 0
+    loop = make(gate=1, publish_every=2, batch_size=8)
+    send(loop, served[:6])
+    drain(loop)
+    assert not loop.events("candidate") and loop.learner.steps == 0
+    send(loop, served[6:12])
+    step_until(loop, lambda: loop.events("candidate"))
+    assert loop.events("candidate")[0]["steps"] > 0
 
 
 def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_state(
     make: Make, served: list[TensorDict]
 ) -> None:
-    made = make(gate=2, publish_every=2, max_skipped=2)
-    send(made, served[:2])
-    step_until(made, lambda: made.events("candidate"))
-    send(made, served[2:4])
-    step_until(made, lambda: made.learner.version)
-    drain(made)
-    send(made, served[4:8])
-    drain(made)
-    made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(made, served[8:20])
+    loop = make(gate=2, publish_every=2, max_skipped=2)
+    send(loop, served[:2])
+    step_until(loop, lambda: loop.events("candidate"))
+    send(loop, served[2:4])
+    step_until(loop, lambda: loop.learner.version)
+    drain(loop)
+    send(loop, served[4:8])
+    drain(loop)
+    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(loop, served[8:20])
     with pytest.raises(
         FloatingPointError, match="3 steps in a row had no finite loss .* last good training state is in"
     ):
-        drain(made)
-    assert made.learner.skipped == 3
-    kept = load_file(made.learner._checkpoint / "model.safetensors")
+        drain(loop)
+    assert loop.learner.skipped == 3
+    kept = load_file(loop.learner._checkpoint / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
     # Those of the last good step, and not of the last that was published.
-    published = made.learner._serving
-    for name, value in made.drafter.state_dict().items():
+    published = loop.learner._serving
+    for name, value in loop.drafter.state_dict().items():
         assert bool(value.isfinite().all()) and torch.equal(kept[f"module.{name}"], value)
     assert not torch.equal(kept["module.fc.weight"], published["fc.weight"])
 
@@ -362,69 +362,69 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
 def test_what_was_learned_before_such_steps_is_kept_though_nothing_was_published_since(
     make: Make, served: list[TensorDict]
 ) -> None:
-    made = make(max_skipped=2)
-    send(made, served[:4])
-    step_until(made, lambda: made.learner.steps == 2)
-    learned = {name: value.clone() for name, value in made.drafter.state_dict().items()}
-    assert not made.checkpoint.exists()
-    made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(made, served[4:20])
+    loop = make(max_skipped=2)
+    send(loop, served[:4])
+    step_until(loop, lambda: loop.learner.steps == 2)
+    learned = {name: value.clone() for name, value in loop.drafter.state_dict().items()}
+    assert not loop.checkpoint.exists()
+    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(loop, served[4:20])
     with pytest.raises(FloatingPointError, match="last good training state is in"):
-        drain(made)
+        drain(loop)
     again = make()
-    again.learner.resume(made.checkpoint)
+    again.learner.resume(loop.checkpoint)
     assert (again.learner.seen, again.learner.steps) == (4, 2)
     assert all(torch.equal(value, learned[name]) for name, value in again.drafter.state_dict().items())
 
 
 def test_weights_that_are_not_finite_do_not_replace_the_last_good_state(make: Make, served: list[TensorDict]) -> None:
-    made = make(max_skipped=2)
+    loop = make(max_skipped=2)
     with torch.no_grad():
-        made.drafter.fc.weight.fill_(math.inf)  # as a finite gradient and a learning rate far too high leave it
-    send(made, served[:20])
+        loop.drafter.fc.weight.fill_(math.inf)  # as a finite gradient and a learning rate far too high leave it
+    send(loop, served[:20])
     with pytest.raises(FloatingPointError, match="no good state was saved; lower the learning rate"):
-        drain(made)
-    assert not made.checkpoint.exists()
+        drain(loop)
+    assert not loop.checkpoint.exists()
 
 
 def test_replay_is_owed_for_new_requests_only_and_does_not_pile_up(make: Make, served: list[TensorDict]) -> None:
-    made = make(batch_size=2, replay=3, muon_lr=0.0, adam_lr=0.0)
-    send(made, served[:40])
-    drain(made)
-    new = [event["new"] for event in made.events("train")]
+    loop = make(batch_size=2, replay=3, muon_lr=0.0, adam_lr=0.0)
+    send(loop, served[:40])
+    drain(loop)
+    new = [event["new"] for event in loop.events("train")]
     assert new == [2] * 20 + [0] * 12  # new requests come first; four batches' worth of replay is kept
-    assert made.learner.step(wait_s=0.0) is False
+    assert loop.learner.step(wait_s=0.0) is False
 
 
 def test_arrivals_that_outrun_learning_do_not_pile_up(make: Make, served: list[TensorDict]) -> None:
-    made = make(batch_size=2, buffer=6)
-    send(made, served[:30])
-    drain(made)
-    assert made.learner.seen == 6  # what the buffer still held
-    assert {request for batch in made.loss.batches for request in batch} == set(range(24, 30))
+    loop = make(batch_size=2, buffer=6)
+    send(loop, served[:30])
+    drain(loop)
+    assert loop.learner.seen == 6  # what the buffer still held
+    assert {request for batch in loop.loss.batches for request in batch} == set(range(24, 30))
 
 
 def test_versions_rise_above_what_engines_serve(make: Make, served: list[TensorDict]) -> None:
-    made = make(gate=2, publish_every=2, version=7)  # the engine got 7 from a learner that is gone
-    wait(lambda: made.publisher.engines)
-    send(made, served[:2])
-    step_until(made, lambda: made.events("candidate"))
-    send(made, served[2:4])
-    step_until(made, lambda: made.events("gate"))
-    assert made.learner.version == 8
-    wait(lambda: (latest := made.receiver.latest()) is not None and latest[0] == 8)
+    loop = make(gate=2, publish_every=2, version=7)  # the engine got 7 from a learner that is gone
+    wait(lambda: loop.publisher.engines)
+    send(loop, served[:2])
+    step_until(loop, lambda: loop.events("candidate"))
+    send(loop, served[2:4])
+    step_until(loop, lambda: loop.events("gate"))
+    assert loop.learner.version == 8
+    wait(lambda: (latest := loop.receiver.latest()) is not None and latest[0] == 8)
 
 
 def test_another_engine_is_refused_told_and_not_learned_from(make: Make, served: list[TensorDict]) -> None:
-    made = make(engine=replace(HANDSHAKE, draft_map_checksum="other"))
-    send(made, served[:4])
-    step_until(made, lambda: made.events("refused"))
-    wait(lambda: made.receiver.error)
-    drain(made)
-    (event,) = made.events("refused")
+    loop = make(engine=replace(HANDSHAKE, draft_map_checksum="other"))
+    send(loop, served[:4])
+    step_until(loop, lambda: loop.events("refused"))
+    wait(lambda: loop.receiver.error)
+    drain(loop)
+    (event,) = loop.events("refused")
     mismatch = "handshake mismatch: draft_map_checksum is '' at the learner and 'other' at the engine; "
-    assert event["reason"] == made.receiver.error and event["reason"].startswith(mismatch)
-    assert made.learner.seen == made.learner.steps == 0
+    assert event["reason"] == loop.receiver.error and event["reason"].startswith(mismatch)
+    assert loop.learner.seen == loop.learner.steps == 0
 
 
 def test_resume_continues_and_publishes_at_once(make: Make, served: list[TensorDict]) -> None:
@@ -470,23 +470,23 @@ def day0_named() -> list[tuple[str, Tensor]]:
 def test_an_engine_that_says_it_serves_a_version_is_believed_by_its_drafts(
     make: Make, served: list[TensorDict], loaded: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = make(batch_size=8, replay=9, publish_every=32)
-    send(made, served[:24])
-    drain(made)  # learned from before a candidate is frozen
-    send(made, served[24:40])
-    step_until(made, lambda: made.events("candidate"))
-    send(made, served[40:48])
-    step_until(made, lambda: made.learner.version == 1)
-    new = copy.deepcopy(made.drafter).eval().requires_grad_(False)
-    new.install(dict(made.learner._serving))
+    loop = make(batch_size=8, replay=9, publish_every=32)
+    send(loop, served[:24])
+    drain(loop)  # learned from before a candidate is frozen
+    send(loop, served[24:40])
+    step_until(loop, lambda: loop.events("candidate"))
+    send(loop, served[40:48])
+    step_until(loop, lambda: loop.learner.version == 1)
+    new = copy.deepcopy(loop.drafter).eval().requires_grad_(False)
+    new.install(dict(loop.learner._serving))
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(32, (4,), generator=generator) for _ in range(16)]
     came = serve(new if loaded else day0(), TARGET, prompts, shape=SHAPE, max_new_tokens=24, num_slots=16)
     for trajectory in came:
         trajectory["rounds", "policy_version"].fill_(1)
-    send(made, came)
-    step_until(made, lambda: made.events("served"))
-    (event,) = made.events("served")
+    send(loop, came)
+    step_until(loop, lambda: loop.events("served"))
+    (event,) = loop.events("served")
     assert event["version"] == 1 and event["drafts"] >= 100
     if loaded:
         assert event["own"] == event["drafts"] > event["of_replaced"] and not caplog.records
@@ -501,27 +501,27 @@ def test_what_cannot_be_written_does_not_end_learning(
     def full(*args: object) -> None:
         raise OSError("the disk is full")
 
-    made = make(publish_every=2, gate=2)
+    loop = make(publish_every=2, gate=2)
     monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
-    send(made, served[:12])
-    drain(made)
-    steps = made.learner.steps
-    send(made, served[12:20])  # the gate judges on what comes after the candidate
-    step_until(made, lambda: made.learner.version >= 1)
-    drain(made)
-    assert made.learner.steps > steps > 0
-    assert {event["what"] for event in made.events("not_written")} == {"the training state"}
+    send(loop, served[:12])
+    drain(loop)
+    steps = loop.learner.steps
+    send(loop, served[12:20])  # the gate judges on what comes after the candidate
+    step_until(loop, lambda: loop.learner.version >= 1)
+    drain(loop)
+    assert loop.learner.steps > steps > 0
+    assert {event["what"] for event in loop.events("not_written")} == {"the training state"}
     assert [r.message for r in caplog.records] == [
         "the training state was not written, and the run goes on: the disk is full"
     ]
-    (told,) = made.learner.outputs.failures.values()
+    (told,) = loop.learner.outputs.failures.values()
     assert told.startswith("the training state could not be written") and told.endswith(": the disk is full")
     with pytest.raises(OSError, match="the disk is full"):
-        made.learner.save()
+        loop.learner.save()
     monkeypatch.undo()
-    made.learner.save()  # makes good for those that failed
-    assert not made.learner.outputs.failures
-    assert [event["steps"] for event in made.events("checkpoint")] == [made.learner.steps]
+    loop.learner.save()  # makes good for those that failed
+    assert not loop.learner.outputs.failures
+    assert [event["steps"] for event in loop.events("checkpoint")] == [loop.learner.steps]
 
 
 def test_a_learner_that_stops_says_that_its_last_state_was_not_written(
@@ -530,10 +530,10 @@ def test_a_learner_that_stops_says_that_its_last_state_was_not_written(
     def full(*args: object) -> None:
         raise OSError("the disk is full")
 
-    made = make(max_skipped=0)
-    made.learner.save()
+    loop = make(max_skipped=0)
+    loop.learner.save()
     monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
-    made.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(made, served[:2])
+    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(loop, served[:2])
     with pytest.raises(FloatingPointError, match="the training state could not .* full; an older one is in .*learner;"):
-        drain(made)
+        drain(loop)

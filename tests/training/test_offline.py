@@ -22,19 +22,19 @@ from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.trajectories import pack
 
 
-def made() -> tuple[Eagle3Drafter, ImitationLoss]:
+def drafter_and_loss() -> tuple[Eagle3Drafter, ImitationLoss]:
     parts = TargetParts.of(tiny_target())
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).float()
     return drafter, ImitationLoss(drafter, parts.head.float(), steps=2)
 
 
 def stream(count: int, depth: int = 3) -> list[TensorDict]:
-    drafter, _ = made()
+    drafter, _ = drafter_and_loss()
     return [tiny_trajectory(drafter, request=i, max_new_tokens=4, shape=TreeShape(depth)) for i in range(count)]
 
 
 class Seen(nn.Module):
-    """A loss that notes the requests of every batch, beside two that it is told."""
+    """A loss that notes the requests of every batch; its two values are those that it is told."""
 
     def __init__(self, values: tuple[float, float] = (1.0, 2.0)) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_learning_from_a_recording_passes_over_such_a_step(caplog: pytest.LogCap
 
 @pytest.mark.parametrize("settings", [{"name": "discard"}, {"name": "expected_length", "contexts": "trees"}])
 def test_a_recording_without_drafts_that_an_objective_needs_is_an_error_at_its_end(settings: dict[str, str]) -> None:
-    drafter, _ = made()
+    drafter, _ = drafter_and_loss()
     losses = SumLoss(
         make_objectives([{"name": "imitation"}, settings], drafter, TargetParts.of(tiny_target()).head.float())
     )
@@ -111,7 +111,7 @@ def test_a_recording_without_drafts_that_an_objective_needs_is_an_error_at_its_e
     # With drafts in the last request alone it is none, and imitation needs none.
     late = [*stream(8, depth=0)[:7], stream(8)[7]]
     assert len(list(train_on(late, losses, optimizers, replay=0))) == 2
-    assert len(list(train_on(stream(8, depth=0), made()[1], optimizers, replay=0))) == 2
+    assert len(list(train_on(stream(8, depth=0), drafter_and_loss()[1], optimizers, replay=0))) == 2
 
 
 def test_a_stream_shorter_than_a_batch_is_an_error() -> None:
@@ -122,7 +122,7 @@ def test_a_stream_shorter_than_a_batch_is_an_error() -> None:
 
 
 def test_it_learns() -> None:
-    (drafter, loss), recorded = made(), stream(8)
+    (drafter, loss), recorded = drafter_and_loss(), stream(8)
     assert isinstance(loss, LossModule)
 
     def value() -> float:
@@ -139,14 +139,14 @@ def test_it_learns() -> None:
 
 def trainer(stream: list[TensorDict], **settings: Any) -> tuple[OfflineTrainer, Eagle3Drafter]:
     torch.manual_seed(0)
-    drafter, loss = made()
+    drafter, loss = drafter_and_loss()
     return OfflineTrainer(
         drafter, loss, drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4), stream, **settings
     ), drafter
 
 
 def test_an_epoch_has_each_trajectory_once_in_an_order_of_its_own() -> None:
-    loss, drafter = Seen(), made()[0]
+    loss, drafter = Seen(), drafter_and_loss()[0]
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
     epochs = OfflineTrainer(drafter, loss, [optimizer], stream(7), batch_size=2)  # type: ignore[arg-type]
     assert epochs.batches_per_epoch == 3
@@ -179,17 +179,17 @@ def test_a_state_of_another_draft_vocabulary_is_refused(tmp_path: Path) -> None:
     recorded = stream(2)
     begun, drafter = trainer(recorded, batch_size=2)
     begun.save(tmp_path / "state")
-    other, drafter = trainer(recorded, batch_size=2)
+    resumed, drafter = trainer(recorded, batch_size=2)
     drafter.draft_vocab = drafter.draft_vocab + 1
     with pytest.raises(CheckpointError, match="another draft vocabulary"):
-        other.resume(tmp_path / "state")
+        resumed.resume(tmp_path / "state")
 
 
 def test_steps_that_are_not_finite_are_counted_up_to_a_limit() -> None:
     loss = Seen((float("nan"), 1.0))
     optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
     epochs = OfflineTrainer(
-        made()[0],
+        drafter_and_loss()[0],
         loss,  # type: ignore[arg-type]
         [optimizer],
         stream(2),
@@ -212,7 +212,7 @@ def test_fewer_trajectories_than_a_batch_are_refused() -> None:
 
 
 def test_an_epoch_without_a_node_is_an_error_of_what_learns_from_nodes() -> None:
-    drafter, _ = made()
+    drafter, _ = drafter_and_loss()
     parts = TargetParts.of(tiny_target())
     loss = SumLoss(make_objectives([{"name": "discard"}], drafter, parts.head.float()))
     optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
@@ -224,7 +224,7 @@ def test_an_epoch_without_a_node_is_an_error_of_what_learns_from_nodes() -> None
 
 
 def test_groups_are_replayed_a_few_at_a_time_as_all_at_once() -> None:
-    drafter, _ = made()
+    drafter, _ = drafter_and_loss()
     drafter = drafter.double()
     recorded = [tiny_trajectory(drafter, request=i, max_new_tokens=6 + i) for i in range(5)]
     groups = replay_groups(drafter, {"a": recorded[:3], "b": recorded[3:]}, TreeShape(3), at_once=2)

@@ -6,7 +6,7 @@ from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.training.served_weights import drafts_agreed
 
 
-def made(kind, seed=0):
+def drafter_of(kind, seed=0):
     parts = TargetParts.of(tiny_target())
     torch.manual_seed(seed)
     drafter = kind.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
@@ -19,16 +19,16 @@ def made(kind, seed=0):
 @pytest.mark.parametrize("shape", [TreeShape(3, 1), TreeShape(2, 3, 5)])
 @pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
 def test_every_draft_agrees_with_the_weights_that_made_it_and_few_with_others(kind, shape):
-    drafter = made(kind)
+    drafter = drafter_of(kind)
     trajectories = [tiny_trajectory(drafter, shape=shape, request=r, max_new_tokens=24) for r in range(3)]
     drafted, agreed = drafts_agreed(drafter, trajectories, version=0)
     assert drafted == agreed > 20
-    drafted, agreed = drafts_agreed(made(kind, seed=1), trajectories, version=0)
+    drafted, agreed = drafts_agreed(drafter_of(kind, seed=1), trajectories, version=0)
     assert agreed < 0.6 * drafted
 
 
 def test_only_rounds_of_the_version_count():
-    drafter = made(Eagle3Drafter)
+    drafter = drafter_of(Eagle3Drafter)
     trajectory = tiny_trajectory(drafter, max_new_tokens=24)
     rounds = trajectory["rounds"]
     rounds["policy_version"][2:] = 5
@@ -38,7 +38,7 @@ def test_only_rounds_of_the_version_count():
 
 
 def test_what_lookup_added_is_no_draft_of_the_weights():
-    drafter = made(Eagle3Drafter)
+    drafter = drafter_of(Eagle3Drafter)
     trajectory = tiny_trajectory(drafter, shape=TreeShape(2, 1), max_new_tokens=16)
     before = drafts_agreed(drafter, [trajectory], version=0)
     first = trajectory["nodes", "parents"] < 0
@@ -47,7 +47,7 @@ def test_what_lookup_added_is_no_draft_of_the_weights():
 
 
 def test_an_engine_that_keeps_no_scores_is_compared_too():
-    drafter = made(Eagle3Drafter)
+    drafter = drafter_of(Eagle3Drafter)
     trajectory = tiny_trajectory(drafter, max_new_tokens=16)
     whole = drafts_agreed(drafter, [trajectory], version=0)
     assert drafts_agreed(drafter, [trajectory.exclude(("nodes", "log_probs"))], version=0) == whole

@@ -1,4 +1,4 @@
-"""Real vLLM, unpatched and on the CPU, drafts with checkpoints of this library what this library drafts with them."""
+"""Real vLLM, unpatched and on the CPU, drafts with exported folders (formats/vllm.py) what this library drafts."""
 
 from __future__ import annotations
 
@@ -163,23 +163,23 @@ def agreement(served: dict[str, Any], drafter: Drafter, target: LlamaForCausalLM
 
 
 def test_an_eagle3_checkpoint_drafts_in_vllm_as_here(eagle3, target, prompts, vllm_serves, tmp_path):
-    save_drafter(eagle3, tmp_path / "theirs", "vllm")
-    served = vllm_serves("eagle3", tmp_path / "theirs")
+    save_drafter(eagle3, tmp_path / "exported", "vllm")
+    served = vllm_serves("eagle3", tmp_path / "exported")
     assert served["layers"] == list(eagle3.feature_layers)
     equal = agreement(served, eagle3, target, prompts)
     assert len(equal) > 50 and all(equal)
     assert {len(each["said"]) for rounds in served["rounds"] for each in rounds} == set(range(1, DEPTH + 2))
 
     # SGLang's ids in the place that vLLM reads: the comparison must be able to fail.
-    tensors, config = read_folder(tmp_path / "theirs", "config.json")
+    tensors, config = read_folder(tmp_path / "exported", "config.json")
     write_folder(tmp_path / "off", tensors, {"config.json": config | {LAYER_IDS: config["eagle_config"][LAYER_IDS]}})
     equal = agreement(vllm_serves("eagle3", tmp_path / "off"), eagle3, target, prompts)
     assert sum(equal) < 0.7 * len(equal)
 
 
 def test_a_medusa_checkpoint_drafts_in_vllm_as_here(medusa, target, prompts, vllm_serves, tmp_path):
-    save_drafter(medusa, tmp_path / "theirs", "vllm")
-    served = vllm_serves("medusa", tmp_path / "theirs")
+    save_drafter(medusa, tmp_path / "exported", "vllm")
+    served = vllm_serves("medusa", tmp_path / "exported")
     equal = agreement(served, medusa, target, prompts)
     assert len(equal) > 50 and all(equal)
     assert {len(each["said"]) for rounds in served["rounds"] for each in rounds} == set(range(1, DEPTH + 2))

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from aurora_rl.workload import traffic
-from aurora_rl.workload.pools import POOLS
-from aurora_rl.workload.templates import TEMPLATES
 from aurora_rl.workload.traffic import Prompt, TrafficError, generate, read_jsonl
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -178,17 +176,6 @@ def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list
     assert [word for word in words if re.search(rf"\b{re.escape(word)}\b", everything)] == []
 
 
-def test_the_halves_of_every_pool_and_the_templates_are_disjoint() -> None:
-    pools = POOLS.values()
-    halves = [{p for pool in pools for v in pool[half] for p in pieces(v)} for half in (0, 1)]
-    assert not halves[0] & halves[1]
-    for first, last in TEMPLATES.values():
-        assert not first.keys() & last.keys()
-        assert not set(first.values()) & set(last.values())
-        assert len(first) >= 12
-        assert len(last) >= 5
-
-
 def test_domains_have_equal_shares_and_interleave(stream: list[traffic._Filled]) -> None:
     domains = [f.prompt.domain for f in stream]
     assert Counter(domains[:1500]) == dict.fromkeys(["code", "sql", "math", "finance", "chat"], 300)
@@ -220,10 +207,3 @@ def test_as_many_as_can_be_distinct_and_not_one_more() -> None:
         generate(most + 1)
     with pytest.raises(TrafficError, match="asked for 0 requests; the number must be 1 or more"):
         generate(0)
-
-
-def test_every_choice_of_a_template_has_its_own_text() -> None:
-    for part in traffic._templates():
-        for template in (t for group in part.values() for t in group):
-            indices = range(0, template.size, max(1, template.size // 500))
-            assert len({template.fill(template.values(index)) for index in indices}) == len(indices), template.name

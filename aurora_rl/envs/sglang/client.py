@@ -40,10 +40,10 @@ class SGLangCompletion:
     """A request that SGLang has answered.
 
     Attributes:
-        request: The request as it was asked.
-        tokens: ``[n]`` int64, a stop token included.
+        request: Request as it was sent.
+        tokens: Tokens of the completion, a stop token included, ``[n]`` int64.
         terminated: Whether the text ended by itself, not by its budget.
-        rounds: Verification passes, each of which delivered a token and its accepted drafts.
+        rounds: Number of verification passes, each of which delivered a token and its accepted drafts.
         accepted: Number of rounds by the number of drafts that they accepted.
         versions: Versions of the drafter's weights that were served meanwhile, oldest first.
     """
@@ -63,7 +63,7 @@ class SGLangClient:
         url: URL of the server, such as ``http://127.0.0.1:30000``.
         plugin_address: Address of the plugin's control socket; None where nothing is recorded or swapped.
         process: The server, if it was launched here; ended by :meth:`close`.
-        log: File with what the process prints.
+        log: File to which the process prints.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class SGLangClient:
             *("--skip-server-warmup", "--log-level", "warning"),
         ]
         if device == "cpu":
-            # The attention backend that knows trees; asked for as a whole it is replaced where the CPU has no AMX.
+            # The attention backend that knows trees; named for all uses at once, it is replaced on a CPU without AMX.
             for kind in ("prefill-attention", "decode-attention", "speculative-draft-attention"):
                 command += [f"--{kind}-backend", "intel_amx"]
             # Idle, a scheduler would spin and keep a core from the learner.
@@ -157,9 +157,8 @@ class SGLangClient:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        engine = cls(
-            f"http://127.0.0.1:{port}", plugin_address if drafter is not None else None, process=process, log=path
-        )
+        plugin = plugin_address if drafter is not None else None
+        engine = cls(f"http://127.0.0.1:{port}", plugin, process=process, log=path)
         try:
             engine.wait_ready(_START_S)
         except BaseException:
@@ -168,11 +167,7 @@ class SGLangClient:
         return engine
 
     def wait_ready(self, timeout: float) -> None:
-        """Wait until the server answers.
-
-        Raises:
-            SGLangError: It does not, or its process has ended.
-        """
+        """Wait until the server answers, or raise SGLangError if it does not in time or its process ends."""
         deadline = time.monotonic() + timeout
         while not self._healthy():
             if self._process is not None and self._process.poll() is not None:
@@ -242,7 +237,7 @@ class SGLangClient:
         )
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
-        """Post to any of the server's endpoints; returns what its JSON says.
+        """Post to any of the server's endpoints and return the decoded JSON.
 
         Raises:
             SGLangError: The server refuses, or does not answer within ``timeout`` seconds.
@@ -300,20 +295,9 @@ class SGLangClient:
                 f"a request passed and the hooks {silent} saw nothing of it: SGLang drafts or verifies in another way"
                 " than they know"
             )
-        return self._ask(
-            "attach",
-            {
-                "handshake": handshake.to_meta(),
-                "trajectories": trajectories,
-                "weights": weights,
-                "version": version,
-                "capture_rate": capture_rate,
-                "queue": queue,
-                "top_k": top_k,
-                "max_bytes": max_bytes,
-                "store_bytes": store_bytes,
-            },
-        )
+        fields = {"trajectories": trajectories, "weights": weights, "version": version, "capture_rate": capture_rate}
+        limits = {"queue": queue, "top_k": top_k, "max_bytes": max_bytes, "store_bytes": store_bytes}
+        return self._ask("attach", {"handshake": handshake.to_meta(), **fields, **limits})
 
     def detach(self) -> dict[str, Any]:
         """Stop recording and taking weights; the server goes on with those that it has."""
@@ -324,7 +308,7 @@ class SGLangClient:
         return self._ask("record", {"on": on})
 
     def status(self) -> dict[str, Any]:
-        """What the plugin says of itself: versions, hooks, counts of records and of requests not recorded, swaps."""
+        """Return the plugin's status: versions, hooks, counts of records and of requests not recorded, swaps."""
         return self._ask("status")
 
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -350,12 +334,10 @@ class SGLangClient:
 
 
 def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathLike[str]) -> list[str]:
-    """SGLang's arguments for a drafter.
+    """Return SGLang's arguments for a drafter's folder in the format "sglang".
 
-    Args:
-        drafter: Folder of the drafter, in the format "sglang".
-        token_map: File to write the draft vocabulary to, if it is not the whole one and SGLang does not read it from
-            the folder, as it does for EAGLE3 alone.
+    A reduced draft vocabulary is written to the file ``token_map``, except for EAGLE-3, for which SGLang reads it from
+    the folder.
 
     Raises:
         CheckpointError: The folder is not a checkpoint of a drafter that SGLang serves.
@@ -366,9 +348,8 @@ def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathL
     except ValueError as error:
         raise CheckpointError(f"{drafter}: {error}") from error
     if algorithm is None:
-        raise CheckpointError(
-            f"{drafter}: config.json is of {recognized(config).__name__}, which SGLang does not serve"
-        )
+        name = recognized(config).__name__
+        raise CheckpointError(f"{drafter}: config.json is of {name}, which SGLang does not serve")
     if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
         raise CheckpointError(
             f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "
@@ -386,7 +367,7 @@ _OWN_PLACES = 6
 
 
 def reserved_context(depth: int, width: int, num_nodes: int) -> int:
-    """Places of a request's context that SGLang keeps for its drafts, and for itself.
+    """Return how many places of a request's context SGLang keeps for its drafts and for itself.
 
     >>> reserved_context(3, 4, 6)
     18
@@ -395,12 +376,9 @@ def reserved_context(depth: int, width: int, num_nodes: int) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this host that nobody listens at now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return ports of this host that nobody listens at now."""
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [bound.getsockname()[1] for bound in sockets]

@@ -31,7 +31,7 @@ class ControlServer:
 
     Args:
         address: Address to bind.
-        answer: Takes kind and fields of a request, and returns the fields of ``status``; ControlError refuses.
+        answer: Function of the kind and fields of a request to the fields of ``status``; ControlError refuses.
 
     Raises:
         OSError: The address is taken or cannot be bound.
@@ -39,10 +39,10 @@ class ControlServer:
 
     def __init__(self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
         self._answer = answer
-        self._socket, owned = open_socket(zmq.ROUTER, None)
+        self._socket = open_socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LIMITS.max_bytes
-        self.address = bind(self._socket, address, owned, limits=_LIMITS)
-        self._thread = SocketThread(self._socket, self._step, name="sglang-control", owned_context=owned)
+        self.address = bind(self._socket, address, limits=_LIMITS)
+        self._thread = SocketThread(self._socket, self._step, name="sglang-control")
         self._thread.start()
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class ControlServer:
                 reply = encode("status", self._answer(message.kind, message.meta))
             except (CodecError, ControlError) as error:
                 reply = encode("refused", {"reason": str(error)})
-            except Exception as error:  # a fault of ours must not end the thread: the engine could not be reached again
+            except Exception as error:  # a fault of ours must not end the thread, or nobody reaches the engine again
                 logger.exception("a control request failed")
                 reply = encode("refused", {"reason": f"{type(error).__name__}: {error}"})
             self._socket.send_multipart([identity, *reply])
@@ -65,19 +65,12 @@ class ControlServer:
 
 
 def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeout: float = 10.0) -> dict[str, Any]:
-    """Send one request to a plugin and wait for its status.
-
-    Args:
-        address: Address of its control socket.
-        kind: ``status``, ``attach``, ``detach`` or ``record``.
-        fields: Fields of the request.
-        timeout: Seconds to wait.
+    """Send one request (``status``, ``attach``, ``detach`` or ``record``) to a plugin and wait for its status.
 
     Raises:
-        ControlError: It refuses, or does not answer in time.
+        ControlError: The plugin at ``address`` refuses, or does not answer within ``timeout`` seconds.
     """
-    socket, owned = open_socket(zmq.DEALER, None)
-    assert owned is not None
+    socket = open_socket(zmq.DEALER)
     try:
         connect(socket, address)
         socket.send_multipart(encode(kind, fields or {}))
@@ -89,7 +82,6 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
         message = decode(socket.recv_multipart(), limits=_LIMITS)
     finally:
         socket.close(linger=0)
-        owned.term()
     if message.kind == "refused":
         raise ControlError(str(message.meta.get("reason")))
     return message.meta

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -23,4 +22,4 @@ def copies_done(device: torch.device) -> Callable[[], None]:
         return lambda: None
     event = torch.get_device_module(device).Event()
     event.record()
-    return functools.partial(event.synchronize)
+    return event.synchronize

@@ -43,11 +43,7 @@ _TOLD_SWAPS = 256
 
 
 class Plugin:
-    """State of one scheduler process.
-
-    Args:
-        address: Address at which control requests are answered.
-    """
+    """State of one scheduler process, which answers control requests at ``address``."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -66,7 +62,7 @@ class Plugin:
         self._rows: TargetRows | None = None
 
     def hooks(self) -> dict[str, Callable[..., Any]]:
-        """What is wrapped, and by what."""
+        """Return the hooks by the functions that they wrap."""
         return {
             f"{_SCHEDULER}.process_input_requests": self._between_batches,
             f"{_SCHEDULER}.process_batch_result": self._after_batch,
@@ -79,7 +75,7 @@ class Plugin:
         }
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
-        """Run something of ours on the serving path."""
+        """Run an action of ours on the serving path. A fault switches recording off."""
         session = self._session
         try:
             action(*args)
@@ -189,11 +185,10 @@ class Plugin:
         # EAGLE reads what the target's head reads, which is no layer that SGLang captures.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
         if layers != handshake.feature_layers:
-            raise ControlError(
-                f"feature_layers is {handshake.feature_layers} at the learner and {layers} at the engine"
-            )
+            learner = handshake.feature_layers
+            raise ControlError(f"feature_layers is {learner} at the learner and {layers} at the engine")
         head = target.lm_head.weight[: target.config.vocab_size]
-        # Which of them the model has, the learner has found out; SGLang's own code computes it.
+        # The learner found out which of them the model has; SGLang's own code computes it.
         heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
         if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
             raise ControlError(
@@ -251,9 +246,8 @@ class Plugin:
         try:
             if (fault := not_finite(loadable)) is not None:
                 raise SwapError(fault)
-            if draft_map is not None and not torch.equal(
-                draft_map.cpu() + torch.arange(len(draft_map)), self._draft_vocab
-            ):
+            vocab = None if draft_map is None else draft_map.cpu() + torch.arange(len(draft_map))
+            if vocab is not None and not torch.equal(vocab, self._draft_vocab):
                 raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
             if self._device != "cpu":
                 torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
@@ -291,7 +285,7 @@ class Plugin:
         return out
 
     def _keep_first_score(self, worker: Any, result: Any) -> None:
-        """Of a chain SGLang keeps no probabilities, but ones in their place, which nothing but this recorder reads."""
+        """Put the probabilities of a chain in the place of SGLang's ones, which only this recorder reads."""
         drafted = result.next_draft_input
         if worker.topk != 1 or len(self._draft_logits) != 1 or drafted.topk_index is None:
             return
@@ -384,16 +378,10 @@ class Plugin:
             self._rows = session.target_rows(hidden, logits)
 
     def _record_round(
-        self,
-        session: Session,
-        tree: Any,
-        batch: Any,
-        features: Tensor,
-        result: tuple[Tensor, Tensor, Tensor],
+        self, session: Session, tree: Any, batch: Any, features: Tensor, result: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         assert self._rows is not None
-        target = self._rows
-        _, path_lengths, paths = result
+        target, (_, path_lengths, paths) = self._rows, result
         n, width = len(batch.seq_lens), tree.draft_token_num
         joint = self._joint_log_probs
         if joint is not None and joint.shape != (n, width - 1):

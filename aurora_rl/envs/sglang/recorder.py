@@ -1,4 +1,4 @@
-"""From what the rounds of a remote engine leave behind to packed trajectories. Nothing here knows SGLang."""
+"""Turn the rounds of a remote engine into packed trajectories. Nothing here knows SGLang."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class EngineRound:
 
     Attributes:
         anchor: Position of the root, ``[]`` int64.
-        tokens: ``[n + 1]``, the root first.
-        first_child: ``[n + 1]``, −1 where there is none.
-        next_sibling: ``[n + 1]``, −1 where there is none.
-        path: ``[d]`` places of the root and the accepted nodes, in order; entries after ``path_length`` are ignored.
-        path_length: ``[]``, accepted nodes and the root.
-        joint_log_probs: ``[n]``, the drafter's log-probability of each node's whole path; None where it kept none.
-        features: ``[n + 1, F]``.
+        tokens: Token of the root and of each node, ``[n + 1]``.
+        first_child: Place of the first child, −1 if there is none, ``[n + 1]``.
+        next_sibling: Place of the next sibling, −1 if there is none, ``[n + 1]``.
+        path: Places of the root and the accepted nodes, in order, ``[d]``; those after ``path_length`` are ignored.
+        path_length: Number of accepted nodes and the root, ``[]``.
+        joint_log_probs: The drafter's log-probability of each node's whole path, ``[n]``; None if it kept none.
+        features: Features at the root and at each node, ``[n + 1, F]``.
         target: The target's distribution at the root and each node.
-        policy_version: Weights that drafted.
-        ready: Called before anything is read; waits for copies that are still on their way.
+        policy_version: Version of the weights that drafted.
+        ready: Function to call before anything is read, which waits for copies that are still on their way.
     """
 
     anchor: Tensor
@@ -95,7 +95,7 @@ class FeatureStore:
         self._texts: OrderedDict[bytes, tuple[Tensor, Tensor, int]] = OrderedDict()
 
     def put(self, tokens: Tensor, features: Tensor, version: int) -> None:
-        """Keep the features ``[n, F]`` of tokens ``[n]``, drafted into a cache by weights of this version."""
+        """Keep the features ``[n, F]`` of tokens ``[n]``, with the version of the weights that drafted from them."""
         key = tokens.numpy().tobytes()
         if key in self._texts:
             self._bytes -= self._texts.pop(key)[1].nbytes
@@ -105,7 +105,7 @@ class FeatureStore:
             self._bytes -= self._texts.popitem(last=False)[1][1].nbytes
 
     def get(self, prefix: Tensor) -> tuple[Tensor, int] | None:
-        """Features and version of a text that begins with ``prefix`` ``[k]``; None where there is none."""
+        """Return the features and version of a text that begins with ``prefix`` ``[k]``; None if there is none."""
         k = len(prefix)
         for key in reversed(self._texts):
             tokens, features, version = self._texts[key]
@@ -116,23 +116,23 @@ class FeatureStore:
 
 
 class TrajectoryAssembler:
-    """Collects the rounds of each request; a thread of its own makes the trajectory when the request has ended.
+    """Collect the rounds of each request; a thread of its own makes the trajectory when the request has ended.
 
     All methods may be called on the serving path: they only append to lists.
 
     Args:
-        emit: Takes each trajectory.
+        emit: Called with each trajectory.
         max_bytes: Memory that requests on their way may hold; one that begins beyond it is served without a record.
         store_bytes: Host memory of the store of prefix features.
 
     Attributes:
-        counts: "recorded", and for each reason why a request was not ("prefix", "memory", "incomplete" and those that
-            :meth:`drop` was given) how many.
+        counts: Number of requests that were "recorded", and of others by reason ("prefix", "memory", "incomplete" and
+            those of :meth:`drop`).
     """
 
     def __init__(self, emit: Callable[[TensorDict], None], *, max_bytes: int, store_bytes: int) -> None:
         self._emit, self._max_bytes = emit, max_bytes
-        # Two numbers, each written by one thread: what the serving path took, and what the thread here has given back.
+        # Bytes, each number written by one thread: taken on the serving path, and given back by the thread here.
         self._taken = self._given_back = 0
         self._records: dict[str, _Record] = {}
         self._store = FeatureStore(store_bytes)
@@ -146,7 +146,7 @@ class TrajectoryAssembler:
         return rid in self._records
 
     def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
-        """A request enters; ``cached`` tokens of its prompt will not be run. False where there is no room for it."""
+        """Take in a request, of whose prompt ``cached`` tokens will not be run; return False if there is no room."""
         if self._taken - self._given_back > self._max_bytes:
             self.counts["memory"] += 1
             return False
@@ -154,12 +154,9 @@ class TrajectoryAssembler:
         return True
 
     def prompt(self, rid: str, features: Tensor, first: TargetRows | None) -> None:
-        """A part of a request's prompt was run.
+        """Take in a part of a recorded request's prompt by its features ``[n, F]``.
 
-        Args:
-            rid: Id of a request that is being recorded.
-            features: ``[n, F]`` of the part.
-            first: The target's distribution after the last token, with one row; None while parts are missing.
+        ``first`` is the target's distribution after the last token, with one row; None while parts are missing.
         """
         record = self._records[rid]
         record.features.append(features)
@@ -168,12 +165,12 @@ class TrajectoryAssembler:
         self._taken += features.nbytes
 
     def prefilled(self, rid: str) -> int:
-        """Tokens of a recorded request's prompt that are cached or were run."""
+        """Return how many tokens of a recorded request's prompt are cached or were run."""
         record = self._records[rid]
         return record.cached + sum(len(part) for part in record.features)
 
     def round(self, rid: str, drafted: EngineRound) -> None:
-        """A round of a request that is being recorded."""
+        """Take in a round of a recorded request."""
         record = self._records[rid]
         record.rounds.append(drafted)
         record.nbytes += drafted.nbytes
@@ -185,7 +182,7 @@ class TrajectoryAssembler:
         self.counts[reason] += 1
 
     def finish(self, rid: str, completion: Sequence[int], sampling: SamplingParams) -> None:
-        """A recorded request ended with these tokens."""
+        """End a recorded request, which has these tokens."""
         self._ended.put((rid, self._records.pop(rid), list(completion), sampling))
 
     def close(self) -> None:
@@ -253,7 +250,7 @@ class TrajectoryAssembler:
         )
 
     def _prefix(self, tokens: Tensor) -> tuple[Tensor, int] | None:
-        """Features of a cached prefix, from a request that has ended or from the prompt of one that has not."""
+        """Find the features of a cached prefix, from an ended request or from the prompt of a running one."""
         if (known := self._store.get(tokens)) is not None:
             return known
         for record in list(self._records.values()):
@@ -265,7 +262,7 @@ class TrajectoryAssembler:
 
 
 def request_number(rid: str) -> int:
-    """The number of a request in trajectories: its id where that is a number, else a digest of it.
+    """Return the number of a request in trajectories: its id if that is a number, else a digest of it.
 
     >>> request_number("17")
     17
@@ -276,24 +273,22 @@ def request_number(rid: str) -> int:
 
 
 def parents_of(first_child: Sequence[int], next_sibling: Sequence[int]) -> list[int]:
-    """Parents of a tree's nodes, −1 for the root, from links that lead to later places; −2 where none leads.
+    """Return the parents of a tree's nodes, −1 for the root, by links to later places; −2 if no link leads to a node.
 
     >>> parents_of([1, 3, -1, -1, -1], [-1, 2, -1, -1, -1])  # root with children 1 and 2; 3 below 1; 4 below none
     [-1, -1, 0, -2]
     """
     parent = [0] + [-1] * (len(first_child) - 1)
     for node, (child, sibling) in enumerate(zip(first_child, next_sibling, strict=True)):
-        if parent[node] < 0:
-            continue
-        if child >= 0:
+        if parent[node] >= 0 and child >= 0:
             parent[child] = node
-        if sibling >= 0:
+        if parent[node] >= 0 and sibling >= 0:
             parent[sibling] = parent[node]
     return [above - 1 for above in parent[1:]]
 
 
 def _tree(drafted: EngineRound, path: Tensor, last: int) -> dict[str, Tensor]:
-    """The nodes of a round, depth-first. Acceptance ends at the text's last token, at place ``last``."""
+    """Return the nodes of a round, depth-first. Acceptance ends at the text's last token, at place ``last``."""
     above = torch.tensor(parents_of(drafted.first_child.tolist(), drafted.next_sibling.tolist()), dtype=torch.int64)
     # Where a child is certain it ties with its parent, and SGLang may keep it alone: no walk gets there.
     kept = (above >= -1).nonzero().flatten()

@@ -12,10 +12,10 @@ _ROTATION = 1 << 30
 
 
 def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
-    """Why a request is served without being learned from; None where it is learned from.
+    """Return why a request is served without being learned from; None if it is learned from.
 
     Args:
-        req: SGLang's object.
+        req: SGLang's request.
         capture_rate: Share of requests to record.
         greedy_only: Whether the engine answers with the argmax, whatever was asked for.
     """
@@ -26,9 +26,8 @@ def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
         return "opt_out"
     if len(req.output_ids):
         return "retracted"
-    if params.logit_bias or params.frequency_penalty or params.presence_penalty or params.min_new_tokens:
-        return "penalty"
-    if params.repetition_penalty != 1.0:
+    penalties = (params.logit_bias, params.frequency_penalty, params.presence_penalty, params.min_new_tokens)
+    if any(penalties) or params.repetition_penalty != 1.0:
         return "penalty"
     if req.grammar is not None or params.json_schema or params.regex or params.ebnf or params.structural_tag:
         return "grammar"
@@ -43,7 +42,7 @@ def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
 
 
 def sampling_of(req: Any) -> SamplingParams:
-    """How a request was sampled."""
+    """Return how a request was sampled."""
     params = req.sampling_params
     greedy = params.top_k == 1
     return SamplingParams(

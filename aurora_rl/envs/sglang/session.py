@@ -37,7 +37,8 @@ class Session:
 
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
-        exact: Whether what the target's head reads is seen in every round.
+        exact: Whether every round shows what the target's head reads. A captured graph runs none of the functions that
+            it was captured from, which hides it.
 
     Raises:
         ControlError: A field is missing, unknown or of the wrong type.
@@ -55,14 +56,11 @@ class Session:
         self.handshake = Handshake.from_meta(fields["handshake"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.recording, self.error = True, ""
-        # A captured graph runs none of the functions that it was captured from: what the head reads stays unseen then.
-        self.exact = exact
-        self.version = fields["version"]
+        self.exact, self.version = exact, fields["version"]
         self.sink = TrajectorySink(fields["trajectories"], handshake=self.handshake, capacity=fields["queue"])
         self.receiver = WeightReceiver(fields["weights"], handshake=self.handshake, version=self.version)
-        self.records = TrajectoryAssembler(
-            self.sink.extend, max_bytes=fields["max_bytes"], store_bytes=fields["store_bytes"]
-        )
+        memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
+        self.records = TrajectoryAssembler(self.sink.extend, **memory)
         self.swap_ms: list[float] = []
         self.flush_due = True  # texts in the prefix cache have no features here
         self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")

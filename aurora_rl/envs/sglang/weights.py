@@ -19,9 +19,9 @@ def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
     """Replace the drafter's weights between two batches, in a session of SGLang for the draft runner alone.
 
     Args:
-        updater: The scheduler's weight updater.
-        runner: The draft runner, the only one that a session with the selector "draft" opens.
-        weights: Tensors by checkpoint names, without the draft map, which is the engine's and must not change.
+        updater: Weight updater of the scheduler.
+        runner: Draft runner, the only one that a session with the selector "draft" opens.
+        weights: Tensors by checkpoint names, without the draft map, which must not change.
 
     Raises:
         SwapError: A session is open already, or what the runner holds afterwards differs from ``weights``.
@@ -48,7 +48,7 @@ def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
 
 
 def read_back(model: Any, names: Any) -> dict[str, Tensor]:
-    """Views of a draft model's parameters under their checkpoint names; names that it has not are left out."""
+    """Return views of a draft model's parameters under their checkpoint names, without names that it does not have."""
     held = dict(model.named_parameters())
     found: dict[str, Tensor] = {}
     for name in names:
@@ -72,14 +72,11 @@ def _check(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _parameter(held: dict[str, Tensor], name: str) -> Tensor | None:
-    for known in (name, f"model.{name}"):
-        if known in held:
-            return held[known].data
-    return None
+    return next((held[known].data for known in (name, f"model.{name}") if known in held), None)
 
 
 def _part_sizes(model: Any, name: str, fused: str, rows: int) -> list[int]:
-    """Rows of the parts of a fused projection."""
+    """Return the number of rows of each part of a fused projection."""
     if fused == "gate_up_proj":
         return [rows // 2, rows // 2]
     attention = model.get_submodule("model." + name.split(".self_attn.")[0] + ".self_attn")

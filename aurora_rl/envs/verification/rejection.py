@@ -32,7 +32,7 @@ _COINS = 1
 
 
 def without(q: Tensor, drawn: Tensor) -> Tensor:
-    """`q` renormalised over the tokens that were not drawn yet. Both are `[..., V]`, `drawn` is bool."""
+    """Return `q` renormalised over the tokens that were not drawn yet; both are `[..., V]`, `drawn` is bool."""
     left = q.masked_fill(drawn, 0.0)
     return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
 
@@ -50,15 +50,9 @@ def reject(
 ) -> Verdict:
     """Settle a round by rejection.
 
-    Args:
-        p: `[B, N + 1, V]`, the served distribution at the root and at every node.
-        q: `[B, N, V]`, the drafter's distribution at every node's parent.
-        tokens: `[B, N]` int64.
-        parents: `[B, N]` int64.
-        valid: `[B, N]` bool.
-        coins: `[B, N]`, uniform in (0, 1), one for the test of each node.
-        pick: Draws `[B]` tokens from distributions `[B, V]` at columns `[B]`.
-        replacement: Whether siblings were drawn with replacement.
+    `p` `[B, N + 1, V]` is the served distribution at the root and at every node, `coins` `[B, N]` has a uniform number
+    in (0, 1) for the test of each node, `pick` draws tokens `[B]` from distributions `[B, V]` at columns `[B]`, and
+    `replacement` tells how siblings were drawn. The other arguments are those of `VerificationRule.verify`.
     """
     slots = torch.arange(len(tokens), device=tokens.device)
     column = torch.zeros_like(slots)  # where the walk stands
@@ -86,8 +80,6 @@ def reject(
 
 
 class _Rejection(VerificationRule):
-    """What both rules share."""
-
     replacement: ClassVar[bool]
     needs_q = True
 

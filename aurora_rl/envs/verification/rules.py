@@ -26,8 +26,8 @@ class Verdict(NamedTuple):
     """What one round of verification settles.
 
     Attributes:
-        accepted: `[B, N]` bool, the nodes of the accepted path.
-        bonus_token: `[B]` int64, the target's own token after that path.
+        accepted: Nodes of the accepted path, `[B, N]` bool.
+        bonus_token: The target's own token after that path, `[B]` int64.
     """
 
     accepted: Tensor
@@ -75,34 +75,31 @@ class VerificationRule(ABC):
         """Settle one round.
 
         Args:
-            logits: `[B, N + 1, V]` floating, the target's raw logits at the root and at every node.
-            tokens: `[B, N]` int64.
-            parents: `[B, N]` int64.
-            valid: `[B, N]` bool, as `aurora_rl.trees.valid_nodes` gives it.
-            positions: `[B]` int64, the absolute position of the root token. The choice at a node of depth d decides
-                the token at position root + d + 1.
-            sampling: The requests' parameters.
-            q: `[B, N, V]`, the drafter's distribution at each node's parent; None where nodes were not sampled.
-
-        Returns:
-            The accepted nodes and the bonus token.
+            logits: The target's raw logits at the root and at every node, `[B, N + 1, V]` floating.
+            tokens: Token of each node, `[B, N]` int64.
+            parents: Parent of each node, `[B, N]` int64.
+            valid: Result of `aurora_rl.trees.valid_nodes`, `[B, N]` bool.
+            positions: Absolute position of the root token, `[B]` int64. The choice at a node of depth d decides the
+                token at position root + d + 1.
+            sampling: Parameters of the requests.
+            q: The drafter's distribution at each node's parent, `[B, N, V]`; None if nodes were not sampled.
 
         Raises:
-            ValueError: If the shapes do not belong together, or `q` is missing where the rule needs it.
+            ValueError: The shapes do not belong together, or `q` is missing and the rule needs it.
         """
 
     @abstractmethod
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
-        """Probability that each node is accepted, given the drawn tree and that its parent was accepted.
+        """Return the probability that each node is accepted, given the drawn tree and that its parent was accepted.
 
         Contexts are the roots and nodes that nodes were drawn from; nodes of one context are siblings, in their order.
 
         Args:
-            p: `[C, V]`, the served distribution at each context. May be restricted to a draft vocabulary that has all
+            p: The served distribution at each context, `[C, V]`. May be restricted to a draft vocabulary that has all
                 `tokens`, without being renormalised.
-            q: `[C, V]`, the drafter's distribution there, or None if the rule ignores it.
-            tokens: `[M]` int64, columns of `p`.
-            context: `[M]` int64.
+            q: The drafter's distribution there, `[C, V]`, or None if the rule ignores it.
+            tokens: Column of `p` of each node, `[M]` int64.
+            context: Context of each node, `[M]` int64.
 
         Returns:
             `[M]` in the dtype of `p`, differentiable in `q`.
@@ -136,10 +133,10 @@ def rule_of_code(code: int) -> type[VerificationRule]:
     point: what a trajectory says is never imported.
 
     Args:
-        code: Recorded in ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`.
+        code: Entry ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`.
 
     Raises:
-        ValueError: If the process does not know the rule.
+        ValueError: The process does not know the rule.
 
     >>> rule_of_code(0).name
     'greedy'
@@ -177,11 +174,7 @@ def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor)
 def settle(choices: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Verdict:
     """Turn the target's choices into a verdict: walk to the deepest node they agree with, take the bonus there.
 
-    Args:
-        choices: `[B, N + 1]` int64, the target's choice at the root and after every node.
-        tokens: `[B, N]` int64.
-        parents: `[B, N]` int64.
-        valid: `[B, N]` bool.
+    The arguments are those of `aurora_rl.trees.walk`.
 
     >>> tokens, parents = torch.tensor([[4, 6]]), torch.tensor([[-1, 0]])
     >>> settle(torch.tensor([[4, 7, 9]]), tokens, parents, torch.ones(1, 2, dtype=torch.bool))
@@ -198,18 +191,12 @@ def descend(
     valid: Tensor,
     positions: Tensor,
 ) -> Verdict:
-    """Settle a round by choosing at the nodes that the walk visits, and at no other.
+    """Settle a round by choosing only at the nodes that the walk visits.
 
-    Choosing is the dear part of a sampled round, and a tree has many nodes off the path.
-
-    Args:
-        choose: Called with slots, columns and absolute positions, each `[S]` int64, `S <= B`; returns the target's
-            choice there, `[S]` int64, the token at that position. What it draws at one position of a slot must not
-            depend on the column otherwise than through the distribution there.
-        tokens: `[B, N]` int64.
-        parents: `[B, N]` int64.
-        valid: `[B, N]` bool.
-        positions: `[B]` int64, the absolute position of the root token.
+    Choosing takes most of the time of a sampled round, and a tree has many nodes off the path. `choose` is called with
+    slots, columns and absolute positions, each `[S]` int64, `S <= B`, and returns the target's token at each position,
+    `[S]` int64. What it draws at a position of a slot must depend on the column only through the distribution there.
+    The other arguments are those of `VerificationRule.verify`.
     """
     batch_size, num_nodes = tokens.shape
     choices = tokens.new_full((batch_size, num_nodes + 1), -1)
@@ -259,8 +246,7 @@ class Greedy(VerificationRule):
     @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
         # 1 if the node carries the likeliest token, else 0. Over a draft vocabulary `p` stands for the point mass that
-        # greedy decoding serves.
-        # A row of zeros is of a target whose choice lies outside the draft vocabulary.
+        # greedy decoding serves; a row of zeros is of a target whose choice lies outside the vocabulary.
         right = (tokens == argmax(p)[context]) & (p[context, tokens] > 0)
         first = (right & ~repeated_siblings(context, tokens)).to(p.dtype)
         return torch.where(p[context, tokens].isnan(), torch.nan, first)
@@ -276,8 +262,7 @@ class SampleAndMatch(VerificationRule):
     with the same seed, token by token, whatever was drafted. Requests with temperature 0 are decoded greedily in the
     same batch, and for them `p` in `acceptance` is the point mass on the argmax.
 
-    The text never depends on the tree, but `acceptance` holds only for trees drawn without sight of this noise: a
-    drafter that samples needs a key of its own.
+    The text never depends on the tree, but `acceptance` holds only for trees drawn independently of this noise.
 
     >>> from aurora_rl.envs import SamplingParams
     >>> logits = torch.zeros(1, 2, 4)

@@ -7,27 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The served distribution
-# ---------------------------------------------------------------------------------------------------------------------
-
 # Sorting a vocabulary of 49k costs about 5 ms a row on a CPU core, its likeliest thousand about 0.3 ms, and they
 # nearly always hold the nucleus.
 _NUCLEUS_WIDTH = 1024
 
 
-def _top_k(scores: Tensor, top_k: Tensor) -> Tensor:
-    """Drop what is below the k-th score of each row; ties with it stay. `scores` is `[R, V]`, `top_k` `[R]`, >= 1."""
-    best = scores.topk(int(top_k.max()), dim=-1).values
-    return scores.masked_fill(scores < best.gather(1, top_k[:, None] - 1), -math.inf)
-
-
 def _top_p(scores: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """Keep the nucleus of each row, looking for it among the `width` likeliest. `scores` is `[R, V]`, `top_p` `[R]`."""
+    """Keep the nucleus of each row of `[R, V]`, looking for it among the `width` likeliest. `top_p` is `[R]`."""
     head = scores.topk(width, dim=-1).values.double()
     # In float64, so that the order in which a device adds never decides over a token at the edge.
     chance = (head - scores.double().logsumexp(-1, keepdim=True)).exp()
-    # At least one, of rows that are not numbers too, which stay so.
+    # At least one, also of rows that are not numbers, which stay so.
     size = (chance.cumsum(-1) - chance < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1)
     edge = head.gather(1, size - 1).to(scores.dtype)
     above, tied = scores > edge, scores == edge
@@ -40,13 +30,20 @@ def _top_p(scores: Tensor, top_p: Tensor, width: int) -> Tensor:
 
 
 def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The served scores: log-probabilities up to a constant.
+    """Return the served scores, log-probabilities up to a constant: temperature, then top-k, then top-p.
+
+    The order is that of Hugging Face and vLLM. Top-k keeps every token that ties with the k-th, as both do. Top-p
+    keeps the fewest tokens whose mass reaches `top_p`, at least one; of tokens with equal scores at its edge the
+    lowest ids stay. The result is therefore a function of the values alone.
 
     Args:
-        logits: `[R, V]`.
-        temperature: `[R]`, > 0.
-        top_k: `[R]`.
-        top_p: `[R]`.
+        logits: Logits, `[R, V]` floating.
+        temperature: Temperature of each row, `[R]`, > 0.
+        top_k: Number of tokens to keep in each row, `[R]` int64; 0 keeps all.
+        top_p: Mass of the nucleus of each row, `[R]`; 1.0 keeps all.
+
+    Returns:
+        `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support.
     """
     vocab_size = logits.shape[1]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -54,47 +51,17 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
     scores = (scores - scores.amax(-1, keepdim=True)).div_(temperature[:, None])
     rows = ((top_k > 0) & (top_k < vocab_size)).nonzero()[:, 0]
     if len(rows):
-        scores[rows] = _top_k(scores[rows], top_k[rows])
+        limited = scores[rows]
+        edge = limited.topk(int(top_k[rows].max())).values.gather(1, top_k[rows, None] - 1)
+        scores[rows] = limited.masked_fill(limited < edge, -math.inf)  # what ties with the k-th stays
     rows = (top_p < 1).nonzero()[:, 0]
     if len(rows):
         scores[rows] = _top_p(scores[rows], top_p[rows], min(vocab_size, _NUCLEUS_WIDTH))
     return scores
 
 
-def warp_logits(
-    logits: Tensor, temperature: Tensor | float, top_k: Tensor | int = 0, top_p: Tensor | float = 1.0
-) -> Tensor:
-    """Log-probabilities of the distribution that is served: temperature, then top-k, then top-p.
-
-    The order is that of Hugging Face and vLLM. Top-k keeps every token that ties with the k-th, as both do. Top-p
-    keeps the fewest tokens whose mass reaches `top_p`, at least one; of tokens with equal scores at its edge the
-    lowest ids stay. The result is therefore a function of the values alone.
-
-    Args:
-        logits: `[..., V]`, floating.
-        temperature: > 0; a number, or a tensor that broadcasts to `[...]`. As all three.
-        top_k: 0 keeps all.
-        top_p: 1.0 keeps all.
-
-    Returns:
-        `[..., V]`, float64 for float64 logits and float32 otherwise; -inf outside the support.
-
-    Raises:
-        ValueError: If a temperature is not positive.
-
-    >>> warp_logits(torch.tensor([0.5, 0.3, 0.2]).log(), temperature=1.0, top_k=2).exp()
-    tensor([0.6250, 0.3750, 0.0000])
-    """
-    params = (torch.as_tensor(each, device=logits.device) for each in (temperature, top_k, top_p))
-    temperature, top_k, top_p = (each.expand(logits.shape[:-1]).reshape(-1) for each in params)
-    if not bool((temperature > 0).all()):
-        raise ValueError(f"temperature is {temperature.min().item()}; give > 0, and take the argmax for greedy rows")
-    scores = warp(logits.reshape(-1, logits.shape[-1]), temperature, top_k, top_p)
-    return scores.log_softmax(-1).view(logits.shape)
-
-
 def argmax(scores: Tensor) -> Tensor:
-    """Index of the largest of each row, the first of equals. `[..., V]` to `[...]` int64.
+    """Return the index of the largest of each row, the first of equals: `[..., V]` to `[...]` int64.
 
     `Tensor.argmax` gives the same and takes, on a CPU in bfloat16, five to ten times as long.
 
@@ -107,14 +74,10 @@ def argmax(scores: Tensor) -> Tensor:
 def served_log_probs(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tokens: Tensor | None = None
 ) -> Tensor:
-    """As `warp_logits`, and the point mass on the argmax where the temperature is 0.
+    """Return the log-probabilities of `warp`, and the point mass on the argmax where the temperature is 0.
 
-    Args:
-        logits: `[R, V]`, floating.
-        temperature: `[R]`, >= 0.
-        top_k: `[R]` int64.
-        top_p: `[R]`.
-        tokens: `[T]` int64, the only tokens asked for; None is all.
+    The arguments are those of `warp`, except that a temperature may be 0, and `tokens` `[T]` int64, the only tokens
+    asked for; None is all.
 
     Returns:
         `[R, T]` or `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support. Columns
@@ -137,10 +100,6 @@ def served_log_probs(
         log_p[drawn] = scores if tokens is None else scores[:, tokens]
     return log_p
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counter-based noise
-# ---------------------------------------------------------------------------------------------------------------------
 
 _LOW_32_BITS = 0xFFFFFFFF
 # Fractional bits of the square roots of 2 and 3: no structure in common with token ids or positions.
@@ -170,20 +129,17 @@ def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
 
 
 def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1) as a pure function of (request seed, absolute position, token id).
+    """Return uniform numbers in (0, 1) as a pure function of (request seed, absolute position, token id).
 
     Being a hash of its coordinates, the noise does not depend on the batch, its order or the tree, and integer
-    operations on 32-bit words make it, exact on every device: seed and position are hashed into a 64-bit key, key and
+    operations on 32-bit words make it exact on every device: seed and position are hashed into a 64-bit key, key and
     token id into 32 bits h, and the number is (h + 1/2) / 2**32.
 
-    The tests hold known answers, a chi-square of the numbers, and the correlation and joint chi-square of neighbouring
-    tokens, positions, seeds and streams.
-
     Args:
-        seed: int64, >= 0.
-        position: int64 that broadcasts with `seed`, in 0 .. 2**32 - 1.
-        token: int64 that broadcasts with both, in 0 .. 2**32 - 1.
-        stream: Numbers of another stream are independent of these at the same coordinates.
+        seed: Seeds, int64, >= 0.
+        position: Positions, int64 that broadcast with `seed`, in 0 .. 2**32 - 1.
+        token: Token ids, int64 that broadcast with both, in 0 .. 2**32 - 1.
+        stream: Number of the stream. Streams are independent of each other at the same coordinates.
 
     Returns:
         float64 of the broadcast shape.
@@ -200,21 +156,12 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
-    """Standard Gumbel noise as a pure function of (request seed, absolute position, token id).
+    """Return standard Gumbel noise for every token, `[..., V]` float32 between -3.2 and 22.9.
 
     The argmax over tokens of log-probability plus this noise is a sample of the distribution (Gumbel-max, Maddison et
-    al. 2014). It is -log(-log u) of `uniform`; the two logarithms are taken in float64 and rounded to float32, so
-    devices whose float64 logarithms differ in the last bit agree except where that bit decides the rounding, about
-    once in 10**8 numbers.
-
-    Args:
-        seed: `[...]` int64, >= 0.
-        position: int64 that broadcasts with `seed`, in 0 .. 2**32 - 1.
-        vocab_size: Number of tokens V, at most 2**32.
-        stream: As for `uniform`.
-
-    Returns:
-        `[..., V]` float32, between -3.2 and 22.9.
+    al. 2014). It is -log(-log u) of `uniform`, whose arguments it takes; the two logarithms are taken in float64 and
+    rounded to float32, so devices whose float64 logarithms differ in the last bit agree except where that bit decides
+    the rounding, about once in 10**8 numbers.
 
     >>> gumbel(torch.tensor([1, 1]), torch.tensor([0, 1]), vocab_size=3)
     tensor([[ 0.3650, -0.6717,  0.6390],

@@ -18,8 +18,7 @@ from aurora_rl.policies.registry import OWN_NAME
 if TYPE_CHECKING:
     from aurora_rl.policies.standalone import StandaloneDrafter
 
-# Rows of the embedding and of the head of a model that is built for its layers alone: as many as the drafter's probe of
-# the LM needs.
+# Rows of embedding and head of a model that is built for its layers: as many as the drafter's probe of it needs.
 _FEW = 8
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The reduced draft vocabulary in config.json. Not `draft_vocab_size`, by which EAGLE-3's own files are known.
@@ -68,16 +67,11 @@ def read_causal_lm(checkpoint: Checkpoint, parts: TargetParts) -> dict[str, Any]
     tables = {name: torch.empty(len(parts.head), config.hidden_size, device="meta") for name in (_EMBEDDING, _HEAD)}
     check_weights(lm.state_dict() | tables, tensors)
     lm.load_state_dict({name: t[:_FEW] if name in tables else t for name, t in tensors.items()})
-    return {
-        "lm": lm,
-        "embedding": tensors[_EMBEDDING].float(),
-        "head": tensors[_HEAD].float(),
-        "draft_vocab": vocab,
-    }
+    return {"lm": lm, "embedding": tensors[_EMBEDDING].float(), "head": tensors[_HEAD].float(), "draft_vocab": vocab}
 
 
 def load_causal_lm(model: str) -> PreTrainedModel:
-    """A causal LM in float32, every weight of it read."""
+    """Load a causal LM in float32; every weight must be there."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
@@ -89,7 +83,7 @@ def load_causal_lm(model: str) -> PreTrainedModel:
 
 
 def layers_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal LM with random weights and hardly any rows of embedding and head, which come from elsewhere."""
+    """Return a causal LM of random weights with a few rows of embedding and head, which come from elsewhere."""
     config = copy.deepcopy(config)
     config.vocab_size, config.pad_token_id, config.tie_word_embeddings = _FEW, None, False
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

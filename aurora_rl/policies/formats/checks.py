@@ -32,12 +32,9 @@ def written_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, An
 
 
 def check_rope(config: PretrainedConfig, parts: TargetParts, fix: str = "") -> None:
-    """Raise ValueError unless a drafter's positions are the target's: others would be wrong far into a text.
+    """Raise ValueError, with ``fix`` at its end, unless a drafter's positions are the target's.
 
-    Args:
-        config: Configuration read from the drafter's ``config.json``.
-        parts: The target's.
-        fix: What to do about it, appended to the message.
+    Other positions would be wrong far into a text.
     """
     rope, targets = _rope(config), _rope(layer_config(parts))
     if rope != targets:
@@ -68,7 +65,7 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
     Args:
         config: Configuration read from the drafter's ``config.json``; marked if its attention is its own.
         entries: Entries of that file.
-        parts: The target's.
+        parts: Parts of the target.
         attention: The drafter's option of this name, "target" or "own".
 
     Raises:
@@ -81,17 +78,13 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
     if heads and not meant:
         raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{_FIX}")
     check_fixed_rope(config)
-    targets = _rope(layer_config(parts))
-    same_rope = _rope(config) == targets
-    if not same_rope and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
-        logger.warning(
-            "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s",
-            _rope(config),
-            targets,
-        )
+    rope, targets = _rope(config), _rope(layer_config(parts))
+    if rope != targets and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
+        says = "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s"
+        logger.warning(says, rope, targets)
     elif not meant:
         check_rope(config, parts, _FIX)
-    if heads or not same_rope:
+    if heads or rope != targets:
         setattr(config, _OWN_ATTENTION, "own")
 
 
@@ -124,12 +117,9 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
-    """Raise ValueError if engines cannot capture the features, or would join them in another order.
+    """Raise ValueError if engines cannot capture the features, from layer ``lowest`` on, or reorder them.
 
-    Args:
-        feature_layers: Ids of the layers that the states enter.
-        num_target_layers: Number of decoder layers of the target.
-        lowest: Lowest id that the engine captures; 0 is the embedding.
+    Layer 0 is the embedding.
     """
     for layer in feature_layers:
         if not lowest <= layer < num_target_layers:

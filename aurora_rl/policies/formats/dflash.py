@@ -78,13 +78,8 @@ def read_dflash(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments of ``DFlashDrafter`` that the files hold, and the tensors to install in it.
 
-    Args:
-        checkpoint: Files in either layout.
-        parts: The target's.
-        mask_token_id: The mask of a file that names it by its text alone.
-
-    Returns:
-        Arguments, with ``feature_layers`` None where the files do not say them, and tensors.
+    ``mask_token_id`` is the mask of a file that names it by its text alone. The returned ``feature_layers`` are None if
+    the files do not say them.
 
     Raises:
         ValueError: Names the first entry or tensor that does not fit the target or the class.
@@ -119,5 +114,5 @@ def read_dflash(
 
 
 def _setting(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """An entry of ``dflash_config``, or of the file itself, where older files have it."""
+    """Return an entry of ``dflash_config``, or of the file itself, where older files have it."""
     return (config.get("dflash_config") or {}).get(name, config.get(name, default))

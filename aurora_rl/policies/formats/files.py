@@ -35,8 +35,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
         layout: One of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: The drafter has no such format, the layout cannot say what it is, or the folder holds something
-            else.
+        CheckpointError: The drafter has no such format, the layout cannot describe it, or the folder holds other files.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -51,7 +50,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not all((folder / name).exists() for name in _FILES):
+    if folder.exists() and {path.name for path in folder.iterdir()} not in (set(), set(_FILES)):
         raise CheckpointError(
             f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
             "or a new folder"
@@ -69,7 +68,7 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
     """Return what :func:`save_drafter` would write.
 
     Raises:
-        ValueError: The drafter has no such format, the layout cannot say what it is, or the engine of a layout that is
+        ValueError: The drafter has no such format, the layout cannot describe it, or the engine of a layout that is
             asked for by name cannot serve it.
     """
     asked, layout = layout, layout or next(iter(drafter.formats), "any")
@@ -106,8 +105,8 @@ def load_drafter(
         kind: Class of the drafter; None takes the one that recognizes ``config.json``.
         layout: One of the class's ``formats``; None takes the first.
         options: ``drafter.options``, see ``Drafter.read``.
-        made_for: "target" refuses a folder that says that it was trained for other weights than the target's; "any"
-            starts from it, as from that of an earlier state of the target.
+        made_for: "target" refuses a folder that names other weights than the target's; "any" starts from it, such as
+            from that of an earlier state of the target.
 
     Raises:
         CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
@@ -138,7 +137,9 @@ def load_drafter(
         if layout not in found.formats:
             raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
         if kind not in (None, found):
-            raise ValueError(f"config.json is of {found.__name__}, and {kind.__name__} is asked for")
+            raise ValueError(
+                f"config.json is of {found.__name__}, and {kind.__name__} is asked for; ask for the former, or none"
+            )
         drafter = found.read(Checkpoint(tensors, config), parts, layout, **options)
         check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
         if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
@@ -165,6 +166,21 @@ def load_drafter(
     return drafter
 
 
+def drafter_class(source: str | os.PathLike[str]) -> type[Drafter]:
+    """Return the class that recognizes a drafter's folder, or repository on the hub.
+
+    Raises:
+        CheckpointError: It is no checkpoint, or no class knows it.
+    """
+    folder = local_folder(source)
+    _, config = read_folder(folder, "config.json")
+    try:
+        _check_types({}, config)
+        return recognized(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
 def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
     """Raise ValueError naming the first part of a folder that is of another type than any drafter has there."""
     if not isinstance(config, dict):
@@ -178,20 +194,16 @@ def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
             if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
                 raise ValueError(f"config.json: {name} must be a list of {kind.__name__}, got {value!r}")
     for name in ("d2t", "draft_id_to_target_id", "token_map"):
-        tensor = tensors.get(name)
-        if tensor is not None and (
-            tensor.dtype not in (torch.int64, torch.int32) or tensor.dim() != 1 or not len(tensor)
-        ):
-            raise ValueError(
-                f"tensor {name!r} must hold an integer for each row of the draft head, got {tuple(tensor.shape)} of "
-                f"{tensor.dtype}"
-            )
+        if (ids := tensors.get(name)) is None:
+            continue
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1 or not len(ids):
+            found = f"{tuple(ids.shape)} of {ids.dtype}"
+            raise ValueError(f"tensor {name!r} must hold an integer for each row of the draft head, got {found}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            if tensor.dtype not in _WEIGHTS:
-                raise ValueError(f"tensor {name!r} is {tensor.dtype}, quantized without a scale; save it in bfloat16")
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"tensor {name!r} holds values that are not finite; was its training interrupted?")
+        if tensor.is_floating_point() and tensor.dtype not in _WEIGHTS:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, quantized without a scale; save it in bfloat16")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name!r} holds values that are not finite; was its training interrupted?")
 
 
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:

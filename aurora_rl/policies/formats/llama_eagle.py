@@ -78,7 +78,7 @@ def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
 
 
 def is_eagle3(entries: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is an EAGLE-3's; the authors' own files name Llama, and a draft vocabulary."""
+    """Return whether a ``config.json`` is an EAGLE-3's; the authors' own files name Llama and a draft vocabulary."""
     name = (entries.get("architectures") or [""])[0]
     return "Eagle3" in name or (name == "LlamaForCausalLM" and "draft_vocab_size" in entries)
 
@@ -88,11 +88,8 @@ def read_eagle3(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments of ``Eagle3Drafter`` and the tensors to install in it.
 
-    Args:
-        checkpoint: Files in any of the layouts.
-        parts: The target's.
-        layout: "vllm" where its entries are to be read as vLLM reads them; files that show it need not be named.
-        attention: The drafter's option of this name.
+    A ``layout`` of "vllm" reads the entries as vLLM does; files that show it need not be named. ``attention`` is the
+    drafter's option of this name.
 
     Raises:
         ValueError: Names the first entry or tensor that does not fit the target or the class.
@@ -169,7 +166,7 @@ def read_eagle(checkpoint: Checkpoint, parts: TargetParts, attention: str) -> tu
 def _layer_config(
     entries: Mapping[str, Any], parts: TargetParts, unsupported: tuple[str, ...], attention: str
 ) -> LlamaConfig:
-    """Check what ``config.json`` says of the layer, and return its configuration."""
+    """Check the entries of ``config.json`` about the layer, and return its configuration."""
     for name in unsupported:
         if entries.get(name) or (entries.get("eagle_config") or {}).get(name):
             raise ValueError(f"config.json: {name} is set, which this drafter has no form for")
@@ -188,7 +185,7 @@ def _draft_vocab(offsets: Tensor, vocab_size: int) -> Tensor:
 
 
 def _eagle3_name(name: str) -> str:
-    """A tensor's name here, of those that EAGLE-3 checkpoints use."""
+    """Return a tensor's name here, of those that EAGLE-3 checkpoints use."""
     for beginning, ours in _EAGLE3_NAMES.items():
         if name.startswith(beginning):
             name = ours + name.removeprefix(beginning)

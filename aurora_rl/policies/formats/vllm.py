@@ -16,31 +16,28 @@ from aurora_rl.policies.drafter import check_draft_vocab
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 """Entry of an EAGLE-3's ``config.json`` that names the target's layers, in the top level or in ``eagle_config``."""
+_NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
 _Shapes = dict[str, tuple[int, ...]]
 
 
 def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert a drafter from this library's layout to one that vLLM serves.
 
-    EAGLE-3 keeps its names, and SGLang loads what comes out as it did what went in. vLLM names a captured state by the
-    layer that it enters, as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which
-    names it by the layer that it leaves, looks in ``eagle_config`` only. So both stand in one file. Neither can capture
-    what this library calls ``num_hidden_layers``, the input of the output head. A drafter with a row for every token
-    may have no ``d2t``.
+    EAGLE-3 keeps its names, and SGLang loads the result too. vLLM names a captured state by the layer that it enters,
+    as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which names it by the layer
+    that it leaves, looks in ``eagle_config`` only. So both stand in one file. Neither can capture
+    ``num_hidden_layers``, the input of the output head. A drafter with a row for every token may have no ``d2t``.
 
-    Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. The others become the mean of those
-    that are there, and a mean is never the greatest: what is drafted stays the same.
+    Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. Each missing row becomes the mean of
+    the others, which is never the greatest: the drafts stay the same.
 
     Args:
         tensors: Tensors of ``model.safetensors``.
         config: Entries of ``config.json``: SGLang's for EAGLE-3, and for Medusa ``architectures`` (``MedusaDrafter``),
             ``vocab_size``, ``feature_layers`` and the ``options`` ``num_heads`` and ``num_layers``.
 
-    Returns:
-        Tensors and configuration.
-
     Raises:
-        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
+        ValueError: Names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
             do not rise: vLLM joins states in the order of its layers.
 
     Example:
@@ -61,15 +58,8 @@ def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
 
     ``feature_layers``, the target's number of layers, are missing if another program wrote the file of a Medusa.
 
-    Args:
-        tensors: Tensors of ``model.safetensors``.
-        config: Entries of ``config.json``.
-
-    Returns:
-        Tensors and configuration.
-
     Raises:
-        ValueError: names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
+        ValueError: Names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
             vLLM itself reads in two ways.
 
     Example:
@@ -128,7 +118,7 @@ def _medusa_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
         if name.startswith("lm_heads."):
             rows = head.mean(0, keepdim=True).repeat(config["vocab_size"], 1)
             tensors[name] = rows.index_copy(0, ids, head)
-    # vLLM passes over this where each token has a row. It is for the way back, as are the feature layers.
+    # vLLM passes over the map if each token has a row. It is for the way back, as are the feature layers.
     return {**tensors, "token_map": ids}, known
 
 
@@ -154,7 +144,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _target_ids(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Of the draft head's rows; ``d2t`` holds the difference."""
+    """Return the target ids of the draft head's rows; ``d2t`` holds the differences."""
     offsets = _tensor(tensors, "d2t")
     return offsets + torch.arange(len(offsets), device=offsets.device)
 
@@ -167,12 +157,12 @@ def _is_medusa(config: Mapping[str, Any]) -> bool:
 
 
 def _file_name(name: str) -> str:
-    """An EAGLE-3 tensor's name here; vLLM takes its own for two of them as well."""
+    """Return an EAGLE-3 tensor's name here; vLLM accepts another for two of them."""
     return name.replace("layers.0.", "midlayer.").replace("draft_id_to_target_id", "d2t")
 
 
 def _check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """What vLLM's loaders do with names, with an error where they are silent."""
+    """Raise ValueError for tensors that vLLM's loaders refuse, and for those that they pass over."""
     medusa = _is_medusa(config)
     wanted, optional = (_medusa_shapes if medusa else _eagle3_shapes)(config)
     named = dict(tensors) if medusa else {_file_name(name): tensor for name, tensor in tensors.items()}
@@ -197,14 +187,11 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
     width = config.get("target_hidden_size") or hidden
     shapes: _Shapes = {
         "fc.weight": (hidden, joined * width),
-        **{f"midlayer.{kind}.weight": (hidden,) for kind in ("input_layernorm", "hidden_norm")},
+        **{f"midlayer.{name}.weight": (hidden,) for name in _NORMS},
         "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
-        "midlayer.self_attn.k_proj.weight": (keys, 2 * hidden),
-        "midlayer.self_attn.v_proj.weight": (keys, 2 * hidden),
+        **{f"midlayer.self_attn.{kind}_proj.weight": (keys, 2 * hidden) for kind in ("k", "v")},
         "midlayer.self_attn.o_proj.weight": (hidden, queries),
-        "midlayer.post_attention_layernorm.weight": (hidden,),
-        "midlayer.mlp.gate_proj.weight": (inner, hidden),
-        "midlayer.mlp.up_proj.weight": (inner, hidden),
+        **{f"midlayer.mlp.{kind}_proj.weight": (inner, hidden) for kind in ("gate", "up")},
         "midlayer.mlp.down_proj.weight": (hidden, inner),
         "norm.weight": (hidden,),
         "lm_head.weight": (rows, hidden),

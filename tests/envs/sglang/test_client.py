@@ -1,4 +1,4 @@
-"""What SGLang is told of a drafter's folder. The rest of the engine is shown on real SGLang."""
+"""Arguments of SGLang for a drafter's folder, its answers, and on a real server the text of transformers."""
 
 import http.server
 import json
@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, drafter_arguments
@@ -26,8 +27,8 @@ PART, WHOLE = torch.tensor([2, 7, 11, 30]), torch.arange(32)
 )
 def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path, kind, vocab, algorithm, mapped):
     layers = {"feature_layers": (1, 2)} if kind is Eagle3Drafter else {}
-    made = kind.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=vocab, **layers)
-    save_drafter(made, tmp_path / "drafter", "sglang")
+    drafter = kind.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=vocab, **layers)
+    save_drafter(drafter, tmp_path / "drafter", "sglang")
     token_map = tmp_path / "token_map.pt"
     arguments = drafter_arguments(tmp_path / "drafter", token_map)
     expected = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(tmp_path / "drafter")]
@@ -39,8 +40,8 @@ def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path
 
 
 def test_a_folder_that_sglang_does_not_serve_is_named(tmp_path):
-    made = MedusaDrafter.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=WHOLE)
-    save_drafter(made, tmp_path / "drafter")
+    drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=WHOLE)
+    save_drafter(drafter, tmp_path / "drafter")
     with pytest.raises(CheckpointError, match="drafter: config.json is of MedusaDrafter, which SGLang does not serve"):
         drafter_arguments(tmp_path / "drafter", tmp_path / "token_map.pt")
 
@@ -88,3 +89,55 @@ def test_answers_refusals_and_nonsense_of_a_server():
 def test_an_address_where_nobody_answers_is_named(url):
     with pytest.raises(SGLangError, match="does not answer /generate"):
         SGLangClient(url).generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
+
+
+def test_a_server_that_cannot_start_says_why():
+    # With nothing but Python's own packages on the path there is no SGLang to start.
+    with pytest.raises(SGLangError, match=r"(?s)SGLang ended with status 1.*No module named"):
+        SGLangClient.launch("nowhere", environment={"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"})
+
+
+def test_a_server_that_is_not_there_is_named():
+    engine = SGLangClient("http://127.0.0.1:9/")
+    with pytest.raises(SGLangError, match=r"SGLang at http://127.0.0.1:9 does not answer /generate"):
+        engine.generate(Request(0, torch.tensor([1]), SamplingParams(max_tokens=1)))
+    with pytest.raises(SGLangError, match="does not answer after 0 s"):
+        engine.wait_ready(0.1)
+
+
+# ---- on real SGLang, unpatched, with our plugin ---------------------------------------------------------------------
+
+PROMPTS = [torch.tensor([10, 20, 30, 40, 50]), torch.arange(100, 140), torch.tensor([7])]
+NEW_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def greedy_texts(sglang_models):
+    """Greedy continuations in fp32, token for token."""
+    model = LlamaForCausalLM.from_pretrained(sglang_models / "target", dtype=torch.float32)
+    continuations = []
+    for prompt in PROMPTS:
+        said = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        continuations.append(said[0, len(prompt) :].tolist())
+    return continuations
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize(("kind", "depth"), [("chain", 3), ("tree", 2)])
+def test_greedy_output_is_that_of_transformers(request, kind, depth, greedy_texts):
+    engine = request.getfixturevalue(kind)
+    # The second prompt twice: then it is found in the prefix cache.
+    answers = [
+        engine.generate(Request(i, p, SamplingParams(max_tokens=NEW_TOKENS)))
+        for i, p in enumerate([*PROMPTS, PROMPTS[1]])
+    ]
+    assert [answer.tokens.tolist() for answer in answers] == [*greedy_texts, greedy_texts[1]]
+    # What has to be told apart from plain decoding: whole paths accepted, and rounds in which nothing was.
+    assert {count for answer in answers for count in answer.accepted} == set(range(depth + 1))

@@ -1,3 +1,5 @@
+"""Questions to SGLang's plugin: answers, refusals, faults, and messages that are none."""
+
 import threading
 
 import pytest

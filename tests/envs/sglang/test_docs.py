@@ -1,4 +1,4 @@
-"""The Python blocks of docs/sglang.md run as they are printed."""
+"""The Python blocks of docs/sglang.md (all of envs/sglang) run as they are printed."""
 
 from __future__ import annotations
 

@@ -130,10 +130,12 @@ def without_first_round(trajectory):
     return out
 
 
-def assert_same(made, expected):
-    assert set(made.keys(True, True)) == set(expected.keys(True, True))
+def assert_same(recorded, expected):
+    assert set(recorded.keys(True, True)) == set(expected.keys(True, True))
     for key in expected.keys(True, True):
-        torch.testing.assert_close(made[key], expected[key].to(made[key].dtype), msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            recorded[key], expected[key].to(recorded[key].dtype), msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -181,7 +183,7 @@ def test_acceptance_ends_with_the_text(drafter, out):
 
 
 def with_lost_nodes(drafted, at):
-    """The round with a node that no link leads to at a place, and a child of it behind."""
+    """The round with a node that no link leads to at a place, and a child of it after that."""
 
     def moved(places):
         return torch.where(places >= at, places + 2, places)
@@ -281,8 +283,8 @@ def test_parents_come_back_from_links(choices, seed):
     child, sibling = links(parents)
     assert parents_of(child, sibling) == parents
     random.seed(seed)  # some other tree has other links
-    other = [random.randrange(-1, node) if node else -1 for node in range(len(parents))]
-    assert (links(other) == (child, sibling)) == (other == parents)
+    another = [random.randrange(-1, node) if node else -1 for node in range(len(parents))]
+    assert (links(another) == (child, sibling)) == (another == parents)
 
 
 def test_the_store_forgets_the_least_recently_used():
@@ -297,7 +299,7 @@ def test_the_store_forgets_the_least_recently_used():
     assert store.get(texts[2])[1] == 7 and store.get(texts[0]) is not None
 
 
-def test_request_numbers():
+def test_ids_become_request_numbers():
     assert request_number("12") == 12
     assert 0 <= request_number("a-b") < 2**62 and request_number("a-b") != request_number("a-c")
     assert 0 <= request_number(str(2**70)) < 2**62

@@ -1,4 +1,4 @@
-"""Checkpoint names in a module whose parameters lie as SGLang lays them; the real one is in test_sglang_engine.py."""
+"""Checkpoint names in a module whose parameters lie as SGLang lays them; the real one is in test_real_sglang.py."""
 
 import pytest
 import torch
@@ -72,11 +72,11 @@ def test_parts_of_a_fused_parameter_are_views_of_its_rows(drafter, weights):
     assert fused.model.norm.weight.unique().tolist() == [5.0]
 
 
-def test_what_the_drafter_has_not_or_has_otherwise_is_named(drafter, weights):
+def test_tensors_that_sglangs_drafter_lacks_or_has_in_another_shape_are_named(drafter, weights):
     fused = Fused(drafter)
     with pytest.raises(SwapError, match="no parameter for 'midlayer.gate.weight'"):
-        other = {**weights, "midlayer.gate.weight": torch.zeros(1)}
-        _check(read_back(fused, other), other)
+        spoiled = {**weights, "midlayer.gate.weight": torch.zeros(1)}
+        _check(read_back(fused, spoiled), spoiled)
     with pytest.raises(SwapError, match=r"'fc.weight' has shape \(2, 2\), SGLang's drafter \(16, 32\)"):
-        other = {**weights, "fc.weight": torch.zeros(2, 2)}
-        _check(read_back(fused, other), other)
+        spoiled = {**weights, "fc.weight": torch.zeros(2, 2)}
+        _check(read_back(fused, spoiled), spoiled)

@@ -77,7 +77,7 @@ class Tree:
         return [i for i, above in enumerate(self.parents) if above == parent]
 
 
-def draws(world: World, parents: tuple[int, ...], replacement: bool) -> Iterator[tuple[Tree, Fraction]]:
+def drawn_trees(world: World, parents: tuple[int, ...], replacement: bool) -> Iterator[tuple[Tree, Fraction]]:
     """Every tree that the drafter can draw, with its probability."""
     for tokens in product(range(VOCAB), repeat=len(parents)):
         tree, chance = Tree(parents, tokens), Fraction(1)
@@ -124,9 +124,9 @@ def outcomes(world: World, tree: Tree, replacement: bool) -> Iterator[Outcome]:
 
 
 def delivered(world: World, parents: tuple[int, ...], drawn: bool, verified: bool) -> dict[tuple[int, ...], Fraction]:
-    """Law of the first three tokens: a round, and plain sampling behind it."""
+    """Law of the first three tokens: a round, and plain sampling after it."""
     law: dict[tuple[int, ...], Fraction] = defaultdict(Fraction)
-    for tree, chance in draws(world, parents, drawn):
+    for tree, chance in drawn_trees(world, parents, drawn):
         for end in outcomes(world, tree, verified):
             for bonus, share in enumerate(end.residual):
                 extend(world, law, (*tree.before(end.column - 1), bonus), chance * end.chance * share)
@@ -196,7 +196,7 @@ def agrees(candidate: Reject, parents: tuple[int, ...], replacement: bool, drawn
     drawn = replacement if drawn is None else drawn
     for seed in range(4):
         world = World(seed, sure=not drawn)
-        for tree, _ in draws(world, parents, drawn):
+        for tree, _ in drawn_trees(world, parents, drawn):
             p, q, tokens, above = tensors(world, tree)
             for end in outcomes(world, tree, replacement):
                 coins = torch.full(tokens.shape, 0.5, dtype=torch.float64)
@@ -227,7 +227,7 @@ def agrees(candidate: Reject, parents: tuple[int, ...], replacement: bool, drawn
 
 @both
 @pytest.mark.parametrize("parents", SHAPES, ids=str)
-def test_it_decides_as_the_reference_at_every_threshold(parents: tuple[int, ...], replacement: bool) -> None:
+def test_the_tensors_decide_as_the_reference_at_every_threshold(parents: tuple[int, ...], replacement: bool) -> None:
     assert agrees(reject, parents, replacement)
     assert replacement or agrees(reject, parents, replacement, drawn=True)
 
@@ -297,7 +297,7 @@ def test_acceptance_is_the_chance_given_the_tree(
         if any(len([v for v in q if v]) < 2 for q in world.q.values()):
             return
     rule, columns = RULES[replacement], VOCAB - reduced
-    for tree, _ in draws(world, parents, drawn):
+    for tree, _ in drawn_trees(world, parents, drawn):
         if not drawn and any(len(tree.children(parent)) > columns for parent in {-1, *parents}):
             continue
         p, q, tokens, above = tensors(world, tree)
@@ -366,7 +366,7 @@ def test_the_noise_draws_the_law(replacement: bool) -> None:
     assert chi_square(draw_and_verify(RULES[replacement], 20_000, seen=True), law) > 1000  # the drafter saw the coins
 
 
-def test_without_nodes_it_is_plain_sampling() -> None:
+def test_without_nodes_verification_is_plain_sampling() -> None:
     logits, nodes = torch.randn(50, 1, 7), torch.zeros(50, 0, dtype=torch.int64)
     sampling = SamplingBatch.from_params([SamplingParams(0.8, 5, 0.9, seed) for seed in range(50)])
     given_ = (logits, nodes, nodes, nodes.bool(), torch.full((50,), 9), sampling)
@@ -374,7 +374,7 @@ def test_without_nodes_it_is_plain_sampling() -> None:
     assert torch.equal(Rejection().verify(*given_, torch.zeros(50, 0, 7)).bonus_token, plain_.bonus_token)
 
 
-def test_q_is_needed() -> None:
+def test_rejection_needs_the_drafters_distribution() -> None:
     nodes = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"'rejection' needs q \[B, N, V\], got None"):
         Rejection().verify(
@@ -384,7 +384,7 @@ def test_q_is_needed() -> None:
         Rejection().acceptance(torch.ones(1, 1), None, nodes[0], nodes[0])
 
 
-def test_a_sibling_that_repeats_another_takes_nothing_from_those_behind_it() -> None:
+def test_a_sibling_that_repeats_another_takes_nothing_from_those_after_it() -> None:
     """Refused with 0.8, the first leaves r = (0, 1/2, 1/2) and q = (0, 0.6, 0.4), which the second passes on."""
     p, q = torch.tensor([[0.1, 0.5, 0.4]]), torch.tensor([[0.5, 0.3, 0.2]])
     chances = RejectionWithoutReplacement().acceptance(p, q, torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.int64))
@@ -491,7 +491,9 @@ def test_a_rule_refuses_trees_that_were_drawn_otherwise() -> None:
         ("sample_and_match", "topk", "sampled"),
     ],
 )
-def test_trees_that_were_drawn_otherwise_than_the_environment_takes_them(rule: str, mode: str, drawn: str) -> None:
+def test_trees_that_were_drawn_in_another_mode_than_the_environments_are_refused(
+    rule: str, mode: str, drawn: str
+) -> None:
     message = f"drawn by '{drawn}', and the environment was made with draft_mode='{mode}'; .*draft_mode=policy.shape"
     with pytest.raises(ValueError, match=message):
         serve(rule, mode, 1.0, 1, 1, drawn=drawn)

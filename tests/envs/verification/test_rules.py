@@ -15,6 +15,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from warped import warp_logits
 
 from aurora_rl.envs.verification import rules as verification
 from aurora_rl.envs.verification.rules import (
@@ -27,7 +28,7 @@ from aurora_rl.envs.verification.rules import (
     register_rule,
     settle,
 )
-from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.sampling_params import SamplingBatch, SamplingParams
 from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
@@ -57,7 +58,7 @@ def test_a_name_is_taken_once() -> None:
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])
-def test_shapes_that_do_not_belong_together(rule: VerificationRule) -> None:
+def test_shapes_that_do_not_belong_together_are_refused(rule: VerificationRule) -> None:
     nodes = torch.zeros(2, 3, dtype=torch.int64)
     sampling = SamplingBatch.from_params([None, None])
     with pytest.raises(ValueError, match=r"logits \[B, N \+ 1, V\].* got \[2, 3, 5\], \[2, 3\], \[2, 3\], \[2, 3\]"):

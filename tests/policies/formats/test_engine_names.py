@@ -1,4 +1,4 @@
-"""Exported folders against an engine written from its documents: its names, its sums, and nothing of our drafters.
+"""Exported folders (formats/llama_eagle.py, formats/vllm.py) against an engine written from its documents alone.
 
 The engine here is plain torch in float64. It takes ``config.json`` and ``model.safetensors``, puts every tensor where
 the loaders of SGLang or vLLM put it (fused projections included), and refuses what they pass over in silence: a name
@@ -145,7 +145,7 @@ class Target:
         return tuple(state[0] for state in states)
 
 
-# A way to draft: logits [V] behind a text of tokens and a path of drafted ones, −inf where no row is.
+# A way to draft: logits [V] after a text of tokens and a path of drafted ones, −inf where no row is.
 Draft = Callable[[Tensor, list[int]], Tensor]
 
 
@@ -233,10 +233,10 @@ def vllm_medusa_of(folder: Path) -> Draft:
     return draft
 
 
-# ---- ours, and the comparison ---------------------------------------------------------------------------------------
+# ---- the drafter, and the comparison ---------------------------------------------------------------------------------
 
 
-def made(name: str, vocab: Tensor, **options: Any) -> Drafter:
+def drafter_of(name: str, vocab: Tensor, **options: Any) -> Drafter:
     """A drafter of a target with base ``THETA``, none of its tensors as it started; float64 of float32 weights."""
     target = tiny_target(dtype=torch.float32)
     target.config.rope_parameters = {"rope_type": "default", "rope_theta": THETA}
@@ -253,7 +253,7 @@ def made(name: str, vocab: Tensor, **options: Any) -> Drafter:
     return drafter.double()
 
 
-def contexts(trajectory: TensorDict) -> list[tuple[Tensor, list[int]]]:
+def texts_and_paths(trajectory: TensorDict) -> list[tuple[Tensor, list[int]]]:
     """Text and path of every root, then of every node."""
     tokens, offset = trajectory["sequence", "tokens"], trajectory["rounds", "offset"].tolist()
     nodes, parents = trajectory["nodes", "tokens"].tolist(), trajectory["nodes", "parents"].tolist()
@@ -273,12 +273,12 @@ def contexts(trajectory: TensorDict) -> list[tuple[Tensor, list[int]]]:
 def assert_drafts_alike(drafter: Drafter, draft: Draft) -> None:
     """The drafter's logits at every root and node of a served request are those of an engine, to 1e-5."""
     trajectory = tiny_trajectory(drafter, max_new_tokens=6)
-    deep = [len(path) < drafter.max_depth for _, path in contexts(trajectory)]
+    deep = [len(path) < drafter.max_depth for _, path in texts_and_paths(trajectory)]
     batch = pack([trajectory])
-    mine = drafter.context_logits(batch, TreeIndex.of(batch), torch.tensor(deep)).double()
-    theirs = [draft(*context) for context, there in zip(contexts(trajectory), deep, strict=True) if there]
-    assert len(theirs) > 6
-    for logits, expected in zip(mine, theirs, strict=True):
+    logits_here = drafter.context_logits(batch, TreeIndex.of(batch), torch.tensor(deep)).double()
+    logits_there = [draft(*context) for context, there in zip(texts_and_paths(trajectory), deep, strict=True) if there]
+    assert len(logits_there) > 6
+    for logits, expected in zip(logits_here, logits_there, strict=True):
         drafted = over_vocabulary(logits, drafter.draft_vocab)
         torch.testing.assert_close(drafted[drafter.draft_vocab], expected[drafter.draft_vocab], rtol=1e-5, atol=1e-5)
         assert int(drafted.argmax()) == int(expected.argmax())
@@ -294,7 +294,7 @@ ENGINES: dict[str, tuple[str, str, Callable[[Path], Draft]]] = {
 
 def exported(engine: str, folder: Path, **options: Any) -> tuple[Drafter, Callable[[Path], Draft]]:
     name, layout, reader = ENGINES[engine]
-    drafter = made(name, SOME, **options)
+    drafter = drafter_of(name, SOME, **options)
     save_drafter(drafter.float(), folder, layout)
     config = json.loads((folder / "config.json").read_text())
     assert name == "medusa" or config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
@@ -311,21 +311,21 @@ def exported(engine: str, folder: Path, **options: Any) -> tuple[Drafter, Callab
         ("eagle3 in vllm", {"feature_layers": (0, 1)}),
     ],
 )
-def test_eagle3(engine: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_engine_drafts_as_the_exported_eagle3(engine: str, options: dict[str, Any], tmp_path: Path) -> None:
     drafter, reader = exported(engine, tmp_path / "drafter", **options)
     assert_drafts_alike(drafter, reader(tmp_path / "drafter"))
 
 
 @pytest.mark.parametrize("vocab", [SOME, torch.arange(32)])
-def test_eagle(vocab: Tensor, tmp_path: Path) -> None:
-    drafter = made("eagle", vocab)
+def test_sglang_drafts_as_the_exported_eagle(vocab: Tensor, tmp_path: Path) -> None:
+    drafter = drafter_of("eagle", vocab)
     assert isinstance(drafter, EagleDrafter)
     save_drafter(drafter.float(), tmp_path / "drafter")
     assert_drafts_alike(drafter.double(), sglang_eagle_of(tmp_path / "drafter", mapped=len(vocab) < 32))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_medusa(num_layers: int, tmp_path: Path) -> None:
+def test_vllm_drafts_as_the_exported_medusa(num_layers: int, tmp_path: Path) -> None:
     drafter, reader = exported("medusa in vllm", tmp_path / "drafter", num_heads=3, num_layers=num_layers)
     assert isinstance(drafter, MedusaDrafter)
     assert_drafts_alike(drafter, reader(tmp_path / "drafter"))
@@ -341,7 +341,7 @@ def change(folder: Path, tensors: dict[str, Tensor], **entries: Any) -> None:
 
 
 @pytest.mark.parametrize("engine", ["eagle3 in sglang", "eagle3 in vllm", "eagle in sglang"])
-def test_another_theta_drafts_otherwise(engine: str, tmp_path: Path) -> None:
+def test_another_theta_drafts_differently(engine: str, tmp_path: Path) -> None:
     drafter, reader = exported(engine, tmp_path / "drafter")
     change(tmp_path / "drafter", load_file(tmp_path / "drafter" / "model.safetensors"), rope_theta=10000.0)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
@@ -349,7 +349,7 @@ def test_another_theta_drafts_otherwise(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "one", "other"),
+    ("engine", "first", "second"),
     [
         ("eagle3 in sglang", "midlayer.self_attn.k_proj.weight", "midlayer.self_attn.v_proj.weight"),
         ("eagle3 in vllm", "midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight"),
@@ -362,11 +362,11 @@ def test_another_theta_drafts_otherwise(engine: str, tmp_path: Path) -> None:
         ("medusa in vllm", "blocks.0.layers.0.weight", "blocks.1.layers.0.weight"),
     ],
 )
-def test_swapped_tensors_draft_otherwise(engine: str, one: str, other: str, tmp_path: Path) -> None:
+def test_swapped_tensors_draft_differently(engine: str, first: str, second: str, tmp_path: Path) -> None:
     options = {"fc_norm": True} if engine.startswith("eagle3") else {}
     drafter, reader = exported(engine, tmp_path / "drafter", **options)
     tensors = load_file(tmp_path / "drafter" / "model.safetensors")
-    change(tmp_path / "drafter", {**tensors, one: tensors[other], other: tensors[one]})
+    change(tmp_path / "drafter", {**tensors, first: tensors[second], second: tensors[first]})
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         assert_drafts_alike(drafter, reader(tmp_path / "drafter"))
 
@@ -385,7 +385,7 @@ def test_a_name_too_many_or_too_few_is_an_error(engine: str, tmp_path: Path) -> 
         reader(folder)
 
 
-def test_another_draft_map_drafts_otherwise(tmp_path: Path) -> None:
+def test_another_draft_map_drafts_differently(tmp_path: Path) -> None:
     drafter, reader = exported("eagle3 in sglang", tmp_path / "drafter")
     tensors = load_file(tmp_path / "drafter" / "model.safetensors")
     change(tmp_path / "drafter", {**tensors, "d2t": tensors["d2t"] + 1})

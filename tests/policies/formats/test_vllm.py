@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from drafters import edit_config, edit_tensors
 from torch import Tensor
 
-from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
-from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, get_drafter
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
-from aurora_rl.storage import read_folder
-from aurora_rl.testing import tiny_target
+from aurora_rl.storage import CheckpointError, read_folder
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import pack
 
 Files = tuple[dict[str, Tensor], dict[str, Any]]
 IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 @pytest.fixture(scope="module")
-def parts() -> TargetParts:
+def deep_parts() -> TargetParts:
     return TargetParts.of(tiny_target(num_layers=8, dtype=torch.float32))
 
 
 @pytest.fixture
-def eagle3(parts, tmp_path) -> Files:
-    save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30])), tmp_path / "drafter")
+def eagle3(deep_parts, tmp_path) -> Files:
+    save_drafter(Eagle3Drafter.from_target(deep_parts, draft_vocab=torch.tensor([2, 7, 30])), tmp_path / "drafter")
     return read_folder(tmp_path / "drafter", "config.json")
 
 
 @pytest.fixture
-def medusa(parts) -> Files:
-    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30]), num_heads=2, num_layers=1)
+def medusa(deep_parts) -> Files:
+    drafter = MedusaDrafter.from_target(deep_parts, draft_vocab=torch.tensor([2, 7, 30]), num_heads=2, num_layers=1)
     config = {
         "architectures": ["MedusaDrafter"],
         "vocab_size": 32,
@@ -42,9 +45,9 @@ def medusa(parts) -> Files:
     return drafter.published(), config
 
 
-def assert_same(one: Files, other: Files) -> None:
-    assert one[1] == other[1] and one[0].keys() == other[0].keys()
-    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+def assert_same(files: Files, expected: Files) -> None:
+    assert files[1] == expected[1] and files[0].keys() == expected[0].keys()
+    assert all(torch.equal(files[0][name], expected[0][name]) for name in files[0])
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
@@ -62,10 +65,10 @@ def test_eagle3_says_its_layers_to_each_engine(eagle3):
 
 def test_vllms_own_names_are_read_too(eagle3):
     tensors, config = to_vllm(*eagle3)
-    theirs = {
+    renamed = {
         name.replace("midlayer.", "layers.0.").replace("d2t", "draft_id_to_target_id"): t for name, t in tensors.items()
     }
-    assert_same(from_vllm(theirs, config), eagle3)
+    assert_same(from_vllm(renamed, config), eagle3)
 
 
 def test_layers_that_vllm_reads_in_two_ways_are_refused(eagle3):
@@ -96,7 +99,7 @@ def _without(name: str):
 
 
 def _with(**tensors: Tensor):
-    return lambda given, config: ({**given, **tensors}, config)
+    return lambda written, config: ({**written, **tensors}, config)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +119,28 @@ def _with(**tensors: Tensor):
 def test_what_vllm_would_not_serve_as_it_was_is_refused(kind, spoil, message, request):
     with pytest.raises(ValueError, match=message):
         to_vllm(*spoil(*request.getfixturevalue(kind)))
+
+
+# Of EAGLE-3 others than its own.
+LAYERS = {"eagle3": (0, 1, 2), "medusa": None}
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa"])
+def test_vllms_folders_are_told_by_what_they_say(parts: TargetParts, tmp_path: Path, name: str) -> None:
+    """Nobody says of a ``drafter.path`` in which layout it is."""
+    drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(0, 32, 2), feature_layers=LAYERS[name])
+    save_drafter(drafter, tmp_path / "vllm", "vllm")
+    if name == "eagle3":  # as others write it: the layers at the top level alone
+        edit_config(tmp_path / "vllm", eagle_config=None)
+    read = load_drafter(tmp_path / "vllm", parts)
+    batch = pack([tiny_trajectory(drafter)])
+    assert read.feature_layers == drafter.feature_layers
+    assert torch.equal(read.score(batch), drafter.score(batch))
+
+
+def test_a_token_map_outside_the_vocabulary_is_named(parts: TargetParts, tmp_path: Path) -> None:
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(4))
+    save_drafter(drafter, tmp_path / "drafter", "vllm")
+    edit_tensors(tmp_path / "drafter", token_map=torch.tensor([0, 1, 2, 99]))
+    with pytest.raises(CheckpointError, match="tensor 'token_map' points outside .* row 3 is token 99"):
+        load_drafter(tmp_path / "drafter", parts, layout="vllm")

@@ -115,7 +115,7 @@ def register_operators() -> torch.library.Library:
 def _slots(req_to_token: Tensor, requests: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     """The slots of each request's tokens and which of them are there, both `[b, S]`.
 
-    Behind the end of a shorter request stands its own first slot: attention gives it the weight 0, and 0 times what
+    After the end of a shorter request stands its own first slot: attention gives it the weight 0, and 0 times what
     an unwritten slot holds could still be NaN.
     """
     present = torch.arange(int(seq_lens.max())) < seq_lens[:, None]

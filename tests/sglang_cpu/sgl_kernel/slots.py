@@ -54,7 +54,7 @@ def assign_draft_cache_locs_contiguous_cpu(
     topk: int,
     num_steps: int,
 ) -> None:
-    """Read the `topk * num_steps` slots behind each request's text, where its drafts are going to be written."""
+    """Read the `topk * num_steps` slots after each request's text, where its drafts are going to be written."""
     ends = seq_lens + topk * num_steps
     assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, seq_lens, ends, out_cache_loc, pool_len)
 
@@ -64,7 +64,7 @@ def build_draft_decode_metadata_cpu(
 ) -> Tensor:
     """Give every branch of a draft tree a table row of its own, `[b * topk, pool_len]`: the shared text, then itself.
 
-    Branch k's slots lie k * num_steps behind the text. In its own row they follow the text directly, which makes
+    Branch k's slots lie k * num_steps after the text. In its own row they follow the text directly, which makes
     a step of drafting an ordinary decoding step of `b * topk` requests.
     """
     table = req_to_token[req_pool_indices].repeat_interleave(topk, dim=0)

@@ -90,7 +90,7 @@ def _links(parents: Sequence[int | None]) -> tuple[list[int], list[int]]:
 
 
 def _paths(parents: Sequence[int | None]) -> list[list[int]]:
-    """The nodes from the root to each node. Parents may stand behind their children, as ties can order them so."""
+    """The nodes from the root to each node. Parents may stand after their children, as ties can order them so."""
 
     def path(node: int) -> list[int]:
         if node == 0:
@@ -114,7 +114,7 @@ def verify_tree_greedy_cpu(
     """Walk each tree from its root along the children that the target would have said itself.
 
     Args:
-        predicts: written, flat `[b * N]`, at each accepted node's row: the target's token behind it, the last of
+        predicts: written, flat `[b * N]`, at each accepted node's row: the target's token after it, the last of
             which is the bonus token. Other rows are left alone.
         accept_index: written, `[b, longest path]` rows of the accepted nodes, the root first; the rest is left alone.
         accept_token_num: written, `[b]` drafts accepted, the root not counted.
@@ -122,7 +122,7 @@ def verify_tree_greedy_cpu(
         retrive_index: `[b, N]` row of each node.
         retrive_next_token: `[b, N]` first child.
         retrive_next_sibling: `[b, N]` next sibling.
-        target_predict: `[b, N]` the target's most likely token behind each node.
+        target_predict: `[b, N]` the target's most likely token after each node.
     """
     lists = (candidates, retrive_index, retrive_next_token, retrive_next_sibling, target_predict)
     trees = zip(*(tensor.tolist() for tensor in lists), strict=True)

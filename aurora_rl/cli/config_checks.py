@@ -1,0 +1,101 @@
+"""What the values of a configuration must do, each alone and together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from aurora_rl.cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aurora_rl.cli.config import Config
+
+_POSITIVE = """
+    engine.slots engine.max_length engine.threads http.max_body http.max_waiting max_new_tokens drafter.vocab_size
+    drafter.depth drafter.width
+    baseline.window wire.queue learner.threads learner.batch_size learner.buffer learner.max_skipped
+    learner.publish_every gate.requests traffic.requests
+"""
+
+_RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
+    **dict.fromkeys(_POSITIVE.split(), ("be at least 1", lambda value: value >= 1)),
+    "traffic.limit": ("be at least 1 or null", lambda value: value is None or value >= 1),
+    "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),
+    "engine.capture_rate": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
+    "http.host": ("not be empty", bool),
+    "http.port": ("lie in 0..65535 or be null", lambda value: value is None or 0 <= value <= 65535),
+    "http.timeout": ("be a number of seconds above 0", lambda value: 0 < value < math.inf),
+    "http.cors_origins": (
+        "be like https://chat.example, without a path",
+        lambda value: all(re.fullmatch(r"\*|https?://[^/\s]+", origin) for origin in value),
+    ),
+    "learner.nice": ("lie in 0..19", lambda value: 0 <= value <= 19),
+    **dict.fromkeys(
+        ("learner.muon_lr", "learner.adam_lr", "learner.replay"),
+        ("not be negative", lambda value: 0 <= value < math.inf),
+    ),
+    "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
+    "drafter.made_for": ("be target or any", ("target", "any").__contains__),
+    "dtype": (
+        "be auto, float32, bfloat16, float16 or float64",
+        ("auto", "float32", "bfloat16", "float16", "float64").__contains__,
+    ),
+    "generation_config": ("be auto or ignore", ("auto", "ignore").__contains__),
+    **dict.fromkeys(
+        ("wire.trajectories", "wire.weights"),
+        ("be tcp://host:port or ipc://path", re.compile(r"tcp://[^\s/]+:\d+|ipc://.+").fullmatch),
+    ),
+}
+"""What the value of a key must do, and whether it does."""
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError if a value is out of range, or two do not go together."""
+    tree, learner, drafter = OmegaConf.structured(config), config.learner, config.drafter
+    for key, (duty, holds) in _RULES.items():
+        value = OmegaConf.select(tree, key)
+        if not holds(value):
+            raise ConfigError(f"{key} must {duty}, got {value!r}")
+    if learner.buffer < learner.batch_size:
+        raise ConfigError(
+            f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
+            f"would ever be taken; set learner.buffer={learner.batch_size} or more"
+        )
+    if drafter.name == "hybrid":
+        options = drafter.options
+        now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
+        raise ConfigError(f"drafter.name=hybrid is {now} now, and its learned_options are drafter.options")
+    layers = drafter.feature_layers or []
+    if sorted(set(layers)) != list(layers):
+        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
+    _check_engine(config)
+    for key, address in (("wire.trajectories", config.wire.trajectories), ("wire.weights", config.wire.weights)):
+        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
+            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
+    if config.wire.trajectories == config.wire.weights:
+        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
+    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
+        raise ConfigError(
+            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            f"{config.temperature}, {config.top_k}, {config.top_p}"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    engine = config.engine
+    if engine.name != "sglang":
+        return
+    if config.rule is not None:
+        raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
+    if (engine.url is None) != (engine.plugin_address is None):
+        raise ConfigError(
+            "engine.url and engine.plugin_address go together: a running server and the address of its plugin"
+        )
+    if engine.url is not None and config.drafter.path is None:
+        raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
+    if config.drafter.mode != "topk":
+        raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")

@@ -1,0 +1,154 @@
+"""The model card of a drafter, and the commands that serve it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub import ModelCardData
+from omegaconf import OmegaConf
+
+from aurora_rl.models.loading import DEFAULT_TARGET
+
+if TYPE_CHECKING:
+    from aurora_rl.policies.drafter import Drafter
+
+_EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SGLANG = {"LlamaForCausalLMEagle3": "EAGLE3", "LlamaForCausalLMEagle": "EAGLE", "DFlashDraftModel": "DFLASH"}
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str, target: str) -> dict[str, str]:
+    """Return the command that serves a drafter's folder, by the name of each engine that loads it.
+
+    Args:
+        kind: Class of the drafter.
+        config: What its ``config.json`` holds.
+        drafter: Folder or hub id of the drafter.
+        target: Target as in the configuration: a folder, a hub id, or "smollm2".
+
+    Example:
+        >>> from aurora_rl.policies import MedusaDrafter
+        >>> engine_commands(MedusaDrafter, {"architectures": ["MedusaDrafter"]}, "runs/1/drafter", "smollm2")
+        {'aurora_rl': 'aurora-rl serve model=smollm2 drafter.name=medusa drafter.path=runs/1/drafter'}
+    """
+    from aurora_rl.policies import StandaloneDrafter
+    from aurora_rl.policies.registry import drafter_name
+
+    name = config["architectures"][0]
+    nested = (config.get("eagle_config") or {}).get(_LAYER_IDS) or ()
+    left = nested or (config.get("dflash_config") or {}).get("target_layer_ids") or ()  # layers that states leave
+    standalone = issubclass(kind, StandaloneDrafter)
+    commands = {"aurora_rl": f"aurora-rl serve model={target} drafter.name={drafter_name(kind)} drafter.path={drafter}"}
+    target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
+    algorithm = "STANDALONE" if standalone else _SGLANG.get(name)
+    if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
+        commands["sglang"] = (
+            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} "
+            f"--speculative-draft-model-path {drafter}"
+        )
+    # Of EAGLE-3's layers vLLM wants the ids at the top level; without any, it takes the authors' defaults.
+    stated = name == "LlamaForCausalLMEagle3" and (_LAYER_IDS in config or not nested)
+    method = "draft_model" if standalone else "medusa" if name == "MedusaModel" else "eagle3" if stated else None
+    if method is not None:
+        settings = json.dumps({"method": method, "model": drafter, "num_speculative_tokens": 3})
+        commands["vllm"] = f"vllm serve {target} --speculative-config '{settings}'"
+    return commands
+
+
+def model_card(
+    drafter: Drafter,
+    repo_id: str,
+    config: Mapping[str, Any],
+    *,
+    base_model: str | None = None,
+    run: str | os.PathLike[str] | None = None,
+    license: str | None = None,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """Return the text of a model card: front matter, what the drafter is, figures of its run, and how to serve it.
+
+    Args:
+        drafter: The drafter.
+        repo_id: Repository of the card.
+        config: What its ``config.json`` holds.
+        base_model: Hub id of the target; None takes the model of the run, unless that was a folder.
+        run: Folder of a run; None leaves its figures out.
+        license: License of the weights; None keeps what ``metadata`` states.
+        metadata: Front matter of the card that is replaced.
+
+    Raises:
+        ValueError: The run has no summary.
+    """
+    from aurora_rl.policies.registry import drafter_name
+
+    settings, figures = ({}, []) if run is None else _run(Path(run))
+    target = next((name for name in (settings.get("model"), base_model) if name and not _is_folder(name)), "TARGET")
+    base_model = base_model or {"TARGET": None, DEFAULT_TARGET: _EMBEDDED_ID}.get(target, target)
+    kind = type(drafter)
+    tags = ["speculative-decoding", drafter_name(kind).rpartition(":")[2].lower()]
+    stated = {"base_model": base_model, "library_name": "aurora_rl", "tags": tags, "license": license}
+    front = ModelCardData(**{**metadata, **{name: value for name, value in stated.items() if value is not None}})
+    rows = [
+        ("architecture", f"`{kind.__name__}`"),
+        ("parameters", f"{sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M"),
+        ("draft vocabulary", f"{len(drafter.draft_vocab):,} of {drafter.vocab_size:,} tokens"),
+        ("target layers that it reads", ", ".join(map(str, drafter.feature_layers)) or "none"),
+        ("fingerprint of the target's weights", f"`{drafter.made_for}`" if drafter.made_for else "not known"),
+        ("written with", ", ".join(f"{name} {version(name)}" for name in ("aurora-rl", "torch", "transformers"))),
+    ]
+    commands = "\n".join(engine_commands(kind, config, repo_id, target).values())
+    about = f"`{base_model}`" if base_model else "a causal language model"
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {repo_id}",
+        f"A drafter for speculative decoding of {about}, trained with aurora_rl.",
+        _table(rows),
+        *(["## Training", _table(figures)] if figures else []),
+        "## Use",
+        f"```bash\n{commands}\n```",
+        "```python\nfrom aurora_rl.policies import Drafter\n\n"
+        f'drafter = Drafter.from_pretrained("{repo_id}", "{target}")\n```',
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Configuration of a run, and rows of its figures; what a run did not measure has no row."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        settings = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"run={str(folder)!r} is not the folder of a finished run: {error}") from error
+    domains = (summary.get("domains") or {}).items()
+    versions = summary.get("versions_served") or []
+    rows = [
+        ("engine", settings["engine"]["name"]),
+        ("requests", summary["requests"]),
+        ("acceptance length, first → last", _length(summary["acceptance_length"])),
+        *((f"acceptance length, {name or 'no domain'}", _length(of["acceptance_length"])) for name, of in domains),
+        ("speedup over plain decoding", None if summary.get("speedup") is None else f"{summary['speedup']:.2f}"),
+        ("swaps of weights while serving", summary.get("swaps")),
+        ("versions served", f"{versions[0]} to {versions[-1]}" if versions else None),
+    ]
+    return settings, [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _is_folder(model: str) -> bool:
+    """Whether a model's name is that of a folder of this machine, which is nobody else's business."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
+
+
+def _length(value: Mapping[str, float | None] | float | None) -> str | None:
+    """An acceptance length, or its first and last value; None where there is none."""
+    values = list(value.values()) if isinstance(value, Mapping) else [value]
+    return None if None in values else " → ".join(f"{each:.2f}" for each in values)

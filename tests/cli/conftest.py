@@ -1,0 +1,58 @@
+"""The configuration of a short run on the tiny model, and signal handlers put back after each test."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.cli.config import Config, load_config
+
+
+def free_addresses() -> list[str]:
+    """Two addresses on ports that are free, for the two halves of the wire."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a short run on the tiny model, on ports of its own, in `tmp_path / "run"`."""
+    trajectories, weights = free_addresses()
+    return [
+        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+        *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0"),
+        *("max_new_tokens=8", "traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
+        *(f"wire.trajectories={trajectories}", f"wire.weights={weights}"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def ports() -> list[str]:
+    return free_addresses()
+
+
+@pytest.fixture
+def config(tiny_folder: Path, ports: list[str]) -> Config:
+    return load_config(
+        overrides=[
+            *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+            *("engine.max_length=256", "max_new_tokens=8", "traffic.requests=5"),
+            *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
+        ]
+    )
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

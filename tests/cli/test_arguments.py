@@ -1,0 +1,23 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+
+
+def test_pairs_files_and_folders_are_told_apart() -> None:
+    parser = argparse.ArgumentParser()
+    add_resume_argument(parser)
+    add_config_arguments(parser, "engine.slots=7")
+    nothing = vars(parser.parse_args([]))
+    assert nothing == {"resume": None, "config": None, "print_config": False, "overrides": []}
+    words = ["--resume", "runs/a", "seed=1", "model=x", "--config", "mine.yaml", "--print-config"]
+    assert vars(parser.parse_args(words)) == {
+        "resume": "runs/a",
+        "config": "mine.yaml",
+        "print_config": True,
+        "overrides": ["seed=1", "model=x"],
+    }
+    assert "for example engine.slots=7" in parser.format_help()

@@ -1,0 +1,118 @@
+"""The training half of a run as it is built: objectives, optimizers, checks of what arrives, sockets, and a resume."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from aurora_rl.cli import spec
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.learner import build_learner
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.envs import SampleAndMatch
+from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.storage import CheckpointError
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import rule_code
+
+
+@contextlib.contextmanager
+def learner(config: Config, folder: Path) -> Iterator[object]:
+    built = build_learner(spec.resolve(config), MetricsLog(folder / "metrics.jsonl", "learner"), folder)
+    try:
+        yield built
+    finally:
+        built.close()
+
+
+def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
+    config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
+    config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
+    with learner(config, tmp_path) as built:
+        assert [o.name for o in built._loss.objectives] == ["imitation", "acceptance_reward"]
+        built._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
+    assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
+
+
+class OwnRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive where the library does not
+    """A verification rule of a third party."""
+
+
+def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: Config, tmp_path: Path) -> None:
+    config.rule = f"{__name__}:OwnRule"
+    drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
+    trajectory = tiny_trajectory(drafter.double())
+    with learner(config, tmp_path) as built, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aurora_rl.cli.learner.validate", lambda *_, **__: None)  # the tiny one is of another model
+        validate = built._collector._validate
+        for code in (rule_code("OwnRule"), rule_code("greedy")):
+            trajectory["sampling", "rule"] = torch.tensor(code)
+            validate(trajectory)
+        for name, message in (
+            ("rejection", "'rejection' is not replayable"),
+            ("unheard", "is not known here; set"),
+        ):
+            trajectory["sampling", "rule"] = torch.tensor(rule_code(name))
+            with pytest.raises(ValueError, match=message):
+                validate(trajectory)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_path: Path, dtype: str) -> None:
+    config.dtype = dtype
+    with learner(config, tmp_path) as built:
+        weight = built._loss.objectives[0].head.weight
+    # Under autocast the product is in bfloat16 anyway.
+    assert weight.dtype == getattr(torch, dtype)
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(weight, spec.load(spec.resolve(config)).parts.head.weight)
+
+
+def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
+    config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
+    with learner(config, tmp_path) as built:
+        rates = {type(each).__name__: each.param_groups[0]["lr"] for each in built._optimizers}
+    assert rates == {"Muon": 0.03, "AdamW": 0.0007}
+
+
+def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
+    config.drafter.name, config.learner.record = "eagle3", str(tmp_path / "stream")
+    TrajectoryDataset(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
+    message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
+    with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("key", ["wire.trajectories", "wire.weights"])
+def test_a_port_in_use_names_address_and_key(config: Config, ports: list[str], tmp_path: Path, key: str) -> None:
+    address = ports[key == "wire.weights"]
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        holder.listen()
+        with (
+            pytest.raises(ConfigError, match=f"{address} is in use; stop the process .*, or set {key} to another"),
+            learner(config, tmp_path),
+        ):
+            pass
+    with learner(config, tmp_path):  # what was opened before the error is closed again
+        pass
+
+
+def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
+    with learner(config, tmp_path) as first:
+        first.seen, first.steps, first.version = 40, 30, 2  # type: ignore[attr-defined]
+        first.save()  # type: ignore[attr-defined]
+    config.learner.resume = str(tmp_path / "learner")
+    with learner(config, tmp_path) as second:
+        assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
+    config.drafter.vocab_size = 32
+    with pytest.raises(CheckpointError, match="tensor 'lm_heads.0.weight'"), learner(config, tmp_path):
+        pass

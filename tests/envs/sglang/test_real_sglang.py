@@ -1,0 +1,480 @@
+"""Real SGLang, unpatched, with our plugin in its scheduler (all of envs/sglang): records, swaps, learners."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aurora_rl.cli import spec
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.weights import WeightPublisher
+from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, free_ports
+from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.policies import EagleDrafter, TargetParts, TreeShape
+from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.training.served_weights import drafts_agreed
+from aurora_rl.trajectories import RULE_CODES, validate
+
+pytestmark = pytest.mark.sglang
+
+NEW = 32
+SHAPES = {"chain": TreeShape(3, 1, 3), "tree": TreeShape(2, 4, 7)}
+
+
+@pytest.fixture(scope="module")
+def model(sglang_models):
+    return AutoModelForCausalLM.from_pretrained(sglang_models / "target", dtype=torch.float32).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    return TargetParts.of(model)
+
+
+@pytest.fixture(scope="module")
+def drafter(sglang_models, parts):
+    return load_drafter(sglang_models / "eagle3", parts)
+
+
+@pytest.fixture(scope="module")
+def handshake(parts, drafter):
+    return spec.handshake(parts, drafter, "eagle3")
+
+
+def other_weights(drafter, seed):
+    """As published, with another answer to nearly everything; those of seed 0 are the drafter's own."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: t if name == "d2t" or not seed else t + t.std() * torch.randn(t.shape, generator=generator)
+        for name, t in drafter.published().items()
+    }
+
+
+def with_weights(parts, sglang_models, weights):
+    drafter = load_drafter(sglang_models / "eagle3", parts)
+    drafter.install(weights)
+    return drafter
+
+
+class Learner:
+    """The learner's ends of the wire."""
+
+    def __init__(self, handshake):
+        self.handshake, self.got = handshake, {}
+        self.collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=self.check)
+        self.publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=handshake)
+        self.trajectories, self.weights = self.collector.address, self.publisher.address
+
+    def check(self, trajectory):
+        validate(trajectory, vocab_size=512, feature_size=64 * len(self.handshake.feature_layers), hidden_size=64)
+
+    def die(self):
+        self.collector.shutdown()
+        self.publisher.close()
+
+    def come_back(self):
+        self.collector = ZMQCollector(self.trajectories, handshake=self.handshake, validate=self.check)
+        self.publisher = WeightPublisher(self.weights, handshake=self.handshake)
+
+    def take(self, *requests, timeout=20.0):
+        """The trajectories of these requests."""
+        deadline = time.monotonic() + timeout
+        while not set(requests) <= set(self.got):
+            assert time.monotonic() < deadline, f"only {sorted(self.got)} of {requests} came"
+            for trajectory in self.collector.poll(timeout_s=0.1):
+                self.got[int(trajectory["request"])] = trajectory
+        assert self.collector.rejected == 0
+        return [self.got[request] for request in requests]
+
+    def publish(self, version, weights):
+        self.publisher.publish(version, weights)
+        assert self.publisher.wait_ack(version, 20.0), self.publisher.engines
+
+
+@pytest.fixture
+def learner(handshake):
+    ends = Learner(handshake)
+    yield ends
+    ends.die()
+
+
+@pytest.fixture
+def attached(chain, learner, handshake):
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+    yield chain
+    chain.detach()
+
+
+_numbers = iter(range(1, 10**6))
+
+
+def requests(*lengths, new=NEW, seed=0, temperature=0.0):
+    generator, sampling = torch.Generator().manual_seed(seed), SamplingParams(temperature, max_tokens=new)
+    return [
+        Request(next(_numbers), torch.randint(3, 250, (length,), generator=generator), sampling) for length in lengths
+    ]
+
+
+def ask_all(engine, asked):
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(engine.generate, asked))
+
+
+def recorded_here(model, drafter, asked, shape, tmp_path):
+    """The same requests on the embedded engine."""
+    dataset = TrajectoryDataset(tmp_path / "own")
+    record(model, drafter, asked, dataset, shape=shape, slots=1)
+    return {int(trajectory["request"]): trajectory for trajectory in dataset}
+
+
+def assert_same_rounds(sglang, embedded):
+    """Where both engines began a round at one place they drafted one tree and accepted one path of it."""
+    assert torch.equal(sglang["sequence", "tokens"], embedded["sequence", "tokens"])
+    for key in ("features", "hidden"):
+        torch.testing.assert_close(sglang["sequence", key], embedded["sequence", key], atol=2e-5, rtol=0)
+    at = {int(anchor): row for row, anchor in enumerate(embedded["rounds", "anchor"])}
+    compared = 0
+    for row, anchor in enumerate(sglang["rounds", "anchor"].tolist()):
+        if anchor not in at:  # SGLang makes the first token in prefill, so its rounds may stand otherwise for a while
+            continue
+        own = slice(*embedded["rounds", "offset"][at[anchor] : at[anchor] + 2].tolist())
+        nodes = slice(*sglang["rounds", "offset"][row : row + 2].tolist())
+        for key in ("tokens", "parents", "accepted"):
+            assert torch.equal(sglang["nodes", key][nodes], embedded["nodes", key][own]), (key, anchor)
+        for key, tolerance in (("log_probs", 1e-4), ("hidden", 2e-5)):
+            torch.testing.assert_close(sglang["nodes", key][nodes], embedded["nodes", key][own], atol=tolerance, rtol=0)
+        compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("kind", ["chain", "tree"])
+def test_both_engines_record_the_same(kind, request, model, drafter, handshake, learner, tmp_path):
+    engine = request.getfixturevalue(kind)
+    engine.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+    try:
+        # 300: the prompt is run in two chunks. One after the other, and the last two side by side.
+        asked = requests(5, 40, 300, 12, seed=1)
+        answers = [engine.generate(each) for each in asked[:2]] + ask_all(engine, asked[2:])
+        recorded = learner.take(*(each.id for each in asked))
+        own = recorded_here(model, drafter, asked, SHAPES[kind], tmp_path)
+        compared = 0
+        for answer, trajectory in zip(answers, recorded, strict=True):
+            embedded = own[answer.request.id]
+            assert answer.tokens.tolist() == embedded["sequence", "tokens"][len(answer.request.prompt) :].tolist()
+            assert answer.rounds == len(trajectory["rounds", "anchor"])
+            compared += assert_same_rounds(trajectory, embedded)
+            assert RULE_CODES[int(trajectory["sampling", "rule"])] == "greedy"
+            assert float(trajectory["sampling", "temperature"]) == 0.0
+        assert compared > 30
+        assert sum(int(t["nodes", "accepted"].sum()) for t in recorded) > 10
+        assert engine.status()["skipped"] == {}
+    finally:
+        engine.detach()
+
+
+@pytest.mark.parametrize(
+    ("server", "name"), [("eagle_chain", "eagle_whole"), ("eagle_tree", "eagle"), ("published_chain", "published")]
+)
+def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
+    server, name, request, model, parts, sglang_models, tmp_path
+):
+    """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
+    engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
+    drafter = load_drafter(sglang_models / name, parts)
+    learner = Learner(spec.handshake(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
+    engine.attach(handshake=learner.handshake, trajectories=learner.trajectories, weights=learner.weights)
+    try:
+        before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
+        ask_all(engine, before)
+        weights = other_weights(drafter, 1)
+        learner.publish(1, weights)
+        ask_all(engine, after)
+        new = load_drafter(sglang_models / name, parts)
+        new.install(weights)
+        compared, accepted = [], 0
+        for version, (served, asked) in enumerate(((drafter, before), (new, after))):
+            own = recorded_here(model, served, asked, shape, tmp_path / str(version))
+            recorded = learner.take(*(each.id for each in asked))
+            accepted += sum(int(t["nodes", "accepted"].sum()) for t in recorded)
+            compared.append(sum(assert_same_rounds(t, own[int(t["request"])]) for t in recorded))
+            drafted, agreed = drafts_agreed(served, recorded, version)
+            assert drafted > 5 and agreed == drafted
+        assert compared[0] > 10 and compared[1] > 5 and accepted > 10, (compared, accepted)
+        assert engine.status()["skipped"] == {}
+    finally:
+        engine.detach()
+        learner.die()
+
+
+def test_a_cached_prefix_is_recorded_with_its_features(attached, learner, model, drafter, tmp_path):
+    (first,) = requests(60, seed=2)
+    attached.generate(first)
+    longer = Request(next(_numbers), torch.cat([first.prompt, torch.tensor([9, 8, 7])]), first.sampling)
+    attached.generate(longer)
+    (trajectory,) = learner.take(longer.id)
+    own = recorded_here(model, drafter, [longer], SHAPES["chain"], tmp_path)
+    assert assert_same_rounds(trajectory, own[longer.id]) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"frequency_penalty": 0.5}, "penalty"),
+        ({"repetition_penalty": 1.2}, "penalty"),
+        ({"logit_bias": {"7": 5.0}}, "penalty"),
+        ({"temperature": 0.7}, "temperature"),
+        ({"custom_params": {"aurora_rl": False}}, "opt_out"),
+    ],
+)
+def test_requests_with_another_distribution_are_served_counted_and_not_recorded(attached, learner, change, reason):
+    number = next(_numbers)
+    params = {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True, **change}
+    body = {"input_ids": [5, 6, 7, 8], "sampling_params": params, "rid": str(number)}
+    assert len(attached.post("/generate", body, 60)["output_ids"]) == 6
+    (plain,) = requests(6, new=6)
+    attached.generate(plain)
+    learner.take(plain.id)
+    assert number not in learner.got and attached.status()["skipped"] == {reason: 1}
+
+
+def test_a_share_of_the_requests_is_captured(chain, learner, handshake):
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights, capture_rate=0.5)
+    try:
+        asked = requests(*[6] * 24, new=3)
+        ask_all(chain, asked)
+        status = chain.status()
+        assert status["recorded"] + status["skipped"]["not_captured"] == 24
+        assert 4 <= status["recorded"] <= 20
+    finally:
+        chain.detach()
+
+
+def test_recording_can_be_switched_off_and_on_in_service(attached, learner):
+    silent, heard = requests(6, 7, new=6)
+    assert not attached.record(False)["recording"]
+    attached.generate(silent)
+    assert attached.record(True)["recording"]
+    attached.generate(heard)
+    learner.take(heard.id)
+    assert silent.id not in learner.got
+
+
+def test_a_temperature_is_refused_by_name_on_this_device(attached):
+    (request,) = requests(6, temperature=0.7)
+    with pytest.raises(SGLangError, match="temperature 0.7.*argmax"):
+        attached.generate(request)
+
+
+# ---- attaching ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"feature_layers": (2, 4, 6)}, r"feature_layers is \(2, 4, 6\) at the learner and \(2, 4, 5\) at the engine"),
+        ({"head_checksum": "0" * 16}, "output head differs.*float32"),
+        ({"draft_map_checksum": ""}, r"draft vocabulary \(d2t\) differs"),
+    ],
+)
+def test_a_learner_of_another_deployment_is_refused(chain, learner, handshake, changed, message):
+    another = Handshake(**{**handshake.__dict__, **changed})
+    with pytest.raises(ControlError, match=message):
+        chain.attach(handshake=another, trajectories=learner.trajectories, weights=learner.weights)
+    assert not chain.status()["attached"]
+
+
+def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, handshake):
+    with pytest.raises(ControlError, match="attached already; detach first"):
+        attached.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+
+
+def test_after_detaching_the_server_goes_on_unrecorded(chain, learner, handshake):
+    before, after = requests(8, 8, new=6, seed=3)
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+    first = chain.generate(before)
+    learner.take(before.id)
+    assert not chain.detach()["attached"]
+    assert len(chain.generate(after).tokens) == len(first.tokens)
+    assert learner.collector.poll(0.3) == []
+
+
+def test_an_engine_without_a_plugin_address_cannot_be_attached_to(chain):
+    with pytest.raises(ControlError, match="no plugin address"):
+        SGLangClient(chain.url).status()
+
+
+# ---- swaps --------------------------------------------------------------------------------------------------------
+
+
+def target_sums(engine):
+    """Some of the target's weights, as the server gives them out."""
+    names = ("model.embed_tokens.weight", "model.layers.3.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight")
+    return {n: engine.post("/get_weights_by_name", {"name": n, "truncate_size": 512}, 30) for n in names}
+
+
+def test_after_a_swap_the_server_drafts_what_the_new_weights_predict(
+    attached, learner, model, drafter, parts, sglang_models, tmp_path
+):
+    target = target_sums(attached)
+    weights = other_weights(drafter, 1)
+    learner.publish(1, weights)
+    (asked,) = requests(20, seed=4)
+    attached.generate(asked)
+    (trajectory,) = learner.take(asked.id)
+    assert set(trajectory["rounds", "policy_version"].tolist()) == {1}
+    new = with_weights(parts, sglang_models, weights)
+    own = recorded_here(model, new, [asked], SHAPES["chain"], tmp_path)
+    assert assert_same_rounds(trajectory, own[asked.id]) > 5
+    drafted, agreed = drafts_agreed(new, [trajectory], 1)
+    assert drafted > 5 and agreed == drafted
+    drafted, agreed = drafts_agreed(drafter, [trajectory], 1)
+    assert agreed < 0.8 * drafted, "the comparison must tell the old weights from the new ones"
+    assert target_sums(attached) == target, "the target's weights were touched"
+    learner.publish(2, other_weights(drafter, 0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda w: {**w, "d2t": w["d2t"] + 1}, "draft map 'd2t' differs"),
+        (
+            lambda w: {**w, "midlayer.unheard_of.weight": torch.zeros(4)},
+            "no parameter for 'midlayer.unheard_of.weight'",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_rejected_and_the_old_ones_serve(attached, learner, drafter, spoil, reason):
+    learner.publisher.publish(3, spoil(other_weights(drafter, 0)))
+    assert not learner.publisher.wait_ack(3, 10.0)
+    (engine,) = learner.publisher.engines.values()
+    assert engine.rejected[0] == 3 and reason in engine.rejected[1]
+    (asked,) = requests(9, new=8)
+    attached.generate(asked)
+    assert learner.take(asked.id)[0]["rounds", "policy_version"].unique().tolist() == [0]
+    learner.publish(4, other_weights(drafter, 0))  # a good one is taken
+
+
+def test_swaps_under_load_change_no_text_and_fail_no_request(attached, learner, drafter):
+    asked = requests(*[10] * 12, new=120, seed=5)
+    expected = [answer.tokens for answer in ask_all(attached, asked[:4])]
+    again = [Request(next(_numbers), each.prompt, each.sampling) for _ in range(4) for each in asked[:4]]
+    stop = threading.Event()
+    answers = []
+
+    def load():
+        answers.extend(ask_all(attached, again))
+        stop.set()
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    version = 10
+    while not stop.is_set() and version < 40:
+        learner.publish(version, other_weights(drafter, version % 3))
+        version += 1
+    thread.join()
+    status = attached.status()
+    assert status["swaps"] >= 5 and len(answers) == 16
+    for number, answer in enumerate(answers):
+        assert torch.equal(answer.tokens, expected[number % 4])
+    trajectories = learner.take(*(each.id for each in again))
+    served = [t["rounds", "policy_version"].unique().tolist() for t in trajectories]
+    assert any(len(versions) > 1 for versions in served), "no swap met a request in flight"
+    for trajectory in trajectories:
+        cached, drafted = (trajectory["rounds", f"{kind}_version"] for kind in ("cache", "policy"))
+        assert bool((cached <= drafted).all()) and len(cached.unique()) == 1
+    learner.publish(version + 1, other_weights(drafter, 0))
+
+
+# ---- learners and servers that go and come back ---------------------------------------------------------------------
+
+
+def test_a_dead_learner_costs_no_answer_and_a_new_one_is_served(attached, learner, drafter):
+    first, alone, last = requests(8, 8, 8, new=8, seed=6)
+    attached.generate(first)
+    learner.take(first.id)
+    learner.die()
+    assert len(attached.generate(alone).tokens) == 8
+    learner.come_back()
+    attached.generate(last)
+    learner.take(last.id)
+    learner.publish(learner.publisher.next_version, other_weights(drafter, 0))
+
+
+def test_a_server_that_is_gone_leaves_the_learner_ready_for_the_next(launch, chain, learner, handshake):
+    before, lost, after = requests(8, 8, 8, new=8, seed=7)
+    with launch(1, 1, 1) as server:
+        server.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+        server.generate(before)
+        learner.take(before.id)
+    with pytest.raises(SGLangError, match="does not answer"):
+        server.generate(lost, timeout=5)
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+    try:
+        chain.generate(after)
+        learner.take(after.id)
+    finally:
+        chain.detach()
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+def command(chain, sglang_models, tmp_path, *pairs):
+    traffic = tmp_path / "traffic.jsonl"
+    texts = [f"{number} times {number + 1}?" for number in range(24)]
+    traffic.write_text("".join(json.dumps({"messages": [{"role": "user", "content": t}]}) + "\n" for t in texts))
+    trajectories, weights = free_ports(2)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "aurora_rl.cli.main", "flywheel", "engine.name=sglang", "drafter.name=eagle3"),
+            *(
+                f"engine.url={chain.url}",
+                f"engine.plugin_address={chain.plugin_address}",
+                "engine.slots=4",
+                "engine.max_length=480",
+            ),
+            *(f"model={sglang_models / 'target'}", f"drafter.path={sglang_models / 'eagle3'}", "dtype=float32"),
+            *("drafter.depth=3", "drafter.width=1", "drafter.num_nodes=3", f"traffic.path={traffic}"),
+            *("max_new_tokens=24", "learner.publish_every=4", "learner.replay=1", "gate.requests=2", "gate.margin=10"),
+            *(f"wire.trajectories=tcp://127.0.0.1:{trajectories}", f"wire.weights=tcp://127.0.0.1:{weights}"),
+            *(f"run_dir={tmp_path / 'run'}", *pairs),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_the_flywheel_serves_and_learns_on_a_server_that_is_there(
+    chain, sglang_models, parts, learner, handshake, tmp_path
+):
+    done = command(chain, sglang_models, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["requests"] == 24 and summary["failed"] == 0 and summary["dropped_trajectories"] == 0
+    assert summary["acceptance_length"]["first"] > 1 and summary["tokens_per_second"]["speculative"] > 0
+    assert summary["speedup"] is None and summary["tokens_per_second"]["baseline"] is None
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "request" for event in events) == 24
+    assert any(event["event"] == "train" for event in events)  # how much more depends on the machine
+    load_drafter(tmp_path / "run" / "drafter", parts)
+    assert not chain.status()["attached"], "the server goes on without the run"
+    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
+    learner.publish(1, other_weights(load_drafter(sglang_models / "eagle3", parts), 0))
+    chain.detach()
+
+
+def test_a_temperature_is_refused_before_anything_is_served(chain, sglang_models, tmp_path):
+    done = command(chain, sglang_models, tmp_path, "temperature=0.7")
+    assert done.returncode == 2
+    assert "temperature=0.7: on a CPU SGLang verifies by argmax; set temperature=0" in done.stderr
+    assert not chain.status()["attached"]

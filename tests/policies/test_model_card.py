@@ -1,0 +1,107 @@
+"""What a model card says, and which engines load a folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts
+from aurora_rl.policies.model_card import engine_commands, model_card
+from aurora_rl.testing import tiny_target
+
+
+def test_the_text_of_a_card(drafter: Eagle3Drafter, run: Path) -> None:
+    config = drafter.write("vllm").config
+    versions = ", ".join(f"{name} {version(name)}" for name in ("aurora-rl", "torch", "transformers"))
+    assert model_card(drafter, "me/drafter", config, run=run, license="apache-2.0") == (
+        f"""---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+library_name: aurora_rl
+license: apache-2.0
+tags:
+- speculative-decoding
+- eagle3
+---
+
+# me/drafter
+
+A drafter for speculative decoding of `HuggingFaceTB/SmolLM2-135M-Instruct`, trained with aurora_rl.
+
+| | |
+|---|---|
+| architecture | `Eagle3Drafter` |
+| parameters | 0.0 M |
+| draft vocabulary | 16 of 32 tokens |
+| target layers that it reads | 1, 2 |
+| fingerprint of the target's weights | `{drafter.made_for}` |
+| written with | {versions} |
+
+## Training
+
+| | |
+|---|---|
+| engine | sglang |
+| requests | 300 |
+| acceptance length, first → last | 1.51 → 2.35 |
+| acceptance length, code | 2.50 |
+| speedup over plain decoding | 1.30 |
+| swaps of weights while serving | 31 |
+| versions served | 0 to 7 |
+
+## Use
+
+```bash
+aurora-rl serve model=smollm2 drafter.name=eagle3 drafter.path=me/drafter
+python -m sglang.launch_server --model-path HuggingFaceTB/SmolLM2-135M-Instruct --speculative-algorithm EAGLE3 """
+        """--speculative-draft-model-path me/drafter
+vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --speculative-config """
+        """'{"method": "eagle3", "model": "me/drafter", "num_speculative_tokens": 3}'
+```
+
+```python
+from aurora_rl.policies import Drafter
+
+drafter = Drafter.from_pretrained("me/drafter", "smollm2")
+```
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "base_model", "stated", "command"),
+    [
+        ("FOLDER", None, None, "model=TARGET "),
+        ("FOLDER", "me/target", "me/target", "model=me/target "),
+        ("../models/mine", None, None, "model=TARGET "),
+        ("me/target", None, "me/target", "model=me/target "),
+        ("me/target", "me/family", "me/family", "model=me/target "),
+    ],
+)
+def test_a_card_names_no_folder_of_the_machine(
+    drafter: Eagle3Drafter, run: Path, model: str, base_model: str | None, stated: str | None, command: str
+) -> None:
+    (run / "config.yaml").write_text(f"model: {str(run) if model == 'FOLDER' else model}\nengine: {{name: x}}\n")
+    card = model_card(drafter, "me/drafter", drafter.write("sglang").config, base_model=base_model, run=run)
+    assert (f"base_model: {stated}\n" in card) if stated else ("base_model" not in card)
+    assert command in card and str(run) not in card and "models/mine" not in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "layers", "engines"),
+    [
+        (Eagle3Drafter, "sglang", (1, 2), ["aurora_rl", "sglang"]),
+        (Eagle3Drafter, "vllm", (1, 2), ["aurora_rl", "sglang", "vllm"]),
+        (Eagle3Drafter, "sglang", (0, 2), ["aurora_rl"]),
+        (MedusaDrafter, "aurora_rl", None, ["aurora_rl"]),
+        (MedusaDrafter, "vllm", None, ["aurora_rl", "vllm"]),
+    ],
+)
+def test_engines_that_load_a_folder(
+    kind: type[Drafter], layout: str, layers: tuple[int, ...] | None, engines: list[str]
+) -> None:
+    parts = TargetParts.of(tiny_target())
+    config = kind.from_target(parts, draft_vocab=torch.arange(16), feature_layers=layers).write(layout).config
+    assert list(engine_commands(kind, config, "drafter", "target")) == engines

@@ -1,0 +1,60 @@
+"""Statistics of a run and their summary, against sums by hand."""
+
+from __future__ import annotations
+
+from aurora_rl.telemetry.rates import Round
+from aurora_rl.telemetry.stats import Stats
+
+
+def test_a_summary_of_twenty_requests() -> None:
+    stats = Stats(version=3)
+    for number in range(20):
+        # Acceptance length rises from 1 to 20; each request has a plain round of two seconds and a speculative one.
+        stats.finish("code" if number % 2 else "chat", number + 2, number + 1, 1)
+    stats.rounds = [
+        Round(speculative, 1, tokens, seconds, number)
+        for number in range(20)
+        for speculative, tokens, seconds in ((False, 1, 2.0), (True, number + 1, 1.0))
+    ]
+    stats.swap_ms, stats.drafter_faults = [5.0, 1.0, 3.0, 9.0], 2
+    stats.versions.append(4)
+    assert stats.version == 4
+    assert stats.summary(failed=1, dropped=7, duration_s=60.5) == {
+        "requests": 20,
+        "failed": 1,
+        "swaps": 4,
+        "swap_ms": {"p50": 4.0, "max": 9.0},
+        "acceptance_length": {"first": 1.5, "last": 19.5},  # a tenth is two requests
+        "domains": {
+            "chat": {"requests": 10, "tokens": 110, "acceptance_length": 10.0},
+            "code": {"requests": 10, "tokens": 120, "acceptance_length": 11.0},
+        },
+        "tokens_per_second": {"baseline": 0.5, "speculative": 18.0},  # of the last five: 16 to 20 tokens a second
+        "speedup": 36.0,
+        "dropped_trajectories": 7,
+        "drafter_faults": 2,
+        "duration_s": 60.5,
+        "versions_served": [3, 4],
+    }
+
+
+def test_acceptance_is_of_tokens_over_rounds_and_not_of_ratios() -> None:
+    stats = Stats()
+    for tokens, rounds in ((10, 2), (1, 1), (0, 0)):
+        stats.finish("", tokens, tokens, rounds)
+    assert stats.acceptance(0, 3) == 11 / 3
+    assert stats.acceptance(2, 3) is None and stats.acceptance(3, 3) is None
+    assert stats.by_domain() == {}  # no prompt has a domain
+    stats.finish("chat", 4, 0, 0)
+    assert stats.by_domain() == {
+        "": {"requests": 3, "tokens": 11, "acceptance_length": 11 / 3},
+        "chat": {"requests": 1, "tokens": 4, "acceptance_length": None},
+    }
+
+
+def test_what_was_not_measured_is_none() -> None:
+    summary = Stats().summary()
+    assert summary["swap_ms"] == {"p50": None, "max": None}
+    assert summary["acceptance_length"] == {"first": None, "last": None}
+    assert summary["tokens_per_second"] == {"baseline": None, "speculative": None} and summary["speedup"] is None
+    assert summary["versions_served"] == [] and summary["requests"] == 0

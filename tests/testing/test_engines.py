@@ -1,0 +1,70 @@
+"""check_engine names what an engine breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from aurora_rl.envs import TransformersEngine
+from aurora_rl.testing import check_engine, tiny_target
+
+
+class WrongFeatures(TransformersEngine):
+    def commit(self, *args: Tensor) -> Tensor:
+        self._features = self._features.roll(1, 1)
+        return super().commit(*args)
+
+
+class NothingMoved(TransformersEngine):
+    def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
+        features = super().commit(slots, path, tokens, num_new)
+        for shape, block in self._cache.blocks.items():
+            block[:, slots] = self._saved[shape][:, slots]
+        return features
+
+    def verify(self, *args: Tensor) -> Tensor:
+        hidden = super().verify(*args)
+        self._saved = {shape: block.clone() for shape, block in self._cache.blocks.items()}
+        return hidden
+
+
+class CausalMask(TransformersEngine):
+    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor) -> tuple:
+        return super()._forward(slots, past, tokens, depth, torch.ones_like(seen).tril())
+
+
+class PositionsInARow(TransformersEngine):
+    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor) -> tuple:
+        row = torch.arange(depth.shape[1]).expand_as(depth)
+        return super()._forward(slots, past, tokens, row, seen)
+
+
+class WrongHead(TransformersEngine):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden).roll(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (WrongFeatures, "features that commit gave for slot 0"),
+        (NothingMoved, "hidden, slot"),
+        (CausalMask, "hidden, slot"),
+        (PositionsInARow, "hidden, slot"),
+        (WrongHead, "logits, slot"),
+    ],
+)
+def test_check_names_what_an_engine_breaks(kind: Callable[..., TransformersEngine], message: str) -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=3, max_length=64, feature_layers=(0, 2))
+    engine.__class__ = kind  # not before: the engine's own check would refuse what is broken
+    with pytest.raises(AssertionError, match=message):
+        check_engine(engine, tiny_target(), feature_layers=(0, 2))
+
+
+def test_check_catches_layers_in_another_order() -> None:
+    engine = TransformersEngine(tiny_target(), num_slots=1, max_length=64, feature_layers=(2, 0))
+    with pytest.raises(AssertionError, match="features"):
+        check_engine(engine, tiny_target(), feature_layers=(0, 2))
