@@ -190,6 +190,18 @@ def test_generated_pages_are_current(page: str) -> None:
     assert (DOCS / "reference" / page).read_text() == text, "run `python docs/generate.py`"
 
 
+def test_the_page_of_the_http_api_names_every_field() -> None:
+    from aurora_rl.serving.http import fields, schemas
+
+    taken = {
+        *schemas.ChatCompletion.model_fields,
+        *schemas.Completion.model_fields,
+        *schemas.StreamOptions.model_fields,
+    }
+    named = re.findall(r"`(\w+)`", (DOCS / "reference" / "http.md").read_text())
+    assert taken | fields.HARMLESS | fields.NEUTRAL.keys() <= set(named)
+
+
 def test_the_walks_name_at_most_six_files() -> None:
     text = (DOCS / "design.md").read_text().split("## Five walks")[1].split("\n## ")[0]
     walks = re.findall(r"^\*\*(.+?\?)\*\*(.*?)(?=\n\n|\Z)", text, re.M | re.S)

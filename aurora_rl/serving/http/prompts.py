@@ -60,6 +60,8 @@ class Encoder:
     ) -> None:
         self._tokenizer, self._model, self._sampling = tokenizer, model, sampling
         self._vocab_size, self._max_length, self._max_waiting = vocab_size, max_length, max_waiting
+        # Texts that no tokens of the vocabulary could bring into the context are refused before seconds go into them.
+        self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
 
     def jobs(self, body: ChatCompletion | Completion, headers: Mapping[str, str]) -> list[Job]:
         """Return a job for each choice: those of the first prompt, then those of the next.
@@ -75,7 +77,7 @@ class Encoder:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
         chat = isinstance(body, ChatCompletion)
-        if isinstance(body, ChatCompletion) and body.top_logprobs is not None and not body.logprobs:
+        if isinstance(body, ChatCompletion) and body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
         n = body.n or 1
         prompts = 1 if isinstance(body, ChatCompletion) else len(body.prompt)
@@ -129,9 +131,23 @@ class Encoder:
 
     def _prompts(self, body: ChatCompletion | Completion) -> list[list[int]]:
         if isinstance(body, ChatCompletion):
+            self._check_length(sum(len(message.content) for message in body.messages), "messages")
             return [self._checked(self._chat(body.messages), "messages")]
-        encoded = [list(self._tokenizer(each)["input_ids"]) if isinstance(each, str) else each for each in body.prompt]
-        return [self._checked(tokens, "prompt") for tokens in encoded]
+        return [self._checked(self._text(each) if isinstance(each, str) else each, "prompt") for each in body.prompt]
+
+    def _text(self, text: str) -> list[int]:
+        self._check_length(len(text), "prompt")
+        return list(self._tokenizer(text)["input_ids"])
+
+    def _check_length(self, characters: int, param: str) -> None:
+        if characters > self._max_characters:
+            raise ApiError(
+                400,
+                f"the context holds {self._max_length} tokens, and no {self._max_length} tokens make up a prompt of "
+                f"{characters} characters; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         try:

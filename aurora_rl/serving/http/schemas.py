@@ -60,13 +60,17 @@ def _messages(value: object) -> object:
     """Check the keys of messages."""
     if not isinstance(value, list):
         return value
-    known, harmless = ("role", "content"), ("name",)
-    return [
-        check_fields(each, known, where=f"messages[{index}].", harmless=harmless, neutral=_EMPTY_OF_MESSAGE)
-        if isinstance(each, dict)
-        else each
-        for index, each in enumerate(value)
-    ]
+    checked = []
+    for index, message in enumerate(value):
+        where = f"messages[{index}]."
+        if isinstance(message, dict):
+            message = check_fields(
+                message, ("role", "content"), where=where, harmless=("name",), neutral=_EMPTY_OF_MESSAGE
+            )
+            if message.get("content") is None and message.get("role") != "assistant":
+                raise ApiError(400, f"{where}content is missing", param=f"{where}content", code="missing_field")
+        checked.append(message)
+    return checked
 
 
 def _prompts(value: object) -> object:

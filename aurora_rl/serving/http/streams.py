@@ -20,6 +20,7 @@ from aurora_rl.serving.http.bodies import Bodies
 from aurora_rl.serving.http.errors import of_engine
 from aurora_rl.serving.http.prompts import Job
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 # Some clients take these for the ends of lines, which JSON does not.
 _LINE_ENDS = str.maketrans({each: f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"})
 # A client that reads nothing holds its connection so much longer than the request may take.
@@ -33,7 +34,7 @@ def event(body: Any) -> str:
         >>> event({"a": "é"})
         'data: {"a":"é"}\n\n'
     """
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':')).translate(_LINE_ENDS)}\n\n"
+    return f"data: {_JSON.encode(body).translate(_LINE_ENDS)}\n\n"
 
 
 class EventStream(StreamingResponse):

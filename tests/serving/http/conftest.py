@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from driven_engine import driven
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
@@ -57,7 +58,8 @@ class Rig:
             note=self.engine.completed,
         )
         self._servers: list[HttpServer] = []
-        self.engine.start(server)
+        self._driven = driven(self.engine, server)
+        self._driven.__enter__()
         self.url = self.serve(drafter_version=lambda: server.stats.version)
 
     def extend(self, trajectory: Any) -> None:
@@ -92,7 +94,7 @@ class Rig:
         return False
 
     def close(self) -> None:
-        self.engine.stop()
+        self._driven.__exit__(None, None, None)
         for server in self._servers:
             server.stop()
 

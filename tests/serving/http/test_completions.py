@@ -30,19 +30,19 @@ def stream_of(pieces: Any) -> tuple[str, list[Any]]:
 
 def test_a_chat_gets_plain_decodings_text_whole_and_in_pieces(rig: Any, client: openai.OpenAI) -> None:
     prompt = encode_chat(rig.tokenizer, CHAT)
-    tokens = rig.plain(prompt, 40)
+    tokens = rig.plain(prompt, 24)
     text = decode(rig.tokenizer, tokens)
-    whole = client.chat.completions.create(model="tiny/model", messages=CHAT, max_tokens=40)
+    whole = client.chat.completions.create(model="tiny/model", messages=CHAT, max_tokens=24)
     choice = whole.choices[0]
     assert (choice.message.role, choice.message.content, choice.index) == ("assistant", text, 0)
-    assert choice.finish_reason == ("length" if len(tokens) == 40 else "stop") and choice.logprobs is None
+    assert choice.finish_reason == ("length" if len(tokens) == 24 else "stop") and choice.logprobs is None
     assert whole.object == "chat.completion" and whole.id.startswith("chatcmpl-") and whole.model == "tiny/model"
     usage = whole.usage
     assert usage is not None and usage.prompt_tokens == len(prompt) and usage.completion_tokens == len(tokens)
     assert usage.total_tokens == len(prompt) + len(tokens)
 
     said, pieces = stream_of(
-        client.chat.completions.create(model="tiny/model", messages=CHAT, max_completion_tokens=40, stream=True)
+        client.chat.completions.create(model="tiny/model", messages=CHAT, max_completion_tokens=24, stream=True)
     )
     assert said == text and len(pieces) > 4
     assert pieces[0].choices[0].delta.role == "assistant" and pieces[0].object == "chat.completion.chunk"
@@ -126,7 +126,7 @@ def test_every_kind_of_prompt_is_continued(rig: Any, client: openai.OpenAI, prom
 
 
 def test_without_a_budget_a_chat_goes_on_to_the_end_of_the_context(rig: Any, client: openai.OpenAI) -> None:
-    long: Any = [{"role": "user", "content": "x" * 480}]
+    long: Any = [{"role": "user", "content": "x" * 490}]
     answer = client.chat.completions.create(model="tiny/model", messages=long)
     prompt = encode_chat(rig.tokenizer, long)
     assert answer.usage is not None
@@ -136,7 +136,7 @@ def test_without_a_budget_a_chat_goes_on_to_the_end_of_the_context(rig: Any, cli
 def test_seeds_make_samples_reproducible_with_drafts_and_without(client: openai.OpenAI) -> None:
     def ask(**settings: Any) -> list[str]:
         answer = client.completions.create(
-            model="tiny/model", prompt="Once", max_tokens=24, temperature=0.9, **settings
+            model="tiny/model", prompt="Once", max_tokens=12, temperature=0.9, **settings
         )
         return [choice.text for choice in answer.choices]
 
@@ -171,12 +171,12 @@ def test_the_servers_defaults_hold_where_a_request_names_none(rig: Any) -> None:
 
 
 def test_stop_strings_end_the_text_before_them(rig: Any, client: openai.OpenAI) -> None:
-    text = decode(rig.tokenizer, rig.plain(rig.tokenizer("Once")["input_ids"], 60))
-    stop = next(text[at : at + 2] for at in range(10, 40) if "\ufffd" not in text[at : at + 2])
+    text = decode(rig.tokenizer, rig.plain(rig.tokenizer("Once")["input_ids"], 40))
+    stop = next(text[at : at + 2] for at in range(10, 30) if "\ufffd" not in text[at : at + 2])
     for stops in (stop, ["never there", stop]):
-        whole = client.completions.create(model="tiny/model", prompt="Once", max_tokens=60, stop=stops)
+        whole = client.completions.create(model="tiny/model", prompt="Once", max_tokens=40, stop=stops)
         said, pieces = stream_of(
-            client.completions.create(model="tiny/model", prompt="Once", max_tokens=60, stop=stops, stream=True)
+            client.completions.create(model="tiny/model", prompt="Once", max_tokens=40, stop=stops, stream=True)
         )
         assert whole.choices[0].text == said == text[: text.index(stop)]
         assert whole.choices[0].finish_reason == pieces[-1].choices[0].finish_reason == "stop"
@@ -283,16 +283,16 @@ def test_many_clients_at_once_get_their_own_answers(rig: Any) -> None:
 
             async def one(number: int) -> str:
                 if number % 2:
-                    answer = await client.completions.create(model="tiny/model", prompt=prompts[number], max_tokens=24)
+                    answer = await client.completions.create(model="tiny/model", prompt=prompts[number], max_tokens=16)
                     return answer.choices[0].text
                 pieces = await client.completions.create(
-                    model="tiny/model", prompt=prompts[number], max_tokens=24, stream=True
+                    model="tiny/model", prompt=prompts[number], max_tokens=16, stream=True
                 )
                 return "".join([choice.text async for piece in pieces for choice in piece.choices])
 
             return await asyncio.wait_for(asyncio.gather(*map(one, range(len(prompts)))), 60)
 
-    expected = [decode(rig.tokenizer, rig.plain(rig.tokenizer(prompt)["input_ids"], 24)) for prompt in prompts]
+    expected = [decode(rig.tokenizer, rig.plain(rig.tokenizer(prompt)["input_ids"], 16)) for prompt in prompts]
     assert asyncio.run(ask()) == expected
 
 

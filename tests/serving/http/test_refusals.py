@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_rl.serving.http.fields import HARMLESS, NEUTRAL
@@ -94,6 +94,8 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"messages": "Hi"}, "messages", "valid list"),
         ({"messages": ["Hi"]}, "messages[0]", "valid dictionary"),
         ({"messages": [{"content": "Hi"}]}, "messages[0].role", "is missing"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+        ({"messages": [*CHAT, {"role": "user", "content": None}]}, "messages[1].content", "is missing"),
         ({"messages": [{"role": "boss", "content": "Hi"}]}, "messages[0].role", "give one of system, developer"),
         ({"messages": [{"role": ["a"], "content": "Hi"}]}, "messages[0].role", "give one of"),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role", "as tools are not"),
@@ -114,6 +116,8 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"messages": CHAT, "logprobs": True, "top_logprobs": 21}, "logprobs", "logprobs is 21"),
         ({"messages": CHAT, "logprobs": 1}, "logprobs", "valid boolean"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "shorten the prompt"),
+        ({"messages": [*CHAT, {"role": "user", "content": "x" * 9000}]}, "messages", "a prompt of 9002 characters"),
+        ({"prompt": ["a", "x" * 9000]}, "prompt", "a prompt of 9000 characters"),
         ({"messages": CHAT, "max_completion_tokens": 600}, "messages", "max_completion_tokens=600"),
         ({"messages": CHAT, "prompt": "a"}, "prompt", "unknown field"),
     ],
@@ -239,7 +243,7 @@ PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 
 
 @given(path=st.sampled_from(PATHS), body=bodies, cut=st.integers(0, 400))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None)
 def test_whatever_is_sent_is_answered_or_refused(http: httpx.Client, path: str, body: Any, cut: int) -> None:
     data = json.dumps(body).encode()
     if cut < 40:
