@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_rl.context import ContextStore
+from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
@@ -136,9 +137,8 @@ class TransformersEngine(Engine):
         self._shapes = kv_shapes(model)
         self._groups = uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
-        self._build_alibi: Callable[..., Tensor] | None = None
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
-        self._place_alibi(max_length + self.max_nodes)
+        self._alibi = AlibiPositions.of(model, max_length + self.max_nodes, takes_positions=self._takes_positions)
         self.prefill_seconds = 0.0
         return probe
 
@@ -290,26 +290,6 @@ class TransformersEngine(Engine):
                 self._mask_kinds, self._starts, self._prefill_rows = kinds, None, _PREFILL_ROWS
         return probe.difference(self.logits(torch.cat([hidden[:, [0, 2, 4]], last], dim=1)), probe.logits)
 
-    def _place_alibi(self, max_length: int) -> None:
-        """Give BLOOM's ALiBi the positions of the columns: a tree's nodes lie in another order."""
-        original = getattr(type(self._decoder), "build_alibi_tensor", None)
-        if original is None:
-            if not self._takes_positions or getattr(self._config, "alibi", False):
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} cannot be told the positions of a tree's nodes: its decoder counts "
-                    f"them itself; {ELSEWHERE}"
-                )
-            return
-        decoder, device = self._decoder, self.model.device
-
-        def build(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-            if attention_mask.ndim == 2:  # not one of ours
-                return original(decoder, attention_mask, num_heads, dtype)
-            table = original(decoder, torch.ones(1, max_length, device=device), num_heads, dtype)[:, 0]
-            return table[:, self._columns].transpose(0, 1).flatten(0, 1)[:, None]
-
-        self._build_alibi = build
-
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
     def _capture(self, layer: int) -> Callable[..., None]:
@@ -337,8 +317,8 @@ class TransformersEngine(Engine):
                 positions = positions + self._starts[slots, None].to(device)
             # A node past the model's last position is never delivered, and a table of positions has no row for it.
             arguments["position_ids"] = positions if self._last is None else positions.clamp(max=self._last)
-        if self._build_alibi is not None:  # at every pass: other engines of the model have tensors of their own
-            self._columns, self._decoder.build_alibi_tensor = column_positions(depth, past, end), self._build_alibi
+        if self._alibi is not None:
+            self._alibi.aim(column_positions(depth, past, end))
         hidden = self._decoder(
             input_ids=tokens,
             attention_mask=self._attention_mask(seen, depth, past, end),
