@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from transformers import LogitsProcessorList
 
 from aurora_rl.context import TrajectoryRecorder
+from aurora_rl.envs.chunked_prefill import ChunkedPrefill
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.processors import process
 from aurora_rl.envs.request import Completion, Request
@@ -30,7 +31,8 @@ class SpecDecodeEnv(EnvBase):
     The action is a draft tree per slot. A step verifies it in one pass of the target, keeps the accepted path and adds
     the bonus token; an empty tree is plain decoding. The reward is the number of tokens delivered. A slot is done at a
     stop token or string (terminated) or at its token budget (truncated), and takes the next request at its reset. A
-    slot for which there is none is idle: it delivers nothing and is done at every step, so that it asks again.
+    slot for which there is none is idle: it delivers nothing and is done at every step, so that it asks again. So is a
+    slot whose prompt is still being read, a chunk at each reset while other slots decode.
 
     Args:
         engine: Engine of the target.
@@ -105,6 +107,7 @@ class SpecDecodeEnv(EnvBase):
         self._processors: dict[int, LogitsProcessorList] = {}  # of the requests in their slots
         self._active: dict[int, Request] = {}
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
+        self._prefill = ChunkedPrefill(engine)
         self._drafted = torch.zeros(engine.num_slots, 2)  # of each slot's request: rounds with drafts, and their tokens
         self.recording_seconds = 0.0
         self._recorder = TrajectoryRecorder(store) if record else None
@@ -183,8 +186,8 @@ class SpecDecodeEnv(EnvBase):
 
     @property
     def num_active(self) -> int:
-        """Slots that hold a request."""
-        return len(self._active)
+        """Slots that hold a request, those whose prompts are being read included."""
+        return len(self._active) + len(self._prefill)
 
     def _set_seed(self, seed: int | None) -> None:
         """Requests carry their own seeds; the environment draws nothing."""
@@ -229,8 +232,11 @@ class SpecDecodeEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         flags = None if tensordict is None else tensordict.get("_reset", None)
         slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
+        if flags is None:
+            self._prefill.clear()
         # A bad request is refused here, before anything changes; good ones taken along with it wait for the next reset.
-        while len(self._taken) < len(slots) and (request := self._requests()) is not None:
+        free = [slot for slot in slots if slot not in self._prefill]
+        while len(self._taken) < len(free) and (request := self._requests()) is not None:
             try:
                 self.check(request)
             except ValueError as error:
@@ -243,9 +249,10 @@ class SpecDecodeEnv(EnvBase):
             if self._active.pop(slot, None) is not None:
                 self._processors.pop(slot, None)
                 self.engine.release(slot)
-        loaded = [(slot, self._taken.popleft()) for slot in slots[: len(self._taken)]]
+        for slot in free[: len(self._taken)]:
+            self._prefill.add(slot, self._taken.popleft())
+        loaded = self._prefill.read(slots, decoding=bool(self._active))
         if loaded:
-            self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
             self._active.update(loaded)
             self._drafted[[slot for slot, _ in loaded]] = 0
             if self._processors_for is not None:
@@ -270,7 +277,9 @@ class SpecDecodeEnv(EnvBase):
         terminated = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         truncated = torch.ones_like(terminated)  # what idle slots report
         if len(slots):
+            began = time.perf_counter()
             self._round(tensordict, slots, out, reward, terminated, truncated)
+            self._prefill.round(time.perf_counter() - began)
         out["observation", "position"].copy_(store.lengths - 1)
         out.update({"reward": reward, "terminated": terminated, "truncated": truncated, "done": terminated | truncated})
         return out

@@ -349,22 +349,31 @@ class TransformersEngine(Engine):
 
     @override
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.prefill_chunk(slot, prompt, 0, len(prompt))
+
+    @override
+    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
         # The last token of a prompt is left to be the root of the first round.
         began = time.perf_counter()
-        for slot, prompt in zip(slots, prompts, strict=True):
-            if not 1 <= len(prompt) < self.max_length:
-                raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
-            prompt = prompt.to(self.store.tokens.device)
-            where, body = torch.tensor([slot]), prompt[:-1]
-            rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
-            size = max(16, min(rows, self._prefill_rows))
-            for start, part in zip(range(0, len(body), size), body.split(size), strict=False):
-                depth = torch.arange(len(part), device=prompt.device)[None]
-                causal = depth[:, :, None] >= depth[:, None, :]
-                _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
-                self.store.features[slot, start : start + len(part)] = features[0]
+        if not 1 <= len(prompt) < self.max_length:
+            raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
+        prompt = prompt.to(self.store.tokens.device)
+        where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
+        rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
+        for start in range(done, stop, size := max(16, min(rows, self._prefill_rows))):
+            part = prompt[start : min(start + size, stop)]
+            depth = torch.arange(len(part), device=prompt.device)[None]
+            causal = depth[:, :, None] >= depth[:, None, :]
+            _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
+            self.store.features[slot, start : start + len(part)] = features[0]
+        if stop == len(prompt) - 1:
             self.store.start(slot, prompt)
+            stop = len(prompt)
+        if prompt.is_cuda:  # or it would be the next round that waits
+            torch.cuda.synchronize(prompt.device)
         self.prefill_seconds += time.perf_counter() - began
+        return stop
 
     @override
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
