@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from aurora_rl.context import ContextStore
+from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.registry import Registry
 
 
@@ -22,9 +23,11 @@ class Engine(ABC):
         vocab_size: Size of the target's vocabulary.
         prefill_seconds: Wall time spent in :meth:`prefill` so far.
         max_nodes: Most nodes of a slot's tree without its root.
+        prefix_cache: Rows of finished requests, which an engine may use where a prompt begins alike; None keeps none.
     """
 
     max_nodes: int = 64
+    prefix_cache: PrefixCache | None = None
 
     store: ContextStore
     vocab_size: int

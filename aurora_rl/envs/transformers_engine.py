@@ -359,6 +359,8 @@ class TransformersEngine(Engine):
         if not 1 <= len(prompt) < self.max_length:
             raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
         prompt = prompt.to(self.store.tokens.device)
+        if not done and self.prefix_cache is not None:
+            done = self.prefix_cache.load(prompt[:-1], self._rows(slot))
         where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
         rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
         for start in range(done, stop, size := max(16, min(rows, self._prefill_rows))):
@@ -421,7 +423,13 @@ class TransformersEngine(Engine):
 
     @override
     def release(self, slot: int) -> None:
+        if self.prefix_cache is not None and (held := int(self.store.lengths[slot]) - 1) > 0:
+            self.prefix_cache.save(self.store.tokens[slot, :held], self._rows(slot))
         self.store.release(slot)
+
+    def _rows(self, slot: int) -> list[Tensor]:
+        """Return views of what a slot holds of each token but the last, after nothing but the tokens before it."""
+        return [*self._cache.rows(slot), self.store.features[slot]]
 
 
 class _FewLayers(TransformersEngine):

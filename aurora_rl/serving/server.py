@@ -87,6 +87,18 @@ class InferenceServer:
         return self._sink.queued if self._sink is not None else 0
 
     @property
+    def prefix_cache_queries(self) -> int:
+        """Prompt tokens that were looked for in the prefix cache."""
+        cache = self.env.engine.prefix_cache
+        return cache.queries if cache is not None else 0
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        """Prompt tokens that were found in the prefix cache, and not read again."""
+        cache = self.env.engine.prefix_cache
+        return cache.hits if cache is not None else 0
+
+    @property
     def refused(self) -> str | None:
         """Why the learner refuses this server; None if it does not."""
         return self._receiver.error if self._receiver is not None else None

@@ -116,6 +116,27 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     got = drafter.propose(slots[:2], shape)
     equal = all(close(a.double(), b.double(), atol) for a, b in zip(_nodes(got, 0), _nodes(got, 1), strict=True))
     require(equal, "proposals change when a full slot is extended next to one that catches up")
+    _check_rows(drafter, longest, slots[:2], full)
+
+
+def _check_rows(drafter: Drafter, trajectories: list[TensorDict], slots: Tensor, full: Tensor) -> None:
+    """Half of the rows of slot 0 serve slot 1, which holds the same text."""
+    sources = drafter.cache_rows(0)
+    if sources is None:
+        return
+    drafter.forget(slots[1:])
+    rows, half = drafter.cache_rows(1), full // 2
+    require(rows is not None and len(rows) == len(sources), "cache_rows gives slots unlike rows")
+    for row, source in zip(rows or [], sources, strict=True):
+        require(len(row) > int(full[0]), f"cache_rows gives {len(row)} rows, fewer than the slot's tokens")
+        row.fill_(torch.nan)
+        row[: int(half[1])] = source[: int(half[1])]
+    drafter.cached[1] = half[1]
+    _extend(drafter, trajectories[1:], slots[1:], half[1:], full[1:])
+    got = drafter.propose(slots, TreeShape(3, 2))
+    parts = zip(_nodes(got, 0), _nodes(got, 1), strict=True)
+    equal = all(a.shape == b.shape and close(a.double(), b.double(), RECORDED[dtype_of(drafter)]) for a, b in parts)
+    require(equal, "proposals change when a slot takes over the rows that cache_rows gives of another")
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ from aurora_rl.envs import (
 )
 from aurora_rl.envs.chunked_prefill import ChunkedPrefill
 from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.testing import tiny_target
 
 SIZES = {
@@ -128,7 +129,7 @@ class World:
 
 
 # Prompts of several chunks that come while others decode, two at once among them, and short ones between them.
-SHAPES = ((3, 9), (5, 40), (70, 6), (50, 8), (1, 5), (90, 4))
+SHAPES = ((3, 4), (5, 26), (70, 3), (50, 4), (1, 4), (90, 3))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -146,6 +147,25 @@ def test_texts_and_features_are_those_of_whole_prompts(name: str) -> None:
     for chunked, whole in zip(*sequences, strict=True):
         for key in ("tokens", "features", "hidden"):
             torch.testing.assert_close(chunked[key], whole[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_texts_and_features_are_those_of_prompts_without_kept_rows(name: str) -> None:
+    """A second turn that is longer than a window, whose history is taken over, with what chunks it is read in."""
+    model = model_of(CONFIGS[name]())
+    first, beside = requests((30, 12), (4, 60))
+    said = torch.tensor(plain_text(model, first))
+    second = Request(2, torch.cat([first.prompt, said, torch.arange(3, 30)]), SamplingParams(max_tokens=8))
+    texts = {request.id: plain_text(model, request) for request in (first, beside, second)}
+    served, features = copy.deepcopy(model), []
+    for kept in (True, False):
+        engine = TransformersEngine(served, num_slots=2, max_length=128, feature_layers=(0, 2))
+        engine.prefix_cache = PrefixCache(200) if kept else None
+        world = World(engine, [first, beside, second])
+        assert world.run() == texts
+        assert (world.chunks[0] == (0, 0, 41 + 16)) if kept else (world.chunks[0] == (0, 0, 16))
+        features.append(world.done[2].trajectory["sequence", "features"])
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
 
 
 def engine(slots: int = 2, max_length: int = 128) -> TransformersEngine:
