@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.request import Request
 
-# A pass over fewer tokens costs a CPU little less; rounds are compared by the median of so many.
-_LEAST, _ROUNDS = 16, 8
+# Tokens of the first chunk and of the shortest: a pass over fewer takes as long as a round all the same.
+_FIRST, _LEAST = 16, 8
+# A chunk takes so many times the median of the last rounds, so many of them.
+_SHARE, _ROUNDS = 1.25, 8
 
 
 class ChunkedPrefill:
     """Reads the prompts of requests into their slots, first come, first served.
 
     While other slots decode, one chunk is read between two rounds. Its length follows from what is measured: a chunk
-    is to take as long as a round, so that a request that decodes waits for its next tokens twice as long as usual, at
-    most. No number of tokens does that on every machine: a round takes as long as 16 tokens on a CPU, and on a GPU as
-    several hundred.
+    is to take about as long as a round, so that a request that decodes waits about twice as long as usual for its next
+    tokens. No number of tokens does that everywhere: on a CPU a round takes as long as about 12 tokens of a prompt, on
+    a GPU as hundreds.
 
     Args:
         engine: Engine that reads.
@@ -43,7 +45,7 @@ class ChunkedPrefill:
         self._engine = engine
         self._reading: dict[int, tuple[Request, int]] = {}  # by slot: the request, and how many tokens of it are read
         self._rounds: deque[float] = deque(maxlen=_ROUNDS)
-        self.chunk = _LEAST
+        self.chunk = _FIRST
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._reading
@@ -96,7 +98,7 @@ class ChunkedPrefill:
         read = self._engine.prefill_chunk(slot, request.prompt, done, self.chunk)
         seconds = time.perf_counter() - began
         if read - done == self.chunk and self._rounds:  # neither the last tokens of a prompt nor rows that were kept
-            longer = seconds < statistics.median(self._rounds)
+            longer = seconds < _SHARE * statistics.median(self._rounds)
             self.chunk = max(self.chunk * 5 // 4 if longer else self.chunk * 4 // 5, _LEAST)
         self._reading[slot] = (request, read)
         return read == len(request.prompt)

@@ -129,7 +129,7 @@ def _check_rows(drafter: Drafter, trajectories: list[TensorDict], slots: Tensor,
     require(rows is not None and len(rows) == len(sources), "cache_rows gives slots unlike rows")
     for row, source in zip(rows or [], sources, strict=True):
         require(len(row) > int(full[0]), f"cache_rows gives {len(row)} rows, fewer than the slot's tokens")
-        row.fill_(torch.nan)
+        row.fill_(7)
         row[: int(half[1])] = source[: int(half[1])]
     drafter.cached[1] = half[1]
     _extend(drafter, trajectories[1:], slots[1:], half[1:], full[1:])

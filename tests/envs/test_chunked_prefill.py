@@ -226,4 +226,8 @@ def test_a_chunk_grows_as_long_as_it_takes_less_time_than_a_round(seconds: float
     for _ in range(3):
         prefill.read([0], decoding=True)
     prefill.round(seconds)
-    assert prefill.chunk > 40 if grows else prefill.chunk == 16
+    assert prefill.chunk > 40 if grows else prefill.chunk == 12
+    prefill.chunk = 8  # and no shorter
+    prefill.add(0, request)
+    prefill.read([0], decoding=True)
+    assert prefill.chunk == (10 if grows else 8)
