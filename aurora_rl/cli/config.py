@@ -36,6 +36,9 @@ class EngineConfig:
     """Requests decoded at the same time."""
     max_length: int = 1024
     """Most tokens of a request, prompt and completion together."""
+    prefix_cache_tokens: int = 8192
+    """Tokens of finished requests whose keys and values the embedded engine keeps for prompts that begin alike, such as
+    a chat's next turn; 0 keeps none. SGLang has a cache of its own."""
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None

@@ -23,6 +23,7 @@ from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import TreeController
+from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import SGLangServer
@@ -83,6 +84,9 @@ def embedded_server(
             log.write("costs", round_ms=cost_table(costs))
             shapes = TreeController(costs)
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
+    if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
+        engine.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
+        policy.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
     env = SpecDecodeEnv(
         engine,
         requests,

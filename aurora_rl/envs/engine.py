@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from aurora_rl.context import ContextStore
+from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.registry import Registry
 
 
@@ -22,9 +23,11 @@ class Engine(ABC):
         vocab_size: Size of the target's vocabulary.
         prefill_seconds: Wall time spent in :meth:`prefill` so far.
         max_nodes: Most nodes of a slot's tree without its root.
+        prefix_cache: Rows of finished requests, which an engine may use where a prompt begins alike; None keeps none.
     """
 
     max_nodes: int = 64
+    prefix_cache: PrefixCache | None = None
 
     store: ContextStore
     vocab_size: int
@@ -43,6 +46,24 @@ class Engine(ABC):
     @abstractmethod
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
         """Load prompts (each ``[P]`` int64, ``1 <= P < max_length``) into free slots."""
+
+    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
+        """Read on in the prompt of a free slot, between rounds of other slots.
+
+        An engine that cannot stop within a prompt reads it whole, as this method does unless it is overridden. The
+        slot stays free until its prompt is complete; a prompt that is begun at 0 again takes the place of another.
+
+        Args:
+            slot: The slot.
+            prompt: Its whole prompt, ``[P]`` int64, ``1 <= P < max_length``.
+            done: Tokens that are read, as the call before returned; 0 at first.
+            most: Most tokens to read, at least one.
+
+        Returns:
+            How many tokens are read now, ``P`` where the prompt is complete.
+        """
+        self.prefill([slot], [prompt])
+        return len(prompt)
 
     @abstractmethod
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:

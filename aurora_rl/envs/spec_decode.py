@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase
 from transformers import LogitsProcessorList
 
 from aurora_rl.context import TrajectoryRecorder
+from aurora_rl.envs.chunked_prefill import ChunkedPrefill
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.logprobs import TokenLogprobs, token_logprobs
 from aurora_rl.envs.processors import process
@@ -43,7 +44,8 @@ class SpecDecodeEnv(EnvBase):
     The action is a draft tree per slot. A step verifies it in one pass of the target, keeps the accepted path and adds
     the bonus token; an empty tree is plain decoding. The reward is the number of tokens delivered. A slot is done at a
     stop token or string (terminated) or at its token budget (truncated), and takes the next request at its reset. A
-    slot without a request is idle: it delivers nothing and is done at every step, so that it asks again.
+    slot without a request is idle: it delivers nothing and is done at every step, so that it asks again. So is a slot
+    whose prompt is still being read, a chunk at each reset while other slots decode.
 
     Args:
         engine: Engine of the target.
@@ -118,6 +120,7 @@ class SpecDecodeEnv(EnvBase):
         self._processors_for = processors
         self._active: dict[int, _Slot] = {}
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
+        self._prefill = ChunkedPrefill(engine)
         self.recording_seconds = 0.0
         self._recorder = TrajectoryRecorder(store) if record else None
         self._set_sampling()
@@ -165,8 +168,8 @@ class SpecDecodeEnv(EnvBase):
 
     @property
     def num_active(self) -> int:
-        """Slots that hold a request."""
-        return len(self._active)
+        """Slots that hold a request, those whose prompts are being read included."""
+        return len(self._active) + len(self._prefill)
 
     def cancel(self, request: int) -> bool:
         """Drop a request between two rounds; its slot is free for the next. Returns whether it was there."""
@@ -178,7 +181,7 @@ class SpecDecodeEnv(EnvBase):
             if held.request.id == request:
                 self._release(slot)
                 return True
-        return False
+        return self._prefill.drop(request)
 
     def _release(self, slot: int) -> None:
         del self._active[slot]
@@ -202,8 +205,11 @@ class SpecDecodeEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         flags = None if tensordict is None else tensordict.get("_reset", None)
         slots = list(range(self.engine.num_slots)) if flags is None else flags.flatten().nonzero().flatten().tolist()
+        if flags is None:
+            self._prefill.clear()
         # A bad request is refused here, before anything changes; good ones taken along with it wait for the next reset.
-        while len(self._taken) < len(slots) and (request := self._requests()) is not None:
+        free = [slot for slot in slots if slot not in self._prefill]
+        while len(self._taken) < len(free) and (request := self._requests()) is not None:
             try:
                 self.check(request)
             except ValueError as error:
@@ -215,9 +221,10 @@ class SpecDecodeEnv(EnvBase):
         for slot in slots:
             if slot in self._active:
                 self._release(slot)
-        loaded = [(slot, self._taken.popleft()) for slot in slots[: len(self._taken)]]
+        for slot in free[: len(self._taken)]:
+            self._prefill.add(slot, self._taken.popleft())
+        loaded = self._prefill.read(slots, decoding=bool(self._active))
         if loaded:
-            self.engine.prefill([slot for slot, _ in loaded], [request.prompt for _, request in loaded])
             for slot, request in loaded:
                 self._active[slot] = _Slot(request, self._processors_for and self._processors_for(request))
             if self._recorder:
@@ -241,7 +248,9 @@ class SpecDecodeEnv(EnvBase):
         out["terminated"] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         out["truncated"] = torch.ones_like(out["terminated"])  # what idle slots report
         if len(slots):
+            began = time.perf_counter()
             self._round(tensordict, slots, out)
+            self._prefill.round(time.perf_counter() - began)
         out["observation", "position"].copy_(store.lengths - 1)
         out["done"] = out["terminated"] | out["truncated"]
         return out

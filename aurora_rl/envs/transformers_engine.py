@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_rl.context import ContextStore
+from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
@@ -132,9 +133,8 @@ class TransformersEngine(Engine):
         self._shapes = kv_shapes(model)
         self._groups = uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
-        self._build_alibi: Callable[..., Tensor] | None = None
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
-        self._place_alibi(max_length + self.max_nodes)
+        self._alibi = AlibiPositions.of(model, max_length + self.max_nodes, takes_positions=self._takes_positions)
         self.prefill_seconds = 0.0
         return probe
 
@@ -285,26 +285,6 @@ class TransformersEngine(Engine):
                 self._mask_kinds, self._starts, self._prefill_rows = kinds, None, _PREFILL_ROWS
         return probe.difference(self.logits(torch.cat([hidden[:, [0, 2, 4]], last], dim=1)), probe.logits)
 
-    def _place_alibi(self, max_length: int) -> None:
-        """Give BLOOM's ALiBi the positions of the columns, since a tree's nodes lie in another order."""
-        original = getattr(type(self._decoder), "build_alibi_tensor", None)
-        if original is None:
-            if not self._takes_positions or getattr(self._config, "alibi", False):
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} cannot be told the positions of a tree's nodes: its decoder counts "
-                    f"them itself; {ELSEWHERE}"
-                )
-            return
-        decoder, device = self._decoder, self.model.device
-
-        def build(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-            if attention_mask.ndim == 2:  # not one of ours
-                return original(decoder, attention_mask, num_heads, dtype)
-            table = original(decoder, torch.ones(1, max_length, device=device), num_heads, dtype)[:, 0]
-            return table[:, self._columns].transpose(0, 1).flatten(0, 1)[:, None]
-
-        self._build_alibi = build
-
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
     def _capture(self, layer: int) -> Callable[..., None]:
@@ -332,8 +312,8 @@ class TransformersEngine(Engine):
                 positions = positions + self._starts[slots, None].to(device)
             # A node past the model's last position is never delivered, and a table of positions has no row for it.
             arguments["position_ids"] = positions if self._last is None else positions.clamp(max=self._last)
-        if self._build_alibi is not None:  # at every pass: other engines of the model have tensors of their own
-            self._columns, self._decoder.build_alibi_tensor = column_positions(depth, past, end), self._build_alibi
+        if self._alibi is not None:
+            self._alibi.aim(column_positions(depth, past, end))
         hidden = self._decoder(
             input_ids=tokens,
             attention_mask=self._attention_mask(seen, depth, past, end),
@@ -364,22 +344,33 @@ class TransformersEngine(Engine):
 
     @override
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.prefill_chunk(slot, prompt, 0, len(prompt))
+
+    @override
+    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
         # The last token of a prompt is left to be the root of the first round.
         began = time.perf_counter()
-        for slot, prompt in zip(slots, prompts, strict=True):
-            if not 1 <= len(prompt) < self.max_length:
-                raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
-            prompt = prompt.to(self.store.tokens.device)
-            where, body = torch.tensor([slot]), prompt[:-1]
-            rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
-            size = max(16, min(rows, self._prefill_rows))
-            for start, part in zip(range(0, len(body), size), body.split(size), strict=False):
-                depth = torch.arange(len(part), device=prompt.device)[None]
-                causal = depth[:, :, None] >= depth[:, None, :]
-                _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
-                self.store.features[slot, start : start + len(part)] = features[0]
+        if not 1 <= len(prompt) < self.max_length:
+            raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
+        prompt = prompt.to(self.store.tokens.device)
+        if not done and self.prefix_cache is not None:
+            done = self.prefix_cache.load(prompt[:-1], self._rows(slot))
+        where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
+        rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
+        for start in range(done, stop, size := max(16, min(rows, self._prefill_rows))):
+            part = prompt[start : min(start + size, stop)]
+            depth = torch.arange(len(part), device=prompt.device)[None]
+            causal = depth[:, :, None] >= depth[:, None, :]
+            _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
+            self.store.features[slot, start : start + len(part)] = features[0]
+        if stop == len(prompt) - 1:
             self.store.start(slot, prompt)
+            stop = len(prompt)
+        if prompt.is_cuda:  # or it would be the next round that waits
+            torch.cuda.synchronize(prompt.device)
         self.prefill_seconds += time.perf_counter() - began
+        return stop
 
     @override
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
@@ -422,7 +413,13 @@ class TransformersEngine(Engine):
 
     @override
     def release(self, slot: int) -> None:
+        if self.prefix_cache is not None and (held := int(self.store.lengths[slot]) - 1) > 0:
+            self.prefix_cache.save(self.store.tokens[slot, :held], self._rows(slot))
         self.store.release(slot)
+
+    def _rows(self, slot: int) -> list[Tensor]:
+        """Return views of what a slot holds of each token but the last, after nothing but the tokens before it."""
+        return [*self._cache.rows(slot), self.store.features[slot]]
 
 
 class _FewLayers(TransformersEngine):

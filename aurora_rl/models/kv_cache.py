@@ -126,6 +126,10 @@ class SlotCache(_KeysAndValuesOnly):
             read.append(held[self._rows, : self._end].transpose(1, 2))
         return read[0], read[1]
 
+    def rows(self, slot: int) -> list[Tensor]:
+        """Return views of what a slot holds, a row for each column: ``[columns, layers, heads, d]`` of each shape."""
+        return [block[:, slot].transpose(0, 1) for block in self.blocks.values()]
+
     def move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:
         """Copy columns ``source`` to ``target`` (each ``[m]``) of ``slots`` (``[m]``) in all layers at once."""
         for block in self.blocks.values():

@@ -213,6 +213,10 @@ class DFlashDrafter(Drafter):
         self._root[rows] = tokens.gather(1, num_new.to(device)[:, None])[:, 0]
         self.cached[slots] += num_new
 
+    @override
+    def cache_rows(self, slot: int) -> list[Tensor]:
+        return [cache[slot] for layer in self._cache for cache in layer]
+
     @torch.inference_mode()
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:

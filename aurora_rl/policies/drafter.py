@@ -213,6 +213,16 @@ class Drafter(HubMixin, nn.Module, ABC):
             num_new: Number of new pairs, at least 1, ``[b]`` int64 on the CPU.
         """
 
+    def cache_rows(self, slot: int) -> list[Tensor] | None:
+        """Return views of what the cache holds of a slot's pairs, so that a request that begins alike can take it over.
+
+        Returns:
+            Tensors ``[L, ...]`` with ``L >= max_length``. :meth:`extend` writes row ``t`` with pair ``t``, from this
+            pair and those before it. It reads and writes nothing else of earlier pairs. None, the default, if there
+            are no such rows.
+        """
+        return None
+
     @abstractmethod
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         """Draft a tree after the last pair of each slot; ``policies.tree_search.grow`` makes it of log-probabilities.

@@ -151,6 +151,10 @@ class MedusaDrafter(Drafter):
         self._state[slots.to(self._state.device)] = last.to(self._state.dtype)
         self.cached[slots] += num_new
 
+    @override
+    def cache_rows(self, slot: int) -> list[Tensor]:
+        return []  # it reads the last pair alone
+
     @torch.inference_mode()
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:

@@ -13,6 +13,7 @@ from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
 from aurora_rl.policies.lookup import Tree, merged, ngram_tree, padded
+from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import tree_fault, valid_nodes
 
@@ -54,6 +55,8 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
             drafter failed their requests, or the shape is ``lookup_only``.
+        prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request begins
+            alike. A swap empties it. None, the default, keeps none.
         rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
 
     Example:
@@ -88,6 +91,9 @@ class DrafterPolicy(TensorDictModuleBase):
         self.shape, self.speculate, self.rebuild_on_install = shape, True, True
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
+        self.prefix_cache: PrefixCache | None = None
+        self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
+        self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
         self._refused = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
         self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
@@ -121,6 +127,8 @@ class DrafterPolicy(TensorDictModuleBase):
         def install() -> None:
             put()
             self.version = version
+            if self.prefix_cache is not None:
+                self.prefix_cache.clear()
             if self.rebuild_on_install:
                 self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
@@ -175,6 +183,8 @@ class DrafterPolicy(TensorDictModuleBase):
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
+        if self.prefix_cache is not None:
+            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (store.lengths == 0)))
         if bool(fresh.any()):
             self._refused &= ~fresh
             self._forget(fresh.nonzero().flatten())
@@ -302,6 +312,8 @@ class DrafterPolicy(TensorDictModuleBase):
     def _catch_up(self, slots: Tensor) -> None:
         """Append to the drafter's cache the pairs of the store that it lacks."""
         store, drafter = self._store, self.drafter
+        if self.prefix_cache is not None:
+            self._load_rows(self.prefix_cache, slots[drafter.cached[slots] == 0])
         missing = store.lengths[slots] - 1 - drafter.cached[slots]
         long = missing > _SHORT
         for group in filter(len, (slots[~long & (missing > 0)], *slots[long].split(1))):
@@ -310,3 +322,23 @@ class DrafterPolicy(TensorDictModuleBase):
             column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]
             tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
             drafter.extend(group, tokens, store.features[rows, column], count)
+        if self.prefix_cache is not None:
+            self._read[slots], self._unsaved[slots] = store.tokens[slots], True
+
+    def _save_rows(self, cache: PrefixCache, ended: Tensor) -> None:
+        """Save the drafter's rows of requests that ended, ``[B]`` bool, if all are of its present weights."""
+        self._unsaved &= ~ended
+        for slot in (ended & ~self._refused & (self._cache_version == self.version)).nonzero().flatten().tolist():
+            rows, held = self.drafter.cache_rows(slot), int(self.drafter.cached[slot])
+            if rows is not None and held:
+                # The rows of n pairs are of n + 1 tokens. The row after them is not read, see below.
+                cache.save(self._read[slot, : held + 1], rows)
+
+    def _load_rows(self, cache: PrefixCache, empty: Tensor) -> None:
+        """Fill the drafter's empty caches with the rows of requests that began alike."""
+        for slot in empty.tolist():
+            if (rows := self.drafter.cache_rows(slot)) is not None:
+                # The last row is of another pair where the texts part after it. At least one pair is left to read: what
+                # the drafter knows of the last pair alone is no row.
+                text = self._store.tokens[slot, : int(self._store.lengths[slot]) - 1]
+                self.drafter.cached[slot] = max(cache.load(text, rows) - 1, 0)

@@ -126,6 +126,10 @@ class RecurrentDrafter(Drafter):
         self._state[rows] = self._carried(out.gather(1, last)[:, 0])
         self.cached[slots] += num_new
 
+    @override
+    def cache_rows(self, slot: int) -> list[Tensor]:
+        return [cache[slot] for cache in self._cache]
+
     def _sequence(self, slots: Tensor, end: int) -> KeysValues:
         # All slots in order, the usual case, are read through a view.
         everyone = slots.tolist() == list(range(self._cache[0].shape[0]))

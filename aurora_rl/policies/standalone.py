@@ -230,6 +230,10 @@ class StandaloneDrafter(Drafter):
         self._state[slots.to(device)] = hidden[torch.arange(b, device=device), num_new.to(device)]
         self.cached[slots] += num_new
 
+    @override
+    def cache_rows(self, slot: int) -> list[Tensor]:
+        return self._cache.rows(slot)
+
     @torch.inference_mode()
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:

@@ -86,6 +86,18 @@ class InferenceServer:
         return self._sink.queued if self._sink is not None else 0
 
     @property
+    def prefix_cache_queries(self) -> int:
+        """Prompt tokens that were looked for in the prefix cache."""
+        cache = self.env.engine.prefix_cache
+        return cache.queries if cache is not None else 0
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        """Prompt tokens that were found in the prefix cache, and not read again."""
+        cache = self.env.engine.prefix_cache
+        return cache.hits if cache is not None else 0
+
+    @property
     def refused(self) -> str | None:
         """Why the learner refuses this server; None if it does not."""
         return self._receiver.error if self._receiver is not None else None
@@ -98,9 +110,10 @@ class InferenceServer:
             self._td = env.reset()
             if not env.num_active:
                 return False
-        occupied, baseline = env.num_active, not self._windows.speculate
-        if self._shapes is not None and not baseline:
-            self._reshape(self._shapes.choose(occupied))
+        occupied, baseline = len(env.engine.store.occupied), not self._windows.speculate
+        shapes = self._shapes if occupied else None  # the last request may be cancelled while a prompt is read
+        if shapes is not None and not baseline:
+            self._reshape(shapes.choose(occupied), occupied)
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.stats.finished)
@@ -115,8 +128,8 @@ class InferenceServer:
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
-        if self._shapes is not None:
-            self._observe(self._shapes, done, occupied, seconds)
+        if shapes is not None:
+            self._observe(shapes, done, occupied, seconds)
         if baseline:
             seconds -= recording
             self.stats.rounds.append(Round(True, occupied, 0, recording, completed))
@@ -138,14 +151,14 @@ class InferenceServer:
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
         shapes.observe(shape, occupied, seconds, judged, below)
 
-    def _reshape(self, shape: TreeShape) -> None:
+    def _reshape(self, shape: TreeShape, occupied: int) -> None:
         assert self._shapes is not None
         if shape != self.policy.shape:
             self.policy.shape = shape
             acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
             self._log.write(
                 "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes, lookup_only=shape.lookup_only,
-                acceptance=acceptance, occupied=self.env.num_active,
+                acceptance=acceptance, occupied=occupied,
             )  # fmt: skip
 
     def completed(self, completion: Completion) -> None:

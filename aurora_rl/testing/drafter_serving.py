@@ -116,6 +116,25 @@ def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     got = drafter.propose(slots[:2], shape)
     equal = all(close(a.double(), b.double(), atol) for a, b in zip(_nodes(got, 0), _nodes(got, 1), strict=True))
     require(equal, "proposals change when a full slot is extended next to one that catches up")
+    _check_rows(drafter, longest, slots[:2], full)
+
+
+def _check_rows(drafter: Drafter, trajectories: list[TensorDict], slots: Tensor, full: Tensor) -> None:
+    """Half of the rows of slot 0 serve slot 1, which has never held anything."""
+    drafter.allocate(2, int(full[0]) + 1)
+    sources, rows, half = drafter.cache_rows(0), drafter.cache_rows(1), full[1:] // 2
+    if sources is None or rows is None:
+        return
+    _extend(drafter, trajectories[:1], slots[:1], torch.tensor([0]), full[:1])
+    for row, source in zip(rows, sources, strict=True):
+        require(len(row) > int(full[0]), f"cache_rows gives {len(row)} rows, fewer than a slot has tokens")
+        row[: int(half)] = source[: int(half)]
+    drafter.cached[1:] = half
+    _extend(drafter, trajectories[1:], slots[1:], half, full[1:])
+    got = drafter.propose(slots, TreeShape(3, 2))
+    parts = zip(_nodes(got, 0), _nodes(got, 1), strict=True)
+    equal = all(a.shape == b.shape and close(a.double(), b.double(), RECORDED[dtype_of(drafter)]) for a, b in parts)
+    require(equal, "proposals change when a slot takes over the rows that cache_rows gives of another")
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:

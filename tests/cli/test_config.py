@@ -22,7 +22,7 @@ def test_the_keys_are_frozen() -> None:
     """A key is a promise to users: add one here on purpose, and describe it in the documentation."""
     assert keys(Config()) == [
         *("model", "device", "dtype"),
-        *("engine.name", "engine.slots", "engine.max_length", "engine.threads"),
+        *("engine.name", "engine.slots", "engine.max_length", "engine.prefix_cache_tokens", "engine.threads"),
         *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
         *("http.host", "http.port", "http.api_keys", "http.max_body", "http.max_waiting", "http.timeout"),
         "http.cors_origins",
@@ -147,6 +147,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
         ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
         ("drafter.made_for=mine", "drafter.made_for must be target or any, got 'mine'"),
+        ("engine.prefix_cache_tokens=-1", "engine.prefix_cache_tokens must not be negative, got -1"),
         ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),

@@ -18,6 +18,7 @@ from aurora_rl.cli.engines import build_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
 from aurora_rl.envs.verification.rules import Verdict
+from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 
 BUDGET = 24
@@ -94,6 +95,20 @@ def test_float16_is_served(serve: Serve) -> None:
     texts, generated = serve({}, "dtype=float16", "drafter.name=eagle3", "drafter.vocab_size=64")
     assert [len(text) for text in texts] == [len(text) for text in generated] and all(texts)
     assert texts[0][:4] == generated[0][:4]  # further on, near-ties may fall the other way
+
+
+@pytest.mark.parametrize("kept", [8192, 0])
+def test_prompts_that_begin_alike_are_counted(serve: Serve, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers, close = [], InferenceServer.close
+    monkeypatch.setattr(InferenceServer, "close", lambda self: (servers.append(self), close(self)))
+    pairs = ("engine.slots=1", "drafter.name=eagle3", "drafter.vocab_size=64", f"engine.prefix_cache_tokens={kept}")
+    texts, generated = serve({}, *pairs)
+    (server,) = servers
+    assert texts == generated
+    # All begin with the token of the user's role.
+    assert (server.prefix_cache_hits >= 2) if kept else (server.prefix_cache_hits == 0)
+    assert (server.prefix_cache_queries > server.prefix_cache_hits) if kept else (server.prefix_cache_queries == 0)
+    assert (server.policy.prefix_cache is not None) == bool(kept)
 
 
 @pytest.mark.parametrize(

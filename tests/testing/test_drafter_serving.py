@@ -64,6 +64,11 @@ class DrawsAlwaysTheSame(MedusaDrafter):
         return super().propose(slots, shape, torch.Generator().manual_seed(0))
 
 
+class KeepsKeysWithoutValues(Eagle3Drafter):
+    def cache_rows(self, slot: int) -> list[Tensor]:
+        return super().cache_rows(slot)[:1]
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -73,6 +78,7 @@ class DrawsAlwaysTheSame(MedusaDrafter):
         (DrawsAlwaysTheSame, "draws nothing: seeds do not matter"),
         (SaysNoDepth, "a chain of 4 nodes, max_depth is inf"),
         (DraftingMovesTheState, "proposals change when asked for again"),
+        (KeepsKeysWithoutValues, "proposals change when a slot takes over the rows that cache_rows gives of another"),
         (TokensOutsideTheVocabulary, "a token is outside the draft vocabulary"),
         (OverBudget, "expected \\[4, 1..1\\] nodes"),
     ],

@@ -1,0 +1,198 @@
+"""Prompts of SmolLM2: how long running requests wait for a long one, and what a chat's history costs.
+
+First, one request decodes and a prompt of 900 tokens arrives: the longest time between two rounds, in units of the
+median round before the arrival, with prompts read whole ("whole") and in chunks between rounds ("chunks"). Second,
+chats of five turns on one slot, each turn with the history before it: time to the first token, without and with kept
+rows of finished requests (engine.prefix_cache_tokens). Ways take turns, so that a machine whose speed drifts treats
+them alike. --limit is the number of repetitions and of chats; --cpu-time measures the process's CPU time in place of
+wall time, on a CPU that is shared with others.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from common import arguments, parse, prompts, write_result
+from torch import Tensor
+
+from aurora_rl.envs import Completion, Engine, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.models.loading import default_dtype, encode_chat, load_target
+from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab, get_drafter
+from aurora_rl.prefix_cache import PrefixCache
+
+TURNS = 5
+
+
+class WholePrompts(TransformersEngine):
+    """Reads every prompt whole, as every engine does that has no other way."""
+
+    prefill_chunk = Engine.prefill_chunk
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            TransformersEngine.prefill_chunk(self, slot, prompt, 0, len(prompt))
+
+
+class Server:
+    """An engine with an environment, and a policy if there is a drafter."""
+
+    def __init__(self, engine: TransformersEngine, drafter: Drafter | None, depth: int) -> None:
+        self.queue: list[Request] = []
+        self.ended: list[Completion] = []
+        self.engine = engine
+        self.env = SpecDecodeEnv(
+            engine,
+            lambda: self.queue.pop(0) if self.queue else None,
+            num_nodes=depth,
+            on_completion=self.ended.append,
+            record=False,
+        )
+        self.policy = None
+        if drafter is not None:
+            self.policy = DrafterPolicy(
+                copy.deepcopy(drafter), engine.store, num_nodes=depth, shape=TreeShape(depth), vocab_size=None
+            )
+        self.plain = self.env.full_action_spec.zero()["draft"]
+        self.td = None
+
+    def start(self) -> None:
+        self.td = self.env.reset()
+
+    def round(self) -> None:
+        action = self.td.set("draft", self.plain) if self.policy is None else self.policy(self.td)
+        self.td = self.env.step_and_maybe_reset(action)[1]
+
+
+def stall(server: Server, prompt: Tensor, running: Tensor) -> dict[str, float]:
+    """Let a long prompt arrive while a request decodes."""
+    budget = server.engine.max_length - len(running)
+    server.queue = [Request(0, running, SamplingParams(max_tokens=budget))]
+    server.start()
+    gaps: list[float] = []
+
+    def round() -> None:
+        began = time.perf_counter()
+        server.round()
+        gaps.append(time.perf_counter() - began)
+
+    for _ in range(16):
+        round()
+    usual = statistics.median(gaps[4:])
+    server.queue = [Request(1, prompt, SamplingParams(max_tokens=8))]
+    gaps.clear()
+    while not server.ended:
+        round()
+    (completion,) = server.ended
+    server.ended.clear()
+    rounds, first = len(gaps), sum(gaps[: len(gaps) - len(completion.tokens) + 1])
+    return {
+        "round_ms": usual * 1e3,
+        "longest_gap_rounds": max(gaps) / usual,
+        "p90_gap_rounds": statistics.quantiles(gaps, n=10)[-1] / usual if rounds > 1 else gaps[0] / usual,
+        "first_token_of_the_prompt_rounds": first / usual,
+    }
+
+
+def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
+
+
+def first_token(server: Server, prompt: Tensor, sampling: SamplingParams) -> tuple[float, Tensor]:
+    """Seconds from the arrival of a prompt to its first token, and the whole completion."""
+    server.queue = [Request(0, prompt, sampling)]
+    began = time.perf_counter()
+    server.start()
+    server.round()
+    seconds = time.perf_counter() - began
+    while server.env.num_active:
+        server.round()
+    return seconds, server.ended.pop().tokens
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--length", type=int, default=900, help="tokens of the long prompt")
+    parser.add_argument("--drafter", help="architecture that drafts, untrained, such as eagle3; none decodes plainly")
+    parser.add_argument("--depth", type=int, default=4, help="tokens that it drafts")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread in place of wall time")
+    options = parse(parser)
+    if options.cpu_time:
+        time.perf_counter = time.process_time  # the library's own measurement of rounds and chunks included
+    torch.set_num_threads(options.threads)
+    dtype = default_dtype(options.device)
+    model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
+    drafter, layers = None, ()
+    if options.drafter:
+        parts = TargetParts.of(model)
+        vocab = choose_draft_vocab(8192, torch.zeros(len(parts.head)))
+        drafter = get_drafter(options.drafter).from_target(parts, draft_vocab=vocab).to(options.device, dtype)
+        drafter, layers = drafter.eval().requires_grad_(False), drafter.feature_layers
+
+    def server(kind: type[TransformersEngine], slots: int, max_length: int) -> Server:
+        engine = kind(model, num_slots=slots, max_length=max_length, feature_layers=layers)
+        return Server(engine, drafter, options.depth)
+
+    conversations = [prompt.messages for prompt in prompts(options)]
+    text = torch.tensor([token for messages in conversations for token in encode_chat(tokenizer, messages)])
+    long = text.repeat(options.length // len(text) + 1)[: options.length]
+    ways = {"whole": server(WholePrompts, 2, 2048), "chunks": server(TransformersEngine, 2, 2048)}
+    waits: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for way in ways.values():
+        stall(way, long, text[:64])
+    for _ in range(options.limit):
+        for name, way in ways.items():
+            waits[name].append(stall(way, long, text[:64]))
+    stalls = {name: medians(runs) for name, runs in waits.items()}
+
+    both = {"without": server(TransformersEngine, 1, 2048), "with": server(TransformersEngine, 1, 2048)}
+    cached = both["with"]
+    cached.engine.prefix_cache = cache = PrefixCache(8192)
+    if cached.policy is not None:
+        cached.policy.prefix_cache = PrefixCache(8192)
+    sampling = SamplingParams(max_tokens=options.max_new_tokens)
+    turns: list[list[dict[str, float]]] = [[] for _ in range(TURNS)]
+    for chat in range(len(conversations)):
+        history: list[dict[str, str]] = []
+        for turn in range(TURNS):
+            history += conversations[(chat + turn) % len(conversations)]
+            prompt = torch.tensor(encode_chat(tokenizer, history))
+            hits, figures = cache.hits, {"prompt_tokens": float(len(prompt))}
+            for name, way in both.items():
+                seconds, tokens = first_token(way, prompt, sampling)
+                figures[f"first_token_ms_{name}"] = seconds * 1e3
+            figures["reused_tokens"] = float(cache.hits - hits)
+            turns[turn].append(figures)
+            history.append({"role": "assistant", "content": str(tokenizer.decode(tokens, skip_special_tokens=True))})
+    # The copies alone, of as many tokens.
+    rows, copies = cached.engine._rows(0), PrefixCache(8192)
+    copied: dict[str, list[float]] = {"save_ms": [], "load_ms": []}
+    for _ in range(9):
+        copies.clear()
+        for name, copy_rows in (("save_ms", copies.save), ("load_ms", copies.load)):
+            began = time.perf_counter()
+            copy_rows(long, rows)
+            copied[name].append((time.perf_counter() - began) * 1e3)
+    write_result(
+        __file__,
+        options,
+        {
+            "threads": options.threads,
+            "clock": "CPU time" if options.cpu_time else "wall time",
+            "dtype": str(dtype),
+            "drafter": options.drafter,
+            "prompt_tokens": options.length,
+            "repetitions": options.limit,
+            "arrival_of_a_long_prompt": stalls,
+            "chunk_tokens": ways["chunks"].env._prefill.chunk,
+            "chat": [{"turn": number, **medians(turn)} for number, turn in enumerate(turns, 1)],
+            "copy_of_the_long_prompt": {name: round(statistics.median(ms), 2) for name, ms in copied.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
