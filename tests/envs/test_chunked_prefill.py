@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from warped import warp_logits
 
 from aurora_rl.envs import (
     Completion,
@@ -28,7 +29,7 @@ from aurora_rl.envs import (
     TransformersEngine,
 )
 from aurora_rl.envs.chunked_prefill import ChunkedPrefill
-from aurora_rl.envs.verification.sampling import gumbel, warp_logits
+from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.testing import tiny_target
 
