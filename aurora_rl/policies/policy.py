@@ -84,7 +84,7 @@ class DrafterPolicy(TensorDictModuleBase):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.in_keys = ["is_init", "speculate"]
+        self.in_keys = ["is_init"]
         drafted = ("tokens", "parents", "mask", "log_probs", "mode")
         self.out_keys = [*(("draft", key) for key in drafted), "policy_version", "cache_version"]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
@@ -145,7 +145,7 @@ class DrafterPolicy(TensorDictModuleBase):
             ValueError: The tensordict is of several environments, or of another environment than the store's.
         """
         self._check_environment(tensordict)
-        tensordict.set("draft", self.draft(tensordict["is_init"], tensordict["speculate"]))
+        tensordict.set("draft", self.draft(tensordict["is_init"], tensordict.get("speculate", None)))
         tensordict.set("policy_version", torch.full((self._store.num_slots,), self.version))
         tensordict.set("cache_version", self._cache_version.clone())
         return tensordict
