@@ -47,7 +47,7 @@ def test_every_block_is_of_a_language_that_a_test_reads() -> None:
     assert languages == {"python", "yaml", "bash", "toml", "json", "text", "mermaid"}
 
 
-# docs/sglang.md needs a server for its second block: tests/envs/sglang/test_docs.py.
+# docs/sglang.md needs a server for its second block: tests/envs/sglang/test_client_docs.py.
 EXECUTED = [page for page in pages_with("python") if page not in (ROOT / "README.md", DOCS / "sglang.md")]
 
 
