@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import runpy
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,11 @@ ROWS = dict(line.strip("|").strip().split(" | ", 1) for line in TABLE.splitlines
 pinned = pytest.mark.skipif(
     f"transformers {transformers.__version__} " not in PAGE, reason="the page is of another transformers"
 )
+
+
+def without_numbers(row: str) -> str:
+    """How far logits are apart depends on the CPU."""
+    return re.sub(r"\d[\d.]*(e-\d+)?", "N", row).strip()
 
 
 @pinned
@@ -38,5 +44,6 @@ def test_what_the_page_says_before_its_table_is_current() -> None:
 @pytest.mark.parametrize("model_type", causal_families())
 def test_a_family_has_the_line_of_the_page(model_type: str) -> None:
     outcome, note = verdict(model_type)
-    assert f"{outcome} | {note.replace('|', '/')}".strip() == ROWS[model_type].strip()
+    row = f"{outcome} | {note.replace('|', '/')}"
+    assert without_numbers(row) == without_numbers(ROWS[model_type])
     assert bool(note) == (outcome in ("refused", "not tried"))
