@@ -38,7 +38,7 @@ class Chunk:
 
     Attributes:
         index: Place of the prompt in the call.
-        text: New text. It may lag behind the tokens: incomplete characters and the beginnings of stop strings wait.
+        text: New text. It may come after its tokens: incomplete characters and beginnings of stop strings wait.
         tokens: New token ids.
         completion: The whole completion, in a prompt's last chunk; None before.
 
@@ -301,7 +301,7 @@ class LLM:
         raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
 
     def _text(self, tokens: list[int], stop: Sequence[str] = ()) -> str:
-        """The text of a completion, up to the first stop string."""
+        """Return the text of a completion, up to the first stop string."""
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
 

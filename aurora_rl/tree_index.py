@@ -151,9 +151,9 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
         steps: Length ``J`` of the longest chain.
 
     Returns:
-        A batch of the sequences with these rounds and nodes; the node ``[J, C]`` int64 that is completion token ``c``
-        at depth ``j + 1``, −1 if there is no anchor; and ``[J, C]`` bool, whether it can be drafted. Nothing can be
-        drafted from the first token of a text, which has no feature before it.
+        A tuple of three. The batch has the same sequences, with these rounds and nodes. ``[J, C]`` int64 names the node
+        that is completion token ``c`` at depth ``j + 1``, −1 if there is no anchor. ``[J, C]`` bool tells whether it
+        can be drafted: nothing can be drafted from the first token of a text, which has no feature before it.
     """
     offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     count = offset.diff() - prompt

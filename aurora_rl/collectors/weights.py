@@ -428,7 +428,7 @@ class WeightReceiver:
 
 
 def _field(meta: Mapping[str, Any], name: str, *types: type) -> Any:
-    """A field of a peer's meta, of exactly one of these types (a bool is no int) and, for a number, within 64 bits."""
+    """Return a field of a peer's meta, checked to be of one of these types (no bool for an int) and within 64 bits."""
     value = meta.get(name)
     if type(value) not in types or (isinstance(value, int | float) and not abs(value) < 2**63):
         raise CodecError(f"the field {name} is not a {' or '.join(kind.__name__ for kind in types)}")

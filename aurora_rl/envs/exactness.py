@@ -87,7 +87,7 @@ class Probe:
     Args:
         model: Model as it was loaded, before anything of it is replaced.
         max_length: Most tokens of a slot.
-        by_median: Whether to judge the median context instead of the worst, for a model of half precision of which a
+        by_median: Whether to judge the median context instead of the worst. Meant for a model of half precision whose
             float32 copy was compared too: one context is far off if rounding flips the choice of a router.
 
     Attributes:
@@ -95,8 +95,8 @@ class Probe:
         starts: Position of each row's first token, ``[R]`` int64.
         roots: Index of the token of each row that is the root of its tree, ``[R]`` int64; they differ.
         logits: Logits of the model's own forward at the root and the three tokens after it, ``[R, 4, V]``.
-        tolerance: Largest :meth:`difference` that is rounding: 8 times that of the model from itself, when it reads
-            the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
+        tolerance: Largest :meth:`difference` that is rounding. It is 8 times the model's difference from itself when
+            it reads the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
 
     Raises:
         NotCausalError: The model's logits depend on later tokens, on other rows or on the length of the pass.
@@ -148,9 +148,9 @@ class Probe:
         # A tolerance from noise that is no rounding would let everything pass.
         if not (noise <= min(4 * rounding, _LARGEST) and ahead <= rounding):
             raise NotCausalError(
-                f"{type(model).__name__} itself gives other logits for the same text when other tokens follow or other "
-                f"texts are in the pass (by {max(noise, ahead):.1%} of their spread), so no tree can be verified: it "
-                f"is no causal language model, or its attention depends on the length of the pass; {ELSEWHERE}"
+                f"the logits of {type(model).__name__} change by {max(noise, ahead):.1%} of their spread with later "
+                "tokens or other texts in the pass, so trees cannot be verified: it is no causal language model, or "
+                f"its attention depends on the length of the pass; {ELSEWHERE}"
             )
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 

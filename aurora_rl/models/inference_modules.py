@@ -1,7 +1,7 @@
 """Forms of a Hugging Face model's modules that decode faster and compute the same function.
 
-On a CPU a decoding step of a small model is bound by the dispatch of many small operations and by reading weights in a
-layout that the matrix kernels have to reorder each time; see benchmarks/decode.py for what each form gives.
+Two things bound a decoding step of a small model on a CPU: the dispatch of many small operations, and weights in a
+layout that the matrix kernels reorder at each step. benchmarks/decode.py measures what each form gives.
 """
 
 from __future__ import annotations
@@ -161,11 +161,11 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        """``[out, in]`` in the blocked layout."""
+        """Return the weight ``[out, in]`` in the blocked layout."""
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Map ``[..., in]`` to ``[..., out]``."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 

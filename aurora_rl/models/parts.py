@@ -60,8 +60,8 @@ class TargetParts:
         """Read the parts of a Hugging Face causal LM.
 
         Raises:
-            ValueError: The model has no list of decoder layers, its logits are none that :class:`TargetHead` makes, or
-                its embedding or head is of another width than its layers (as of OPT-350m).
+            ValueError: The model has no list of decoder layers, :class:`TargetHead` cannot compute its logits, or its
+                embedding or head is of another width than its layers (as in OPT-350m).
         """
         config, layer = model.config.get_text_config(), decoder_layers(model)[-1]
         embedding = model.get_input_embeddings().get_parameter("weight").detach()
@@ -116,8 +116,9 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
 
     Returns:
-        The final norm's ``[H]``, None if the decoder ends without a norm; the layer's, by their names in a Llama
-        layer; and whether the layer normalises what its attention or its MLP adds to the residual stream.
+        A tuple of three: the final norm's weight ``[H]``, None if the decoder ends without a norm; the weights of the
+        layer's norms, by their names in a Llama layer; and whether the layer normalises what its attention or its MLP
+        adds to the residual stream.
     """
     decoder = decoder_of(model)
     seen: dict[nn.Module, tuple[Tensor, Any]] = {}

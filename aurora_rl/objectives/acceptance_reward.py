@@ -27,7 +27,7 @@ _WITHOUT_REPLACEMENT = DRAFT_MODES.index("sampled_without_replacement")
 
 
 def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's surrogate to maximise: min(r A, clamp(r, 1 − clip, 1 + clip) A) with r = exp(log_q − behaviour).
+    """Compute PPO's surrogate to maximise: min(r A, clamp(r, 1 − clip, 1 + clip) A) with r = exp(log_q − behaviour).
 
     Schulman et al. 2017 (arXiv 1707.06347). All are of one shape.
 
@@ -49,24 +49,25 @@ class AcceptanceRewardLoss(Objective):
 
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
     may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
-    accept bits, or of the indicators ``q < p``, is biased. On a chain the right one is ``1[q < p]`` times the accepted
-    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused, and the caller sees to it that
-    chains are of the current weights.
+    accept bits, or of the indicators ``q < p``, is biased. On a chain ``reward="recorded"`` takes the right one:
+    ``1[q < p]`` times the accepted nodes from there on. Trees are refused. The caller makes sure that chains are drawn
+    with the current weights.
 
-    Trees may be of older weights, as replayed ones are: what a node has accepted counts with the ratio of the chances
-    that the current and the recorded log-probabilities give the draws that it hangs on, so the gradient is that of the
-    current weights for every rule and tree. For trees of the current weights all ratios are 1.
+    Trees may be drawn with older weights, as replayed ones are. What a node has accepted is then weighted by an
+    importance ratio: the chance of the draws that it hangs on under the current weights, over the recorded chance.
+    So the gradient is that of the current weights for every rule and tree. If the weights are the same, all ratios
+    are 1.
 
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         reward: Source of ``R``: "expected" takes both distributions, "recorded" the accept bits.
-        baseline: Baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted,
-            each as if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
-            direction, since a branch is part of its own mean, of low variance).
-        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
-            gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
-            silences draws that have grown likelier and no others, so give one. None clips nothing.
+        baseline: Baseline: "none", "leave_one_out" or "group". "leave_one_out" subtracts what independently drawn
+            siblings would have had accepted, each as if it stood first. "group" standardises that over the branches of
+            one root, as GRPO does: low variance, but biased, since a branch is part of its own mean.
+        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``. The gradient is nearly
+            right while the weights are near those that drew. Use it with a baseline: without one no credit is negative,
+            and a clip silences only draws that have become likelier. None clips nothing.
         max_staleness: Most versions that a round may be older than the newest version seen; None keeps all rounds.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are the trees, in one group.
@@ -75,10 +76,10 @@ class AcceptanceRewardLoss(Objective):
     ratio; and "stale", the share of trees that were left out.
 
     Raises:
-        ValueError: An unknown reward or baseline, or a clip or limit out of range; at the first batch, trees that were
-            not sampled, a node that the drafter cannot have drawn, a missing log-probability, a rule or draft mode that
-            reward or baseline does not hold for, or siblings that a baseline misses; after more than twenty batches in
-            a row without a fresh round, that.
+        ValueError: The reward or baseline is unknown, or a clip or limit is out of range. At a batch: trees were not
+            sampled, a log-probability is missing, or the drafter cannot have drawn a node; reward or baseline does not
+            hold for the rule or draft mode; a baseline misses siblings; or more than twenty batches in a row had no
+            fresh round.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -256,7 +257,7 @@ class AcceptanceRewardLoss(Objective):
             )
 
     def _fresh(self, version: Tensor, drafted: Tensor) -> Tensor:
-        """Which rounds are within the limit."""
+        """Return which rounds are within the limit."""
         if len(version):
             self.newest.copy_(torch.maximum(self.newest, version.max()))
         if self.max_staleness is None:
@@ -281,7 +282,7 @@ def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
 
 
 def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
-    """Leave-one-out baseline: what the siblings of each node would have had accepted, ``[M]``.
+    """Return the leave-one-out baseline: what the siblings of each node would have had accepted, ``[M]``.
 
     Their mean stands for the node itself. Where siblings do not compete for acceptance the later ones' own share is
     taken off too: it hangs on the node's draw only where they repeat it.
@@ -294,7 +295,7 @@ def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
 
 
 def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
-    """Of every node, its branch's value less the mean of its root's branches, over their standard deviation."""
+    """Standardise each node's branch value by mean and standard deviation over the branches of its root."""
     depth, parent = trees.depth[trees.num_rounds :], trees.parent
     branch = torch.arange(len(depth), device=depth.device)
     for level in range(2, int(depth.max()) + 1):
@@ -304,7 +305,7 @@ def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
     root, value = parent[top], below[top]
 
     def mean(of: Tensor) -> Tensor:
-        """Over the branches of each root, at each branch."""
+        """Average over the branches of each root, at each branch."""
         count, total = (below.new_zeros(trees.num_rounds).index_add(0, root, x) for x in (torch.ones_like(of), of))
         return (total / count.clamp(min=1))[root]
 

@@ -65,7 +65,7 @@ class TreeAttention(nn.Module):
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
     def keys_values(self, x: Tensor, positions: Tensor) -> KeysValues:
-        """Rotated keys and values, each ``[b, T, g, d]``, of inputs ``[b, T, input_size]`` at positions ``[b, T]``."""
+        """Return rotated keys and values ``[b, T, g, d]`` of inputs ``[b, T, input_size]`` at positions ``[b, T]``."""
         shape = (*x.shape[:2], self.num_key_heads, self.head_dim)
         return self._rotate(self.k_proj(x).view(shape), positions), self.v_proj(x).view(shape)
 

@@ -164,11 +164,11 @@ class DFlashDrafter(Drafter):
         return (self.embedding if self.target_head is None else self.target_head)[draft_vocab]
 
     def _fuse(self, features: Tensor) -> Tensor:
-        """Features ``[..., F]`` of the target to what the layers project to keys and values, ``[..., H]``."""
+        """Fuse features ``[..., F]`` of the target into what the layers project to keys and values, ``[..., H]``."""
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
 
     def _rotation(self, positions: Tensor) -> Rotation:
-        """Cosines and sines, each ``[..., d]``, of positions ``[...]``."""
+        """Return cosines and sines, each ``[..., d]``, of positions ``[...]``."""
         flat = positions.reshape(1, -1)
         cos, sin = self._rotary[0].to(flat.device)(self.norm.weight.float(), flat)
         return cos[0].unflatten(0, positions.shape), sin[0].unflatten(0, positions.shape)

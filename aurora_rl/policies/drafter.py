@@ -240,7 +240,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         """
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """Training-time test: predict completion tokens as serving would, had the first drafts been right.
+        """Run the training-time test: predict completion tokens as serving would, had the first drafts been right.
 
         Chains of the true tokens are laid after every anchor and go through :meth:`context_logits`. Drafters that can
         share work between the anchors override this.

@@ -166,7 +166,7 @@ class HubMixin:
 
 
 def _metadata(repo_id: str, api: HfApi) -> dict[str, Any]:
-    """Front matter of a repository's card; empty where the hub says that there is no card."""
+    """Return the front matter of a repository's card; empty if the hub has no card."""
     try:
         return ModelCard.load(api.hf_hub_download(repo_id, "README.md")).data.to_dict()
     except (RemoteEntryNotFoundError, RepositoryNotFoundError):

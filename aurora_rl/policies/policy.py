@@ -166,8 +166,8 @@ class DrafterPolicy(TensorDictModuleBase):
         """Draft for every slot; ``is_init`` ``[B, 1]`` bool marks those with a new request.
 
         Returns:
-            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``; "mode" ``[B]`` int64, how the tree was drawn,
-            an index into ``aurora_rl.trajectories.DRAFT_MODES``; and "q" ``[B, N, V]`` if it is asked for.
+            A TensorDict with "tokens", "parents", "mask" and "log_probs", each ``[B, N]``, and "q" ``[B, N, V]`` if it
+            is asked for. "mode" ``[B]`` int64 is an index into ``aurora_rl.trajectories.DRAFT_MODES``.
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()

@@ -52,7 +52,7 @@ class DraftLayer(nn.Module):
         mask: Tensor,
         branch: KeysValues | None,
     ) -> Tensor:
-        """``x``, what attention reads, and the residual stream, both of ``[b, T]`` positions, to ``[b, T, H]``."""
+        """Map what attention reads, ``x``, and the residual stream, both at ``[b, T]`` positions, to ``[b, T, H]``."""
         hidden = residual + self.self_attn(x, positions, sequence, mask, branch)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

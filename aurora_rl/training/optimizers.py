@@ -29,5 +29,5 @@ def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> l
 
 
 def _is_table(name: str) -> bool:
-    """Whether a matrix has a row for every token."""
+    """Return whether a matrix has a row for every token."""
     return "lm_head" in name or "embed" in name

@@ -333,7 +333,9 @@ def test_a_model_that_depends_on_more_than_its_text_is_refused(
         return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
     decoder_layers(model)[0].register_forward_hook(hook)
-    with pytest.raises(UnsupportedModelError, match="itself gives other logits for the same text"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"the logits of \w+ change by [\d.]+% of their spread with later tokens"
+    ):
         engine_of(model)
 
 

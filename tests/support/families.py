@@ -49,7 +49,7 @@ _MLA: dict[str, Any] = {
     "v_head_dim": 8,
 }
 
-# Model types of transformers, and what their configurations say besides the sizes.
+# Model types of transformers, and further entries of their configurations.
 FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"max_position_embeddings": None},
     "cohere": {**_GROUPED, "logit_scale": 0.25},
@@ -86,9 +86,9 @@ def tiny_family(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0,
 
     Args:
         name: Model type of transformers, a key of ``FAMILIES``.
-        dtype: Its dtype.
-        seed: Of its weights.
-        **settings: Further entries of its configuration.
+        dtype: Dtype of the weights.
+        seed: Seed of the weights.
+        **settings: Further entries of the configuration.
     """
     config = AutoConfig.for_model(name, **{**_SIZES, **FAMILIES[name], **settings})
     with torch.random.fork_rng():

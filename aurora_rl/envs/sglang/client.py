@@ -204,8 +204,8 @@ class SGLangClient:
         sampling = request.sampling
         if self._argmax and sampling.temperature > 0:
             raise SGLangError(
-                f"request {request.id}: temperature {sampling.temperature:g} cannot be had, on a CPU SGLang verifies by"
-                " argmax whatever is asked for; set temperature=0"
+                f"request {request.id}: temperature {sampling.temperature:g} is not supported, since SGLang verifies "
+                "greedily on a CPU; set temperature=0"
             )
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,

@@ -248,7 +248,10 @@ class Plugin:
                 raise SwapError(fault)
             vocab = None if draft_map is None else draft_map.cpu() + torch.arange(len(draft_map))
             if vocab is not None and not torch.equal(vocab, self._draft_vocab):
-                raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
+                raise SwapError(
+                    "the draft map 'd2t' differs from the one that the server was started with; restart SGLang with "
+                    "the learner's drafter"
+                )
             if self._device != "cpu":
                 torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
             load_drafter(self._scheduler.weight_updater, runner, loadable)

@@ -142,7 +142,7 @@ class TrajectoryAssembler:
         self._thread.start()
 
     def __contains__(self, rid: str) -> bool:
-        """Whether a request is being recorded."""
+        """Return whether a request is being recorded."""
         return rid in self._records
 
     def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
@@ -208,7 +208,7 @@ class TrajectoryAssembler:
                 self._given_back += record.nbytes
 
     def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: SamplingParams) -> TensorDict | str:
-        """The trajectory, or why there is none."""
+        """Return the trajectory, or why there is none."""
         prompt, version = record.prompt, record.cache_version
         tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
         features = list(record.features)

@@ -209,8 +209,8 @@ def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:
     """Raise ValueError where a drafter that reads features was made for a target of other layers."""
     depth = parts.config.num_hidden_layers
-    if drafter.feature_layers and (made_for := config.get("num_target_layers") or depth) != depth:
-        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    if drafter.feature_layers and (layers_stated := config.get("num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {layers_stated}, the target has {depth}")
     for layer in drafter.feature_layers:
         if not 0 <= layer <= depth:
             raise ValueError(
