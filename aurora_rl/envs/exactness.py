@@ -116,8 +116,8 @@ class Probe:
         starts = {0}
         if self.takes_positions:
             starts |= {t - length // 2 for t in _thresholds(config) if t < max_length} | {max_length - length}
-        others = sorted({min(max(start, 0), context - length) for start in starts} - {0})[1 - _MOST_ROWS :] or [0]
-        self.starts = torch.tensor([0, *others])
+        later = sorted({min(max(start, 0), context - length) for start in starts} - {0})[1 - _MOST_ROWS :] or [0]
+        self.starts = torch.tensor([0, *later])
         tokens = _telling_tokens(model, len(self.starts), max(length, min(_LONG, context, max_length)))
         self.texts = [tokens[0], *tokens[1:, :length]]
         # The trees of the first three rows end at different places of a chunk.
@@ -129,9 +129,7 @@ class Probe:
         changed[:, -1] = (changed[:, -1] + 1) % config.vocab_size
         with self.short_windows(), _eager(model):
             (first,) = self._own(model, tokens[:1], [0])
-            *rest, of_cut, of_changed = self._own(
-                model, torch.cat([tokens[1:, :length], cut, changed]), [*others, 0, 0]
-            )
+            *rest, of_cut, of_changed = self._own(model, torch.cat([tokens[1:, :length], cut, changed]), [*later, 0, 0])
         own = [first, *rest]
         self.logits = torch.stack(
             [row[root : root + _PATH + 2] for row, root in zip(own, self.roots.tolist(), strict=True)]
@@ -209,12 +207,12 @@ def few_layers_in_float32(model: PreTrainedModel, layers: nn.ModuleList) -> PreT
     kinds = [layer_kind(layer) for layer in layers]
     # Two at least: a norm after a single layer may undo what a second layer would show.
     count = min(max(2, *(kinds.index(kind) + 1 for kind in kinds)), 8, len(kinds))
-    others = list(layers[count:])
+    removed = list(layers[count:])
     del layers[count:]
     try:
         few: PreTrainedModel = copy.deepcopy(model)
     finally:
-        layers.extend(others)
+        layers.extend(removed)
     few.config.get_text_config().num_hidden_layers = count
     _keep_first_tokens(few)
     nn.Module.float(few)

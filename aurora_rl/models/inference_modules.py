@@ -305,11 +305,11 @@ def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
         own = _outputs(layer, projections, x, arguments)
         fused = FusedDecoderLayer(layer)
-        ours = _outputs(fused, [fused.qkv_proj, fused.gate_up_proj], x, arguments)
+        fused_outputs = _outputs(fused, [fused.qkv_proj, fused.gate_up_proj], x, arguments)
     except Exception:  # a layer of other parts, or one that is called in another way
         return False
     scale = 16 * torch.finfo(x.dtype).eps * own.abs().amax(dim=(1, 2), keepdim=True)
-    return bool(((ours - own).abs() <= scale).all())
+    return bool(((fused_outputs - own).abs() <= scale).all())
 
 
 def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -150,7 +150,7 @@ class AcceptanceRewardLoss(Objective):
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
         # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
-        behaviour = law.given_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
+        behaviour = law.condition_on_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
         ratio = (law.log_q.detach() - behaviour).exp()
         joint = law.joint(ratio)
         credit = self._credit(law, reach.detach(), accepted, ratio, joint)
@@ -222,7 +222,7 @@ class AcceptanceRewardLoss(Objective):
         below = trees.subtree_sums(trees.path_products(alone))[trees.num_rounds :]
         if self.baseline == "group":
             return _standardised(trees, below)
-        return credit - _others(context, below, law.needs_q)
+        return credit - _leave_one_out(context, below, law.needs_q)
 
     # ---- what a batch must be ---------------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
     return of_context[context] - before(context, below)
 
 
-def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
+def _leave_one_out(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
     """Return the leave-one-out baseline: what the siblings of each node would have had accepted, ``[M]``.
 
     Their mean stands for the node itself. Where siblings do not compete for acceptance the later ones' own share is
@@ -289,9 +289,9 @@ def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
     """
     size = int(context.max()) + 1
     total, count = (below.new_zeros(size).index_add(0, context, part) for part in (below, torch.ones_like(below)))
-    others = (total[context] - below) / (count[context] - 1).clamp(min=1)
+    sibling_mean = (total[context] - below) / (count[context] - 1).clamp(min=1)
     later = total[context] - below - before(context, below)
-    return others + torch.where(needs_q, 0.0, later)
+    return sibling_mean + torch.where(needs_q, 0.0, later)
 
 
 def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:

@@ -177,8 +177,8 @@ class Objective(LossModule):
         for key in self.reads:
             if key in there:
                 found.append(key)
-            elif key in outputs and (others := target_keys(batch, key)):
-                found += others
+            elif key in outputs and (topk_keys := target_keys(batch, key)):
+                found += topk_keys
             elif key not in self.optional_reads:
                 raise ValueError(
                     f"objective {self.name!r} needs {key} in the batch, which has no such entry{self._supplier(key)}"

@@ -143,8 +143,8 @@ def merged(tree: Tree, found: Tree, budget: int) -> Tree:
         joint.append(log_prob + (joint[parent] if parent >= 0 else 0.0))
     needed = {node for node in place.values() if node >= 0}
     # A node is no likelier than its parent and comes after it, so what is kept is a tree.
-    others = sorted((i for i in range(len(both.tokens)) if i not in needed), key=lambda i: -joint[i])
-    return both.kept(sorted(needed.union(others[: budget - len(needed)])))
+    optional = sorted((i for i in range(len(both.tokens)) if i not in needed), key=lambda i: -joint[i])
+    return both.kept(sorted(needed.union(optional[: budget - len(needed)])))
 
 
 def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:

@@ -202,11 +202,13 @@ class MedusaDrafter(Drafter):
 
     @override
     def write(self, layout: str) -> Checkpoint:
-        ours = super().write("aurora_rl")
+        checkpoint = super().write("aurora_rl")
         if layout != "vllm":
-            return ours
+            return checkpoint
         # A subclass's heads are laid out as these are.
-        return Checkpoint(*to_vllm(ours.tensors, {**ours.config, "architectures": [MedusaDrafter.__name__]}))
+        return Checkpoint(
+            *to_vllm(checkpoint.tensors, {**checkpoint.config, "architectures": [MedusaDrafter.__name__]})
+        )
 
     @classmethod
     @override

@@ -87,9 +87,9 @@ def check_objective(
 
     sampled = objective().sampled
     # Copies: an objective that changes what it is given must not spoil the next check.
-    first, *others = copy.deepcopy(served_for_checks(seed, sampled=sampled))
+    first, *rest = copy.deepcopy(served_for_checks(seed, sampled=sampled))
     learns = False
-    for served in (first, *others):
+    for served in (first, *rest):
         batch = pack(served.trajectories)
         if served is not first and refuses(objective(), batch, f"a batch {served.how}"):
             continue

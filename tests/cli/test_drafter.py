@@ -183,20 +183,20 @@ def test_export_of_a_class_that_the_library_does_not_know(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     named = [*pairs, "drafter.name=other_heads:OtherHeads"]
     config = load_config(overrides=[*named, "drafter.vocab_size=64"])
-    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
-    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "saved")
+    assert export(tmp_path / "saved", tmp_path / "vllm", "--to", "vllm", *named) == 0
     assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
-    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
-    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    back, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "saved"))
+    assert back.keys() == saved.keys() and all(torch.equal(back[name], tensor) for name, tensor in saved.items())
     assert "OtherHeads for" in capsys.readouterr().out
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *named) == 0
+    assert export(tmp_path / "saved", Path("."), "--to", "vllm", *named) == 0
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()
     )
-    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
+    assert export(tmp_path / "saved", tmp_path / "again", "--to", "vllm", *pairs) == 2
     assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
 
 

@@ -220,9 +220,11 @@ def test_both_halves_start_from_the_same_drafter(
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
-    ours = spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    learner_handshake = spec.handshake(
+        target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name
+    )
     config.drafter.vocab_size = 32
-    mismatch = ours.mismatch(
+    mismatch = learner_handshake.mismatch(
         spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
     )
     assert mismatch is not None and "draft_map_checksum" in mismatch

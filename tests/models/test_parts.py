@@ -99,8 +99,8 @@ def test_a_part_that_cannot_be_copied_whole_adds_nothing() -> None:
 def test_the_fingerprint_covers_the_whole_head() -> None:
     parts = TargetParts.of(tiny_target())
     weight = parts.head.weight
-    others = [TargetHead(weight, torch.ones(32)), TargetHead(weight, scale=2), TargetHead(weight, softcap=2)]
-    heads = [TargetHead(weight), *others]
+    transformed = [TargetHead(weight, torch.ones(32)), TargetHead(weight, scale=2), TargetHead(weight, softcap=2)]
+    heads = [TargetHead(weight), *transformed]
     assert len({replace(parts, head=head).fingerprint for head in heads}) == 4
     assert replace(parts, head=heads[0]).fingerprint == parts.fingerprint
 

@@ -154,9 +154,9 @@ def test_leave_one_out_by_hand_under_rejection() -> None:
     batch = one_tree(drafter, target, tree, "rejection")
     reach = reach_of(drafter, target, tree, "rejection")
     log_q, alone = drafter.log_q(()), (target.p(()) / drafter.log_q(()).exp()).clamp(max=1).detach()
-    others = (alone.sum() - alone) / 2
+    sibling_mean = (alone.sum() - alone) / 2
     hanging = [sum(reach[j:]).detach() for j in range(3)]
-    expected = -sum(log_q[j] * (hanging[j] - others[j]) + reach[j] for j in range(3))
+    expected = -sum(log_q[j] * (hanging[j] - sibling_mean[j]) + reach[j] for j in range(3))
     loss = AcceptanceRewardLoss(drafter, target.head, baseline="leave_one_out")(batch)["loss_acceptance_reward"]
     torch.testing.assert_close(table_gradient(drafter, loss), table_gradient(drafter, expected), atol=1e-12, rtol=0)
 
@@ -415,9 +415,9 @@ def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
 def test_greedy_accepts_nothing_where_the_choice_has_no_row() -> None:
     """p over the draft vocabulary is a row of zeros then, whose argmax means nothing."""
     target = EnumerableTarget(4, 0.0)
-    others = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
-    drafter = EnumerableDrafter(4, draft_vocab=others)
-    batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
+    draft_vocab = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
+    drafter = EnumerableDrafter(4, draft_vocab=draft_vocab)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (int(draft_vocab[0]),)), target, rule="greedy")])
     assert float(AcceptanceRewardLoss(drafter, target.head)(batch)["expected_accepted"]) == 0.0
 
 
@@ -578,10 +578,10 @@ def test_the_clipped_gain_is_that_of_torchrls_clip_ppo() -> None:
     )  # fmt: skip
     reference = ClipPPOLoss(actor, None, clip_epsilon=clip, entropy_bonus=False, critic_coeff=None)
     log_q = logits(td["observation"]).log_softmax(-1).gather(1, td["action"][:, None])[:, 0]
-    ours = -clipped_gain(log_q, td["action_log_prob"], td["advantage"][:, 0], clip).mean()
+    loss = -clipped_gain(log_q, td["action_log_prob"], td["advantage"][:, 0], clip).mean()
     expected = reference(td)["loss_objective"]
-    torch.testing.assert_close(ours, expected)
-    ours.backward()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
     mine = logits.weight.grad.clone()
     logits.weight.grad = None
     expected.backward()
@@ -622,7 +622,7 @@ def test_the_group_baseline_with_a_clip_is_torchrls_grpo() -> None:
             for tree, log_probs in zip(drawn, behaviour, strict=True)
         ]
     )
-    ours = AcceptanceRewardLoss(drafter, target.head, baseline="group", clip=0.2, reduction="sum")(batch)
+    out = AcceptanceRewardLoss(drafter, target.head, baseline="group", clip=0.2, reduction="sum")(batch)
     tokens, log_probs, advantage = [], [], []
     for tree, recorded in zip(drawn, behaviour, strict=True):
         first, then = tree.tokens[:2], tree.tokens[2:]
@@ -641,8 +641,8 @@ def test_the_group_baseline_with_a_clip_is_torchrls_grpo() -> None:
     )  # fmt: skip
     grpo = GRPOLoss(Chains(drafter), clip_epsilon=0.2, entropy_bonus=False, aggregation="none")
     reference = grpo(td).loss_objective.sum()
-    torch.testing.assert_close(ours["loss_acceptance_reward"], reference, atol=1e-5, rtol=1e-5)
-    got, expected = (table_gradient(drafter, loss) for loss in (ours["loss_acceptance_reward"], reference))
+    torch.testing.assert_close(out["loss_acceptance_reward"], reference, atol=1e-5, rtol=1e-5)
+    got, expected = (table_gradient(drafter, loss) for loss in (out["loss_acceptance_reward"], reference))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

@@ -185,7 +185,7 @@ def _draft_vocab(offsets: Tensor, vocab_size: int) -> Tensor:
 
 def _eagle3_name(name: str) -> str:
     """Return a tensor's name here, of those that EAGLE-3 checkpoints use."""
-    for beginning, ours in _EAGLE3_NAMES.items():
+    for beginning, prefix in _EAGLE3_NAMES.items():
         if name.startswith(beginning):
-            name = ours + name.removeprefix(beginning)
+            name = prefix + name.removeprefix(beginning)
     return name
