@@ -97,7 +97,7 @@ class DrafterConfig:
     width: int = 4
     """Most children of a node: 1 drafts a chain, more a top-k tree."""
     num_nodes: int | None = 4
-    """Node budget of a tree; null keeps all."""
+    """Most nodes of a tree; null keeps all."""
     lookup: int | None = None
     """Most tokens of a chain that is looked up in the request's own text and merged into each tree. 0 turns it off.
     null is 2, or 0 with engine.name=sglang, with sampled trees and with drafter.name=ngram, which cannot take it."""

@@ -122,7 +122,7 @@ class AcceptanceRewardLoss(Objective):
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
         super().check_served(settings, shape)
         baseline = settings.get("baseline", "none")
-        if baseline != "none" and shape.chains < 2:
+        if baseline != "none" and shape.num_chains < 2:
             raise ValueError(
                 f"objective {cls.name!r}: baseline={baseline!r} compares siblings, and trees of drafter.depth="
                 f"{shape.depth}, drafter.width={shape.width} and drafter.num_nodes={shape.num_nodes} hold one chain; "
@@ -243,7 +243,7 @@ class AcceptanceRewardLoss(Objective):
         if not bool((sibling_ranks(law.context) > 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
-                "any; serve with drafter.width > 1 and a node budget for it, or set baseline='none'"
+                "any; serve with drafter.width > 1 and enough drafter.num_nodes, or set baseline='none'"
             )
         if bool(law.without.any()):
             raise ValueError(

@@ -32,17 +32,17 @@ class TreeShape:
     Attributes:
         depth: Longest path of the drafter's tree; 0 drafts nothing.
         width: Nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: Node budget: the drafter's likeliest nodes by joint probability are kept. None, or more than there
+        num_nodes: Most nodes: the drafter's likeliest nodes by joint probability are kept. None, or more than there
             can be, stands for all nodes of this depth and width.
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
-            many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
-            tokens that differ.
+            many as ``num_nodes`` holds whole, their first tokens independently. "sampled_without_replacement" draws
+            first tokens that differ.
         lookup: Most tokens of the chain that is looked up in the request's own text and merged into the drafter's tree
             (``policies.lookup``); it counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges none.
         lookup_only: Whether the drafter rests: the whole tree, of this depth and width, is looked up.
 
     Raises:
-        ValueError: An attribute is out of range, the budget cannot hold one path, or lookup is combined with a mode
+        ValueError: An attribute is out of range, ``num_nodes`` cannot hold one path, or lookup is combined with a mode
             that samples.
 
     Example:
@@ -83,8 +83,8 @@ class TreeShape:
             object.__setattr__(self, name, value)
 
     @property
-    def chains(self) -> int:
-        """Chains of a sampled tree."""
+    def num_chains(self) -> int:
+        """Number of chains of a sampled tree."""
         return min(self.width, self.num_nodes // max(self.depth, 1))
 
 
