@@ -123,7 +123,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     decoder = decoder_of(model)
     seen: dict[nn.Module, tuple[Tensor, Any]] = {}
 
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def note_output(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         read = args[0] if args else kwargs.get("hidden_states")
         if isinstance(read, Tensor):
             seen[module] = read, output
@@ -131,7 +131,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     # NanoChat's norms of heads have no weight that tells their width, so their inputs are noted too.
     head_norms = [module for name, module in layer.named_modules() if name in _HEAD_NORMS]
     hooks = [
-        child.register_forward_hook(record, with_kwargs=True)
+        child.register_forward_hook(note_output, with_kwargs=True)
         for child in (*decoder.children(), *layer.children(), *head_norms)
         if not isinstance(child, nn.ModuleList)
     ]

@@ -79,8 +79,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_family(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random causal LM of a family: 48 tokens, hidden size 32, three layers.
+def random_family(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Make a random causal LM of a family: 48 tokens, hidden size 32, three layers.
 
     Norms are moved off the values that they start with, as training moves them.
 

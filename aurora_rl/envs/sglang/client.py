@@ -303,8 +303,8 @@ class SGLangClient:
         """Stop recording and taking weights; the server goes on with those that it has."""
         return self._ask("detach")
 
-    def record(self, on: bool) -> dict[str, Any]:
-        """Switch recording off or on again while a learner is attached."""
+    def set_recording(self, on: bool) -> dict[str, Any]:
+        """Switch recording on or off while a learner is attached; return the plugin's status."""
         return self._ask("record", {"on": on})
 
     def status(self) -> dict[str, Any]:

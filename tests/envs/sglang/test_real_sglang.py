@@ -260,9 +260,9 @@ def test_a_share_of_the_requests_is_captured(chain, learner, handshake):
 
 def test_recording_can_be_switched_off_and_on_in_service(attached, learner):
     silent, heard = requests(6, 7, new=6)
-    assert not attached.record(False)["recording"]
+    assert not attached.set_recording(False)["recording"]
     attached.generate(silent)
-    assert attached.record(True)["recording"]
+    assert attached.set_recording(True)["recording"]
     attached.generate(heard)
     learner.take(heard.id)
     assert silent.id not in learner.got
