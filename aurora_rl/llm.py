@@ -329,9 +329,9 @@ def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
 
 def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed: int) -> Drafter:
     if isinstance(drafter, Drafter):
-        if drafter.made_for not in (None, parts.fingerprint):
+        if drafter.trained_for not in (None, parts.fingerprint):
             raise ValueError(
-                f"the drafter is trained for the target weights {drafter.made_for}, and these are {parts.fingerprint}; "
+                f"the drafter is trained for the target weights {drafter.trained_for}, these are {parts.fingerprint}; "
                 "give the target that it is for, or start a new one by its name"
             )
         sizes = written(drafter).config if drafter.formats else {}
@@ -347,7 +347,7 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         started = get_drafter(name).from_target(parts, draft_vocab=vocab)
-    started.made_for = parts.fingerprint
+    started.trained_for = parts.fingerprint
     return started
 
 

@@ -191,7 +191,7 @@ def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) ->
     return {
         "model": config.model,
         "dtype": str(spec.dtype).removeprefix("torch."),
-        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("made_for", "adaptive")},  # these change none
+        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("trained_for", "adaptive")},  # these change none
         **{f"learner.{k}": learner[k] for k in ("batch_size", "replay", "muon_lr", "adam_lr")},
         "--every": every,
         "--ahead": ahead,

@@ -86,7 +86,7 @@ class DrafterConfig:
     """Architecture-specific options, for example ``fc_norm: true``."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
-    made_for: str = "target"
+    trained_for: str = "target"
     """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
     vocab_size: int = 8192
     """Rows of the draft head."""
@@ -206,7 +206,11 @@ class Config:
     """New or empty folder of the run; null is ``runs/<time>``."""
 
 
-_MOVED = {"control": "baseline", "engine.control": "engine.plugin_address"}
+_MOVED = {
+    "control": "baseline",
+    "drafter.made_for": "drafter.trained_for",
+    "engine.control": "engine.plugin_address",
+}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -358,7 +362,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
         ("not be negative", lambda value: 0 <= value < math.inf),
     ),
     "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
-    "drafter.made_for": ("be target or any", ("target", "any").__contains__),
+    "drafter.trained_for": ("be target or any", ("target", "any").__contains__),
     "dtype": (
         "be auto, float32, bfloat16, float16 or float64",
         ("auto", "float32", "bfloat16", "float16", "float64").__contains__,

@@ -92,13 +92,13 @@ def _inspect(config: Config, source: str, check: bool) -> int:
             f"{folder}: config.json: vocab_size must be an integer, got {entries.get('vocab_size')!r}"
         )
     commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
-    made_for = entries.get("aurora_rl_made_for")
+    trained_for = entries.get("aurora_rl_made_for")
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))
     lines = {
         "architecture": f"{kind.__name__} ({', '.join(entries['architectures'])})",
         "format": _format(kind, entries, commands),
-        "trained for": f"target weights {made_for}" if made_for else "not stated",
+        "trained for": f"target weights {trained_for}" if trained_for else "not stated",
         "vocabulary": f"{_rows(tensors, entries):,} of {entries['vocab_size']:,} tokens",
         "feature layers": _feature_layers(entries),
         "parameters": f"{sum(tensor.numel() for tensor in weights):,} in {dtypes}",
@@ -127,7 +127,7 @@ def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout:
         _named_kind(spec.config),
         layout=layout,
         options=settings.options,
-        made_for=settings.made_for,
+        trained_for=settings.trained_for,
     )
 
 

@@ -221,7 +221,9 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
 def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
     settings, kind = spec.config.drafter, spec.drafter_class
     if settings.path is not None:
-        return load_drafter(settings.path, target.parts, kind, options=settings.options, made_for=settings.made_for)
+        return load_drafter(
+            settings.path, target.parts, kind, options=settings.options, trained_for=settings.trained_for
+        )
     torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
@@ -231,7 +233,7 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
         raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or settings.options
-    started.made_for = target.parts.fingerprint
+    started.trained_for = target.parts.fingerprint
     return started
 
 

@@ -147,7 +147,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
             not serve the architecture.
         options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
-        made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in the folder; None if unknown.
+        trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
@@ -167,7 +167,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     vocab_size: int
     cached: Tensor
     options: Mapping[str, Any] = MappingProxyType({})
-    made_for: str | None = None
+    trained_for: str | None = None
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

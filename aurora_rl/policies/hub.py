@@ -57,7 +57,7 @@ class HubMixin:
         *,
         layout: str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
-        made_for: str = "target",
+        trained_for: str = "target",
     ) -> Self:
         """Read a drafter for a target, in float32.
 
@@ -70,7 +70,7 @@ class HubMixin:
                 not be in an engine yet.
             layout: Format of the checkpoint; None takes the first of the architecture's ``formats``.
             options: Options of the architecture that the checkpoint does not state.
-            made_for: "target" refuses a drafter that was trained for other weights than the target's; "any" takes it.
+            trained_for: "target" refuses a drafter trained for weights other than the target's; "any" takes it.
 
         Raises:
             CheckpointError: Files are missing or broken, or the drafter does not fit the target.
@@ -93,7 +93,7 @@ class HubMixin:
             target, _ = load_target(target, dtype=default_dtype("cpu"), device="cpu")
         parts = target if isinstance(target, TargetParts) else TargetParts.of(target)
         kind = None if inspect.isabstract(cls) else cast("type[Drafter]", cls)
-        return cast(Self, load_drafter(source, parts, kind, layout=layout, options=options, made_for=made_for))
+        return cast(Self, load_drafter(source, parts, kind, layout=layout, options=options, trained_for=trained_for))
 
     def push_to_hub(
         self,

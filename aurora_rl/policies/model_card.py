@@ -99,7 +99,7 @@ def model_card(
         ("parameters", f"{sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M"),
         ("draft vocabulary", f"{len(drafter.draft_vocab):,} of {drafter.vocab_size:,} tokens"),
         ("target layers that it reads", ", ".join(map(str, drafter.feature_layers)) or "none"),
-        ("fingerprint of the target's weights", f"`{drafter.made_for}`" if drafter.made_for else "not known"),
+        ("fingerprint of the target's weights", f"`{drafter.trained_for}`" if drafter.trained_for else "not known"),
         ("written with", ", ".join(f"{name} {version(name)}" for name in ("aurora-rl", "torch", "transformers"))),
     ]
     commands = "\n".join(engine_commands(kind, config, repo_id, target).values())

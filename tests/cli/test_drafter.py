@@ -81,12 +81,12 @@ def test_inspect_prints_what_a_folder_holds(
     assert cli.main(["drafter", "inspect", str(folder)]) == 0
     tensors = load_file(folder / "model.safetensors")
     parameters = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
-    made_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
+    trained_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     assert capsys.readouterr().out.splitlines() == [
         "architecture      Eagle3Drafter (LlamaForCausalLMEagle3)",
         "format            sglang",
-        f"trained for       target weights {made_for}",
+        f"trained for       target weights {trained_for}",
         "vocabulary        64 of 300 tokens",
         "feature layers    1, 2",
         f"parameters        {parameters:,} in float32",
@@ -135,8 +135,8 @@ def test_inspect_says_why_a_drafter_does_not_fit(
     (folder / "config.json").write_text(json.dumps({**entries, "aurora_rl_made_for": "of another"}))
     capsys.readouterr()
     assert cli.main(["drafter", "inspect", str(folder), *target[:3]]) == 1
-    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.made_for=any" in out
-    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.made_for=any"]) == 0
+    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.trained_for=any" in out
+    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.trained_for=any"]) == 0
     (folder / "config.json").write_text(json.dumps({**entries, "architectures": ["Unheard"]}))
     assert cli.main(["drafter", "inspect", str(folder)]) == 2
     assert f"{folder}: config.json: no drafter is of architectures ['Unheard']" in capsys.readouterr().err

@@ -270,8 +270,8 @@ def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
     newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
     with pytest.raises(CheckpointError, match="the drafter was trained for others"):
         spec.start_drafter(spec.resolve(config), newer, [])
-    config.drafter.made_for = "any"
-    assert spec.start_drafter(spec.resolve(config), newer, []).made_for == newer.parts.fingerprint
+    config.drafter.trained_for = "any"
+    assert spec.start_drafter(spec.resolve(config), newer, []).trained_for == newer.parts.fingerprint
 
 
 def test_a_drafter_for_another_model_names_what_does_not_match(

@@ -181,7 +181,7 @@ def test_what_is_wrong_in_every_form_is_refused(
 REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     "looks ahead": (
         lambda: hf.Gemma3TextConfig(**HEADS, sliding_window=8, use_bidirectional_attention=True),
-        "Gemma3ForCausalLM .*other tokens follow.* it is no causal language model.*engine.name=sglang may serve it",
+        "Gemma3ForCausalLM .*with later tokens.* it is no causal language model.*engine.name=sglang may serve it",
     ),
     "bert": (
         lambda: hf.BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
