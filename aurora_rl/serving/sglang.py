@@ -13,7 +13,7 @@ from typing import Any
 
 from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
@@ -130,7 +130,7 @@ class SGLangServer:
             if not status["attached"]:
                 status, self._told_swaps = self._attach(), 0
                 self._log.write("attached", status=status)
-        except (ControlError, SGLangError) as error:
+        except (PluginError, SGLangError) as error:
             if self._reachable:
                 self._log.write("unreachable", reason=str(error))
             self._reachable = False
@@ -154,6 +154,6 @@ class SGLangServer:
         """Wait for the requests in flight, detach so that the records are sent, and end the engine if it is ours."""
         self._pool.shutdown(cancel_futures=True)
         self.watch()
-        with contextlib.suppress(ControlError):  # it is gone already
+        with contextlib.suppress(PluginError):  # it is gone already
             self.engine.detach()
         self.engine.close()
