@@ -93,7 +93,7 @@ def resolve(config: Config) -> RunSpec:
 
 
 def _rule(config: Config) -> str:
-    """The name of the verification rule, which is looked up and so made known to the objectives."""
+    """Return the name of the verification rule. Looking it up makes it known to the objectives."""
     name = config.rule or "sample_and_match"
     with naming("rule"):
         rule = get_rule(name)
@@ -120,13 +120,13 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
         )
     if config.engine.name == "sglang" and kind.sglang_algorithm is None:
         raise ConfigError(
-            f"drafter.name={name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+            f"drafter.name={name} is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3"
         )
     return kind
 
 
 def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
-    """The tree that the configuration asks for."""
+    """Return the tree shape that the configuration asks for."""
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
         takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
@@ -136,10 +136,10 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     with naming("drafter"):
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     if engine is not None and tree.num_nodes > engine.max_nodes:
-        budget = "null" if settings.num_nodes is None else settings.num_nodes
+        num_nodes = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
-            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
+            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={num_nodes} make "
+            f"trees of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
             f"{engine.max_nodes} or less"
         )
     return tree
@@ -174,7 +174,7 @@ def check_context(config: Config, target: Target) -> None:
 
 
 def traffic(config: Config) -> list[Prompt]:
-    """The prompts of the run, all read and checked."""
+    """Return the prompts of the run, all read and checked."""
     source = config.traffic
     if source.path is not None:
         return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
@@ -182,7 +182,7 @@ def traffic(config: Config) -> list[Prompt]:
 
 
 def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
-    """The run's requests, in order."""
+    """Return the run's requests, in order."""
     config = spec.config
     check_context(config, target)
     return RequestQueue(
@@ -195,7 +195,7 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
 
 
 def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
-    """The drafter that the run starts with, in float32 on the CPU.
+    """Return the drafter that the run starts with, in float32 on the CPU.
 
     Args:
         spec: Names a checkpoint, or the architecture of an untrained drafter.
@@ -238,7 +238,7 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
 
 
 def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
-    """The drafter that is served first, and the configuration of a learner that starts from the same one.
+    """Return the drafter that is served first, and the configuration of a learner that starts from it.
 
     Args:
         spec: Spec of the run.
@@ -258,7 +258,7 @@ def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder:
 
 
 def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
-    """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
+    """Return what server and learner must agree on; ``name`` is the drafter's architecture."""
     return Handshake(
         schema=SCHEMA,
         target=parts.digest,
@@ -271,7 +271,7 @@ def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
 
 @contextmanager
 def opening(key: str, address: str) -> Iterator[None]:
-    """Errors of an address name the key to set."""
+    """Make errors of an address name the key to set."""
     try:
         yield
     except OSError as error:

@@ -73,7 +73,7 @@ OBJECTIVES = {
     "greedy": (("rule=greedy", "temperature=0.5"), "rule=greedy needs temperature=0, got 0.5; set rule=null"),
     "not in SGLang": (
         ("engine.name=sglang", "drafter.name=medusa"),
-        "drafter.name=medusa is none that SGLang has; with engine.name=sglang set drafter.name=eagle3",
+        "drafter.name=medusa is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3",
     ),
 }  # fmt: skip
 
