@@ -31,8 +31,8 @@ class TreeIndex(NamedTuple):
     Attributes:
         num_rounds: Number of rounds ``R``.
         request: Request of each context, ``[R + M]`` int64.
-        root: Pair of its tree's root, ``[R + M]`` int64; −1 if the root is the first token of a text, which has no
-            pair, so that nothing can be drafted from it.
+        root: Pair of its tree's root, ``[R + M]`` int64. −1 if the root is the first token of a text, which has no
+            pair: nothing can be drafted from it.
         depth: Depth of each context, ``[R + M]`` int64, 0 at a root.
         parent: Context that each node was drawn from, ``[M]`` int64.
 

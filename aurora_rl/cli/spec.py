@@ -139,8 +139,8 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
         num_nodes = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
             f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={num_nodes} make "
-            f"trees of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
-            f"{engine.max_nodes} or less"
+            f"trees of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set "
+            f"drafter.num_nodes={engine.max_nodes} or less"
         )
     return tree
 

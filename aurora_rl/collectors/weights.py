@@ -7,9 +7,9 @@ The engine speaks first and repeats itself; so either side may start, vanish or 
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
   checksum} and tensors, if newer than what the engine serves.
 
-The learner keeps the newest weights only, and sends an engine no more before the last ones have arrived there (its
-``received`` tells): a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing;
-a new connection has a new identity, and for it everything starts afresh.
+The learner keeps the newest weights only. It sends an engine no more before the last ones have arrived there (its
+``received`` tells). So a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing. A
+new connection has a new identity, and for it everything starts afresh.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _REMEMBERED_CHECKSUMS = 64
 class EngineStatus:
     """What the learner knows of one engine; times are `time.monotonic` seconds.
 
-    `acknowledged` is the newest version whose checksum, after loading, was the published one; `rejected` the last
-    version that was refused or loaded wrong, with the reason (version None: the message was not even readable).
+    `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
+    version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
     `ahead`: it serves a version newer than any published here, from an earlier learner, and ignores the published ones.
     """
 

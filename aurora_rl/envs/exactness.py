@@ -95,8 +95,8 @@ class Probe:
         starts: Position of each row's first token, ``[R]`` int64.
         roots: Index of the token of each row that is the root of its tree, ``[R]`` int64; they differ.
         logits: Logits of the model's own forward at the root and the three tokens after it, ``[R, 4, V]``.
-        tolerance: Largest :meth:`difference` that is rounding. It is 8 times the model's difference from itself when
-            it reads the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
+        tolerance: Largest :meth:`difference` that is rounding. It is 8 times the model's difference from itself on
+            the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
 
     Raises:
         NotCausalError: The model's logits depend on later tokens, on other rows or on the length of the pass.

@@ -116,9 +116,9 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
 
     Returns:
-        A tuple of three: the final norm's weight ``[H]``, None if the decoder ends without a norm; the weights of the
-        layer's norms, by their names in a Llama layer; and whether the layer normalises what its attention or its MLP
-        adds to the residual stream.
+        A tuple of three. First the final norm's weight ``[H]``, None if the decoder ends without a norm. Then the
+        weights of the layer's norms, by their names in a Llama layer. Last, whether the layer normalises what its
+        attention or its MLP adds to the residual stream.
     """
     decoder = decoder_of(model)
     seen: dict[nn.Module, tuple[Tensor, Any]] = {}

@@ -43,7 +43,7 @@ def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: floa
 class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
 
-    With ``R`` the expected number given the tree and ``q`` the law of the tree, the derivative of the expected number
+    Let ``R`` be the expected number given the tree, and ``q`` the law of the tree. The derivative of the expectation
     is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what hangs on
     its draw: the nodes below it, and its later siblings with those below them.
 
@@ -76,10 +76,10 @@ class AcceptanceRewardLoss(Objective):
     ratio; and "stale", the share of trees that were left out.
 
     Raises:
-        ValueError: The reward or baseline is unknown, or a clip or limit is out of range. At a batch: trees were not
-            sampled, a log-probability is missing, or the drafter cannot have drawn a node; reward or baseline does not
-            hold for the rule or draft mode; a baseline misses siblings; or more than twenty batches in a row had no
-            fresh round.
+        ValueError: The reward or baseline is unknown, or a clip or limit is out of range. A batch's trees were not
+            sampled, lack a log-probability, or have a node that the drafter cannot have drawn. The reward or baseline
+            does not hold for the rule or draft mode, or a baseline lacks siblings. Or more than twenty batches in a row
+            had no fresh round.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch

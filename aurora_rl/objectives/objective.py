@@ -61,8 +61,8 @@ class Objective(LossModule):
     Forward returns "loss_<name>" and its metrics, and leaves its input as it is.
 
     A batch has the target's outputs as hidden states or as its likeliest tokens (``aurora_rl.objectives.target_rows``).
-    :attr:`reads` names the first form; the other stands for it, in the same groups. ``values`` that takes them by
-    ``target_rows`` or ``context_rows`` knows both.
+    :attr:`reads` names the first form. The second may replace it, in the same groups. A ``values`` that reads them
+    through ``target_rows`` or ``context_rows`` takes both.
 
     A constructor checks its settings and asks nothing of the drafter: configurations are checked by making the
     objective on a stand-in, before a model is loaded.

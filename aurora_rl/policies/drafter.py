@@ -38,7 +38,8 @@ class TreeShape:
             many as ``num_nodes`` holds whole, their first tokens independently. "sampled_without_replacement" draws
             first tokens that differ.
         lookup: Most tokens of the chain that is looked up in the request's own text and merged into the drafter's tree
-            (``policies.lookup``); it counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges none.
+            (``policies.lookup``). The chain counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges
+            none.
         lookup_only: Whether the drafter rests: the whole tree, of this depth and width, is looked up.
 
     Raises:
@@ -110,8 +111,8 @@ class Unroll(NamedTuple):
     """Predictions of every completion token from anchors at growing distance.
 
     Attributes:
-        logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
-            of a chain of the true tokens, hence belongs to row ``c`` of ("sequence", "hidden").
+        logits: ``J`` tensors ``[C, Vd]``. Row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
+            of a chain of the true tokens. It belongs to row ``c`` of ("sequence", "hidden").
         valid: Whether a row counts, ``[J, C]`` bool: its anchor is at the last prompt token or later, with a feature.
         states: Inputs of the draft head, ``J`` tensors ``[C, H]``; None if they do not have the target's hidden size.
     """

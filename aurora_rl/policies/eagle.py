@@ -98,8 +98,8 @@ class EagleDrafter(RecurrentDrafter):
 
         ``fc`` passes the feature on and adds a random image of the embedding, half as large: a layer that must first
         learn to see small embeddings learns late. Projections into attention and MLP are the last layer's, with the
-        norms between them and a feature folded in; those out of them are zero, since they add to a residual stream of
-        another scale.
+        norms between them and a feature folded in. Projections out of them are zero, since they add to a residual
+        stream of another scale.
 
         The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
         the target's.

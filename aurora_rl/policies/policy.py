@@ -32,9 +32,9 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
-    Before it drafts, the cache takes from the store all that it lacks: the tokens of the last round, a new request
-    (``is_init``), a window of plain decoding, or everything after a swap of weights. What is looked up in a request's
-    text is merged into the drafter's tree, as far as the shape asks for it.
+    Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
+    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. Lookup in a request's
+    text is merged into the drafter's tree if the shape asks for it.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.

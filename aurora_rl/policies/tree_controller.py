@@ -46,7 +46,7 @@ class TreeController:
     shapes takes the place of no speculation in what follows, if it is faster.
 
     A round takes the time measured for its shape and number of occupied slots, times the pace of live rounds of its
-    kind (plain, drafter's or lookup's), which context lengths and the machine's other work change.
+    kind: plain, drafter's or lookup's. Context lengths and the machine's other work change the pace.
 
     No speculation, once best, stays until the number of occupied slots changes or a probe finds a drafter that
     improved. A probe drafts for a few rounds. Probes come soon after :meth:`swapped`, otherwise at growing intervals.

@@ -117,8 +117,8 @@ class Rates:
 def rates(rounds: Iterable[Round]) -> Rates:
     """Compute tokens over wall time of each kind, at equal numbers of occupied slots.
 
-    Each number of occupied slots that both kinds were seen at counts with the speculative time spent at it, so that a
-    kind is not flattered by the fuller batches that it happened to meet.
+    Each number of occupied slots at which both kinds were measured is weighted by the speculative time spent at it. So
+    a kind does not gain from fuller batches that it happened to meet.
 
     Example:
         >>> rates([Round(True, 1, 4, 2.0, 0), Round(False, 1, 1, 1.0, 0), Round(True, 2, 9, 1.0, 0)]).speedup

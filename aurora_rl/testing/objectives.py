@@ -51,9 +51,9 @@ def check_objective(
     - the target's likeliest tokens say what its hidden states say, or are refused by a ValueError that names the
       objective and 'hidden'.
 
-    On the first of them the order of siblings does not matter (not for sampled objectives, where later siblings hang on
-    a draw), what is declared of "sampling" counts, and losses stay finite where nothing or everything was accepted.
-    Which way they go with acceptance is every objective's own and not checked: imitation does not look at it.
+    On the first of them the order of siblings does not matter, except for sampled objectives, where later siblings hang
+    on a draw. What is declared of "sampling" counts. Losses stay finite if nothing or everything was accepted. How a
+    loss changes with acceptance is not checked: imitation does not look at it.
 
     Last, whether it leads to the target. In every group of values, such as every unroll step, three drafters are
     compared: one that equals the target has a smaller loss than a uniform one and than one that contradicts the target.

@@ -75,7 +75,7 @@ Make = Callable[..., SimpleNamespace]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Makes a learner with both ends of its wire: `learner`, `sink`, `receiver`, and what tests look at."""
+    """Make a learner with both ends of its wire: `learner`, `sink`, `receiver`, and what tests look at."""
     with ExitStack() as stack:
 
         def build(

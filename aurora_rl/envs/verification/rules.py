@@ -1,8 +1,8 @@
 """Verification rules: how the target's logits settle which drafted nodes stand.
 
 A rule is lossless when the law of the delivered text is the target's own, whatever tree was drafted. It sees the
-target's logits at the root and at every node (`N + 1` columns, see `aurora_rl.trees`) and returns the accepted nodes
-and the bonus token, the target's own next token after them.
+target's logits at the root and at every node (`N + 1` columns, see `aurora_rl.trees`). It returns the accepted nodes
+and the bonus token, which is the target's own next token after them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class VerificationRule(ABC):
 
     A rule is stateless. It gives two faces of one law: `verify` draws the outcome, `acceptance` is its probability.
 
-    Let `a(x)` be the acceptance of node `x`, and `R(tree)` the expected number of accepted nodes given the tree: the
-    sum over the valid nodes of the product of `a` along the path from the root. For every rule and trees drawn from
+    Let `a(x)` be the acceptance of node `x`. `R(tree)` is the expected number of accepted nodes given the tree: the sum
+    over the valid nodes of the product of `a` along the path from the root. For every rule and trees drawn from
     `q(tree)`, the derivative of the expected number of accepted nodes with respect to the drafter is
 
         grad E[accepted] = E[R * grad log q(tree) + grad R]
