@@ -292,7 +292,7 @@ class LLM:
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
             if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-                raise ValueError("every message of a chat has a role and content")
+                raise ValueError("every message of a chat needs 'role' and 'content'; give both")
             return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)

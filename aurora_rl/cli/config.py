@@ -415,7 +415,8 @@ def _check_engine(config: Config) -> None:
         raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
     if (engine.url is None) != (engine.plugin_address is None):
         raise ConfigError(
-            "engine.url and engine.plugin_address go together: a running server and the address of its plugin"
+            f"engine.url={engine.url} and engine.plugin_address={engine.plugin_address} go together: set both, to a "
+            "running server and the address of its plugin"
         )
     if engine.url is not None and config.drafter.path is None:
         raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")

@@ -27,7 +27,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
 
     Args:
         folder: Folder of the recording; the first :meth:`append` creates it.
-        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None where that is
+        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None if that is
             not known.
 
     Raises:

@@ -115,7 +115,7 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None) -> No
     Args:
         socket: Socket from `open_socket`, with all its options set.
         address: Address as for `bind`.
-        limits: Limits of a message from the peer, which loses the connection if it exceeds them; None where nothing is
+        limits: Limits of a message from the peer, which loses the connection if it exceeds them; None if nothing is
             received, or not for long.
 
     Raises:

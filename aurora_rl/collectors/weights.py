@@ -345,7 +345,7 @@ class WeightReceiver:
         return self._version
 
     def latest(self) -> tuple[int, TensorDict] | None:
-        """Take the newest complete weights, verified against the learner's checksum; None where there are no new ones.
+        """Take the newest complete weights, verified against the learner's checksum; None if there are no new ones.
 
         Never blocks. The tensors are the caller's.
         """

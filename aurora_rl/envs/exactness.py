@@ -146,9 +146,9 @@ class Probe:
         # A tolerance from noise that is no rounding would let everything pass.
         if not (noise <= min(4 * rounding, _LARGEST) and ahead <= rounding):
             raise NotCausalError(
-                f"the logits of {type(model).__name__} change by {max(noise, ahead):.1%} of their spread with later "
-                "tokens or other texts in the pass, so trees cannot be verified: it is no causal language model, or "
-                f"its attention depends on the length of the pass; {ELSEWHERE}"
+                f"{type(model).__name__} is not causal, or its attention depends on the length of the pass: its logits "
+                f"change by {max(noise, ahead):.1%} of their spread with later tokens or other texts in the pass, so "
+                f"trees cannot be verified; {ELSEWHERE}"
             )
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 

@@ -216,7 +216,7 @@ class DrafterPolicy(TensorDictModuleBase):
                 self._refuse(slots, error)
 
     def _look_up(self, draft: dict[str, Tensor]) -> None:
-        """Merge what is looked up in each slot's text into its tree, which is empty where the drafter did not draft."""
+        """Merge what is looked up in each slot's text into its tree, which is empty if the drafter did not draft."""
         shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
         chain = TreeShape(min(shape.lookup, shape.num_nodes))
         found: dict[int, Tree] = {}
@@ -269,7 +269,10 @@ class DrafterPolicy(TensorDictModuleBase):
                 raise ValueError(f"q is {shape}, not {nodes}, in mode {self.shape.mode}")
             total = q[mask].float().sum(-1)
             if not bool((q[mask] >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
-                raise ValueError("q has a row that is no distribution: a number below 0, not a number, or a sum not 1")
+                raise ValueError(
+                    f"q has a row that is no distribution: the least number is {float(q[mask].min()):g}, sums are "
+                    f"{float(total.min()):g} to {float(total.max()):g}; numbers must be at least 0 and sum to 1"
+                )
             columns = torch.arange(width, device=rows.device)[:, None]
             draft["q"][rows[:, None, None], columns, self.drafter.draft_vocab] = q.float()
         draft["tokens"][rows, :width] = tokens

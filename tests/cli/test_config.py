@@ -166,8 +166,8 @@ def test_one_clear_error(pair: str, wrong: str) -> None:
 @pytest.mark.parametrize(
     ("pairs", "wrong"),
     [
-        (["engine.url=http://host:30000"], "engine.url and engine.plugin_address go together"),
-        (["engine.plugin_address=tcp://host:1"], "engine.url and engine.plugin_address go together"),
+        (["engine.url=http://host:30000"], "engine.url=.* and engine.plugin_address=.* go together: set both"),
+        (["engine.plugin_address=tcp://host:1"], "engine.url=.* and engine.plugin_address=.* go together: set both"),
         (
             ["engine.url=http://host:30000", "engine.plugin_address=tcp://host:1"],
             "attaches to a running.*set drafter.path",

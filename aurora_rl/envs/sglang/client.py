@@ -61,7 +61,7 @@ class SGLangClient:
 
     Args:
         url: URL of the server, such as ``http://127.0.0.1:30000``.
-        plugin_address: Address of the plugin; None where nothing is recorded or swapped.
+        plugin_address: Address of the plugin; None if nothing is recorded or swapped.
         process: The server, if it was launched here; ended by :meth:`close`.
         log: File to which the process prints.
     """

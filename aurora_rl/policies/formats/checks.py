@@ -98,7 +98,7 @@ def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]
 def check_heads_stated(entries: Mapping[str, Any]) -> None:
     """Raise ValueError if a ``config.json`` leaves the number of heads to a default."""
     if entries.get("num_attention_heads") is None:
-        raise ValueError("config.json: num_attention_heads is missing, and tensors do not tell how many there are")
+        raise ValueError("config.json: num_attention_heads is missing, which tensors do not tell; add it to the file")
 
 
 def refuse_own_attention(attention: str) -> None:
