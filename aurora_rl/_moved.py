@@ -30,6 +30,7 @@ MOVED = {
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
     "sglang": "envs.sglang (its server: aurora_rl.serving.sglang, its engine: aurora_rl.envs.sglang.client)",
     "collectors.weight_scheme": "collectors.weights",
+    "envs.sglang.control": "envs.sglang.plugin_server",
     "collectors.Hello": "collectors.handshake.Handshake", "collectors.ZMQWeightSyncScheme": "collectors.weights",
     "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
     "objectives.objective.SumLoss": "objectives.sum_loss.SumLoss", "policies.HybridDrafter": "policies.lookup",

@@ -38,7 +38,7 @@ class Chunk:
 
     Attributes:
         index: Place of the prompt in the call.
-        text: New text. It may lag behind the tokens: incomplete characters and the beginnings of stop strings wait.
+        text: New text. It may come after its tokens: incomplete characters and beginnings of stop strings wait.
         tokens: New token ids.
         completion: The whole completion, in a prompt's last chunk; None before.
 
@@ -292,7 +292,7 @@ class LLM:
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
             if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-                raise ValueError("every message of a chat has a role and content")
+                raise ValueError("every message of a chat needs 'role' and 'content'; give both")
             return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
@@ -301,7 +301,7 @@ class LLM:
         raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
 
     def _text(self, tokens: list[int], stop: Sequence[str] = ()) -> str:
-        """The text of a completion, up to the first stop string."""
+        """Return the text of a completion, up to the first stop string."""
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
 
@@ -329,9 +329,9 @@ def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
 
 def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed: int) -> Drafter:
     if isinstance(drafter, Drafter):
-        if drafter.made_for not in (None, parts.fingerprint):
+        if drafter.trained_for not in (None, parts.fingerprint):
             raise ValueError(
-                f"the drafter is trained for the target weights {drafter.made_for}, and these are {parts.fingerprint}; "
+                f"the drafter is trained for the target weights {drafter.trained_for}, these are {parts.fingerprint}; "
                 "give the target that it is for, or start a new one by its name"
             )
         sizes = written(drafter).config if drafter.formats else {}
@@ -347,7 +347,7 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         started = get_drafter(name).from_target(parts, draft_vocab=vocab)
-    started.made_for = parts.fingerprint
+    started.trained_for = parts.fingerprint
     return started
 
 

@@ -3,11 +3,11 @@
     python benchmarks/drafters.py --prompts code.jsonl,sql.jsonl,math.jsonl --work runs/drafters
 
 For each file of prompts (without any, for the built-in generator's) a stream is recorded once, with the features that
-any of the drafters read. Each drafter learns from it in order of arrival; its acceptance length is that of replay on
-the next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over
-that of a round with drafts. In the end what it has become serves requests after the stream, in turns with plain
-decoding, and transformers' prompt lookup is timed on them next to its plain `generate`. All that is there in --work
-already is kept.
+any of the drafters read. Each drafter learns from it in order of arrival. Its acceptance length is that of replay on
+the next requests, which it has not seen. The expected speedup is this length times a plain round's time over that of a
+round with drafts. At the end the trained drafter serves requests after the stream, in turns with plain decoding.
+transformers' prompt lookup is timed on them too, next to its plain `generate`. Results that are in --work already are
+kept.
 """
 
 from __future__ import annotations

@@ -187,11 +187,11 @@ def measure(options: argparse.Namespace) -> dict:
             on, off, control = [], [], []
             for _ in range(options.repeats):
                 control.append(load.run(plain, level))
-                engine.record(True)
+                engine.set_recording(True)
                 on.append(load.run(engine, level))
-                engine.record(False)
+                engine.set_recording(False)
                 off.append(load.run(engine, level))
-            engine.record(True)
+            engine.set_recording(True)
             swapped = swaps(engine, publisher, load, level, weights)
             figures["slots"][level] = {
                 "plain_tokens_per_second": rate(control),

@@ -186,7 +186,7 @@ def test_keys_in_the_text_exist(page: Path) -> None:
     assert {key for key in found if not key.endswith((".py", ".md", ".log", ".yaml", ".png"))} <= known | METHODS
 
 
-METHODS = {"engine.record", "engine.detach", "engine.generate"}  # of SGLangClient
+METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

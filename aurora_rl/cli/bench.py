@@ -61,9 +61,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     The results may be of several recordings. Returns the exit status.
 
     Raises:
-        ConfigError: An unknown variant, a number below 1, objectives that no variant uses, a recording that is too
-            short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
-            was made with other settings.
+        ConfigError: A variant is unknown, a number is below 1, or no variant uses the objectives. The recording is too
+            short, or a variant cannot learn from it. Batches do not end at the evaluations. Or a result in the folder
+            has other settings.
     """
     torch.set_num_threads(config.learner.threads)
     spec, recording, out = resolve(config), arguments.recording, arguments.out
@@ -185,13 +185,13 @@ def _say(line: str) -> None:
 
 
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
-    """What a curve depends on, apart from its objectives and its seed, by the names that the user knows."""
+    """Return the settings that a curve depends on, by their configuration keys. Objectives and seed are left out."""
     config = spec.config
     drafter, learner = asdict(config.drafter), asdict(config.learner)
     return {
         "model": config.model,
         "dtype": str(spec.dtype).removeprefix("torch."),
-        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("made_for", "adaptive")},  # these change none
+        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("trained_for", "adaptive")},  # these change none
         **{f"learner.{k}": learner[k] for k in ("batch_size", "replay", "muon_lr", "adam_lr")},
         "--every": every,
         "--ahead": ahead,
@@ -215,7 +215,7 @@ def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
 
 
 def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[tuple[int, float, float]]]:
-    """By recording, mode of drafts and variant: requests learned from, mean acceptance length and spread over seeds."""
+    """Return (requests learned from, mean acceptance length, spread over seeds) by (recording, draft mode, variant)."""
     points: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         for mode, curve in result["curves"].items():

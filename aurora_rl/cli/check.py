@@ -120,9 +120,7 @@ def _report_rounds(
             f"{tree}, which pays from {after / before:.2f} tokens a round"
         )
     if len(costs) > 1:
-        say(
-            "round        of more slots is taken to cost no less: if it was faster, its time stands for fewer slots too"
-        )
+        say("round        times never fall with more slots: a faster round of more slots counts for fewer slots too")
 
 
 def _size(count: int) -> str:
@@ -130,7 +128,7 @@ def _size(count: int) -> str:
 
 
 def _short(count: int, step: int, units: Sequence[str]) -> str:
-    """A count in the largest unit that it has one of: 9.5k, 135M."""
+    """Format a count in the largest unit that it has one of: 9.5k, 135M."""
     power = max(i for i in range(len(units)) if count >= step**i or not i)
     value = count / step**power
     return f"{value:.{int(power > 0 and value < 10)}f}{units[power]}"

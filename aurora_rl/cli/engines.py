@@ -17,7 +17,7 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
@@ -130,14 +130,14 @@ def _sglang_server(
     target.model.cpu()  # the server loads its own, on the device that this one leaves
     if spec.device.type == "cuda":
         torch.cuda.empty_cache()
-    with naming("engine.name=sglang", (SGLangError, ControlError)):
+    with naming("engine.name=sglang", (SGLangError, PluginError)):
         if settings.url is None:
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
             client = SGLangClient(settings.url, settings.plugin_address)
         try:
             if config.temperature > 0 and client.status()["device"] == "cpu":
-                raise ControlError(
+                raise PluginError(
                     f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
                     " engine.name=transformers"
                 )

@@ -59,13 +59,15 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
             recording.folder.mkdir(parents=True, exist_ok=True)
     outputs = Outputs(log)
 
-    def record(trajectory: TensorDictBase) -> None:
+    def save_trajectory(trajectory: TensorDictBase) -> None:
         if recording is not None:
             outputs.write("a trajectory", lambda: recording.append(trajectory))
 
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
-            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one, record=record)
+            collector = ZMQCollector(
+                config.wire.trajectories, handshake=greeting, validate=check_one, on_trajectory=save_trajectory
+            )
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
             publisher = WeightPublisher(config.wire.weights, handshake=greeting)

@@ -93,7 +93,7 @@ def resolve(config: Config) -> RunSpec:
 
 
 def _rule(config: Config) -> str:
-    """The name of the verification rule, which is looked up and so made known to the objectives."""
+    """Return the name of the verification rule. Looking it up makes it known to the objectives."""
     name = config.rule or "sample_and_match"
     with naming("rule"):
         rule = get_rule(name)
@@ -120,13 +120,13 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
         )
     if config.engine.name == "sglang" and kind.sglang_algorithm is None:
         raise ConfigError(
-            f"drafter.name={name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+            f"drafter.name={name} is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3"
         )
     return kind
 
 
 def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
-    """The tree that the configuration asks for."""
+    """Return the tree shape that the configuration asks for."""
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
         takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
@@ -136,11 +136,11 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     with naming("drafter"):
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     if engine is not None and tree.num_nodes > engine.max_nodes:
-        budget = "null" if settings.num_nodes is None else settings.num_nodes
+        num_nodes = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
-            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
-            f"{engine.max_nodes} or less"
+            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={num_nodes} make "
+            f"trees of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set "
+            f"drafter.num_nodes={engine.max_nodes} or less"
         )
     return tree
 
@@ -174,7 +174,7 @@ def check_context(config: Config, target: Target) -> None:
 
 
 def traffic(config: Config) -> list[Prompt]:
-    """The prompts of the run, all read and checked."""
+    """Return the prompts of the run, all read and checked."""
     source = config.traffic
     if source.path is not None:
         return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
@@ -182,7 +182,7 @@ def traffic(config: Config) -> list[Prompt]:
 
 
 def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
-    """The run's requests, in order."""
+    """Return the run's requests, in order."""
     config = spec.config
     check_context(config, target)
     return RequestQueue(
@@ -195,7 +195,7 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
 
 
 def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
-    """The drafter that the run starts with, in float32 on the CPU.
+    """Return the drafter that the run starts with, in float32 on the CPU.
 
     Args:
         spec: Names a checkpoint, or the architecture of an untrained drafter.
@@ -221,7 +221,9 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Dr
 def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
     settings, kind = spec.config.drafter, spec.drafter_class
     if settings.path is not None:
-        return load_drafter(settings.path, target.parts, kind, options=settings.options, made_for=settings.made_for)
+        return load_drafter(
+            settings.path, target.parts, kind, options=settings.options, trained_for=settings.trained_for
+        )
     torch.manual_seed(spec.config.seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
@@ -231,12 +233,12 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> D
         raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or settings.options
-    started.made_for = target.parts.fingerprint
+    started.trained_for = target.parts.fingerprint
     return started
 
 
 def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:
-    """The drafter that is served first, and the configuration of a learner that starts from the same one.
+    """Return the drafter that is served first, and the configuration of a learner that starts from it.
 
     Args:
         spec: Spec of the run.
@@ -256,7 +258,7 @@ def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder:
 
 
 def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
-    """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
+    """Return what server and learner must agree on; ``name`` is the drafter's architecture."""
     return Handshake(
         schema=SCHEMA,
         target=parts.digest,
@@ -269,7 +271,7 @@ def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
 
 @contextmanager
 def opening(key: str, address: str) -> Iterator[None]:
-    """Errors of an address name the key to set."""
+    """Make errors of an address name the key to set."""
     try:
         yield
     except OSError as error:

@@ -131,7 +131,7 @@ def _settle(arguments: argparse.Namespace) -> None:
 
 
 def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
-    """A checksum of what is learned from: the prompts and their order, or the first trajectories of each recording."""
+    """Return a checksum of the data: the prompts and their order, or each recording's first trajectories."""
     recordings = [TrajectoryDataset(folder) for folder in folders]
     found = [recording.digest(min(len(recording), _PROMPTS)) for recording in recordings]
     return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
@@ -143,7 +143,7 @@ def _sources(config: Config, arguments: argparse.Namespace) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What a training depends on, by the names that the user knows. The drafter starts from the folder of the run."""
+    """Return the settings that a training depends on, by their keys. The drafter starts from the run's folder."""
     values = asdict(config)
     keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
     learner = ("batch_size", "muon_lr", "adam_lr")
@@ -236,7 +236,7 @@ def _start(
 
 
 def _split(count: int, share: float) -> int:
-    """Trajectories to learn from; the others, at least one, are held out."""
+    """Return the number of trajectories to learn from; the rest, at least one, is held out."""
     return count - max(round(count * share), 1)
 
 

@@ -27,7 +27,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
 
     Args:
         folder: Folder of the recording; the first :meth:`append` creates it.
-        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None where that is
+        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None if that is
             not known.
 
     Raises:
@@ -59,7 +59,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
             )
 
     def _recorded_layers(self) -> str | None:
-        """Layers that the first trajectory says that its features are of."""
+        """Return the layers of the features, as the first trajectory names them."""
         if not self._count:
             return None
         try:
@@ -72,7 +72,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
         return self.folder / f"{index:06d}.safetensors"
 
     def append(self, trajectory: TensorDictBase) -> None:
-        """Append a trajectory. Its file is there whole or not at all."""
+        """Append a trajectory. Its file is complete or absent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
         path = self._path(self._count)
@@ -82,11 +82,11 @@ class TrajectoryDataset(Dataset[TensorDict]):
         self._count += 1
 
     def __len__(self) -> int:
-        """Trajectories in the folder."""
+        """Return the number of trajectories in the folder."""
         return self._count
 
     def __getitem__(self, index: int) -> TensorDict:
-        """The trajectory of a place, counted from 0.
+        """Read the trajectory at an index, counted from 0.
 
         Raises:
             IndexError: There are not so many.
@@ -108,14 +108,14 @@ class TrajectoryDataset(Dataset[TensorDict]):
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
     def digest(self, count: int) -> str:
-        """A checksum of the first so many trajectories, which tells recordings of one name apart."""
+        """Return a checksum of the first ``count`` trajectories. It tells recordings of the same name apart."""
         digest = hashlib.sha256()
         for index in range(count):
             digest.update(self._path(index).read_bytes())
         return digest.hexdigest()[:16]
 
     def __iter__(self) -> Iterator[TensorDict]:
-        """All of them, in order."""
+        """Read all trajectories, in order."""
         return (self[index] for index in range(len(self)))
 
 

@@ -25,7 +25,7 @@ def get_drafter(name: str) -> type[Drafter]:
     """Return the class of a drafter by its name, an entry point, or ``package.module:Class``; see :class:`Registry`.
 
     Raises:
-        ValueError: There is none of the name, or it is no drafter; the message names the nearest.
+        ValueError: No drafter has the name, or it names no drafter; the message names the nearest.
 
     Example:
         >>> get_drafter("medusa").__name__

@@ -41,7 +41,7 @@ _SMALL: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "is_decoder": True,
 }
-# What some families need besides, or have in another form.
+# Further settings of some families, or settings that have another form there.
 _MLA = {"num_key_value_heads": 4, "head_dim": ...}  # an ellipsis leaves the family's own value
 _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -104,12 +104,12 @@ class Verdict(NamedTuple):
 
 
 def causal_families() -> list[str]:
-    """Model types of the causal language models that the installed transformers has, sorted."""
+    """Return the model types of the causal language models that the installed transformers has, sorted."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_family(model_type: str) -> PreTrainedModel:
-    """A tiny random model of a family, in float32.
+    """Make a tiny random model of a family, in float32.
 
     Raises:
         ValueError: Its configuration cannot be made small.

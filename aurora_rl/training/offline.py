@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def train_step(
     loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
 ) -> tuple[float, TensorDictBase]:
-    """One step on the sum of a loss's "loss_" entries, the gradient's norm clipped to 1.
+    """Take one step on the sum of a loss's "loss_" entries, with the gradient's norm clipped to 1.
 
     Args:
         loss: Loss of packed batches.
@@ -47,7 +47,7 @@ def train_step(
     """
     device = batch["sequence", "tokens"].device
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        # RMSNorm of a bfloat16 input by float32 weights is not fused: no news to whoever asked for autocast.
+        # RMSNorm of a bfloat16 input by float32 weights is not fused, which follows from autocast.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         out = loss(batch)
     total: Tensor = torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum()
@@ -81,8 +81,8 @@ def train_on(
 ) -> Iterator[tuple[int, float, TensorDictBase]]:
     """Learn from a recorded stream as a learner does from one that arrives.
 
-    Each trajectory is learned from once in its turn, in a batch with its neighbours, and replayed batches of what came
-    before follow. Between two batches whoever iterates may evaluate on what is still to come.
+    Each trajectory is learned from once in its turn, in a batch with its neighbours. Replayed batches of earlier
+    trajectories follow. Between two batches the caller may evaluate on trajectories that are still to come.
 
     Args:
         stream: Trajectories in order of arrival.
@@ -96,8 +96,8 @@ def train_on(
         on_skip: Called with the reason of each skipped step.
 
     Yields:
-        After each new batch and its replays: trajectories seen, the last step's loss, and what it returned; NaN and
-        nothing as long as every step was skipped.
+        After each new batch and its replays: trajectories seen, the last step's loss, and the loss's output. The loss
+        is NaN and the output empty as long as every step was skipped.
 
     Raises:
         FloatingPointError: More skipped steps in a row.

@@ -81,12 +81,12 @@ def test_inspect_prints_what_a_folder_holds(
     assert cli.main(["drafter", "inspect", str(folder)]) == 0
     tensors = load_file(folder / "model.safetensors")
     parameters = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
-    made_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
+    trained_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     assert capsys.readouterr().out.splitlines() == [
         "architecture      Eagle3Drafter (LlamaForCausalLMEagle3)",
         "format            sglang",
-        f"trained for       target weights {made_for}",
+        f"trained for       target weights {trained_for}",
         "vocabulary        64 of 300 tokens",
         "feature layers    1, 2",
         f"parameters        {parameters:,} in float32",
@@ -135,8 +135,8 @@ def test_inspect_says_why_a_drafter_does_not_fit(
     (folder / "config.json").write_text(json.dumps({**entries, "aurora_rl_made_for": "of another"}))
     capsys.readouterr()
     assert cli.main(["drafter", "inspect", str(folder), *target[:3]]) == 1
-    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.made_for=any" in out
-    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.made_for=any"]) == 0
+    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.trained_for=any" in out
+    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.trained_for=any"]) == 0
     (folder / "config.json").write_text(json.dumps({**entries, "architectures": ["Unheard"]}))
     assert cli.main(["drafter", "inspect", str(folder)]) == 2
     assert f"{folder}: config.json: no drafter is of architectures ['Unheard']" in capsys.readouterr().err
@@ -183,20 +183,20 @@ def test_export_of_a_class_that_the_library_does_not_know(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     named = [*pairs, "drafter.name=other_heads:OtherHeads"]
     config = load_config(overrides=[*named, "drafter.vocab_size=64"])
-    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
-    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
+    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "saved")
+    assert export(tmp_path / "saved", tmp_path / "vllm", "--to", "vllm", *named) == 0
     assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
-    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
-    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    back, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "saved"))
+    assert back.keys() == saved.keys() and all(torch.equal(back[name], tensor) for name, tensor in saved.items())
     assert "OtherHeads for" in capsys.readouterr().out
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *named) == 0
+    assert export(tmp_path / "saved", Path("."), "--to", "vllm", *named) == 0
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()
     )
-    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
+    assert export(tmp_path / "saved", tmp_path / "again", "--to", "vllm", *pairs) == 2
     assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
 
 

@@ -249,12 +249,12 @@ def test_an_output_that_fails_does_not_lose_the_others(
 def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_summary = Stats.summary
+    real_summary = Stats.summary
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full_then_summary(stats: Stats, **figures: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        return made_summary(stats, **figures)
+        return real_summary(stats, **figures)
 
     monkeypatch.setattr(Stats, "summary", full_then_summary)
     try:

@@ -31,7 +31,7 @@ def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("model={broken}", "cannot load model"),
         ("traffic.path=/no/file", "cannot read requests from /no/file: No such file or directory"),
         ("traffic.path={lines}", "line 2: not JSON: Expecting value at column 15"),
-        ("traffic.path={blank}", "line 1: empty prompt: the last message has no content"),
+        ("traffic.path={blank}", "line 1: empty prompt: the content of message 0, the last, is empty"),
         ("engine.max_length=50", "that exceeds engine.max_length=50"),
         ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
         ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),

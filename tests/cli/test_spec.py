@@ -73,7 +73,7 @@ OBJECTIVES = {
     "greedy": (("rule=greedy", "temperature=0.5"), "rule=greedy needs temperature=0, got 0.5; set rule=null"),
     "not in SGLang": (
         ("engine.name=sglang", "drafter.name=medusa"),
-        "drafter.name=medusa is none that SGLang has; with engine.name=sglang set drafter.name=eagle3",
+        "drafter.name=medusa is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3",
     ),
 }  # fmt: skip
 
@@ -220,9 +220,11 @@ def test_both_halves_start_from_the_same_drafter(
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
-    ours = spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    learner_handshake = spec.handshake(
+        target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name
+    )
     config.drafter.vocab_size = 32
-    mismatch = ours.mismatch(
+    mismatch = learner_handshake.mismatch(
         spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
     )
     assert mismatch is not None and "draft_map_checksum" in mismatch
@@ -268,8 +270,8 @@ def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
     newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
     with pytest.raises(CheckpointError, match="the drafter was trained for others"):
         spec.start_drafter(spec.resolve(config), newer, [])
-    config.drafter.made_for = "any"
-    assert spec.start_drafter(spec.resolve(config), newer, []).made_for == newer.parts.fingerprint
+    config.drafter.trained_for = "any"
+    assert spec.start_drafter(spec.resolve(config), newer, []).trained_for == newer.parts.fingerprint
 
 
 def test_a_drafter_for_another_model_names_what_does_not_match(

@@ -87,9 +87,9 @@ def test_leave_one_out_by_hand_under_rejection() -> None:
     batch = one_tree(drafter, target, tree, "rejection")
     reach = reach_of(drafter, target, tree, "rejection")
     log_q, alone = drafter.log_q(()), (target.p(()) / drafter.log_q(()).exp()).clamp(max=1).detach()
-    others = (alone.sum() - alone) / 2
+    sibling_mean = (alone.sum() - alone) / 2
     hanging = [sum(reach[j:]).detach() for j in range(3)]
-    expected = -sum(log_q[j] * (hanging[j] - others[j]) + reach[j] for j in range(3))
+    expected = -sum(log_q[j] * (hanging[j] - sibling_mean[j]) + reach[j] for j in range(3))
     loss = AcceptanceRewardLoss(drafter, target.head, baseline="leave_one_out")(batch)["loss_acceptance_reward"]
     torch.testing.assert_close(table_gradient(drafter, loss), table_gradient(drafter, expected), atol=1e-12, rtol=0)
 
@@ -265,9 +265,9 @@ def test_a_reduced_draft_vocabulary_keeps_the_targets_mass() -> None:
 def test_greedy_accepts_nothing_where_the_choice_has_no_row() -> None:
     """p over the draft vocabulary is a row of zeros then, whose argmax means nothing."""
     target = EnumerableTarget(4, 0.0)
-    others = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
-    drafter = EnumerableDrafter(4, draft_vocab=others)
-    batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
+    draft_vocab = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
+    drafter = EnumerableDrafter(4, draft_vocab=draft_vocab)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (int(draft_vocab[0]),)), target, rule="greedy")])
     assert float(AcceptanceRewardLoss(drafter, target.head)(batch)["expected_accepted"]) == 0.0
 
 

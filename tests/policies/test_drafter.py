@@ -52,7 +52,7 @@ def test_bad_shapes_are_refused(arguments: tuple, message: str) -> None:
 
 
 def test_sampled_shapes_hold_whole_chains() -> None:
-    assert [TreeShape(d, 4, n, mode="sampled").chains for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
+    assert [TreeShape(d, 4, n, mode="sampled").num_chains for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
         0, 4, 2, 1, 4,
     ]  # fmt: skip
 
@@ -62,8 +62,8 @@ def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
     for nodes, drafted in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
         most = TreeShape(4, 4, nodes, mode="sampled")
         shapes = [TreeShape(depth, 4, nodes, mode="sampled") for depth in range(5)]
-        assert [shape.depth * shape.chains for shape in shapes] == drafted and most.num_nodes >= max(drafted)
-        assert [replace(most, depth=depth).chains for depth in range(5)] == [shape.chains for shape in shapes]
+        assert [shape.depth * shape.num_chains for shape in shapes] == drafted and most.num_nodes >= max(drafted)
+        assert [replace(most, depth=depth).num_chains for depth in range(5)] == [shape.num_chains for shape in shapes]
 
 
 def test_rows_of_tokens_in_the_draft_head() -> None:

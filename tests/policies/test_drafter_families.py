@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, Texts, sampled_texts, tiny_family
+from families import FAMILIES, Texts, random_family, sampled_texts
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,7 +40,7 @@ TELLING = [
 
 @cache
 def target(name: str, seed: int = 0) -> tuple[TargetParts, PreTrainedModel]:
-    model = tiny_family(name, seed=seed)
+    model = random_family(name, seed=seed)
     return TargetParts.of(model), model
 
 

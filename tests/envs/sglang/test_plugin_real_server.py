@@ -12,7 +12,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.training.served_weights import drafts_agreed
@@ -171,9 +171,9 @@ def test_a_share_of_the_requests_is_captured(chain, learner, handshake):
 
 def test_recording_can_be_switched_off_and_on_in_service(attached, learner):
     silent, heard = requests(6, 7, new=6)
-    assert not attached.record(False)["recording"]
+    assert not attached.set_recording(False)["recording"]
     attached.generate(silent)
-    assert attached.record(True)["recording"]
+    assert attached.set_recording(True)["recording"]
     attached.generate(heard)
     learner.take(heard.id)
     assert silent.id not in learner.got
@@ -198,13 +198,13 @@ def test_a_temperature_is_refused_by_name_on_this_device(attached):
 )
 def test_a_learner_of_another_deployment_is_refused(chain, learner, handshake, changed, message):
     another = Handshake(**{**handshake.__dict__, **changed})
-    with pytest.raises(ControlError, match=message):
+    with pytest.raises(PluginError, match=message):
         chain.attach(handshake=another, trajectories=learner.trajectories, weights=learner.weights)
     assert not chain.status()["attached"]
 
 
 def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, handshake):
-    with pytest.raises(ControlError, match="attached already; detach first"):
+    with pytest.raises(PluginError, match="attached already; detach first"):
         attached.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
 
 
@@ -219,7 +219,7 @@ def test_after_detaching_the_server_goes_on_unrecorded(chain, learner, handshake
 
 
 def test_an_engine_without_a_plugin_address_cannot_be_attached_to(chain):
-    with pytest.raises(ControlError, match="no plugin address"):
+    with pytest.raises(PluginError, match="no plugin address"):
         SGLangClient(chain.url).status()
 
 

@@ -343,7 +343,7 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
     parts: TargetParts, tmp_path: Path, name: str, part: str
 ) -> None:
     drafter, tuned_target = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tuned(part)
-    drafter.made_for = parts.fingerprint
+    drafter.trained_for = parts.fingerprint
     for layout in drafter.formats:
         if layout == "sglang" and name == "dflash":
             continue  # whose default layers are too few in a tiny target
@@ -353,13 +353,13 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
         save_drafter(drafter, folder, asked)
         wrong = (
             f"{folder}: config.json: aurora_rl_made_for is '{parts.fingerprint}', the target's weights are "
-            f"'{tuned_target.fingerprint}': .* set drafter.made_for=any"
+            f"'{tuned_target.fingerprint}': .* set drafter.trained_for=any"
         )
         with pytest.raises(CheckpointError, match=wrong):
             load_drafter(folder, tuned_target, type(drafter), layout=layout)
-        assert load_drafter(folder, parts, type(drafter), layout=layout).made_for == parts.fingerprint
+        assert load_drafter(folder, parts, type(drafter), layout=layout).trained_for == parts.fingerprint
         # From then on it is the other target's.
-        read = load_drafter(folder, tuned_target, type(drafter), layout=layout, made_for="any")
+        read = load_drafter(folder, tuned_target, type(drafter), layout=layout, trained_for="any")
         save_drafter(read, tmp_path / "again", asked)
         load_drafter(tmp_path / "again", tuned_target, type(drafter), layout=layout)
 
@@ -367,7 +367,7 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_same_target_in_another_dtype_is_the_same(parts: TargetParts, tmp_path: Path, dtype: torch.dtype) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))
-    drafter.made_for = parts.fingerprint
+    drafter.trained_for = parts.fingerprint
     save_drafter(drafter, tmp_path / "drafter")
     load_drafter(tmp_path / "drafter", TargetParts.of(tiny_target(dtype=dtype)))
 

@@ -77,7 +77,7 @@ def test_a_hub_id_is_read_as_its_authors_wrote_it(
         save_file(tensors, path)
     asked = hub_gives(monkeypatch, tmp_path / "snapshot")
     read = load_drafter("authors/drafter", parts)
-    assert asked == ["authors/drafter"] and type(read) is kind and read.made_for == parts.fingerprint
+    assert asked == ["authors/drafter"] and type(read) is kind and read.trained_for == parts.fingerprint
     batch = pack([tiny_trajectory(drafter)])
     assert torch.equal(read.score(batch), drafter.score(batch))
 
