@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 
 from aurora_rl.cli.config import ConfigError, naming
-from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
+from aurora_rl.cli.spec import RunSpec, Target, opening
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generation_processors
@@ -50,7 +51,7 @@ def _embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process."""
     config, tree = spec.config, spec.tree
-    greeting = handshake(target.parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
@@ -119,7 +120,7 @@ def _sglang_server(
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
-    greeting = handshake(target.parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ConfigError(

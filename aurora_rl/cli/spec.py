@@ -12,8 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.cli.config import Config, ConfigError, naming
-from aurora_rl.collectors.codec import SCHEMA, checksum
-from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.verification.rules import require_replayable
 from aurora_rl.models.loading import default_dtype, load_target, usable_device
@@ -253,18 +251,6 @@ def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder:
         return drafter, config
     save_drafter(drafter, folder)
     return drafter, replace(config, drafter=replace(config.drafter, path=str(folder)))
-
-
-def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
-    """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
-    return Handshake(
-        schema=SCHEMA,
-        target=parts.digest,
-        head_checksum=checksum(parts.head.tensors()),
-        feature_layers=tuple(drafter.feature_layers),
-        draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
-        drafter=name,
-    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, ConfigError, load_config
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import TreeShape
@@ -211,7 +212,7 @@ def test_both_halves_start_from_the_same_drafter(
         spec.resolve(config), target, requests, tmp_path / "day0" if own_learner else None
     )
     learned = spec.start_drafter(spec.resolve(learner_config), target, [])
-    assert spec.handshake(target.parts, served, "eagle3") == spec.handshake(target.parts, learned, "eagle3")
+    assert Handshake.of(target.parts, served, "eagle3") == Handshake.of(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
     assert config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
@@ -220,10 +221,10 @@ def test_both_halves_start_from_the_same_drafter(
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: spec.Target) -> None:
-    ours = spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    ours = Handshake.of(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
     config.drafter.vocab_size = 32
     mismatch = ours.mismatch(
-        spec.handshake(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+        Handshake.of(target.parts, spec.start_drafter(spec.resolve(config), target, []), config.drafter.name)
     )
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
@@ -334,9 +335,9 @@ def test_what_started_a_drafter_is_in_its_folder(config: Config, target: spec.Ta
     with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
         config.drafter.options = {"heads": 2.5}
         spec.resolve(config)
-    assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
+    assert Handshake.of(target.parts, read, "mine").feature_layers == (3,)
     read.feature_layers = [3]  # type: ignore[assignment]
-    assert spec.handshake(target.parts, read, "mine").feature_layers == (3,)
+    assert Handshake.of(target.parts, read, "mine").feature_layers == (3,)
 
 
 @pytest.mark.usefixtures("third_party_drafters")

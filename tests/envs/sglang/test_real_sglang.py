@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from aurora_rl.cli import spec
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset, record
 from aurora_rl.collectors.handshake import Handshake
@@ -47,7 +46,7 @@ def drafter(sglang_models, parts):
 
 @pytest.fixture(scope="module")
 def handshake(parts, drafter):
-    return spec.handshake(parts, drafter, "eagle3")
+    return Handshake.of(parts, drafter, "eagle3")
 
 
 def other_weights(drafter, seed):
@@ -190,7 +189,7 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
     """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
     engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
-    learner = Learner(spec.handshake(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
+    learner = Learner(Handshake.of(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
     engine.attach(handshake=learner.handshake, trajectories=learner.trajectories, weights=learner.weights)
     try:
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
