@@ -147,7 +147,7 @@ def learning_curve(
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
-    drafter = start_drafter(replace(spec, config=replace(spec.config, seed=seed)), target, prompts)
+    drafter = start_drafter(spec, target, prompts, seed=seed)
     settings = spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))

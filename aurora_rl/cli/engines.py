@@ -55,7 +55,7 @@ def _embedded_server(
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
-    budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
+    budget = min(spec.sampling.max_tokens, config.engine.max_length - len(prompt))
     usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":
@@ -137,10 +137,10 @@ def _sglang_server(
         else:
             client = SGLangClient(settings.url, settings.plugin_address)
         try:
-            if config.temperature > 0 and client.status()["device"] == "cpu":
+            if spec.sampling.temperature > 0 and client.status()["device"] == "cpu":
                 raise ControlError(
-                    f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
-                    " engine.name=transformers"
+                    f"temperature={spec.sampling.temperature:g}: on a CPU SGLang verifies by argmax; set "
+                    "temperature=0, or engine.name=transformers"
                 )
             return SGLangServer(
                 client,

@@ -192,35 +192,36 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
     )
 
 
-def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
+def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int | None = None) -> Drafter:
     """The drafter that the run starts with, in float32 on the CPU.
 
     Args:
         spec: Names a checkpoint, or the architecture of an untrained drafter.
         target: The loaded target, before an engine has it.
         prompts: First prompts, for the draft vocabulary of an untrained drafter; may be empty.
+        seed: Seed of an untrained drafter's weights; None takes the configuration's.
 
     Raises:
         ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
         ValueError: A checkpoint that does not fit the target.
     """
-    config, drafter = spec.config, _new_or_loaded(spec, target, prompts)
-    if config.drafter.depth > drafter.max_depth:
+    drafter = _new_or_loaded(spec, target, prompts, spec.config.seed if seed is None else seed)
+    if spec.tree.depth > drafter.max_depth:
         raise ConfigError(
-            f"drafter.depth={config.drafter.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "
+            f"drafter.depth={spec.tree.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "
             "one after the other; set it to that, or start a deeper drafter by drafter.options"
         )
     if drafter.formats:
         with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
-            written(drafter, "sglang" if config.engine.name == "sglang" else None)
+            written(drafter, "sglang" if spec.config.engine.name == "sglang" else None)
     return drafter
 
 
-def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
+def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int) -> Drafter:
     settings, kind = spec.config.drafter, spec.drafter_class
     if settings.path is not None:
         return load_drafter(settings.path, target.parts, kind, options=settings.options, made_for=settings.made_for)
-    torch.manual_seed(spec.config.seed)
+    torch.manual_seed(seed)
     vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
     layers = tuple(settings.feature_layers) if settings.feature_layers else None
     with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):

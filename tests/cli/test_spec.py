@@ -201,6 +201,13 @@ def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tin
     spec.start_drafter(spec.resolve(config), target, requests.first_prompts(64))  # the target reads them
 
 
+def test_an_untrained_drafter_of_another_seed_is_another_one(config: Config, target: spec.Target) -> None:
+    config.drafter.name = "eagle3"
+    run = spec.resolve(config)
+    first, again, other = (spec.start_drafter(run, target, [], seed=seed) for seed in (None, config.seed, 7))
+    assert torch.equal(first.fc.weight, again.fc.weight) and not torch.equal(first.fc.weight, other.fc.weight)
+
+
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
 @pytest.mark.parametrize("own_learner", [True, False])
 def test_both_halves_start_from_the_same_drafter(
