@@ -24,7 +24,7 @@ MOVED = {
     "collectors.weight_sync": "collectors.weights", "recordings": "collectors.dataset",
     "collectors.buffer": "training.replay", "learner": "training.learner", "gate": "training.gate",
     "checkpoints": "training.checkpoint", "agreement": "training.served_weights", "server": "serving.server",
-    "conversations": "serving.requests", "answers": "serving.requests", "build": "cli.spec", "bench": "cli.bench",
+    "conversations": "serving.requests", "answers": "serving.requests", "build": "cli.assembly", "bench": "cli.bench",
     "check": "cli.check", "config": "cli.config", "cpus": "cli.cpus", "output": "cli.output",
     "traffic": "workload.traffic", "traffic_templates": "workload.templates", "testing.forms": "testing.variants",
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
@@ -38,6 +38,9 @@ MOVED = {
     "training.drafter_optimizers": "training.optimizers.drafter_optimizers",
     "training.train_on": "training.offline.train_on", "training.train_step": "training.offline.train_step",
     **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in ("load_drafter", "save_drafter")},
+    "cli.spec.handshake": "collectors.handshake.Handshake.of",
+    **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
+        "first_drafter", "load", "request_queue", "start_drafter", "traffic")},
     **{f"serving.{name}": "cli.engines" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
     **{f"models.{name}": f"models.loading.{name}" for name in (
         "DEFAULT_TARGET", "ModelError", "default_dtype", "embedded_model_path", "encode_chat",

@@ -12,9 +12,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, check_context, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, check_context, load, resolve, start_drafter
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.envs import Request, TransformersEngine, generation_processors
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import torch
 
+from aurora_rl.cli.assembly import Target, opening
 from aurora_rl.cli.config import ConfigError, naming
-from aurora_rl.cli.spec import RunSpec, Target, opening
+from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver

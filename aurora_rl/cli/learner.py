@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
+from aurora_rl.cli.assembly import load, opening, start_drafter
 from aurora_rl.cli.config import naming
-from aurora_rl.cli.spec import RunSpec, load, opening, start_drafter
+from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
