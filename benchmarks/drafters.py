@@ -12,7 +12,6 @@ already is kept.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
@@ -127,7 +126,7 @@ def learn(world: World, names: Sequence[str], stream: list[TensorDict]) -> None:
     name = learned(names[0])
     every, folder = world.options.every, world.work / name
     drafter = world.drafter(name)
-    served = copy.deepcopy(drafter).to(world.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(world.dtype)
     curves: dict[str, list[tuple[int, float]]] = {each: [] for each in names}
 
     def evaluate(seen: int) -> None:

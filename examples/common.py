@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +47,7 @@ class Stream:
         """Tokens per round that the drafter would have had on the held-out requests, drafting its likeliest nodes."""
         shape = TreeShape(self.shape.depth)
         dtype = self.held_out[0]["sequence", "features"].dtype
-        served = copy.deepcopy(self.drafter)  # serving changes the form of a drafter
-        return replay(served.to(dtype).eval().requires_grad_(False), self.held_out, shape).acceptance_length
+        return replay(self.drafter.serving_copy(dtype), self.held_out, shape).acceptance_length
 
     def learn(self, loss: LossModule, *, replayed: int = 4) -> None:
         """Learn from the first part, and say what it did for the rest."""

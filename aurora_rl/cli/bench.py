@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from collections import Counter, defaultdict
@@ -152,7 +151,7 @@ def learning_curve(
     settings = spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
-    served = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
     def evaluate(seen: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -107,7 +106,7 @@ def _report_rounds(
     say: Callable[[str], Any],
 ) -> None:
     shape = spec.tree
-    served = copy.deepcopy(drafter).to(device=spec.device, dtype=spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(served, engine.store, num_nodes=shape.num_nodes, shape=shape)
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
     request = Request(0, tokens, replace(spec.sampling, max_tokens=engine.max_length - len(tokens)))

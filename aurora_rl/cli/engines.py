@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +70,7 @@ def _embedded_server(
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
     )
-    served = copy.deepcopy(drafter).to(device=spec.device, dtype=spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(
         served,
         engine.store,

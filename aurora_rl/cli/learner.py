@@ -42,7 +42,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         head = head.float()
     del target, parts
     return_freed_memory(collect=True)
-    scratch = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
+    scratch = drafter.serving_copy(spec.dtype)
 
     vocab_size, width = head.weight.shape
     feature_size = width * len(drafter.feature_layers)

@@ -282,7 +282,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
-        self._served = copy.deepcopy(self.drafter).to(self.spec.dtype).eval().requires_grad_(False)
+        self._served = self.drafter.serving_copy(self.spec.dtype)
         self._first: dict[str, float] = {}
         self._best: dict[str, float] = {}
 

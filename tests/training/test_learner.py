@@ -99,7 +99,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             sink = TrajectorySink(collector.address, handshake=engine)
             receiver = WeightReceiver(publisher.address, handshake=engine, version=version, heartbeat_s=0.05)
             loss = Loss(drafter)
-            scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
+            scratch = drafter.serving_copy(dtype)
             learner = Learner(
                 drafter=drafter,
                 loss=loss,  # type: ignore[arg-type]
