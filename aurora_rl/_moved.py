@@ -36,7 +36,8 @@ MOVED = {
     "trajectories.ContextStore": "context.ContextStore", "trajectories.Sampling": "sampling_params.SamplingParams",
     "trajectories.TrajectoryRecorder": "context.TrajectoryRecorder",
     "training.drafter_optimizers": "training.optimizers.drafter_optimizers",
-    "training.train_on": "training.offline.train_on", "training.train_step": "training.offline.train_step",
+    "training.train_on": "training.steps.train_on", "training.train_step": "training.steps.train_step",
+    "training.offline.train_on": "training.steps.train_on",
     **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in ("load_drafter", "save_drafter")},
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (

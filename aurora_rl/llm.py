@@ -21,8 +21,8 @@ from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, choose_draft_vocab, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, written
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 logger = logging.getLogger(__name__)
 

@@ -48,8 +48,8 @@ from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 from aurora_rl.workload.traffic import generate, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.

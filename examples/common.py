@@ -17,8 +17,8 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 from aurora_rl.workload.traffic import generate
 
 

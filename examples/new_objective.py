@@ -19,8 +19,8 @@ from torch import Tensor
 from aurora_rl.objectives import Windows, forward_kl, get_objective, make_objectives, overlap, register_objective
 from aurora_rl.policies import TreeShape
 from aurora_rl.testing import check_objective
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 
 @register_objective("reach_kl")

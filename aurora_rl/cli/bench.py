@@ -23,8 +23,8 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "forward_kl": [{"name": "imitation"}],

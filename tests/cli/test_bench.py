@@ -21,7 +21,7 @@ from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.objectives.registry import OBJECTIVES
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.training import offline as training
+from aurora_rl.training import steps as training
 
 PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3", "learner.replay=1"]
 

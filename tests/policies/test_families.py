@@ -17,8 +17,8 @@ from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.testing.drafter_serving import filled
 from aurora_rl.testing.drafter_training import check_unroll
-from aurora_rl.training.offline import train_step
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import pack
 
 VOCAB = torch.arange(48)
