@@ -31,6 +31,7 @@ MOVED = {
     "sglang": "envs.sglang (its server: aurora_rl.serving.sglang, its engine: aurora_rl.envs.sglang.client)",
     "collectors.weight_scheme": "collectors.weights",
     "collectors.Hello": "collectors.handshake.Handshake", "collectors.ZMQWeightSyncScheme": "collectors.weights",
+    "collectors.dataset.record": "serving.recording.record",
     "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
     "objectives.objective.SumLoss": "objectives.sum_loss.SumLoss", "policies.HybridDrafter": "policies.lookup",
     "trajectories.ContextStore": "context.ContextStore", "trajectories.Sampling": "sampling_params.SamplingParams",

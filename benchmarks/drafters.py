@@ -26,7 +26,7 @@ from common import MAX_LENGTH, RESULTS, arguments, parse, request_queue, usual_r
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
@@ -44,6 +44,7 @@ from aurora_rl.policies import (
 )
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.serving.recording import record
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows

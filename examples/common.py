@@ -10,12 +10,13 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import LossModule
 
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on

@@ -98,7 +98,7 @@ def test_what_moved_names_the_new_place(old: str) -> None:
     room, _, name = f"aurora_rl.{old}".rpartition(".")
     with pytest.raises(ModuleNotFoundError, match=told):
         exec(f"from {room} import {name}")
-    of_modules = ("cli.spec.", "trajectories.", "training.offline.", "objectives.objective.")
+    of_modules = ("cli.spec.", "collectors.dataset.", "trajectories.", "training.offline.", "objectives.objective.")
     if not old.startswith(of_modules):  # modules, which have no modules
         with pytest.raises(ModuleNotFoundError, match=told):
             importlib.import_module(f"aurora_rl.{old}")

@@ -15,12 +15,13 @@ from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.bench import VARIANTS, _markdown, mean_curves
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.main import main
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.objectives.registry import OBJECTIVES
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.training import steps as training
 
 PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3", "learner.replay=1"]

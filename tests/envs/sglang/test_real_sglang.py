@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Request, SamplingParams
@@ -20,6 +20,7 @@ from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, free_ports
 from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.policies import EagleDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.training.served_weights import drafts_agreed
 from aurora_rl.trajectories import RULE_CODES, validate
 
