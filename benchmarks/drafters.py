@@ -143,7 +143,7 @@ def learn(world: World, names: Sequence[str], stream: list[TensorDict]) -> None:
     if drafter.formats:
         head = TargetHead.like(world.parts.head).float()
         loss = SumLoss(make_objectives([OBJECTIVES.get(name, {"name": "imitation"})], drafter, head))
-        optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
+        optimizers = drafter_optimizers(drafter)
         steps = train_on(
             stream[:-every], loss, optimizers, replay=world.options.replay, autocast=world.dtype == torch.bfloat16
         )

@@ -53,7 +53,7 @@ class Stream:
     def learn(self, loss: LossModule, *, replayed: int = 4) -> None:
         """Learn from the first part, and say what it did for the rest."""
         print(f"before: acceptance length {self.acceptance():.2f} on {len(self.held_out)} unseen requests", flush=True)
-        optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
+        optimizers = drafter_optimizers(self.drafter)
         autocast = self.held_out[0]["sequence", "features"].dtype == torch.bfloat16
         for seen, value, out in train_on(self.train, loss, optimizers, replay=replayed, autocast=autocast):
             figures = {k: round(float(v.mean()), 3) for k, v in out.items() if not k.startswith("loss_")}

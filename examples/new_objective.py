@@ -44,7 +44,7 @@ def main() -> None:
     for settings in ({"name": "imitation"}, {"name": "reach_kl", "floor": options.floor}):
         stream.drafter = copy.deepcopy(first)
         (loss,) = make_objectives([settings], stream.drafter, stream.head)
-        optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
+        optimizers = drafter_optimizers(stream.drafter)
         curve = curves[loss.name] = [(0, stream.acceptance())]
         for seen, _, _ in train_on(stream.train, loss, optimizers, autocast=autocast):
             if seen % 16 == 0 or seen == len(stream.train):

@@ -53,7 +53,7 @@ def main() -> None:
         on_completion=lambda completion: finished.append(completion.trajectory),
     )
     policy = decoder.policy
-    optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
+    optimizers = drafter_optimizers(stream.drafter)
     buffer = trajectory_buffer(1000, batch_size=4)
     buffer.extend(stream.train)  # what was recorded is replayed with what comes
 

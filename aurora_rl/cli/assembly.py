@@ -15,8 +15,9 @@ from aurora_rl.cli.config import Config, ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.models.loading import load_target
 from aurora_rl.models.target_head import context_length
-from aurora_rl.policies import Drafter, TargetParts, choose_draft_vocab, token_prior
+from aurora_rl.policies import Drafter, TargetParts, token_prior
 from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.registry import start_untrained
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
@@ -97,16 +98,16 @@ def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]], seed
     if settings.path is not None:
         return load_drafter(settings.path, target.parts, kind, options=settings.options, made_for=settings.made_for)
     torch.manual_seed(seed)
-    vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
-    layers = tuple(settings.feature_layers) if settings.feature_layers else None
+    prior, layers = token_prior(target.model, prompts), settings.feature_layers
     with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
-        started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
-    if not isinstance(started, Drafter):
-        raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
-    # What started it belongs to its checkpoint, also where its class does not say so.
-    started.options = started.options or settings.options
-    started.made_for = target.parts.fingerprint
-    return started
+        return start_untrained(
+            kind,
+            target.parts,
+            prior,
+            vocab_size=settings.vocab_size,
+            feature_layers=tuple(layers) if layers else None,
+            options=settings.options,
+        )
 
 
 def first_drafter(spec: RunSpec, target: Target, requests: RequestQueue, folder: Path | None) -> tuple[Drafter, Config]:

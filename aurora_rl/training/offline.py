@@ -62,7 +62,7 @@ class OfflineTrainer:
         >>> from aurora_rl.training.optimizers import drafter_optimizers
         >>> parts = TargetParts.of(tiny_target())
         >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
+        >>> optimizers = drafter_optimizers(drafter)
         >>> stream = [tiny_trajectory(drafter, request=number) for number in range(4)]
         >>> trainer = OfflineTrainer(drafter, ImitationLoss(drafter, parts.head), optimizers, stream, batch_size=2)
         >>> losses = [trainer.step() for _ in range(2 * trainer.batches_per_epoch)]
