@@ -123,7 +123,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     (out / "table.md").write_text(_markdown(results))
     _plot(results, out / "curves.png")
-    _say(f"{len(results)} runs in {out}: table.md, curves.png")
+    print(f"{len(results)} runs in {out}: table.md, curves.png", flush=True)
     return 0
 
 
@@ -159,7 +159,7 @@ def learning_curve(
         for mode, shape in shapes.items():
             acceptance = replay(served, stream[seen : seen + ahead], shape).acceptance_length
             curves[mode].append((seen, acceptance))
-            _say(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
+            print(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round", flush=True)
 
     evaluate(0)
     skipped: list[str] = []
@@ -178,10 +178,6 @@ def learning_curve(
         if seen % every == 0:
             evaluate(seen)
     return curves, len(skipped)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
@@ -204,7 +200,7 @@ def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
     """Raise ConfigError where a result was made with other settings."""
     earlier = json.loads(path.read_text()).get("settings")
     if earlier is None:
-        _say(f"{path} does not say its settings, as older results do not; it is taken as it is")
+        print(f"{path} does not say its settings, as older results do not; it is taken as it is", flush=True)
         return
     for name, value in settings.items():
         if earlier.get(name) != value:
