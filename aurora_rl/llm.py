@@ -18,18 +18,17 @@ from aurora_rl.envs import Completion, Request, SamplingParams, generation_proce
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
-from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, choose_draft_vocab, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, written
-from aurora_rl.training.offline import train_on
+from aurora_rl.policies.registry import start_untrained
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
-
-_DRAFT_VOCAB = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +237,7 @@ class LLM:
         autocast = stream[0]["sequence", "features"].dtype == torch.bfloat16
         loss = SumLoss(make_objectives(objectives, self.drafter, self._head if autocast else self._head.float()))
         if self._optimizers is None:
-            self._optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
+            self._optimizers = drafter_optimizers(self.drafter)
         batch_size = min(batch_size, len(stream))
         for _, value, _ in train_on(
             stream, loss, self._optimizers, batch_size=batch_size, replay=replay, autocast=autocast
@@ -343,12 +342,9 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
     name = os.fspath(drafter)
     if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
         return load_drafter(name, parts)
-    vocab = choose_draft_vocab(min(_DRAFT_VOCAB, len(parts.head)), torch.zeros(len(parts.head)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        started = get_drafter(name).from_target(parts, draft_vocab=vocab)
-    started.trained_for = parts.fingerprint
-    return started
+        return start_untrained(get_drafter(name), parts)
 
 
 def _asked(

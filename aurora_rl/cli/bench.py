@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from collections import Counter, defaultdict
@@ -16,15 +15,16 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config, ConfigError, naming
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, load, resolve, start_drafter
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "forward_kl": [{"name": "imitation"}],
@@ -123,7 +123,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     (out / "table.md").write_text(_markdown(results))
     _plot(results, out / "curves.png")
-    _say(f"{len(results)} runs in {out}: table.md, curves.png")
+    print(f"{len(results)} runs in {out}: table.md, curves.png", flush=True)
     return 0
 
 
@@ -147,11 +147,11 @@ def learning_curve(
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
-    drafter = start_drafter(replace(spec, config=replace(spec.config, seed=seed)), target, prompts)
+    drafter = start_drafter(spec, target, prompts, seed=seed)
     settings = spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
-    served = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
     def evaluate(seen: int) -> None:
@@ -159,7 +159,7 @@ def learning_curve(
         for mode, shape in shapes.items():
             acceptance = replay(served, stream[seen : seen + ahead], shape).acceptance_length
             curves[mode].append((seen, acceptance))
-            _say(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
+            print(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round", flush=True)
 
     evaluate(0)
     skipped: list[str] = []
@@ -178,10 +178,6 @@ def learning_curve(
         if seen % every == 0:
             evaluate(seen)
     return curves, len(skipped)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
@@ -204,7 +200,7 @@ def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
     """Raise ConfigError where a result was made with other settings."""
     earlier = json.loads(path.read_text()).get("settings")
     if earlier is None:
-        _say(f"{path} does not say its settings, as older results do not; it is taken as it is")
+        print(f"{path} does not say its settings, as older results do not; it is taken as it is", flush=True)
         return
     for name, value in settings.items():
         if earlier.get(name) != value:

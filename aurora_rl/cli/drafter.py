@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, ConfigError
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
 from aurora_rl.policies.formats.files import drafter_class, local_folder
 from aurora_rl.policies.model_card import engine_commands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any, cast
 
 import torch
 
+from aurora_rl.cli.assembly import Target, opening
 from aurora_rl.cli.config import ConfigError, naming
-from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
+from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, Engine, Request, SpecDecodeEnv, generation_processors
@@ -50,11 +51,11 @@ def _embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process."""
     config, tree = spec.config, spec.tree
-    greeting = handshake(target.parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     prompt = torch.tensor(requests.first_prompts(1)[0])
     # A prompt with a budget of its own may leave less room than the configuration's.
-    budget = min(config.max_new_tokens, config.engine.max_length - len(prompt))
+    budget = min(spec.sampling.max_tokens, config.engine.max_length - len(prompt))
     usual = Request(0, prompt, replace(spec.sampling, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":
@@ -69,7 +70,7 @@ def _embedded_server(
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
     )
-    served = copy.deepcopy(drafter).to(device=spec.device, dtype=spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(
         served,
         engine.store,
@@ -119,7 +120,7 @@ def _sglang_server(
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
-    greeting = handshake(target.parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ConfigError(
@@ -136,10 +137,10 @@ def _sglang_server(
         else:
             client = SGLangClient(settings.url, settings.plugin_address)
         try:
-            if config.temperature > 0 and client.status()["device"] == "cpu":
+            if spec.sampling.temperature > 0 and client.status()["device"] == "cpu":
                 raise PluginError(
-                    f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
-                    " engine.name=transformers"
+                    f"temperature={spec.sampling.temperature:g}: on a CPU SGLang verifies by argmax; set "
+                    "temperature=0, or engine.name=transformers"
                 )
             return SGLangServer(
                 client,

@@ -51,8 +51,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     try:
         import torch
 
+        from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
         from aurora_rl.cli.engines import build_server
-        from aurora_rl.cli.spec import first_drafter, load, request_queue, resolve, traffic
+        from aurora_rl.cli.spec import resolve
         from aurora_rl.memory import return_freed_memory
 
         torch.set_num_threads(config.engine.threads)

@@ -21,13 +21,14 @@ from torch.utils.data import ConcatDataset, Subset
 from torchrl.objectives import LossModule
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, ConfigError, load_config
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -281,7 +282,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
-        self._served = copy.deepcopy(self.drafter).to(self.spec.dtype).eval().requires_grad_(False)
+        self._served = self.drafter.serving_copy(self.spec.dtype)
         self._first: dict[str, float] = {}
         self._best: dict[str, float] = {}
 

@@ -6,17 +6,12 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from aurora_rl.collectors.codec import SCHEMA
-from aurora_rl.envs import Completion, Request
-from aurora_rl.policies import Drafter, TreeShape
-from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.storage import save_tensors
 
 _SCHEMA, _LAYERS = "schema", "feature_layers"  # in the metadata of each file
@@ -117,47 +112,3 @@ class TrajectoryDataset(Dataset[TensorDict]):
     def __iter__(self) -> Iterator[TensorDict]:
         """Read all trajectories, in order."""
         return (self[index] for index in range(len(self)))
-
-
-def record(
-    model: PreTrainedModel,
-    drafter: Drafter,
-    requests: Sequence[Request],
-    recording: TrajectoryDataset,
-    *,
-    shape: TreeShape,
-    slots: int = 2,
-    **settings: Any,
-) -> None:
-    """Serve requests in this process, and record those that are not there yet.
-
-    Args:
-        model: The target; an engine puts it into inference form in place.
-        drafter: Drafter of which a copy, in the model's dtype, drafts every round.
-        requests: Requests, told apart by their ids.
-        recording: Dataset that gets the trajectories, in the order of completion.
-        shape: The trees.
-        slots: Requests served at the same time.
-        **settings: Further arguments of :class:`SpeculativeDecoder`, such as ``stop_tokens``.
-    """
-    recorded = {int(trajectory["request"]) for trajectory in recording}
-    waiting = [request for request in requests if request.id not in recorded]
-    if not waiting:
-        return
-
-    def keep(completion: Completion) -> None:
-        assert completion.trajectory is not None
-        recording.append(completion.trajectory)
-
-    decoder = SpeculativeDecoder(
-        model,
-        drafter,
-        waiting,
-        shape=shape,
-        max_length=max(len(r.prompt) + r.sampling.max_tokens for r in waiting),
-        num_slots=slots,
-        on_completion=keep,
-        **settings,
-    )
-    for _ in decoder.rounds():
-        pass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from aurora_rl.collectors.codec import CodecError, short
+from aurora_rl.collectors.codec import SCHEMA, CodecError, checksum, short
+from aurora_rl.policies import Drafter, TargetParts
 
 _SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
 _CURES = {
@@ -44,6 +45,18 @@ class Handshake:
     feature_layers: tuple[int, ...]
     draft_map_checksum: str
     drafter: str
+
+    @classmethod
+    def of(cls, parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
+        """Return the handshake of a target and a drafter whose architecture is registered under ``name``."""
+        return cls(
+            schema=SCHEMA,
+            target=parts.digest,
+            head_checksum=checksum(parts.head.tensors()),
+            feature_layers=tuple(drafter.feature_layers),
+            draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
+            drafter=name,
+        )
 
     def to_meta(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -66,7 +66,6 @@ class EngineStatus:
     serving: int
     last_seen: float
     acknowledged: int | None = None
-    last_ack: float | None = None
     swap_ms: float | None = None
     rejected: tuple[int | None, str] | None = None
     offered: int | None = None
@@ -263,7 +262,7 @@ class WeightPublisher:
             if published is None:
                 return  # from an earlier learner: nothing to compare with
             if digest == published:
-                status.acknowledged, status.last_ack = version, time.monotonic()
+                status.acknowledged = version
             else:
                 reason = f"the loaded weights have checksum {digest}, the published ones {published}"
                 if status.rejected != (version, reason):

@@ -6,6 +6,7 @@ Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -274,6 +275,10 @@ class Drafter(HubMixin, nn.Module, ABC):
         return torch.where(possible, picked, -torch.inf)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def serving_copy(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Return a copy that serves or replays: in ``dtype`` and on ``device``, or where this is; without gradients."""
+        return copy.deepcopy(self).to(device, dtype).eval().requires_grad_(False)
 
     def published(self) -> dict[str, Tensor]:
         """Return the tensors that a swap replaces, by their checkpoint names, without frozen parts of the target.

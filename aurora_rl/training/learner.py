@@ -24,8 +24,8 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.offline import train_step
 from aurora_rl.training.served_weights import WeightAudit, with_weights
+from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import pack
 
 _STATE = "the training state"

@@ -7,7 +7,9 @@ import torch
 from aurora_rl.policies import Drafter
 
 
-def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def drafter_optimizers(
+    drafter: Drafter, *, muon_lr: float = 0.02, adam_lr: float = 5e-4
+) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/results.md).
 
     Raises:

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from aurora_rl.cli import flywheel, spec
+from aurora_rl.cli import assembly, flywheel
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
 from aurora_rl.envs import Completion
@@ -320,7 +320,7 @@ def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments
 def test_ctrl_c_while_loading(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda spec: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(assembly, "load", lambda spec: signal.raise_signal(signal.SIGINT))
     assert cli.main(["flywheel", *arguments]) == 130
     assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.cli import drafter, spec
+from aurora_rl.cli import assembly, drafter
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
 
@@ -100,7 +100,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(assembly, "load", lambda spec: pytest.fail("a model was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("of an earlier run")
     assert cli.main([command, *arguments]) == 2

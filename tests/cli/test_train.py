@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_rl.cli import main as cli
+from aurora_rl.cli.assembly import load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.spec import load, request_queue, resolve, start_drafter, traffic
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.cli.spec import resolve
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.serving.recording import record
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
 

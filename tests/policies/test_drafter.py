@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aurora_rl.policies import TreeShape
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.policies.drafter import check_weights, draft_rows
+from aurora_rl.testing import tiny_target
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,13 @@ def test_rows_of_tokens_in_the_draft_head() -> None:
 def test_check_weights_names_the_first_difference(weights: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_weights({"a": torch.zeros(2), "b": torch.zeros(1, 3)}, weights)
+
+
+def test_a_serving_copy_leaves_the_drafter_in_training() -> None:
+    target = tiny_target()
+    drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).float().train()
+    served = drafter.serving_copy(torch.bfloat16)
+    assert not served.training and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in served.parameters())
+    assert drafter.training and all(p.dtype == torch.float32 for p in drafter.parameters())
+    assert any(p.requires_grad for p in drafter.parameters())
+    assert {p.data_ptr() for p in served.parameters()}.isdisjoint(p.data_ptr() for p in drafter.parameters())

@@ -155,7 +155,7 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
     return _hash(token ^ first, key=second).double().add_(0.5).mul_(2.0**-32)
 
 
-def gumbel(seed: Tensor, position: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
+def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """Return standard Gumbel noise for every token, `[..., V]` float32 between -3.2 and 22.9.
 
     The argmax over tokens of log-probability plus this noise is a sample of the distribution (Gumbel-max, Maddison et
@@ -167,5 +167,5 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int, stream: int = 0) -> 
     tensor([[ 0.3650, -0.6717,  0.6390],
             [-0.7713,  1.7553,  0.1837]])
     """
-    u = uniform(seed[..., None], position[..., None], torch.arange(vocab_size, device=seed.device), stream)
+    u = uniform(seed[..., None], position[..., None], torch.arange(vocab_size, device=seed.device))
     return u.log_().neg_().log_().neg_().float()

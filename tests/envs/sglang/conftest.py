@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aurora_rl.cli import spec
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang.client import SGLangClient
 from aurora_rl.models.parts import default_feature_layers
 from aurora_rl.policies import EagleDrafter, TargetParts
@@ -255,7 +255,7 @@ def drafter(sglang_models, parts):
 
 @pytest.fixture(scope="module")
 def handshake(parts, drafter):
-    return spec.handshake(parts, drafter, "eagle3")
+    return Handshake.of(parts, drafter, "eagle3")
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import pytest
 import torch
 from sglang_requests import Learner, _numbers, other_weights, requests
 
-from aurora_rl.cli import spec
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.training.served_weights import drafts_agreed
 from aurora_rl.trajectories import RULE_CODES
 
@@ -101,7 +101,7 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
     """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
     engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
-    learner = Learner(spec.handshake(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
+    learner = Learner(Handshake.of(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
     engine.attach(handshake=learner.handshake, trajectories=learner.trajectories, weights=learner.weights)
     try:
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
