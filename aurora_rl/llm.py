@@ -19,18 +19,17 @@ from aurora_rl.models.detokenizer import Detokenizer, decode
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
-from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, choose_draft_vocab, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, written
-from aurora_rl.training.offline import train_on
+from aurora_rl.policies.registry import start_untrained
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
-
-_DRAFT_VOCAB = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Chunk:
 
     Attributes:
         index: Place of the prompt in the call.
-        text: New text. It may lag behind the tokens: incomplete characters and the beginnings of stop strings wait.
+        text: New text. It may come after its tokens: incomplete characters and beginnings of stop strings wait.
         tokens: New token ids.
         completion: The whole completion, in a prompt's last chunk; None before.
 
@@ -230,7 +229,7 @@ class LLM:
         autocast = stream[0]["sequence", "features"].dtype == torch.bfloat16
         loss = SumLoss(make_objectives(objectives, self.drafter, self._head if autocast else self._head.float()))
         if self._optimizers is None:
-            self._optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
+            self._optimizers = drafter_optimizers(self.drafter)
         batch_size = min(batch_size, len(stream))
         for _, value, _ in train_on(
             stream, loss, self._optimizers, batch_size=batch_size, replay=replay, autocast=autocast
@@ -284,7 +283,7 @@ class LLM:
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
             if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-                raise ValueError("every message of a chat has a role and content")
+                raise ValueError("every message of a chat needs 'role' and 'content'; give both")
             return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
@@ -316,9 +315,9 @@ def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
 
 def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed: int) -> Drafter:
     if isinstance(drafter, Drafter):
-        if drafter.made_for not in (None, parts.fingerprint):
+        if drafter.trained_for not in (None, parts.fingerprint):
             raise ValueError(
-                f"the drafter is trained for the target weights {drafter.made_for}, and these are {parts.fingerprint}; "
+                f"the drafter is trained for the target weights {drafter.trained_for}, these are {parts.fingerprint}; "
                 "give the target that it is for, or start a new one by its name"
             )
         sizes = written(drafter).config if drafter.formats else {}
@@ -330,12 +329,9 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
     name = os.fspath(drafter)
     if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
         return load_drafter(name, parts)
-    vocab = choose_draft_vocab(min(_DRAFT_VOCAB, len(parts.head)), torch.zeros(len(parts.head)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        started = get_drafter(name).from_target(parts, draft_vocab=vocab)
-    started.made_for = parts.fingerprint
-    return started
+        return start_untrained(get_drafter(name), parts)
 
 
 def _asked(

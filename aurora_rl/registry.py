@@ -53,7 +53,7 @@ class Registry(Generic[P]):
         self._sources: dict[str, str] = {}  # import path of what was registered
 
     def register(self, name: str) -> Callable[[_AnyPart], _AnyPart]:
-        """Decorator: make a part available by name. A part that is defined again, as in a notebook, replaces itself.
+        """Make a part available by name. A part that is defined again, as in a notebook, replaces itself.
 
         Raises:
             ValueError: Another part has the name, or the part is not of the seam's kind.

@@ -78,13 +78,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """The law and the noise of a batch of slots, one tensor of shape ``[B]`` for each field of theirs.
+    """The sampling parameters of a batch of slots: one tensor of shape ``[B]`` for each field.
 
     Attributes:
-        temperature: float32.
-        top_k: int64.
-        top_p: float32.
-        seed: int64.
+        temperature: Temperatures, float32; 0 decodes greedily.
+        top_k: Numbers of likeliest tokens to keep, int64; 0 keeps all.
+        top_p: Probability masses to keep, float32.
+        seed: Seeds of the noise, int64.
     """
 
     temperature: Tensor

@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that whoever may read the folder can read, as the umask says.
+    """Write a safetensors file with the permissions that the umask gives.
 
     Safetensors itself makes files that only their owner can read.
     """

@@ -288,10 +288,10 @@ def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_
 def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     """Lay trajectories end to end: a batch for objectives, with offsets and no padding.
 
-    Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated; ``("sequence", "offset")``,
-    ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``, each ``[n + 1]``, say where a request starts.
-    0-d entries become ``[n]``. ``("rounds", "offset")`` is made relative to the batch. ``("nodes", "log_probs")`` is
-    there if all of the trajectories have it.
+    Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated. Three entries ``[n + 1]`` hold where each
+    request starts: ``("sequence", "offset")``, ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``.
+    0-d entries become ``[n]``. ``("rounds", "offset")`` becomes relative to the batch. ``("nodes", "log_probs")`` is
+    present if all of the trajectories have it.
 
     Args:
         trajectories: ``n`` packed trajectories, with the target's outputs in one form.

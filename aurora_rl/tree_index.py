@@ -31,8 +31,8 @@ class TreeIndex(NamedTuple):
     Attributes:
         num_rounds: Number of rounds ``R``.
         request: Request of each context, ``[R + M]`` int64.
-        root: Pair of its tree's root, ``[R + M]`` int64; −1 if the root is the first token of a text, which has no
-            pair, so that nothing can be drafted from it.
+        root: Pair of its tree's root, ``[R + M]`` int64. −1 if the root is the first token of a text, which has no
+            pair: nothing can be drafted from it.
         depth: Depth of each context, ``[R + M]`` int64, 0 at a root.
         parent: Context that each node was drawn from, ``[M]`` int64.
 
@@ -151,9 +151,9 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
         steps: Length ``J`` of the longest chain.
 
     Returns:
-        A batch of the sequences with these rounds and nodes; the node ``[J, C]`` int64 that is completion token ``c``
-        at depth ``j + 1``, −1 if there is no anchor; and ``[J, C]`` bool, whether it can be drafted. Nothing can be
-        drafted from the first token of a text, which has no feature before it.
+        A tuple of three. The batch has the same sequences, with these rounds and nodes. ``[J, C]`` int64 names the node
+        that is completion token ``c`` at depth ``j + 1``, −1 if there is no anchor. ``[J, C]`` bool tells whether it
+        can be drafted: nothing can be drafted from the first token of a text, which has no feature before it.
     """
     offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     count = offset.diff() - prompt

@@ -5,7 +5,7 @@ holds -1 for a child of the root and otherwise the index of an earlier node, so 
 the root takes part it is column 0 of `D = N + 1` columns and node `i` is column `i + 1`.
 
 `valid_nodes` projects arbitrary nodes onto a legal tree. The other batched functions read a parent that is out of range
-as the root, so that no input indexes out of bounds; what they say of invalid nodes means nothing.
+as the root, so that no input indexes out of bounds. Their results at invalid nodes are undefined.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def _links(parents: Tensor) -> Tensor:
-    """Parent column of every column, `[B, N + 1]`; the root and nodes with an illegal parent link to the root."""
+    """Return every column's parent column, `[B, N + 1]`; root and nodes with an illegal parent link to the root."""
     index = torch.arange(parents.shape[1], device=parents.device)
     legal = (parents >= -1) & (parents < index)
     return F.pad(torch.where(legal, parents + 1, 0), (1, 0))
@@ -81,9 +81,9 @@ def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
 def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> Tensor:
     """Project arbitrary nodes onto a legal tree: return the nodes that may be verified, `[B, N]` bool.
 
-    A node is dropped when it is masked out, its token is outside the vocabulary, its parent is not an earlier node or
-    the root, its parent is dropped, or an earlier surviving sibling carries the same token. The last makes the path
-    that verification accepts unique.
+    A node is dropped if it is masked out, if its token is outside the vocabulary, or if its parent is dropped or is
+    neither an earlier node nor the root. It is also dropped if an earlier surviving sibling has the same token, so that
+    the path that verification accepts is unique.
 
     Args:
         tokens: Token of each node, `[B, N]` int64, any values.

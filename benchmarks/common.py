@@ -58,9 +58,8 @@ def request_queue(
         found,
         tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_new_tokens=options.max_new_tokens,
         max_length=MAX_LENGTH,
-        sampling=SamplingParams(),
+        sampling=SamplingParams(max_tokens=options.max_new_tokens),
     )
 
 

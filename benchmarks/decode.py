@@ -1,6 +1,6 @@
 """Plain decoding: TransformersEngine against `transformers.generate`, alone and with prompt lookup, prompt by prompt.
 
-One request at a time, greedy, the same prompts and the same number of new tokens; the three take turns at every
+One request at a time, greedy, with the same prompts and the same number of new tokens. The three take turns at every
 prompt, so that a machine whose speed drifts treats them alike. Both sides include prefill.
 """
 

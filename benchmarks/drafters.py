@@ -3,16 +3,15 @@
     python benchmarks/drafters.py --prompts code.jsonl,sql.jsonl,math.jsonl --work runs/drafters
 
 For each file of prompts (without any, for the built-in generator's) a stream is recorded once, with the features that
-any of the drafters read. Each drafter learns from it in order of arrival; its acceptance length is that of replay on
-the next requests, which it has not seen, and the speedup to expect there is this length times a plain round's time over
-that of a round with drafts. In the end what it has become serves requests after the stream, in turns with plain
-decoding, and transformers' prompt lookup is timed on them next to its plain `generate`. All that is there in --work
-already is kept.
+any of the drafters read. Each drafter learns from it in order of arrival. Its acceptance length is that of replay on
+the next requests, which it has not seen. The expected speedup is this length times a plain round's time over that of a
+round with drafts. At the end the trained drafter serves requests after the stream, in turns with plain decoding.
+transformers' prompt lookup is timed on them too, next to its plain `generate`. Results that are in --work already are
+kept.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
@@ -27,7 +26,7 @@ from common import MAX_LENGTH, RESULTS, arguments, parse, request_queue, usual_r
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
@@ -45,12 +44,13 @@ from aurora_rl.policies import (
 )
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.serving.recording import record
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 from aurora_rl.workload.traffic import generate, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.
@@ -127,7 +127,7 @@ def learn(world: World, names: Sequence[str], stream: list[TensorDict]) -> None:
     name = learned(names[0])
     every, folder = world.options.every, world.work / name
     drafter = world.drafter(name)
-    served = copy.deepcopy(drafter).to(world.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(world.dtype)
     curves: dict[str, list[tuple[int, float]]] = {each: [] for each in names}
 
     def evaluate(seen: int) -> None:
@@ -143,7 +143,7 @@ def learn(world: World, names: Sequence[str], stream: list[TensorDict]) -> None:
     if drafter.formats:
         head = TargetHead.like(world.parts.head).float()
         loss = SumLoss(make_objectives([OBJECTIVES.get(name, {"name": "imitation"})], drafter, head))
-        optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
+        optimizers = drafter_optimizers(drafter)
         steps = train_on(
             stream[:-every], loss, optimizers, replay=world.options.replay, autocast=world.dtype == torch.bfloat16
         )

@@ -1,10 +1,10 @@
 """The policy gradient where the exact one is known: its cosine by number of trees, and what it does for a warm drafter.
 
 Drafter and target are tables over three tokens (`aurora_rl.testing.enumerable_worlds`). Trees of two chains of two are
-drawn from the drafter, and every estimator's mean over them is compared with the derivative of the expected number of
+drawn from the drafter. Every estimator's mean over them is compared with the derivative of the expected number of
 accepted nodes, which enumeration gives. Then each estimator alone trains a drafter that imitation has warmed up. Last,
-a small model is really served: an EAGLE-3 drafter learns by the policy gradient alone from what each of its versions
-drafted, and is measured on other prompts.
+a small model is served: an EAGLE-3 drafter learns by the policy gradient alone from the drafts of each of its versions.
+It is measured on other prompts.
 """
 
 from __future__ import annotations

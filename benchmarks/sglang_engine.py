@@ -16,8 +16,8 @@ from contextlib import ExitStack
 import torch
 from common import arguments, parse, prompts, write_result
 
-from aurora_rl.cli import spec
 from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangClient
@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace) -> dict:
     model, tokenizer = load_target(options.model, dtype=dtype, device="cpu")
     parts = TargetParts.of(model)
     drafter = load_drafter(options.drafter, parts)
-    handshake, weights = spec.handshake(parts, drafter, "eagle3"), drafter.to(dtype).published()
+    handshake, weights = Handshake.of(parts, drafter, "eagle3"), drafter.to(dtype).published()
     stop = stop_token_ids(model, tokenizer)
     tokens = [encode_chat(tokenizer, prompt.messages) for prompt in prompts(options)]
     load = Load(tokens, options.max_new_tokens, stop)
@@ -187,11 +187,11 @@ def measure(options: argparse.Namespace) -> dict:
             on, off, control = [], [], []
             for _ in range(options.repeats):
                 control.append(load.run(plain, level))
-                engine.record(True)
+                engine.set_recording(True)
                 on.append(load.run(engine, level))
-                engine.record(False)
+                engine.set_recording(False)
                 off.append(load.run(engine, level))
-            engine.record(True)
+            engine.set_recording(True)
             swapped = swaps(engine, publisher, load, level, weights)
             figures["slots"][level] = {
                 "plain_tokens_per_second": rate(control),

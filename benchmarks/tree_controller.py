@@ -1,9 +1,9 @@
 """The tree controller against plain decoding: a useless drafter, an improving one, and a batch that grows and shrinks.
 
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
-weights are learned here: the useless drafter is the trained one with the rows of its draft heads permuted, and the
-improving one is swapped in by steps between an untrained and a trained checkpoint of one draft vocabulary. With
-``--lookup 2`` lookup is merged into the trees of both, and lookup alone is a choice of the controller.
+weights are learned here. The useless drafter is the trained one with the rows of its draft heads permuted. The
+improving one moves by swaps from an untrained to a trained checkpoint of the same draft vocabulary. With ``--lookup 2``
+lookup is merged into the trees of both, and lookup alone is a choice of the controller.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +10,16 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import LossModule
 
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 from aurora_rl.workload.traffic import generate
 
 
@@ -48,13 +48,12 @@ class Stream:
         """Tokens per round that the drafter would have had on the held-out requests, drafting its likeliest nodes."""
         shape = TreeShape(self.shape.depth)
         dtype = self.held_out[0]["sequence", "features"].dtype
-        served = copy.deepcopy(self.drafter)  # serving changes the form of a drafter
-        return replay(served.to(dtype).eval().requires_grad_(False), self.held_out, shape).acceptance_length
+        return replay(self.drafter.serving_copy(dtype), self.held_out, shape).acceptance_length
 
     def learn(self, loss: LossModule, *, replayed: int = 4) -> None:
         """Learn from the first part, and say what it did for the rest."""
         print(f"before: acceptance length {self.acceptance():.2f} on {len(self.held_out)} unseen requests", flush=True)
-        optimizers = drafter_optimizers(self.drafter, muon_lr=0.02, adam_lr=5e-4)
+        optimizers = drafter_optimizers(self.drafter)
         autocast = self.held_out[0]["sequence", "features"].dtype == torch.bfloat16
         for seen, value, out in train_on(self.train, loss, optimizers, replay=replayed, autocast=autocast):
             figures = {k: round(float(v.mean()), 3) for k, v in out.items() if not k.startswith("loss_")}

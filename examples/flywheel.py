@@ -18,9 +18,9 @@ from aurora_rl.models.draft_vocab import choose_draft_vocab, token_prior
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies.decoder import SpeculativeDecoder
-from aurora_rl.training.offline import train_step
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
+from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import acceptance_length
 from aurora_rl.workload.traffic import generate
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from aurora_rl.objectives import Windows, forward_kl, get_objective, make_objectives, overlap, register_objective
 from aurora_rl.policies import TreeShape
 from aurora_rl.testing import check_objective
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 
 @register_objective("reach_kl")
@@ -44,7 +44,7 @@ def main() -> None:
     for settings in ({"name": "imitation"}, {"name": "reach_kl", "floor": options.floor}):
         stream.drafter = copy.deepcopy(first)
         (loss,) = make_objectives([settings], stream.drafter, stream.head)
-        optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
+        optimizers = drafter_optimizers(stream.drafter)
         curve = curves[loss.name] = [(0, stream.acceptance())]
         for seen, _, _ in train_on(stream.train, loss, optimizers, autocast=autocast):
             if seen % 16 == 0 or seen == len(stream.train):

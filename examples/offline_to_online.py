@@ -17,9 +17,9 @@ from aurora_rl.envs import generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies.decoder import SpeculativeDecoder
-from aurora_rl.training.offline import train_step
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
+from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import acceptance_length
 from aurora_rl.workload.traffic import generate
 
@@ -53,7 +53,7 @@ def main() -> None:
         on_completion=lambda completion: finished.append(completion.trajectory),
     )
     policy = decoder.policy
-    optimizers = drafter_optimizers(stream.drafter, muon_lr=0.02, adam_lr=5e-4)
+    optimizers = drafter_optimizers(stream.drafter)
     buffer = trajectory_buffer(1000, batch_size=4)
     buffer.extend(stream.train)  # what was recorded is replayed with what comes
 

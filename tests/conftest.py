@@ -16,6 +16,9 @@ import torch
 from aurora_rl import testing
 from aurora_rl.models import loading as models
 
+# So that a failed assert in what test files share says its values.
+pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / "support").glob("*.py")))
+
 
 def pytest_configure() -> None:
     # Here and not in a fixture, so that the doctests of the package run under it as well.

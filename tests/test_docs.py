@@ -1,12 +1,14 @@
-"""What the pages say holds: code blocks run, keys, commands, files and links exist, generated pages are current."""
+"""What the pages say holds: code blocks run, what they name exists, and generated pages are current."""
 
 from __future__ import annotations
 
-import json
+import ast
+import importlib
 import re
 import runpy
 import shlex
 import tomllib
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +17,12 @@ import pytest
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.main import main
+from aurora_rl.envs.engine import ENGINES
+from aurora_rl.envs.verification.rules import RULES
 from aurora_rl.objectives import registry
+from aurora_rl.objectives.divergences import DIVERGENCES
+from aurora_rl.policies.registry import DRAFTERS
+from aurora_rl.workload.traffic import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -47,7 +54,7 @@ def test_every_block_is_of_a_language_that_a_test_reads() -> None:
     assert languages == {"python", "yaml", "bash", "toml", "json", "text", "mermaid"}
 
 
-# docs/sglang.md needs a server for its second block: tests/envs/sglang/test_docs.py.
+# docs/sglang.md needs a server for its second block: tests/envs/sglang/test_client_docs.py.
 EXECUTED = [page for page in pages_with("python") if page not in (ROOT / "README.md", DOCS / "sglang.md")]
 
 
@@ -79,18 +86,45 @@ def test_yaml_blocks_are_configurations(page: Path, tmp_path: Path) -> None:
         check(load_config(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize("page", [*pages_with("toml"), *pages_with("json")], ids=name)
-def test_data_blocks_parse(page: Path) -> None:
+@pytest.mark.parametrize("page", pages_with("toml"), ids=name)
+def test_toml_blocks_are_entry_points(page: Path) -> None:
+    """Of groups that a registry reads, each `name = "package.module:Thing"`."""
     for block in blocks(page, "toml"):
-        assert tomllib.loads(block)["project"]["entry-points"].keys() <= {"aurora_rl.drafters", "aurora_rl.objectives"}
+        content = tomllib.loads(block)
+        assert content.keys() == {"project"} and content["project"].keys() == {"entry-points"}
+        for group, entries in content["project"]["entry-points"].items():
+            assert group in GROUPS
+            assert all(re.fullmatch(r"[\w.]+:\w+", entry) for entry in entries.values())
+
+
+GROUPS = {parts._group for parts in (DIVERGENCES, DRAFTERS, ENGINES, registry.OBJECTIVES, RULES)}
+
+
+@pytest.mark.parametrize("page", pages_with("json"), ids=name)
+def test_json_lines_are_requests(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "json"):
-        assert all(json.loads(line) for line in block.splitlines())
+        (tmp_path / "traffic.jsonl").write_text(block)
+        assert len(read_jsonl(tmp_path / "traffic.jsonl")) == len(block.splitlines())
+
+
+API = re.findall(r"^::: (.+)$", (DOCS / "reference" / "api.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name)
+def test_what_pages_import_is_on_the_api_page(page: Path) -> None:
+    modules = [importlib.import_module(module) for module in API]
+    for node in ast.walk(ast.parse("\n".join(blocks(page, "python")))):
+        if isinstance(node, ast.ImportFrom) and node.module == "aurora_rl":
+            public = [alias.name for alias in node.names]
+            assert all(any(alias in vars(module) for module in modules) for alias in public), public
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("aurora_rl."):
+            assert node.module in API
 
 
 def check(config: Config) -> None:
-    """Refuse names that do not exist; those of a reader's own package pass."""
+    """Refuse names that do not exist; a reader's own package and folder of a drafter pass."""
     if "my_package." not in str(config):
-        spec.resolve(config)
+        spec.resolve(replace(config, drafter=replace(config.drafter, path=None)))
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -152,7 +186,7 @@ def test_keys_in_the_text_exist(page: Path) -> None:
     assert {key for key in found if not key.endswith((".py", ".md", ".log", ".yaml", ".png"))} <= known | METHODS
 
 
-METHODS = {"engine.record", "engine.detach", "engine.generate"}  # of SGLangClient
+METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -184,10 +218,28 @@ def slug(title: str) -> str:
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
-@pytest.mark.parametrize("page", GENERATED)
+# Each line of families.md takes a model: tests/testing/test_families.py.
+@pytest.mark.parametrize("page", sorted(GENERATED.keys() - {"families.md"}))
 def test_generated_pages_are_current(page: str) -> None:
     text = "\n".join(GENERATED[page]()) + "\n"
-    assert (DOCS / "reference" / page).read_text() == text, "run `python docs/generate.py`"
+    assert (DOCS / page).read_text() == text, "run `python docs/generate.py`"
+
+
+def test_messages_of_the_troubleshooting_table_are_in_the_source() -> None:
+    """Around `…`, which stands for a value."""
+    table = (DOCS / "sglang.md").read_text().split("## Troubleshooting")[1]
+    quoted = [quote for row in re.findall(r"^\| (.+?) \|", table, re.M) for quote in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) >= 8
+    source = " ".join(text for file in (ROOT / "aurora_rl").rglob("*.py") for text in texts(file))
+    for quote in quoted:
+        for part in re.split(r"\s*(?:\[?…\]?)\s*", quote):
+            assert part in source, quote
+
+
+def texts(file: Path) -> list[str]:
+    """Every string of a file; adjacent literals are one."""
+    nodes = ast.walk(ast.parse(file.read_text()))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
 def test_the_page_of_the_http_api_names_every_field() -> None:

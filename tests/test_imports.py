@@ -47,3 +47,13 @@ def imported(file: Path) -> set[str]:
 def test_no_import_goes_up(file: Path) -> None:
     here = place(str(file.relative_to(PACKAGE)))
     assert {path for path in imported(file) if place(path) > here} == set()
+
+
+def test_folders_import_each_other_only_where_the_page_says_so() -> None:
+    edges = {
+        (file.relative_to(PACKAGE).parts[0], path.split("/")[0])
+        for file in FILES
+        for path in imported(file)
+        if file.parent != PACKAGE
+    }
+    assert {(a, b) for a, b in edges if a < b and (b, a) in edges} == {("collectors", "envs"), ("envs", "policies")}

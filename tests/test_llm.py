@@ -103,7 +103,7 @@ def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monk
         ([], "the prompt is empty; give at least one token"),
         ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
-        ([*CHAT, 5], "every message of a chat has a role and content"),
+        ([*CHAT, 5], "every message of a chat needs 'role' and 'content'"),
         *((prompt, "give a text, a list of token ids") for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)),
     ]
     expected = texts(drafted.generate("good", SHORT))
@@ -326,7 +326,7 @@ def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
         llm.generate(prompts)
     with pytest.raises(ValueError, match=r"sampling is a dict; give SamplingParams"):
         llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat has a role and content"):
+    with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat needs 'role' and"):
         llm.generate([{"prompt": "hi"}])
 
 

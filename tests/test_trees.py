@@ -262,10 +262,10 @@ def test_literal_walks(choices: list[int], accepted: list[int], column: int) -> 
     ],
 )
 def test_literal_validity(why: str, change: dict[str, tuple[int, int]], expected: list[int]) -> None:
-    given_nodes = {"tokens": TOKENS.clone(), "parents": PARENTS.clone(), "mask": ALL.clone()}
+    nodes = {"tokens": TOKENS.clone(), "parents": PARENTS.clone(), "mask": ALL.clone()}
     for name, (node, value) in change.items():
-        given_nodes[name][0, node] = value
-    assert valid_nodes(**given_nodes, vocab_size=3).int().tolist() == [expected], why
+        nodes[name][0, node] = value
+    assert valid_nodes(**nodes, vocab_size=3).int().tolist() == [expected], why
 
 
 def test_a_repeat_of_a_dropped_sibling_survives() -> None:

@@ -10,8 +10,8 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="go on in the folder of an earlier run, by its configuration: learner and drafter as they were saved "
-        "last, lines appended, files that are written anew kept in RUN_DIR/part-1; the traffic starts anew",
+        help="go on in the folder of an earlier run, with its configuration and the learner and drafter saved last; "
+        "lines are appended, files that are rewritten move to RUN_DIR/part-1, and the traffic starts anew",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from collections import Counter, defaultdict
@@ -16,16 +15,17 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, load, resolve, start_drafter
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.training.gate import replay
-from aurora_rl.training.offline import train_on
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_on
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "forward_kl": [{"name": "imitation"}],
@@ -62,9 +62,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     The results may be of several recordings. Returns the exit status.
 
     Raises:
-        ConfigError: An unknown variant, a number below 1, objectives that no variant uses, a recording that is too
-            short or that a variant cannot learn from, batches that do not end at the evaluations, or a result that
-            was made with other settings.
+        ConfigError: A variant is unknown, a number is below 1, or no variant uses the objectives. The recording is too
+            short, or a variant cannot learn from it. Batches do not end at the evaluations. Or a result in the folder
+            has other settings.
     """
     torch.set_num_threads(config.learner.threads)
     spec, recording, out = resolve(config), arguments.recording, arguments.out
@@ -124,7 +124,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     (out / "table.md").write_text(_markdown(results))
     _plot(results, out / "curves.png")
-    _say(f"{len(results)} runs in {out}: table.md, curves.png")
+    print(f"{len(results)} runs in {out}: table.md, curves.png", flush=True)
     return 0
 
 
@@ -148,11 +148,11 @@ def learning_curve(
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
-    drafter = start_drafter(replace(spec, config=replace(spec.config, seed=seed)), target, prompts)
+    drafter = start_drafter(spec, target, prompts, seed=seed)
     settings = spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
     loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
-    served = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
     def evaluate(seen: int) -> None:
@@ -160,7 +160,7 @@ def learning_curve(
         for mode, shape in shapes.items():
             acceptance = replay(served, stream[seen : seen + ahead], shape).acceptance_length
             curves[mode].append((seen, acceptance))
-            _say(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round")
+            print(f"{label}: {seen} requests, {mode} drafts, {acceptance:.3f} a round", flush=True)
 
     evaluate(0)
     skipped: list[str] = []
@@ -181,18 +181,14 @@ def learning_curve(
     return curves, len(skipped)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
-    """What a curve depends on, apart from its objectives and its seed, by the names that the user knows."""
+    """Return the settings that a curve depends on, by their configuration keys. Objectives and seed are left out."""
     config = spec.config
     drafter, learner = asdict(config.drafter), asdict(config.learner)
     return {
         "model": config.model,
         "dtype": str(spec.dtype).removeprefix("torch."),
-        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("made_for", "adaptive")},  # these change none
+        **{f"drafter.{k}": v for k, v in drafter.items() if k not in ("trained_for", "adaptive")},  # these change none
         **{f"learner.{k}": learner[k] for k in ("batch_size", "replay", "muon_lr", "adam_lr")},
         "--every": every,
         "--ahead": ahead,
@@ -205,7 +201,7 @@ def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
     """Raise ConfigError where a result was made with other settings."""
     earlier = json.loads(path.read_text()).get("settings")
     if earlier is None:
-        _say(f"{path} does not say its settings, as older results do not; it is taken as it is")
+        print(f"{path} does not say its settings, as older results do not; it is taken as it is", flush=True)
         return
     for name, value in settings.items():
         if earlier.get(name) != value:
@@ -216,7 +212,7 @@ def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
 
 
 def mean_curves(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[tuple[int, float, float]]]:
-    """By recording, mode of drafts and variant: requests learned from, mean acceptance length and spread over seeds."""
+    """Return (requests learned from, mean acceptance length, spread over seeds) by (recording, draft mode, variant)."""
     points: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         for mode, curve in result["curves"].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, check_context, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, check_context, load, resolve, start_drafter
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.envs import Request, TransformersEngine, generation_processors
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
@@ -106,7 +106,7 @@ def _report_rounds(
     say: Callable[[str], Any],
 ) -> None:
     shape = spec.tree
-    served = copy.deepcopy(drafter).to(device=spec.device, dtype=spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(served, engine.store, num_nodes=shape.num_nodes, shape=shape)
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
     request = Request(0, tokens, replace(spec.sampling, max_tokens=engine.max_length - len(tokens)))
@@ -120,9 +120,7 @@ def _report_rounds(
             f"{tree}, which pays from {after / before:.2f} tokens a round"
         )
     if len(costs) > 1:
-        say(
-            "round        of more slots is taken to cost no less: if it was faster, its time stands for fewer slots too"
-        )
+        say("round        times never fall with more slots: a faster round of more slots counts for fewer slots too")
 
 
 def _size(count: int) -> str:
@@ -130,7 +128,7 @@ def _size(count: int) -> str:
 
 
 def _short(count: int, step: int, units: Sequence[str]) -> str:
-    """A count in the largest unit that it has one of: 9.5k, 135M."""
+    """Format a count in the largest unit that it has one of: 9.5k, 135M."""
     power = max(i for i in range(len(units)) if count >= step**i or not i)
     value = count / step**power
     return f"{value:.{int(power > 0 and value < 10)}f}{units[power]}"

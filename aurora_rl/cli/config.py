@@ -76,7 +76,7 @@ class DrafterConfig:
     """Architecture-specific options, for example ``fc_norm: true``."""
     path: str | None = None
     """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
-    made_for: str = "target"
+    trained_for: str = "target"
     """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
     vocab_size: int = 8192
     """Rows of the draft head."""
@@ -87,10 +87,10 @@ class DrafterConfig:
     width: int = 4
     """Most children of a node: 1 drafts a chain, more a top-k tree."""
     num_nodes: int | None = 4
-    """Node budget of a tree; null keeps all."""
+    """Most nodes of a tree; null keeps all."""
     lookup: int | None = None
-    """Most tokens of a chain that is looked up in the request's own text and merged into each tree; 0 turns it off.
-    null is 2 if trees can take it: not with engine.name=sglang, with sampled trees, or with drafter.name=ngram."""
+    """Most tokens of a chain that is looked up in the request's own text and merged into each tree. 0 turns it off.
+    null is 2, or 0 with engine.name=sglang, with sampled trees and with drafter.name=ngram, which cannot take it."""
     mode: str = "topk"
     """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
     adaptive: bool = True
@@ -221,11 +221,15 @@ class Config:
     """New or empty folder of the run; null is ``runs/<time>``."""
 
 
-_MOVED = {"control": "baseline", "engine.control": "engine.plugin_address"}
+_MOVED = {
+    "control": "baseline",
+    "drafter.made_for": "drafter.trained_for",
+    "engine.control": "engine.plugin_address",
+}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then a YAML file, then ``key=value`` pairs.
+    """Merge the defaults, then a YAML file, then ``key=value`` pairs.
 
     Args:
         path: YAML file with any of the keys.
@@ -297,7 +301,7 @@ def make_absolute(config: Config) -> None:
 
 
 def _moved(key: str) -> str | None:
-    """The name of a key that was renamed, or of one below it."""
+    """Return the new name of a key if it, or a key above it, was renamed."""
     return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
 
 
@@ -337,7 +341,7 @@ def _from_pair(pair: str, config: DictConfig) -> DictConfig:
 
 
 def _node(config: DictConfig, key: str) -> Any:
-    """Return the node at ``key``, None where there is none; interpolations are not followed."""
+    """Return the node at ``key``, None if there is none; interpolations are not followed."""
     node: Any = config
     for part in key.split("."):
         node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None

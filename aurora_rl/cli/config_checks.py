@@ -40,7 +40,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     ),
     "engine.prefix_cache_tokens": ("not be negative", lambda value: value >= 0),
     "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
-    "drafter.made_for": ("be target or any", ("target", "any").__contains__),
+    "drafter.trained_for": ("be target or any", ("target", "any").__contains__),
     "dtype": (
         "be auto, float32, bfloat16, float16 or float64",
         ("auto", "float32", "bfloat16", "float16", "float64").__contains__,
@@ -66,10 +66,12 @@ def check(config: Config) -> None:
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
             f"would ever be taken; set learner.buffer={learner.batch_size} or more"
         )
-    if drafter.name == "hybrid":
-        options = drafter.options
+    options = drafter.options
+    old = [name for name in ("learned", "lookup", "learned_options", "min_depth") if name in options]
+    if drafter.name == "hybrid" or (drafter.name is None and old):
+        was = "drafter.name=hybrid" if drafter.name else f"drafter.options.{old[0]} of the drafter hybrid"
         now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
-        raise ConfigError(f"drafter.name=hybrid is {now} now, and its learned_options are drafter.options")
+        raise ConfigError(f"{was} is {now} now, and its learned_options are drafter.options")
     layers = drafter.feature_layers or []
     if sorted(set(layers)) != list(layers):
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
@@ -94,7 +96,8 @@ def _check_engine(config: Config) -> None:
         raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
     if (engine.url is None) != (engine.plugin_address is None):
         raise ConfigError(
-            "engine.url and engine.plugin_address go together: a running server and the address of its plugin"
+            f"engine.url={engine.url} and engine.plugin_address={engine.plugin_address} go together: set both, to a "
+            "running server and the address of its plugin"
         )
     if engine.url is not None and config.drafter.path is None:
         raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")

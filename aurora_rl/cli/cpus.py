@@ -20,7 +20,7 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPUs that each cgroup of the process may use, its own and every one above it."""
+    """Yield the CPUs that each cgroup of the process may use, its own and every one above it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # no Linux, or no cgroups

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
 from aurora_rl.policies.formats.files import drafter_class, local_folder
 from aurora_rl.policies.model_card import engine_commands
@@ -93,13 +94,13 @@ def _inspect(config: Config, source: str, check: bool) -> int:
             f"{folder}: config.json: vocab_size must be an integer, got {entries.get('vocab_size')!r}"
         )
     commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
-    made_for = entries.get("aurora_rl_made_for")
+    trained_for = entries.get("aurora_rl_made_for")
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))
     lines = {
         "architecture": f"{kind.__name__} ({', '.join(entries['architectures'])})",
         "format": _format(kind, entries, commands),
-        "trained for": f"target weights {made_for}" if made_for else "not stated",
+        "trained for": f"target weights {trained_for}" if trained_for else "not stated",
         "vocabulary": f"{_rows(tensors, entries):,} of {entries['vocab_size']:,} tokens",
         "feature layers": _feature_layers(entries),
         "parameters": f"{sum(tensor.numel() for tensor in weights):,} in {dtypes}",
@@ -115,7 +116,7 @@ def _inspect(config: Config, source: str, check: bool) -> int:
 
 
 def _named_kind(config: Config) -> type[Drafter] | None:
-    """The class that the user names by its import path: no file may say what is imported."""
+    """Return the class that the user names by its import path. A file may not name what is imported."""
     name = config.drafter.name
     return get_drafter(name) if name is not None and ":" in name else None
 
@@ -128,12 +129,12 @@ def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout:
         _named_kind(spec.config),
         layout=layout,
         options=settings.options,
-        made_for=settings.made_for,
+        trained_for=settings.trained_for,
     )
 
 
 def _misfit(config: Config, source: str) -> str | None:
-    """Why a drafter does not fit the target; None if it does."""
+    """Return why a drafter does not fit the target; None if it fits."""
     spec = resolve(config)
     target = load(spec)
     try:
@@ -144,7 +145,7 @@ def _misfit(config: Config, source: str) -> str | None:
 
 
 def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[str, str]) -> str:
-    """The formats that the folder is in: those of the engines that load it, else the one that no engine has."""
+    """Return the formats of the folder: those of engines that load it, otherwise the one that no engine loads."""
     engines = [name for name in ("sglang", "vllm") if name in commands]
     if engines:
         return ", ".join(engines)
@@ -152,14 +153,14 @@ def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[s
 
 
 def _rows(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> int:
-    """Rows of the draft head."""
+    """Return the number of rows of the draft head."""
     maps = (tensors[name] for name in ("d2t", "draft_id_to_target_id", "token_map") if name in tensors)
     found = next(maps, entries.get("aurora_rl_draft_vocab"))
     return int(entries.get("draft_vocab_size") or entries["vocab_size"]) if found is None else len(found)
 
 
 def _feature_layers(entries: Mapping[str, Any]) -> str:
-    """Layers of the target by the numbers of this library, the layer that a state enters."""
+    """Return the target's layers by this library's ids: the layer that a state enters."""
     entered = entries.get("feature_layers") or entries.get("eagle_aux_hidden_state_layer_ids") or []
     for part, name in (("eagle_config", "eagle_aux_hidden_state_layer_ids"), ("dflash_config", "target_layer_ids")):
         left = (entries.get(part) or {}).get(name) or []

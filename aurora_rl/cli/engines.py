@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from aurora_rl.cli.assembly import Target, opening
 from aurora_rl.cli.errors import ConfigError, naming
-from aurora_rl.cli.spec import RunSpec, Target, handshake, opening
+from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
@@ -45,10 +46,10 @@ def embedded_server(
         log: Metrics of the run.
     """
     config, tree = spec.config, spec.tree
-    greeting = handshake(target.parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
-    budget = min(config.max_new_tokens, config.engine.max_length - len(usual))
+    budget = min(spec.sampling.max_tokens, config.engine.max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":
@@ -63,7 +64,7 @@ def embedded_server(
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
     )
-    served = copy.deepcopy(drafter).to(device=spec.device, dtype=spec.dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(
         served,
         engine.store,
@@ -116,7 +117,7 @@ def sglang_server(
 ) -> SGLangServer:
     """Build a server on SGLang, which is launched here or attached to."""
     config, settings = spec.config, spec.config.engine
-    greeting = handshake(target.parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ConfigError(
@@ -127,16 +128,16 @@ def sglang_server(
     target.model.cpu()  # the server loads its own, on the device that this one leaves
     if spec.device.type == "cuda":
         torch.cuda.empty_cache()
-    with naming("engine.name=sglang", (SGLangError, ControlError)):
+    with naming("engine.name=sglang", (SGLangError, PluginError)):
         if settings.url is None:
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
             client = SGLangClient(settings.url, settings.plugin_address)
         try:
-            if config.temperature > 0 and client.status()["device"] == "cpu":
-                raise ControlError(
-                    f"temperature={config.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0, or"
-                    " engine.name=transformers"
+            if spec.sampling.temperature > 0 and client.status()["device"] == "cpu":
+                raise PluginError(
+                    f"temperature={spec.sampling.temperature:g}: on a CPU SGLang verifies by argmax; set "
+                    "temperature=0, or engine.name=transformers"
                 )
             return SGLangServer(
                 client,

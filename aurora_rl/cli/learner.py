@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
+from aurora_rl.cli.assembly import load, opening, start_drafter
 from aurora_rl.cli.errors import naming
-from aurora_rl.cli.spec import RunSpec, handshake, load, opening, start_drafter
+from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
@@ -31,7 +33,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     config, settings, target = spec.config, spec.config.learner, load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
-    greeting = handshake(parts, drafter, spec.drafter_name)
+    greeting = Handshake.of(parts, drafter, spec.drafter_name)
     drafter.to(spec.device)
     # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
@@ -40,7 +42,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         head = head.float()
     del target, parts
     return_freed_memory(collect=True)
-    scratch = copy.deepcopy(drafter).to(spec.dtype).eval().requires_grad_(False)
+    scratch = drafter.serving_copy(spec.dtype)
 
     vocab_size, width = head.weight.shape
     feature_size = width * len(drafter.feature_layers)
@@ -59,13 +61,15 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
             recording.folder.mkdir(parents=True, exist_ok=True)
     outputs = Outputs(log)
 
-    def record(trajectory: TensorDictBase) -> None:
+    def save_trajectory(trajectory: TensorDictBase) -> None:
         if recording is not None:
             outputs.write("a trajectory", lambda: recording.append(trajectory))
 
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
-            collector = ZMQCollector(config.wire.trajectories, handshake=greeting, validate=check_one, record=record)
+            collector = ZMQCollector(
+                config.wire.trajectories, handshake=greeting, validate=check_one, on_trajectory=save_trajectory
+            )
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
             publisher = WeightPublisher(config.wire.weights, handshake=greeting)

@@ -107,7 +107,7 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
     Args:
         words: The words after ``aurora-rl``.
         name: The command among them.
-        module: The command's module; None where there is no such command.
+        module: The command's module; None if there is no such command.
 
     Raises:
         SystemExit: The line asks for help or the version, or it is wrong, which is told.
@@ -130,9 +130,9 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
 
 
 def _limit_caches() -> None:
-    """Before torch is loaded in a process that learns.
+    """Limit oneDNN's caches. Must run before torch is loaded in a process that learns.
 
-    No two batches have the same number of rows, and oneDNN keeps a kernel with its scratch memory for each of the last
+    No two batches have the same number of rows. oneDNN keeps a kernel with its scratch memory for each of the last
     1,024 shapes, twice over: 20 MB a request, 11 GB after 460.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):

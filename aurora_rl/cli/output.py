@@ -64,5 +64,5 @@ class SafeStream:
 
 
 def plain_console() -> Console:
-    """A console that shows text as it is: names, paths and peers' messages may look like Rich's markup."""
+    """Return a console that shows text as it is: names, paths and peers' messages may look like Rich's markup."""
     return Console(markup=False, emoji=False)

@@ -10,13 +10,15 @@ from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
+from aurora_rl.cli.assembly import Target
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
-from aurora_rl.cli.spec import RunSpec, Target
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import generation_processors
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt

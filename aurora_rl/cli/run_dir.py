@@ -39,7 +39,7 @@ class RunDir:
 
     def __init__(self, config: Config, documents: Sequence[str], *, suffix: str = "", resume: bool = False) -> None:
         self.path, self._part = Path(config.run_dir or "runs"), None
-        self._made = [folder for folder in self.path.parents if not folder.exists()]
+        self._new_folders = [folder for folder in self.path.parents if not folder.exists()]
         try:
             if resume:
                 self._part = self._keep(documents)
@@ -51,7 +51,7 @@ class RunDir:
                         f"folder, leave run_dir out for runs/<time>, or go on with that run: --resume {config.run_dir}"
                     )
             else:
-                self._made = [] if self.path.exists() else [self.path]
+                self._new_folders = [] if self.path.exists() else [self.path]
                 self.path = _folder_of_now(self.path, suffix)
             config.run_dir = str(self.path)
             # "x": of two runs that find the folder empty at the same time, one is refused here.
@@ -83,7 +83,7 @@ class RunDir:
             elif not any(self.path.glob("*.log")):
                 shutil.rmtree(self.path, ignore_errors=True)
                 with contextlib.suppress(OSError):  # something else is in there by now
-                    for folder in self._made:
+                    for folder in self._new_folders:
                         folder.rmdir()
             raise
 

@@ -57,9 +57,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     try:
         import torch
 
+        from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
         from aurora_rl.cli.engines import embedded_server, sglang_server
         from aurora_rl.cli.http import application, listen
-        from aurora_rl.cli.spec import first_drafter, load, request_queue, resolve, traffic
+        from aurora_rl.cli.spec import resolve
         from aurora_rl.memory import return_freed_memory
         from aurora_rl.serving.async_engine import AsyncEngine
 
@@ -79,15 +80,20 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 requests = queue
                 requests.answers = JsonLines(run_dir / "answers.jsonl")
             clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=requests, first_id=queue.total)
-            if config.engine.name == "sglang":
-                server = sglang = sglang_server(spec, target, clients, drafter, log, run_dir)
-                step, address = sglang.step, f"SGLang listens at {sglang.engine.url}"
-            else:
-                server = embedded = embedded_server(spec, target, clients, usual, drafter, log)
-                clients.attach(embedded)
-                step, address = clients.step, "" if http is None else f"listening at {http.url}"
-                if http is not None:
-                    app = application(spec, target.tokenizer, target.parts.config.vocab_size, clients, embedded)
+            try:
+                if config.engine.name == "sglang":
+                    server = sglang = sglang_server(spec, target, clients, drafter, log, run_dir)
+                    step, address = sglang.step, f"SGLang listens at {sglang.engine.url}"
+                else:
+                    server = embedded = embedded_server(spec, target, clients, usual, drafter, log)
+                    clients.attach(embedded)
+                    step, address = clients.step, "" if http is None else f"listening at {http.url}"
+                    if http is not None:
+                        app = application(spec, target.tokenizer, target.parts.config.vocab_size, clients, embedded)
+            except (ValueError, OSError):
+                if learner is not None:
+                    learner.withdraw()  # before its folder is removed
+                raise
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if learner is not None:

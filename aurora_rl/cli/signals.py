@@ -29,7 +29,7 @@ class Stop:
             signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """From here on they do nothing, up to the end of the process: what is left is short and must be whole."""
+        """Ignore signals up to the end of the process: what is left to do is short and must be completed."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,30 +1,20 @@
-"""The configuration, resolved once, and what both halves of a run are built from."""
+"""The configuration, resolved once into what the parts of a run are built from."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
-from aurora_rl.collectors.codec import SCHEMA, checksum
-from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.verification.rules import require_replayable
-from aurora_rl.models.loading import default_dtype, load_target, usable_device
-from aurora_rl.models.target_head import context_length
+from aurora_rl.models.loading import default_dtype, usable_device
 from aurora_rl.objectives import check_settings
-from aurora_rl.policies import Drafter, TargetParts, TreeShape, choose_draft_vocab, get_drafter, token_prior
-from aurora_rl.policies.formats.files import drafter_class, load_drafter, save_drafter, written
+from aurora_rl.policies import Drafter, TreeShape, get_drafter
+from aurora_rl.policies.formats.files import drafter_class
 from aurora_rl.policies.registry import drafter_name
-from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +84,7 @@ def resolve(config: Config) -> RunSpec:
 
 
 def _rule(config: Config) -> str:
-    """The name of the verification rule, which is looked up and so made known to the objectives."""
+    """Return the name of the verification rule. Looking it up makes it known to the objectives."""
     name = config.rule or "sample_and_match"
     with naming("rule"):
         rule = get_rule(name)
@@ -121,13 +111,13 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
         )
     if config.engine.name == "sglang" and kind.sglang_algorithm is None:
         raise ConfigError(
-            f"drafter.name={name} is none that SGLang has; with engine.name=sglang set drafter.name=eagle3"
+            f"drafter.name={name} is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3"
         )
     return kind
 
 
 def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
-    """The tree that the configuration asks for."""
+    """Return the tree shape that the configuration asks for."""
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
         takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
@@ -137,147 +127,10 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     with naming("drafter"):
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     if engine is not None and tree.num_nodes > engine.max_nodes:
-        budget = "null" if settings.num_nodes is None else settings.num_nodes
+        num_nodes = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(
-            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={budget} make trees "
-            f"of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set drafter.num_nodes="
-            f"{engine.max_nodes} or less"
+            f"drafter.depth={settings.depth}, drafter.width={settings.width} and drafter.num_nodes={num_nodes} make "
+            f"trees of {tree.num_nodes} nodes, and the engine verifies {engine.max_nodes} at most; set "
+            f"drafter.num_nodes={engine.max_nodes} or less"
         )
     return tree
-
-
-# ---- what is built from it ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    parts: TargetParts
-
-
-def load(spec: RunSpec) -> Target:
-    """Load the target."""
-    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
-    return Target(model, tokenizer, TargetParts.of(model))
-
-
-def check_context(config: Config, target: Target) -> None:
-    """Raise ConfigError where slots are to be longer than the model's context."""
-    context = context_length(target.parts.config)
-    if context is not None and config.engine.max_length > context:
-        raise ConfigError(
-            f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
-            f"set engine.max_length={context} or less"
-        )
-
-
-def traffic(config: Config) -> list[Prompt]:
-    """The prompts of the run, all read and checked."""
-    source = config.traffic
-    if source.path is not None:
-        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
-    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
-
-
-def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
-    """The run's requests, in order."""
-    config = spec.config
-    check_context(config, target)
-    return RequestQueue(
-        prompts,
-        target.tokenizer,
-        vocab_size=target.parts.config.vocab_size,
-        max_length=config.engine.max_length,
-        sampling=spec.sampling,
-    )
-
-
-def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
-    """The drafter that the run starts with, in float32 on the CPU.
-
-    Args:
-        spec: Names a checkpoint, or the architecture of an untrained drafter.
-        target: The loaded target, before an engine has it.
-        prompts: First prompts, for the draft vocabulary of an untrained drafter; may be empty.
-
-    Raises:
-        ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
-        ValueError: A checkpoint that does not fit the target.
-    """
-    config, drafter = spec.config, _new_or_loaded(spec, target, prompts)
-    if config.drafter.depth > drafter.max_depth:
-        raise ConfigError(
-            f"drafter.depth={config.drafter.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "
-            "one after the other; set it to that, or start a deeper drafter by drafter.options"
-        )
-    if drafter.formats:
-        with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
-            written(drafter, "sglang" if config.engine.name == "sglang" else None)
-    return drafter
-
-
-def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]]) -> Drafter:
-    settings, kind = spec.config.drafter, spec.drafter_class
-    if settings.path is not None:
-        return load_drafter(settings.path, target.parts, kind, options=settings.options, made_for=settings.made_for)
-    torch.manual_seed(spec.config.seed)
-    vocab = choose_draft_vocab(min(settings.vocab_size, len(target.parts.head)), token_prior(target.model, prompts))
-    layers = tuple(settings.feature_layers) if settings.feature_layers else None
-    with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
-        started = kind.from_target(target.parts, draft_vocab=vocab, feature_layers=layers, **settings.options)
-    if not isinstance(started, Drafter):
-        raise ConfigError(f"drafter.name={spec.drafter_name}: from_target gave {started!r} and no drafter")
-    # What started it belongs to its checkpoint, also where its class does not say so.
-    started.options = started.options or settings.options
-    started.made_for = target.parts.fingerprint
-    return started
-
-
-def first_drafter(
-    spec: RunSpec, target: Target, prompts: list[list[int]], folder: Path | None
-) -> tuple[Drafter, Config]:
-    """The drafter that is served first, and the configuration of a learner that starts from the same one.
-
-    Args:
-        spec: Spec of the run.
-        target: The loaded target.
-        prompts: First prompts, for the draft vocabulary; may be empty.
-        folder: Folder to save it to, for a learner of our own. None for one that is started apart: it does not know
-            the prompts.
-    """
-    config = spec.config
-    if folder is None or config.drafter.path is not None:
-        return start_drafter(spec, target, []), config
-    drafter = start_drafter(spec, target, prompts)
-    if not drafter.formats:
-        return drafter, config
-    save_drafter(drafter, folder)
-    return drafter, replace(config, drafter=replace(config.drafter, path=str(folder)))
-
-
-def handshake(parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
-    """What both halves of a run must agree on, ``name`` of the drafter's architecture included."""
-    return Handshake(
-        schema=SCHEMA,
-        target=parts.digest,
-        head_checksum=checksum(parts.head.tensors()),
-        feature_layers=tuple(drafter.feature_layers),
-        draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
-        drafter=name,
-    )
-
-
-@contextmanager
-def opening(key: str, address: str) -> Iterator[None]:
-    """Errors of an address name the key to set."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"{address} is in use; stop the process that holds it, or set {key} to another address on both sides"
-            ) from error
-        raise ConfigError(f"{key}: {error.strerror}") from error

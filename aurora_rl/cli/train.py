@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, Subset
 from torchrl.objectives import LossModule
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
@@ -28,7 +29,7 @@ from aurora_rl.cli.progress import watch
 from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
-from aurora_rl.cli.spec import RunSpec, Target, load, request_queue, resolve, start_drafter, traffic
+from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -132,7 +133,7 @@ def _settle(arguments: argparse.Namespace) -> None:
 
 
 def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
-    """A checksum of what is learned from: the prompts and their order, or the first trajectories of each recording."""
+    """Return a checksum of the data: the prompts and their order, or each recording's first trajectories."""
     recordings = [TrajectoryDataset(folder) for folder in folders]
     found = [recording.digest(min(len(recording), _PROMPTS)) for recording in recordings]
     return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
@@ -144,7 +145,7 @@ def _sources(config: Config, arguments: argparse.Namespace) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What a training depends on, by the names that the user knows. The drafter starts from the folder of the run."""
+    """Return the settings that a training depends on, by their keys. The drafter starts from the run's folder."""
     values = asdict(config)
     keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
     learner = ("batch_size", "muon_lr", "adam_lr")
@@ -237,7 +238,7 @@ def _start(
 
 
 def _split(count: int, share: float) -> int:
-    """Trajectories to learn from; the others, at least one, are held out."""
+    """Return the number of trajectories to learn from; the rest, at least one, is held out."""
     return count - max(round(count * share), 1)
 
 
@@ -282,7 +283,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
-        self._served = copy.deepcopy(self.drafter).to(self.spec.dtype).eval().requires_grad_(False)
+        self._served = self.drafter.serving_copy(self.spec.dtype)
         self._first: dict[str, float] = {}
         self._best: dict[str, float] = {}
 

@@ -216,18 +216,20 @@ def _read_header(view: memoryview) -> tuple[str, dict[str, Any], list[Any]]:
         # Decoded here because json.loads guesses UTF-16 and UTF-32 for bytes.
         header = json.loads(bytes(view).decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CodecError(f"the header is not JSON: {_short(error)}") from error
+        raise CodecError(f"the header is not JSON: {short(error)}") from error
     if not isinstance(header, dict) or set(header) != {"schema", "kind", "meta", "leaves"}:
-        raise CodecError("the header is not an object with exactly the fields schema, kind, meta and leaves")
+        raise CodecError(
+            f"the header is {short(header)}, not an object with exactly the fields schema, kind, meta and leaves"
+        )
     schema, kind, meta, declared = header["schema"], header["kind"], header["meta"], header["leaves"]
     if type(schema) is not int or schema != SCHEMA:
-        raise CodecError(f"the message has schema {_short(schema)}, this side reads {SCHEMA}; use one release on both")
+        raise CodecError(f"the message has schema {short(schema)}, this side reads {SCHEMA}; use one release on both")
     if not _is_name(kind):
-        raise CodecError(f"the kind is not a printable string of 1 to {_MAX_NAME} characters but {_short(kind)}")
+        raise CodecError(f"the kind is not a printable string of 1 to {_MAX_NAME} characters but {short(kind)}")
     if not isinstance(meta, dict) or not _is_shallow(meta):
         raise CodecError(f"the meta is not a JSON object of at most {_MAX_META_DEPTH} levels")
     if not isinstance(declared, list):
-        raise CodecError(f"the leaves are not a list but {_short(declared)}")
+        raise CodecError(f"the leaves are not a list but {short(declared)}")
     return kind, meta, declared
 
 
@@ -236,26 +238,26 @@ def _read_leaf(entry: Any, view: memoryview, limits: Limits) -> _Leaf:
         case [list() as key, name, list() as shape]:
             pass
         case _:
-            raise CodecError(f"a leaf is not [key, dtype, shape] but {_short(entry)}")
+            raise CodecError(f"a leaf is not [key, dtype, shape] but {short(entry)}")
     if not isinstance(name, str) or name not in _DTYPES:
-        raise CodecError(f"the leaf {_short(key)} has the unknown dtype {_short(name)}")
+        raise CodecError(f"the leaf {short(key)} has the unknown dtype {short(name)}")
     # A bool is an int to isinstance.
     if len(shape) > limits.max_dims or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise CodecError(
-            f"the shape of leaf {_short(key)} is not at most {limits.max_dims} integers of 0 to 2**63 - 1"
-            f" but {_short(shape)}"
+            f"the shape of leaf {short(key)} is not at most {limits.max_dims} integers of 0 to 2**63 - 1"
+            f" but {short(shape)}"
         )
     itemsize = _DTYPES[name].itemsize
     # An empty tensor may declare huge other dimensions; torch still multiplies them into strides.
     if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
-        raise CodecError(f"the shape {_short(shape)} of leaf {_short(key)} overflows 64 bits")
+        raise CodecError(f"the shape {short(shape)} of leaf {short(key)} overflows 64 bits")
     if (size := math.prod(shape) * itemsize) != view.nbytes:
         raise CodecError(
-            f"the leaf {_short(key)} of shape {_short(shape)} and dtype {name} has a frame of {view.nbytes} bytes"
+            f"the leaf {short(key)} of shape {short(shape)} and dtype {name} has a frame of {view.nbytes} bytes"
             f" instead of {size}"
         )
     if name == "bool" and view.nbytes and np.frombuffer(view, np.uint8).max() > 1:
-        raise CodecError(f"the bool leaf {_short(key)} holds bytes other than 0 and 1")
+        raise CodecError(f"the bool leaf {short(key)} holds bytes other than 0 and 1")
     return _Leaf(tuple(key), _DTYPES[name], tuple(shape))
 
 
@@ -271,15 +273,15 @@ def _check_keys(keys: Sequence[tuple[Any, ...]]) -> None:
     for key in keys:
         if not 1 <= len(key) <= _MAX_KEY_PARTS or not all(_is_name(part) for part in key):
             raise CodecError(
-                f"a key is not 1 to {_MAX_KEY_PARTS} printable strings of 1 to {_MAX_NAME} characters but {_short(key)}"
+                f"a key is not 1 to {_MAX_KEY_PARTS} printable strings of 1 to {_MAX_NAME} characters but {short(key)}"
             )
         if key in seen:
-            raise CodecError(f"the key {_short(key)} occurs twice")
+            raise CodecError(f"the key {short(key)} occurs twice")
         seen.add(key)
     for key in seen:
         for length in range(1, len(key)):
             if key[:length] in seen:
-                raise CodecError(f"the key {_short(key[:length])} names a tensor and also holds {_short(key)}")
+                raise CodecError(f"the key {short(key[:length])} names a tensor and also holds {short(key)}")
 
 
 def _is_name(value: Any) -> bool:
@@ -296,7 +298,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _short(value: object) -> str:
-    """A peer's value for an error message: escaped, and too short to flood a log."""
+def short(value: object) -> str:
+    """Format a peer's value for an error message: escaped, and too short to flood a log."""
     text = str(value) if isinstance(value, Exception) else repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -34,7 +34,7 @@ class ZMQCollector:
             `address`.
         handshake: What an engine's handshake must equal.
         validate: Raises ValueError for a trajectory whose contents do not fit together.
-        record: Called with each trajectory that is accepted, before :meth:`poll` returns it.
+        on_trajectory: Called with each trajectory that is accepted, before :meth:`poll` returns it.
         limits: Limits of a message.
         high_water: Messages that ZeroMQ may hold per engine, and the most that one `poll` looks at.
 
@@ -49,7 +49,7 @@ class ZMQCollector:
         *,
         handshake: Handshake,
         validate: Callable[[TensorDictBase], None] | None = None,
-        record: Callable[[TensorDictBase], None] | None = None,
+        on_trajectory: Callable[[TensorDictBase], None] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         high_water: int = 64,
     ) -> None:
@@ -61,7 +61,7 @@ class ZMQCollector:
         """How the latest engine of another deployment differed."""
         self._handshake = handshake
         self._handshake_meta = handshake.to_meta()
-        self._validate, self._record = validate, record
+        self._validate, self._on_trajectory = validate, on_trajectory
         self._limits = limits
         self._high_water = high_water
         self._closed = False
@@ -139,8 +139,8 @@ class ZMQCollector:
             except (ValueError, TypeError, LookupError, RuntimeError) as error:  # no message may end the learner
                 self._reject("invalid", error)
                 return None
-        if self._record is not None:
-            self._record(message.tensors)
+        if self._on_trajectory is not None:
+            self._on_trajectory(message.tensors)
         return message.tensors
 
     def _reject(self, kind: str, reason: object) -> None:

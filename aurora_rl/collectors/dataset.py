@@ -6,17 +6,12 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from aurora_rl.collectors.codec import SCHEMA
-from aurora_rl.envs import Completion, Request
-from aurora_rl.policies import Drafter, TreeShape
-from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.storage import save_tensors
 
 _SCHEMA, _LAYERS = "schema", "feature_layers"  # in the metadata of each file
@@ -27,7 +22,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
 
     Args:
         folder: Folder of the recording; the first :meth:`append` creates it.
-        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None where that is
+        feature_layers: Layers that the drafter of the trajectories reads, kept with each of them; None if that is
             not known.
 
     Raises:
@@ -59,7 +54,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
             )
 
     def _recorded_layers(self) -> str | None:
-        """Layers that the first trajectory says that its features are of."""
+        """Return the layers of the features, as the first trajectory names them."""
         if not self._count:
             return None
         try:
@@ -72,7 +67,7 @@ class TrajectoryDataset(Dataset[TensorDict]):
         return self.folder / f"{index:06d}.safetensors"
 
     def append(self, trajectory: TensorDictBase) -> None:
-        """Append a trajectory. Its file is there whole or not at all."""
+        """Append a trajectory. Its file is complete or absent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
         path = self._path(self._count)
@@ -82,11 +77,11 @@ class TrajectoryDataset(Dataset[TensorDict]):
         self._count += 1
 
     def __len__(self) -> int:
-        """Trajectories in the folder."""
+        """Return the number of trajectories in the folder."""
         return self._count
 
     def __getitem__(self, index: int) -> TensorDict:
-        """The trajectory of a place, counted from 0.
+        """Read the trajectory at an index, counted from 0.
 
         Raises:
             IndexError: There are not so many.
@@ -108,56 +103,12 @@ class TrajectoryDataset(Dataset[TensorDict]):
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
     def digest(self, count: int) -> str:
-        """A checksum of the first so many trajectories, which tells recordings of one name apart."""
+        """Return a checksum of the first ``count`` trajectories. It tells recordings of the same name apart."""
         digest = hashlib.sha256()
         for index in range(count):
             digest.update(self._path(index).read_bytes())
         return digest.hexdigest()[:16]
 
     def __iter__(self) -> Iterator[TensorDict]:
-        """All of them, in order."""
+        """Read all trajectories, in order."""
         return (self[index] for index in range(len(self)))
-
-
-def record(
-    model: PreTrainedModel,
-    drafter: Drafter,
-    requests: Sequence[Request],
-    recording: TrajectoryDataset,
-    *,
-    shape: TreeShape,
-    slots: int = 2,
-    **settings: Any,
-) -> None:
-    """Serve requests in this process, and record those that are not there yet.
-
-    Args:
-        model: The target; an engine puts it into inference form in place.
-        drafter: Drafter of which a copy, in the model's dtype, drafts every round.
-        requests: Requests, told apart by their ids.
-        recording: Dataset that gets the trajectories, in the order of completion.
-        shape: The trees.
-        slots: Requests served at the same time.
-        **settings: Further arguments of :class:`SpeculativeDecoder`, such as ``stop_tokens``.
-    """
-    recorded = {int(trajectory["request"]) for trajectory in recording}
-    waiting = [request for request in requests if request.id not in recorded]
-    if not waiting:
-        return
-
-    def keep(completion: Completion) -> None:
-        assert completion.trajectory is not None
-        recording.append(completion.trajectory)
-
-    decoder = SpeculativeDecoder(
-        model,
-        drafter,
-        waiting,
-        shape=shape,
-        max_length=max(len(r.prompt) + r.sampling.max_tokens for r in waiting),
-        num_slots=slots,
-        on_completion=keep,
-        **settings,
-    )
-    for _ in decoder.rounds():
-        pass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from aurora_rl.collectors.codec import CodecError
+from aurora_rl.collectors.codec import SCHEMA, CodecError, checksum, short
+from aurora_rl.policies import Drafter, TargetParts
 
 _SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
 _CURES = {
@@ -45,8 +46,20 @@ class Handshake:
     draft_map_checksum: str
     drafter: str
 
+    @classmethod
+    def of(cls, parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
+        """Return the handshake of a target and a drafter whose architecture is registered under ``name``."""
+        return cls(
+            schema=SCHEMA,
+            target=parts.digest,
+            head_checksum=checksum(parts.head.tensors()),
+            feature_layers=tuple(drafter.feature_layers),
+            draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
+            drafter=name,
+        )
+
     def to_meta(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         return {**self.__dict__, "feature_layers": list(self.feature_layers)}
 
     @classmethod
@@ -57,18 +70,27 @@ class Handshake:
             CodecError: Names the field that is missing, unknown or of the wrong type.
         """
         if not isinstance(meta, dict):
-            raise CodecError(f"a handshake is not a JSON object but a {type(meta).__name__}")
+            raise CodecError(
+                f"a handshake must be a JSON object, got a {type(meta).__name__}; use one release on both sides"
+            )
         names = [field.name for field in fields(cls)]
         if set(meta) != set(names):
-            raise CodecError(f"a handshake does not have exactly the fields {', '.join(names)}")
+            raise CodecError(
+                f"a handshake has the fields {short(list(meta))}, this side reads exactly {', '.join(names)}; use one "
+                "release on both"
+            )
         layers = meta["feature_layers"]
         if type(meta["schema"]) is not int:
-            raise CodecError("schema in a handshake is not an integer")
+            raise CodecError(f"schema in a handshake must be an integer, got {short(meta['schema'])}")
         if not isinstance(layers, list) or len(layers) > _MAX_LAYERS or not all(type(layer) is int for layer in layers):
-            raise CodecError(f"feature_layers in a handshake is not a list of at most {_MAX_LAYERS} integers")
+            raise CodecError(
+                f"feature_layers in a handshake must be a list of at most {_MAX_LAYERS} integers, got {short(layers)}"
+            )
         for name in ("target", "head_checksum", "draft_map_checksum", "drafter"):
             if not isinstance(meta[name], str) or len(meta[name]) > _MAX_TEXT:
-                raise CodecError(f"{name} in a handshake is not a string of at most {_MAX_TEXT} characters")
+                raise CodecError(
+                    f"{name} in a handshake must be a string of at most {_MAX_TEXT} characters, got {short(meta[name])}"
+                )
         return cls(**{**meta, "feature_layers": tuple(layers)})
 
     def mismatch(self, engine: Handshake) -> str | None:

@@ -49,7 +49,7 @@ class Socket(zmq.Socket[bytes]):
         self.context.term()  # once messages have left
 
     def private_path(self) -> str:
-        """A path that only this user can reach."""
+        """Return a path that only this user can reach."""
         self.folder = tempfile.mkdtemp(prefix="aurora-rl-")
         return f"{self.folder}/s"
 
@@ -115,7 +115,7 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None) -> No
     Args:
         socket: Socket from `open_socket`, with all its options set.
         address: Address as for `bind`.
-        limits: Limits of a message from the peer, which loses the connection if it exceeds them; None where nothing is
+        limits: Limits of a message from the peer, which loses the connection if it exceeds them; None if nothing is
             received, or not for long.
 
     Raises:
@@ -157,7 +157,7 @@ def _check_deletable(path: str) -> None:
 
 
 def _endpoint(address: str) -> tuple[int, Any]:
-    """Family and address of a plain socket."""
+    """Return family and address of a plain socket."""
     scheme, rest = address.split("://", 1)
     if scheme == "ipc":
         return plain.AF_UNIX, "\0" + rest[1:] if rest.startswith("@") else rest
@@ -220,7 +220,7 @@ class SocketThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin; apart from the constructor, since ``step`` may look at what its owner stores this object in."""
+        """Start the thread. The constructor does not, since ``step`` may read the attribute that holds this object."""
         self._thread.start()
 
     @property

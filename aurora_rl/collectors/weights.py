@@ -7,9 +7,9 @@ The engine speaks first and repeats itself; so either side may start, vanish or 
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
   checksum} and tensors, if newer than what the engine serves.
 
-The learner keeps the newest weights only, and sends an engine no more before the last ones have arrived there (its
-``received`` tells): a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing;
-a new connection has a new identity, and for it everything starts afresh.
+The learner keeps the newest weights only. It sends an engine no more before the last ones have arrived there (its
+``received`` tells). So a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing. A
+new connection has a new identity, and for it everything starts afresh.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _REMEMBERED_CHECKSUMS = 64
 class EngineStatus:
     """What the learner knows of one engine; times are `time.monotonic` seconds.
 
-    `acknowledged` is the newest version whose checksum, after loading, was the published one; `rejected` the last
-    version that was refused or loaded wrong, with the reason (version None: the message was not even readable).
+    `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
+    version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
     `ahead`: it serves a version newer than any published here, from an earlier learner, and ignores the published ones.
     """
 
@@ -66,7 +66,6 @@ class EngineStatus:
     serving: int
     last_seen: float
     acknowledged: int | None = None
-    last_ack: float | None = None
     swap_ms: float | None = None
     rejected: tuple[int | None, str] | None = None
     offered: int | None = None
@@ -263,7 +262,7 @@ class WeightPublisher:
             if published is None:
                 return  # from an earlier learner: nothing to compare with
             if digest == published:
-                status.acknowledged, status.last_ack = version, time.monotonic()
+                status.acknowledged = version
             else:
                 reason = f"the loaded weights have checksum {digest}, the published ones {published}"
                 if status.rejected != (version, reason):
@@ -345,7 +344,7 @@ class WeightReceiver:
         return self._version
 
     def latest(self) -> tuple[int, TensorDict] | None:
-        """Take the newest complete weights, verified against the learner's checksum; None where there are no new ones.
+        """Take the newest complete weights, verified against the learner's checksum; None if there are no new ones.
 
         Never blocks. The tensors are the caller's.
         """
@@ -428,7 +427,7 @@ class WeightReceiver:
 
 
 def _field(meta: Mapping[str, Any], name: str, *types: type) -> Any:
-    """A field of a peer's meta, of exactly one of these types (a bool is no int) and, for a number, within 64 bits."""
+    """Return a field of a peer's meta, checked to be of one of these types (no bool for an int) and within 64 bits."""
     value = meta.get(name)
     if type(value) not in types or (isinstance(value, int | float) and not abs(value) < 2**63):
         raise CodecError(f"the field {name} is not a {' or '.join(kind.__name__ for kind in types)}")

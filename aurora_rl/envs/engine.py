@@ -15,8 +15,8 @@ from aurora_rl.registry import Registry
 class Engine(ABC):
     """An in-process engine: a block of slots, each with its own KV cache and length.
 
-    A round is ``verify`` then ``commit``. Invariant between rounds: the KV cache of a slot covers every committed
-    token but the last, which is the *root* of the next tree; the store's features end at the same place.
+    A round is ``verify`` then ``commit``. Between rounds the KV cache of a slot covers every committed token but the
+    last, which is the *root* of the next tree. The store's features end at the same place.
 
     Attributes:
         store: Tokens, features and hidden states of each slot; the engine appends to it.

@@ -87,7 +87,7 @@ class Probe:
     Args:
         model: Model as it was loaded, before anything of it is replaced.
         max_length: Most tokens of a slot.
-        by_median: Whether to judge the median context instead of the worst, for a model of half precision of which a
+        by_median: Whether to judge the median context instead of the worst. Meant for a model of half precision whose
             float32 copy was compared too: one context is far off if rounding flips the choice of a router.
 
     Attributes:
@@ -95,7 +95,7 @@ class Probe:
         starts: Position of each row's first token, ``[R]`` int64.
         roots: Index of the token of each row that is the root of its tree, ``[R]`` int64; they differ.
         logits: Logits of the model's own forward at the root and the three tokens after it, ``[R, 4, V]``.
-        tolerance: Largest :meth:`difference` that is rounding: 8 times that of the model from itself, when it reads
+        tolerance: Largest :meth:`difference` that is rounding. It is 8 times the model's difference from itself on
             the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
 
     Raises:
@@ -116,8 +116,8 @@ class Probe:
         starts = {0}
         if self.takes_positions:
             starts |= {t - length // 2 for t in _thresholds(config) if t < max_length} | {max_length - length}
-        others = sorted({min(max(start, 0), context - length) for start in starts} - {0})[1 - _MOST_ROWS :] or [0]
-        self.starts = torch.tensor([0, *others])
+        later = sorted({min(max(start, 0), context - length) for start in starts} - {0})[1 - _MOST_ROWS :] or [0]
+        self.starts = torch.tensor([0, *later])
         tokens = _telling_tokens(model, len(self.starts), max(length, min(_LONG, context, max_length)))
         self.texts = [tokens[0], *tokens[1:, :length]]
         # The trees of the first three rows end at different places of a chunk.
@@ -129,9 +129,7 @@ class Probe:
         changed[:, -1] = (changed[:, -1] + 1) % config.vocab_size
         with self.short_windows(), _eager(model):
             (first,) = self._own(model, tokens[:1], [0])
-            *rest, of_cut, of_changed = self._own(
-                model, torch.cat([tokens[1:, :length], cut, changed]), [*others, 0, 0]
-            )
+            *rest, of_cut, of_changed = self._own(model, torch.cat([tokens[1:, :length], cut, changed]), [*later, 0, 0])
         own = [first, *rest]
         self.logits = torch.stack(
             [row[root : root + _PATH + 2] for row, root in zip(own, self.roots.tolist(), strict=True)]
@@ -148,9 +146,9 @@ class Probe:
         # A tolerance from noise that is no rounding would let everything pass.
         if not (noise <= min(4 * rounding, _LARGEST) and ahead <= rounding):
             raise NotCausalError(
-                f"{type(model).__name__} itself gives other logits for the same text when other tokens follow or other "
-                f"texts are in the pass (by {max(noise, ahead):.1%} of their spread), so no tree can be verified: it "
-                f"is no causal language model, or its attention depends on the length of the pass; {ELSEWHERE}"
+                f"{type(model).__name__} is not causal, or its attention depends on the length of the pass: its logits "
+                f"change by {max(noise, ahead):.1%} of their spread with later tokens or other texts in the pass, so "
+                f"trees cannot be verified; {ELSEWHERE}"
             )
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 
@@ -209,12 +207,12 @@ def few_layers_in_float32(model: PreTrainedModel, layers: nn.ModuleList) -> PreT
     kinds = [layer_kind(layer) for layer in layers]
     # Two at least: a norm after a single layer may undo what a second layer would show.
     count = min(max(2, *(kinds.index(kind) + 1 for kind in kinds)), 8, len(kinds))
-    others = list(layers[count:])
+    removed = list(layers[count:])
     del layers[count:]
     try:
         few: PreTrainedModel = copy.deepcopy(model)
     finally:
-        layers.extend(others)
+        layers.extend(removed)
     few.config.get_text_config().num_hidden_layers = count
     _keep_first_tokens(few)
     nn.Module.float(few)

@@ -67,12 +67,12 @@ def text_settings(config: GenerationConfig | None) -> dict[str, Any]:
         {'repetition_penalty': 1.1}
     """
     found = {} if config is None else vars(config)
-    ours = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    ours -= {*_OF_THE_REQUEST, *_WITHOUT_EFFECT}
+    text_fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    text_fields -= {*_OF_THE_REQUEST, *_WITHOUT_EFFECT}
     return {
         name: value
         for name, value in found.items()
-        if name in ours and value is not None and value not in _NEUTRAL.get(name, ())
+        if name in text_fields and value is not None and value not in _NEUTRAL.get(name, ())
     }
 
 

@@ -70,9 +70,9 @@ class SpecDecodeEnv(EnvBase):
         recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
-        ValueError: The rule is not lossless for the draft mode; trees have more nodes than the engine verifies; a
-            request cannot be served (see :meth:`check`); or an action was drawn in another mode, or lacks the
-            distribution that the rule needs.
+        ValueError: The rule is not lossless for the draft mode, or trees have more nodes than the engine verifies.
+            While serving: a request cannot be served (see :meth:`check`), an action was drawn in another mode, or it
+            lacks the distribution that the rule needs.
 
     Example:
         >>> from aurora_rl.testing import tiny_target
@@ -188,7 +188,7 @@ class SpecDecodeEnv(EnvBase):
         self.engine.release(slot)
 
     def _set_seed(self, seed: int | None) -> None:
-        """Requests carry their own seeds; the environment draws nothing."""
+        """Do nothing: requests carry their own seeds, and the environment draws nothing."""
 
     def _set_sampling(self) -> None:
         params = [self._active[s].request.sampling if s in self._active else None for s in range(self.engine.num_slots)]

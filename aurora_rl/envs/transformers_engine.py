@@ -146,7 +146,7 @@ class TransformersEngine(Engine):
         self._cache = SlotCache(self._shapes, num_slots, max_length + self.max_nodes, dtype, device)
 
     def _feature_size(self) -> int:
-        """Width of the captured features, found by capturing some."""
+        """Return the width of the captured features, found by capturing some."""
         self._allocate(1, 2, 0)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
@@ -256,7 +256,7 @@ class TransformersEngine(Engine):
         """Return how far this engine's logits are from the model's own on the probe.
 
         Every row goes through all steps of a request: prefill, a tree with wrong nodes among the true ones, the move
-        of the accepted path, and a plain round after it, with slots of unequal length in one pass.
+        of the accepted path, and a plain round. Slots of unequal length share each pass.
         """
         length = max(len(text) for text in probe.texts)
         self._allocate(len(probe.texts), length, 0)

@@ -63,6 +63,10 @@ def _reads_chunks(decoder: Any, tokens: Tensor) -> bool:
     return bool((parts - whole).abs().max() <= 0.1 * whole.float().std())
 
 
+DRAFT_VOCAB_SIZE = 8192
+"""Tokens of a draft vocabulary by default."""
+
+
 def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:
     """Choose the day-0 draft vocabulary: the tokens of highest prior, and the lowest ids among equals.
 

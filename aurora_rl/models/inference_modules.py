@@ -1,7 +1,7 @@
 """Forms of a Hugging Face model's modules that decode faster and compute the same function.
 
-On a CPU a decoding step of a small model is bound by the dispatch of many small operations and by reading weights in a
-layout that the matrix kernels have to reorder each time; see benchmarks/decode.py for what each form gives.
+Two things bound a decoding step of a small model on a CPU: the dispatch of many small operations, and weights in a
+layout that the matrix kernels reorder at each step. benchmarks/decode.py measures what each form gives.
 """
 
 from __future__ import annotations
@@ -161,11 +161,11 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        """``[out, in]`` in the blocked layout."""
+        """Return the weight ``[out, in]`` in the blocked layout."""
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Map ``[..., in]`` to ``[..., out]``."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -305,11 +305,11 @@ def _can_be_fused(layer: Any, rotary: Rotary, far: int) -> bool:
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
         own = _outputs(layer, projections, x, arguments)
         fused = FusedDecoderLayer(layer)
-        ours = _outputs(fused, [fused.qkv_proj, fused.gate_up_proj], x, arguments)
+        fused_outputs = _outputs(fused, [fused.qkv_proj, fused.gate_up_proj], x, arguments)
     except Exception:  # a layer of other parts, or one that is called in another way
         return False
     scale = 16 * torch.finfo(x.dtype).eps * own.abs().amax(dim=(1, 2), keepdim=True)
-    return bool(((ours - own).abs() <= scale).all())
+    return bool(((fused_outputs - own).abs() <= scale).all())
 
 
 def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -137,12 +137,12 @@ class SlotCache(_KeysAndValuesOnly):
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that the pass reads; transformers asks only if it is given no positions."""
+        """Return the number of columns that the pass reads. transformers asks only if it gets no positions."""
         return self._end
 
     @override
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Key length and offset of the mask, of which transformers is given a finished one."""
+        """Return key length and offset of the mask. transformers gets a finished mask."""
         return self._end, 0
 
 

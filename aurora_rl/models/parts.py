@@ -60,8 +60,8 @@ class TargetParts:
         """Read the parts of a Hugging Face causal LM.
 
         Raises:
-            ValueError: The model has no list of decoder layers, its logits are none that :class:`TargetHead` makes, or
-                its embedding or head is of another width than its layers (as of OPT-350m).
+            ValueError: The model has no list of decoder layers, :class:`TargetHead` cannot compute its logits, or its
+                embedding or head is of another width than its layers (as in OPT-350m).
         """
         config, layer = model.config.get_text_config(), decoder_layers(model)[-1]
         embedding = model.get_input_embeddings().get_parameter("weight").detach()
@@ -116,13 +116,14 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
 
     Returns:
-        The final norm's ``[H]``, None if the decoder ends without a norm; the layer's, by their names in a Llama
-        layer; and whether the layer normalises what its attention or its MLP adds to the residual stream.
+        A tuple of three. First the final norm's weight ``[H]``, None if the decoder ends without a norm. Then the
+        weights of the layer's norms, by their names in a Llama layer. Last, whether the layer normalises what its
+        attention or its MLP adds to the residual stream.
     """
     decoder = decoder_of(model)
     seen: dict[nn.Module, tuple[Tensor, Any]] = {}
 
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def note_output(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         read = args[0] if args else kwargs.get("hidden_states")
         if isinstance(read, Tensor):
             seen[module] = read, output
@@ -130,7 +131,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     # NanoChat's norms of heads have no weight that tells their width, so their inputs are noted too.
     head_norms = [module for name, module in layer.named_modules() if name in _HEAD_NORMS]
     hooks = [
-        child.register_forward_hook(record, with_kwargs=True)
+        child.register_forward_hook(note_output, with_kwargs=True)
         for child in (*decoder.children(), *layer.children(), *head_norms)
         if not isinstance(child, nn.ModuleList)
     ]

@@ -27,7 +27,7 @@ _WITHOUT_REPLACEMENT = DRAFT_MODES.index("sampled_without_replacement")
 
 
 def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's surrogate to maximise: min(r A, clamp(r, 1 − clip, 1 + clip) A) with r = exp(log_q − behaviour).
+    """Compute PPO's surrogate to maximise: min(r A, clamp(r, 1 − clip, 1 + clip) A) with r = exp(log_q − behaviour).
 
     Schulman et al. 2017 (arXiv 1707.06347). All are of one shape.
 
@@ -43,30 +43,31 @@ def clipped_gain(log_q: Tensor, behaviour: Tensor, advantage: Tensor, clip: floa
 class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
 
-    With ``R`` the expected number given the tree and ``q`` the law of the tree, the derivative of the expected number
+    Let ``R`` be the expected number given the tree, and ``q`` the law of the tree. The derivative of the expectation
     is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what hangs on
     its draw: the nodes below it, and its later siblings with those below them.
 
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
     may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
-    accept bits, or of the indicators ``q < p``, is biased. On a chain the right one is ``1[q < p]`` times the accepted
-    nodes from there on, which ``reward="recorded"`` takes; on trees that is refused, and the caller sees to it that
-    chains are of the current weights.
+    accept bits, or of the indicators ``q < p``, is biased. On a chain ``reward="recorded"`` takes the right one:
+    ``1[q < p]`` times the accepted nodes from there on. Trees are refused. The caller makes sure that chains are drawn
+    with the current weights.
 
-    Trees may be of older weights, as replayed ones are: what a node has accepted counts with the ratio of the chances
-    that the current and the recorded log-probabilities give the draws that it hangs on, so the gradient is that of the
-    current weights for every rule and tree. For trees of the current weights all ratios are 1.
+    Trees may be drawn with older weights, as replayed ones are. What a node has accepted is then weighted by an
+    importance ratio: the chance of the draws that it hangs on under the current weights, over the recorded chance.
+    So the gradient is that of the current weights for every rule and tree. If the weights are the same, all ratios
+    are 1.
 
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         reward: Source of ``R``: "expected" takes both distributions, "recorded" the accept bits.
-        baseline: Baseline: "none"; "leave_one_out" subtracts what independently drawn siblings would have had accepted,
-            each as if it stood first; "group" standardises that over the branches of one root, as GRPO does (a biased
-            direction, since a branch is part of its own mean, of low variance).
-        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``, which is near the right
-            gradient while the weights are near those that drew. Without a baseline no credit is negative, and a clip
-            silences draws that have grown likelier and no others, so give one. None clips nothing.
+        baseline: Baseline: "none", "leave_one_out" or "group". "leave_one_out" subtracts what independently drawn
+            siblings would have had accepted, each as if it stood first. "group" standardises that over the branches of
+            one root, as GRPO does: low variance, but biased, since a branch is part of its own mean.
+        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``. The gradient is nearly
+            right while the weights are near those that drew. Use it with a baseline: without one no credit is negative,
+            and a clip silences only draws that have become likelier. None clips nothing.
         max_staleness: Most versions that a round may be older than the newest version seen; None keeps all rounds.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are the trees, in one group.
@@ -75,10 +76,10 @@ class AcceptanceRewardLoss(Objective):
     ratio; and "stale", the share of trees that were left out.
 
     Raises:
-        ValueError: An unknown reward or baseline, or a clip or limit out of range; at the first batch, trees that were
-            not sampled, a node that the drafter cannot have drawn, a missing log-probability, a rule or draft mode that
-            reward or baseline does not hold for, or siblings that a baseline misses; after more than twenty batches in
-            a row without a fresh round, that.
+        ValueError: The reward or baseline is unknown, or a clip or limit is out of range. A batch's trees were not
+            sampled, lack a log-probability, or have a node that the drafter cannot have drawn. The reward or baseline
+            does not hold for the rule or draft mode, or a baseline lacks siblings. Or more than twenty batches in a row
+            had no fresh round.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -121,7 +122,7 @@ class AcceptanceRewardLoss(Objective):
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
         super().check_served(settings, shape)
         baseline = settings.get("baseline", "none")
-        if baseline != "none" and shape.chains < 2:
+        if baseline != "none" and shape.num_chains < 2:
             raise ValueError(
                 f"objective {cls.name!r}: baseline={baseline!r} compares siblings, and trees of drafter.depth="
                 f"{shape.depth}, drafter.width={shape.width} and drafter.num_nodes={shape.num_nodes} hold one chain; "
@@ -149,7 +150,7 @@ class AcceptanceRewardLoss(Objective):
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
         # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
-        behaviour = law.given_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
+        behaviour = law.condition_on_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
         ratio = (law.log_q.detach() - behaviour).exp()
         joint = law.joint(ratio)
         credit = self._credit(law, reach.detach(), accepted, ratio, joint)
@@ -221,7 +222,7 @@ class AcceptanceRewardLoss(Objective):
         below = trees.subtree_sums(trees.path_products(alone))[trees.num_rounds :]
         if self.baseline == "group":
             return _standardised(trees, below)
-        return credit - _others(context, below, law.needs_q)
+        return credit - _leave_one_out(context, below, law.needs_q)
 
     # ---- what a batch must be ---------------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ class AcceptanceRewardLoss(Objective):
         if not bool((sibling_ranks(law.context) > 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
-                "any; serve with drafter.width > 1 and a node budget for it, or set baseline='none'"
+                "any; serve with drafter.width > 1 and enough drafter.num_nodes, or set baseline='none'"
             )
         if bool(law.without.any()):
             raise ValueError(
@@ -256,7 +257,7 @@ class AcceptanceRewardLoss(Objective):
             )
 
     def _fresh(self, version: Tensor, drafted: Tensor) -> Tensor:
-        """Which rounds are within the limit."""
+        """Return which rounds are within the limit."""
         if len(version):
             self.newest.copy_(torch.maximum(self.newest, version.max()))
         if self.max_staleness is None:
@@ -280,21 +281,21 @@ def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
     return of_context[context] - before(context, below)
 
 
-def _others(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
-    """Leave-one-out baseline: what the siblings of each node would have had accepted, ``[M]``.
+def _leave_one_out(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
+    """Return the leave-one-out baseline: what the siblings of each node would have had accepted, ``[M]``.
 
     Their mean stands for the node itself. Where siblings do not compete for acceptance the later ones' own share is
     taken off too: it hangs on the node's draw only where they repeat it.
     """
     size = int(context.max()) + 1
     total, count = (below.new_zeros(size).index_add(0, context, part) for part in (below, torch.ones_like(below)))
-    others = (total[context] - below) / (count[context] - 1).clamp(min=1)
+    sibling_mean = (total[context] - below) / (count[context] - 1).clamp(min=1)
     later = total[context] - below - before(context, below)
-    return others + torch.where(needs_q, 0.0, later)
+    return sibling_mean + torch.where(needs_q, 0.0, later)
 
 
 def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
-    """Of every node, its branch's value less the mean of its root's branches, over their standard deviation."""
+    """Standardise each node's branch value by mean and standard deviation over the branches of its root."""
     depth, parent = trees.depth[trees.num_rounds :], trees.parent
     branch = torch.arange(len(depth), device=depth.device)
     for level in range(2, int(depth.max()) + 1):
@@ -304,7 +305,7 @@ def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
     root, value = parent[top], below[top]
 
     def mean(of: Tensor) -> Tensor:
-        """Over the branches of each root, at each branch."""
+        """Average over the branches of each root, at each branch."""
         count, total = (below.new_zeros(trees.num_rounds).index_add(0, root, x) for x in (torch.ones_like(of), of))
         return (total / count.clamp(min=1))[root]
 

@@ -26,9 +26,9 @@ from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 class DiscardSamplingLoss(DistillationObjective):
     """A divergence to the target at rejected nodes.
 
-    Every node of a tree went through the target, so its distribution is known at the contexts that serving discards,
-    and the drafter's own states there are those of serving (arXiv 2602.06932, "discard sampling"; the paper's λ is
-    ``weight``). It is no penalty on the rejected tokens: at their parents the drafter learns by imitation.
+    Every node of a tree went through the target, so the target's distribution is known at the contexts that serving
+    discards. The drafter's own states there are those of serving. Source: "discard sampling" of arXiv 2602.06932, whose
+    λ is ``weight``. The loss does not penalise the rejected tokens: at their parents the drafter learns by imitation.
 
     Nodes that others proposed (a recorded log-probability of −inf) do not count. A batch may be without
     ("nodes", "log_probs"); then every node counts as the drafter's.

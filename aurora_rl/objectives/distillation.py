@@ -22,13 +22,13 @@ class DistillationObjective(Objective):
     """An objective that compares the drafter's distribution with the target's, by default along the committed text.
 
     Args:
-        drafter: See :class:`Objective`.
-        head: See :class:`Objective`.
+        drafter: Drafter whose parameters learn.
+        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         renormalize: Whether the target's distribution is renormalised over the draft vocabulary.
         target: "model" for the target's distribution at temperature 1; "served" for that of each request, after its
-            temperature, top-k and top-p, the point mass where it was decoded greedily.
-        weight: See :class:`Objective`.
-        reduction: See :class:`Objective`.
+            temperature, top-k and top-p (a point mass if it was decoded greedily).
+        weight: Factor on the loss.
+        reduction: Reduction over the positions: "mean", "sum" or "none".
 
     Raises:
         ValueError: An unknown target.

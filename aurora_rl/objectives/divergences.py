@@ -44,7 +44,7 @@ _NEVER = -1e4
 
 
 def register_divergence(name: str, *, renormalize: bool = True) -> Callable[[_D], _D]:
-    """Decorator: make a function of ``log_p``, ``log_q`` and keywords available by name; keywords are its settings.
+    """Make a function of ``log_p``, ``log_q`` and keywords available by name; keywords are its settings.
 
     Args:
         name: Name in configurations.

@@ -29,18 +29,18 @@ class ExpectedLengthLoss(Objective):
     A context accepts a draft from ``q`` with chance ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
     sample-and-match, ``q(argmax p)`` under greedy verification, with ``p`` as it was served. A path of contexts then
     has ``Σ over depths of the product of α`` accepted on average, given that what was accepted are the tokens of the
-    path. For deterministic top-k drafting it is a relaxation. A metric has the true value, which has no gradient: in
-    windows of text, how many of the drafter's likeliest tokens are the text's before the first that is
-    not, from every anchor; of recorded trees, the nodes that were accepted.
+    path. For deterministic top-k drafting it is a relaxation. A metric reports the exact value, which has no gradient.
+    In windows of text it is the number of the drafter's likeliest tokens, from every anchor, before the first that is
+    not the text's. In recorded trees it is the number of accepted nodes.
 
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         rule: Verification rule: "greedy", "sample_and_match", "rejection", ...; None takes each request's own.
         contexts: Contexts to learn at: "text" takes windows of the committed text, drafted from every position of the
-            completion as the training-time test does. "trees" takes the recorded trees, on the drafter's own nodes; a
-            tree counts by the mean over its root-to-leaf paths, each weighted by the target's probability of its
-            tokens, at temperature 1 whatever was served: so that no path of a greedy request weighs nothing.
+            completion as the training-time test does. "trees" takes the recorded trees, on the drafter's own nodes. A
+            tree's value is the mean over its root-to-leaf paths, weighted by the target's probability of their tokens.
+            That probability is at temperature 1 for every request, so that paths of greedy requests keep a weight.
         steps: Depths of a window of text; the trees have their own.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are windows or trees, in one group.
@@ -103,7 +103,7 @@ class ExpectedLengthLoss(Objective):
         return Values(-length[None], length.new_ones(()), valid[None], metrics)
 
     def _text(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the window from every completion token, ``[C]``: expected length, true length, validity."""
+        """Return expected length, true length and validity, ``[C]`` each, of the window from every completion token."""
         unroll, request = self.drafter.unroll(batch, self.steps), completion_requests(batch)
         rows = target_rows(batch, self.tensor_keys.hidden)
         log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
@@ -116,7 +116,7 @@ class ExpectedLengthLoss(Objective):
         return relaxed, top1, unroll.valid[0]
 
     def _trees(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every recorded tree, ``[R]``: expected length, accepted nodes, validity."""
+        """Return expected length, accepted nodes and validity, ``[R]`` each, of every recorded tree."""
         self.expect_nodes(batch)
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         rounds = slice(trees.num_rounds)
@@ -138,7 +138,7 @@ class ExpectedLengthLoss(Objective):
     def _share_of_leaves(
         self, batch: TensorDictBase, trees: TreeIndex, rows: TensorDictBase, context: Tensor
     ) -> Tensor:
-        """Share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
+        """Return the share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
         log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]
         # In float64: the product of many small chances of a path must not vanish.
         reach = trees.path_products(log_p.double().exp())
@@ -149,7 +149,7 @@ class ExpectedLengthLoss(Objective):
         return (below[trees.num_rounds :] / below[tree].clamp(min=torch.finfo(below.dtype).tiny)).to(log_p.dtype)
 
     def _acceptance(self, batch: TensorDictBase, log_p: Tensor, log_q: Tensor, request: Tensor) -> Tensor:
-        """Chance that each context accepts a draft from ``q``, ``[X]``."""
+        """Return the chance that each context accepts a draft from ``q``, ``[X]``."""
         matched = torch.linalg.vecdot(log_p.exp().to(log_q.dtype), log_q.exp())
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)

@@ -31,8 +31,8 @@ class FunctionObjective(DistillationObjective):
     :func:`register_objective` makes a subclass of it from a function
     ``function(log_p, log_q, windows, *, settings) -> (values, mask)``:
 
-    - ``log_p`` and ``log_q`` are ``[J, C, Vd]`` over the draft vocabulary: the target's distribution, a constant, and
-      the drafter's, at draft ``j`` of the window that starts at completion token ``c``;
+    - ``log_p``, the target's distribution (a constant), and ``log_q``, the drafter's, are ``[J, C, Vd]`` over the draft
+      vocabulary, at draft ``j`` of the window that starts at completion token ``c``;
     - ``windows`` tells what the positions are, see :class:`Windows`;
     - keywords are the objective's settings, checked by their types;
     - ``values`` ``[J, C]`` are minimised where ``mask`` ``[J, C]`` bool is true, which is ``windows.valid`` or less.

@@ -48,7 +48,7 @@ def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
     """Return weights by which a window's cross entropies become a surrogate of its expected accepted length (D-PACE).
 
-    With ``c_i`` the drafter's probability of the window's token ``i``, smoothed to ``(1 + c_i) / 2``, the weight of
+    Let ``c_i`` be ``(1 + q_i) / 2``, with ``q_i`` the drafter's probability of the window's token ``i``. The weight of
     step ``j`` is ``sum over m >= j of the product over i <= m of c_i``: how many of the tokens hang on this one.
 
     Source: D-PACE (arXiv 2605.18810).
@@ -86,9 +86,9 @@ class ImitationLoss(DistillationObjective):
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
             asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the
             missed probability), true for the others.
-        target: Distribution to imitate: "model", the target's at temperature 1; or "served", as each request was: after
-            its temperature, top-k and top-p, the point mass where it was decoded greedily. Positions where the draft
-            vocabulary has none of the served mass do not count then.
+        target: Distribution to imitate: "model", the target's at temperature 1; or "served", the target's after the
+            request's temperature, top-k and top-p (a point mass if it was decoded greedily). With "served", positions
+            where the draft vocabulary has none of the mass do not count.
         steps: Depths ``J`` to unroll.
         decay: Weight of each further step.
         weighting: Weights of positions: "decay", or "expected_length" for :func:`expected_length_weights` in place of
@@ -102,9 +102,9 @@ class ImitationLoss(DistillationObjective):
     acceptance.
 
     Raises:
-        ValueError: ``steps`` < 1, ``decay`` outside (0, 1], ``regression`` negative or infinite, an unknown divergence,
-            target, weighting or reduction; at the first batch, ``regression`` with a drafter whose unroll has no
-            states, or with a target whose outputs come without hidden states.
+        ValueError: ``steps`` is below 1, ``decay`` outside (0, 1], or ``regression`` negative or infinite; or
+            divergence, target, weighting or reduction is unknown. At the first batch: ``regression`` is set, but the
+            drafter's unroll has no states, or the target's outputs have no hidden states.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -174,7 +174,7 @@ class ImitationLoss(DistillationObjective):
 
 
 def _distance(unroll: Unroll, rows: TensorDictBase) -> Tensor:
-    """Smooth-L1 distance of each step's states from the target's, averaged over their width, ``[J, C]``."""
+    """Compute the smooth-L1 distance of each step's states from the target's, averaged over their width, ``[J, C]``."""
     if unroll.states is None:
         raise ValueError("objective 'imitation': regression needs a drafter whose unroll has states; set regression=0")
     if "hidden" not in rows.keys():

@@ -61,8 +61,8 @@ class Objective(LossModule):
     Forward returns "loss_<name>" and its metrics, and leaves its input as it is.
 
     A batch has the target's outputs as hidden states or as its likeliest tokens (``aurora_rl.objectives.target_rows``).
-    :attr:`reads` names the first form; the other stands for it, in the same groups. ``values`` that takes them by
-    ``target_rows`` or ``context_rows`` knows both.
+    :attr:`reads` names the first form. The second may replace it, in the same groups. A ``values`` that reads them
+    through ``target_rows`` or ``context_rows`` takes both.
 
     A constructor checks its settings and asks nothing of the drafter: configurations are checked by making the
     objective on a stand-in, before a model is loaded.
@@ -146,7 +146,7 @@ class Objective(LossModule):
 
     @abstractmethod
     def values(self, batch: TensorDictBase) -> Values:
-        """Per-position values of a packed batch."""
+        """Compute the per-position values of a packed batch."""
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -164,7 +164,7 @@ class Objective(LossModule):
         return [f"loss_{self.name}", *self.metrics]
 
     def keys_of(self, batch: TensorDictBase) -> list[NestedKey]:
-        """Entries that forward reads of this batch: :attr:`reads` in the form that it has.
+        """Return the entries that forward reads of this batch: :attr:`reads` in the form that the batch has.
 
         Raises:
             ValueError: It is no batch, or an entry is missing; the message names it and what would supply it.
@@ -177,8 +177,8 @@ class Objective(LossModule):
         for key in self.reads:
             if key in there:
                 found.append(key)
-            elif key in outputs and (others := target_keys(batch, key)):
-                found += others
+            elif key in outputs and (topk_keys := target_keys(batch, key)):
+                found += topk_keys
             elif key not in self.optional_reads:
                 raise ValueError(
                     f"objective {self.name!r} needs {key} in the batch, which has no such entry{self._supplier(key)}"
@@ -186,7 +186,7 @@ class Objective(LossModule):
         return found
 
     def _supplier(self, key: NestedKey) -> str:
-        """Say where an entry would come from, as the end of a sentence."""
+        """Return the end of an error message: where an entry would come from."""
         keys = self.tensor_keys
         if key == keys.log_probs:
             return (
@@ -199,7 +199,7 @@ class Objective(LossModule):
         return f"; {_SOURCES[group]}" if group in _SOURCES else ""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Loss and metrics of a packed batch.
+        """Compute loss and metrics of a packed batch.
 
         Raises:
             ValueError: The batch lacks an entry; the message names it and its source. Or the features are not those
@@ -231,7 +231,7 @@ class Objective(LossModule):
         return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """Called by ``set_keys``; there is no value estimator."""
+        """Do nothing for ``set_keys``: there is no value estimator."""
 
     def _check_weight(self, weight: Tensor, value: Tensor) -> None:
         """Raise ValueError where the weights do not fit the values, or learn."""
@@ -275,7 +275,7 @@ class Objective(LossModule):
             )
 
     def _as_drafted(self, log_p: Tensor) -> Tensor:
-        """In the dtype that :func:`log_softmax` gives of the drafter's logits; the head may have another."""
+        """Cast to the dtype that :func:`log_softmax` returns for the drafter's logits; the head may have another."""
         return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
 
     @torch.no_grad()

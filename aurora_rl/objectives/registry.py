@@ -36,9 +36,9 @@ get_objective = OBJECTIVES.get
 
 
 def register_objective(name: str) -> Callable[[_Part], _Part]:
-    """Decorator: make a function or a subclass of :class:`Objective` available by name in configurations.
+    """Make a function or a subclass of :class:`Objective` available by name in configurations.
 
-    A function gets the log-probabilities of target and drafter, ``[J, C, Vd]`` each, and :class:`Windows`, and returns
+    A function takes the log-probabilities of target and drafter, ``[J, C, Vd]`` each, and :class:`Windows`. It returns
     values to minimize and a mask, ``[J, C]`` each. Its keywords are settings.
 
     Raises:

@@ -71,7 +71,7 @@ class SumLoss(LossModule):
         return [f"{key}{suffix}" for objective, suffix in self._parts() for key in objective.out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Losses and metrics of a packed batch; errors as of the objectives."""
+        """Compute losses and metrics of a packed batch; errors are those of the objectives."""
         readers = sum(set(TREE_KEYS) <= set(objective.in_keys) for objective, _ in self._parts())
         if readers > 1 and set(TREE_KEYS) <= set(tensordict.keys(include_nested=True)):
             tensordict = indexed(tensordict)

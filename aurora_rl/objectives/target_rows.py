@@ -108,9 +108,9 @@ def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None 
     if "hidden" in rows.keys():
         return head(rows["hidden"].to(head.weight.dtype), tokens)
     ids, log_probs, tail = (rows[name] for name in TOPK_ENTRIES)
-    width, others = len(head) if tokens is None else len(tokens), max(len(head) - ids.shape[1], 1)
+    width, rest = len(head) if tokens is None else len(tokens), max(len(head) - ids.shape[1], 1)
     dtype = torch.promote_types(head.weight.dtype, torch.float32)  # the head may be in bfloat16, for autocast
-    each = tail.to(dtype).clamp(min=_LEAST) - math.log(others)
+    each = tail.to(dtype).clamp(min=_LEAST) - math.log(rest)
     # One column more, for the ids that are not asked for.
     place = ids if tokens is None else draft_rows(tokens, ids)
     logits = each[:, None].repeat(1, width + 1)

@@ -84,8 +84,8 @@ class TreeLaw:
         self.log_q = log_q[context, row] - self._log_left
         self.needs_q = self.by_rule(lambda rule, here: torch.full_like(self.log_q[here], float(rule.needs_q))) > 0
 
-    def given_siblings(self, recorded: Tensor) -> Tensor:
-        """Return recorded log-probabilities, ``[M]``, which are given the path, given the earlier siblings too."""
+    def condition_on_siblings(self, recorded: Tensor) -> Tensor:
+        """Condition recorded log-probabilities given the path, ``[M]``, on the earlier siblings too."""
         left = 1 - before(self.context, recorded.exp())
         # Where float32 cannot say what was left, what is left now stands for it.
         now = self._log_left.detach().clamp(max=math.log(_RESOLVED))

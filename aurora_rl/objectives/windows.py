@@ -22,8 +22,8 @@ class Windows(NamedTuple):
     Attributes:
         rows: Row of the draft vocabulary that holds the text's token, ``[J, C]`` int64; −1 if none does.
         request: Request of each window, ``[C]`` int64.
-        valid: Positions that count, ``[J, C]`` bool: not those after the end of a request, where the drafter predicts
-            nothing, or where the draft vocabulary covers nothing of the target's distribution.
+        valid: Positions that count, ``[J, C]`` bool. Positions do not count after the end of a request, where the
+            drafter predicts nothing, and where the draft vocabulary has none of the target's mass.
     """
 
     rows: Tensor
@@ -60,9 +60,9 @@ def completion_requests(batch: TensorDictBase) -> Tensor:
 def by_window(steps: Sequence[Tensor] | Tensor) -> Tensor:
     """Lay the ``J`` steps of an unroll, each ``[C, ...]``, out by window: the drafts of a window stand in one column.
 
-    Row ``j`` of column ``c`` of the result, ``[J, C, ...]``, is the value of the ``j``-th token of the window that
-    starts at completion token ``c``, 0 after the last column. A window may run into the next request, where nothing is
-    valid: mask the values first, or after.
+    The result is ``[J, C, ...]``. Row ``j`` of column ``c`` is the value of token ``j`` of the window that starts at
+    completion token ``c``, 0 after the last column. A window may run into the next request, where nothing is valid:
+    mask the values first, or after.
 
     Example:
         >>> by_window(torch.tensor([[1, 2, 3], [0, 5, 6]]))

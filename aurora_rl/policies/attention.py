@@ -22,9 +22,9 @@ _FOLD = 64
 class TreeAttention(nn.Module):
     """Grouped-query attention with rotary positions, for drafters at serving and in training.
 
-    A query sees the sequence keys that its mask allows (what the request has committed, or what a cache holds of it)
-    and its own branch keys: those of its ancestors and of itself. Serving a tree, unrolling a chain from every anchor
-    and scoring recorded trees are all this one operation, so they agree.
+    A query sees the sequence keys that its mask allows: the committed tokens of the request, or those that a cache
+    holds. It also sees its own branch keys: those of its ancestors and of itself. Serving a tree, unrolling a chain
+    from every anchor and scoring recorded trees are all this one operation, so they agree.
 
     Args:
         config: Llama-style configuration, for heads, key heads, head size and rotary settings.
@@ -65,7 +65,7 @@ class TreeAttention(nn.Module):
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
     def keys_values(self, x: Tensor, positions: Tensor) -> KeysValues:
-        """Rotated keys and values, each ``[b, T, g, d]``, of inputs ``[b, T, input_size]`` at positions ``[b, T]``."""
+        """Return rotated keys and values ``[b, T, g, d]`` of inputs ``[b, T, input_size]`` at positions ``[b, T]``."""
         shape = (*x.shape[:2], self.num_key_heads, self.head_dim)
         return self._rotate(self.k_proj(x).view(shape), positions), self.v_proj(x).view(shape)
 

@@ -36,7 +36,7 @@ class BlockAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def keys_values(self, x: Tensor, rotation: Rotation) -> KeysValues:
-        """Rotated keys and values, each ``[..., g, d]``, of inputs ``[..., H]``."""
+        """Return rotated keys and values, each ``[..., g, d]``, of inputs ``[..., H]``."""
         keys = self.k_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
         values = self.v_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
         return _rotated(self.k_norm(keys), rotation), values
@@ -82,7 +82,7 @@ class BlockLayer(nn.Module):
         self.mlp = Qwen3MLP(config)
 
     def forward(self, hidden: Tensor, rotation: Rotation, context: KeysValues, mask: Tensor) -> Tensor:
-        """``[r, A, W, H]`` to ``[r, A, W, H]``; the rest as of :class:`BlockAttention`."""
+        """Map ``[r, A, W, H]`` to ``[r, A, W, H]``; the other arguments are those of :class:`BlockAttention`."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -66,7 +65,7 @@ class SpeculativeDecoder:
         **settings: Any,
     ) -> None:
         if drafter is not None:
-            drafter = copy.deepcopy(drafter).to(model.device, model.dtype).eval().requires_grad_(False)
+            drafter = drafter.serving_copy(model.dtype, model.device)
         layers = () if drafter is None else drafter.feature_layers
         self.engine = TransformersEngine(model, num_slots=num_slots, max_length=max_length, feature_layers=layers)
         if not callable(requests):

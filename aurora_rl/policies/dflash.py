@@ -35,11 +35,11 @@ from aurora_rl.tree_index import TreeIndex
 class DFlashDrafter(Drafter):
     """DFlash with the context's keys and values cached at serving, and a reduced draft vocabulary.
 
-    With the root at position ``n``, the block holds the root's token at ``n`` and masks at ``n + 1 .. n + W - 1``; a
-    mask's output drafts the token of its own position, the root's output nothing. Context are the target's states at
-    positions ``0 .. n - 1``, joined (``fc``, ``hidden_norm``) and projected by every layer to keys and values that
-    depend on nothing else. So all nodes of a depth share one distribution, and a tree is a Cartesian product of top
-    tokens. Embedding and head are the target's and frozen.
+    With the root at position ``n``, the block holds the root's token at ``n`` and masks at ``n + 1 .. n + W - 1``. A
+    mask's output drafts the token of its own position; the root's output drafts nothing. The context is the target's
+    states at positions ``0 .. n - 1``, joined by ``fc`` and ``hidden_norm``. Every layer projects it to keys and values
+    that depend on nothing else. So all nodes of a depth share one distribution, and a tree is a Cartesian product of
+    top tokens. Embedding and head are the target's and frozen.
 
     Args:
         config: Qwen3-style configuration of the layers; ``num_hidden_layers`` of them.
@@ -164,11 +164,11 @@ class DFlashDrafter(Drafter):
         return (self.embedding if self.target_head is None else self.target_head)[draft_vocab]
 
     def _fuse(self, features: Tensor) -> Tensor:
-        """Features ``[..., F]`` of the target to what the layers project to keys and values, ``[..., H]``."""
+        """Fuse features ``[..., F]`` of the target into what the layers project to keys and values, ``[..., H]``."""
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
 
     def _rotation(self, positions: Tensor) -> Rotation:
-        """Cosines and sines, each ``[..., d]``, of positions ``[...]``."""
+        """Return cosines and sines, each ``[..., d]``, of positions ``[...]``."""
         flat = positions.reshape(1, -1)
         cos, sin = self._rotary[0].to(flat.device)(self.norm.weight.float(), flat)
         return cos[0].unflatten(0, positions.shape), sin[0].unflatten(0, positions.shape)

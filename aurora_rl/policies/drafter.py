@@ -6,6 +6,7 @@ Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -32,17 +33,18 @@ class TreeShape:
     Attributes:
         depth: Longest path of the drafter's tree; 0 drafts nothing.
         width: Nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: Node budget: the drafter's likeliest nodes by joint probability are kept. None, or more than there
+        num_nodes: Most nodes: the drafter's likeliest nodes by joint probability are kept. None, or more than there
             can be, stands for all nodes of this depth and width.
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
-            many as the budget holds whole, their first tokens independently; "sampled_without_replacement" draws first
-            tokens that differ.
+            many as ``num_nodes`` holds whole, their first tokens independently. "sampled_without_replacement" draws
+            first tokens that differ.
         lookup: Most tokens of the chain that is looked up in the request's own text and merged into the drafter's tree
-            (``policies.lookup``); it counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges none.
+            (``policies.lookup``). The chain counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges
+            none.
         lookup_only: Whether the drafter rests: the whole tree, of this depth and width, is looked up.
 
     Raises:
-        ValueError: An attribute is out of range, the budget cannot hold one path, or lookup is combined with a mode
+        ValueError: An attribute is out of range, ``num_nodes`` cannot hold one path, or lookup is combined with a mode
             that samples.
 
     Example:
@@ -83,8 +85,8 @@ class TreeShape:
             object.__setattr__(self, name, value)
 
     @property
-    def chains(self) -> int:
-        """Chains of a sampled tree."""
+    def num_chains(self) -> int:
+        """Number of chains of a sampled tree."""
         return min(self.width, self.num_nodes // max(self.depth, 1))
 
 
@@ -110,8 +112,8 @@ class Unroll(NamedTuple):
     """Predictions of every completion token from anchors at growing distance.
 
     Attributes:
-        logits: ``J`` tensors ``[C, Vd]``; row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
-            of a chain of the true tokens, hence belongs to row ``c`` of ("sequence", "hidden").
+        logits: ``J`` tensors ``[C, Vd]``. Row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
+            of a chain of the true tokens. It belongs to row ``c`` of ("sequence", "hidden").
         valid: Whether a row counts, ``[J, C]`` bool: its anchor is at the last prompt token or later, with a feature.
         states: Inputs of the draft head, ``J`` tensors ``[C, H]``; None if they do not have the target's hidden size.
     """
@@ -147,7 +149,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
             not serve the architecture.
         options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
-        made_for: ``TargetParts.fingerprint`` of the target that it is trained for, kept in the folder; None if unknown.
+        trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
@@ -167,7 +169,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     vocab_size: int
     cached: Tensor
     options: Mapping[str, Any] = MappingProxyType({})
-    made_for: str | None = None
+    trained_for: str | None = None
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -250,7 +252,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         """
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        """Training-time test: predict completion tokens as serving would, had the first drafts been right.
+        """Run the training-time test: predict completion tokens as serving would, had the first drafts been right.
 
         Chains of the true tokens are laid after every anchor and go through :meth:`context_logits`. Drafters that can
         share work between the anchors override this.
@@ -283,6 +285,10 @@ class Drafter(HubMixin, nn.Module, ABC):
         return torch.where(possible, picked, -torch.inf)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def serving_copy(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
+        """Return a copy that serves or replays: in ``dtype`` and on ``device``, or where this is; without gradients."""
+        return copy.deepcopy(self).to(device, dtype).eval().requires_grad_(False)
 
     def published(self) -> dict[str, Tensor]:
         """Return the tensors that a swap replaces, by their checkpoint names, without frozen parts of the target.

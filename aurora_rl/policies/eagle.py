@@ -32,9 +32,9 @@ _TOKEN_SHARE = 0.5
 class EagleDrafter(RecurrentDrafter):
     """EAGLE with its own KV cache at serving and, where wanted, a reduced draft vocabulary (FR-Spec).
 
-    The one feature is layer id ``num_hidden_layers``, the input of the target's output head, and what the layer gives
-    is the prediction of the next one: it is carried to the next depth and read by the target's head as it is. The head
-    stays as it was, so ``ImitationLoss(regression=...)`` is the authors' loss and a swap moves one layer and ``fc``.
+    The one feature is layer id ``num_hidden_layers``, the input of the target's output head. The layer's output
+    predicts the next feature: it is carried to the next depth, and the target's head reads it as it is. The head is
+    frozen, so ``ImitationLoss(regression=...)`` is the authors' loss, and a swap moves one layer and ``fc``.
 
     Args:
         config: Llama-style configuration of the layer.
@@ -98,8 +98,8 @@ class EagleDrafter(RecurrentDrafter):
 
         ``fc`` passes the feature on and adds a random image of the embedding, half as large: a layer that must first
         learn to see small embeddings learns late. Projections into attention and MLP are the last layer's, with the
-        norms between them and a feature folded in; those out of them are zero, since they add to a residual stream of
-        another scale.
+        norms between them and a feature folded in. Projections out of them are zero, since they add to a residual
+        stream of another scale.
 
         The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
         the target's.
@@ -168,7 +168,10 @@ class EagleDrafter(RecurrentDrafter):
         # The draft vocabulary stays: of the target's head only its rows are here.
         install = super().stage(weights)
         if not torch.equal(weights["d2t"].to(self.draft_vocab), self.published()["d2t"]):
-            raise ValueError("tensor 'd2t' is another draft vocabulary than the one whose rows of the head are held")
+            raise ValueError(
+                f"tensor 'd2t' is not this drafter's draft vocabulary of {len(self.draft_vocab)} tokens, whose rows of "
+                "the target's head it holds; load weights that were trained with the same vocabulary"
+            )
         return install
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

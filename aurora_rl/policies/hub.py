@@ -57,7 +57,7 @@ class HubMixin:
         *,
         layout: str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
-        made_for: str = "target",
+        trained_for: str = "target",
     ) -> Self:
         """Read a drafter for a target, in float32.
 
@@ -70,7 +70,7 @@ class HubMixin:
                 not be in an engine yet.
             layout: Format of the checkpoint; None takes the first of the architecture's ``formats``.
             options: Options of the architecture that the checkpoint does not state.
-            made_for: "target" refuses a drafter that was trained for other weights than the target's; "any" takes it.
+            trained_for: "target" refuses a drafter trained for weights other than the target's; "any" takes it.
 
         Raises:
             CheckpointError: Files are missing or broken, or the drafter does not fit the target.
@@ -93,7 +93,7 @@ class HubMixin:
             target, _ = load_target(target, dtype=default_dtype("cpu"), device="cpu")
         parts = target if isinstance(target, TargetParts) else TargetParts.of(target)
         kind = None if inspect.isabstract(cls) else cast("type[Drafter]", cls)
-        return cast(Self, load_drafter(source, parts, kind, layout=layout, options=options, made_for=made_for))
+        return cast(Self, load_drafter(source, parts, kind, layout=layout, options=options, trained_for=trained_for))
 
     def push_to_hub(
         self,
@@ -166,7 +166,7 @@ class HubMixin:
 
 
 def _metadata(repo_id: str, api: HfApi) -> dict[str, Any]:
-    """Front matter of a repository's card; empty where the hub says that there is no card."""
+    """Return the front matter of a repository's card; empty if the hub has no card."""
     try:
         return ModelCard.load(api.hf_hub_download(repo_id, "README.md")).data.to_dict()
     except (RemoteEntryNotFoundError, RepositoryNotFoundError):

@@ -112,21 +112,21 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape) -> Tree:
     return tree
 
 
-def merged(tree: Tree, found: Tree, budget: int) -> Tree:
+def merged(tree: Tree, found: Tree, num_nodes: int) -> Tree:
     """Add a tree that was looked up to a drafter's, sharing the nodes that both have.
 
     Args:
         tree: Tree of the drafter.
-        found: Tree that was looked up, of at most ``budget`` nodes. They displace the drafter's least likely ones: a
-            repetition in the text is a better guess.
-        budget: Most nodes of the result.
+        found: Tree that was looked up, of at most ``num_nodes`` nodes. They displace the drafter's least likely ones:
+            a repetition in the text is a better guess.
+        num_nodes: Most nodes of the result.
 
     Returns:
         The new tree. Nodes that were only looked up have a log-probability of −inf.
 
     Example:
         >>> found = Tree([7, 8], [-1, 0], [0.0, 0.0])
-        >>> merged(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, budget=3)
+        >>> merged(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, num_nodes=3)
         Tree(tokens=[5, 7, 8], parents=[-1, -1, 1], log_probs=[-0.9, -0.5, -inf])
     """
     both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())
@@ -143,8 +143,8 @@ def merged(tree: Tree, found: Tree, budget: int) -> Tree:
         joint.append(log_prob + (joint[parent] if parent >= 0 else 0.0))
     needed = {node for node in place.values() if node >= 0}
     # A node is no likelier than its parent and comes after it, so what is kept is a tree.
-    others = sorted((i for i in range(len(both.tokens)) if i not in needed), key=lambda i: -joint[i])
-    return both.kept(sorted(needed.union(others[: budget - len(needed)])))
+    optional = sorted((i for i in range(len(both.tokens)) if i not in needed), key=lambda i: -joint[i])
+    return both.kept(sorted(needed.union(optional[: num_nodes - len(needed)])))
 
 
 def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:

@@ -31,7 +31,7 @@ class MedusaBlock(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(num_layers))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]``."""
+        """Map ``[..., H]`` to ``[..., H]``."""
         for layer in self.layers:
             hidden = hidden + F.silu(layer(hidden))
         return hidden
@@ -42,8 +42,8 @@ class MedusaDrafter(Drafter):
     """Medusa heads over a reduced draft vocabulary.
 
     The one feature is layer id ``num_hidden_layers``, the input of the target's output head. Head ``d`` drafts the
-    nodes of depth ``d`` from the feature at the position just before the root; the root's token and the path to a node
-    are not read, so all nodes of a depth share one distribution and a tree is a Cartesian product of top tokens.
+    nodes of depth ``d`` from the feature at the position just before the root. It reads neither the root's token nor
+    the path to a node. So all nodes of a depth share one distribution, and a tree is a Cartesian product of top tokens.
 
     Args:
         hidden_size: Hidden size ``H`` of the target.
@@ -167,7 +167,7 @@ class MedusaDrafter(Drafter):
         return search.proposal()
 
     def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """States ``[..., H]`` and logits ``[..., Vd]`` of one head (counted from 0) at features ``[..., H]``."""
+        """Return states ``[..., H]`` and logits ``[..., Vd]`` of head ``head`` (from 0) at features ``[..., H]``."""
         states = self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
         return states, self.lm_heads[head](states)
 
@@ -206,11 +206,13 @@ class MedusaDrafter(Drafter):
 
     @override
     def write(self, layout: str) -> Checkpoint:
-        ours = super().write("aurora_rl")
+        checkpoint = super().write("aurora_rl")
         if layout != "vllm":
-            return ours
+            return checkpoint
         # A subclass's heads are laid out as these are.
-        return Checkpoint(*to_vllm(ours.tensors, {**ours.config, "architectures": [MedusaDrafter.__name__]}))
+        return Checkpoint(
+            *to_vllm(checkpoint.tensors, {**checkpoint.config, "architectures": [MedusaDrafter.__name__]})
+        )
 
     @classmethod
     @override

@@ -99,7 +99,7 @@ def model_card(
         ("parameters", f"{sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M"),
         ("draft vocabulary", f"{len(drafter.draft_vocab):,} of {drafter.vocab_size:,} tokens"),
         ("target layers that it reads", ", ".join(map(str, drafter.feature_layers)) or "none"),
-        ("fingerprint of the target's weights", f"`{drafter.made_for}`" if drafter.made_for else "not known"),
+        ("fingerprint of the target's weights", f"`{drafter.trained_for}`" if drafter.trained_for else "not known"),
         ("written with", ", ".join(f"{name} {version(name)}" for name in ("aurora-rl", "torch", "transformers"))),
     ]
     commands = "\n".join(engine_commands(kind, config, repo_id, target).values())
@@ -123,7 +123,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Configuration of a run, and rows of its figures; what a run did not measure has no row."""
+    """Return the configuration of a run, and rows of its figures. What was not measured has no row."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         settings = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
@@ -144,11 +144,11 @@ def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 
 def _is_folder(model: str) -> bool:
-    """Whether a model's name is that of a folder of this machine, which is nobody else's business."""
+    """Return whether a model's name is a local folder. Its path is private, so a card does not show it."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
 
 
 def _length(value: Mapping[str, float | None] | float | None) -> str | None:
-    """An acceptance length, or its first and last value; None where there is none."""
+    """Format an acceptance length, or its first and last value. Return None if there is none."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
     return None if None in values else " → ".join(f"{each:.2f}" for each in values)

@@ -33,9 +33,9 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
-    Before it drafts, the cache takes from the store all that it lacks: the tokens of the last round, a new request
-    (``is_init``), a window of plain decoding, or everything after a swap of weights. What is looked up in a request's
-    text is merged into the drafter's tree, as far as the shape asks for it.
+    Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
+    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. Lookup in a request's
+    text is merged into the drafter's tree if the shape asks for it.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
@@ -178,8 +178,8 @@ class DrafterPolicy(TensorDictModuleBase):
             speculate: Slots whose request takes drafts, ``[B, 1]`` bool; None drafts for all.
 
         Returns:
-            "tokens", "parents", "mask" and "log_probs", each ``[B, N]``; "mode" ``[B]`` int64, how the tree was drawn,
-            an index into ``aurora_rl.trajectories.DRAFT_MODES``; and "q" ``[B, N, V]`` if it is asked for.
+            A TensorDict with "tokens", "parents", "mask" and "log_probs", each ``[B, N]``, and "q" ``[B, N, V]`` if it
+            is asked for. "mode" ``[B]`` int64 is an index into ``aurora_rl.trajectories.DRAFT_MODES``.
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
@@ -232,7 +232,7 @@ class DrafterPolicy(TensorDictModuleBase):
                 self._refuse(slots, error)
 
     def _look_up(self, draft: dict[str, Tensor]) -> None:
-        """Merge what is looked up in each slot's text into its tree, which is empty where the drafter did not draft."""
+        """Merge what is looked up in each slot's text into its tree, which is empty if the drafter did not draft."""
         shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
         chain = TreeShape(min(shape.lookup, shape.num_nodes))
         found: dict[int, Tree] = {}
@@ -285,7 +285,10 @@ class DrafterPolicy(TensorDictModuleBase):
                 raise ValueError(f"q is {shape}, not {nodes}, in mode {self.shape.mode}")
             total = q[mask].float().sum(-1)
             if not bool((q[mask] >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-2):
-                raise ValueError("q has a row that is no distribution: a number below 0, not a number, or a sum not 1")
+                raise ValueError(
+                    f"q has a row that is no distribution: the least number is {float(q[mask].min()):g}, sums are "
+                    f"{float(total.min()):g} to {float(total.max()):g}; numbers must be at least 0 and sum to 1"
+                )
             columns = torch.arange(width, device=rows.device)[:, None]
             draft["q"][rows[:, None, None], columns, self.drafter.draft_vocab] = q.float()
         draft["tokens"][rows, :width] = tokens

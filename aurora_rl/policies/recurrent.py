@@ -52,7 +52,7 @@ class DraftLayer(nn.Module):
         mask: Tensor,
         branch: KeysValues | None,
     ) -> Tensor:
-        """``x``, what attention reads, and the residual stream, both of ``[b, T]`` positions, to ``[b, T, H]``."""
+        """Map what attention reads, ``x``, and the residual stream, both at ``[b, T]`` positions, to ``[b, T, H]``."""
         hidden = residual + self.self_attn(x, positions, sequence, mask, branch)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -61,7 +61,7 @@ class RecurrentDrafter(Drafter):
     """Base of drafters of one layer: a KV cache at serving, trees searched depth by depth, and their training.
 
     The state that is *carried* at a position, ``[..., H]``, comes from the target's features if the target has been
-    there, and from the layer's output at the last depth if it has not. A subclass says how it is computed and read.
+    there. Otherwise it is the layer's output at the last depth. A subclass defines how it is computed and read.
 
     Attributes:
         config: Llama-style configuration of the layer.
@@ -176,7 +176,7 @@ class RecurrentDrafter(Drafter):
     @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         # Only keys and values are computed at prompt positions. Query row c sits at pair t = P − 2 + c, which predicts
-        # completion token c; at step j its anchor's pair is t − j, and it carries what row c − 1 gave at step j − 1.
+        # completion token c. At step j its anchor's pair is t − j, and it carries row c − 1 of step j − 1.
         offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
         count = offset.diff() - prompt
         tokens, x, residual, sequence = self._read_sequence(batch)

@@ -6,6 +6,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from aurora_rl.models.draft_vocab import DRAFT_VOCAB_SIZE, choose_draft_vocab
+from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.registry import Registry
 
@@ -25,7 +30,7 @@ def get_drafter(name: str) -> type[Drafter]:
     """Return the class of a drafter by its name, an entry point, or ``package.module:Class``; see :class:`Registry`.
 
     Raises:
-        ValueError: There is none of the name, or it is no drafter; the message names the nearest.
+        ValueError: No drafter has the name, or it names no drafter; the message names the nearest.
 
     Example:
         >>> get_drafter("medusa").__name__
@@ -43,6 +48,41 @@ def drafter_name(kind: type[Drafter]) -> str:
     """
     name = kind.__name__.removesuffix("Drafter").lower()
     return name if name in available_drafters() else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def start_untrained(
+    kind: type[Drafter],
+    parts: TargetParts,
+    prior: Tensor | None = None,
+    *,
+    vocab_size: int = DRAFT_VOCAB_SIZE,
+    feature_layers: tuple[int, ...] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Drafter:
+    """Return a new drafter of a class for a target.
+
+    Args:
+        kind: Class of the drafter.
+        parts: Parts of the target.
+        prior: Expected counts of the target's tokens ``[V]``, see :func:`token_prior`; None if nothing is known.
+        vocab_size: Most tokens of the draft vocabulary.
+        feature_layers: Layers to read; None takes the class's choice.
+        options: Further keywords of its ``from_target``.
+
+    Raises:
+        ValueError: The class does not fit the target, or gives no drafter.
+    """
+    options = options or {}
+    vocab = choose_draft_vocab(
+        min(vocab_size, len(parts.head)), torch.zeros(len(parts.head)) if prior is None else prior
+    )
+    started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
+    if not isinstance(started, Drafter):
+        raise ValueError(f"from_target gave {started!r} and no drafter")
+    # What started it belongs to its checkpoint, also where its class does not say so.
+    started.options = started.options or options
+    started.trained_for = parts.fingerprint
+    return started
 
 
 def recognized(config: Mapping[str, Any]) -> type[Drafter]:

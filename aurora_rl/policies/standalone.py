@@ -184,8 +184,8 @@ class StandaloneDrafter(Drafter):
         return drafter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Rotary frequencies stay in float32 in a drafter of any dtype, as in a model that is loaded in one: rounded to
-        # bfloat16 they would be off by whole turns far into a text.
+        # Rotary frequencies stay in float32 in any dtype of the drafter, as in a loaded model. Rounded to bfloat16 they
+        # would be off by whole turns far into a text.
         exact = {name: held for name, held in self.model.named_buffers() if name.endswith("inv_freq")}
         super()._apply(fn, recurse)
         for name, held in exact.items():

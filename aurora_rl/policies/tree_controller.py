@@ -46,11 +46,11 @@ class TreeController:
     shapes takes the place of no speculation in what follows, if it is faster.
 
     A round takes the time measured for its shape and number of occupied slots, times the pace of live rounds of its
-    kind (plain, drafter's or lookup's), which context lengths and the machine's other work change.
+    kind: plain, drafter's or lookup's. Context lengths and the machine's other work change the pace.
 
-    No speculation, once best, stays until the number of occupied slots changes or a probe, which drafts for a few
-    rounds, finds a drafter that improved. Probes come soon after :meth:`swapped`, otherwise at growing intervals, and
-    only once the last probe's loss (at least one plain round) is at most 2% of the plain-decoding time since.
+    No speculation, once best, stays until the number of occupied slots changes or a probe finds a drafter that
+    improved. A probe drafts for a few rounds. Probes come soon after :meth:`swapped`, otherwise at growing intervals.
+    The last probe's loss (at least one plain round) must be at most 2% of the plain-decoding time since.
 
     Args:
         costs: Seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.

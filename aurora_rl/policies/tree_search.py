@@ -14,15 +14,15 @@ from typing_extensions import override
 from aurora_rl.policies.drafter import Proposal, TreeShape
 
 
-def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor, budget: int) -> Proposal:
-    """Keep the ``budget`` likeliest of candidates ``[b, n]`` in topological order by their joint log-probability.
+def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor, num_nodes: int) -> Proposal:
+    """Keep the ``num_nodes`` likeliest of candidates ``[b, n]`` in topological order by their joint log-probability.
 
     A node's joint log-probability is at most its parent's, and ties keep the earlier node, so what is kept is a tree.
     """
-    if tokens.shape[1] > budget:
-        keep = joint.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
+    if tokens.shape[1] > num_nodes:
+        keep = joint.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes].sort(dim=1).values
         place = torch.full_like(parents, -1)
-        place.scatter_(1, keep, torch.arange(budget, device=keep.device).expand_as(keep))
+        place.scatter_(1, keep, torch.arange(num_nodes, device=keep.device).expand_as(keep))
         parents = parents.gather(1, keep)
         parents = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
         tokens, log_probs = tokens.gather(1, keep), log_probs.gather(1, keep)
@@ -58,7 +58,7 @@ def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | Non
 class TopKSearch(TreeSearch):
     """Expands the likeliest nodes of each depth by joint probability, each by its likeliest tokens.
 
-    There are ``width`` of each, or all tokens of a smaller draft vocabulary. In the end the budget keeps the likeliest.
+    There are ``width`` of each, or all tokens of a smaller draft vocabulary. The likeliest are kept.
 
     Example:
         >>> search = TopKSearch(torch.tensor([5, 7, 9]), TreeShape(depth=2, width=2, num_nodes=3))
@@ -128,14 +128,14 @@ class SampledSearch(TreeSearch):
 
     def __init__(self, draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> None:
         self._draft_vocab, self._generator = draft_vocab, generator
-        self._chains, self._replacement = shape.chains, shape.mode == "sampled"
+        self._num_chains, self._replacement = shape.num_chains, shape.mode == "sampled"
         self._tokens: list[Tensor] = []
         self._log_probs: list[Tensor] = []
         self._q: list[Tensor] = []
 
     @override
     def add(self, log_probs: Tensor) -> None:
-        q, draws = log_probs.exp(), 1 if self._tokens else self._chains
+        q, draws = log_probs.exp(), 1 if self._tokens else self._num_chains
         if not self._replacement and draws > int((q > 0).sum(-1).min()):
             raise ValueError(
                 f"{draws} first tokens cannot all differ: the drafter has fewer with a probability above 0"
@@ -149,11 +149,11 @@ class SampledSearch(TreeSearch):
     @override
     def frontier(self) -> tuple[Tensor, Tensor]:
         tokens = self._tokens[-1]
-        place = torch.arange(self._chains, device=tokens.device).expand_as(tokens)
+        place = torch.arange(self._num_chains, device=tokens.device).expand_as(tokens)
         return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
 
     @override
     def proposal(self) -> Proposal:
         tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
-        above = torch.arange(tokens.shape[1], device=tokens.device) - self._chains
+        above = torch.arange(tokens.shape[1], device=tokens.device) - self._num_chains
         return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))

@@ -106,11 +106,11 @@ class RequestQueue:
             raise TrafficError(f"none of the prompts can be served ({len(prompts)}); the first: {self.failed[0]}")
 
     def first_prompts(self, count: int) -> list[list[int]]:
-        """Token ids of the first prompts, for the day-0 draft vocabulary."""
+        """Return the token ids of the first prompts, for the day-0 draft vocabulary."""
         return [request.prompt.tolist() for _, request in list(self._waiting)[:count]]
 
     def __call__(self) -> Request | None:
-        """The next request, None where none waits."""
+        """Return the next request; None if none waits."""
         if not self._waiting:
             return None
         turn, request = self._waiting.popleft()

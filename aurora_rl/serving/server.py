@@ -38,8 +38,8 @@ class InferenceServer:
         windows: Chooses the rounds that decode plainly.
         log: Log of requests and swaps.
         shapes: Chooses the shape of every round's drafts; None keeps the policy's.
-        sink: Takes trajectories; None where nobody learns.
-        receiver: Brings weights; None where nobody learns.
+        sink: Takes trajectories; None if nobody learns.
+        receiver: Brings weights; None if nobody learns.
         note: Called with each completion; returns its domain.
 
     Attributes:
@@ -103,7 +103,7 @@ class InferenceServer:
         return self._receiver.error if self._receiver is not None else None
 
     def step(self) -> bool:
-        """One round. False where there was nothing to decode."""
+        """Run one round. Return False if there was nothing to decode."""
         self._swap()
         env, policy = self.env, self.policy
         if self._td is None or not env.num_active:
@@ -196,7 +196,7 @@ class InferenceServer:
                 self._td["observation", "position"].copy_(self.env.engine.store.lengths - 1)
 
     def _fault(self, slot: int, fault: str) -> None:
-        """A slot's request goes on without the drafter."""
+        """Note that a slot's request goes on without the drafter."""
         request = self.env.request_of(slot).id
         self.note_fault(fault, request, f"request {request} goes on without the drafter")
 
@@ -258,7 +258,7 @@ class InferenceServer:
 
 
 def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
-    """What became of the drafts of a round, by depth, of each of the slots ``[B]`` bool that has any."""
+    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool that has drafts."""
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]

@@ -13,7 +13,7 @@ from typing import Any
 
 from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
@@ -28,14 +28,14 @@ class SGLangServer:
     Args:
         engine: Client of the engine.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
-        requests: Called for the next request; None where there is none now.
+        requests: Called for the next request; None if there is none now.
         slots: Requests in flight.
         depth: Depth of the trees that the engine drafts.
         stop_tokens: Token ids that end a completion.
         log: Log of requests and swaps.
         note: Called with each completion; returns its domain.
         on_refused: Called with each request that the engine did not answer, and the reason.
-        published: Folder where the learner saves the drafter that it published last; None where that is not known.
+        published: Folder where the learner saves the drafter that it published last; None if that is not known.
 
     Attributes:
         stats: Statistics of the run so far.
@@ -83,7 +83,7 @@ class SGLangServer:
         return self.status.get("refused") or self.status.get("error") or None
 
     def step(self) -> bool:
-        """Ask for what there is room for and take what is finished. False where nothing is in flight."""
+        """Send requests to free slots and take finished ones. Return False if nothing is in flight."""
         while len(self._flying) < self._slots and (request := self._requests()) is not None:
             self._flying[self._pool.submit(self.engine.generate, request, stop_tokens=self._stop_tokens)] = request
         if not self._flying:
@@ -124,13 +124,13 @@ class SGLangServer:
         )
 
     def watch(self) -> None:
-        """Hear the plugin's status and log new swaps; attach again to a server that was restarted."""
+        """Ask for the plugin's status and log new swaps; attach again to a server that was restarted."""
         try:
             status = self.engine.status()
             if not status["attached"]:
                 status, self._told_swaps = self._attach(), 0
                 self._log.write("attached", status=status)
-        except (ControlError, SGLangError) as error:
+        except (PluginError, SGLangError) as error:
             if self._reachable:
                 self._log.write("unreachable", reason=str(error))
             self._reachable = False
@@ -154,6 +154,6 @@ class SGLangServer:
         """Wait for the requests in flight, detach so that the records are sent, and end the engine if it is ours."""
         self._pool.shutdown(cancel_futures=True)
         self.watch()
-        with contextlib.suppress(ControlError):  # it is gone already
+        with contextlib.suppress(PluginError):  # it is gone already
             self.engine.detach()
         self.engine.close()

@@ -66,7 +66,7 @@ EVENTS: dict[str, Event] = {
         {
             "depth": "Longest path; 0 is plain decoding.",
             "width": "Most children of a node; 1 is a chain.",
-            "nodes": "Node budget; null keeps all.",
+            "nodes": "Most nodes of the tree; null keeps all.",
             "lookup_only": "True if lookup alone drafts.",
             "acceptance": "Expected acceptance by depth.",
             "occupied": "Occupied slots.",

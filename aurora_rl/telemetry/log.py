@@ -79,7 +79,7 @@ class MetricsReader:
         self._offset = self._path.stat().st_size if from_now and self._path.exists() else 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Events since the last one that was read, a line of the file in memory at a time.
+        """Read the events since the last one that was read. One line of the file is in memory at a time.
 
         A line still being written waits for the next call, a broken one is left out.
         """

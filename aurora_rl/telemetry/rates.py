@@ -30,7 +30,7 @@ class BaselineWindows:
         return self._left == 0 or self._share == 0
 
     def spent(self, seconds: float) -> None:
-        """A round of the announced kind took this many seconds of decode time."""
+        """Count the seconds of decode time that a round of the announced kind took."""
         if self._left:
             self._plain_seconds += seconds
             self._left -= 1
@@ -96,14 +96,14 @@ class Rounds:
             self._sums[key] = tokens + each.tokens, seconds + each.seconds
 
     def __iter__(self) -> Iterator[Round]:
-        """The sums; ``request`` is the first of their bucket."""
+        """Iterate over the sums; ``request`` is the first of their bucket."""
         for (bucket, speculative, occupied), (tokens, seconds) in self._sums.items():
             yield Round(speculative, occupied, tokens, seconds, bucket * self._width)
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens per second of both kinds, None where a kind was not measured."""
+    """Tokens per second of both kinds, None if a kind was not measured."""
 
     baseline: float | None
     speculative: float | None
@@ -115,10 +115,10 @@ class Rates:
 
 
 def rates(rounds: Iterable[Round]) -> Rates:
-    """Tokens over wall time of each kind, at equal numbers of occupied slots.
+    """Compute tokens over wall time of each kind, at equal numbers of occupied slots.
 
-    Each number of occupied slots that both kinds were seen at counts with the speculative time spent at it, so that a
-    kind is not flattered by the fuller batches that it happened to meet.
+    Each number of occupied slots at which both kinds were measured is weighted by the speculative time spent at it. So
+    a kind does not gain from fuller batches that it happened to meet.
 
     Example:
         >>> rates([Round(True, 1, 4, 2.0, 0), Round(False, 1, 1, 1.0, 0), Round(True, 2, 9, 1.0, 0)]).speedup

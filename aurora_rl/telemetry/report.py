@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary.json, report.png and the final table."""
+"""Results of a run: summary.json, report.png and the final table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def show(value: float | None, digits: int = 2) -> str:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The final table."""
+    """Lay out the final table."""
     table = Table(title="run", show_header=False)
     table.add_column(style="bold")
     table.add_column()

@@ -13,7 +13,7 @@ class Stats:
     """Counts of a serving run, and the summary made of them.
 
     Args:
-        version: Version of the weights that draft first; None where nothing drafts yet.
+        version: Version of the weights that draft first; None if nothing drafts yet.
 
     Attributes:
         rounds: Rounds so far. By default sums over rounds that are alike (:class:`Rounds`), so that memory does not
@@ -40,7 +40,7 @@ class Stats:
         return self.versions[-1]
 
     def rates(self, share: float = 1.0) -> Rates:
-        """Tokens per second of both kinds over the last ``share`` of the requests.
+        """Return tokens per second of both kinds over the last ``share`` of the requests.
 
         The part begins with a whole bucket of :class:`Rounds`: where more than a thousand requests have completed it
         may be shorter by up to two thousandths of them.
@@ -49,7 +49,7 @@ class Stats:
         return rates(r for r in self.rounds if r.request >= first)
 
     def acceptance(self, first: int, last: int) -> float | None:
-        """Acceptance length, bonus token included, over the requests completed as number ``first`` to ``last - 1``."""
+        """Return the acceptance length, with bonus token, of the requests completed as ``first`` to ``last - 1``."""
         part = self.finished[first:last]
         tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
         return tokens / rounds if rounds else None

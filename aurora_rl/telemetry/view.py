@@ -42,7 +42,7 @@ class Server(Protocol):
         """Why the learner refuses this server; None if it does not."""
 
     def step(self) -> bool:
-        """Serve for a moment. False where there was nothing to do."""
+        """Serve for a moment. Return False if there was nothing to do."""
 
     def save_drafter(self, folder: str | os.PathLike[str]) -> None:
         """Save the drafter that served last, if it has weights."""
@@ -140,7 +140,7 @@ class LiveView:
         self._accepted, self._coverage = Counter(), []
 
     def _recent(self) -> float | None:
-        """Acceptance length of the last tenth of the requests, at least eight."""
+        """Return the acceptance length of the last tenth of the requests, at least eight."""
         stats = self._server.stats
         count = len(stats.finished)
         return stats.acceptance(max(count - max(count // 10, 8), 0), count)
@@ -162,19 +162,19 @@ class LiveView:
         ]
 
     def table(self) -> Table:
-        """The view of a terminal."""
+        """Lay out the view of a terminal."""
         table = Table(show_header=False, title="aurora-rl")
         for name, value in self._rows():
             table.add_row(name, Text(value))  # text of peers may look like Rich's markup
         return table
 
     def line(self) -> str:
-        """The view where output is not a terminal."""
+        """Format the view for output that is not a terminal."""
         return " | ".join(f"{name} {value}" for name, value in self._rows())
 
 
 def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
-    """A function that runs ``action`` when called, but not more often than this.
+    """Return a function that runs ``action`` when called, but not more often than this.
 
     Example:
         >>> seen = []

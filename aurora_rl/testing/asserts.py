@@ -12,12 +12,12 @@ COMPUTED = {torch.float64: 1e-9, torch.float32: 5e-4}
 
 
 def require(condition: bool, message: str) -> None:
-    """An assertion that ``python -O`` keeps."""
+    """Assert, also under ``python -O``."""
     if not condition:
         raise AssertionError(message)
 
 
 def close(a: Tensor, b: Tensor, atol: float) -> bool:
-    """Whether log-probabilities agree to ``atol`` nats."""
+    """Return whether log-probabilities agree to ``atol`` nats."""
     # Where both are −inf they agree, and their difference is not a number.
     return a.shape == b.shape and torch.allclose(a.clamp(min=-1e9), b.clamp(min=-1e9), rtol=0, atol=atol)

@@ -15,7 +15,7 @@ from aurora_rl.trees import depths, valid_nodes
 
 
 def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, seed: int) -> None:
-    """Nodes are drawn with the generator, from the law that is handed on with them."""
+    """Check that nodes are drawn with the generator, from the distribution that is returned with them."""
     slots, what = filled(drafter, trajectories), f"propose with {shape}"
 
     def drawn(seed: int) -> Proposal:
@@ -37,7 +37,7 @@ def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeSha
 
 
 def check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
-    """Trees within the shape, of tokens that the drafter has."""
+    """Check that trees are within the shape, and of tokens that the drafter has."""
     slots = filled(drafter, trajectories)
     proposal, what = drafter.propose(slots, shape), f"propose with {shape}"
     _check_nodes(drafter, proposal, len(slots), shape, vocab_size, what)
@@ -71,7 +71,7 @@ def _check_nodes(drafter: Drafter, proposal: Proposal, rows: int, shape: TreeSha
 
 
 def check_cache(drafter: Drafter, trajectories: list[TensorDict]) -> None:
-    """Serving must not depend on how a slot was filled nor on the other slots."""
+    """Check that drafts depend neither on how a slot was filled nor on the other slots."""
     shape, atol = TreeShape(3, 2), RECORDED[dtype_of(drafter)]
     slots = filled(drafter, trajectories)
     lengths = torch.tensor([len(t["sequence", "tokens"]) - 1 for t in trajectories])
@@ -138,7 +138,7 @@ def _check_rows(drafter: Drafter, trajectories: list[TensorDict], slots: Tensor,
 
 
 def _nodes(proposal: Proposal, row: int) -> tuple[Tensor, ...]:
-    """Tokens, parents and log-probabilities of a row's nodes."""
+    """Return tokens, parents and log-probabilities of a row's nodes."""
     keep = slice(None) if proposal.mask is None else proposal.mask[row]
     return tuple(part[row][keep] for part in proposal[:3])
 

@@ -16,7 +16,7 @@ from aurora_rl.trajectories import pack
 
 
 def check_recorded(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape) -> None:
-    """What serving recorded is what training scores."""
+    """Check that training scores what serving recorded."""
     batch = pack(trajectories)
     recorded, scored = batch["nodes", "log_probs"], drafter.score(batch)
     require(scored.shape == recorded.shape, f"score gave {tuple(scored.shape)} for {tuple(recorded.shape)} nodes")
@@ -83,7 +83,7 @@ def check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
 
 
 def check_packing(drafter: Drafter, trajectories: list[TensorDict]) -> None:
-    """Training must not depend on what else is in the batch."""
+    """Check that training does not depend on what else is in the batch."""
     atol = COMPUTED[dtype_of(drafter)]
     together, alone = drafter.score(pack(trajectories)), [drafter.score(pack([t])) for t in trajectories]
     require(close(together, torch.cat(alone), atol), "score depends on the other trajectories of the batch")
@@ -102,7 +102,7 @@ def check_packing(drafter: Drafter, trajectories: list[TensorDict]) -> None:
 
 
 def check_paths(drafter: Drafter, trajectories: list[TensorDict]) -> None:
-    """A node's score must not depend on other branches: each path from a root to a leaf is scored as a tree alone."""
+    """Check that a node's score does not depend on other branches: score each path from a root as a tree alone."""
     for trajectory in trajectories:
         offset, anchors = trajectory["rounds", "offset"].tolist(), trajectory["rounds", "anchor"].tolist()
         tokens, parents = trajectory["nodes", "tokens"], trajectory["nodes", "parents"].tolist()
@@ -125,7 +125,7 @@ def check_paths(drafter: Drafter, trajectories: list[TensorDict]) -> None:
 
 
 def check_gradients(drafter: Drafter, trajectories: list[TensorDict], without: Collection[str]) -> None:
-    """Every published tensor learns, and whatever learns is published."""
+    """Check that every published tensor learns, and that whatever learns is published."""
     learner = copy.deepcopy(drafter).requires_grad_(True)
     logits, valid, _ = learner.unroll(pack(trajectories), 4)
     torch.stack([(step[ok] ** 2).sum() for step, ok in zip(logits, valid, strict=True)]).sum().backward()
@@ -149,14 +149,14 @@ def check_gradients(drafter: Drafter, trajectories: list[TensorDict], without: C
 
 
 def _with_true_chains(trajectory: TensorDictBase, steps: int) -> TensorDictBase:
-    """The trajectory with other rounds: from every anchor a chain of up to ``steps`` tokens of the text itself."""
+    """Replace the rounds: from every anchor a chain of up to ``steps`` tokens of the text itself."""
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     anchors = range(prompt - 1, len(tokens) - 1)
     return _with_chains(trajectory, anchors, [tokens[a + 1 : a + 1 + steps] for a in anchors])
 
 
 def _with_chains(trajectory: TensorDictBase, anchors: Sequence[int], chains: list[Tensor]) -> TensorDictBase:
-    """The trajectory with other rounds: a chain of the true tokens after each anchor."""
+    """Replace the rounds: a chain of the true tokens after each anchor."""
     out = trajectory.clone()
     out["rounds", "anchor"] = torch.tensor(anchors)
     out["rounds", "offset"] = torch.tensor([0] + [len(c) for c in chains]).cumsum(0)

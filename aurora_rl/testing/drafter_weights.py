@@ -22,7 +22,7 @@ from aurora_rl.trajectories import pack
 
 
 def check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
-    """Whole sets of weights are taken, others are refused by name and change nothing."""
+    """Check that complete weights are taken, and others are refused by name and change nothing."""
     batch = pack(trajectories)
     before = {name: tensor.clone() for name, tensor in drafter.published().items()}
     scored = drafter.score(batch).detach()
@@ -63,7 +63,7 @@ def check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: t
 
 
 def check_staging(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
-    """Staging leaves the rounds alone, and after the swap the weights are the caller's again."""
+    """Check that staging leaves the rounds alone, and that after the swap the weights are the caller's again."""
     old, shape = {name: tensor.clone() for name, tensor in drafter.published().items()}, TreeShape(3, 2)
 
     def drafts() -> Proposal:
@@ -88,7 +88,7 @@ def check_staging(drafter: Drafter, trajectories: list[TensorDict], generator: t
 def check_swap(
     drafter: Drafter, target: PreTrainedModel, prompts: Sequence[Tensor], generator: torch.Generator
 ) -> None:
-    """Requests that meet other weights half way: each round is of the version that it says."""
+    """Check requests whose weights change half way: each round is of the version that it names."""
     shape, old, new = TreeShape(3, 2), drafter.published(), moved(drafter.published(), generator)
 
     def swap(turn: int, policy: DrafterPolicy) -> None:
@@ -118,7 +118,7 @@ def check_swap(
 
 
 def check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict]) -> None:
-    """The drafter comes back from its folder, in each of its formats."""
+    """Check that the drafter comes back from its folder, in each of its formats."""
     for layout in drafter.formats:
         try:
             _check_format(drafter, parts, trajectories, layout)
@@ -127,7 +127,7 @@ def check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorD
 
 
 def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict], layout: str) -> None:
-    """By way of real files; raises CheckpointError if the drafter cannot be written in the format."""
+    """Check a format with real files. Raise CheckpointError if the drafter cannot be written in it."""
     kind, way, batch = type(drafter), f"by way of the format {layout!r}", pack(trajectories)
     with tempfile.TemporaryDirectory() as folder:
         # The first as runs are kept, by no name: SGLang cannot capture all that a drafter of a tiny target reads.
@@ -151,7 +151,7 @@ def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[Tenso
 
 
 def moved(weights: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Copies of the weights with noise on those that are floats."""
+    """Return copies of the weights, with noise on those that are floats."""
     return {
         name: t + 0.1 * torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t.clone()
         for name, t in weights.items()

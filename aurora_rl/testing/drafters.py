@@ -83,7 +83,7 @@ def check_drafter(
 
 
 def _check_declared(drafter: Drafter) -> None:
-    """What others read of a drafter is there, and of its type."""
+    """Check that the attributes that callers read of a drafter exist, with the right types."""
     layers, vocab = getattr(drafter, "feature_layers", None), getattr(drafter, "draft_vocab", None)
     require(
         isinstance(layers, tuple) and all(type(layer) is int for layer in layers),

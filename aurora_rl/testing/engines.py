@@ -129,7 +129,7 @@ def _check_store(
 
 @torch.inference_mode()
 def _reference_pass(model: PreTrainedModel, text: list[int], layers: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden ``[S, H]``, features ``[S, F]`` and logits ``[S, V]`` of a text, from one pass without a cache."""
+    """Return hidden ``[S, H]``, features ``[S, F]`` and logits ``[S, V]`` of a text, from one pass without a cache."""
     out = model(input_ids=torch.tensor([text]), output_hidden_states=True, use_cache=False)
     return out.hidden_states[-1][0], torch.cat([out.hidden_states[layer][0] for layer in layers], dim=-1), out.logits[0]
 
@@ -137,7 +137,7 @@ def _reference_pass(model: PreTrainedModel, text: list[int], layers: tuple[int, 
 def _random_trees(
     count: int, num_nodes: int, vocab_size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Trees with some nodes masked out, a few with parents or tokens that make no sense."""
+    """Draw trees with some nodes masked out, and a few with invalid parents or tokens."""
     tokens = torch.randint(-1, vocab_size + 1, (count, num_nodes), generator=generator)
     parents = torch.zeros(count, num_nodes, dtype=torch.int64)
     for node in range(num_nodes):
@@ -147,7 +147,7 @@ def _random_trees(
 
 
 def _path(parents: list[int], node: int) -> list[int]:
-    """The nodes from the root's child down to ``node``; none for the root."""
+    """Return the nodes from the root's child down to ``node``; none for the root."""
     path: list[int] = []
     while node >= 0:
         path.append(node)

@@ -55,7 +55,7 @@ class EnumerableDrafter(Drafter):
         return self.table[index.long()]
 
     def _not_of_a_table(self, *args: Any, **kwargs: Any) -> Any:
-        """A table starts from no target, has no text to unroll over, and does not serve."""
+        """Refuse: a table starts from no target, has no text to unroll over, and does not serve."""
         raise NotImplementedError
 
     from_target = allocate = extend = propose = unroll = published = stage = _not_of_a_table

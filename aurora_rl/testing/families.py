@@ -1,14 +1,10 @@
-"""Which causal families of the installed transformers ``TransformersEngine`` serves, tried on a tiny model of each.
-
-``python -m aurora_rl.testing.families > docs/families.md`` writes the page of the documentation.
-"""
+"""Which causal families of the installed transformers ``TransformersEngine`` serves, tried on a tiny model of each."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +41,7 @@ _SMALL: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "is_decoder": True,
 }
-# What some families need besides, or have in another form.
+# Further settings of some families, or settings that have another form there.
 _MLA = {"num_key_value_heads": 4, "head_dim": ...}  # an ellipsis leaves the family's own value
 _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -108,12 +104,12 @@ class Verdict(NamedTuple):
 
 
 def causal_families() -> list[str]:
-    """Model types of the causal language models that the installed transformers has, sorted."""
+    """Return the model types of the causal language models that the installed transformers has, sorted."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_family(model_type: str) -> PreTrainedModel:
-    """A tiny random model of a family, in float32.
+    """Make a tiny random model of a family, in float32.
 
     Raises:
         ValueError: Its configuration cannot be made small.
@@ -166,35 +162,3 @@ def verdict(model_type: str) -> Verdict:
         except UnsupportedModelError as error:
             return Verdict("refused", str(error))
     return Verdict(_OUTCOMES[engine.exactness.form], "")
-
-
-def page() -> Iterator[str]:
-    """Lines of ``docs/families.md``."""
-    yield "# Which models the embedded engine serves"
-    yield ""
-    yield "A tiny random model of every causal family of transformers " + transformers.__version__ + ", as"
-    yield "`python -m aurora_rl.testing.families > docs/families.md` wrote it."
-    yield "`aurora-rl check model=...` says the same of your model, with its weights, dtype and settings."
-    yield ""
-    yield "- **exact**: logits equal those of the model's own forward in eager attention, in float32 and within"
-    yield "  rounding, with decoder layers in their fused form;"
-    yield "- **exact without the fused layer**: the same, with the family's own layers and our attention or the"
-    yield "  named one;"
-    yield "- **refused**: the engine says so, with this sentence, before it serves. gemma3n_text is refused only"
-    yield "  for drafters that read features."
-    yield ""
-    yield "In half precision a mixture of experts may be served in a slower form, where rounding chooses another"
-    yield "expert. doge's text is that of eager attention; transformers' SDPA form of it is not causal."
-    yield ""
-    yield "| family | verdict | why |"
-    yield "|---|---|---|"
-    for model_type in causal_families():
-        outcome, note = verdict(model_type)
-        yield f"| {model_type} | {outcome} | {note.replace('|', '/')} |"
-
-
-if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    for line in page():
-        print(line, flush=True)

@@ -87,7 +87,7 @@ class Served(NamedTuple):
 
 
 def gappy_drafter(parts: TargetParts, seed: int) -> GappyDrafter:
-    """For every other token, in float64, and off its start: parts of it that start at zero would hide what they do."""
+    """Make a float64 drafter of every other token, with noise: parts that start at zero would hide what they do."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         drafter = GappyDrafter.from_target(parts, draft_vocab=torch.arange(0, len(parts.head), 2)).double()
@@ -99,7 +99,7 @@ def gappy_drafter(parts: TargetParts, seed: int) -> GappyDrafter:
 
 @cache
 def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
-    """Three requests of a tiny target under each of three rules: sample-and-match, greedy and, by chains, rejection.
+    """Serve three requests of a tiny target under three rules: sample-and-match, greedy and, by chains, rejection.
 
     Trees are by top-k, or drawn at random if ``sampled`` and under rejection. They are kept, since serving takes longer
     than the checks and is the same for all objectives: copy what you may change.

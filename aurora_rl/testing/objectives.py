@@ -51,15 +51,15 @@ def check_objective(
     - the target's likeliest tokens say what its hidden states say, or are refused by a ValueError that names the
       objective and 'hidden'.
 
-    On the first of them the order of siblings does not matter (not for sampled objectives, where later siblings hang on
-    a draw), what is declared of "sampling" counts, and losses stay finite where nothing or everything was accepted.
-    Which way they go with acceptance is every objective's own and not checked: imitation does not look at it.
+    On the first of them the order of siblings does not matter, except for sampled objectives, where later siblings hang
+    on a draw. What is declared of "sampling" counts. Losses stay finite if nothing or everything was accepted. How a
+    loss changes with acceptance is not checked: imitation does not look at it.
 
-    Last, whether it leads to the target: in every group of values, such as every unroll step, a drafter that is the
-    target has a smaller loss than one that says nothing and than one that says the contrary. For a sampled objective,
-    whose value says nothing: over all trees and outcomes of tables (``aurora_rl.testing.enumerable_worlds``), the
-    expected gradient is that of the number of accepted nodes. ``make`` is given a table for a drafter then, which
-    scores trees and cannot unroll.
+    Last, whether it leads to the target. In every group of values, such as every unroll step, three drafters are
+    compared: one that equals the target has a smaller loss than a uniform one and than one that contradicts the target.
+    The value of a sampled objective tells nothing. So its expected gradient, over all trees and outcomes of tables
+    (``aurora_rl.testing.enumerable_worlds``), must be that of the number of accepted nodes. The drafter that ``make``
+    receives is then such a table, which scores trees and cannot unroll.
 
     Args:
         make: Called with a drafter, the target's head and ``reduction=...``: a class of objectives, or a partial of
@@ -87,9 +87,9 @@ def check_objective(
 
     sampled = objective().sampled
     # Copies: an objective that changes what it is given must not spoil the next check.
-    first, *others = copy.deepcopy(served_for_checks(seed, sampled=sampled))
+    first, *rest = copy.deepcopy(served_for_checks(seed, sampled=sampled))
     learns = False
-    for served in (first, *others):
+    for served in (first, *rest):
         batch = pack(served.trajectories)
         if served is not first and refuses(objective(), batch, f"a batch {served.how}"):
             continue
@@ -171,7 +171,7 @@ def _gradient(objective: Objective, loss: Tensor) -> list[Tensor]:
 
 
 def _check_gradient(objective: Objective, batch: TensorDict, *, differences: bool, seed: int) -> bool:
-    """Returns whether there is any."""
+    """Check the gradient against finite differences. Return whether there is any."""
     require(not any(t.requires_grad for t in objective.head.tensors().values()), "the target's head would learn")
     parameters, found = _parameters(objective), _gradient(objective, total_loss(objective, batch))
     generator = torch.Generator().manual_seed(seed)
@@ -213,7 +213,7 @@ def _check_reductions(objective: Callable[[str], Objective], trajectories: list[
 
 
 def _check_forms(objective: Objective, trajectories: list[TensorDict]) -> None:
-    """With every token among the likeliest, the top-k form says what hidden states say."""
+    """Check that the top-k form of all tokens gives the loss of hidden states."""
     likeliest = pack([topk_form(t, objective.head, len(objective.head)) for t in trajectories])
     if refuses(objective, likeliest, "a batch with the target's likeliest tokens", naming="hidden"):
         return
@@ -258,7 +258,7 @@ def _check_direction(make: Callable[..., Objective], parts: TargetParts, batch: 
     drafter.head = _SHARPER * parts.head.weight
 
     def losses(factor: float) -> Tensor:
-        """Of every group, ``[G]``."""
+        """Return the loss of every group, ``[G]``."""
         drafter.factor = factor
         objective = make(drafter, TargetHead(drafter.head), reduction="none")
         return objective(batch)[f"loss_{objective.name}"].detach().sum(1)

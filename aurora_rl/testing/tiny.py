@@ -31,7 +31,7 @@ def tiny_target(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A random causal LM of hidden size 16, for tests.
+    """Make a random causal LM of hidden size 16, for tests.
 
     Args:
         architecture: Model type of transformers, such as "llama" or "qwen3".

@@ -12,7 +12,7 @@ from aurora_rl.trajectories import TOPK_ENTRIES
 
 
 def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> TensorDict:
-    """The trajectory with the target's likeliest tokens in place of its hidden states.
+    """Replace a trajectory's hidden states by the target's likeliest tokens.
 
     Args:
         trajectory: Trajectory with ("sequence", "hidden") and ("nodes", "hidden"); stays as it is.
@@ -43,7 +43,7 @@ def topk_form(trajectory: TensorDictBase, head: TargetHead | Tensor, k: int) -> 
 
 
 def siblings_reversed(trajectory: TensorDict) -> TensorDict:
-    """The same trees with siblings in reverse order."""
+    """Return the same trees with siblings in reverse order."""
     out, offset = trajectory.clone(), trajectory["rounds", "offset"].tolist()
     for first, last in zip(offset, offset[1:], strict=False):
         parents, count = trajectory["nodes", "parents"][first:last], last - first

@@ -143,11 +143,11 @@ class Gate:
     def offer(self, candidate: dict[str, Tensor]) -> None:
         """Freeze a candidate; arrivals are held back from now on."""
         if self.candidate is not None:
-            raise RuntimeError("the gate is deciding about another candidate")
+            raise RuntimeError("the gate already holds a candidate; call decide() before you offer the next")
         self.candidate = candidate
 
     def admit(self, arrivals: Sequence[TensorDictBase]) -> list[TensorDictBase]:
-        """Take arrivals; returns those that may be learned from now."""
+        """Take arrivals; return those that may be learned from now."""
         wanted = self._requests - len(self._held) if self.candidate is not None else 0
         self._held += arrivals[:wanted]
         return list(arrivals[wanted:])

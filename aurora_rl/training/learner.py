@@ -24,8 +24,8 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.offline import train_step
 from aurora_rl.training.served_weights import WeightAudit, with_weights
+from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import pack
 
 _STATE = "the training state"
@@ -92,7 +92,7 @@ class Learner:
         self.seen = self.steps = self.skipped = self.version = 0
 
     def _frozen(self) -> dict[str, Tensor]:
-        """A copy of the weights as they would be served."""
+        """Return a copy of the weights as they would be served."""
         return {
             name: t.to(self._dtype, copy=True) if t.is_floating_point() else t.clone()
             for name, t in self._drafter.published().items()
@@ -110,7 +110,7 @@ class Learner:
         self._publish(self._frozen())
 
     def step(self, wait_s: float = 0.2) -> bool:
-        """Take what arrived, and learn from one batch. False where there was nothing to do."""
+        """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
         busy = len(self._new) >= self._batch_size or self._credit > 0
         arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
         self._audit.check(arrivals)

@@ -1,128 +1,26 @@
-"""Optimizer steps, and learning from recorded trajectories: once as they came, or in epochs."""
+"""Learning from recorded trajectories in epochs, and replaying them by group."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from tensordict import TensorDictBase
 from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter, TreeShape
 from aurora_rl.storage import CheckpointError
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Replay
 from aurora_rl.training.gate import replay as replay_stream
-from aurora_rl.training.replay import trajectory_buffer
+from aurora_rl.training.steps import check_nodes, train_step
 from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
-
-
-def train_step(
-    loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
-) -> tuple[float, TensorDictBase]:
-    """One step on the sum of a loss's "loss_" entries, the gradient's norm clipped to 1.
-
-    Args:
-        loss: Loss of packed batches.
-        optimizers: Optimizers of all parameters that learn.
-        batch: Packed batch on their device.
-        autocast: Whether to compute in bfloat16.
-
-    Returns:
-        The sum, and what the loss returned.
-
-    Raises:
-        FloatingPointError: The sum or its gradient is not finite; no step was taken.
-    """
-    device = batch["sequence", "tokens"].device
-    with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        # RMSNorm of a bfloat16 input by float32 weights is not fused: no news to whoever asked for autocast.
-        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-        out = loss(batch)
-    total: Tensor = torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum()
-    value = float(total.detach())
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-    finite = math.isfinite(value) and math.isfinite(norm)
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # it would take memory next to what the next forward keeps
-    if not finite:
-        raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
-    return value, out
-
-
-def train_on(
-    stream: Sequence[TensorDictBase],
-    loss: LossModule,
-    optimizers: Sequence[torch.optim.Optimizer],
-    *,
-    batch_size: int = 4,
-    replay: int = 4,
-    autocast: bool = False,
-    seed: int = 0,
-    max_skipped: int = 20,
-    on_skip: Callable[[str], None] = lambda reason: None,
-) -> Iterator[tuple[int, float, TensorDictBase]]:
-    """Learn from a recorded stream as a learner does from one that arrives.
-
-    Each trajectory is learned from once in its turn, in a batch with its neighbours, and replayed batches of what came
-    before follow. Between two batches whoever iterates may evaluate on what is still to come.
-
-    Args:
-        stream: Trajectories in order of arrival.
-        loss: Loss of packed batches.
-        optimizers: Optimizers of all parameters that learn.
-        batch_size: Trajectories of a step.
-        replay: Replayed batches for each new one.
-        autocast: Whether to compute in bfloat16.
-        seed: Seed of the replay.
-        max_skipped: Steps in a row whose loss or gradient is not finite. Such a step is skipped, with a warning.
-        on_skip: Called with the reason of each skipped step.
-
-    Yields:
-        After each new batch and its replays: trajectories seen, the last step's loss, and what it returned; NaN and
-        nothing as long as every step was skipped.
-
-    Raises:
-        FloatingPointError: More skipped steps in a row.
-        ValueError: The stream is shorter than a batch, or it has ended without a single drafted node and an objective
-            learns from nodes.
-    """
-    if len(stream) < batch_size:
-        raise ValueError(f"the stream has {len(stream)} requests, fewer than the batch_size={batch_size} of a step")
-    buffer = trajectory_buffer(len(stream), batch_size, seed)
-    value, out, skipped = math.nan, TensorDict(), 0
-    for first in range(0, len(stream) - batch_size + 1, batch_size):
-        new = [stream[index] for index in range(first, first + batch_size)]
-        buffer.extend(new)
-        for batch in chain([pack(new)], (buffer.sample() for _ in range(replay))):
-            try:
-                value, out = train_step(loss, optimizers, batch, autocast=autocast)
-                skipped = 0
-            except FloatingPointError as error:
-                skipped += 1
-                on_skip(str(error))
-                logger.warning("a step was skipped after %d trajectories: %s", first, error)
-                if skipped > max_skipped:
-                    raise
-        yield first + batch_size, value, out
-    check_nodes(loss)
 
 
 class Trajectories(Protocol):
@@ -164,7 +62,7 @@ class OfflineTrainer:
         >>> from aurora_rl.training.optimizers import drafter_optimizers
         >>> parts = TargetParts.of(tiny_target())
         >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).double()
-        >>> optimizers = drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-4)
+        >>> optimizers = drafter_optimizers(drafter)
         >>> stream = [tiny_trajectory(drafter, request=number) for number in range(4)]
         >>> trainer = OfflineTrainer(drafter, ImitationLoss(drafter, parts.head), optimizers, stream, batch_size=2)
         >>> losses = [trainer.step() for _ in range(2 * trainer.batches_per_epoch)]
@@ -273,10 +171,3 @@ def replay_groups(
         ]
         results[name] = Replay(torch.cat([part.tokens for part in parts]), torch.cat([part.rounds for part in parts]))
     return results
-
-
-def check_nodes(loss: LossModule) -> None:
-    """Raise ValueError if an objective learns from drafted nodes and has seen none."""
-    for objective in loss.modules():
-        if isinstance(objective, Objective):
-            objective.check_nodes()

@@ -7,7 +7,9 @@ import torch
 from aurora_rl.policies import Drafter
 
 
-def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def drafter_optimizers(
+    drafter: Drafter, *, muon_lr: float = 0.02, adam_lr: float = 5e-4
+) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/results.md).
 
     Raises:
@@ -17,17 +19,17 @@ def drafter_optimizers(drafter: Drafter, *, muon_lr: float, adam_lr: float) -> l
     if not named:
         raise ValueError(f"{type(drafter).__name__} has no weights to learn; serve it alone, or choose another")
     matrices = [p for name, p in named if p.ndim == 2 and not _is_table(name)]
-    others = [p for name, p in named if p.ndim != 2 or _is_table(name)]
+    other_parameters = [p for name, p in named if p.ndim != 2 or _is_table(name)]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         # Three Newton-Schulz iterations instead of five: they learn as much a step, and on a CPU the five take as long
         # as forward and backward together.
         optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, ns_steps=3))
-    if others:
-        optimizers.append(torch.optim.AdamW(others, lr=adam_lr, weight_decay=0.0))
+    if other_parameters:
+        optimizers.append(torch.optim.AdamW(other_parameters, lr=adam_lr, weight_decay=0.0))
     return optimizers
 
 
 def _is_table(name: str) -> bool:
-    """Whether a matrix has a row for every token."""
+    """Return whether a matrix has a row for every token."""
     return "lm_head" in name or "embed" in name

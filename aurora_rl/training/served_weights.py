@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 
@@ -22,7 +21,7 @@ _CHECKED_DRAFTS = 100
 
 def with_weights(drafter: Drafter, weights: dict[str, Tensor], dtype: torch.dtype) -> Drafter:
     """Return a copy of a drafter as it is served with these weights, in ``dtype``."""
-    served = copy.deepcopy(drafter).to(dtype).eval().requires_grad_(False)
+    served = drafter.serving_copy(dtype)
     served.install(weights)
     return served
 

@@ -60,7 +60,7 @@ def _numbers(start: float, stop: float, step: float = 1) -> Pool:
 
 
 def _rows(kind: Callable[..., Any], separator: str, first: str, last: str) -> Pool:
-    """Values of several parts each, which stand in the order of the fields of ``kind``."""
+    """Make values of several parts each, in the order of the fields of ``kind``."""
     rows, late_rows = ([kind(*row.split(separator)) for row in text.split("|")] for text in (first, last))
     return rows, late_rows
 

@@ -29,7 +29,7 @@ _DOMAINS = tuple(TEMPLATES)
 
 
 class TrafficError(ValueError):
-    """Requests that cannot be served; the message names the file and line, or the setting, and what is wrong."""
+    """Requests cannot be served; the message names the file and line, or the setting, and what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Prompt:
     """One conversation to serve.
 
     Attributes:
-        id: A name, unique within its traffic. The generator's begins with the name of the template.
-        domain: What the request is about; metrics are grouped by it. Empty where a file does not say.
+        id: Name, unique within its traffic. The generator's begins with the name of the template.
+        domain: Subject of the request, by which metrics are grouped. Empty if the file has none.
         messages: First turn, each message with `role` and `content`.
-        follow_ups: What the user says next, each after the answer to the turn before.
+        follow_ups: The user's further turns, each sent after the answer to the turn before.
         max_tokens: Token budget of each completion; None takes the configuration's.
-        sampling: Those of temperature, top_p, top_k and seed that differ from the configuration's.
+        sampling: Values of temperature, top_p, top_k and seed that differ from the configuration's.
         stop: Strings that end a completion.
     """
 
@@ -63,11 +63,11 @@ def read_jsonl(
 ) -> list[Prompt]:
     """Read requests from a JSONL file.
 
-    A line is `{"messages": [{"role": ..., "content": ...}, ...]}` with, if wanted, an `id`, a `domain` and
-    `follow_ups`, a list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`,
-    `top_k`, `seed` and `stop`, a string or a list of them, count before the configuration in every turn of the line;
-    null leaves them to it. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so
-    that a run never meets a bad line half way.
+    A line is `{"messages": [{"role": ..., "content": ...}, ...]}`. It may have an `id`, a `domain` and `follow_ups`, a
+    list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`
+    and `stop` (a string or a list of them) override the configuration in every turn of the line, unless they are null.
+    Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so that a run never meets a
+    bad line half way.
 
     Args:
         path: File, in UTF-8.
@@ -79,8 +79,8 @@ def read_jsonl(
         The requests. One without an id is called `line-<number>`.
 
     Raises:
-        TrafficError: A file that is missing, unreadable or without requests, a malformed line (file and line number
-            are named), an id used twice, or a limit below 1.
+        TrafficError: The file is missing, unreadable or without requests, a line is malformed (the message names file
+            and line), an id is used twice, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise TrafficError(f"the limit on requests is {limit}; it must be 1 or more")
@@ -115,7 +115,7 @@ def _parse(line: bytes, number: int) -> Prompt:
     try:
         record = json.loads(line)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("nested too deeply to read; a line is one flat object with 'messages'") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(record, dict):
@@ -126,8 +126,9 @@ def _parse(line: bytes, number: int) -> Prompt:
             raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
     try:
         json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("text with half a surrogate pair, which no tokenizer takes") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"a text has {half!r}, half a surrogate pair, which no tokenizer takes; remove it") from None
     identifier, domain = record.get("id", f"line-{number}"), record.get("domain", "")
     if type(identifier) not in (str, int):
         raise ValueError(f"'id' must be a string or an integer, got {_kind(identifier)}")
@@ -135,7 +136,7 @@ def _parse(line: bytes, number: int) -> Prompt:
         raise ValueError(f"'domain' must be a string, got {_kind(domain)}")
     follow_ups = record.get("follow_ups", [])
     if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
-        raise ValueError("'follow_ups' must be a list of strings that are not empty")
+        raise ValueError(f"'follow_ups' must be a list of strings that are not empty, got {follow_ups!r:.60}")
     sampling = {key: record[key] for key in _SAMPLING if record.get(key) is not None}
     SamplingParams(**sampling)  # raises for what is out of range
     return Prompt(
@@ -155,20 +156,20 @@ def _parse_budget(record: Mapping[str, Any]) -> int | None:
         if type(budget) is not int or budget < 1:
             raise ValueError(f"{key!r} must be an integer of at least 1, got {budget!r}")
     if len(set(budgets.values())) > 1:
-        raise ValueError(f"{' and '.join(map(repr, budgets))} differ, and are names of one budget; give one of them")
+        raise ValueError(f"{' and '.join(map(repr, budgets))} name the same budget, but differ; give one of them")
     return next(iter(budgets.values()), None)
 
 
 def _parse_stop(value: Any) -> tuple[str, ...]:
     strings = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
-        raise ValueError("'stop' must be a string or a list of strings that are not empty")
+        raise ValueError(f"'stop' must be a string or a list of strings that are not empty, got {value!r:.60}")
     return tuple(strings)
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError("'messages' must be a list with at least one message")
+        raise ValueError(f"'messages' must be a list with at least one message, got {value!r:.60}")
     for index, message in enumerate(value):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise ValueError(f"message {index} must be an object with 'role' and 'content' and nothing else")
@@ -178,7 +179,7 @@ def _parse_messages(value: Any) -> tuple[Message, ...]:
             raise ValueError(f"the content of message {index} must be a string, got {_kind(message['content'])}")
     # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
     if not value[-1]["content"].strip():
-        raise ValueError("empty prompt: the last message has no content")
+        raise ValueError(f"empty prompt: the content of message {len(value) - 1}, the last, is empty; give it a text")
     return tuple(value)
 
 
@@ -192,9 +193,9 @@ def _kind(value: object) -> str:
 def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
     """Make varied requests over five domains: code, sql, math, finance and chat.
 
-    A request is a template filled with values. No prompt repeats, the domains have equal shares and come in random
-    order, and the last quarter of the stream uses templates and values that occur nowhere before it, so acceptance
-    there says how a drafter does on requests of a kind it has not learned from.
+    A request is a template filled with values. No prompt repeats. The domains have equal shares and come in random
+    order. The last quarter of the stream uses templates and values that do not occur before it. So acceptance there
+    tells how a drafter does on requests of a kind that it has not learned from.
 
     Args:
         num_requests: Number of requests.
@@ -293,7 +294,7 @@ def _allot(share: int, templates: Sequence[_Template], rng: random.Random) -> li
 
 
 def _most_requests() -> int:
-    """The longest stream whose first three quarters and last quarter both have distinct requests for every domain."""
+    """Return the most requests such that the first three quarters and the last have distinct ones for every domain."""
     sums = ([sum(template.size for template in group) for group in _templates(part).values()] for part in (0, 1))
     first, last = (len(_DOMAINS) * min(sizes) for sizes in sums)
     return min(first * 4 // 3, last * 4 + 3)

@@ -11,10 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.engines import build_server
 from aurora_rl.cli.learner import build_learner
-from aurora_rl.cli.spec import first_drafter, load, request_queue, resolve, traffic
+from aurora_rl.cli.spec import resolve
 from aurora_rl.telemetry.log import MetricsLog
 
 

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from aurora_rl.cli import spec
+from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.bench import VARIANTS, _markdown, mean_curves
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.main import main
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.objectives.registry import OBJECTIVES
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.training import offline as training
+from aurora_rl.serving.recording import record
+from aurora_rl.training import steps as training
 
 PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3", "learner.replay=1"]
 
@@ -34,8 +35,8 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         folders[mode] = tmp_path_factory.mktemp(mode) / mode
         config = load_config(overrides=[f"model={tiny_folder}", f"drafter.mode={mode}", *PAIRS])
         run = spec.resolve(config)
-        target = spec.load(run)
-        drafter = spec.start_drafter(run, target, [])
+        target = assembly.load(run)
+        drafter = assembly.start_drafter(run, target, [])
         assert isinstance(drafter, Eagle3Drafter)
         save_drafter(drafter, folders[mode].with_name("drafter-day0"))
         params = [SamplingParams(1.0, seed=i, max_tokens=8) for i in range(12)]
@@ -140,11 +141,11 @@ def test_learning_is_what_moves_the_curve(tiny_folder: Path, tmp_path: Path) -> 
     common = ["drafter.vocab_size=300", "learner.replay=8"]
     config = load_config(overrides=[f"model={tiny_folder}", *PAIRS, *common])
     run = spec.resolve(config)
-    target = spec.load(run)
+    target = assembly.load(run)
     requests = [Request(i, torch.arange(250, 255), SamplingParams(max_tokens=16)) for i in range(12)]
     record(
         target.model,
-        spec.start_drafter(run, target, []),
+        assembly.start_drafter(run, target, []),
         requests,
         TrajectoryDataset(tmp_path / "stream"),
         shape=run.tree,
@@ -186,7 +187,7 @@ def test_what_cannot_be_measured_is_an_error(
 ) -> None:  # fmt: skip
     assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "policy_gradient") == 2
     assert "serve with drafter.mode=sampled" in capsys.readouterr().err
-    monkeypatch.setattr(spec, "load", lambda config: pytest.fail("nothing is loaded for these"))
+    monkeypatch.setattr(assembly, "load", lambda config: pytest.fail("nothing is loaded for these"))
     for more, message in (
         (["--variants", "forward_lk"], "unknown 'forward_lk'; there are forward_kl"),
         (["--every", "8", "--ahead", "5"], "has 12 trajectories; at least 13 are needed"),

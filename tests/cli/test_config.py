@@ -28,7 +28,7 @@ def test_the_keys_are_frozen() -> None:
         "http.cors_origins",
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
         *("max_new_tokens", "temperature", "top_k", "top_p", "rule", "generation_config", "seed"),
-        *("drafter.name", "drafter.options", "drafter.path", "drafter.made_for"),
+        *("drafter.name", "drafter.options", "drafter.path", "drafter.trained_for"),
         *("drafter.vocab_size", "drafter.feature_layers"),
         *("drafter.depth", "drafter.width", "drafter.num_nodes", "drafter.lookup", "drafter.mode", "drafter.adaptive"),
         *("baseline.share", "baseline.window"),
@@ -113,6 +113,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("learner.batch_size=2001", "learner.buffer=2000 is less than learner.batch_size=2001"),
         ("control.share=0.2", "'control.share' in control.share=0.2 is called 'baseline.share' now"),
         ("engine.control=tcp://x:1", "'engine.control' in .* is called 'engine.plugin_address' now"),
+        ("drafter.made_for=any", "'drafter.made_for' in .* is called 'drafter.trained_for' now"),
         (
             "objectives=[imitation]",
             r"objectives in objectives=\[imitation\] must be a list of mappings, such as obj.*name: im",
@@ -146,7 +147,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("top_p=0", "sampling needs"),
         ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
         ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
-        ("drafter.made_for=mine", "drafter.made_for must be target or any, got 'mine'"),
+        ("drafter.trained_for=mine", "drafter.trained_for must be target or any, got 'mine'"),
         ("engine.prefix_cache_tokens=-1", "engine.prefix_cache_tokens must not be negative, got -1"),
         ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
@@ -175,8 +176,8 @@ def test_one_clear_error(pair: str, wrong: str) -> None:
 @pytest.mark.parametrize(
     ("pairs", "wrong"),
     [
-        (["engine.url=http://host:30000"], "engine.url and engine.plugin_address go together"),
-        (["engine.plugin_address=tcp://host:1"], "engine.url and engine.plugin_address go together"),
+        (["engine.url=http://host:30000"], "engine.url=.* and engine.plugin_address=.* go together: set both"),
+        (["engine.plugin_address=tcp://host:1"], "engine.url=.* and engine.plugin_address=.* go together: set both"),
         (
             ["engine.url=http://host:30000", "engine.plugin_address=tcp://host:1"],
             "attaches to a running.*set drafter.path",

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aurora_rl.cli import assembly, spec
 from aurora_rl.cli import main as cli
-from aurora_rl.cli import spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.policies import save_drafter
 
@@ -33,7 +33,7 @@ def test_init_writes_a_folder_that_serve_and_engines_load(
     assert init(tmp_path / "d0", *target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]") == 0
     assert capsys.readouterr().out.endswith(f"untrained, written to {tmp_path / 'd0'} (vllm)\n")
     config = load_config(overrides=[*target, "drafter.name=eagle3", f"drafter.path={tmp_path / 'd0'}"])
-    read = spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), [])
+    read = assembly.start_drafter(spec.resolve(config), assembly.load(spec.resolve(config)), [])
     assert read.feature_layers == (1, 2) and len(read.draft_vocab) == 64
     assert cli.main(["drafter", "inspect", str(tmp_path / "d0")]) == 0
     out = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_the_draft_vocabulary_is_of_the_traffic(target: list[str], tmp_path: Pat
         offsets = load_file(tmp_path / name / "model.safetensors")["d2t"]
         vocab[name] = set((offsets + torch.arange(8)).tolist())
     config = load_config(overrides=pairs)
-    asked = spec.load(spec.resolve(config)).tokenizer("zzz QQQ")["input_ids"]
+    asked = assembly.load(spec.resolve(config)).tokenizer("zzz QQQ")["input_ids"]
     assert set(asked) <= vocab["chats"] and not set(asked) <= vocab["built-in"]
 
 
@@ -81,12 +81,12 @@ def test_inspect_prints_what_a_folder_holds(
     assert cli.main(["drafter", "inspect", str(folder)]) == 0
     tensors = load_file(folder / "model.safetensors")
     parameters = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
-    made_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
+    trained_for = json.loads((folder / "config.json").read_text())["aurora_rl_made_for"]
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     assert capsys.readouterr().out.splitlines() == [
         "architecture      Eagle3Drafter (LlamaForCausalLMEagle3)",
         "format            sglang",
-        f"trained for       target weights {made_for}",
+        f"trained for       target weights {trained_for}",
         "vocabulary        64 of 300 tokens",
         "feature layers    1, 2",
         f"parameters        {parameters:,} in float32",
@@ -135,8 +135,8 @@ def test_inspect_says_why_a_drafter_does_not_fit(
     (folder / "config.json").write_text(json.dumps({**entries, "aurora_rl_made_for": "of another"}))
     capsys.readouterr()
     assert cli.main(["drafter", "inspect", str(folder), *target[:3]]) == 1
-    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.made_for=any" in out
-    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.made_for=any"]) == 0
+    assert "does not fit" in (out := capsys.readouterr().out) and "drafter.trained_for=any" in out
+    assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.trained_for=any"]) == 0
     (folder / "config.json").write_text(json.dumps({**entries, "architectures": ["Unheard"]}))
     assert cli.main(["drafter", "inspect", str(folder)]) == 2
     assert f"{folder}: config.json: no drafter is of architectures ['Unheard']" in capsys.readouterr().err
@@ -159,11 +159,11 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    target = spec.load(spec.resolve(config))
+    target = assembly.load(spec.resolve(config))
     # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
     for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
         config.drafter.feature_layers = layers
-        save_drafter(spec.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
+        save_drafter(assembly.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
         there, back = tmp_path / layout, tmp_path / f"from-{layout}"
         assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
         assert export(there, back, "--from", layout, "--to", again, *pairs) == 0
@@ -183,20 +183,22 @@ def test_export_of_a_class_that_the_library_does_not_know(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     named = [*pairs, "drafter.name=other_heads:OtherHeads"]
     config = load_config(overrides=[*named, "drafter.vocab_size=64"])
-    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
-    assert export(tmp_path / "ours", tmp_path / "vllm", "--to", "vllm", *named) == 0
+    save_drafter(
+        assembly.start_drafter(spec.resolve(config), assembly.load(spec.resolve(config)), []), tmp_path / "saved"
+    )
+    assert export(tmp_path / "saved", tmp_path / "vllm", "--to", "vllm", *named) == 0
     assert export(tmp_path / "vllm", tmp_path / "back", "--from", "vllm", "--to", "aurora_rl", *named) == 0
-    back, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
-    assert back.keys() == ours.keys() and all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    back, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "saved"))
+    assert back.keys() == saved.keys() and all(torch.equal(back[name], tensor) for name, tensor in saved.items())
     assert "OtherHeads for" in capsys.readouterr().out
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "ours", Path("."), "--to", "vllm", *named) == 0
+    assert export(tmp_path / "saved", Path("."), "--to", "vllm", *named) == 0
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()
     )
-    assert export(tmp_path / "ours", tmp_path / "again", "--to", "vllm", *pairs) == 2
+    assert export(tmp_path / "saved", tmp_path / "again", "--to", "vllm", *pairs) == 2
     assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
 
 
@@ -213,7 +215,9 @@ def test_export_says_what_it_cannot_do(
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    save_drafter(spec.start_drafter(spec.resolve(config), spec.load(spec.resolve(config)), []), tmp_path / "ours")
+    save_drafter(
+        assembly.start_drafter(spec.resolve(config), assembly.load(spec.resolve(config)), []), tmp_path / "ours"
+    )
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
     assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2

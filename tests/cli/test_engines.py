@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from aurora_rl.cli import spec
+from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.engines import build_server
 from aurora_rl.cli.errors import ConfigError
@@ -47,9 +47,9 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
             ]
         )
         run = spec.resolve(config)
-        target = spec.load(run)
-        requests = spec.request_queue(run, target, spec.traffic(config))
-        drafter, model, done = spec.start_drafter(run, target, []), copy.deepcopy(target.model), []
+        target = assembly.load(run)
+        requests = assembly.request_queue(run, target, assembly.traffic(config))
+        drafter, model, done = assembly.start_drafter(run, target, []), copy.deepcopy(target.model), []
 
         def keep(completion: Completion) -> str:
             done.append(completion)

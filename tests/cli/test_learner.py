@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aurora_rl.cli import spec
+from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner import build_learner
@@ -73,7 +73,7 @@ def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_pa
     # Under autocast the product is in bfloat16 anyway.
     assert weight.dtype == getattr(torch, dtype)
     assert weight.untyped_storage().nbytes() == weight.nbytes
-    assert torch.equal(weight, spec.load(spec.resolve(config)).parts.head.weight)
+    assert torch.equal(weight, assembly.load(spec.resolve(config)).parts.head.weight)
 
 
 def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:

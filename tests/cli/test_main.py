@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.cli import drafter, spec
+from aurora_rl.cli import assembly, drafter
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
 
@@ -31,7 +31,7 @@ def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("model={broken}", "cannot load model"),
         ("traffic.path=/no/file", "cannot read requests from /no/file: No such file or directory"),
         ("traffic.path={lines}", "line 2: not JSON: Expecting value at column 15"),
-        ("traffic.path={blank}", "line 1: empty prompt: the last message has no content"),
+        ("traffic.path={blank}", "line 1: empty prompt: the content of message 0, the last, is empty"),
         ("engine.max_length=50", "that exceeds engine.max_length=50"),
         ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
         ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),
@@ -100,7 +100,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda spec: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(assembly, "load", lambda spec: pytest.fail("a model was loaded"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("of an earlier run")
     assert cli.main([command, *arguments]) == 2

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from tiny_drafters import drafter_for
 
-from aurora_rl.cli import spec
+from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.recording import open_recording, questions, recorded_prompts
@@ -56,10 +56,10 @@ def test_prompts_come_from_every_recording(tmp_path: Path) -> None:
 
 def test_a_recording_of_another_target_is_refused(config: Config, tmp_path: Path) -> None:
     run = spec.resolve(config)
-    target = spec.load(run)  # of hidden size 32
+    target = assembly.load(run)  # of hidden size 32
     medusa = drafter_for(MedusaDrafter, tiny_target())  # of hidden size 16
     TrajectoryDataset(tmp_path / "tiny", medusa.feature_layers).append(tiny_trajectory(medusa))
-    drafter = spec.start_drafter(run, target, [])
+    drafter = assembly.start_drafter(run, target, [])
     drafter.feature_layers = medusa.feature_layers
     with pytest.raises(ConfigError, match=f"^--recording {tmp_path}/tiny: .*features"):
         open_recording(tmp_path / "tiny", target, drafter)

@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from aurora_rl.cli import assembly, serve
 from aurora_rl.cli import main as cli
-from aurora_rl.cli import serve, spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
@@ -250,12 +250,12 @@ def test_an_output_that_fails_does_not_lose_the_others(
 def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_left(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_summary = Stats.summary
+    real_summary = Stats.summary
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full_then_summary(stats: Stats, **figures: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-        return made_summary(stats, **figures)
+        return real_summary(stats, **figures)
 
     monkeypatch.setattr(Stats, "summary", full_then_summary)
     try:
@@ -321,7 +321,7 @@ def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments
 def test_ctrl_c_while_loading(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spec, "load", lambda spec: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(assembly, "load", lambda spec: signal.raise_signal(signal.SIGINT))
     assert cli.main(["flywheel", *arguments]) == 130
     assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_rl.cli import main as cli
+from aurora_rl.cli.assembly import load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.spec import load, request_queue, resolve, start_drafter, traffic
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.cli.spec import resolve
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.serving.recording import record
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
 
@@ -218,17 +220,17 @@ def test_other_settings_are_not_resumed(
 def test_other_chats_are_not_resumed(
     pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    run, elsewhere, one, two = tmp_path / "run", tmp_path / "elsewhere", [("user", "one")], [("user", "two")]
+    run, elsewhere, first, second = tmp_path / "run", tmp_path / "elsewhere", [("user", "one")], [("user", "two")]
     elsewhere.mkdir()
-    chats(elsewhere / "chats.jsonl", one, one)  # a relative path is of the folder that the training started in
-    chats(tmp_path / "chats.jsonl", one, two)
+    chats(elsewhere / "chats.jsonl", first, first)  # a relative path is of the folder that the training started in
+    chats(tmp_path / "chats.jsonl", first, second)
     monkeypatch.chdir(tmp_path)
     words = [*pairs, "traffic.path=chats.jsonl", "learner.batch_size=1", "run_dir=run", "engine.slots=1"]
     assert train("--epochs", "1", *words) == 0
     monkeypatch.chdir(elsewhere)
     assert train("--epochs", "2", "--resume", str(run)) == 0
     assert summary(run)["steps"] == 2
-    chats(tmp_path / "chats.jsonl", *((two, one) if change == "reordered" else (one, [("user", "three")])))
+    chats(tmp_path / "chats.jsonl", *((second, first) if change == "reordered" else (first, [("user", "three")])))
     capsys.readouterr()
     assert train("--epochs", "3", "--resume", str(run)) == 2
     (line,) = capsys.readouterr().err.splitlines()

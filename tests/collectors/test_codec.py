@@ -265,14 +265,14 @@ def test_checksum_depends_on_key_dtype_shape_and_bytes_only() -> None:
     assert reference == checksum(TensorDict({"b": a, "a": a}, batch_size=[]))
     assert len(reference) == 32
     assert checksum({"a": a.reshape(2, 3).T}) == checksum({"a": a.reshape(2, 3).T.contiguous()})
-    others = [
+    variants = [
         {"a": a},
         {"a": a, "c": a},
         {"a": a, "b": a.reshape(2, 3)},
         {"a": a, "b": a.float()},
         {"a": a, "b": a + 1},
     ]
-    assert len({reference, *(checksum(changed) for changed in others)}) == 6
+    assert len({reference, *(checksum(changed) for changed in variants)}) == 6
     # A name that looks like a path differs from the path.
     assert checksum({"a.b": a}) != checksum({("a", "b"): a})
 

@@ -53,7 +53,7 @@ def collector() -> Iterator[ZMQCollector]:
 
 def test_what_is_accepted_is_recorded_and_nothing_else() -> None:
     recorded: list[TensorDictBase] = []
-    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, validate=no_negatives, record=recorded.append)
+    collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, validate=no_negatives, on_trajectory=recorded.append)
     with closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
         for number in (1, -1, 2):
             sink.extend(item(number))

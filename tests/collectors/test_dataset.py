@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from tensordict import TensorDict
 
 from aurora_rl.collectors import dataset
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
-from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.testing import serve, tiny_target, tiny_trajectory
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.testing import tiny_target, tiny_trajectory
 
 
 def trajectories(count: int) -> list[TensorDict]:
@@ -61,25 +60,6 @@ def test_a_recording_says_which_layers_its_features_are_of(tmp_path: Path) -> No
     assert len(TrajectoryDataset(tmp_path, (0, 1))) == 1
     with pytest.raises(ValueError, match="recorded for a drafter that reads layers 0,1, this one reads 1,2; take the"):
         TrajectoryDataset(tmp_path, (1, 2))  # as wide, and something else
-
-
-def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
-    target, shape = tiny_target(), TreeShape(3, 2, mode="sampled")
-    drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
-    prompts = [torch.arange(2 + i) for i in range(4)]
-    requests = [Request(i, prompt, SamplingParams(1.0, seed=i, max_tokens=5)) for i, prompt in enumerate(prompts)]
-    record(tiny_target(), drafter, requests[:2], TrajectoryDataset(tmp_path), shape=shape)
-    recording = TrajectoryDataset(tmp_path)
-    record(tiny_target(), drafter, requests, recording, shape=shape)
-    assert sorted(int(t["request"]) for t in recording) == [0, 1, 2, 3]
-    expected = serve(drafter, target, prompts, shape=TreeShape(0), max_new_tokens=5, sampling=SamplingParams(1.0))
-    for trajectory in recording:
-        text = expected[int(trajectory["request"])]["sequence", "tokens"]
-        assert torch.equal(trajectory["sequence", "tokens"], text)  # of the target, whatever was drafted
-        assert int(trajectory["sampling", "draft_mode"]) == 1 and len(trajectory["nodes", "tokens"]) > 0
-    before = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
-    record(tiny_target(), drafter, requests, recording, shape=shape)
-    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == before
 
 
 def test_a_recording_of_an_earlier_layout_is_named(tmp_path: Path) -> None:

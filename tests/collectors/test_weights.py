@@ -104,7 +104,6 @@ def test_publish_load_acknowledge() -> None:
     assert receiver.version == 3 and publisher.wait_ack(3, 10)
     status = publisher.engines["engine"]
     assert (status.serving, status.acknowledged, status.swap_ms, status.rejected) == (3, 3, 2.5, None)
-    assert status.last_ack is not None and status.last_ack <= time.monotonic()
     assert receiver.latest() is None
     assert publisher.next_version == 4
     receiver.close()

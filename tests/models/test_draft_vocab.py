@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_family
+from families import random_family
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -42,7 +42,7 @@ def test_token_prior_counts_prompts_and_what_the_target_expects() -> None:
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "phi"])
 def test_token_prior_is_of_the_served_distribution(name: str) -> None:
-    model = tiny_family(name)
+    model = random_family(name)
     prompt = [3, 7, 9, 20]
     expected = model(torch.tensor([prompt])).logits[0].softmax(-1).sum(0)
     expected[prompt] += 1
@@ -77,7 +77,7 @@ def test_token_prior_of_a_long_prompt_is_that_of_one_pass(name: str) -> None:
 
 
 def test_token_prior_of_a_prompt_beyond_the_context_is_that_of_its_last_tokens() -> None:
-    model = tiny_family("gpt2", max_position_embeddings=32)
+    model = random_family("gpt2", max_position_embeddings=32)
     prompt = [i % 48 for i in range(42)]
     assert torch.equal(token_prior(model, [prompt]), token_prior(model, [prompt[-32:]]))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_family
+from families import FAMILIES, random_family
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from aurora_rl.models.parts import default_feature_layers, layer_config
@@ -16,7 +16,7 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Eagle3Drafter, TargetParts, available_drafters, get_drafter
 from aurora_rl.policies.formats.checks import check_rope
 from aurora_rl.testing import tiny_target
-from aurora_rl.testing.families import tiny_family as any_family
+from aurora_rl.testing.families import tiny_family
 from aurora_rl.testing.tiny import cast
 
 
@@ -51,7 +51,7 @@ def test_the_fingerprint_is_that_of_the_file_in_whichever_dtype_it_is_loaded(kep
 
 
 def test_a_norm_without_a_weight_multiplies_by_one() -> None:
-    model = any_family("nanochat")
+    model = tiny_family("nanochat")
     parts = TargetParts.of(model)
     for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
         torch.testing.assert_close(parts.last_layer[name], torch.ones(8))
@@ -61,7 +61,7 @@ def test_a_norm_without_a_weight_multiplies_by_one() -> None:
 
 
 def test_a_norm_is_what_it_multiplies_by() -> None:
-    gemma, neox = tiny_family("gemma3_text"), tiny_family("gpt_neox")
+    gemma, neox = random_family("gemma3_text"), random_family("gpt_neox")
     parts, last = TargetParts.of(gemma), gemma.model.layers[-1]
     torch.testing.assert_close(parts.norm, 1 + gemma.model.norm.weight)
     torch.testing.assert_close(parts.last_layer["input_layernorm.weight"], 1 + last.input_layernorm.weight)
@@ -75,7 +75,7 @@ def test_a_norm_is_what_it_multiplies_by() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_are_found_in_the_dtype_of_the_target(dtype: torch.dtype) -> None:
     for name in ("llama", "gemma2", "gpt2"):
-        exact, parts = (TargetParts.of(tiny_family(name, dtype=kind)) for kind in (torch.float32, dtype))
+        exact, parts = (TargetParts.of(random_family(name, dtype=kind)) for kind in (torch.float32, dtype))
         assert exact.norm is not None and parts.norm is not None
         # Two roundings of a number about 1: of the weight, and of what it multiplies.
         torch.testing.assert_close(parts.norm.float(), exact.norm, rtol=0, atol=2 * torch.finfo(dtype).eps)
@@ -83,7 +83,9 @@ def test_norms_are_found_in_the_dtype_of_the_target(dtype: torch.dtype) -> None:
 
 
 def test_outputs_that_are_normalised_are_not_taken_for_those_of_a_llama() -> None:
-    kept = {name: set(TargetParts.of(tiny_family(name)).last_layer) for name in ("gemma", "gemma2", "olmo2", "mixtral")}
+    kept = {
+        name: set(TargetParts.of(random_family(name)).last_layer) for name in ("gemma", "gemma2", "olmo2", "mixtral")
+    }
     outputs = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
     assert outputs <= kept["gemma"] and not outputs & (kept["gemma2"] | kept["olmo2"])
     assert {name for name in kept["mixtral"] if name.startswith("mlp")} == set()
@@ -91,7 +93,7 @@ def test_outputs_that_are_normalised_are_not_taken_for_those_of_a_llama() -> Non
 
 def test_a_part_that_cannot_be_copied_whole_adds_nothing() -> None:
     for name, attention, mlp in (("llama", True, True), ("mixtral", True, False), ("gpt2", False, False)):
-        drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_family(name)), draft_vocab=torch.arange(48))
+        drafter = Eagle3Drafter.from_target(TargetParts.of(random_family(name)), draft_vocab=torch.arange(48))
         assert bool(drafter.midlayer.self_attn.o_proj.weight.any()) == attention
         assert bool(drafter.midlayer.mlp.down_proj.weight.any()) == mlp
 
@@ -99,15 +101,15 @@ def test_a_part_that_cannot_be_copied_whole_adds_nothing() -> None:
 def test_the_fingerprint_covers_the_whole_head() -> None:
     parts = TargetParts.of(tiny_target())
     weight = parts.head.weight
-    others = [TargetHead(weight, torch.ones(32)), TargetHead(weight, scale=2), TargetHead(weight, softcap=2)]
-    heads = [TargetHead(weight), *others]
+    transformed = [TargetHead(weight, torch.ones(32)), TargetHead(weight, scale=2), TargetHead(weight, softcap=2)]
+    heads = [TargetHead(weight), *transformed]
     assert len({replace(parts, head=head).fingerprint for head in heads}) == 4
     assert replace(parts, head=heads[0]).fingerprint == parts.fingerprint
 
 
 def test_an_embedding_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="OPTForCausalLM has an embedding of width 16 and layers of width 32"):
-        TargetParts.of(tiny_family("opt", word_embed_proj_dim=16))
+        TargetParts.of(random_family("opt", word_embed_proj_dim=16))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import tiny_family
+from families import random_family
 
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers
 
@@ -22,7 +22,7 @@ from aurora_rl.models.target_head import TargetHead, context_length, decoder_lay
 def test_the_head_of_a_family(
     name: str, settings: dict[str, float], scale: float, softcap: float | None, bias: bool
 ) -> None:
-    model = tiny_family(name, **settings)
+    model = random_family(name, **settings)
     head = TargetHead.of(model)
     assert (head.scale, head.softcap, head.bias is not None) == (scale, softcap, bias)
     tokens = torch.tensor([[5, 6, 7]])
@@ -34,7 +34,7 @@ def test_the_head_of_a_family(
 
 
 def test_a_head_that_does_more_is_refused() -> None:
-    model = tiny_family("llama")
+    model = random_family("llama")
     model.lm_head.register_forward_hook(lambda module, args, output: output.abs())
     with pytest.raises(ValueError, match="LlamaForCausalLM does more to make its logits"):
         TargetHead.of(model)
@@ -59,5 +59,5 @@ def test_a_head_that_shares_tensors_is_cast_alone() -> None:
 
 def test_layers_and_context_by_any_name() -> None:
     for name, context in (("gpt2", 128), ("mpt", 128), ("opt", 128), ("bloom", None)):
-        model = tiny_family(name)
+        model = random_family(name)
         assert len(decoder_layers(model)) == 3 and context_length(model.config) == context

@@ -139,9 +139,9 @@ def test_settings_out_of_range(settings: dict, message: str) -> None:
 
 def test_a_vocabulary_without_the_targets_choice_accepts_nothing_greedily() -> None:
     target = EnumerableTarget(4, 0.0)
-    others = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
-    drafter = EnumerableDrafter(4, draft_vocab=others)
-    batch = pack([tree_trajectory(DrawnTree((-1,), (int(others[0]),)), target, rule="greedy")])
+    draft_vocab = torch.tensor([t for t in range(VOCAB) if t != int(target.p(()).argmax())])
+    drafter = EnumerableDrafter(4, draft_vocab=draft_vocab)
+    batch = pack([tree_trajectory(DrawnTree((-1,), (int(draft_vocab[0]),)), target, rule="greedy")])
     out = ExpectedLengthLoss(drafter, target.head, contexts="trees")(batch)
     assert float(out["expected_length"]) == 0.0
 

@@ -61,9 +61,9 @@ def test_a_class_by_its_import_path(
 
 @pytest.mark.parametrize("qualname", ["Usurper", "ImitationLoss"])  # the second is the built-in's, of another module
 def test_a_name_that_is_taken(registry: Registry[type[Objective]], qualname: str) -> None:
-    usurper = type(qualname, (DiscardSamplingLoss,), {"__module__": "theirs"})
+    usurper = type(qualname, (DiscardSamplingLoss,), {"__module__": "third_party"})
     owner = "aurora_rl.objectives.imitation:ImitationLoss"
-    with pytest.raises(ValueError, match=f"'imitation' belongs to {owner}; choose another for theirs:{qualname}"):
+    with pytest.raises(ValueError, match=f"'imitation' belongs to {owner}; choose another for third_party:{qualname}"):
         register_objective("imitation")(usurper)
     assert registry.get("imitation") is ImitationLoss and usurper.name == "discard"
 
@@ -78,19 +78,19 @@ def test_entry_points(registry: Registry[type[Objective]], monkeypatch: pytest.M
     def points(group: str) -> list[importlib.metadata.EntryPoint]:
         assert group == "aurora_rl.objectives"
         return [
-            importlib.metadata.EntryPoint("theirs", "test_entry_points_module:Theirs", group),
+            importlib.metadata.EntryPoint("third_party", "test_entry_points_module:ThirdParty", group),
             importlib.metadata.EntryPoint("broken", "collections:Counter", group),
         ]
 
     module = type(importlib)("test_entry_points_module")
-    module.Theirs = type("Theirs", (ImitationLoss,), {})  # type: ignore[attr-defined]
+    module.ThirdParty = type("ThirdParty", (ImitationLoss,), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "test_entry_points_module", module)
     monkeypatch.setattr(by_name, "entry_points", points)
-    assert get_objective("theirs").name == "theirs"
+    assert get_objective("third_party").name == "third_party"
     with pytest.raises(ValueError, match="objective 'broken' is collections:Counter, which is no subclass"):
         get_objective("broken")
-    with pytest.raises(ValueError, match="did you mean 'theirs'"):
-        get_objective("thiers")
+    with pytest.raises(ValueError, match="did you mean 'third_party'"):
+        get_objective("thrid_party")
 
 
 @pytest.mark.parametrize(

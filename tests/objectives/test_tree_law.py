@@ -62,13 +62,13 @@ def test_draws_without_replacement_are_given_their_earlier_siblings() -> None:
     found = law(without)
     torch.testing.assert_close(found.log_q.exp(), torch.tensor(expected, dtype=torch.float64))
     recorded = torch.tensor([0.4, 0.1, 0.3, 0.2, 0.6], dtype=torch.float64)
-    told = found.given_siblings(recorded.log()).exp()
+    told = found.condition_on_siblings(recorded.log()).exp()
     torch.testing.assert_close(told, torch.tensor([0.4, 0.1, 0.3 / 0.6, 0.2, 0.6], dtype=torch.float64))
 
 
 def test_where_a_recording_leaves_nothing_what_is_left_now_counts() -> None:
     recorded = torch.tensor([1.0, 0.1, 1e-9, 0.2, 0.6], dtype=torch.float64).log()
-    told = law([True] * 5).given_siblings(recorded)
+    told = law([True] * 5).condition_on_siblings(recorded)
     assert abs(float(told[2] - recorded[2]) + math.log(1e-5)) < 1e-12  # 0.5 is left now, and no more than 1e-5 is taken
 
 

@@ -49,7 +49,7 @@ def test_a_rule_that_needs_the_drafter_s_law_has_it(drafter: Drafter) -> None:
     settings = {"rule": "rejection", "shape": TreeShape(3, mode="sampled")}
     first, _ = decode(drafter, **settings)
     again, _ = decode(drafter, **settings, seed=0)
-    others = [decode(drafter, **settings, seed=seed)[0] for seed in range(1, 4)]
+    other_seeds = [decode(drafter, **settings, seed=seed)[0] for seed in range(1, 4)]
     nodes = {id: completion.trajectory["nodes", "tokens"].tolist() for id, completion in first.items()}
     assert nodes == {id: completion.trajectory["nodes", "tokens"].tolist() for id, completion in again.items()}
-    assert any(each[0].trajectory["nodes", "tokens"].tolist() != nodes[0] for each in others)
+    assert any(each[0].trajectory["nodes", "tokens"].tolist() != nodes[0] for each in other_seeds)

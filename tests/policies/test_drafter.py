@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aurora_rl.policies import TreeShape
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.policies.drafter import check_weights, draft_rows
+from aurora_rl.testing import tiny_target
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_bad_shapes_are_refused(arguments: tuple, message: str) -> None:
 
 
 def test_sampled_shapes_hold_whole_chains() -> None:
-    assert [TreeShape(d, 4, n, mode="sampled").chains for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
+    assert [TreeShape(d, 4, n, mode="sampled").num_chains for d, n in ((0, 4), (1, 4), (2, 4), (3, 4), (2, None))] == [
         0, 4, 2, 1, 4,
     ]  # fmt: skip
 
@@ -62,8 +63,8 @@ def test_a_shallower_sampled_tree_may_have_more_nodes() -> None:
     for nodes, drafted in ((7, [0, 4, 6, 6, 4]), (None, [0, 4, 8, 12, 16])):
         most = TreeShape(4, 4, nodes, mode="sampled")
         shapes = [TreeShape(depth, 4, nodes, mode="sampled") for depth in range(5)]
-        assert [shape.depth * shape.chains for shape in shapes] == drafted and most.num_nodes >= max(drafted)
-        assert [replace(most, depth=depth).chains for depth in range(5)] == [shape.chains for shape in shapes]
+        assert [shape.depth * shape.num_chains for shape in shapes] == drafted and most.num_nodes >= max(drafted)
+        assert [replace(most, depth=depth).num_chains for depth in range(5)] == [shape.num_chains for shape in shapes]
 
 
 def test_rows_of_tokens_in_the_draft_head() -> None:
@@ -85,3 +86,13 @@ def test_rows_of_tokens_in_the_draft_head() -> None:
 def test_check_weights_names_the_first_difference(weights: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_weights({"a": torch.zeros(2), "b": torch.zeros(1, 3)}, weights)
+
+
+def test_a_serving_copy_leaves_the_drafter_in_training() -> None:
+    target = tiny_target()
+    drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).float().train()
+    served = drafter.serving_copy(torch.bfloat16)
+    assert not served.training and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in served.parameters())
+    assert drafter.training and all(p.dtype == torch.float32 for p in drafter.parameters())
+    assert any(p.requires_grad for p in drafter.parameters())
+    assert {p.data_ptr() for p in served.parameters()}.isdisjoint(p.data_ptr() for p in drafter.parameters())

@@ -134,7 +134,7 @@ def test_other_feature_layers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("d2t", "message"),
     [
-        (VOCAB + 1 - torch.arange(16), "'d2t' is another draft vocabulary"),
+        (VOCAB + 1 - torch.arange(16), "'d2t' is not this drafter's draft vocabulary of 16 tokens"),
         (torch.full((16,), 31), "'d2t' points outside the target's vocabulary of 32"),
     ],
 )

@@ -39,11 +39,11 @@ def test_a_drafter_is_read_for_a_model_its_parts_and_its_name(tiny_folder: Path,
     model, _ = load_target(tiny_folder, dtype=torch.float32, device="cpu")
     parts = TargetParts.of(model)
     written = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16))
-    written.made_for = parts.fingerprint
+    written.trained_for = parts.fingerprint
     written.save_pretrained(str(tmp_path / "drafter"))
     for target in (model, parts, tiny_folder, str(tiny_folder)):
         read = Drafter.from_pretrained(tmp_path / "drafter", target)
-        assert isinstance(read, MedusaDrafter) and read.made_for == parts.fingerprint
+        assert isinstance(read, MedusaDrafter) and read.trained_for == parts.fingerprint
         assert all(torch.equal(read.published()[name], tensor) for name, tensor in written.published().items())
 
 
@@ -55,10 +55,10 @@ def test_a_subclass_reads_its_own_kind_in_the_layout_that_is_asked_for(drafter: 
     with pytest.raises(CheckpointError, match=r"is of Eagle3Drafter, and MedusaDrafter is asked for"):
         MedusaDrafter.from_pretrained(tmp_path, target)
     other_target = tiny_target(dtype=torch.float32, seed=1)
-    with pytest.raises(CheckpointError, match=r"trained for others.*made_for=any"):
+    with pytest.raises(CheckpointError, match=r"trained for others.*trained_for=any"):
         Drafter.from_pretrained(tmp_path, other_target)
     assert (
-        Drafter.from_pretrained(tmp_path, other_target, made_for="any").made_for
+        Drafter.from_pretrained(tmp_path, other_target, trained_for="any").trained_for
         == TargetParts.of(other_target).fingerprint
     )
 

@@ -36,7 +36,7 @@ A drafter for speculative decoding of `HuggingFaceTB/SmolLM2-135M-Instruct`, tra
 | parameters | 0.0 M |
 | draft vocabulary | 16 of 32 tokens |
 | target layers that it reads | 1, 2 |
-| fingerprint of the target's weights | `{drafter.made_for}` |
+| fingerprint of the target's weights | `{drafter.trained_for}` |
 | written with | {versions} |
 
 ## Training

@@ -162,7 +162,7 @@ def test_refused_weights_change_nothing() -> None:
     serving.assert_up_to_date()
 
 
-def test_the_shape_may_change_within_the_budget() -> None:
+def test_the_shape_may_change_within_num_nodes() -> None:
     serving = Serving([4, 2, 9])
     serving.policy.shape = TreeShape(2)
     assert serving.round()["draft", "mask"].sum(1).tolist() == [2, 2, 2]

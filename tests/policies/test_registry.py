@@ -7,10 +7,12 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 
 import pytest
+import torch
 
 from aurora_rl import registry
-from aurora_rl.policies import Eagle3Drafter, NgramDrafter, available_drafters, get_drafter
-from aurora_rl.policies.registry import recognized, register_drafter
+from aurora_rl.policies import Eagle3Drafter, NgramDrafter, TargetParts, available_drafters, get_drafter
+from aurora_rl.policies.registry import recognized, register_drafter, start_untrained
+from aurora_rl.testing import tiny_target
 
 MODULE = "test_registry_module"
 
@@ -74,3 +76,20 @@ def test_a_broken_entry_point_keeps_no_other_drafter_from_being_read(
     assert len(warned) == 2 and "'a_counter' is" in warned[0] and "'a_ghost' cannot be imported" in warned[1]
     with pytest.raises(ValueError, match=r"no drafter is of architectures \['Unheard'\]"):
         recognized({"architectures": ["Unheard"]})
+
+
+def test_an_untrained_drafter_knows_its_target_and_its_vocabulary() -> None:
+    parts = TargetParts.of(tiny_target())
+    prior = torch.arange(len(parts.head)).float()
+    drafter = start_untrained(Eagle3Drafter, parts, prior, vocab_size=3, feature_layers=(1,))
+    assert drafter.trained_for == parts.fingerprint and drafter.feature_layers == (1,)
+    assert drafter.draft_vocab.tolist() == [len(parts.head) - 3, len(parts.head) - 2, len(parts.head) - 1]
+    assert len(start_untrained(Eagle3Drafter, parts).draft_vocab) == len(parts.head)  # at most the default
+
+    class Returnless(Eagle3Drafter):
+        @classmethod
+        def from_target(cls, parts, **options):
+            return None
+
+    with pytest.raises(ValueError, match="^from_target gave None and no drafter"):
+        start_untrained(Returnless, parts)

@@ -76,8 +76,8 @@ def test_unroll_is_that_of_chains_of_the_true_tokens(steps: int) -> None:
     batch = pack([tiny_trajectory(drafter, prompt_length=n, request=n) for n in (1, 5)])
     got, expected = drafter.unroll(batch, steps), Drafter.unroll(drafter, batch, steps)
     assert torch.equal(got.valid, expected.valid) and len(got.logits) == steps
-    for logits, others, valid in zip(got.logits, expected.logits, got.valid, strict=True):
-        torch.testing.assert_close(logits[valid], others[valid], rtol=0, atol=1e-10)
+    for logits, expected_logits, valid in zip(got.logits, expected.logits, got.valid, strict=True):
+        torch.testing.assert_close(logits[valid], expected_logits[valid], rtol=0, atol=1e-10)
     assert got.states is not None
     torch.testing.assert_close(drafter.lm_head(got.states[0]), got.logits[0])
 

@@ -20,7 +20,7 @@ def test_best_first_keeps_the_likeliest_and_renames_parents() -> None:
         torch.tensor([[-1, -1, 0, 0, 1]]),
         torch.tensor([[-0.1, -2.0, -0.2, -2.9, -0.5]]),
         torch.tensor([[-0.1, -2.0, -0.3, -3.0, -2.5]]),
-        budget=3,
+        num_nodes=3,
     )
     assert kept.tokens.tolist() == [[10, 11, 12]]
     assert kept.parents.tolist() == [[-1, -1, 0]]
@@ -28,7 +28,7 @@ def test_best_first_keeps_the_likeliest_and_renames_parents() -> None:
     # With room for four it is b.e, whose parent keeps its place.
     four = best_first(
         torch.tensor([[10, 11, 12, 13, 14]]), torch.tensor([[-1, -1, 0, 0, 1]]), torch.zeros(1, 5),
-        torch.tensor([[-0.1, -2.0, -0.3, -3.0, -2.5]]), budget=4,
+        torch.tensor([[-0.1, -2.0, -0.3, -3.0, -2.5]]), num_nodes=4,
     )  # fmt: skip
     assert four.tokens.tolist() == [[10, 11, 12, 14]] and four.parents.tolist() == [[-1, -1, 0, 1]]
 
@@ -36,7 +36,7 @@ def test_best_first_keeps_the_likeliest_and_renames_parents() -> None:
 def test_best_first_on_ties_keeps_a_parent_before_its_child() -> None:
     # Certain children: joint probabilities equal their parents'.
     kept = best_first(
-        torch.tensor([[1, 2, 3, 4]]), torch.tensor([[-1, 0, 1, 2]]), torch.zeros(1, 4), torch.zeros(1, 4), budget=2
+        torch.tensor([[1, 2, 3, 4]]), torch.tensor([[-1, 0, 1, 2]]), torch.zeros(1, 4), torch.zeros(1, 4), num_nodes=2
     )
     assert kept.tokens.tolist() == [[1, 2]] and kept.parents.tolist() == [[-1, 0]]
 

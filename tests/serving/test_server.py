@@ -214,7 +214,7 @@ def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> Non
     assert serving.events("request")[-1]["accepted"] == {}
 
 
-def test_control_windows_tell_the_controller_what_plain_decoding_takes(tmp_path: Path) -> None:
+def test_baseline_windows_tell_the_controller_what_plain_decoding_takes(tmp_path: Path) -> None:
     waiting, shapes = requests(4, budget=40), TreeController({1: {TreeShape(0): 1e-3, TreeShape(1): 1e-3}})
     serving = Serving(tmp_path, waiting, Oracle(waiting), depth=1, windows=Plain(), shapes=shapes)
     serving.run()

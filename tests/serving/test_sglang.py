@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangError
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.sglang import SGLangServer
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
@@ -44,7 +44,7 @@ class Engine:
 
     def detach(self):
         if not self.reachable:
-            raise ControlError("no answer")
+            raise PluginError("no answer")
         self.attached = 0
 
     def close(self):
@@ -52,7 +52,7 @@ class Engine:
 
     def status(self):
         if not self.reachable:
-            raise ControlError("no answer")
+            raise PluginError("no answer")
         return {
             "attached": self.attached > 0,
             "swaps": len(self.swaps),

@@ -49,7 +49,7 @@ _MLA: dict[str, Any] = {
     "v_head_dim": 8,
 }
 
-# Model types of transformers, and what their configurations say besides the sizes.
+# Model types of transformers, and further entries of their configurations.
 FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"max_position_embeddings": None},
     "cohere": {**_GROUPED, "logit_scale": 0.25},
@@ -79,16 +79,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_family(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random causal LM of a family: 48 tokens, hidden size 32, three layers.
+def random_family(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Make a random causal LM of a family: 48 tokens, hidden size 32, three layers.
 
     Norms are moved off the values that they start with, as training moves them.
 
     Args:
         name: Model type of transformers, a key of ``FAMILIES``.
-        dtype: Its dtype.
-        seed: Of its weights.
-        **settings: Further entries of its configuration.
+        dtype: Dtype of the weights.
+        seed: Seed of the weights.
+        **settings: Further entries of the configuration.
     """
     config = AutoConfig.for_model(name, **{**_SIZES, **FAMILIES[name], **settings})
     with torch.random.fork_rng():

@@ -15,9 +15,9 @@ class Hub(ThreadingHTTPServer):
     """Holds repositories in memory.
 
     Attributes:
-        files: contents by repository and path.
-        commits: message of each commit.
-        created: what each call that creates a repository asked for.
+        files: Contents by repository and path.
+        commits: Message of each commit.
+        created: Fields of each call that creates a repository.
     """
 
     def __init__(self) -> None:

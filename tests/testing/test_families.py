@@ -1,7 +1,10 @@
-"""Every causal family of the installed transformers has the verdict that docs/families.md gives it."""
+"""Every causal family of the installed transformers has the line that docs/families.md gives it."""
 
 from __future__ import annotations
 
+import itertools
+import re
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -10,22 +13,37 @@ import transformers
 
 from aurora_rl.testing.families import causal_families, verdict
 
-PAGE = Path(__file__).parents[2] / "docs/families.md"
-ROWS = dict(line.strip("| \n").split(" | ")[:2] for line in PAGE.read_text().splitlines() if line.startswith("| "))
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "families.md").read_text()
+HEAD, TABLE = PAGE.split("| family |")
+ROWS = dict(line.strip("|").strip().split(" | ", 1) for line in TABLE.splitlines()[2:])
 pinned = pytest.mark.skipif(
-    f"transformers {transformers.__version__}," not in PAGE.read_text(), reason="the page is of another transformers"
+    f"transformers {transformers.__version__} " not in PAGE, reason="the page is of another transformers"
 )
+
+
+def without_numbers(row: str) -> str:
+    """How far logits are apart depends on the CPU."""
+    return re.sub(r"\d[\d.]*(e-\d+)?", "N", row).strip()
 
 
 @pinned
 def test_the_page_has_every_family() -> None:
-    assert sorted(ROWS) == sorted([*causal_families(), "family"])
-    assert Counter(outcome.split(" ")[0] for outcome in ROWS.values())["exact"] >= 90
+    assert list(ROWS) == causal_families()
+    assert Counter(row.split(" ")[0] for row in ROWS.values())["exact"] >= 90
+
+
+@pinned
+def test_what_the_page_says_before_its_table_is_current() -> None:
+    lines = runpy.run_path(str(DOCS / "generate.py"))["families"]()
+    head = itertools.takewhile(lambda line: not line.startswith("| family |"), lines)
+    assert "".join(f"{line}\n" for line in head) == HEAD, "run `python docs/generate.py`"
 
 
 @pinned
 @pytest.mark.parametrize("model_type", causal_families())
-def test_a_family_has_the_verdict_of_the_page(model_type: str) -> None:
+def test_a_family_has_the_line_of_the_page(model_type: str) -> None:
     outcome, note = verdict(model_type)
-    assert outcome == ROWS[model_type]
+    row = f"{outcome} | {note.replace('|', '/')}"
+    assert without_numbers(row) == without_numbers(ROWS[model_type])
     assert bool(note) == (outcome in ("refused", "not tried"))

@@ -133,7 +133,7 @@ def test_arrivals_pass_until_a_candidate_is_offered() -> None:
     assert numbers(gate.admit([])) == []
     assert numbers(gate.admit(arrivals(5, 6, 7))) == [6, 7] and gate.ready
     assert numbers(gate.admit(arrivals(8))) == [8]
-    with pytest.raises(RuntimeError, match="deciding about another candidate"):
+    with pytest.raises(RuntimeError, match=r"already holds a candidate; call decide\(\)"):
         gate.offer({})
 
 

@@ -1,168 +1,23 @@
+"""The learner: what it is fed makes it draft better, and what the gate passes reaches engines."""
+
 from __future__ import annotations
 
 import copy
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from learner_loops import HANDSHAKE, SHAPE, TARGET, Make, day0, drain, send, step_until, wait
 from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.sink import TrajectorySink
-from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.objectives.imitation import ImitationLoss
-from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.storage import CheckpointError
-from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-from aurora_rl.telemetry.outputs import Outputs
-from aurora_rl.testing import serve, tiny_target
+from aurora_rl.testing import serve
 from aurora_rl.training.gate import Gate, replay
-from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
-from aurora_rl.training.replay import trajectory_buffer
-
-HANDSHAKE = Handshake(1, "tiny", "", (0, 1), "", "eagle3")
-SHAPE = TreeShape(3)
-# Of a few random targets, one whose texts follow rules that can be learned from few of them.
-TARGET = tiny_target(dtype=torch.float32, seed=1)
-PARTS = TargetParts.of(TARGET)
-
-
-def day0(vocab: int = 32) -> Eagle3Drafter:
-    torch.manual_seed(0)
-    return Eagle3Drafter.from_target(PARTS, draft_vocab=torch.arange(vocab))
-
-
-@pytest.fixture(scope="module")
-def served() -> list[TensorDict]:
-    """Trajectories of one request each, numbered from 0."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(32, (4,), generator=generator) for _ in range(80)]
-    return serve(day0(), TARGET, prompts, shape=TreeShape(1), max_new_tokens=24, num_slots=16)
-
-
-class Loss:
-    """The imitation loss, which notes the requests of each batch and can be told to return something else."""
-
-    def __init__(self, drafter: Eagle3Drafter) -> None:
-        self._loss, self._drafter = ImitationLoss(drafter, PARTS.head, steps=3), drafter
-        self.batches: list[list[int]] = []
-        self.losses: list[float] = []
-        self.poison: Callable[[Eagle3Drafter], Tensor] | None = None
-
-    def __call__(self, batch: TensorDict) -> TensorDict:
-        self.batches.append(batch["request"].tolist())
-        out = self._loss(batch)
-        if self.poison is not None:
-            out["loss_imitation"] = self.poison(self._drafter)
-        self.losses.append(float(out["loss_imitation"].detach()))
-        return out
-
-
-Make = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    """Makes a learner with both ends of its wire: `learner`, `sink`, `receiver`, and what tests look at."""
-    with ExitStack() as stack:
-
-        def build(
-            *,
-            vocab: int = 32,
-            dtype: torch.dtype = torch.float32,
-            buffer: int = 100,
-            gate: int = 4,
-            batch_size: int = 2,
-            replay: int = 0,
-            publish_every: int = 10_000,
-            max_skipped: int = 20,
-            muon_lr: float = 0.02,
-            adam_lr: float = 3e-3,
-            engine: Handshake = HANDSHAKE,
-            version: int = 0,
-        ) -> SimpleNamespace:
-            drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
-            collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
-            publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
-            sink = TrajectorySink(collector.address, handshake=engine)
-            receiver = WeightReceiver(publisher.address, handshake=engine, version=version, heartbeat_s=0.05)
-            loss = Loss(drafter)
-            scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
-            learner = Learner(
-                drafter=drafter,
-                loss=loss,  # type: ignore[arg-type]
-                optimizers=drafter_optimizers(drafter, muon_lr=muon_lr, adam_lr=adam_lr),
-                buffer=trajectory_buffer(buffer, batch_size),
-                collector=collector,
-                publisher=publisher,
-                gate=Gate(gate, 10.0, SHAPE, scratch),
-                log=log,
-                serving_dtype=dtype,
-                batch_size=batch_size,
-                replay=replay,
-                publish_every=publish_every,
-                max_skipped=max_skipped,
-                checkpoint=tmp_path / "learner",
-                outputs=Outputs(log),
-            )
-            for close in (sink.close, receiver.close, learner.close):
-                stack.callback(close)
-
-            def events(kind: str) -> list[dict[str, Any]]:
-                return [e for e in MetricsReader(tmp_path / "metrics.jsonl") if e["event"] == kind]
-
-            return SimpleNamespace(
-                learner=learner,
-                drafter=drafter,
-                loss=loss,
-                sink=sink,
-                receiver=receiver,
-                publisher=publisher,
-                collector=collector,
-                events=events,
-                checkpoint=tmp_path / "learner",
-            )
-
-        yield build
-
-
-def send(loop: SimpleNamespace, trajectories: list[TensorDict]) -> None:
-    for trajectory in trajectories:
-        loop.sink.extend(trajectory)
-    wait(lambda: loop.sink.sent and not loop.sink.queued)
-    time.sleep(0.05)
-
-
-def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-
-
-def step_until(loop: SimpleNamespace, condition: Callable[[], object]) -> None:
-    def stepped() -> object:
-        loop.learner.step(wait_s=0.01)
-        return condition()
-
-    wait(stepped)
-
-
-def drain(loop: SimpleNamespace) -> None:
-    while loop.learner.step(wait_s=0.1):
-        pass
 
 
 def acceptance(drafter: Eagle3Drafter, trajectories: list[TensorDict]) -> float:
@@ -274,42 +129,6 @@ def _refuse(decision: Any, released: list[TensorDict]) -> tuple[Any, list[Tensor
     return replace(decision, publish=False), released
 
 
-@pytest.mark.parametrize(
-    "poison",
-    [
-        lambda drafter: drafter.fc.weight.sum() * math.nan,
-        lambda drafter: drafter.fc.weight.sum() * math.inf,
-        lambda drafter: (drafter.fc.weight * 0).abs().sqrt().sum(),  # 0, whose gradient is not a number
-    ],
-)
-def test_a_step_that_is_not_finite_is_skipped_and_logged(
-    make: Make, served: list[TensorDict], poison: Callable[[Eagle3Drafter], Tensor]
-) -> None:
-    loop = make()
-    before = {name: value.clone() for name, value in loop.drafter.state_dict().items()}
-    loop.loss.poison = poison
-    send(loop, served[:2])
-    step_until(loop, lambda: loop.loss.batches)
-    assert len(loop.events("step_skipped")) == 1
-    assert not loop.events("train")
-    assert loop.learner.steps == 0
-    assert all(torch.equal(value, before[name]) for name, value in loop.drafter.state_dict().items())
-    loop.loss.poison = None
-    send(loop, served[2:4])
-    step_until(loop, lambda: loop.events("train"))
-    assert loop.learner.steps == 1
-    assert all(value.isfinite().all() for value in loop.drafter.state_dict().values())
-
-
-def test_a_good_step_between_them_starts_the_count_anew(make: Make, served: list[TensorDict]) -> None:
-    loop = make(max_skipped=1, batch_size=2, replay=0)
-    for number in range(4):  # bad, good, bad, good
-        loop.loss.poison = None if number % 2 else lambda drafter: drafter.fc.weight.sum() * math.nan
-        send(loop, served[2 * number : 2 * number + 2])
-        step_until(loop, lambda wanted=number + 1: len(loop.loss.batches) == wanted)
-    assert loop.learner.skipped == 2 and loop.learner.steps == 2
-
-
 def test_the_next_candidate_waits_for_as_many_requests_as_the_first(make: Make, served: list[TensorDict]) -> None:
     loop = make(gate=4, publish_every=6)
     send(loop, served[:6])
@@ -330,70 +149,6 @@ def test_what_no_step_changed_is_not_offered(make: Make, served: list[TensorDict
     send(loop, served[6:12])
     step_until(loop, lambda: loop.events("candidate"))
     assert loop.events("candidate")[0]["steps"] > 0
-
-
-def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_state(
-    make: Make, served: list[TensorDict]
-) -> None:
-    loop = make(gate=2, publish_every=2, max_skipped=2)
-    send(loop, served[:2])
-    step_until(loop, lambda: loop.events("candidate"))
-    send(loop, served[2:4])
-    step_until(loop, lambda: loop.learner.version)
-    drain(loop)
-    send(loop, served[4:8])
-    drain(loop)
-    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(loop, served[8:20])
-    with pytest.raises(
-        FloatingPointError, match="3 steps in a row had no finite loss .* last good training state is in"
-    ):
-        drain(loop)
-    assert loop.learner.skipped == 3
-    kept = load_file(loop.learner._checkpoint / "model.safetensors")
-    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
-    # Those of the last good step, and not of the last that was published.
-    published = loop.learner._serving
-    for name, value in loop.drafter.state_dict().items():
-        assert bool(value.isfinite().all()) and torch.equal(kept[f"module.{name}"], value)
-    assert not torch.equal(kept["module.fc.weight"], published["fc.weight"])
-
-
-def test_what_was_learned_before_such_steps_is_kept_though_nothing_was_published_since(
-    make: Make, served: list[TensorDict]
-) -> None:
-    loop = make(max_skipped=2)
-    send(loop, served[:4])
-    step_until(loop, lambda: loop.learner.steps == 2)
-    learned = {name: value.clone() for name, value in loop.drafter.state_dict().items()}
-    assert not loop.checkpoint.exists()
-    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(loop, served[4:20])
-    with pytest.raises(FloatingPointError, match="last good training state is in"):
-        drain(loop)
-    again = make()
-    again.learner.resume(loop.checkpoint)
-    assert (again.learner.seen, again.learner.steps) == (4, 2)
-    assert all(torch.equal(value, learned[name]) for name, value in again.drafter.state_dict().items())
-
-
-def test_weights_that_are_not_finite_do_not_replace_the_last_good_state(make: Make, served: list[TensorDict]) -> None:
-    loop = make(max_skipped=2)
-    with torch.no_grad():
-        loop.drafter.fc.weight.fill_(math.inf)  # as a finite gradient and a learning rate far too high leave it
-    send(loop, served[:20])
-    with pytest.raises(FloatingPointError, match="no good state was saved; lower the learning rate"):
-        drain(loop)
-    assert not loop.checkpoint.exists()
-
-
-def test_replay_is_owed_for_new_requests_only_and_does_not_pile_up(make: Make, served: list[TensorDict]) -> None:
-    loop = make(batch_size=2, replay=3, muon_lr=0.0, adam_lr=0.0)
-    send(loop, served[:40])
-    drain(loop)
-    new = [event["new"] for event in loop.events("train")]
-    assert new == [2] * 20 + [0] * 12  # new requests come first; four batches' worth of replay is kept
-    assert loop.learner.step(wait_s=0.0) is False
 
 
 def test_arrivals_that_outrun_learning_do_not_pile_up(make: Make, served: list[TensorDict]) -> None:
@@ -493,47 +248,3 @@ def test_an_engine_that_says_it_serves_a_version_is_believed_by_its_drafts(
     else:
         assert event["own"] < event["drafts"] == event["of_replaced"]
         assert "the engine probably did not load it" in caplog.text
-
-
-def test_what_cannot_be_written_does_not_end_learning(
-    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError("the disk is full")
-
-    loop = make(publish_every=2, gate=2)
-    monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
-    send(loop, served[:12])
-    drain(loop)
-    steps = loop.learner.steps
-    send(loop, served[12:20])  # the gate judges on what comes after the candidate
-    step_until(loop, lambda: loop.learner.version >= 1)
-    drain(loop)
-    assert loop.learner.steps > steps > 0
-    assert {event["what"] for event in loop.events("not_written")} == {"the training state"}
-    assert [r.message for r in caplog.records] == [
-        "the training state was not written, and the run goes on: the disk is full"
-    ]
-    (told,) = loop.learner.outputs.failures.values()
-    assert told.startswith("the training state could not be written") and told.endswith(": the disk is full")
-    with pytest.raises(OSError, match="the disk is full"):
-        loop.learner.save()
-    monkeypatch.undo()
-    loop.learner.save()  # makes good for those that failed
-    assert not loop.learner.outputs.failures
-    assert [event["steps"] for event in loop.events("checkpoint")] == [loop.learner.steps]
-
-
-def test_a_learner_that_stops_says_that_its_last_state_was_not_written(
-    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError("the disk is full")
-
-    loop = make(max_skipped=0)
-    loop.learner.save()
-    monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
-    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
-    send(loop, served[:2])
-    with pytest.raises(FloatingPointError, match="the training state could not .* full; an older one is in .*learner;"):
-        drain(loop)

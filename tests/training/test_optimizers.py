@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from aurora_rl.cli.config import Config
+from aurora_rl.models.draft_vocab import DRAFT_VOCAB_SIZE
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target
 from aurora_rl.training.optimizers import drafter_optimizers
+
+
+def test_the_defaults_are_those_of_the_configuration() -> None:
+    drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).float()
+    learner = Config().learner
+    assert [o.defaults["lr"] for o in drafter_optimizers(drafter)] == [learner.muon_lr, learner.adam_lr]
+    assert Config().drafter.vocab_size == DRAFT_VOCAB_SIZE
 
 
 def test_muon_has_the_matrices_and_adam_the_rest() -> None:

@@ -143,20 +143,22 @@ def agreement(served: dict[str, Any], drafter: Drafter, target: LlamaForCausalLM
     """
     shape, said = TreeShape(DEPTH), served["texts"]
     whole = serve(drafter, target, prompts, shape=shape, max_new_tokens=NEW_TOKENS, num_slots=4)
-    for prompt, text, ours in zip(prompts, said, whole, strict=True):
-        assert text == ours["sequence", "tokens"][len(prompt) :].tolist()
+    for prompt, text, trajectory in zip(prompts, said, whole, strict=True):
+        assert text == trajectory["sequence", "tokens"][len(prompt) :].tolist()
     begun = [torch.cat([prompt, torch.tensor(text[:1])]) for prompt, text in zip(prompts, said, strict=True)]
     trajectories = serve(drafter, target, begun, shape=shape, max_new_tokens=NEW_TOKENS - 1, num_slots=4)
     equal = []
-    for prompt, rounds, ours in zip(prompts, served["rounds"], trajectories, strict=True):
+    for prompt, rounds, trajectory in zip(prompts, served["rounds"], trajectories, strict=True):
         assert rounds[0]["drafted"] == [] and len(rounds[0]["said"]) == 1
-        offset, place = ours["rounds", "offset"].tolist(), len(prompt)
+        offset, place = trajectory["rounds", "offset"].tolist(), len(prompt)
+        nodes = trajectory["nodes"]
         here = {
-            anchor: (ours["nodes", "tokens"][start:end].tolist(), int(ours["nodes", "accepted"][start:end].sum()))
-            for anchor, (start, end) in zip(ours["rounds", "anchor"].tolist(), pairwise(offset), strict=True)
+            anchor: (nodes["tokens"][start:end].tolist(), int(nodes["accepted"][start:end].sum()))
+            for anchor, (start, end) in zip(trajectory["rounds", "anchor"].tolist(), pairwise(offset), strict=True)
         }
         for each in rounds[1:]:
-            room = len(ours["sequence", "tokens"]) - 1 - place  # past its end a text is cut, here before it is counted
+            # Past its end a text is cut, here before it is counted.
+            room = len(trajectory["sequence", "tokens"]) - 1 - place
             equal.append((each["drafted"], min(len(each["said"]) - 1, room)) == here.get(place))
             place += len(each["said"])
     return equal

@@ -26,6 +26,6 @@ def test_a_number_is_kept_for_the_last_quarter_by_its_value() -> None:
 
 def test_tables_show_their_columns() -> None:
     join = POOLS["join"][0][0]
-    assert join.schemas == f"{join.parent}(id, {join.label})\n{join.child}(id, {join.key}, {join.number})"
+    assert join.schemas == f"{join.parent}(id, {join.label})\n{join.children}(id, {join.key}, {join.number})"
     table = POOLS["table"][1][0]
     assert table.schema == f"{table.name}(id, {table.label}, {table.group}, {table.number}, {table.date})"

@@ -81,12 +81,18 @@ def message(**keys: Any) -> str:
         ("[" * 100_000, "nested too deeply"),
         ("[1]", "expected an object with 'messages', got a value of type list"),
         ("null", "expected an object with 'messages', got null"),
-        ('{"prompt": "Hi"}', "'messages' must be a list with at least one message"),
-        ('{"messages": []}', "'messages' must be a list with at least one message"),
+        ('{"prompt": "Hi"}', "'messages' must be a list with at least one message, got None"),
+        ('{"messages": []}', "'messages' must be a list with at least one message, got []"),
         ('{"message": []}', "unknown key 'message'; did you mean 'messages'"),
         (GOOD.replace("{", '{"followups": [], ', 1), "unknown key 'followups'; did you mean 'follow_ups'"),
-        (GOOD.replace("{", '{"follow_ups": [""], ', 1), "'follow_ups' must be a list of strings that are not empty"),
-        (GOOD.replace("{", '{"follow_ups": "Why?", ', 1), "'follow_ups' must be a list of strings"),
+        (
+            GOOD.replace("{", '{"follow_ups": [""], ', 1),
+            "'follow_ups' must be a list of strings that are not empty, got ['']",
+        ),
+        (
+            GOOD.replace("{", '{"follow_ups": "Why?", ', 1),
+            "'follow_ups' must be a list of strings that are not empty, got ",
+        ),
         (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
         (GOOD.replace("{", '{"max_tokens": 0, ', 1), "'max_tokens' must be an integer of at least 1, got 0"),
         (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "'max_completion_tokens' must be an integer"),
@@ -108,8 +114,8 @@ def message(**keys: Any) -> str:
         (message(role="human"), "message 0 has role 'human'; the roles are system, user, assistant, tool"),
         (message(role=["user"]), "message 0 has role"),
         (message(content=None), "the content of message 0 must be a string, got null"),
-        (message(content=" \n"), "empty prompt: the last message has no content"),
-        (message(content="\ud800"), "text with half a surrogate pair, which no tokenizer takes"),
+        (message(content=" \n"), "empty prompt: the content of message 0, the last, is empty; give it a text"),
+        (message(content="\ud800"), "a text has '\\ud800', half a surrogate pair, which no tokenizer takes; remove it"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str) -> None:

@@ -2,7 +2,7 @@
 
 Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (rounds to trajectories) and :mod:`weights`
 (swaps). Outside: :mod:`client` (a server, launched or attached to) and :mod:`aurora_rl.serving.sglang` (keeps its
-slots filled). Both talk by :mod:`control`.
+slots filled). Both talk by :mod:`plugin_server`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ENVIRONMENT", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
 
 ENVIRONMENT = "AURORA_RL_SGLANG"
-"""Environment variable of SGLang's processes: the address at which the plugin answers control requests."""
+"""Environment variable of SGLang's processes: the address at which the plugin answers requests."""
 
 
 def register() -> None:

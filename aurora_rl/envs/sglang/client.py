@@ -1,4 +1,4 @@
-"""An SGLang server from outside: launched or attached to, asked for completions by HTTP, controlled by its plugin."""
+"""An SGLang server from outside: launched or attached to, asked by HTTP for completions, by its plugin for the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang import ENVIRONMENT
-from aurora_rl.envs.sglang.control import ControlError, ask
+from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder
@@ -61,7 +61,7 @@ class SGLangClient:
 
     Args:
         url: URL of the server, such as ``http://127.0.0.1:30000``.
-        plugin_address: Address of the plugin's control socket; None where nothing is recorded or swapped.
+        plugin_address: Address of the plugin; None if nothing is recorded or swapped.
         process: The server, if it was launched here; ended by :meth:`close`.
         log: File to which the process prints.
     """
@@ -119,8 +119,8 @@ class SGLangClient:
             CheckpointError: The drafter's folder is not one.
         """
         context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
-        port, control_port = free_ports(2)
-        plugin_address = f"tcp://127.0.0.1:{control_port}"
+        port, plugin_port = free_ports(2)
+        plugin_address = f"tcp://127.0.0.1:{plugin_port}"
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
             *("--host", "127.0.0.1", "--port", str(port), "--device", device),
@@ -204,8 +204,8 @@ class SGLangClient:
         sampling = request.sampling
         if self._argmax and sampling.temperature > 0:
             raise SGLangError(
-                f"request {request.id}: temperature {sampling.temperature:g} cannot be had, on a CPU SGLang verifies by"
-                " argmax whatever is asked for; set temperature=0"
+                f"request {request.id}: temperature {sampling.temperature:g} is not supported, since SGLang verifies "
+                "greedily on a CPU; set temperature=0"
             )
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,
@@ -283,7 +283,7 @@ class SGLangClient:
             The plugin's status.
 
         Raises:
-            ControlError: The plugin refuses, or its hooks did not see the request.
+            PluginError: The plugin refuses, or its hooks did not see the request.
         """
         status = self.status()
         before, self._argmax = status["seen"], status["device"] == "cpu"
@@ -291,7 +291,7 @@ class SGLangClient:
         seen = self.status()["seen"]
         silent = [hook for hook in ("prefill", "verify") if seen.get(hook, 0) <= before.get(hook, 0)]
         if silent:
-            raise ControlError(
+            raise PluginError(
                 f"a request passed and the hooks {silent} saw nothing of it: SGLang drafts or verifies in another way"
                 " than they know"
             )
@@ -303,8 +303,8 @@ class SGLangClient:
         """Stop recording and taking weights; the server goes on with those that it has."""
         return self._ask("detach")
 
-    def record(self, on: bool) -> dict[str, Any]:
-        """Switch recording off or on again while a learner is attached."""
+    def set_recording(self, on: bool) -> dict[str, Any]:
+        """Switch recording on or off while a learner is attached; return the plugin's status."""
         return self._ask("record", {"on": on})
 
     def status(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ class SGLangClient:
 
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
         if self.plugin_address is None:
-            raise ControlError("this engine has no plugin address; set engine.plugin_address to the plugin's")
+            raise PluginError("this engine has no plugin address; set engine.plugin_address to the plugin's")
         return ask(self.plugin_address, kind, fields)
 
     def close(self) -> None:

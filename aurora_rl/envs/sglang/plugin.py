@@ -1,7 +1,7 @@
 """What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_SGLANG the plugin answers requests of
-:mod:`aurora_rl.envs.sglang.control`; from ``attach`` to ``detach`` it records and swaps.
+:mod:`aurora_rl.envs.sglang.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
 
 A hook calls the engine's own function with the same arguments and returns its result. A fault of ours switches
 recording off and never reaches the engine.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.sglang.control import ControlError, ControlServer
 from aurora_rl.envs.sglang.copies import copies_done, to_host
+from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.session import Session
@@ -43,12 +43,12 @@ _TOLD_SWAPS = 256
 
 
 class Plugin:
-    """State of one scheduler process, which answers control requests at ``address``."""
+    """State of one scheduler process, which answers requests at ``address``."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._scheduler: Any = None
-        self._control: ControlServer | None = None
+        self._server: PluginServer | None = None
         self._session: Session | None = None
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
@@ -84,7 +84,7 @@ class Plugin:
             if session is not None:
                 session.fail(f"{type(error).__name__}: {error}")
 
-    # ---- control --------------------------------------------------------------------------------------------------
+    # ---- requests and replies ---------------------------------------------------------------------------------------
 
     def _between_batches(self, original: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if self._scheduler is None:
@@ -99,7 +99,7 @@ class Plugin:
         self._scheduler = scheduler
         self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
         try:
-            self._control = ControlServer(self._address, self._answer)
+            self._server = PluginServer(self._address, self._answer)
         except OSError as error:  # also in the further processes of a server on several GPUs, which is refused later
             logger.error("nobody can attach here: %s", error)
 
@@ -112,10 +112,10 @@ class Plugin:
                 session.close()
         elif kind == "record":
             if self._session is None:
-                raise ControlError("nothing is attached; attach first")
+                raise PluginError("nothing is attached; attach first")
             self._session.recording, self._session.error = bool(fields.get("on")), ""
         elif kind != "status":
-            raise ControlError(f"there is no request {kind!r}; there are status, attach, detach and record")
+            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach and record")
         return self._status()
 
     def _status(self) -> dict[str, Any]:
@@ -146,57 +146,57 @@ class Plugin:
 
     def _attach(self, fields: dict[str, Any]) -> None:
         if self._session is not None:
-            raise ControlError("a learner is attached already; detach first")
+            raise PluginError("a learner is attached already; detach first")
         session = Session(fields, exact=self._eager)
         try:
             self._check_engine(session.handshake)
-        except ControlError:
+        except PluginError:
             session.close()
             raise
         self._session = session
 
     def _check_engine(self, handshake: Handshake) -> None:
-        """Raise ControlError where this engine is not what the handshake says or what the hooks were written for."""
+        """Raise PluginError where this engine is not what the handshake says or what the hooks were written for."""
         args, worker = self._scheduler.server_args, self._scheduler.draft_worker
         if version("sglang") not in SUPPORTED:
-            raise ControlError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
+            raise PluginError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
         if self._missing:
-            raise ControlError(
+            raise PluginError(
                 f"hooks are not in force in SGLang {version('sglang')}: {', '.join(self._missing)}; its log says why "
                 f"(supported: {', '.join(SUPPORTED)})"
             )
         if (args.tp_size, args.pp_size, args.dp_size) != (1, 1, 1):
-            raise ControlError(
+            raise PluginError(
                 f"a server of one GPU is needed, this has tp_size={args.tp_size}, pp_size={args.pp_size}, "
                 f"dp_size={args.dp_size}"
             )
         algorithm = str(args.speculative_algorithm).upper()
         if algorithm not in ("EAGLE3", "EAGLE") or type(worker).__name__ != "EAGLEWorkerV2":
-            raise ControlError(
+            raise PluginError(
                 f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "
                 "start the server with --speculative-algorithm EAGLE3 or EAGLE"
             )
         if args.speculative_use_rejection_sampling:
-            raise ControlError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
+            raise PluginError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
         for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
             if getattr(args, name) < 1:
-                raise ControlError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
+                raise PluginError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
         target = self._target
         # EAGLE reads what the target's head reads, which is no layer that SGLang captures.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
         if layers != handshake.feature_layers:
             learner = handshake.feature_layers
-            raise ControlError(f"feature_layers is {learner} at the learner and {layers} at the engine")
+            raise PluginError(f"feature_layers is {learner} at the learner and {layers} at the engine")
         head = target.lm_head.weight[: target.config.vocab_size]
         # The learner found out which of them the model has; SGLang's own code computes it.
         heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
         if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
-            raise ControlError(
+            raise PluginError(
                 f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
                 "serve the same model in the same dtype"
             )
         if checksum({"draft_vocab": self._draft_vocab}) != handshake.draft_map_checksum:
-            raise ControlError(
+            raise PluginError(
                 "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
                 "--speculative-token-map"
             )
@@ -248,7 +248,10 @@ class Plugin:
                 raise SwapError(fault)
             vocab = None if draft_map is None else draft_map.cpu() + torch.arange(len(draft_map))
             if vocab is not None and not torch.equal(vocab, self._draft_vocab):
-                raise SwapError("the draft map 'd2t' differs from the one that the server was started with")
+                raise SwapError(
+                    "the draft map 'd2t' differs from the one that the server was started with; restart SGLang with "
+                    "the learner's drafter"
+                )
             if self._device != "cpu":
                 torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
             load_drafter(self._scheduler.weight_updater, runner, loadable)

@@ -132,8 +132,8 @@ class TrajectoryAssembler:
 
     def __init__(self, emit: Callable[[TensorDict], None], *, max_bytes: int, store_bytes: int) -> None:
         self._emit, self._max_bytes = emit, max_bytes
-        # Bytes, each number written by one thread: taken on the serving path, and given back by the thread here.
-        self._taken = self._given_back = 0
+        # Bytes, each number written by one thread: reserved on the serving path, released by the thread here.
+        self._reserved = self._released = 0
         self._records: dict[str, _Record] = {}
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
@@ -142,12 +142,12 @@ class TrajectoryAssembler:
         self._thread.start()
 
     def __contains__(self, rid: str) -> bool:
-        """Whether a request is being recorded."""
+        """Return whether a request is being recorded."""
         return rid in self._records
 
     def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
         """Take in a request, of whose prompt ``cached`` tokens will not be run; return False if there is no room."""
-        if self._taken - self._given_back > self._max_bytes:
+        if self._reserved - self._released > self._max_bytes:
             self.counts["memory"] += 1
             return False
         self._records[rid] = _Record(torch.tensor(prompt), cached, version)
@@ -162,7 +162,7 @@ class TrajectoryAssembler:
         record.features.append(features)
         record.first = first
         record.nbytes += features.nbytes
-        self._taken += features.nbytes
+        self._reserved += features.nbytes
 
     def prefilled(self, rid: str) -> int:
         """Return how many tokens of a recorded request's prompt are cached or were run."""
@@ -174,11 +174,11 @@ class TrajectoryAssembler:
         record = self._records[rid]
         record.rounds.append(drafted)
         record.nbytes += drafted.nbytes
-        self._taken += drafted.nbytes
+        self._reserved += drafted.nbytes
 
     def drop(self, rid: str, reason: str) -> None:
         """Forget a request that cannot be learned from."""
-        self._taken -= self._records.pop(rid).nbytes
+        self._reserved -= self._records.pop(rid).nbytes
         self.counts[reason] += 1
 
     def finish(self, rid: str, completion: Sequence[int], sampling: SamplingParams) -> None:
@@ -205,10 +205,10 @@ class TrajectoryAssembler:
                     self.counts["recorded"] += 1
                     self._emit(trajectory)
             finally:
-                self._given_back += record.nbytes
+                self._released += record.nbytes
 
     def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: SamplingParams) -> TensorDict | str:
-        """The trajectory, or why there is none."""
+        """Return the trajectory, or why there is none."""
         prompt, version = record.prompt, record.cache_version
         tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
         features = list(record.features)

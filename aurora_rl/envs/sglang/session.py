@@ -12,8 +12,8 @@ from torch import Tensor
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.envs.sglang.copies import to_host
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.envs.sglang.recorder import TargetRows, TrajectoryAssembler
 
 logger = logging.getLogger(__name__)
@@ -41,18 +41,18 @@ class Session:
             it was captured from, which hides it.
 
     Raises:
-        ControlError: A field is missing, unknown or of the wrong type.
+        PluginError: A field is missing, unknown or of the wrong type.
         OSError: An address is malformed.
     """
 
     def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
-                raise ControlError(f"attach needs {name}, got {fields.get(name)!r}")
+                raise PluginError(f"attach needs {name}, got {fields.get(name)!r}")
         if unknown := set(fields) - set(ATTACH):
-            raise ControlError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
+            raise PluginError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
         if not 0 <= fields["capture_rate"] <= 1:
-            raise ControlError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
+            raise PluginError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
         self.handshake = Handshake.from_meta(fields["handshake"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.recording, self.error = True, ""

@@ -50,8 +50,8 @@ def reject(
 ) -> Verdict:
     """Settle a round by rejection.
 
-    `p` `[B, N + 1, V]` is the served distribution at the root and at every node, `coins` `[B, N]` has a uniform number
-    in (0, 1) for the test of each node, `pick` draws tokens `[B]` from distributions `[B, V]` at columns `[B]`, and
+    `p` `[B, N + 1, V]` is the served distribution at the root and at every node. `coins` `[B, N]` has a uniform number
+    in (0, 1) for the test of each node. `pick` draws tokens `[B]` from distributions `[B, V]` at columns `[B]`.
     `replacement` tells how siblings were drawn. The other arguments are those of `VerificationRule.verify`.
     """
     slots = torch.arange(len(tokens), device=tokens.device)

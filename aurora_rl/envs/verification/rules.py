@@ -1,8 +1,8 @@
 """Verification rules: how the target's logits settle which drafted nodes stand.
 
 A rule is lossless when the law of the delivered text is the target's own, whatever tree was drafted. It sees the
-target's logits at the root and at every node (`N + 1` columns, see `aurora_rl.trees`) and returns the accepted nodes
-and the bonus token, the target's own next token after them.
+target's logits at the root and at every node (`N + 1` columns, see `aurora_rl.trees`). It returns the accepted nodes
+and the bonus token, which is the target's own next token after them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class VerificationRule(ABC):
 
     A rule is stateless. It gives two faces of one law: `verify` draws the outcome, `acceptance` is its probability.
 
-    With `a(x)` the acceptance of node `x`, let `R(tree)` be the sum over the valid nodes of the product of `a` along
-    the path from the root: the expected number of accepted nodes given the tree. For every rule, and trees drawn from
+    Let `a(x)` be the acceptance of node `x`. `R(tree)` is the expected number of accepted nodes given the tree: the sum
+    over the valid nodes of the product of `a` along the path from the root. For every rule and trees drawn from
     `q(tree)`, the derivative of the expected number of accepted nodes with respect to the drafter is
 
         grad E[accepted] = E[R * grad log q(tree) + grad R]
@@ -129,8 +129,8 @@ get_rule = RULES.get
 def rule_of_code(code: int) -> type[VerificationRule]:
     """Return the rule that a trajectory was served with.
 
-    A third party's rule is known if its module was imported, if it was looked up by its import path, or by an entry
-    point: what a trajectory says is never imported.
+    A third party's rule is known if its module was imported, if it was looked up by its import path, or if an entry
+    point declares it. Nothing is imported because a trajectory names it.
 
     Args:
         code: Entry ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`.
@@ -257,10 +257,10 @@ class Greedy(VerificationRule):
 class SampleAndMatch(VerificationRule):
     """Sample the target at the nodes that the walk visits; go to the child that carries the sample.
 
-    All nodes at one absolute position share the noise of that position, `gumbel(seed, position)`. The token at a
-    position is then a function of the text before it and of the seed alone: the text equals that of plain sampling
-    with the same seed, token by token, whatever was drafted. Requests with temperature 0 are decoded greedily in the
-    same batch, and for them `p` in `acceptance` is the point mass on the argmax.
+    All nodes at one absolute position share the noise of that position, `gumbel(seed, position)`. So the token at a
+    position depends on the text before it and on the seed alone. Whatever was drafted, the text equals that of plain
+    sampling with the same seed, token by token. Requests with temperature 0 are decoded greedily in the same batch. For
+    them `p` in `acceptance` is the point mass on the argmax.
 
     The text never depends on the tree, but `acceptance` holds only for trees drawn independently of this noise.
 

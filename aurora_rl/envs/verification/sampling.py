@@ -109,12 +109,12 @@ _STREAM_STEP = 0x9E3779B9
 
 
 def _fold(x: Tensor, shift: int) -> Tensor:
-    """In place: xor the high bits onto the low ones."""
+    """Xor the high bits onto the low ones, in place."""
     return x.bitwise_xor_(x >> shift)
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
-    """In place: multiply modulo 2**32. `x` is int64 in 0 .. 2**32 - 1 and `factor` has 32 bits.
+    """Multiply modulo 2**32, in place. `x` is int64 in 0 .. 2**32 - 1 and `factor` has 32 bits.
 
     A factor of 2**31 or more is taken less 2**32, the same number modulo 2**32: so no product leaves int64.
     """
@@ -122,7 +122,7 @@ def _multiply(x: Tensor, factor: int) -> Tensor:
 
 
 def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
-    """In place: triple32 of C. Wellons' Hash Prospector, a bijection on 32 bits; `key` comes in after a third."""
+    """Hash in place by triple32 of C. Wellons' Hash Prospector, a bijection on 32 bits; `key` enters after a third."""
     _fold(_multiply(_fold(x, 17), 0xED5AD4BB), 11)
     x.bitwise_xor_(key)
     return _fold(_multiply(_fold(_multiply(x, 0xAC4C1B51), 15), 0x31848BAB), 14)
@@ -131,9 +131,9 @@ def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
 def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> Tensor:
     """Return uniform numbers in (0, 1) as a pure function of (request seed, absolute position, token id).
 
-    Being a hash of its coordinates, the noise does not depend on the batch, its order or the tree, and integer
-    operations on 32-bit words make it exact on every device: seed and position are hashed into a 64-bit key, key and
-    token id into 32 bits h, and the number is (h + 1/2) / 2**32.
+    The noise is a hash of its coordinates, so it does not depend on the batch, its order or the tree. It is exact on
+    every device, since all operations are on 32-bit integers. Seed and position are hashed into a 64-bit key, key and
+    token id into 32 bits h. The number is (h + 1/2) / 2**32.
 
     Args:
         seed: Seeds, int64, >= 0.
@@ -155,17 +155,17 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
     return _hash(token ^ first, key=second).double().add_(0.5).mul_(2.0**-32)
 
 
-def gumbel(seed: Tensor, position: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
+def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """Return standard Gumbel noise for every token, `[..., V]` float32 between -3.2 and 22.9.
 
     The argmax over tokens of log-probability plus this noise is a sample of the distribution (Gumbel-max, Maddison et
-    al. 2014). It is -log(-log u) of `uniform`, whose arguments it takes; the two logarithms are taken in float64 and
-    rounded to float32, so devices whose float64 logarithms differ in the last bit agree except where that bit decides
-    the rounding, about once in 10**8 numbers.
+    al. 2014). The noise is -log(-log u), with u from `uniform`, and the arguments are the same. Logarithms are computed
+    in float64 and rounded to float32. The float64 logarithms of two devices may differ in the last bit, which decides
+    the rounding about once in 10**8 numbers.
 
     >>> gumbel(torch.tensor([1, 1]), torch.tensor([0, 1]), vocab_size=3)
     tensor([[ 0.3650, -0.6717,  0.6390],
             [-0.7713,  1.7553,  0.1837]])
     """
-    u = uniform(seed[..., None], position[..., None], torch.arange(vocab_size, device=seed.device), stream)
+    u = uniform(seed[..., None], position[..., None], torch.arange(vocab_size, device=seed.device))
     return u.log_().neg_().log_().neg_().float()

@@ -58,9 +58,9 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
     """Check heads and positions of a drafter's layer: they may differ from the target's only if meant so.
 
     A drafter must be served as it was trained. Authors of EAGLE train with base 10000 for any target and leave rotary
-    settings out of their files, and engines read them so. If a file states settings that are not the target's, it is
-    most often a file for another target: it is refused unless the option says "own", or the file itself says that it
-    was read so before. Heads are compared since the shapes of tensors do not tell eight heads of two from four of four.
+    settings out of their files, and engines read them so. A file whose settings are not the target's is most often for
+    another target. It is refused unless the option is "own", or the file records that it was read so before. Heads are
+    compared, since the shapes of tensors do not tell eight heads of two from four of four.
 
     Args:
         config: Configuration read from the drafter's ``config.json``; marked if its attention is its own.
@@ -98,7 +98,7 @@ def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]
 def check_heads_stated(entries: Mapping[str, Any]) -> None:
     """Raise ValueError if a ``config.json`` leaves the number of heads to a default."""
     if entries.get("num_attention_heads") is None:
-        raise ValueError("config.json: num_attention_heads is missing, and tensors do not tell how many there are")
+        raise ValueError("config.json: num_attention_heads is missing, which tensors do not tell; add it to the file")
 
 
 def refuse_own_attention(attention: str) -> None:

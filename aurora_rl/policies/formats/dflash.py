@@ -43,14 +43,14 @@ _UNSUPPORTED: dict[str, Any] = {
 def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
     """Return a DFlash as "hf" or "sglang" has it.
 
-    Neither holds embedding or head, which are the target's. They name a captured state by the decoder layer that it
-    leaves (the authors' code reads ``hidden_states[id + 1]``, SGLang captures what enters layer ``id + 1``), this
-    library by the layer that it enters: the ids in the file are one less than ``feature_layers``. "sglang" holds what
-    SGLang can capture, the states between two layers; "hf" also the embedding, as −1, and what the target's head reads.
+    Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
+    both name a captured state by the decoder layer that it leaves, this library by the layer that it enters. "sglang"
+    holds the states between two layers, which SGLang can capture. "hf" also holds the embedding, as −1, and what the
+    target's head reads.
 
-    A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids, that SGLang passes over: it
-    drafts from the whole vocabulary, of the same logits. vLLM loads the file if there is no such tensor, hence if every
-    token has the row of its own id.
+    A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids. SGLang ignores it and drafts
+    from the whole vocabulary, from the same logits. vLLM loads the file only if there is no such tensor, so it is left
+    out if every token has the row of its own id.
 
     Raises:
         ValueError: SGLang cannot capture one of the features.
@@ -87,16 +87,21 @@ def read_dflash(
     entries, tensors = checkpoint.config, dict(checkpoint.tensors)
     for name, plain in _UNSUPPORTED.items():
         if (value := _setting(entries, name)) not in (None, plain):
-            raise ValueError(f"config.json: {name} is {value!r}, which this drafter has no form for")
+            raise ValueError(
+                f"config.json: {name} is {value!r}, which DFlashDrafter does not support; it must be {plain!r}"
+            )
     if "sliding_attention" in (entries.get("layer_types") or ()):
-        raise ValueError("config.json: layer_types has sliding_attention, which this drafter has no form for")
+        raise ValueError(
+            "config.json: layer_types has sliding_attention, which DFlashDrafter does not support; give a drafter with "
+            "full attention only"
+        )
     check_heads_stated(entries)
     config = Qwen3Config.from_dict({**entries, **target_entries(parts)})
     check_fixed_rope(config)
     check_rope(config, parts)
     depth = parts.config.num_hidden_layers
-    if (made_for := _setting(entries, "num_target_layers") or depth) != depth:
-        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    if (layers_stated := _setting(entries, "num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {layers_stated}, the target has {depth}")
     mask_token_id = _setting(entries, "mask_token_id", mask_token_id)
     if mask_token_id is None:
         raise ValueError("config.json: mask_token_id is missing; set the option of the same name")

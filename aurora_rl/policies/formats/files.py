@@ -19,8 +19,8 @@ from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 _FILES = ("config.json", "model.safetensors")
-# In config.json: `Drafter.made_for`. Engines pass over entries that they do not know.
-_MADE_FOR = "aurora_rl_made_for"
+# In config.json: `Drafter.trained_for`. Engines pass over entries that they do not know.
+_TRAINED_FOR = "aurora_rl_made_for"
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Entries of config.json, or of the objects in it, that name layers of the target.
 _ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
@@ -59,8 +59,8 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
         tensors, config = written(drafter, layout)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if drafter.made_for is not None:
-        config = {**config, _MADE_FOR: drafter.made_for}
+    if drafter.trained_for is not None:
+        config = {**config, _TRAINED_FOR: drafter.trained_for}
     write_folder(folder, tensors, {"config.json": config})
 
 
@@ -95,9 +95,9 @@ def load_drafter(
     *,
     layout: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
-    made_for: str = "target",
+    trained_for: str = "target",
 ) -> Drafter:
-    """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.made_for``.
+    """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.trained_for``.
 
     Args:
         source: Folder, or id of a repository on the Hugging Face hub.
@@ -105,8 +105,8 @@ def load_drafter(
         kind: Class of the drafter; None takes the one that recognizes ``config.json``.
         layout: One of the class's ``formats``; None takes the first.
         options: ``drafter.options``, see ``Drafter.read``.
-        made_for: "target" refuses a folder that names other weights than the target's; "any" starts from it, such as
-            from that of an earlier state of the target.
+        trained_for: "target" refuses a folder that names other weights than the target's. "any" takes it, for example
+            for a later state of the target.
 
     Raises:
         CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
@@ -126,7 +126,7 @@ def load_drafter(
     tensors, config = read_folder(folder, "config.json")
     try:
         _check_types(tensors, config)
-        trained_for = config.pop(_MADE_FOR, None)  # not the class's to keep
+        stated = config.pop(_TRAINED_FOR, None)  # not the class's to keep
         # A folder that several could have written is of the class that is asked for.
         found = kind if kind is not None and kind.recognizes(config) else recognized(config)
         for name in found.target_sizes:
@@ -145,11 +145,11 @@ def load_drafter(
         if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
             raise ValueError(f"config.json: draft_vocab_size is {rows}, the draft map has {len(drafter.draft_vocab)}")
         _check_layers(drafter, config, parts)
-        drafter.made_for = parts.fingerprint
-        if made_for != "any" and trained_for not in (None, drafter.made_for):
+        drafter.trained_for = parts.fingerprint
+        if trained_for != "any" and stated not in (None, drafter.trained_for):
             raise ValueError(
-                f"config.json: {_MADE_FOR} is {trained_for!r}, the target's weights are {drafter.made_for!r}: the "
-                "drafter was trained for others. To start from it nevertheless, set drafter.made_for=any"
+                f"config.json: {_TRAINED_FOR} is {stated!r}, the target's weights are {drafter.trained_for!r}: the "
+                "drafter was trained for others. To start from it nevertheless, set drafter.trained_for=any"
             )
     except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
@@ -209,8 +209,8 @@ def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:
     """Raise ValueError where a drafter that reads features was made for a target of other layers."""
     depth = parts.config.num_hidden_layers
-    if drafter.feature_layers and (made_for := config.get("num_target_layers") or depth) != depth:
-        raise ValueError(f"config.json: num_target_layers is {made_for}, the target has {depth}")
+    if drafter.feature_layers and (layers_stated := config.get("num_target_layers") or depth) != depth:
+        raise ValueError(f"config.json: num_target_layers is {layers_stated}, the target has {depth}")
     for layer in drafter.feature_layers:
         if not 0 <= layer <= depth:
             raise ValueError(

@@ -46,10 +46,9 @@ def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
     """Return an EAGLE-3 as "sglang", "vllm" or "hf" has it.
 
     "sglang" is what ``LlamaForCausalLMEagle3`` loads: ``d2t[i] = target id − i`` are offsets, and ``t2d`` marks the
-    target tokens that have a row. SGLang names a captured state by the layer that it leaves (it adds 1 to each id and
-    captures what enters that layer), this library by the layer that it enters: the ids in the file are one less than
-    ``feature_layers``. "vllm" adds them as vLLM reads them. "hf" is what the authors publish, which does not say its
-    layers.
+    target tokens that have a row. The layer ids in the file are one less than ``feature_layers``: SGLang names a
+    captured state by the layer that it leaves, this library by the layer that it enters. "vllm" adds the ids as vLLM
+    reads them. "hf" is the layout that the authors publish, which has no layer ids.
 
     Raises:
         ValueError: The layout cannot say what this drafter is.
@@ -169,7 +168,7 @@ def _layer_config(
     """Check the entries of ``config.json`` about the layer, and return its configuration."""
     for name in unsupported:
         if entries.get(name) or (entries.get("eagle_config") or {}).get(name):
-            raise ValueError(f"config.json: {name} is set, which this drafter has no form for")
+            raise ValueError(f"config.json: {name} is set, which this drafter does not support; give one without it")
     check_heads_stated(entries)
     config = LlamaConfig.from_dict({**entries, **target_entries(parts)})
     if config.num_hidden_layers != 1:
@@ -186,7 +185,7 @@ def _draft_vocab(offsets: Tensor, vocab_size: int) -> Tensor:
 
 def _eagle3_name(name: str) -> str:
     """Return a tensor's name here, of those that EAGLE-3 checkpoints use."""
-    for beginning, ours in _EAGLE3_NAMES.items():
+    for beginning, prefix in _EAGLE3_NAMES.items():
         if name.startswith(beginning):
-            name = ours + name.removeprefix(beginning)
+            name = prefix + name.removeprefix(beginning)
     return name

@@ -23,9 +23,9 @@ _Shapes = dict[str, tuple[int, ...]]
 def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert a drafter from this library's layout to one that vLLM serves.
 
-    EAGLE-3 keeps its names, and SGLang loads the result too. vLLM names a captured state by the layer that it enters,
-    as this library does, and looks for the ids at the top level of ``config.json``; SGLang, which names it by the layer
-    that it leaves, looks in ``eagle_config`` only. So both stand in one file. Neither can capture
+    EAGLE-3 keeps its names, and SGLang loads the result too: the file holds the layer ids of both engines. vLLM looks
+    for them at the top level of ``config.json`` and names a captured state by the layer that it enters, as this library
+    does. SGLang looks in ``eagle_config`` only and names it by the layer that it leaves. Neither can capture
     ``num_hidden_layers``, the input of the output head. A drafter with a row for every token may have no ``d2t``.
 
     Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. Each missing row becomes the mean of
@@ -43,8 +43,8 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     Example:
         >>> heads = {"blocks.0.layers.0.weight": torch.eye(2), "lm_heads.0.weight": torch.eye(2)}
         >>> options = {"options": {"num_heads": 1, "num_layers": 1}, "feature_layers": [8]}
-        >>> ours = {"architectures": ["MedusaDrafter"], "vocab_size": 3, **options}
-        >>> written, config = to_vllm({**heads, "d2t": torch.tensor([0, 1])}, ours)
+        >>> entries = {"architectures": ["MedusaDrafter"], "vocab_size": 3, **options}
+        >>> written, config = to_vllm({**heads, "d2t": torch.tensor([0, 1])}, entries)
         >>> written["lm_heads.0.weight"].tolist(), written["token_map"].tolist()
         ([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], [0, 2])
     """
@@ -176,7 +176,7 @@ def _check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
 
 
 def _eagle3_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
-    """Tensors of ``Eagle3LlamaForCausalLM``, and those that may be there: it skips ``t2d``, and shares embeddings."""
+    """Return the tensors of ``Eagle3LlamaForCausalLM``, and optional ones: it skips ``t2d`` and shares embeddings."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
@@ -204,7 +204,7 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
 
 
 def _medusa_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
-    """Tensors of ``MedusaModel``."""
+    """Return the tensors of ``MedusaModel``, and optional ones."""
     hidden, shapes = config["hidden_size"], _Shapes()
     for head in range(config["num_heads"]):
         shapes |= {f"blocks.{head}.layers.{i}.weight": (hidden, hidden) for i in range(config["num_hidden_layers"])}

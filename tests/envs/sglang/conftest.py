@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from sglang_requests import Learner
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang.client import SGLangClient
-from aurora_rl.models.parts import TargetParts, default_feature_layers
-from aurora_rl.policies.eagle import EagleDrafter
+from aurora_rl.models.parts import default_feature_layers
+from aurora_rl.policies import EagleDrafter, TargetParts
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 
 ROOT = Path(__file__).parents[3]
 VOCAB, HIDDEN, LAYERS, HEAD_SIZE = 512, 64, 8, 32
@@ -234,3 +236,30 @@ def _read_the_last_token(drafter: Eagle3Drafter) -> None:
         rows = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
         attention.q_proj.weight[rows, :HIDDEN] += 3 * eye[part]
         attention.o_proj.weight[:, rows] += eye[part].T
+
+
+@pytest.fixture(scope="module")
+def model(sglang_models):
+    return AutoModelForCausalLM.from_pretrained(sglang_models / "target", dtype=torch.float32).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    return TargetParts.of(model)
+
+
+@pytest.fixture(scope="module")
+def drafter(sglang_models, parts):
+    return load_drafter(sglang_models / "eagle3", parts)
+
+
+@pytest.fixture(scope="module")
+def handshake(parts, drafter):
+    return Handshake.of(parts, drafter, "eagle3")
+
+
+@pytest.fixture
+def learner(handshake):
+    ends = Learner(handshake)
+    yield ends
+    ends.die()

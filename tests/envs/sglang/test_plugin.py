@@ -10,8 +10,8 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang import plugin as plugin_module
-from aurora_rl.envs.sglang.control import ControlError
 from aurora_rl.envs.sglang.plugin import Plugin
+from aurora_rl.envs.sglang.plugin_server import PluginError
 
 
 class EAGLEWorkerV2(SimpleNamespace):
@@ -63,14 +63,14 @@ def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(eng
     engine._scheduler.server_args.speculative_algorithm = "EAGLE"
     engine._draft_worker.hot_token_id = rows
     del engine._draft_worker.draft_runner.model.config.draft_vocab_size
-    with pytest.raises(ControlError, match=r"feature_layers is \(2, 4\) at the learner and \(7,\) at the engine"):
+    with pytest.raises(PluginError, match=r"feature_layers is \(2, 4\) at the learner and \(7,\) at the engine"):
         engine._answer("attach", FIELDS)
     vocab = checksum({"draft_vocab": torch.arange(6) if rows is None else rows})
     own = Handshake(**{**HANDSHAKE.__dict__, "feature_layers": (7,), "draft_map_checksum": vocab, "drafter": "eagle"})
     assert engine._answer("attach", {**FIELDS, "handshake": own.to_meta()})["attached"]
     engine._answer("detach", {})
     other_vocab = Handshake(**{**own.__dict__, "draft_map_checksum": checksum({"draft_vocab": torch.tensor([1])})})
-    with pytest.raises(ControlError, match="draft vocabulary.*--speculative-token-map"):
+    with pytest.raises(PluginError, match="draft vocabulary.*--speculative-token-map"):
         engine._answer("attach", {**FIELDS, "handshake": other_vocab.to_meta()})
 
 
@@ -90,7 +90,7 @@ def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(eng
 def test_a_server_started_otherwise_is_refused(engine, change, message):
     for name, value in change.items():
         setattr(engine._scheduler.server_args, name, value)
-    with pytest.raises(ControlError, match=message):
+    with pytest.raises(PluginError, match=message):
         engine._answer("attach", FIELDS)
     assert not engine._answer("status", {})["attached"]
 
@@ -98,18 +98,18 @@ def test_a_server_started_otherwise_is_refused(engine, change, message):
 def test_other_workers_other_versions_and_missing_hooks_are_refused(engine, monkeypatch):
     engine._missing = ["sglang.srt.speculative.eagle_utils.eagle_sample"]
     with pytest.raises(
-        ControlError,
+        PluginError,
         match="hooks are not in force in SGLang 0.5.21: sglang.srt.*eagle_sample.*supported: 0.5.21",
     ):
         engine._answer("attach", FIELDS)
     engine._missing = []
     monkeypatch.setattr(plugin_module, "version", lambda name: "0.5.17")
-    with pytest.raises(ControlError, match=r"SGLang 0.5.17 is not supported; install sglang==0.5.21"):
+    with pytest.raises(PluginError, match=r"SGLang 0.5.17 is not supported; install sglang==0.5.21"):
         engine._answer("attach", FIELDS)
     monkeypatch.undo()
     monkeypatch.setattr(plugin_module, "version", lambda name: "0.5.21")
     engine._scheduler.draft_worker = SimpleNamespace(draft_worker=engine._draft_worker)
-    with pytest.raises(ControlError, match="worker SimpleNamespace"):
+    with pytest.raises(PluginError, match="worker SimpleNamespace"):
         engine._answer("attach", FIELDS)
 
 
@@ -121,13 +121,13 @@ def test_the_supported_version_is_the_one_that_the_tests_run():
 
 
 def test_unknown_fields_rates_out_of_range_and_unknown_requests_are_refused(engine):
-    with pytest.raises(ControlError, match=r"attach knows no \['colour'\]"):
+    with pytest.raises(PluginError, match=r"attach knows no \['colour'\]"):
         engine._answer("attach", {**FIELDS, "colour": 1})
-    with pytest.raises(ControlError, match=r"capture_rate must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(PluginError, match=r"capture_rate must lie in \[0, 1\], got 1.5"):
         engine._answer("attach", {**FIELDS, "capture_rate": 1.5})
-    with pytest.raises(ControlError, match="no request 'dance'"):
+    with pytest.raises(PluginError, match="no request 'dance'"):
         engine._answer("dance", {})
-    with pytest.raises(ControlError, match="nothing is attached"):
+    with pytest.raises(PluginError, match="nothing is attached"):
         engine._answer("record", {"on": True})
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from attach_fields import FIELDS, HEAD
 
-from aurora_rl.envs.sglang.control import ControlError
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.envs.sglang.session import ATTACH, Session
 
 
 @pytest.mark.parametrize("name", sorted(ATTACH))
 def test_a_field_that_is_missing_or_of_another_type_is_named(name):
     for fields in ({k: v for k, v in FIELDS.items() if k != name}, {**FIELDS, name: None}):
-        with pytest.raises(ControlError, match=f"attach needs {name}"):
+        with pytest.raises(PluginError, match=f"attach needs {name}"):
             Session(fields, exact=True)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint names in a module whose parameters lie as SGLang lays them; the real one is in test_real_sglang.py."""
+"""Checkpoint names in a module whose parameters lie as SGLang's do; test_plugin_real_server.py has the real one."""
 
 import pytest
 import torch

@@ -83,7 +83,7 @@ def test_entries_that_a_file_leaves_out_follow_from_the_target_or_the_options(tm
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"is_causal": True}, "is_causal is True, which this drafter has no form for"),
+        ({"is_causal": True}, "is_causal is True, which DFlashDrafter does not support; it must be False"),
         ({"output_multiplier": 2.0}, "output_multiplier is 2.0"),
         ({"projector_type": "domino"}, "projector_type is 'domino'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),

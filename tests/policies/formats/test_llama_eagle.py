@@ -62,7 +62,10 @@ def test_an_embedding_in_the_folder_is_passed_over(
         ({"hidden_size": 32, "vocab_size": 9}, "config.json: hidden_size is 32, the target has 16"),
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
         ({"rms_norm_eps": "tiny"}, "config.json: .*rms_norm_eps"),
-        ({"norm_before_residual": True}, "norm_before_residual is set, which this drafter has no form for"),
+        (
+            {"norm_before_residual": True},
+            "norm_before_residual is set, which this drafter does not support; give one without it",
+        ),
         ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
         ({"architectures": ["BertForMaskedLM"]}, r"no drafter is of architectures \['BertForMaskedLM'\]"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4, the target has 2; .*options={attention: own}"),
@@ -227,7 +230,7 @@ def test_a_whole_llama_is_no_eagle() -> None:
     [
         ({"hidden_size": 32}, "config.json: hidden_size is 32, the target has 16"),
         ({"vocab_size": 33}, "config.json: vocab_size is 33, the target has 32"),
-        ({"attention_bias": True}, "attention_bias is set, which this drafter has no form for"),
+        ({"attention_bias": True}, "attention_bias is set, which this drafter does not support; give one without it"),
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2, this drafter has one layer"),
         ({"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}, "'rope_theta': 77.0.*the target has"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4, the target has 2"),

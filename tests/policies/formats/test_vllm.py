@@ -52,8 +52,8 @@ def assert_same(files: Files, expected: Files) -> None:
 
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
 def test_what_goes_to_vllm_comes_back(kind, request):
-    ours = request.getfixturevalue(kind)
-    assert_same(from_vllm(*to_vllm(*ours)), ours)
+    checkpoint = request.getfixturevalue(kind)
+    assert_same(from_vllm(*to_vllm(*checkpoint)), checkpoint)
 
 
 def test_eagle3_says_its_layers_to_each_engine(eagle3):

@@ -37,15 +37,15 @@ def build_tree_kernel_efficient_cpu(
         parent_list: `[b, expansions]`, no columns where only the root was expanded. Column 0 is not read.
         selected_index: `[b, N - 1]` rising ids of the candidates kept, which become nodes 1 to N - 1.
         verified_seq_len: `[b]` tokens before node 0.
-        tree_mask: written, flat `[b, N, N]`: which nodes (columns) a node sees, its ancestors and itself.
-        positions: written, flat `[b, N]`.
-        retrive_index: written, `[b, N]` row of each node among those of all requests.
-        retrive_next_token: written, `[b, N]` first child.
-        retrive_next_sibling: written, `[b, N]` next child of the same parent.
-        topk: candidates for each expansion.
-        depth: steps of drafting; implied by the shapes.
+        tree_mask: Output, flat `[b, N, N]`: which nodes (columns) a node sees, its ancestors and itself.
+        positions: Output, flat `[b, N]`.
+        retrive_index: Output, `[b, N]`: row of each node among those of all requests.
+        retrive_next_token: Output, `[b, N]`: first child.
+        retrive_next_sibling: Output, `[b, N]`: next child of the same parent.
+        topk: Candidates for each expansion.
+        depth: Steps of drafting; implied by the shapes.
         draft_token_num: N.
-        tree_mask_mode: must be SGLang's QLEN_ONLY.
+        tree_mask_mode: SGLang's QLEN_ONLY; other modes are refused.
     """
     if int(tree_mask_mode) != _QLEN_ONLY:
         raise NotImplementedError(
@@ -114,10 +114,10 @@ def verify_tree_greedy_cpu(
     """Walk each tree from its root along the children that the target would have said itself.
 
     Args:
-        predicts: written, flat `[b * N]`, at each accepted node's row: the target's token after it, the last of
-            which is the bonus token. Other rows are left alone.
-        accept_index: written, `[b, longest path]` rows of the accepted nodes, the root first; the rest is left alone.
-        accept_token_num: written, `[b]` drafts accepted, the root not counted.
+        predicts: Output, flat `[b * N]`: at each accepted node's row the target's token after it, the last of which
+            is the bonus token. Other rows are left alone.
+        accept_index: Output, `[b, longest path]`: rows of the accepted nodes, the root first; the rest is left alone.
+        accept_token_num: Output, `[b]`: drafts accepted, the root not counted.
         candidates: `[b, N]` tokens of the nodes.
         retrive_index: `[b, N]` row of each node.
         retrive_next_token: `[b, N]` first child.

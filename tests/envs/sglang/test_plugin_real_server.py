@@ -1,62 +1,25 @@
 """Real SGLang, unpatched, with our plugin in its scheduler (all of envs/sglang): records, swaps, learners."""
 
-import json
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from sglang_requests import Learner, _numbers, other_weights, requests
 
-from aurora_rl.cli import spec
-from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.dataset import TrajectoryDataset, record
+from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, free_ports
-from aurora_rl.envs.sglang.control import ControlError
-from aurora_rl.policies import EagleDrafter, TargetParts, TreeShape
+from aurora_rl.envs import Request
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
+from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.serving.recording import record
 from aurora_rl.training.served_weights import drafts_agreed
-from aurora_rl.trajectories import RULE_CODES, validate
+from aurora_rl.trajectories import RULE_CODES
 
 pytestmark = pytest.mark.sglang
-
-NEW = 32
 SHAPES = {"chain": TreeShape(3, 1, 3), "tree": TreeShape(2, 4, 7)}
-
-
-@pytest.fixture(scope="module")
-def model(sglang_models):
-    return AutoModelForCausalLM.from_pretrained(sglang_models / "target", dtype=torch.float32).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def parts(model):
-    return TargetParts.of(model)
-
-
-@pytest.fixture(scope="module")
-def drafter(sglang_models, parts):
-    return load_drafter(sglang_models / "eagle3", parts)
-
-
-@pytest.fixture(scope="module")
-def handshake(parts, drafter):
-    return spec.handshake(parts, drafter, "eagle3")
-
-
-def other_weights(drafter, seed):
-    """As published, with another answer to nearly everything; those of seed 0 are the drafter's own."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: t if name == "d2t" or not seed else t + t.std() * torch.randn(t.shape, generator=generator)
-        for name, t in drafter.published().items()
-    }
 
 
 def with_weights(parts, sglang_models, weights):
@@ -65,63 +28,11 @@ def with_weights(parts, sglang_models, weights):
     return drafter
 
 
-class Learner:
-    """The learner's ends of the wire."""
-
-    def __init__(self, handshake):
-        self.handshake, self.got = handshake, {}
-        self.collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=self.check)
-        self.publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=handshake)
-        self.trajectories, self.weights = self.collector.address, self.publisher.address
-
-    def check(self, trajectory):
-        validate(trajectory, vocab_size=512, feature_size=64 * len(self.handshake.feature_layers), hidden_size=64)
-
-    def die(self):
-        self.collector.shutdown()
-        self.publisher.close()
-
-    def come_back(self):
-        self.collector = ZMQCollector(self.trajectories, handshake=self.handshake, validate=self.check)
-        self.publisher = WeightPublisher(self.weights, handshake=self.handshake)
-
-    def take(self, *requests, timeout=20.0):
-        """The trajectories of these requests."""
-        deadline = time.monotonic() + timeout
-        while not set(requests) <= set(self.got):
-            assert time.monotonic() < deadline, f"only {sorted(self.got)} of {requests} came"
-            for trajectory in self.collector.poll(timeout_s=0.1):
-                self.got[int(trajectory["request"])] = trajectory
-        assert self.collector.rejected == 0
-        return [self.got[request] for request in requests]
-
-    def publish(self, version, weights):
-        self.publisher.publish(version, weights)
-        assert self.publisher.wait_ack(version, 20.0), self.publisher.engines
-
-
-@pytest.fixture
-def learner(handshake):
-    ends = Learner(handshake)
-    yield ends
-    ends.die()
-
-
 @pytest.fixture
 def attached(chain, learner, handshake):
     chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     yield chain
     chain.detach()
-
-
-_numbers = iter(range(1, 10**6))
-
-
-def requests(*lengths, new=NEW, seed=0, temperature=0.0):
-    generator, sampling = torch.Generator().manual_seed(seed), SamplingParams(temperature, max_tokens=new)
-    return [
-        Request(next(_numbers), torch.randint(3, 250, (length,), generator=generator), sampling) for length in lengths
-    ]
 
 
 def ask_all(engine, asked):
@@ -190,7 +101,7 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
     """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
     engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
-    learner = Learner(spec.handshake(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
+    learner = Learner(Handshake.of(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
     engine.attach(handshake=learner.handshake, trajectories=learner.trajectories, weights=learner.weights)
     try:
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
@@ -260,9 +171,9 @@ def test_a_share_of_the_requests_is_captured(chain, learner, handshake):
 
 def test_recording_can_be_switched_off_and_on_in_service(attached, learner):
     silent, heard = requests(6, 7, new=6)
-    assert not attached.record(False)["recording"]
+    assert not attached.set_recording(False)["recording"]
     attached.generate(silent)
-    assert attached.record(True)["recording"]
+    assert attached.set_recording(True)["recording"]
     attached.generate(heard)
     learner.take(heard.id)
     assert silent.id not in learner.got
@@ -287,13 +198,13 @@ def test_a_temperature_is_refused_by_name_on_this_device(attached):
 )
 def test_a_learner_of_another_deployment_is_refused(chain, learner, handshake, changed, message):
     another = Handshake(**{**handshake.__dict__, **changed})
-    with pytest.raises(ControlError, match=message):
+    with pytest.raises(PluginError, match=message):
         chain.attach(handshake=another, trajectories=learner.trajectories, weights=learner.weights)
     assert not chain.status()["attached"]
 
 
 def test_a_second_learner_is_refused_until_the_first_is_gone(attached, learner, handshake):
-    with pytest.raises(ControlError, match="attached already; detach first"):
+    with pytest.raises(PluginError, match="attached already; detach first"):
         attached.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
 
 
@@ -308,7 +219,7 @@ def test_after_detaching_the_server_goes_on_unrecorded(chain, learner, handshake
 
 
 def test_an_engine_without_a_plugin_address_cannot_be_attached_to(chain):
-    with pytest.raises(ControlError, match="no plugin address"):
+    with pytest.raises(PluginError, match="no plugin address"):
         SGLangClient(chain.url).status()
 
 
@@ -423,58 +334,3 @@ def test_a_server_that_is_gone_leaves_the_learner_ready_for_the_next(launch, cha
         learner.take(after.id)
     finally:
         chain.detach()
-
-
-# ---- the command line ---------------------------------------------------------------------------------------------
-
-
-def command(chain, sglang_models, tmp_path, *pairs):
-    traffic = tmp_path / "traffic.jsonl"
-    texts = [f"{number} times {number + 1}?" for number in range(24)]
-    traffic.write_text("".join(json.dumps({"messages": [{"role": "user", "content": t}]}) + "\n" for t in texts))
-    trajectories, weights = free_ports(2)
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "aurora_rl.cli.main", "flywheel", "engine.name=sglang", "drafter.name=eagle3"),
-            *(
-                f"engine.url={chain.url}",
-                f"engine.plugin_address={chain.plugin_address}",
-                "engine.slots=4",
-                "engine.max_length=480",
-            ),
-            *(f"model={sglang_models / 'target'}", f"drafter.path={sglang_models / 'eagle3'}", "dtype=float32"),
-            *("drafter.depth=3", "drafter.width=1", "drafter.num_nodes=3", f"traffic.path={traffic}"),
-            *("max_new_tokens=24", "learner.publish_every=4", "learner.replay=1", "gate.requests=2", "gate.margin=10"),
-            *(f"wire.trajectories=tcp://127.0.0.1:{trajectories}", f"wire.weights=tcp://127.0.0.1:{weights}"),
-            *(f"run_dir={tmp_path / 'run'}", *pairs),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-def test_the_flywheel_serves_and_learns_on_a_server_that_is_there(
-    chain, sglang_models, parts, learner, handshake, tmp_path
-):
-    done = command(chain, sglang_models, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["requests"] == 24 and summary["failed"] == 0 and summary["dropped_trajectories"] == 0
-    assert summary["acceptance_length"]["first"] > 1 and summary["tokens_per_second"]["speculative"] > 0
-    assert summary["speedup"] is None and summary["tokens_per_second"]["baseline"] is None
-    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(event["event"] == "request" for event in events) == 24
-    assert any(event["event"] == "train" for event in events)  # how much more depends on the machine
-    load_drafter(tmp_path / "run" / "drafter", parts)
-    assert not chain.status()["attached"], "the server goes on without the run"
-    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
-    learner.publish(1, other_weights(load_drafter(sglang_models / "eagle3", parts), 0))
-    chain.detach()
-
-
-def test_a_temperature_is_refused_before_anything_is_served(chain, sglang_models, tmp_path):
-    done = command(chain, sglang_models, tmp_path, "temperature=0.7")
-    assert done.returncode == 2
-    assert "temperature=0.7: on a CPU SGLang verifies by argmax; set temperature=0" in done.stderr
-    assert not chain.status()["attached"]

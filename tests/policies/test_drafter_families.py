@@ -7,18 +7,18 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, Texts, sampled_texts, tiny_family
+from families import FAMILIES, Texts, random_family, sampled_texts
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aurora_rl.cli import spec
+from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.testing.drafter_serving import filled
 from aurora_rl.testing.drafter_training import check_unroll
-from aurora_rl.training.offline import train_step
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import pack
 
 VOCAB = torch.arange(48)
@@ -40,7 +40,7 @@ TELLING = [
 
 @cache
 def target(name: str, seed: int = 0) -> tuple[TargetParts, PreTrainedModel]:
-    model = tiny_family(name, seed=seed)
+    model = random_family(name, seed=seed)
     return TargetParts.of(model), model
 
 
@@ -129,5 +129,5 @@ def test_the_handshake_covers_all_of_the_head() -> None:
     parts, drafter = target("llama")[0], started("llama", "medusa")
     weight = parts.head.weight
     heads = [TargetHead(weight), TargetHead(weight, scale=2.0), TargetHead(weight, softcap=2.0)]
-    found = {spec.handshake(replace(parts, head=head), drafter, "medusa").head_checksum for head in heads}
+    found = {Handshake.of(replace(parts, head=head), drafter, "medusa").head_checksum for head in heads}
     assert len(found) == 3

@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from aurora_rl.collectors.codec import encode
-from aurora_rl.envs.sglang.control import ControlError, ControlServer, ask
+from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer, ask
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def serve():
     servers = []
 
     def start(answer):
-        servers.append(ControlServer("tcp://127.0.0.1:*", answer))
+        servers.append(PluginServer("tcp://127.0.0.1:*", answer))
         return servers[-1].address
 
     yield start
@@ -29,9 +29,9 @@ def test_an_answer_comes_back_with_what_was_asked(serve):
 
 def test_a_refusal_says_why(serve):
     def refuse(kind, fields):
-        raise ControlError("detach first")
+        raise PluginError("detach first")
 
-    with pytest.raises(ControlError, match="^detach first$"):
+    with pytest.raises(PluginError, match="^detach first$"):
         ask(serve(refuse), "attach")
 
 
@@ -40,7 +40,7 @@ def test_a_fault_is_told_and_the_next_question_answered(serve):
         return {"ratio": 1 / fields["divisor"]}
 
     address = serve(answer)
-    with pytest.raises(ControlError, match="ZeroDivisionError"):
+    with pytest.raises(PluginError, match="ZeroDivisionError"):
         ask(address, "status", {"divisor": 0})
     assert ask(address, "status", {"divisor": 2}) == {"ratio": 0.5}
 
@@ -56,7 +56,7 @@ def test_what_is_malformed_is_refused_and_harms_nobody(serve, frames):
     assert ask(address, "status") == {}
 
 
-def test_more_than_a_control_message_is_not_even_received(serve):
+def test_a_message_above_the_limit_is_not_even_received(serve):
     address = serve(lambda kind, fields: {})
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
@@ -70,7 +70,7 @@ def test_silence_names_the_address_and_the_variable():
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.bind("tcp://127.0.0.1:*")
         address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        with pytest.raises(ControlError, match=f"no answer at {address} within 0 s.*AURORA_RL_SGLANG={address}"):
+        with pytest.raises(PluginError, match=f"no answer at {address} within 0 s.*AURORA_RL_SGLANG={address}"):
             ask(address, "status", timeout=0.1)
 
 

@@ -22,16 +22,16 @@ _LIMITS = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
 _TURN_MS = 50
 
 
-class ControlError(RuntimeError):
+class PluginError(RuntimeError):
     """What was asked of an engine cannot be done; the message says why."""
 
 
-class ControlServer:
+class PluginServer:
     """The plugin's end, in a thread of its own.
 
     Args:
         address: Address to bind.
-        answer: Function of the kind and fields of a request to the fields of ``status``; ControlError refuses.
+        answer: Function of the kind and fields of a request to the fields of ``status``; PluginError refuses.
 
     Raises:
         OSError: The address is taken or cannot be bound.
@@ -42,7 +42,7 @@ class ControlServer:
         self._socket = open_socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LIMITS.max_bytes
         self.address = bind(self._socket, address, limits=_LIMITS)
-        self._thread = SocketThread(self._socket, self._step, name="sglang-control")
+        self._thread = SocketThread(self._socket, self._step, name="sglang-plugin")
         self._thread.start()
 
     def close(self) -> None:
@@ -55,10 +55,10 @@ class ControlServer:
             try:
                 message = decode(frames, limits=_LIMITS)
                 reply = encode("status", self._answer(message.kind, message.meta))
-            except (CodecError, ControlError) as error:
+            except (CodecError, PluginError) as error:
                 reply = encode("refused", {"reason": str(error)})
             except Exception as error:  # a fault of ours must not end the thread, or nobody reaches the engine again
-                logger.exception("a control request failed")
+                logger.exception("a request to the plugin failed")
                 reply = encode("refused", {"reason": f"{type(error).__name__}: {error}"})
             self._socket.send_multipart([identity, *reply])
         return not self._thread.closing
@@ -68,14 +68,14 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
     """Send one request (``status``, ``attach``, ``detach`` or ``record``) to a plugin and wait for its status.
 
     Raises:
-        ControlError: The plugin at ``address`` refuses, or does not answer within ``timeout`` seconds.
+        PluginError: The plugin at ``address`` refuses, or does not answer within ``timeout`` seconds.
     """
     socket = open_socket(zmq.DEALER)
     try:
         connect(socket, address)
         socket.send_multipart(encode(kind, fields or {}))
         if not socket.poll(int(timeout * 1e3)):
-            raise ControlError(
+            raise PluginError(
                 f"no answer at {address} within {timeout:.0f} s; does SGLang run with AURORA_RL_SGLANG={address} in its"
                 " environment and aurora-rl installed next to it?"
             )
@@ -83,5 +83,5 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
     finally:
         socket.close(linger=0)
     if message.kind == "refused":
-        raise ControlError(str(message.meta.get("reason")))
+        raise PluginError(str(message.meta.get("reason")))
     return message.meta

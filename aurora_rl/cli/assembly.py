@@ -1,0 +1,148 @@
+"""What both halves of a run are built from: the target, the requests and the first drafter of a spec."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.spec import RunSpec
+from aurora_rl.models.loading import load_target
+from aurora_rl.models.target_head import context_length
+from aurora_rl.policies import Drafter, TargetParts, token_prior
+from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.registry import start_untrained
+from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    parts: TargetParts
+
+
+def load(spec: RunSpec) -> Target:
+    """Load the target."""
+    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
+    return Target(model, tokenizer, TargetParts.of(model))
+
+
+def check_context(config: Config, target: Target) -> None:
+    """Raise ConfigError where slots are to be longer than the model's context."""
+    context = context_length(target.parts.config)
+    if context is not None and config.engine.max_length > context:
+        raise ConfigError(
+            f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
+            f"set engine.max_length={context} or less"
+        )
+
+
+def traffic(config: Config) -> list[Prompt]:
+    """Return the prompts of the run, all read and checked."""
+    source = config.traffic
+    if source.path is not None:
+        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
+    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+
+
+def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
+    """Return the run's requests, in order."""
+    config = spec.config
+    check_context(config, target)
+    return RequestQueue(
+        prompts,
+        target.tokenizer,
+        vocab_size=target.parts.config.vocab_size,
+        max_length=config.engine.max_length,
+        sampling=spec.sampling,
+    )
+
+
+def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int | None = None) -> Drafter:
+    """Return the drafter that the run starts with, in float32 on the CPU.
+
+    Args:
+        spec: Names a checkpoint, or the architecture of an untrained drafter.
+        target: The loaded target, before an engine has it.
+        prompts: First prompts, for the draft vocabulary of an untrained drafter; may be empty.
+        seed: Seed of an untrained drafter's weights; None takes the configuration's.
+
+    Raises:
+        ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
+        ValueError: A checkpoint that does not fit the target.
+    """
+    drafter = _new_or_loaded(spec, target, prompts, spec.config.seed if seed is None else seed)
+    if spec.tree.depth > drafter.max_depth:
+        raise ConfigError(
+            f"drafter.depth={spec.tree.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "
+            "one after the other; set it to that, or start a deeper drafter by drafter.options"
+        )
+    if drafter.formats:
+        with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
+            written(drafter, "sglang" if spec.config.engine.name == "sglang" else None)
+    return drafter
+
+
+def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int) -> Drafter:
+    settings, kind = spec.config.drafter, spec.drafter_class
+    if settings.path is not None:
+        return load_drafter(
+            settings.path, target.parts, kind, options=settings.options, trained_for=settings.trained_for
+        )
+    torch.manual_seed(seed)
+    prior, layers = token_prior(target.model, prompts), settings.feature_layers
+    with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
+        return start_untrained(
+            kind,
+            target.parts,
+            prior,
+            vocab_size=settings.vocab_size,
+            feature_layers=tuple(layers) if layers else None,
+            options=settings.options,
+        )
+
+
+def first_drafter(
+    spec: RunSpec, target: Target, prompts: list[list[int]], folder: Path | None
+) -> tuple[Drafter, Config]:
+    """Return the drafter that is served first, and the configuration of a learner that starts from it.
+
+    Args:
+        spec: Spec of the run.
+        target: Target of the run.
+        prompts: First prompts, for the draft vocabulary; may be empty.
+        folder: Folder to save it to, for a learner of our own. None for a learner that is started apart: it does not
+            know the prompts.
+    """
+    config = spec.config
+    if folder is None or config.drafter.path is not None:
+        return start_drafter(spec, target, []), config
+    drafter = start_drafter(spec, target, prompts)
+    if not drafter.formats:
+        return drafter, config
+    save_drafter(drafter, folder)
+    return drafter, replace(config, drafter=replace(config.drafter, path=str(folder)))
+
+
+@contextmanager
+def opening(key: str, address: str) -> Iterator[None]:
+    """Make errors of an address name the key to set."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"{address} is in use; stop the process that holds it, or set {key} to another address on both sides"
+            ) from error
+        raise ConfigError(f"{key}: {error.strerror}") from error

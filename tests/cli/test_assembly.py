@@ -1,0 +1,205 @@
+"""What a run is built from: its prompts and its first drafter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_rl.cli import assembly, spec
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.storage import CheckpointError
+from aurora_rl.workload.traffic import TrafficError, generate
+
+
+@pytest.fixture(scope="module")
+def target(tiny_folder: Path) -> assembly.Target:
+    return assembly.load(spec.resolve(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"])))
+
+
+def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
+    config.traffic.limit = 3
+    assert len(assembly.traffic(config)) == 3
+    config.traffic.limit = 99
+    assert len(assembly.traffic(config)) == 5
+
+
+def test_prompts_that_cannot_be_served(config: Config, target: assembly.Target, tmp_path: Path) -> None:
+    prompts = assembly.traffic(config)
+    assert assembly.request_queue(spec.resolve(config), target, prompts).total == 5
+    config.engine.max_length = 40
+    reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
+    with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
+        assembly.request_queue(spec.resolve(config), target, prompts)
+    config.engine.max_length = 513
+    with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
+        assembly.request_queue(spec.resolve(config), target, prompts)
+
+
+def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
+    target = assembly.load(spec.resolve(config))
+    target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
+        assembly.request_queue(spec.resolve(config), target, generate(2))
+
+
+def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
+    target = assembly.load(spec.resolve(config))
+    target.tokenizer.add_tokens([f"<beyond-{i}>" for i in range(60)])  # ids up to 318; the model knows 300
+    prompts = assembly.traffic(config)
+    beyond = replace(prompts[3], messages=({"role": "user", "content": "What is <beyond-59>?"},))
+    requests = assembly.request_queue(spec.resolve(config), target, [*prompts[:3], beyond, prompts[4]])
+    assert (
+        len(requests.failed) == 1 and "the tokenizer gives token 318, and the model knows 0..299" in requests.failed[0]
+    )
+    assert len(requests.first_prompts(64)) == 4
+    assembly.start_drafter(spec.resolve(config), target, requests.first_prompts(64))  # the target reads them
+
+
+def test_an_untrained_drafter_of_another_seed_is_another_one(config: Config, target: assembly.Target) -> None:
+    config.drafter.name = "eagle3"
+    run = spec.resolve(config)
+    first, again, other = (assembly.start_drafter(run, target, [], seed=seed) for seed in (None, config.seed, 7))
+    assert torch.equal(first.fc.weight, again.fc.weight) and not torch.equal(first.fc.weight, other.fc.weight)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
+@pytest.mark.parametrize("own_learner", [True, False])
+def test_both_halves_start_from_the_same_drafter(
+    config: Config, target: assembly.Target, tmp_path: Path, name: str, own_learner: bool
+) -> None:
+    config.drafter.name = name
+    requests = assembly.request_queue(spec.resolve(config), target, assembly.traffic(config))
+    served, learner_config = assembly.first_drafter(
+        spec.resolve(config), target, requests, tmp_path / "day0" if own_learner else None
+    )
+    learned = assembly.start_drafter(spec.resolve(learner_config), target, [])
+    assert Handshake.of(target.parts, served, "eagle3") == Handshake.of(target.parts, learned, "eagle3")
+    assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
+    assert config.drafter.path is None
+    # Only a drafter that is handed on in a folder can know the prompts.
+    knows = not served.draft_vocab.equal(assembly.start_drafter(spec.resolve(config), target, []).draft_vocab)
+    assert knows == own_learner == (learner_config.drafter.path is not None)
+
+
+def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: assembly.Target) -> None:
+    ours = Handshake.of(target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    config.drafter.vocab_size = 32
+    mismatch = ours.mismatch(
+        Handshake.of(target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    )
+    assert mismatch is not None and "draft_map_checksum" in mismatch
+
+
+def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target: assembly.Target) -> None:
+    config.drafter.depth, config.drafter.num_nodes = 5, 5
+    with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
+        assembly.start_drafter(spec.resolve(config), target, [])
+    config.drafter.options = {"num_heads": 5}
+    assert assembly.start_drafter(spec.resolve(config), target, []).max_depth == 5
+
+
+def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: Config, target: assembly.Target) -> None:
+    config.drafter.name, config.drafter.feature_layers = "eagle3", [0, 1, 3]
+    with pytest.raises(
+        ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines capture"
+    ):
+        assembly.start_drafter(spec.resolve(config), target, [])
+    config.drafter.feature_layers = [0, 1]
+    assembly.start_drafter(spec.resolve(config), target, [])
+    config.engine.name = "sglang"
+    with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot capture what enters layer 0"):
+        assembly.start_drafter(spec.resolve(config), target, [])
+
+
+def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
+    config: Config, target: assembly.Target, tmp_path: Path
+) -> None:
+    save_drafter(assembly.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
+    config.drafter.path = str(tmp_path / "drafter")
+    newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
+    with pytest.raises(CheckpointError, match="the drafter was trained for others"):
+        assembly.start_drafter(spec.resolve(config), newer, [])
+    config.drafter.trained_for = "any"
+    assert assembly.start_drafter(spec.resolve(config), newer, []).trained_for == newer.parts.fingerprint
+
+
+def test_a_drafter_for_another_model_names_what_does_not_match(
+    config: Config, target: assembly.Target, tmp_path: Path
+) -> None:
+    config.drafter.name = "eagle3"
+    save_drafter(assembly.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
+    config.drafter.path = str(tmp_path / "drafter")
+    assembly.start_drafter(spec.resolve(config), target, [])
+    document = json.loads((tmp_path / "drafter" / "config.json").read_text())
+
+    def edit(**entries: object) -> None:
+        (tmp_path / "drafter" / "config.json").write_text(json.dumps({**document, **entries}))
+
+    edit(hidden_size=64)
+    with pytest.raises(CheckpointError, match="drafter: config.json: hidden_size is 64, the target has 32"):
+        assembly.start_drafter(spec.resolve(config), target, [])
+    edit(intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
+        assembly.start_drafter(spec.resolve(config), target, [])
+    edit(architectures=["MedusaDrafter"])
+    with pytest.raises(CheckpointError, match="config.json is of MedusaDrafter, and Eagle3Drafter is asked for"):
+        assembly.start_drafter(spec.resolve(config), target, [])
+    config.drafter.path = str(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        assembly.start_drafter(spec.resolve(config), target, [])
+
+
+THIRD_PARTY = """
+from aurora_rl.policies import MedusaDrafter
+
+class Narrow(MedusaDrafter):
+    formats = ("aurora_rl",)
+
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None, heads: int = 2):
+        drafter = super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers, num_heads=heads)
+        drafter.options = {}  # forgets to say them
+        return drafter
+
+class Returnless(Narrow):
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None):
+        super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers)
+"""
+
+
+@pytest.fixture
+def third_party_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_drafters.py").write_text(THIRD_PARTY)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("third_party_drafters")
+def test_what_started_a_drafter_is_in_its_folder(config: Config, target: assembly.Target, tmp_path: Path) -> None:
+    config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
+    started = assembly.start_drafter(spec.resolve(config), target, [])
+    save_drafter(started, tmp_path / "drafter")
+    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}
+    read = assembly.start_drafter(spec.resolve(config), target, [])
+    assert read.published().keys() == started.published().keys() and read.max_depth == 3
+    with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
+        config.drafter.options = {"heads": 2.5}
+        spec.resolve(config)
+    assert Handshake.of(target.parts, read, "mine").feature_layers == (3,)
+    read.feature_layers = [3]  # type: ignore[assignment]
+    assert Handshake.of(target.parts, read, "mine").feature_layers == (3,)
+
+
+@pytest.mark.usefixtures("third_party_drafters")
+def test_a_class_that_makes_no_drafter_is_named(config: Config, target: assembly.Target) -> None:
+    config.drafter.name = "their_drafters:Returnless"
+    with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
+        assembly.start_drafter(spec.resolve(config), target, [])

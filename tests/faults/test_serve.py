@@ -1,0 +1,94 @@
+"""`aurora-rl serve`: clients over HTTP are learned from, and whatever ends does not take the others with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+from processes import wait
+
+Start = Callable[..., Any]
+
+
+def client(server: Any) -> openai.OpenAI:
+    """A client of a server that has started."""
+    found: list[str] = []
+
+    def listens() -> bool:
+        assert server.process.poll() is None, server.text
+        found[:] = re.findall(r"listening at (\S+)", server.text)
+        return bool(found)
+
+    wait(listens, 120)
+    return openai.OpenAI(base_url=found[0], api_key="none", timeout=60, max_retries=0)
+
+
+def ask(api: openai.OpenAI, text: str, **options: Any) -> Any:
+    return api.chat.completions.create(
+        model=api.models.list().data[0].id, messages=[{"role": "user", "content": text}], **options
+    )
+
+
+def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None:
+    server = start("serve", "http.port=0")
+    api = client(server)
+    asked = [f"Tell me about the number {number}." for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda text: ask(api, text, max_tokens=8), asked))
+    assert all(answer.usage.completion_tokens == 8 for answer in answers)
+    swap = server.wait_for("swap")[0]
+    later = ask(api, asked[0], max_tokens=8)
+    assert later.choices[0].message.content == answers[0].choices[0].message.content  # whatever drafts, the same text
+    assert later.metrics["drafter_version"] >= swap["version"]
+
+    server.interrupt()
+    assert server.ended() == 0, server.text
+    assert server.summary["requests"] == 41 and server.summary["failed"] == 0
+    assert not server.children
+    assert not (server.run / "answers.jsonl").exists()  # what clients ask is theirs
+
+
+def test_a_learner_that_dies_is_started_again_and_goes_on_from_its_checkpoint(start: Start) -> None:
+    server = start("serve", "http.port=0")
+    api = client(server)
+
+    def serve(count: int) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda number: ask(api, f"Number {number}?", max_tokens=8), range(count)))
+
+    serve(16)
+    published = server.wait_for("swap")[-1]
+    server.wait_for("checkpoint")
+    (pid,) = server.children
+    os.kill(pid, signal.SIGKILL)
+    (again,) = server.wait_for("learner_restarted")
+    assert again["restarts"] == 1 and again["resumed"]
+    server.wait_for("learner_ready", 2)
+    assert server.children and server.children != [pid]
+    swaps = len(server.events("swap"))
+    serve(24)  # clients never noticed
+    assert server.wait_for("swap", swaps + 1)[-1]["version"] > published["version"]
+    server.interrupt()
+    assert server.ended() == 0, server.text
+
+
+def test_an_end_in_the_middle_tells_the_clients(start: Start) -> None:
+    server = start("serve", "http.port=0", "learner.spawn=false")
+    api = client(server)
+    url = str(api.base_url).rstrip("/")
+    body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line.startswith("data: ")]
+    # It ended before the signal was heard, or it was told why it did not.
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in "".join(rest) or "shutting down" in rest[-2]
+    assert server.ended() == 0, server.text

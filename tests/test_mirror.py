@@ -1,0 +1,65 @@
+"""Tests mirror the package, and no file is longer than 450 lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+LONGEST = 450
+# Modules as `folder/name`; a module `_name.py` has its tests in `test_name.py`.
+MODULES = {
+    path.relative_to(ROOT / "aurora_rl").with_suffix("").as_posix().replace("/_", "/").lstrip("_")
+    for path in (ROOT / "aurora_rl").rglob("*.py")
+    if path.name != "__init__.py"
+}
+FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
+EXCEPTIONS = {
+    "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
+    "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",
+    "test_docs.py": "the pages",
+    "test_examples.py": "the examples",
+    "test_imports.py": "the order of imports",
+    "test_mirror.py": "the tests",
+    "test_public_names.py": "`aurora_rl/__init__.py`",
+    "test_sgl_kernel_stand_in.py": "tests/sglang_cpu/sgl_kernel",
+    "test_smollm2.py": "the embedded model, through all rooms",
+    "test_wheel.py": "the wheel",
+    "vllm/test_vllm.py": "runs in an environment of its own, which has no other tests",
+}
+
+
+def module_of(file: str) -> str | None:
+    """The module of a test file: `a/test_<module>.py` or `a/test_<module>_<aspect>.py`, the longest that exists."""
+    folder, _, name = file.rpartition("/")
+    words = name.removeprefix("test_").removesuffix(".py").split("_")
+    names = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
+    return next((path for path in (f"{folder}/{name}".lstrip("/") for name in names) if path in MODULES), None)
+
+
+def test_a_part_of_a_file_is_of_its_module() -> None:
+    assert module_of("serving/test_server_swaps.py") == "serving/server"
+    assert module_of("policies/test_tree_search.py") == "policies/tree_search"
+    assert module_of("test_server.py") is None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_test_file_is_of_a_module(file: str) -> None:
+    assert (module_of(file) is None) == (file in EXCEPTIONS)
+
+
+def test_an_exception_exists() -> None:
+    assert EXCEPTIONS.keys() <= set(FILES)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_has_a_test_file(module: str) -> None:
+    assert module in {module_of(file) for file in FILES}
+
+
+@pytest.mark.parametrize("folder", ["aurora_rl", "kernels", "tests"])
+def test_no_file_is_too_long(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path): length for path, length in lengths.items() if length > LONGEST} == {}

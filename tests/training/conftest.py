@@ -1,0 +1,121 @@
+"""A learner with both ends of the wire, and trajectories for it to learn from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from learner_loops import HANDSHAKE, PARTS, SHAPE, TARGET, Make, day0
+from tensordict import TensorDict
+from torch import Tensor
+
+from aurora_rl.collectors.collector import ZMQCollector
+from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
+from aurora_rl.objectives.imitation import ImitationLoss
+from aurora_rl.policies import Eagle3Drafter, TreeShape
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.outputs import Outputs
+from aurora_rl.testing import serve
+from aurora_rl.training.gate import Gate
+from aurora_rl.training.learner import Learner
+from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.replay import trajectory_buffer
+
+
+@pytest.fixture(scope="module")
+def served() -> list[TensorDict]:
+    """Trajectories of one request each, numbered from 0."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(32, (4,), generator=generator) for _ in range(80)]
+    return serve(day0(), TARGET, prompts, shape=TreeShape(1), max_new_tokens=24, num_slots=16)
+
+
+class Loss:
+    """The imitation loss, which notes the requests of each batch and can be told to return something else."""
+
+    def __init__(self, drafter: Eagle3Drafter) -> None:
+        self._loss, self._drafter = ImitationLoss(drafter, PARTS.head, steps=3), drafter
+        self.batches: list[list[int]] = []
+        self.losses: list[float] = []
+        self.poison: Callable[[Eagle3Drafter], Tensor] | None = None
+
+    def __call__(self, batch: TensorDict) -> TensorDict:
+        self.batches.append(batch["request"].tolist())
+        out = self._loss(batch)
+        if self.poison is not None:
+            out["loss_imitation"] = self.poison(self._drafter)
+        self.losses.append(float(out["loss_imitation"].detach()))
+        return out
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Makes a learner with both ends of its wire: `learner`, `sink`, `receiver`, and what tests look at."""
+    with ExitStack() as stack:
+
+        def build(
+            *,
+            vocab: int = 32,
+            dtype: torch.dtype = torch.float32,
+            buffer: int = 100,
+            gate: int = 4,
+            batch_size: int = 2,
+            replay: int = 0,
+            publish_every: int = 10_000,
+            max_skipped: int = 20,
+            muon_lr: float = 0.02,
+            adam_lr: float = 3e-3,
+            engine: Handshake = HANDSHAKE,
+            version: int = 0,
+        ) -> SimpleNamespace:
+            drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
+            collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
+            publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
+            sink = TrajectorySink(collector.address, handshake=engine)
+            receiver = WeightReceiver(publisher.address, handshake=engine, version=version, heartbeat_s=0.05)
+            loss = Loss(drafter)
+            scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
+            learner = Learner(
+                drafter=drafter,
+                loss=loss,  # type: ignore[arg-type]
+                optimizers=drafter_optimizers(drafter, muon_lr=muon_lr, adam_lr=adam_lr),
+                buffer=trajectory_buffer(buffer, batch_size),
+                collector=collector,
+                publisher=publisher,
+                gate=Gate(gate, 10.0, SHAPE, scratch),
+                log=log,
+                serving_dtype=dtype,
+                batch_size=batch_size,
+                replay=replay,
+                publish_every=publish_every,
+                max_skipped=max_skipped,
+                checkpoint=tmp_path / "learner",
+                outputs=Outputs(log),
+            )
+            for close in (sink.close, receiver.close, learner.close):
+                stack.callback(close)
+
+            def events(kind: str) -> list[dict[str, Any]]:
+                return [e for e in MetricsReader(tmp_path / "metrics.jsonl") if e["event"] == kind]
+
+            return SimpleNamespace(
+                learner=learner,
+                drafter=drafter,
+                loss=loss,
+                sink=sink,
+                receiver=receiver,
+                publisher=publisher,
+                collector=collector,
+                events=events,
+                checkpoint=tmp_path / "learner",
+            )
+
+        yield build
