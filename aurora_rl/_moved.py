@@ -37,7 +37,8 @@ MOVED = {
     "trajectories.TrajectoryRecorder": "context.TrajectoryRecorder",
     "training.drafter_optimizers": "training.optimizers.drafter_optimizers",
     "training.train_on": "training.offline.train_on", "training.train_step": "training.offline.train_step",
-    **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in ("load_drafter", "save_drafter")},
+    **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in (
+        "load_drafter", "save_drafter", "written")},
     **{f"serving.{name}": "cli.engines" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
     **{f"models.{name}": f"models.loading.{name}" for name in (
         "DEFAULT_TARGET", "ModelError", "default_dtype", "embedded_model_path", "encode_chat",
