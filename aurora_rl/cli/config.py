@@ -387,10 +387,12 @@ def _check(config: Config) -> None:
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
             f"would ever be taken; set learner.buffer={learner.batch_size} or more"
         )
-    if drafter.name == "hybrid":
-        options = drafter.options
+    options = drafter.options
+    old = [name for name in ("learned", "lookup", "learned_options", "min_depth") if name in options]
+    if drafter.name == "hybrid" or (drafter.name is None and old):
+        was = "drafter.name=hybrid" if drafter.name else f"drafter.options.{old[0]} of the drafter hybrid"
         now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
-        raise ConfigError(f"drafter.name=hybrid is {now} now, and its learned_options are drafter.options")
+        raise ConfigError(f"{was} is {now} now, and its learned_options are drafter.options")
     layers = drafter.feature_layers or []
     if sorted(set(layers)) != list(layers):
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")

@@ -68,7 +68,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 with stop.held():
                     learner = LearnerProcess.start(learner_config, run_dir)
             requests.answers = JsonLines(run_dir / "answers.jsonl")
-            server = build_server(spec, target, requests, drafter, log, run_dir, requests.completed)
+            try:
+                server = build_server(spec, target, requests, drafter, log, run_dir, requests.completed)
+            except (ValueError, OSError):
+                if learner is not None:
+                    learner.withdraw()  # before its folder is removed
+                raise
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if learner is not None:
