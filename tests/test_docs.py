@@ -219,7 +219,7 @@ def slug(title: str) -> str:
 
 
 # Each line of families.md takes a model: tests/testing/test_families.py.
-@pytest.mark.parametrize("page", GENERATED.keys() - {"families.md"})
+@pytest.mark.parametrize("page", sorted(GENERATED.keys() - {"families.md"}))
 def test_generated_pages_are_current(page: str) -> None:
     text = "\n".join(GENERATED[page]()) + "\n"
     assert (DOCS / page).read_text() == text, "run `python docs/generate.py`"
