@@ -40,7 +40,8 @@ MOVED = {
     "training.drafter_optimizers": "training.optimizers.drafter_optimizers",
     "training.train_on": "training.steps.train_on", "training.train_step": "training.steps.train_step",
     "training.offline.train_on": "training.steps.train_on",
-    **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in ("load_drafter", "save_drafter")},
+    **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in (
+        "load_drafter", "save_drafter", "written")},
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
         "first_drafter", "load", "request_queue", "start_drafter", "traffic")},

@@ -15,6 +15,7 @@ _NAMES: dict[Any, str] = {
     str: "a string",
     NoneType: "null",
     Mapping: "a mapping",
+    list: "a list",
     Callable: "a function",
 }
 

@@ -65,7 +65,7 @@ OLD_NAMES = {
     """,
     "policies.eagle": "EagleDrafter",
     "policies.eagle3": "Eagle3Drafter",
-    "policies.formats": "load_drafter save_drafter",
+    "policies.formats": "load_drafter save_drafter written",
     "policies.medusa": "MedusaBlock MedusaDrafter",
     "policies.policy": "DrafterPolicy",
     "policies.recurrent": "DraftLayer RecurrentDrafter",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -78,8 +77,8 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
     # Sizes and positions are checked against the target, and written as the target has them.
-    spec = resolve(config)
-    drafter = _load(spec, load(spec), arguments.drafter, arguments.layout)
+    spec = _resolve(config, arguments.drafter)
+    drafter = _load(spec, load(spec), arguments.layout)
     drafter.to(spec.dtype).save_pretrained(arguments.out.resolve(), layout=arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
@@ -121,10 +120,16 @@ def _named_kind(config: Config) -> type[Drafter] | None:
     return get_drafter(name) if name is not None and ":" in name else None
 
 
-def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout: str | None = None) -> Drafter:
+def _resolve(config: Config, source: str) -> RunSpec:
+    """Resolve the configuration for the drafter in a folder, whose class has the options."""
+    return resolve(replace(config, drafter=replace(config.drafter, path=source)))
+
+
+def _load(spec: RunSpec, target: Target, layout: str | None = None) -> Drafter:
     settings = spec.config.drafter
+    assert settings.path is not None
     return load_drafter(
-        source,
+        settings.path,
         target.parts,
         _named_kind(spec.config),
         layout=layout,
@@ -135,10 +140,10 @@ def _load(spec: RunSpec, target: Target, source: str | os.PathLike[str], layout:
 
 def _misfit(config: Config, source: str) -> str | None:
     """Return why a drafter does not fit the target; None if it fits."""
-    spec = resolve(config)
+    spec = _resolve(config, source)
     target = load(spec)
     try:
-        _load(spec, target, source)
+        _load(spec, target)
     except CheckpointError as error:
         return str(error)
     return None

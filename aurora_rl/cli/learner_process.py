@@ -23,10 +23,11 @@ class LearnerProcess:
     Args:
         child: The process.
         log: File with what it prints.
+        logged_before: Bytes in that file when it was started, of an earlier part of the run.
     """
 
-    def __init__(self, child: subprocess.Popen, log: Path) -> None:
-        self.child, self._log = child, log
+    def __init__(self, child: subprocess.Popen, log: Path, logged_before: int = 0) -> None:
+        self.child, self._log, self._logged_before = child, log, logged_before
 
     @classmethod
     def start(cls, config: Config, run_dir: Path) -> LearnerProcess:
@@ -34,10 +35,11 @@ class LearnerProcess:
         path, log = run_dir / "learner.yaml", run_dir / "learner.log"
         path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")
         # -P: a file in the working directory, such as profile.py, must not take the place of an installed module. A
-        # parent that imports from there itself, as under python -m, shares its modules with the learner.
-        safe = [] if os.getcwd() in sys.path else ["-P"]
+        # parent that imports from there first itself, as under python -m, shares its modules with the learner.
+        safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]
         command = [sys.executable, *safe, "-m", "aurora_rl.cli.main", "learn", "--config", str(path)]
         with open(log, "ab") as output:
+            logged_before = output.tell()
             child = subprocess.Popen(
                 [*command, "--parent", str(os.getpid()), f"run_dir={run_dir}"],
                 stdin=subprocess.DEVNULL,
@@ -45,7 +47,7 @@ class LearnerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return cls(child, log)
+        return cls(child, log, logged_before)
 
     def wait_ready(self, events: MetricsReader) -> None:
         """Wait until the learner listens, so that a configuration that it refuses is told before a request is served.
@@ -80,6 +82,13 @@ class LearnerProcess:
         if self.child.returncode in (0, 130, -signal.SIGTERM):  # the latter two had not begun to learn
             return None
         return f"the learner ended with status {self.child.returncode}: {self._last_line()}; see {self._log}"
+
+    def withdraw(self) -> None:
+        """End the learner of a run that is refused. Its log stays if it had ended by itself, which may say why."""
+        ended_itself = self.child.poll() is not None
+        self.end()
+        if not ended_itself:
+            os.truncate(self._log, self._logged_before)
 
     def _last_line(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()

@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
         written; 2 for an error of the user's; 130 if interrupted.
     """
+    # For parts by their import path, such as objectives=[{name: my_file:plain}]. The working directory comes last, so
+    # that no file in it takes the place of an installed module.
+    if "" not in sys.path:
+        sys.path.append("")
     # A stream that was closed before we began, as by >&-, is None. These take its place and its descriptor: C libraries
     # write to that, and a file of the run must not get it.
     with (

@@ -16,6 +16,7 @@ from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import generation_processors
+from aurora_rl.envs.verification.rules import rule_of_code
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter
 from aurora_rl.serving.recording import record
@@ -62,7 +63,9 @@ def open_recording(folder: Path, target: Target, drafter: Drafter) -> Trajectory
     with naming(f"--recording {folder}"):
         recording = TrajectoryDataset(folder, drafter.feature_layers)
         feature_size = width * len(drafter.feature_layers)
-        validate(recording[0], vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
+        first = recording[0]
+        rule_of_code(int(first["sampling", "rule"]))
+        validate(first, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
     return recording
 
 

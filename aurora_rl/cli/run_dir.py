@@ -80,7 +80,7 @@ class RunDir:
                 for path in self._part.iterdir():
                     path.replace(self.path / path.name)
                 self._part.rmdir()
-            elif not any(self.path.glob("*.log")):
+            elif not any(log.stat().st_size for log in self.path.glob("*.log")):
                 shutil.rmtree(self.path, ignore_errors=True)
                 with contextlib.suppress(OSError):  # something else is in there by now
                     for folder in self._new_folders:

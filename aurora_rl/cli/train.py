@@ -7,6 +7,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
+from aurora_rl.settings import check
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.telemetry.report import write_summary
 from aurora_rl.telemetry.view import every
 from aurora_rl.training.offline import OfflineTrainer, replay_groups
@@ -44,6 +47,7 @@ from aurora_rl.workload.traffic import Prompt
 _PROMPTS = 64  # that shape the draft vocabulary
 _SAVE_S = 300.0
 _ARGUMENTS = "train.json"
+_TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +88,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             )
     run_dir = Path(config.run_dir or "")
     torch.set_num_threads(config.engine.threads)
-    console = plain_console()
+    console, training = plain_console(), None
     try:
         refused = contextlib.nullcontext() if folder is None else folder.undone_if_refused()
         training = _start(spec, arguments, prompts, run_dir, console, refused)
@@ -92,12 +96,15 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
         finished = False
-    if not finished:
+    if finished and training is not None:
+        training.report(time.monotonic() - began)
+    else:
         stop.ignore()
         console.print(f"interrupted; aurora-rl train --resume {run_dir} goes on", soft_wrap=True)
-        return 130
-    training.report(time.monotonic() - began)
-    return 0
+    failures = [] if training is None else training.failures()
+    for failure in failures:
+        print(f"aurora-rl: {failure}", file=sys.stderr)
+    return 1 if failures else 0 if finished else 130
 
 
 # ---- what is the same when a training is resumed ------------------------------------------------------------------
@@ -115,6 +122,9 @@ def _settle(arguments: argparse.Namespace) -> None:
             )
         try:
             defaults = {**defaults, "data": None, **json.loads(path.read_text(encoding="utf-8"))}
+            check(defaults, _TYPES, _ARGUMENTS)
+            for folder in defaults["recording"] or []:
+                Path(folder)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path} is broken: {error}; start in another folder") from error
         for name in ("recording", "held_out"):
@@ -284,6 +294,7 @@ class _Training:
     def __post_init__(self) -> None:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
         self._served = self.drafter.serving_copy(self.spec.dtype)
+        self._outputs = Outputs(self._log)
         self._first: dict[str, float] = {}
         self._best: dict[str, float] = {}
 
@@ -343,18 +354,25 @@ class _Training:
             soft_wrap=True,
         )
         self._first = self._first or found
-        if not self._best or found["all"] >= self._best["all"]:
+        better = not self._best or found["all"] >= self._best["all"]
+        if better and self._outputs.write("drafter", lambda: self._served.save_pretrained(self.run_dir / "drafter")):
             self._best = found
-            self._served.save_pretrained(self.run_dir / "drafter")
         self._save()
         return_freed_memory()
 
     def _save(self) -> None:
-        self.trainer.save(self.run_dir / "learner", recorded=self._recorded(), first=self._first, best=self._best)
+        progress = {"recorded": self._recorded(), "first": self._first, "best": self._best}
+        self._outputs.write("learner", lambda: self.trainer.save(self.run_dir / "learner", **progress))
+
+    def failures(self) -> list[str]:
+        """Return a line for each output that could not be written."""
+        self._outputs.count(self._log)
+        return list(self._outputs.failures.values())
 
     def report(self, duration_s: float) -> None:
         """Write ``summary.json`` and say how to serve the result."""
-        first, best, config, folder = self._first, self._best, self.spec.config, self.run_dir / "drafter"
+        first, best = self._first, self._best or self._first
+        command = f"--config {self.run_dir / 'config.yaml'} drafter.path={self.run_dir / 'drafter'}"
         domains = {
             group: {"requests": len(stream), "acceptance_length": {"first": first[group], "last": best[group]}}
             for group, stream in self.held_out.items()
@@ -368,9 +386,8 @@ class _Training:
             "domains": domains if any(domains) else {},
             "duration_s": duration_s,
         }
-        write_summary(self.run_dir, summary)
-        self.console.print(
-            f"acceptance length {first['all']:.3f} → {best['all']:.3f}; serve it by\n"
-            f"aurora-rl serve model={config.model} drafter.name={self.spec.drafter_name} drafter.path={folder}",
-            soft_wrap=True,
-        )
+        self._outputs.write("summary.json", lambda: write_summary(self.run_dir, summary))
+        text = f"acceptance length {first['all']:.3f} → {best['all']:.3f}"
+        if self._best:  # the drafter was written
+            text += f"; serve it by\naurora-rl serve {command}"
+        self.console.print(text, soft_wrap=True)

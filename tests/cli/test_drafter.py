@@ -202,6 +202,19 @@ def test_export_of_a_class_that_the_library_does_not_know(
     assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
 
 
+def test_options_are_of_the_class_that_the_folder_says(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["drafter.feature_layers=[1,2]", "drafter.options={fc_norm: true}"]
+    assert init(tmp_path / "d0", *target, "drafter.name=eagle3", *own) == 0
+    pairs = [*target[:3], "drafter.options={fc_norm: true}"]
+    assert export(tmp_path / "d0", tmp_path / "vllm", "--to", "vllm", *pairs) == 0
+    assert cli.main(["drafter", "inspect", str(tmp_path / "d0"), *pairs]) == 0
+    capsys.readouterr()
+    assert export(tmp_path / "d0", tmp_path / "again", "--to", "vllm", *target[:3], "drafter.options={heads: 3}") == 2
+    assert "drafter.options: Eagle3Drafter has no setting 'heads'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [

@@ -55,6 +55,17 @@ def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch)
     assert LearnerProcess(child, Path("r/learner.log")).end() is None  # nothing to do any more
 
 
+def test_the_log_of_a_refused_run_stays_if_the_learner_ended_by_itself(tmp_path: Path) -> None:
+    log = tmp_path / "learner.log"
+    log.write_text("earlier\nlearning\n")
+    with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as child:
+        LearnerProcess(child, log, len("earlier\n")).withdraw()
+        assert child.returncode == -signal.SIGTERM and log.read_text() == "earlier\n"
+    log.write_text("earlier\naurora-rl: refused\n")
+    LearnerProcess(child, log, len("earlier\n")).withdraw()
+    assert log.read_text() == "earlier\naurora-rl: refused\n"
+
+
 def test_the_state_of_the_learner() -> None:
     running: Any = SimpleNamespace(poll=lambda: None)
     assert LearnerProcess(running, Path("r/learner.log")).state == "running"

@@ -114,7 +114,7 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(drafter, "load", lambda spec: {}["missing"])
+    monkeypatch.setattr(drafter, "resolve", lambda config: {}["missing"])
     pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
     assert cli.main(["drafter", "export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
     (line,) = capsys.readouterr().err.splitlines()

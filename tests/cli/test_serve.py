@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from aurora_rl.cli import assembly, serve
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
+from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
@@ -266,6 +267,48 @@ def test_a_full_disk_at_the_end_of_serving_is_told_and_nothing_half_written_is_l
     assert f"{tmp_path / 'run' / 'drafter'} cannot be written" in errors and "report.png could not be" in errors
     assert summary(tmp_path / "run")["requests"] == 6
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED - {"drafter", "report.png"}
+
+
+# ---- what is refused, and what is found -----------------------------------------------------------------------------
+
+PLAIN = """
+from aurora_rl.objectives import register_objective
+@register_objective("plain")
+def plain(log_p, log_q, windows):
+    return -(log_p.exp() * log_q).sum(-1), windows.valid
+"""
+
+
+def test_a_run_that_the_engine_refuses_leaves_no_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "refusing_engine.py").write_text(
+        "from aurora_rl.envs import TransformersEngine\n"
+        "class Refusing(TransformersEngine):\n"
+        "    def __init__(self, *args, **kwargs):\n        raise ValueError('no such model here')\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    learners: list[LearnerProcess] = []
+    withdraw = LearnerProcess.withdraw
+    monkeypatch.setattr(LearnerProcess, "withdraw", lambda self: (learners.append(self), withdraw(self)))
+    assert cli.main(["flywheel", *arguments, *QUICK, "engine.name=refusing_engine:Refusing"]) == 2
+    assert capsys.readouterr().err == "aurora-rl: no such model here\n"
+    assert learners[0].child.poll() is not None and not (tmp_path / "run").exists()
+
+
+def test_both_processes_of_the_installed_command_find_what_is_in_the_working_directory(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "my_file.py").write_text(PLAIN)
+    (tmp_path / "here" / "profile.py").write_text("raise SystemExit('shadowed')")
+    command = [sys.executable, "-P", "-c", "import sys; from aurora_rl.cli.main import main; sys.exit(main())"]
+    words = ["flywheel", *arguments, *QUICK, "objectives=[{name: my_file:plain}]", "learner.batch_size=2"]
+    done = subprocess.run([*command, *words], cwd=tmp_path / "here", capture_output=True, text=True, timeout=120)
+    log = (tmp_path / "run" / "learner.log").read_text() if (tmp_path / "run").exists() else ""
+    assert done.returncode == 0 and "shadowed" not in done.stderr + log, done.stderr + log
+    assert events(tmp_path / "run", "train")
 
 
 # ---- what is printed, and where -------------------------------------------------------------------------------------

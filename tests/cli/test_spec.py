@@ -130,6 +130,14 @@ def test_device_and_dtype(config: Config) -> None:
             "drafter.name=hybrid; drafter.options={learned: eagle3, lookup: 3}",
             "drafter.name=hybrid is drafter.name=eagle3 drafter.lookup=3 now",
         ),
+        (
+            "drafter.options={learned: eagle3, lookup: 3}",
+            "drafter.options.learned of the drafter hybrid is drafter.name=eagle3 drafter.lookup=3 now",
+        ),
+        (
+            "drafter.options={lookup: 4}",
+            "drafter.options.lookup of the drafter hybrid is drafter.name=medusa drafter.lookup=4 now",
+        ),
         ("device=warp", "device='warp' cannot be used here"),
         (
             "drafter.num_nodes=65; drafter.depth=6",

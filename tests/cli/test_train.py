@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import signal
@@ -14,13 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_rl.cli import main as cli
+from aurora_rl.cli import train as train_command
 from aurora_rl.cli.assembly import load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.spec import resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.serving.recording import record
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
+from aurora_rl.trajectories import rule_code
 
 FILES = {
     "config.yaml",
@@ -99,8 +104,9 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     assert set(figures["domains"]) <= {"code", "sql", "math", "finance", "chat"}
     losses = [e["loss"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "train"]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    served = [*pairs, f"drafter.path={run / 'drafter'}", "drafter.adaptive=false", "traffic.requests=2"]
-    assert cli.main(["flywheel", "learner.spawn=false", "http.port=null", *served, f"run_dir={tmp_path}/served"]) == 0
+    (serve,) = (line.split() for line in out.out.splitlines() if line.startswith("aurora-rl serve "))
+    served = [*serve[1:], "drafter.adaptive=false", "traffic.requests=2", f"run_dir={tmp_path / 'served'}"]
+    assert cli.main(served) == 0
     assert summary(tmp_path / "served")["requests"] == 2
 
 
@@ -237,6 +243,62 @@ def test_other_chats_are_not_resumed(
     assert f"(traffic.path={tmp_path / 'chats.jsonl'}) was changed or reordered since it was started" in line
 
 
+# ---- what cannot be written -----------------------------------------------------------------------------------------
+
+
+def test_a_save_that_fails_ends_no_training(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, save, calls = tmp_path / "run", OfflineTrainer.save, itertools.count(1)
+
+    def full_at_the_second(trainer: OfflineTrainer, *args: Any, **progress: Any) -> None:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(trainer, *args, **progress)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OfflineTrainer, "save", full_at_the_second)
+    monkeypatch.setattr(train_command, "write_summary", full)
+    assert train("--epochs", "3", *pairs, f"run_dir={run}") == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("aurora-rl: ")] == [
+        "aurora-rl: learner could not be written: No space left on device",
+        "aurora-rl: summary.json could not be written: No space left on device",
+    ]
+    assert {path.name for path in run.iterdir()} == FILES - {"summary.json"}
+    assert json.loads((run / "learner" / "progress.json").read_text())["batches"] == 6
+    assert sum(event["event"] == "not_written" for event in MetricsReader(run / "metrics.jsonl")) == 2
+
+
+def test_the_best_drafter_is_the_one_that_was_written(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run, save = tmp_path / "run", Eagle3Drafter.save_pretrained
+    monkeypatch.setattr(
+        Eagle3Drafter, "save_pretrained", lambda self, to: full() if to == run / "drafter" else save(self, to)
+    )
+    assert train("--epochs", "1", *pairs, f"run_dir={run}") == 1
+    assert "aurora-rl: drafter could not be written (2 times): No space left on device" in capsys.readouterr().err
+    lengths = summary(run)["acceptance_length"]
+    assert lengths["first"] == lengths["last"] and not (run / "drafter").exists()
+
+
+def test_lines_that_the_log_lost_are_counted(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = os.write
+    lost = b'"event": "train"'
+    monkeypatch.setattr(os, "write", lambda file, line: 0 if lost in line else write(file, line))
+    assert train("--epochs", "1", *pairs, f"run_dir={tmp_path / 'run'}") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"aurora-rl: {tmp_path / 'run' / 'metrics.jsonl'} lacks 2 lines that could not be written"
+    )
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +310,13 @@ def test_other_chats_are_not_resumed(
         (["--resume", "NOWHERE", "run_dir=null"], "there is no config.yaml in it"),
         (["--resume", "SERVED", "run_dir=null"], "there is no train.json in it; it is no training's folder"),
         (["--resume", "BROKEN", "run_dir=null"], "train.json is broken: Expecting value"),
+        (
+            ["--resume", "BROKEN:{'epochs': 'two'}", "run_dir=null"],
+            "train.json: epochs must be an integer, got 'two'",
+        ),
+        (["--resume", "BROKEN:{'held_out': []}", "run_dir=null"], "train.json: held_out must be a number, got []"),
+        (["--resume", "BROKEN:{'recording': 'x'}", "run_dir=null"], "recording must be a list or null, got 'x'"),
+        (["--resume", "BROKEN:{'recording': [3]}", "run_dir=null"], "train.json is broken: "),
         (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
         (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
         (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
@@ -263,7 +332,8 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
     (tmp_path / "served" / "config.yaml").write_text("seed: 0")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("seed: 0")
-    (tmp_path / "broken" / "train.json").write_text("")
+    written = next((word.partition(":")[2] for word in words if word.startswith("BROKEN")), "")
+    (tmp_path / "broken" / "train.json").write_text(written.replace("'", '"'))
     names = {"NOWHERE": str(tmp_path / "nowhere"), "SERVED": str(tmp_path / "served")}
     places = names | {
         "BROKEN": str(tmp_path / "broken"),
@@ -271,7 +341,7 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
         "ANSWERS": str(tmp_path / "answers.jsonl"),
     }
     for name, place in places.items():
-        words = [word.replace(name, place) for word in words]
+        words = [word.partition(":{")[0].replace(name, place) for word in words]
     assert train(*pairs, f"run_dir={tmp_path / 'run'}", *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert wrong in line
@@ -284,6 +354,18 @@ def test_a_recording_of_another_drafter_is_refused_and_leaves_no_folder(
     assert train("--recording", str(recordings[0]), *mismatched) == 2
     assert "was recorded for a drafter that reads layers 1,2, this one reads 0,1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recording_of_an_unknown_rule_is_refused_and_leaves_no_folder(
+    pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = TrajectoryDataset(tmp_path / "theirs")
+    for trajectory in TrajectoryDataset(recordings[0]):
+        theirs.append(trajectory.set(("sampling", "rule"), torch.tensor(rule_code("absent_rules:Absent"))))
+    assert train("--recording", str(tmp_path / "theirs"), *pairs, f"run_dir={tmp_path / 'run'}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aurora-rl: --recording {tmp_path / 'theirs'}: the verification rule of code ")
+    assert "is not known here; set rule to that of the engine" in line and not (tmp_path / "run").exists()
 
 
 def test_a_start_from_a_checkpoint_learns_on(pairs: list[str], recordings: list[Path], tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ _BY_CODE: dict[int, type[VerificationRule]] = {}  # rules that this process has 
 def _named(name: str, rule: Any) -> Any:
     """Give a rule its name, and make it known by its code."""
     if isinstance(rule, type) and issubclass(rule, VerificationRule):
+        owner, new = (f"{each.__module__}:{each.__qualname__}" for each in (_BY_CODE.get(rule_code(name), rule), rule))
+        if owner != new:
+            raise ValueError(f"the verification rule name {name!r} belongs to {owner}; choose another for {new}")
         rule.name = name
         _BY_CODE[rule_code(name)] = rule
     return rule

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from aurora_rl.envs.verification.rules import (
     descend,
     get_rule,
     register_rule,
+    rule_of_code,
     settle,
 )
 from aurora_rl.sampling_params import SamplingBatch
+from aurora_rl.trajectories import rule_code
 from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,6 +56,20 @@ def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match=f"the verification rule name 'greedy' belongs to {owner}; choose another"):
         register_rule("greedy")(Usurper)
     assert get_rule("greedy") is Greedy
+
+
+def test_a_rule_by_its_import_path_takes_the_place_of_no_other_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "usurping_rules.py").write_text(
+        "from aurora_rl.envs import VerificationRule\n"
+        "class Usurper(VerificationRule):\n    name, verify, acceptance = 'sample_and_match', None, None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    wrong = "'sample_and_match' belongs to aurora_rl.*:SampleAndMatch; choose another for usurping_rules:Usurper"
+    with pytest.raises(ValueError, match=wrong):
+        get_rule("usurping_rules:Usurper")
+    assert rule_of_code(rule_code("sample_and_match")) is SampleAndMatch
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])
