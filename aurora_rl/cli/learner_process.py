@@ -11,43 +11,71 @@ from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.run_dir import continued
 from aurora_rl.telemetry.log import MetricsReader
 
 _READY_S = 300.0
 _END_S = 60.0
+_LONGEST_WAIT_S = 60.0
 
 
 class LearnerProcess:
-    """``aurora-rl learn`` in a session of its own, so that Ctrl-C reaches it through the flywheel, in order.
+    """``aurora-rl learn`` in a session of its own, so that Ctrl-C reaches it through the server, in order.
+
+    Its configuration goes to ``learner.yaml``, its output to ``learner.log``.
 
     Args:
+        config: Configuration of the learner.
+        run_dir: Folder of the run.
+
+    Attributes:
         child: The process.
-        log: File with what it prints.
-        logged_before: Bytes in that file when it was started, of an earlier part of the run.
+        restarts: How often it was started again.
     """
 
-    def __init__(self, child: subprocess.Popen, log: Path, logged_before: int = 0) -> None:
-        self.child, self._log, self._logged_before = child, log, logged_before
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config, self._run_dir, self._log = config, run_dir, run_dir / "learner.log"
+        self._logged_before = self._log.stat().st_size if self._log.exists() else 0
+        self.restarts, self._failures, self._due, self._started = 0, 0, 0.0, time.monotonic()
+        self.child = self._start(config)
 
-    @classmethod
-    def start(cls, config: Config, run_dir: Path) -> LearnerProcess:
-        """Start the learner of a run; its configuration goes to ``learner.yaml``, its output to ``learner.log``."""
-        path, log = run_dir / "learner.yaml", run_dir / "learner.log"
+    def _start(self, config: Config) -> subprocess.Popen:
+        path = self._run_dir / "learner.yaml"
         path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")
         # -P: a file in the working directory, such as profile.py, must not take the place of an installed module. A
         # parent that imports from there first itself, as under python -m, shares its modules with the learner.
         safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]
         command = [sys.executable, *safe, "-m", "aurora_rl.cli.main", "learn", "--config", str(path)]
-        with open(log, "ab") as output:
-            logged_before = output.tell()
-            child = subprocess.Popen(
-                [*command, "--parent", str(os.getpid()), f"run_dir={run_dir}"],
+        self._started = time.monotonic()
+        with open(self._log, "ab") as output:
+            return subprocess.Popen(
+                [*command, "--parent", str(os.getpid()), f"run_dir={self._run_dir}"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return cls(child, log, logged_before)
+
+    def tend(self) -> bool:
+        """Start the learner again if it died, from its last checkpoint; return whether that was done.
+
+        It waits before each start: a second the first time, then twice as long each time up to a minute, until a
+        learner has lived for longer than that.
+        """
+        now = time.monotonic()
+        if self.child.poll() is None:
+            if now - self._started > _LONGEST_WAIT_S:
+                self._failures = 0
+            self._due = 0.0
+            return False
+        if not self._due:
+            self._due = now + min(2.0**self._failures, _LONGEST_WAIT_S)
+            self._failures += 1
+        if now < self._due:
+            return False
+        self._due, self.restarts = 0.0, self.restarts + 1
+        self.child = self._start(continued(self._config, self._run_dir))
+        return True
 
     def wait_ready(self, events: MetricsReader) -> None:
         """Wait until the learner listens, so that a configuration that it refuses is told before a request is served.

@@ -118,12 +118,17 @@ def resumed_config(command: str, folder: str, path: str | None, overrides: Seque
     config = load_config(path or run / document, overrides)
     if config.run_dir not in (None, folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
+    return replace(continued(config, run), run_dir=folder)
+
+
+def continued(config: Config, run: Path) -> Config:
+    """Return the configuration of a run that goes on from the drafter and the checkpoint in its folder."""
     drafters = [run / name for name in _DRAFTERS if (run / name / "config.json").is_file()]
     started = replace(config.drafter, path=str(drafters[0])) if drafters else config.drafter
     # The second is where a learner that was killed while it wrote left its last state.
     learned = (run / "learner").is_dir() or (run / ".learner-old").is_dir()
     learner = replace(config.learner, resume=str(run / "learner")) if learned else config.learner
-    return replace(config, drafter=started, learner=learner, run_dir=folder)
+    return replace(config, drafter=started, learner=learner)
 
 
 def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:

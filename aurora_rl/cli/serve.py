@@ -74,7 +74,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
             if config.learner.spawn:
                 with stop.held():
-                    learner = LearnerProcess.start(learner_config, run_dir)
+                    learner = LearnerProcess(learner_config, run_dir)
             usual = queue.first_prompts(1)[0]
             if replays:
                 requests = queue
@@ -111,7 +111,14 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             learner=lambda: state if learner is None else learner.state,
         )
         stop.working = True
-        _serve(step, clients, view, console, stop, until_idle=replays)
+
+        def tend() -> None:
+            if learner is not None and learner.tend():
+                resumed = (run_dir / "learner").is_dir()
+                log.write("learner_restarted", restarts=learner.restarts, resumed=resumed)
+                console.print(f"the learner is started again{', from its checkpoint' if resumed else ''}")
+
+        _serve(step, clients, view, tend, console, stop, until_idle=replays)
     except KeyboardInterrupt:
         pass
     finally:
@@ -159,7 +166,14 @@ def _report(
 
 
 def _serve(
-    step: Callable[[], bool], clients: AsyncEngine, view: LiveView, console: Console, stop: Stop, *, until_idle: bool
+    step: Callable[[], bool],
+    clients: AsyncEngine,
+    view: LiveView,
+    tend: Callable[[], None],
+    console: Console,
+    stop: Stop,
+    *,
+    until_idle: bool,
 ) -> None:
     """Round after round, until the user asks for an end or, if ``until_idle``, all is served."""
     with Live(view.table(), console=console, auto_refresh=False, transient=True) as live:
@@ -167,6 +181,7 @@ def _serve(
         def follow() -> None:
             for news in view.follow():
                 console.print(news, soft_wrap=True)
+            tend()
             if console.is_terminal:
                 live.update(view.table(), refresh=True)
 

@@ -93,7 +93,11 @@ EVENTS: dict[str, Event] = {
     ),
     "attached": Event("The plugin of an SGLang server records for this run.", {"status": "Status of the plugin."}),
     "unreachable": Event("The SGLang server or its plugin does not answer.", _REASON),
-    "learner_died": Event("The flywheel's learner has ended; serving goes on.", _REASON),
+    "learner_restarted": Event(
+        "A learner that had ended was started again.",
+        {"restarts": "How often so far.", "resumed": "True if it goes on from a checkpoint."},
+    ),
+    "learner_died": Event("The server's learner has ended; serving goes on.", _REASON),
     "failed": Event("At the end of a run, for each request that was not served.", _REASON),
     # Of the learner; `refused` is of both.
     "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),

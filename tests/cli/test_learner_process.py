@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +13,31 @@ from typing import Any
 import pytest
 
 from aurora_rl.cli import learner_process
-from aurora_rl.cli.config import load_config
+from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.telemetry.log import MetricsReader
 
+Handle = Callable[[Any, Path], LearnerProcess]
 
-def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+
+@pytest.fixture
+def learner_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Path], LearnerProcess]:
+    """Makes the handle of a process that was started otherwise."""
+
+    def handle(child: Any, run_dir: Path) -> LearnerProcess:
+        with monkeypatch.context() as patch:
+            patch.setattr(LearnerProcess, "_start", lambda self, config: child)
+            return LearnerProcess(load_config(), run_dir)
+
+    return handle
+
+
+def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path, learner_of: Handle) -> None:
     (tmp_path / "learner.log").write_text("loading\naurora-rl: tcp://here is in use\n")
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
         with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
-            LearnerProcess(child, tmp_path / "learner.log").wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
+            learner_of(child, tmp_path).wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
 
 
 def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
@@ -33,7 +48,7 @@ def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner
     (tmp_path / "aurora_rl").mkdir()
     (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
-    learner = LearnerProcess.start(load_config(overrides=arguments), tmp_path / "run")
+    learner = LearnerProcess(load_config(overrides=arguments), tmp_path / "run")
     try:
         learner.wait_ready(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
     finally:
@@ -41,35 +56,58 @@ def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner
     assert learner.child.returncode == 0
 
 
-def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, learner_of: Handle) -> None:
     monkeypatch.setattr(learner_process, "_END_S", 0.2)
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
         assert (
-            LearnerProcess(child, Path("r/learner.log")).end()
-            == "the learner did not end within 0 s and was killed; see r/learner.log"
+            learner_of(child, Path("r")).end() == "the learner did not end within 0 s and was killed; see r/learner.log"
         )
         assert child.returncode == -signal.SIGKILL
-    assert LearnerProcess(child, Path("r/learner.log")).end() is None  # nothing to do any more
+    assert learner_of(child, Path("r")).end() is None  # nothing to do any more
 
 
-def test_the_log_of_a_refused_run_stays_if_the_learner_ended_by_itself(tmp_path: Path) -> None:
+def test_the_log_of_a_refused_run_stays_if_the_learner_ended_by_itself(tmp_path: Path, learner_of: Handle) -> None:
     log = tmp_path / "learner.log"
-    log.write_text("earlier\nlearning\n")
+    log.write_text("earlier\n")
     with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as child:
-        LearnerProcess(child, log, len("earlier\n")).withdraw()
+        learner = learner_of(child, tmp_path)
+        log.write_text("earlier\nlearning\n")
+        learner.withdraw()
         assert child.returncode == -signal.SIGTERM and log.read_text() == "earlier\n"
     log.write_text("earlier\naurora-rl: refused\n")
-    LearnerProcess(child, log, len("earlier\n")).withdraw()
+    learner.withdraw()
     assert log.read_text() == "earlier\naurora-rl: refused\n"
 
 
-def test_the_state_of_the_learner() -> None:
+def test_a_learner_that_dies_is_started_again_after_a_wait_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, started = [100.0], []
+    monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
+
+    def start(self: LearnerProcess, config: Config) -> Any:
+        started.append((clock[0], config.learner.resume))
+        self._started = clock[0]
+        return SimpleNamespace(poll=lambda: 1 if len(started) < 4 else None, returncode=1)
+
+    monkeypatch.setattr(LearnerProcess, "_start", start)
+    learner = LearnerProcess(load_config(), tmp_path)
+    for _ in range(200):
+        if len(started) == 2 and not (tmp_path / "learner").exists():
+            (tmp_path / "learner").mkdir()  # it has left a checkpoint
+        learner.tend()
+        clock[0] += 0.1
+    waits = [round(later - earlier, 1) for (earlier, _), (later, _) in zip(started, started[1:], strict=False)]
+    assert waits == [1.0, 2.1, 4.1]  # one, two and four seconds, to the next look
+    assert [resume for _, resume in started] == [None, None, str(tmp_path / "learner"), str(tmp_path / "learner")]
+    assert learner.restarts == 3 and not learner.tend() and learner.state == "running"
+
+
+def test_the_state_of_the_learner(learner_of: Handle) -> None:
     running: Any = SimpleNamespace(poll=lambda: None)
-    assert LearnerProcess(running, Path("r/learner.log")).state == "running"
+    assert learner_of(running, Path("r")).state == "running"
     dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
-    assert (
-        "died with status -9, serving goes on; see r/learner.log" in LearnerProcess(dead, Path("r/learner.log")).state
-    )
+    assert "died with status -9, serving goes on; see r/learner.log" in learner_of(dead, Path("r")).state

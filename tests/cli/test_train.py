@@ -105,7 +105,15 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     losses = [e["loss"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "train"]
     assert len(losses) == 4 and losses[-1] < losses[0]
     (serve,) = (line.split() for line in out.out.splitlines() if line.startswith("aurora-rl serve "))
-    served = [*serve[1:], "drafter.adaptive=false", "traffic.requests=2", f"run_dir={tmp_path / 'served'}"]
+    served = [
+        "flywheel",
+        *serve[2:],
+        "learner.spawn=false",
+        "http.port=null",
+        "drafter.adaptive=false",
+        "traffic.requests=2",
+        f"run_dir={tmp_path / 'served'}",
+    ]
     assert cli.main(served) == 0
     assert summary(tmp_path / "served")["requests"] == 2
 
