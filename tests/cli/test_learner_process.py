@@ -99,9 +99,9 @@ def test_a_learner_that_dies_is_started_again_after_a_wait_that_grows(
         if len(started) == 2 and not (tmp_path / "learner").exists():
             (tmp_path / "learner").mkdir()  # it has left a checkpoint
         learner.tend()
-        clock[0] += 0.1
-    waits = [round(later - earlier, 1) for (earlier, _), (later, _) in zip(started, started[1:], strict=False)]
-    assert waits == [1.0, 2.1, 4.1]  # one, two and four seconds, to the next look
+        clock[0] += 0.125
+    waits = [later - earlier for (earlier, _), (later, _) in zip(started, started[1:], strict=False)]
+    assert waits == [1.0, 2.125, 4.125]  # one, two and four seconds, to the next look
     assert [resume for _, resume in started] == [None, None, str(tmp_path / "learner"), str(tmp_path / "learner")]
     assert learner.restarts == 3 and not learner.tend() and learner.state == "running"
 
