@@ -50,10 +50,10 @@ unit: $(STAMP)  ## tests and doctests on tiny models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl
 
 smollm2: $(STAMP)  ## tests on the embedded model
-	$(BIN)/python -m pytest -m smollm2
+	$(BIN)/python -m pytest -n 2 -m smollm2
 
 faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -n 2 -m faults tests/faults
 
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
 	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/envs/sglang

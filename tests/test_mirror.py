@@ -19,6 +19,7 @@ FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_
 EXCEPTIONS = {
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",
+    "test_benchmarks.py": "the scripts of benchmarks/",
     "test_docs.py": "the pages",
     "test_examples.py": "the examples",
     "test_imports.py": "the order of imports",

@@ -38,7 +38,7 @@ def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None
     config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
     with learner(config, tmp_path) as built:
         assert [o.name for o in built._loss.objectives] == ["imitation", "acceptance_reward"]
-        built._collector._record(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
+        built._collector._on_trajectory(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
     assert [int(t["request"]) for t in TrajectoryDataset(tmp_path / "stream")] == [3]
 
 

@@ -44,9 +44,9 @@ def test_acceptance_is_of_tokens_over_rounds_and_not_of_ratios() -> None:
         stats.finish("", tokens, tokens, rounds)
     assert stats.acceptance(0, 3) == 11 / 3
     assert stats.acceptance(2, 3) is None and stats.acceptance(3, 3) is None
-    assert stats.by_domain() == {}  # no prompt has a domain
+    assert stats.summary()["domains"] == {}  # no prompt has a domain
     stats.finish("chat", 4, 0, 0)
-    assert stats.by_domain() == {
+    assert stats.summary()["domains"] == {
         "": {"requests": 3, "tokens": 11, "acceptance_length": 11 / 3},
         "chat": {"requests": 1, "tokens": 4, "acceptance_length": None},
     }
