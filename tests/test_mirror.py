@@ -18,6 +18,7 @@ MODULES = {
 FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
 EXCEPTIONS = {
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
+    "faults/test_serve.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",
     "test_benchmarks.py": "the scripts of benchmarks/",
     "test_docs.py": "the pages",
