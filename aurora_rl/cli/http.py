@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,50 +12,69 @@ from aurora_rl.cli.spec import RunSpec
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
 
-    from aurora_rl.serving.http.server import HttpServer
+class HttpFront:
+    """OpenAI's API in front of a server. What is wrong with its settings is found before a model is loaded.
 
+    Args:
+        config: Configuration of the run, with ``http.port``.
 
-def listen(config: Config) -> HttpServer | None:
-    """Take the port, so that one in use is an error before a model is loaded; None if there is to be no server.
+    Attributes:
+        url: Address of the server.
 
-    SGLang has a server of its own, to which clients talk.
+    Raises:
+        ConfigError: A package is missing.
+        ValueError: The port is in use, or the file of keys cannot be read.
     """
-    if config.http.port is None or config.engine.name == "sglang":
-        return None
-    missing = [name for name in ("starlette", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]', or set http.port=null"
+
+    def __init__(self, config: Config) -> None:
+        missing = [name for name in ("starlette", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]', or set http.port=null"
+            )
+        from aurora_rl.serving.http.keys import read_api_keys
+        from aurora_rl.serving.http.server import HttpServer
+
+        assert config.http.port is not None
+        self._keys = read_api_keys(config.http.api_keys)
+        self._server = HttpServer(config.http.host, config.http.port)
+        self.url = self._server.url
+
+    @classmethod
+    def of(cls, config: Config) -> HttpFront | None:
+        """Return the front that the configuration asks for; SGLang has one of its own, which clients talk to."""
+        return None if config.http.port is None or config.engine.name == "sglang" else cls(config)
+
+    def start(
+        self,
+        spec: RunSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        clients: AsyncEngine,
+        server: InferenceServer,
+    ) -> None:
+        """Begin to answer."""
+        from aurora_rl.serving.http.app import create_app
+
+        config, http = spec.config, spec.config.http
+        app = create_app(
+            clients,
+            tokenizer,
+            model=config.model,
+            vocab_size=vocab_size,
+            max_length=config.engine.max_length,
+            max_waiting=http.max_waiting,
+            sampling=spec.sampling,
+            num_spec_tokens=spec.tree.depth,
+            drafter_version=lambda: server.stats.version,
+            api_keys=self._keys,
+            max_body=http.max_body,
+            timeout=http.timeout,
+            cors_origins=http.cors_origins,
         )
-    from aurora_rl.serving.http.server import HttpServer
+        self._server.start(app)
 
-    return HttpServer(config.http.host, config.http.port)
-
-
-def application(
-    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int, clients: AsyncEngine, server: InferenceServer
-) -> Starlette:
-    """Build the application that answers over HTTP."""
-    from aurora_rl.serving.http.app import create_app
-    from aurora_rl.serving.http.keys import read_api_keys
-
-    config = spec.config
-    http = config.http
-    return create_app(
-        clients,
-        tokenizer,
-        model=config.model,
-        vocab_size=vocab_size,
-        max_length=config.engine.max_length,
-        max_waiting=http.max_waiting,
-        sampling=spec.sampling,
-        num_spec_tokens=spec.tree.depth,
-        drafter_version=lambda: server.stats.version,
-        api_keys=read_api_keys(http.api_keys),
-        max_body=http.max_body,
-        timeout=http.timeout,
-        cors_origins=http.cors_origins,
-    )
+    def stop(self) -> None:
+        """Close the port, and let answers end for a few seconds."""
+        self._server.stop()

@@ -25,8 +25,8 @@ from aurora_rl.telemetry.stats import Stats
 from aurora_rl.telemetry.view import LiveView, Server, every
 
 if TYPE_CHECKING:
+    from aurora_rl.cli.http import HttpFront
     from aurora_rl.serving.async_engine import AsyncEngine
-    from aurora_rl.serving.http.server import HttpServer
     from aurora_rl.serving.requests import RequestQueue
 
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
@@ -51,7 +51,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     server: Server | None = None
     requests: RequestQueue | None = None
     clients: AsyncEngine | None = None
-    http: HttpServer | None = None
+    http: HttpFront | None = None
     view: LiveView | None = None
     outputs = Outputs()
     try:
@@ -59,14 +59,14 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
         from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
         from aurora_rl.cli.engines import embedded_server, sglang_server
-        from aurora_rl.cli.http import application, listen
+        from aurora_rl.cli.http import HttpFront
         from aurora_rl.cli.spec import resolve
         from aurora_rl.memory import return_freed_memory
         from aurora_rl.serving.async_engine import AsyncEngine
 
         torch.set_num_threads(config.engine.threads)
         with folder.undone_if_refused():
-            spec, prompts, http = resolve(config), traffic(config), listen(config)
+            spec, prompts, http = resolve(config), traffic(config), HttpFront.of(config)
             console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
             target = load(spec)
             queue = request_queue(spec, target, prompts)
@@ -88,18 +88,17 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                     server = embedded = embedded_server(spec, target, clients, usual, drafter, log)
                     clients.attach(embedded)
                     step, address = clients.step, "" if http is None else f"listening at {http.url}"
-                    if http is not None:
-                        app = application(spec, target.tokenizer, target.parts.config.vocab_size, clients, embedded)
             except (ValueError, OSError):
                 if learner is not None:
                     learner.withdraw()  # before its folder is removed
                 raise
+            tokenizer, vocab_size = target.tokenizer, target.parts.config.vocab_size
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if learner is not None:
             learner.wait_ready(reader)
         if http is not None:
-            http.start(app)
+            http.start(spec, tokenizer, vocab_size, clients, embedded)
         if address:
             console.print(f"{address}/v1", soft_wrap=True)
         state = f"any at {config.wire.weights}"

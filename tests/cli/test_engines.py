@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import build_server
+from aurora_rl.cli.engines import embedded_server, sglang_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
 from aurora_rl.envs.verification.rules import Verdict
@@ -56,7 +56,10 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
             return "domain"
 
         log = MetricsLog(tmp_path / "metrics.jsonl", "test")
-        server = build_server(run, target, requests, drafter, log, tmp_path, keep)
+        requests.completed = keep  # type: ignore[method-assign]
+        if config.engine.name == "sglang":
+            sglang_server(run, target, requests, drafter, log, tmp_path)
+        server = embedded_server(run, target, requests, requests.first_prompts(1)[0], drafter, log)
         try:
             while server.step():
                 pass

@@ -1,0 +1,37 @@
+"""Values that are out of range, or do not go together, are one line that names the key and the value."""
+
+from __future__ import annotations
+
+import pytest
+
+from aurora_rl.cli.config import load_config
+from aurora_rl.cli.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("http.port=65536", "http.port must lie in 0..65535 or be null, got 65536"),
+        ("http.host=", "http.host must not be empty, got ''"),
+        ("http.max_waiting=0", "http.max_waiting must be at least 1, got 0"),
+        ("http.timeout=0", "http.timeout must be a number of seconds above 0, got 0"),
+        ("http.timeout=.inf", "http.timeout must be a number of seconds above 0, got inf"),
+        ("http.cors_origins=[chat.example/]", r"http.cors_origins must be like https://.*, got \['chat.example/'\]"),
+        ("engine.prefix_cache_tokens=-1", "engine.prefix_cache_tokens must not be negative, got -1"),
+    ],
+)
+def test_a_value_out_of_range_is_named(pair: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        load_config(overrides=[pair])
+
+
+def test_what_is_at_its_limit_is_taken() -> None:
+    config = load_config(
+        overrides=["http.port=0", "http.cors_origins=['*','http://a:1']", "engine.prefix_cache_tokens=0"]
+    )
+    assert (config.http.port, config.http.cors_origins, config.engine.prefix_cache_tokens) == (
+        0,
+        ["*", "http://a:1"],
+        0,
+    )
+    assert load_config(overrides=["http.port=null"]).http.port is None
