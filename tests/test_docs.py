@@ -22,6 +22,7 @@ from aurora_rl.envs.verification.rules import RULES
 from aurora_rl.objectives import registry
 from aurora_rl.objectives.divergences import DIVERGENCES
 from aurora_rl.policies.registry import DRAFTERS
+from aurora_rl.serving.http.schemas import ChatCompletion
 from aurora_rl.workload.traffic import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,9 @@ def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: py
             assert rest[1] == "sglang.launch_server" or find_spec(rest[1]) is not None
         elif program == "python":
             check_script(rest)
+        elif program == "curl":  # tests/serving/http asks the server such things
+            assert rest[0] == "http://127.0.0.1:8000/v1/chat/completions"
+            ChatCompletion.model_validate_json(rest[rest.index("-d") + 1])
         else:
             assert program == "vllm"  # in an environment of its own
 
