@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.request import Request
 
+# A prompt of so many tokens is read whole: chunks take about twice the time in all, and only long prompts stall others.
+_SHORT = 128
 # Tokens of the first chunk and of the shortest: a pass over fewer takes as long as a round all the same.
 _FIRST, _LEAST = 16, 8
 # A chunk takes so many times the median of the last rounds, so many of them.
@@ -19,7 +21,7 @@ _SHARE, _ROUNDS = 1.25, 8
 class ChunkedPrefill:
     """Reads the prompts of requests into their slots, first come, first served.
 
-    While other slots decode, one chunk is read between two rounds. Its length follows from what is measured: a chunk
+    While other slots decode, one chunk of a long prompt is read between two rounds. Its length follows from what is measured: a chunk
     is to take about as long as a round, so that a request that decodes waits about twice as long as usual for its next
     tokens. No number of tokens does that everywhere: on a CPU a round takes as long as about 12 tokens of a prompt, on
     a GPU as hundreds.
@@ -34,11 +36,11 @@ class ChunkedPrefill:
         >>> import torch
         >>> from aurora_rl.envs import TransformersEngine
         >>> from aurora_rl.testing import tiny_target
-        >>> engine = TransformersEngine(tiny_target(), num_slots=2, max_length=64, feature_layers=())
+        >>> engine = TransformersEngine(tiny_target(), num_slots=2, max_length=256, feature_layers=())
         >>> prefill = ChunkedPrefill(engine)
-        >>> prefill.add(1, Request(0, torch.arange(30)))
+        >>> prefill.add(1, Request(0, torch.arange(150) % 30))
         >>> [len(prefill.read([1], decoding=True)) for _ in range(2)]
-        [0, 1]
+        [0, 0]
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -95,7 +97,8 @@ class ChunkedPrefill:
     def _read_chunk(self, slot: int) -> bool:
         """Read a chunk of the slot's prompt; return whether the prompt is complete."""
         (request, done), began = self._reading[slot], time.perf_counter()
-        read = self._engine.prefill_chunk(slot, request.prompt, done, self.chunk)
+        most = self.chunk if len(request.prompt) > _SHORT else len(request.prompt)
+        read = self._engine.prefill_chunk(slot, request.prompt, done, most)
         seconds = time.perf_counter() - began
         if read - done == self.chunk and self._rounds:  # neither the last tokens of a prompt nor rows that were kept
             longer = seconds < _SHARE * statistics.median(self._rounds)

@@ -27,6 +27,7 @@ from aurora_rl.envs import (
     SamplingParams,
     SpecDecodeEnv,
     TransformersEngine,
+    chunked_prefill,
 )
 from aurora_rl.envs.chunked_prefill import ChunkedPrefill
 from aurora_rl.envs.verification.sampling import gumbel
@@ -56,6 +57,11 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         first_k_dense_replace=1,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _every_prompt_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_prefill, "_SHORT", 0)
 
 
 def model_of(config: PretrainedConfig) -> PreTrainedModel:
@@ -232,3 +238,13 @@ def test_a_chunk_grows_as_long_as_it_takes_less_time_than_a_round(seconds: float
     prefill.add(0, request)
     prefill.read([0], decoding=True)
     assert prefill.chunk == (10 if grows else 8)
+
+
+def test_a_short_prompt_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_prefill, "_SHORT", 40)
+    engine = TransformersEngine(tiny_target(), num_slots=2, max_length=256, feature_layers=())
+    prefill = ChunkedPrefill(engine)
+    for slot, length in ((0, 40), (1, 41)):
+        prefill.add(slot, Request(slot, torch.arange(length) % 30))
+    assert [slot for slot, _ in prefill.read([0], decoding=True)] == [0]
+    assert prefill.read([1], decoding=True) == []
