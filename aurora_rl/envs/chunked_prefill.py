@@ -21,10 +21,10 @@ _SHARE, _ROUNDS = 1.25, 8
 class ChunkedPrefill:
     """Reads the prompts of requests into their slots, first come, first served.
 
-    While other slots decode, one chunk of a long prompt is read between two rounds. Its length follows from what is measured: a chunk
-    is to take about as long as a round, so that a request that decodes waits about twice as long as usual for its next
-    tokens. No number of tokens does that everywhere: on a CPU a round takes as long as about 12 tokens of a prompt, on
-    a GPU as hundreds.
+    While other slots decode, one chunk of a long prompt is read between two rounds. Its length follows from what is
+    measured: a chunk is to take about as long as a round, so that a request that decodes waits about twice as long as
+    usual for its next tokens. No number of tokens does that everywhere: on a CPU a round takes as long as about 12
+    tokens of a prompt, on a GPU as hundreds.
 
     Args:
         engine: Engine that reads.
