@@ -55,8 +55,8 @@ def test_every_block_is_of_a_language_that_a_test_reads() -> None:
     assert languages == {"python", "yaml", "bash", "toml", "json", "text", "mermaid"}
 
 
-# docs/sglang.md needs a server for its second block: tests/envs/sglang/test_client_docs.py.
-EXECUTED = [page for page in pages_with("python") if page not in (ROOT / "README.md", DOCS / "sglang.md")]
+# The others need a server: tests/envs/sglang/test_client_docs.py and tests/serving/http/test_completions.py.
+EXECUTED = [p for p in pages_with("python") if p not in (ROOT / "README.md", DOCS / "sglang.md", DOCS / "serving.md")]
 
 
 @pytest.mark.parametrize("page", EXECUTED, ids=name)

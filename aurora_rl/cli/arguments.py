@@ -11,7 +11,7 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="RUN_DIR",
         help="go on in the folder of an earlier run, with its configuration and the learner and drafter saved last; "
-        "lines are appended, files that are rewritten move to RUN_DIR/part-1, and the traffic starts anew",
+        "lines are appended, files that are rewritten move to RUN_DIR/part-1, and a flywheel's traffic starts anew",
     )
 
 

@@ -30,9 +30,7 @@ class HttpFront:
     def __init__(self, config: Config) -> None:
         missing = [name for name in ("starlette", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
         if missing:
-            raise ConfigError(
-                f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]', or set http.port=null"
-            )
+            raise ConfigError(f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]'")
         from aurora_rl.serving.http.keys import read_api_keys
         from aurora_rl.serving.http.server import HttpServer
 
@@ -43,8 +41,16 @@ class HttpFront:
 
     @classmethod
     def of(cls, config: Config) -> HttpFront | None:
-        """Return the front that the configuration asks for; SGLang has one of its own, which clients talk to."""
-        return None if config.http.port is None or config.engine.name == "sglang" else cls(config)
+        """Return the front of ``aurora-rl serve``; None before SGLang, which has one of its own.
+
+        Raises:
+            ConfigError: The configuration leaves clients no port; or see the constructor.
+        """
+        if config.engine.name == "sglang":
+            return None
+        if config.http.port is None:
+            raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")
+        return cls(config)
 
     def start(
         self,

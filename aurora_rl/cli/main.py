@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
-        written; 2 for an error of the user's; 130 if interrupted.
+        written; 2 for an error of the user's; 130 if interrupted before all was done.
     """
     # For parts by their import path, such as objectives=[{name: my_file:plain}]. The working directory comes last, so
     # that no file in it takes the place of an installed module.

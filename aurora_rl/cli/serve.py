@@ -66,8 +66,13 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
         torch.set_num_threads(config.engine.threads)
         with folder.undone_if_refused():
-            spec, prompts, http = resolve(config), traffic(config), HttpFront.of(config)
+            spec, prompts, http = resolve(config), traffic(config), None if replays else HttpFront.of(config)
             console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
+            if config.traffic.path and not replays:
+                told = (
+                    "traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it"
+                )
+                console.print(told, soft_wrap=True)
             target = load(spec)
             queue = request_queue(spec, target, prompts)
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None

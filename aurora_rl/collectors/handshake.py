@@ -8,7 +8,7 @@ from typing import Any
 from aurora_rl.collectors.codec import SCHEMA, CodecError, checksum, short
 from aurora_rl.policies import Drafter, TargetParts
 
-_SAME_DRAFTER = "start both from one drafter: give serve and learn the same drafter.path"
+_SAME_DRAFTER = "start both from one drafter: give server and learner the same drafter.path"
 _CURES = {
     "schema": "run the same version of aurora-rl on both sides",
     "target": "set the same model on both sides",

@@ -208,9 +208,9 @@ class AsyncEngine:
         """Wake each event loop once for all that a round added."""
         updates, self._updates = self._updates, []
         for loop in {stream.loop for stream, _ in updates}:
-            mine = [(stream, update) for stream, update in updates if stream.loop is loop]
+            updates_of_loop = [(stream, update) for stream, update in updates if stream.loop is loop]
             try:
-                loop.call_soon_threadsafe(_put, mine)
+                loop.call_soon_threadsafe(_put, updates_of_loop)
             except RuntimeError:  # the loop is closed, and nobody reads
                 continue
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import build_server
+from aurora_rl.cli.engines import embedded_server, sglang_server
 from aurora_rl.cli.learner import build_learner
 from aurora_rl.cli.spec import resolve
 from aurora_rl.telemetry.log import MetricsLog
@@ -32,14 +32,17 @@ def main() -> None:
     spec, prompts = resolve(config), traffic(config)
     target = load(spec)
     requests = request_queue(spec, target, prompts)
-    drafter, learner_config = first_drafter(spec, target, requests, run_dir / "drafter-day0")
+    drafter, learner_config = first_drafter(spec, target, requests.first_prompts(64), run_dir / "drafter-day0")
 
     learner = build_learner(resolve(learner_config), logs["learner"], run_dir)
     done = threading.Event()
     learning = threading.Thread(target=lambda: [learner.step() for _ in iter(done.is_set, True)])
     learning.start()
     try:
-        server = build_server(spec, target, requests, drafter, logs["server"], run_dir, requests.completed)
+        if config.engine.name == "sglang":
+            server = sglang_server(spec, target, requests, drafter, logs["server"], run_dir)
+        else:
+            server = embedded_server(spec, target, requests, requests.first_prompts(1)[0], drafter, logs["server"])
         try:
             while server.step():
                 pass

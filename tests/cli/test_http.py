@@ -28,12 +28,13 @@ def test_keys_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
-    with pytest.raises(ConfigError, match=r"needs uvicorn: pip install 'aurora-rl\[serve\]', or set http.port=null"):
+    with pytest.raises(ConfigError, match=r"needs uvicorn: pip install 'aurora-rl\[serve\]'"):
         HttpFront.of(load_config(overrides=["http.port=0"]))
 
 
-def test_there_is_none_without_a_port_and_before_sglang() -> None:
-    assert HttpFront.of(load_config(overrides=["http.port=null"])) is None
+def test_a_server_without_a_port_is_refused_and_sglang_has_its_own() -> None:
+    with pytest.raises(ConfigError, match="http.port=null: nobody could ask the server"):
+        HttpFront.of(load_config(overrides=["http.port=null"]))
     assert HttpFront.of(load_config(overrides=["engine.name=sglang", "drafter.name=eagle3"])) is None
     front = HttpFront.of(load_config(overrides=["http.port=0"]))
     assert front is not None and front.url.startswith("http://127.0.0.1:")

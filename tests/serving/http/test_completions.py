@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -339,3 +341,12 @@ def test_models_health_and_info(rig: Any, client: openai.OpenAI) -> None:
     info = httpx.get(f"{url}/server_info").json()
     assert info["model"] == "tiny/model" and info["drafter_version"] == 7 and info["engine"] == "transformers"
     assert info["num_running"] == info["num_waiting"] == 0 and info["max_model_len"] == 512
+
+
+def test_the_client_on_the_serving_page(rig: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    exec(code.replace("http://127.0.0.1:8000", rig.url).replace("Qwen/Qwen3-0.6B", "tiny/model"), {})
+    messages = [{"role": "user", "content": "Write a haiku about rivers."}]
+    whole = httpx.post(f"{rig.url}/v1/chat/completions", json={"messages": messages}, timeout=60).json()
+    assert capsys.readouterr().out == whole["choices"][0]["message"]["content"] != ""
