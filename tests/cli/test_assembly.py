@@ -78,7 +78,7 @@ def test_both_halves_start_from_the_same_drafter(
     config.drafter.name = name
     requests = assembly.request_queue(spec.resolve(config), target, assembly.traffic(config))
     served, learner_config = assembly.first_drafter(
-        spec.resolve(config), target, requests, tmp_path / "day0" if own_learner else None
+        spec.resolve(config), target, requests.first_prompts(64), tmp_path / "day0" if own_learner else None
     )
     learned = assembly.start_drafter(spec.resolve(learner_config), target, [])
     assert Handshake.of(target.parts, served, "eagle3") == Handshake.of(target.parts, learned, "eagle3")

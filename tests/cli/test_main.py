@@ -47,7 +47,7 @@ def test_errors_are_one_line_and_status_2(
     files["blank"].write_text(good.replace("Hi", " "))
     files["broken"].mkdir()
     (files["broken"] / "config.json").write_text('{"model_type": "llama"')
-    assert cli.main([command, *arguments, pair.format(**files)]) == 2
+    assert cli.main([command, *arguments, "http.port=0", pair.format(**files)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("aurora-rl: ")
     assert wrong in error

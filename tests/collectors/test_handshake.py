@@ -29,7 +29,7 @@ def test_round_trip_through_json() -> None:
         ({"schema": 2}, "; run the same version of aurora-rl on both sides"),
         ({"target": "other"}, "; set the same model on both sides"),
         ({"head_checksum": "x"}, "; set the same model and dtype on both sides"),
-        ({"feature_layers": (2, 6)}, "; start both from one drafter: give serve and learn the same drafter.path"),
+        ({"feature_layers": (2, 6)}, "; start both from one drafter: give server and learner the same drafter.path"),
         (
             {"draft_map_checksum": ""},
             "; their draft vocabularies differ; start both from one drafter: .* drafter.path, or",

@@ -11,8 +11,10 @@ from typing import Any
 
 import httpx
 import openai
+import pytest
 from processes import wait
 
+pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
 
 
