@@ -31,12 +31,14 @@ class LearnerProcess:
     Attributes:
         child: The process.
         restarts: How often it was started again.
+        resumed: Whether it goes on from a checkpoint.
     """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._config, self._run_dir, self._log = config, run_dir, run_dir / "learner.log"
         self._logged_before = self._log.stat().st_size if self._log.exists() else 0
         self.restarts, self._failures, self._due, self._started = 0, 0, 0.0, time.monotonic()
+        self.resumed = config.learner.resume is not None
         self.child = self._start(config)
 
     def _start(self, config: Config) -> subprocess.Popen:
@@ -74,7 +76,9 @@ class LearnerProcess:
         if now < self._due:
             return False
         self._due, self.restarts = 0.0, self.restarts + 1
-        self.child = self._start(continued(self._config, self._run_dir))
+        config = continued(self._config, self._run_dir)
+        self.resumed = config.learner.resume is not None
+        self.child = self._start(config)
         return True
 
     def wait_ready(self, events: MetricsReader) -> None:

@@ -84,7 +84,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             if replays:
                 requests = queue
                 requests.answers = JsonLines(run_dir / "answers.jsonl")
-            clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=requests, first_id=queue.total)
+            first_id = queue.total if replays else 0
+            clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=requests, first_id=first_id)
             try:
                 if config.engine.name == "sglang":
                     server = sglang = sglang_server(spec, target, clients, drafter, log, run_dir)
@@ -118,9 +119,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
         def tend() -> None:
             if learner is not None and learner.tend():
-                resumed = (run_dir / "learner").is_dir()
-                log.write("learner_restarted", restarts=learner.restarts, resumed=resumed)
-                console.print(f"the learner is started again{', from its checkpoint' if resumed else ''}")
+                log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed)
+                console.print(f"the learner is started again{', from its checkpoint' if learner.resumed else ''}")
 
         _serve(step, clients, view, tend, console, stop, until_idle=replays)
     except KeyboardInterrupt:

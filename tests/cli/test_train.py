@@ -109,7 +109,6 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
         "flywheel",
         *serve[2:],
         "learner.spawn=false",
-        "http.port=null",
         "drafter.adaptive=false",
         "traffic.requests=2",
         f"run_dir={tmp_path / 'served'}",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache, partial
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import SamplingParams
@@ -33,13 +31,10 @@ def create_app(
     sampling: SamplingParams,
     num_spec_tokens: int = 0,
     drafter_version: Callable[[], int] = lambda: 0,
-    info: Callable[[], dict[str, Any]] = dict,
     api_keys: Collection[str] = (),
-    open_paths: Collection[str] = ("/health",),
     max_body: int = 1 << 20,
     timeout: float = 600.0,
     cors_origins: Sequence[str] = (),
-    routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
     """Build the application that serves OpenAI's API.
 
@@ -53,13 +48,10 @@ def create_app(
         sampling: Temperature, top-k and top-p of requests that name none.
         num_spec_tokens: Tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
-        info: Returns what ``/server_info`` tells next to the model and the engine's load.
-        api_keys: Bearer keys; none lets everyone in.
-        open_paths: Paths that need no key.
+        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
-        routes: Further routes, such as ``/metrics``; what they raise is answered in OpenAI's form too.
     """
     front = Front(
         engine,
@@ -76,7 +68,6 @@ def create_app(
         max_length=max_length,
         max_body=max_body,
         timeout=timeout,
-        info=info,
         drafter={
             "spell": lru_cache(1 << 16)(partial(token_bytes, tokenizer)),
             "num_spec_tokens": num_spec_tokens,
@@ -90,9 +81,9 @@ def create_app(
             Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         )
     if api_keys:
-        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=open_paths))
+        middleware.append(Middleware(Keys, keys=list(api_keys)))
     app = Starlette(
-        routes=[*front.routes(), *routes],
+        routes=front.routes(),
         middleware=middleware,
         exception_handlers={
             errors.ApiError: errors.answer_api_error,

@@ -44,7 +44,6 @@ class Front:
         max_length: Most tokens of prompt and completion.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
-        info: Returns what ``/server_info`` tells next to the model and the engine's load.
         drafter: Further arguments of :class:`~aurora_rl.serving.http.bodies.Bodies`.
     """
 
@@ -58,11 +57,10 @@ class Front:
         max_length: int,
         max_body: int,
         timeout: float,
-        info: Callable[[], dict[str, Any]],
         drafter: dict[str, Any],
     ) -> None:
         self._engine, self._tokenizer, self._encoder = engine, tokenizer, encoder
-        self._model, self._max_length, self._info, self._drafter = model, max_length, info, drafter
+        self._model, self._max_length, self._drafter = model, max_length, drafter
         self._max_body, self._timeout = max_body, timeout
         self._created = int(time.time())
         # Bodies are parsed and encoded next to the event loop, in one thread: tokenizers are not made for several.
@@ -141,7 +139,7 @@ class Front:
         engine = self._engine
         load = {"num_running": engine.num_running, "num_waiting": engine.num_waiting}
         head = {"model": self._model, "max_model_len": self._max_length, "version": aurora_rl.__version__}
-        return JSONResponse({**head, **load, "drafter_version": self._drafter["drafter_version"](), **self._info()})
+        return JSONResponse({**head, **load, "drafter_version": self._drafter["drafter_version"]()})
 
     async def _answer(
         self, request: Request, schema: type[ChatCompletion | Completion], kind: type[Bodies]

@@ -337,9 +337,9 @@ def test_models_health_and_info(rig: Any, client: openai.OpenAI) -> None:
     before = len(rig.learned)
     assert httpx.get(f"{rig.url}/health_generate", timeout=30).status_code == 200
     assert len(rig.learned) == before
-    url = rig.serve(info=lambda: {"engine": "transformers"}, drafter_version=lambda: 7)
+    url = rig.serve(drafter_version=lambda: 7)
     info = httpx.get(f"{url}/server_info").json()
-    assert info["model"] == "tiny/model" and info["drafter_version"] == 7 and info["engine"] == "transformers"
+    assert info["model"] == "tiny/model" and info["drafter_version"] == 7
     assert info["num_running"] == info["num_waiting"] == 0 and info["max_model_len"] == 512
 
 
