@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from driven_engine import driven
+from driven_engine import LENGTH, ClientRig, driven
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
-from aurora_rl.policies import DrafterPolicy, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, QueueFullError, RefusedError, Update
-from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import BaselineWindows
+from aurora_rl.envs import SamplingParams
+from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, RefusedError, Update
 from aurora_rl.testing import tiny_target
-
-SLOTS, LENGTH = 2, 512
 
 
 @pytest.fixture(scope="module")
@@ -28,31 +22,11 @@ def target() -> PreTrainedModel:
     return tiny_target()
 
 
-class Rig:
-    """An engine with its server, its client's end, and the trajectories that a learner would get."""
+class Rig(ClientRig):
+    """An engine whose clients are coroutines of a test."""
 
     def __init__(self, target: PreTrainedModel, folder: Path, *, max_waiting: int = 64) -> None:
-        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
-        engine = TransformersEngine(target, num_slots=SLOTS, max_length=LENGTH, feature_layers=drafter.feature_layers)
-        shape = TreeShape(3, lookup=2)
-        policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
-        self.clients = AsyncEngine(max_waiting=max_waiting)
-        self.env = SpecDecodeEnv(
-            engine, self.clients, num_nodes=shape.num_nodes, on_refused=self.clients.refused,
-            decode=lambda tokens: " ".join(map(str, tokens)),
-        )  # fmt: skip
-        self.learned: list[int] = []
-        self.server = InferenceServer(
-            self.env,
-            policy,
-            windows=BaselineWindows(0.0, 1),
-            log=MetricsLog(folder / "metrics.jsonl", "server"),
-            sink=self,  # type: ignore[arg-type]
-            note=self.clients.completed,
-        )
-
-    def extend(self, trajectory: Any) -> None:
-        self.learned.append(int(trajectory["request"]))
+        super().__init__(target, folder, decode=lambda tokens: " ".join(map(str, tokens)), max_waiting=max_waiting)
 
     def run(self, scenario: Any) -> Any:
         """Run a coroutine next to the thread that drives the rounds."""

@@ -1,13 +1,68 @@
-"""A thread that drives the rounds of an AsyncEngine, as the command line does."""
+"""An engine of concurrent clients on a small target, and a thread that drives its rounds as the command line does."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from aurora_rl.envs import SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies import DrafterPolicy, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.rates import BaselineWindows
+
+SLOTS, LENGTH = 2, 512
+
+
+class ClientRig:
+    """An engine, its server, its clients' end, and in place of the sink a list of what a learner would get.
+
+    Attributes:
+        learned: Ids of the requests whose trajectories were handed on.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        folder: Path,
+        *,
+        decode: Callable[[list[int]], str],
+        draft_vocab: int = 16,
+        stop_tokens: tuple[int, ...] = (),
+        max_waiting: int = 64,
+    ) -> None:
+        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(draft_vocab)).double()
+        engine = TransformersEngine(target, num_slots=SLOTS, max_length=LENGTH, feature_layers=drafter.feature_layers)
+        shape = TreeShape(3, lookup=2)
+        policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
+        self.clients = AsyncEngine(max_waiting=max_waiting)
+        self.env = SpecDecodeEnv(
+            engine,
+            self.clients,
+            num_nodes=shape.num_nodes,
+            stop_tokens=stop_tokens,
+            decode=decode,
+            on_refused=self.clients.refused,
+        )
+        self.learned: list[int] = []
+        self.server = InferenceServer(
+            self.env,
+            policy,
+            windows=BaselineWindows(0.0, 1),
+            log=MetricsLog(folder / "metrics.jsonl", "server"),
+            sink=self,  # type: ignore[arg-type]
+            note=self.clients.completed,
+        )
+
+    def extend(self, trajectory: Any) -> None:
+        self.learned.append(int(trajectory["request"]))
 
 
 @contextlib.contextmanager

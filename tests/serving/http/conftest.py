@@ -10,60 +10,37 @@ from typing import Any
 import openai
 import pytest
 import torch
-from driven_engine import driven
+from driven_engine import LENGTH, ClientRig, driven
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aurora_rl.envs import SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import SamplingParams
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import load_target, stop_token_ids
-from aurora_rl.policies import DrafterPolicy, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.http.app import create_app
 from aurora_rl.serving.http.server import HttpServer
-from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsLog
-from aurora_rl.telemetry.rates import BaselineWindows
 
-MODEL, SLOTS, LENGTH, WAITING = "tiny/model", 2, 512, 8
+MODEL, WAITING = "tiny/model", 8
 
 
-class Rig:
+class Rig(ClientRig):
     """An engine that decodes in its thread, and servers in front of it.
 
     Attributes:
         url: The server with the usual settings, without keys.
-        learned: Ids of the requests that a learner would get.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
         target, self.tokenizer = load_target(model, dtype=torch.float64, device="cpu")
         self.target: PreTrainedModel = target
-        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(64)).double()
-        engine = TransformersEngine(target, num_slots=SLOTS, max_length=LENGTH, feature_layers=drafter.feature_layers)
-        shape = TreeShape(3, lookup=2)
-        policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
-        self.engine = AsyncEngine(max_waiting=WAITING)
         self.stop_tokens = stop_token_ids(target, self.tokenizer)
-        self.env = SpecDecodeEnv(
-            engine, self.engine, num_nodes=shape.num_nodes, on_refused=self.engine.refused,
-            stop_tokens=self.stop_tokens, decode=lambda tokens: decode(self.tokenizer, tokens),
+        super().__init__(
+            target, folder, decode=lambda tokens: decode(self.tokenizer, tokens), draft_vocab=64,
+            stop_tokens=self.stop_tokens, max_waiting=WAITING,
         )  # fmt: skip
-        self.learned: list[int] = []
-        server = InferenceServer(
-            self.env,
-            policy,
-            windows=BaselineWindows(0.0, 1),
-            log=MetricsLog(folder / "metrics.jsonl", "server"),
-            sink=self,  # type: ignore[arg-type]
-            note=self.engine.completed,
-        )
         self._servers: list[HttpServer] = []
-        self._driven = driven(self.engine, server)
+        self._driven = driven(self.clients, self.server)
         self._driven.__enter__()
-        self.url = self.serve(drafter_version=lambda: server.stats.version)
-
-    def extend(self, trajectory: Any) -> None:
-        self.learned.append(int(trajectory["request"]))
+        self.url = self.serve(drafter_version=lambda: self.server.stats.version)
 
     def serve(self, **settings: Any) -> str:
         """Start one more server, and return where it is."""
@@ -73,7 +50,7 @@ class Rig:
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)
-        server.start(create_app(self.engine, self.tokenizer, **{**usual, **settings}))
+        server.start(create_app(self.clients, self.tokenizer, **{**usual, **settings}))
         return server.url
 
     def plain(self, prompt: list[int], count: int) -> list[int]:
@@ -88,7 +65,7 @@ class Rig:
         """Whether no request runs or waits any more, within some seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if not self.engine.num_running and not self.engine.num_waiting:
+            if not self.clients.num_running and not self.clients.num_waiting:
                 return True
             time.sleep(0.01)
         return False

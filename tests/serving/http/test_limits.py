@@ -236,7 +236,7 @@ def test_an_engine_that_dies_is_told_by_every_path(make_rig: Any, monkeypatch: p
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client(base_url=rig.url, timeout=30) as http:
         stream = pool.submit(http.post, "/v1/completions", json=LONG | {"stream": True})
-        assert wait_for(lambda: rig.engine.num_running == 1)
+        assert wait_for(lambda: rig.clients.num_running == 1)
         time.sleep(0.1)
         monkeypatch.setattr(rig.env.engine, "verify", broken)
         answer = stream.result(30)
