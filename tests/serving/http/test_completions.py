@@ -346,7 +346,9 @@ def test_models_health_and_info(rig: Any, client: openai.OpenAI) -> None:
 def test_the_client_on_the_serving_page(rig: Any, capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    exec(code.replace("http://127.0.0.1:8000", rig.url).replace("Qwen/Qwen3-0.6B", "tiny/model"), {})
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", rig.url).replace("Qwen/Qwen3-0.6B", "tiny/model"), names)
+    names["client"].close()
     messages = [{"role": "user", "content": "Write a haiku about rivers."}]
     whole = httpx.post(f"{rig.url}/v1/chat/completions", json={"messages": messages}, timeout=60).json()
     assert capsys.readouterr().out == whole["choices"][0]["message"]["content"] != ""

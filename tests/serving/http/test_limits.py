@@ -64,7 +64,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 def test_a_client_that_leaves_frees_its_slots(slow: Any, stream: bool) -> None:
     before = len(slow.learned)
     with left_open(slow.url, LONG | {"stream": stream, "n": 4}) as connection:
-        assert wait_for(lambda: slow.engine.num_running == 2)
+        assert wait_for(lambda: slow.clients.num_running == 2)
         if stream:
             assert connection.recv(10) == b"HTTP/1.1 2"
     assert slow.idle(2.0)
@@ -73,11 +73,11 @@ def test_a_client_that_leaves_frees_its_slots(slow: Any, stream: bool) -> None:
 
 def test_a_waiting_client_that_leaves_is_not_served(slow: Any) -> None:
     with left_open(slow.url, LONG | {"n": 2}):
-        assert wait_for(lambda: slow.engine.num_running == 2)
+        assert wait_for(lambda: slow.clients.num_running == 2)
         with left_open(slow.url, LONG):
-            assert wait_for(lambda: slow.engine.num_waiting == 1)
-        assert wait_for(lambda: slow.engine.num_waiting == 0)
-        assert slow.engine.num_running == 2
+            assert wait_for(lambda: slow.clients.num_waiting == 1)
+        assert wait_for(lambda: slow.clients.num_waiting == 0)
+        assert slow.clients.num_running == 2
     assert slow.idle(2.0)
 
 
@@ -99,7 +99,7 @@ def test_a_full_queue_asks_to_come_again(slow: Any) -> None:
     with contextlib.ExitStack() as clients:
         for n, waiting in ((8, 6), (2, 8)):
             clients.enter_context(left_open(slow.url, LONG | {"n": n}))
-            assert wait_for(lambda: slow.engine.num_waiting == waiting)  # noqa: B023
+            assert wait_for(lambda: slow.clients.num_waiting == waiting)  # noqa: B023
         for stream in (False, True):
             answer = httpx.post(f"{slow.url}/v1/completions", json={"prompt": "a", "stream": stream})
             assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
@@ -115,9 +115,9 @@ def test_a_full_queue_asks_to_come_again(slow: Any) -> None:
 
 def test_part_of_a_request_that_finds_the_queue_full_is_cancelled(slow: Any) -> None:
     with left_open(slow.url, LONG | {"n": 8}):
-        assert wait_for(lambda: slow.engine.num_waiting == 6)
+        assert wait_for(lambda: slow.clients.num_waiting == 6)
         assert httpx.post(f"{slow.url}/v1/completions", json=LONG | {"n": 4}).status_code == 429
-        assert wait_for(lambda: slow.engine.num_waiting == 6)
+        assert wait_for(lambda: slow.clients.num_waiting == 6)
     assert slow.idle(2.0)
 
 
