@@ -18,7 +18,8 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch):
     """Import a script as running it would; its name and its neighbour `common` are forgotten after the test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     for each in {"common", name}:
-        monkeypatch.delitem(sys.modules, each, raising=False)
+        monkeypatch.setitem(sys.modules, each, None)  # so that the end of the test forgets what is imported now
+        del sys.modules[each]
     module = importlib.import_module(name)
     assert module.__file__ is not None and Path(module.__file__).parent == BENCHMARKS
     return module
