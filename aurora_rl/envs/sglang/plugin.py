@@ -39,7 +39,6 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
 _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
-_TOLD_SWAPS = 256
 
 
 class Plugin:
@@ -50,6 +49,7 @@ class Plugin:
         self._scheduler: Any = None
         self._server: PluginServer | None = None
         self._session: Session | None = None
+        self._last_session = ""
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
         # Of the forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
@@ -110,6 +110,7 @@ class Plugin:
             session, self._session = self._session, None
             if session is not None:
                 session.close()
+                return {**self._status(), **session.status()}
         elif kind == "record":
             if self._session is None:
                 raise PluginError("nothing is attached; attach first")
@@ -124,25 +125,23 @@ class Plugin:
             "torch": torch.__version__,
             "missing": self._missing,
             "seen": dict(self._seen),
-            "device": self._device,
+            **self._engine(),
             "attached": (session := self._session) is not None,
+            "session": self._last_session,
         }
-        if session is not None:
-            counts = dict(session.records.counts)
-            status |= {
-                "recording": session.recording,
-                "error": session.error,
-                "recorded": counts.pop("recorded", 0),
-                "skipped": counts,
-                "queued": session.sink.queued,
-                "dropped": session.sink.dropped,
-                "sent": session.sink.sent,
-                "version": session.version,
-                "refused": session.receiver.error,
-                "swaps": len(session.swap_ms),
-                "swap_ms": session.swap_ms[-_TOLD_SWAPS:],
-            }
-        return status
+        return status if session is None else {**status, **session.status()}
+
+    def _engine(self) -> dict[str, Any]:
+        """Return what this server serves and how it drafts."""
+        args = self._scheduler.server_args
+        return {
+            "device": self._device,
+            "model": str(args.model_path),
+            "dtype": str(self._target.lm_head.weight.dtype).removeprefix("torch."),
+            "depth": args.speculative_num_steps,
+            "width": args.speculative_eagle_topk,
+            "num_nodes": args.speculative_num_draft_tokens - 1,
+        }
 
     def _attach(self, fields: dict[str, Any]) -> None:
         if self._session is not None:
@@ -153,7 +152,7 @@ class Plugin:
         except PluginError:
             session.close()
             raise
-        self._session = session
+        self._session, self._last_session = session, session.id
 
     def _check_engine(self, handshake: Handshake) -> None:
         """Raise PluginError where this engine is not what the handshake says or what the hooks were written for."""
@@ -224,7 +223,13 @@ class Plugin:
 
     @property
     def _draft_worker(self) -> Any:
-        return self._scheduler.draft_worker.draft_worker
+        if (worker := getattr(self._scheduler.draft_worker, "draft_worker", None)) is None:
+            algorithm = self._scheduler.server_args.speculative_algorithm
+            raise PluginError(
+                f"this server has no drafter (speculative_algorithm is {algorithm!r}); start it with "
+                "--speculative-algorithm EAGLE3 or EAGLE"
+            )
+        return worker
 
     # ---- swaps ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.sampling_params import SamplingParams
-from aurora_rl.trajectories import make_trajectory
+from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
 from aurora_rl.trees import reorder_depth_first
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,43 @@ class FeatureStore:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Sums over recorded requests.
+
+    Attributes:
+        requests: Number of requests.
+        tokens: Tokens of their completions.
+        speculative_tokens: Tokens that speculative rounds delivered, bonus tokens included.
+        speculative_rounds: Speculative rounds.
+        accepted: Number of rounds by the number of drafts that they accepted.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    speculative_tokens: int = 0
+    speculative_rounds: int = 0
+    accepted: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens per speculative round; None before the first."""
+        return self.speculative_tokens / self.speculative_rounds if self.speculative_rounds else None
+
+    def plus(self, trajectory: TensorDict) -> Served:
+        """Return the sums with one more request."""
+        tokens, rounds = acceptance_length(trajectory)
+        accepted, drafted = accepted_per_round(trajectory)
+        sequence = trajectory["sequence"]
+        return Served(
+            self.requests + 1,
+            self.tokens + len(sequence["tokens"]) - int(sequence["prompt_length"]),
+            self.speculative_tokens + tokens,
+            self.speculative_rounds + rounds,
+            dict(Counter(self.accepted) + Counter(accepted[drafted > 0].tolist())),
+        )
+
+
 class TrajectoryAssembler:
     """Collect the rounds of each request; a thread of its own makes the trajectory when the request has ended.
 
@@ -128,6 +165,7 @@ class TrajectoryAssembler:
     Attributes:
         counts: Number of requests that were "recorded", and of others by reason ("prefix", "memory", "incomplete" and
             those of :meth:`drop`).
+        served: Sums over the recorded requests; each request replaces the object, so that it may be read at any time.
     """
 
     def __init__(self, emit: Callable[[TensorDict], None], *, max_bytes: int, store_bytes: int) -> None:
@@ -137,6 +175,7 @@ class TrajectoryAssembler:
         self._records: dict[str, _Record] = {}
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
+        self.served = Served()
         self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
         self._thread.start()
@@ -203,6 +242,7 @@ class TrajectoryAssembler:
                     self.counts[trajectory] += 1
                 else:
                     self.counts["recorded"] += 1
+                    self.served = self.served.plus(trajectory)
                     self._emit(trajectory)
             finally:
                 self._released += record.nbytes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.envs.sglang.recorder import TargetRows, TrajectoryAssembler
 
 logger = logging.getLogger(__name__)
+
+_TOLD_SWAPS = 256
 
 ATTACH: dict[str, type | tuple[type, ...]] = {
     "trajectories": str,  # address of the learner's collector
@@ -43,6 +47,9 @@ class Session:
     Raises:
         PluginError: A field is missing, unknown or of the wrong type.
         OSError: An address is malformed.
+
+    Attributes:
+        id: Name of the session, which no other has.
     """
 
     def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
@@ -55,7 +62,7 @@ class Session:
             raise PluginError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
         self.handshake = Handshake.from_meta(fields["handshake"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
-        self.recording, self.error = True, ""
+        self.id, self.recording, self.error = secrets.token_hex(8), True, ""
         self.exact, self.version = exact, fields["version"]
         self.sink = TrajectorySink(fields["trajectories"], handshake=self.handshake, capacity=fields["queue"])
         self.receiver = WeightReceiver(fields["weights"], handshake=self.handshake, version=self.version)
@@ -64,6 +71,24 @@ class Session:
         self.swap_ms: list[float] = []
         self.flush_due = True  # texts in the prefix cache have no features here
         self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
+
+    def status(self) -> dict[str, Any]:
+        """Return the session's part of the plugin's status."""
+        counts, served = dict(self.records.counts), self.records.served
+        return {
+            "recording": self.recording,
+            "error": self.error,
+            "recorded": counts.pop("recorded", 0),
+            "skipped": counts,
+            "served": asdict(served) | {"acceptance_length": served.acceptance_length},
+            "queued": self.sink.queued,
+            "dropped": self.sink.dropped,
+            "sent": self.sink.sent,
+            "version": self.version,
+            "refused": self.receiver.error,
+            "swaps": len(self.swap_ms),
+            "swap_ms": self.swap_ms[-_TOLD_SWAPS:],
+        }
 
     def fail(self, reason: str) -> None:
         """Switch recording off; serving goes on."""
