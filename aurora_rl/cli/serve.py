@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 
@@ -68,6 +69,7 @@ class _Session:
         self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
         self._reader, self._events = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
         self._outputs = Outputs()
+        self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
         self._learner: LearnerProcess | None = None
         self._server: Server | None = None
@@ -143,6 +145,7 @@ class _Session:
             self._reader,
             total=None if self._requests is None else self._requests.total,
             learner=self._learner_state,
+            followers=self._followers,
         )
         stop.working = True
         with Live(view.table(), console=console, auto_refresh=False, transient=True) as live:
