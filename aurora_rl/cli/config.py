@@ -42,13 +42,19 @@ class EngineConfig:
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
-    """URL of a running SGLang server to attach to, started on the drafter of ``drafter.path``; null launches one."""
+    """URL of a running SGLang server to attach to, started on the drafter of ``drafter.path``; null launches one. Model
+    and dtype, unless they are set, and lengths and the trees' shape are the server's."""
     plugin_address: str | None = None
     """Address of that server's plugin, which is in its environment as AURORA_RL_SGLANG."""
     arguments: list[str] = field(default_factory=list)
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
     """Share of SGLang's requests that are recorded."""
+
+    @property
+    def attaches(self) -> bool:
+        """Whether the engine is an SGLang that runs already."""
+        return self.name == "sglang" and self.url is not None
 
 
 @dataclass
@@ -126,7 +132,8 @@ class HttpConfig:
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 is every address of this machine."""
     port: int | None = 8000
-    """Port to listen at; 0 takes a free one. `aurora-rl serve` alone listens."""
+    """Port to listen at; 0 takes a free one. `aurora-rl serve` alone listens. With engine.name=sglang requests go on to
+    SGLang, and null leaves clients to SGLang's own port."""
     api_keys: str | None = None
     """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
     without that everyone is let in."""

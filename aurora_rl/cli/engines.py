@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from aurora_rl.cli.assembly import Target, opening
+from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.handshake import Handshake
@@ -17,7 +19,7 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
-from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
@@ -27,9 +29,11 @@ from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.serving.sglang import SGLangServer
+from aurora_rl.serving.sglang import AttachedServer, SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
+
+logger = logging.getLogger(__name__)
 
 
 def embedded_server(
@@ -113,17 +117,33 @@ def embedded_server(
 
 
 def sglang_server(
-    spec: RunSpec, target: Target, requests: RequestSource, drafter: Drafter, log: MetricsLog, run_dir: Path
-) -> SGLangServer:
-    """Build a server on SGLang, which is launched here or attached to."""
+    spec: RunSpec, target: Target, requests: RequestSource | None, drafter: Drafter, log: MetricsLog, run_dir: Path
+) -> AttachedServer:
+    """Build a server on SGLang, which is launched here or attached to.
+
+    Args:
+        spec: Spec of the run.
+        target: The loaded target.
+        requests: Source of the requests; None if clients of SGLang send them.
+        drafter: The drafter, in float32.
+        log: Metrics of the run.
+        run_dir: Folder of the run.
+    """
     config, settings = spec.config, spec.config.engine
     greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
-        raise ConfigError(
-            f"model={config.model}: its generation config sets {values}, and SGLang verifies drafts without that; "
-            "set generation_config=ignore to serve raw logits, or engine.name=transformers"
-        )
+        if requests is None:
+            logger.warning(
+                "the model's generation config sets %s; requests that SGLang serves with that are not recorded: start "
+                "it with --sampling-defaults openai",
+                values,
+            )
+        else:
+            raise ConfigError(
+                f"model={config.model}: its generation config sets {values}, and SGLang verifies drafts without that; "
+                "set generation_config=ignore to serve raw logits, or engine.name=transformers"
+            )
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     target.model.cpu()  # the server loads its own, on the device that this one leaves
     if spec.device.type == "cuda":
@@ -133,7 +153,20 @@ def sglang_server(
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
             client = SGLangClient(settings.url, settings.plugin_address)
+
+        def attach() -> dict[str, Any]:
+            return client.attach(
+                handshake=greeting,
+                trajectories=config.wire.trajectories,
+                weights=config.wire.weights,
+                capture_rate=settings.capture_rate,
+                queue=config.wire.queue,
+            )
+
+        published = run_dir / "learner" / "drafter"
         try:
+            if requests is None:
+                return AttachedServer(client, attach, log=log, published=published)
             if spec.sampling.temperature > 0 and client.status()["device"] == "cpu":
                 raise PluginError(
                     f"temperature={spec.sampling.temperature:g}: on a CPU SGLang verifies by argmax; set "
@@ -141,25 +174,37 @@ def sglang_server(
                 )
             return SGLangServer(
                 client,
-                lambda: client.attach(
-                    handshake=greeting,
-                    trajectories=config.wire.trajectories,
-                    weights=config.wire.weights,
-                    capture_rate=settings.capture_rate,
-                    queue=config.wire.queue,
-                ),
+                attach,
                 requests,
                 slots=settings.slots,
-                depth=spec.tree.depth,
                 stop_tokens=stop_tokens,
                 log=log,
                 note=requests.completed,
                 on_refused=requests.refused,
-                published=run_dir / "learner" / "drafter",
+                published=published,
             )
         except BaseException:
             client.close()
             raise
+
+
+def take_served(config: Config) -> None:
+    """Set what the SGLang at ``engine.url`` decides: model, dtype, lengths and the shape of the trees.
+
+    A model or a dtype that was configured stays, and is compared with the server's when the learner attaches.
+
+    Raises:
+        ConfigError: The plugin does not answer.
+    """
+    with naming("engine.plugin_address", (PluginError, OSError)):
+        status = ask(str(config.engine.plugin_address), "status")
+    shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
+    if config.model == Config.model:
+        config.model = status["model"]
+    if config.dtype == "auto":
+        config.dtype = status["dtype"]
+    config.engine.max_length = status["context"] - reserved_context(**shape)
+    config.drafter = replace(config.drafter, **shape)
 
 
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGLangClient:

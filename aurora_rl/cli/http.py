@@ -11,6 +11,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
+from aurora_rl.serving.sglang import AttachedServer
 
 
 class HttpFront:
@@ -41,12 +42,12 @@ class HttpFront:
 
     @classmethod
     def of(cls, config: Config) -> HttpFront | None:
-        """Return the front of ``aurora-rl serve``; None before SGLang, which has one of its own.
+        """Return the front of ``aurora-rl serve``; None where clients talk to SGLang itself.
 
         Raises:
             ConfigError: The configuration leaves clients no port; or see the constructor.
         """
-        if config.engine.name == "sglang":
+        if config.http.port is None and config.engine.name == "sglang":
             return None
         if config.http.port is None:
             raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")
@@ -73,6 +74,22 @@ class HttpFront:
             max_waiting=http.max_waiting,
             sampling=spec.sampling,
             num_spec_tokens=spec.tree.depth,
+            drafter_version=lambda: server.stats.version,
+            api_keys=self._keys,
+            max_body=http.max_body,
+            timeout=http.timeout,
+            cors_origins=http.cors_origins,
+        )
+        self._server.start(app)
+
+    def start_proxy(self, spec: RunSpec, server: AttachedServer) -> None:
+        """Begin to pass requests on to SGLang."""
+        from aurora_rl.serving.http.proxy import create_proxy
+
+        http = spec.config.http
+        app = create_proxy(
+            server.engine.url,
+            model=spec.config.model,
             drafter_version=lambda: server.stats.version,
             api_keys=self._keys,
             max_body=http.max_body,

@@ -44,6 +44,7 @@ COMMANDS = {
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
     "bench": Command("compare objectives on one recorded stream, resumable run by run", "bench", learns=True),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
+    "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "sglang"),
 }
 _MOVED = {"export": "drafter export"}
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
+    if config.engine.attaches:
+        from aurora_rl.cli.engines import take_served
+
+        take_served(config)
     session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
     try:
         session.start()
@@ -92,19 +97,19 @@ class _Session:
         config, run_dir, say = self._config, self._run_dir, partial(self._console.print, soft_wrap=True)
         torch.set_num_threads(config.engine.threads)
         with self._folder.undone_if_refused():
-            spec, prompts = resolve(config), traffic(config)
+            attached = config.engine.attaches and not self._replays  # the clients are there, too
+            spec, prompts = resolve(config), [] if attached else traffic(config)
             http = self._http = None if self._replays else HttpFront.of(config)
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
-            target = load(spec)
+            target = load(replace(spec, device=torch.device("cpu")) if attached else spec)
             queue = request_queue(spec, target, prompts)
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
             if config.learner.spawn:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
-            usual = queue.first_prompts(1)[0]
             if self._replays:
                 self._requests = queue
                 queue.answers = JsonLines(run_dir / "answers.jsonl")
@@ -115,12 +120,14 @@ class _Session:
             )
             try:
                 if config.engine.name == "sglang":
-                    self._server = sglang = sglang_server(spec, target, clients, drafter, self._log, run_dir)
+                    source = clients if self._replays else None
+                    self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
                     self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}"
                 else:
+                    usual = queue.first_prompts(1)[0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log)
                     clients.attach(embedded)
-                    self._step, address = clients.step, "" if http is None else f"listening at {http.url}"
+                    self._step, address = clients.step, ""
             except (ValueError, OSError):
                 if self._learner is not None:
                     self._learner.withdraw()  # before its folder is removed
@@ -131,7 +138,11 @@ class _Session:
         if self._learner is not None:
             self._learner.wait_ready(self._reader)
         if http is not None:
-            http.start(spec, tokenizer, vocab_size, clients, embedded)
+            if config.engine.name == "sglang":
+                http.start_proxy(spec, sglang)
+            else:
+                http.start(spec, tokenizer, vocab_size, clients, embedded)
+            say(f"listening at {http.url}/v1")
         if address:
             say(f"{address}/v1")
 
@@ -163,7 +174,7 @@ class _Session:
             try:
                 while not stop.requested:
                     if not self._step():
-                        if self._replays:
+                        if self._http is None:  # no client is to come
                             break
                         clients.wait(_IDLE_S)
                     for tick in ticks:

@@ -1,15 +1,19 @@
-"""The server of a run whose engine is SGLang: requests completions, watches the plugin, keeps the statistics."""
+"""The server of a run whose engine is SGLang: watches the plugin, keeps the statistics, and may send the requests."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import override
 
 from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
@@ -18,54 +22,51 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
 
+logger = logging.getLogger(__name__)
+
 _TURN_S = 0.25
 _WATCH_S = 1.0
+_SUMS = ("requests", "tokens", "speculative_tokens", "speculative_rounds")
 
 
-class SGLangServer:
-    """Keeps an engine's slots filled with requests. Rounds, records and swaps happen in the engine itself.
+class AttachedServer:
+    """An SGLang that a learner is attached to. Its clients are others; what it served them, the plugin counts.
 
     Args:
         engine: Client of the engine.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
-        requests: Called for the next request; None if there is none now.
-        slots: Requests in flight.
-        depth: Depth of the trees that the engine drafts.
-        stop_tokens: Token ids that end a completion.
         log: Log of requests and swaps.
-        note: Called with each completion; returns its domain.
-        on_refused: Called with each request that the engine did not answer, and the reason.
         published: Folder where the learner saves the drafter that it published last; None if that is not known.
 
     Attributes:
         stats: Statistics of the run so far.
         status: Status of the plugin, as last heard.
+        detached: Whether somebody else detached the learner, which is not attached again then.
     """
 
     def __init__(
         self,
         engine: SGLangClient,
         attach: Callable[[], dict[str, Any]],
-        requests: Callable[[], Request | None],
         *,
-        slots: int,
-        depth: int,
-        stop_tokens: Sequence[int],
         log: MetricsLog,
-        note: Callable[[Completion], str],
-        on_refused: Callable[[Request, str], None],
         published: Path | None = None,
     ) -> None:
-        self.stats, self.engine, self.depth = Stats(0), engine, depth
-        self._requests, self._slots, self._published = requests, slots, published
-        self._stop_tokens, self._log, self._note, self._on_refused = tuple(stop_tokens), log, note, on_refused
-        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
-        self._flying: dict[Future[SGLangCompletion], Request] = {}
-        self._last_completion = time.perf_counter()
-        self._next_watch = 0.0
-        self._attach, self._told_swaps, self._reachable = attach, 0, True
-        self.status = attach()
-        log.write("attached", status=self.status)
+        self.stats, self.engine, self.detached = Stats(0), engine, False
+        self._attach, self._log, self._published = attach, log, published
+        self._next_watch, self._unreachable = 0.0, ""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Attach the learner; the plugin's counts begin at 0."""
+        self.status = self._attach()
+        self._told_swaps, self._served, self._accepted = 0, Counter[str](), Counter[int]()
+        self._log.write("attached", status=self.status)
+
+    @property
+    def depth(self) -> int:
+        """Depth of the trees that the engine drafts."""
+        return self.status["depth"]
 
     @property
     def dropped(self) -> int:
@@ -79,9 +80,111 @@ class SGLangServer:
 
     @property
     def refused(self) -> str | None:
-        """Why the learner refuses this engine, or why it is not recorded; None if neither."""
-        return self.status.get("refused") or self.status.get("error") or None
+        """Why the learner refuses this engine, or why nothing is learned from it now; None if neither."""
+        if self.detached:
+            return "somebody else detached the learner from SGLang"
+        return self._unreachable or self.status.get("refused") or self.status.get("error") or None
 
+    def step(self) -> bool:
+        """Wait for a moment, and watch. Return False once somebody else has detached the learner."""
+        time.sleep(_TURN_S)
+        if time.monotonic() >= self._next_watch:
+            self.watch()
+        return not self.detached
+
+    def watch(self) -> None:
+        """Ask for the plugin's status, log swaps and requests; attach again to a server that was restarted."""
+        self._next_watch = time.monotonic() + _WATCH_S
+        try:
+            status = self.engine.status()
+            if status["session"] == "":  # a new process
+                self._begin()
+                status = self.status
+        except (PluginError, SGLangError) as error:
+            if not self._unreachable:
+                self._log.write("unreachable", reason=str(error))
+            self._unreachable = str(error)
+            return
+        self._unreachable = ""
+        if status["attached"] and status["session"] == self.status["session"]:
+            self._follow(status)
+        elif not self.detached:
+            self.detached = True
+            logger.warning("%s; SGLang serves on, and this run learns no more", self.refused)
+
+    def _follow(self, status: dict[str, Any]) -> None:
+        self.status = status
+        new, self._told_swaps = status["swaps"] - self._told_swaps, status["swaps"]
+        for milliseconds in status["swap_ms"][-new:] if new > 0 else []:
+            self.stats.swap_ms.append(milliseconds)
+            self._log.write("swap", version=status["version"], ms=milliseconds, requests=len(self.stats.finished))
+        if status["version"] != self.stats.version:
+            self.stats.versions.append(status["version"])
+        self._count(status["served"])
+
+    def _count(self, served: dict[str, Any]) -> None:
+        """Count the requests that the plugin has recorded since the last status; ``served`` are its sums."""
+        sums = Counter({name: served[name] for name in _SUMS})
+        accepted = Counter({int(count): rounds for count, rounds in served["accepted"].items()})
+        new, by_count = sums - self._served, accepted - self._accepted
+        if new["requests"]:
+            self._served, self._accepted = sums, accepted
+            self.stats.finish("", new["tokens"], new["speculative_tokens"], new["speculative_rounds"], new["requests"])
+            self.stats.drafted["tree" if self.status["width"] > 1 else "chain"] += new["speculative_rounds"]
+            self._log.write("requests", **{name: new[name] for name in _SUMS}, accepted=dict(sorted(by_count.items())))
+
+    def save_drafter(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the drafter that the learner published last, if there is one."""
+        if self._published is not None and self._published.is_dir():
+            shutil.copytree(self._published, folder, dirs_exist_ok=True)
+
+    def close(self) -> None:
+        """Detach so that the records are sent, and end the engine if it is ours."""
+        self.watch()
+        if not self.detached and not self._unreachable:
+            with contextlib.suppress(PluginError):  # it is gone already
+                last = self.engine.detach()
+                if last["session"] == self.status["session"]:
+                    self._follow(last)  # it has what was recorded at the last moment
+        self.engine.close()
+
+
+class SGLangServer(AttachedServer):
+    """The same, with requests of ours alone: keeps the engine's slots filled, and counts its own answers.
+
+    Args:
+        engine: Client of the engine.
+        attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
+        requests: Called for the next request; None if there is none now.
+        slots: Requests in flight.
+        stop_tokens: Token ids that end a completion.
+        log: Log of requests and swaps.
+        note: Called with each completion; returns its domain.
+        on_refused: Called with each request that the engine did not answer, and the reason.
+        published: Folder where the learner saves the drafter that it published last; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        engine: SGLangClient,
+        attach: Callable[[], dict[str, Any]],
+        requests: Callable[[], Request | None],
+        *,
+        slots: int,
+        stop_tokens: Sequence[int],
+        log: MetricsLog,
+        note: Callable[[Completion], str],
+        on_refused: Callable[[Request, str], None],
+        published: Path | None = None,
+    ) -> None:
+        super().__init__(engine, attach, log=log, published=published)
+        self._requests, self._slots = requests, slots
+        self._stop_tokens, self._note, self._on_refused = tuple(stop_tokens), note, on_refused
+        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
+        self._flying: dict[Future[SGLangCompletion], Request] = {}
+        self._last_completion = time.perf_counter()
+
+    @override
     def step(self) -> bool:
         """Send requests to free slots and take finished ones. Return False if nothing is in flight."""
         while len(self._flying) < self._slots and (request := self._requests()) is not None:
@@ -123,37 +226,12 @@ class SGLangServer:
             coverage=None,
         )
 
-    def watch(self) -> None:
-        """Ask for the plugin's status and log new swaps; attach again to a server that was restarted."""
-        try:
-            status = self.engine.status()
-            if not status["attached"]:
-                status, self._told_swaps = self._attach(), 0
-                self._log.write("attached", status=status)
-        except (PluginError, SGLangError) as error:
-            if self._reachable:
-                self._log.write("unreachable", reason=str(error))
-            self._reachable = False
-            return
-        finally:
-            self._next_watch = time.monotonic() + _WATCH_S
-        self.status, self._reachable = status, True
-        new, self._told_swaps = status["swaps"] - self._told_swaps, status["swaps"]
-        for milliseconds in status["swap_ms"][-new:] if new > 0 else []:
-            self.stats.swap_ms.append(milliseconds)
-            self._log.write("swap", version=self.status["version"], ms=milliseconds, requests=len(self.stats.finished))
-        if self.status["version"] != self.stats.version:
-            self.stats.versions.append(self.status["version"])
+    @override
+    def _count(self, served: dict[str, Any]) -> None:
+        """Leave the plugin's sums alone: answers are counted as they come, also those that are not recorded."""
 
-    def save_drafter(self, folder: str | os.PathLike[str]) -> None:
-        """Copy the drafter that the learner published last, if there is one."""
-        if self._published is not None and self._published.is_dir():
-            shutil.copytree(self._published, folder, dirs_exist_ok=True)
-
+    @override
     def close(self) -> None:
-        """Wait for the requests in flight, detach so that the records are sent, and end the engine if it is ours."""
+        """Wait for the requests in flight, and end as the base class does."""
         self._pool.shutdown(cancel_futures=True)
-        self.watch()
-        with contextlib.suppress(PluginError):  # it is gone already
-            self.engine.detach()
-        self.engine.close()
+        super().close()

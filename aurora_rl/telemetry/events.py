@@ -46,6 +46,16 @@ EVENTS: dict[str, Event] = {
             "coverage": "Share of its tokens in the draft vocabulary; null with SGLang.",
         },
     ),
+    "requests": Event(
+        "SGLang has answered requests of its own clients since the last such line; only what it recorded is counted.",
+        {
+            "requests": "Requests.",
+            "tokens": "Tokens of their completions.",
+            "speculative_tokens": "Tokens that speculative rounds delivered.",
+            "speculative_rounds": "Rounds that were speculative.",
+            "accepted": "Rounds by number of accepted drafts.",
+        },
+    ),
     "status": Event(
         "Every five seconds.",
         {

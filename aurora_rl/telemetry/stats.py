@@ -56,11 +56,21 @@ class Stats:
         tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
         return tokens / rounds if rounds else None
 
-    def finish(self, domain: str, tokens: int, speculative_tokens: int, speculative_rounds: int) -> None:
-        """Count a completed request: all its tokens, and those of its speculative rounds."""
-        self.finished.append((speculative_tokens, speculative_rounds))
+    def finish(
+        self, domain: str, tokens: int, speculative_tokens: int, speculative_rounds: int, requests: int = 1
+    ) -> None:
+        """Count completed requests: all their tokens, and those of their speculative rounds.
+
+        Of several requests only the sums are known: each gets an equal share in :attr:`finished`.
+        """
+        for done in range(requests):
+            tokens_share, rounds_share = (
+                total * (done + 1) // requests - total * done // requests
+                for total in (speculative_tokens, speculative_rounds)
+            )
+            self.finished.append((tokens_share, rounds_share))
         self.domains.setdefault(domain, Counter()).update(
-            requests=1, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
+            requests=requests, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
         )
 
     def summary(self, *, failed: int = 0, dropped: int = 0, duration_s: float = 0.0) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class LiveView:
                 self._unwritten = True
             elif event["event"] == "gate":
                 self._gate = event
-            elif event["event"] == "request":
+            elif event["event"] in ("request", "requests"):
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
-                if event["coverage"] is not None:
+                if event.get("coverage") is not None:
                     self._coverage.append(event["coverage"])
         return told
 

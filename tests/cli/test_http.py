@@ -5,12 +5,21 @@ from __future__ import annotations
 import importlib.util
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.http import HttpFront
+from aurora_rl.cli.spec import resolve
+from aurora_rl.serving.http.server import HttpServer
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -35,7 +44,34 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_without_a_port_is_refused_and_sglang_has_its_own() -> None:
     with pytest.raises(ConfigError, match="http.port=null: nobody could ask the server"):
         HttpFront.of(load_config(overrides=["http.port=null"]))
-    assert HttpFront.of(load_config(overrides=["engine.name=sglang", "drafter.name=eagle3"])) is None
-    front = HttpFront.of(load_config(overrides=["http.port=0"]))
-    assert front is not None and front.url.startswith("http://127.0.0.1:")
-    front.stop()
+    sglang = ["engine.name=sglang", "drafter.name=eagle3"]
+    assert HttpFront.of(load_config(overrides=[*sglang, "http.port=null"])) is None
+    for pairs in ([], sglang):
+        front = HttpFront.of(load_config(overrides=[*pairs, "http.port=0"]))
+        assert front is not None and front.url.startswith("http://127.0.0.1:")
+        front.stop()
+
+
+def test_before_sglang_requests_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_RL_API_KEYS", "key")
+    pairs = ["engine.name=sglang", "drafter.name=eagle3", "http.port=0", "http.max_body=10", "model=org/model"]
+    spec = resolve(load_config(overrides=pairs))
+    front, upstream = HttpFront.of(spec.config), HttpServer("127.0.0.1", 0)
+    assert front is not None
+
+    async def answer(request: Request) -> Response:
+        return Response(await request.body())
+
+    upstream.start(Starlette(routes=[Route("/v1/completions", answer, methods=["POST"])]))
+    server: Any = SimpleNamespace(engine=SimpleNamespace(url=upstream.url), stats=SimpleNamespace(version=3))
+    front.start_proxy(spec, server)
+    try:
+        with httpx.Client(base_url=front.url, headers={"Authorization": "Bearer key"}) as client:
+            assert client.post("/v1/completions", json={"n": 1}).json() == {"n": 1}
+            assert client.post("/v1/completions", json={"prompt": "too long"}).status_code == 413
+            info = client.get("/server_info").json()
+            assert (info["model"], info["drafter_version"]) == ("org/model", 3)
+        assert httpx.get(f"{front.url}/server_info").status_code == 401
+    finally:
+        front.stop()
+        upstream.stop()

@@ -10,25 +10,40 @@ from transformers import AutoTokenizer
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.serving import sglang
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.sglang import SGLangServer
+from aurora_rl.serving.sglang import AttachedServer, SGLangServer
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.workload.traffic import Prompt
 
 
 class Engine:
-    """Answers every request with five tokens in three rounds; swaps when it is told to."""
+    """Answers every request with five tokens in three rounds; swaps, and serves others, when it is told to."""
 
     def __init__(self):
         self.flying = self.most = 0
         self.lock = threading.Lock()
         self.stop_tokens = None
-        self.swaps = []
-        self.attached, self.reachable, self.closed = 0, True, False
+        self.attached, self.reachable, self.closed, self.attaches = False, True, False, 0
+        self.restart()
+
+    def restart(self):
+        self.swaps, self.session, self.attached = [], "", False
+        self.served = {"requests": 0, "tokens": 0, "speculative_tokens": 0, "speculative_rounds": 0, "accepted": {}}
 
     def attach(self):
-        self.attached += 1
+        self.attaches, self.attached = self.attaches + 1, True
+        self.session = f"session {self.attaches}"
         return self.status()
+
+    def serve_others(self, requests, tokens, accepted):
+        """As JSON has it, where keys are text."""
+        sums, rounds = dict(self.served["accepted"]), sum(accepted.values())
+        drafted = sum((count + 1) * times for count, times in accepted.items())
+        for count, times in accepted.items():
+            sums[str(count)] = sums.get(str(count), 0) + times
+        new = {"requests": requests, "tokens": tokens, "speculative_tokens": drafted, "speculative_rounds": rounds}
+        self.served = {**{name: self.served[name] + number for name, number in new.items()}, "accepted": sums}
 
     def generate(self, request, *, stop_tokens):
         self.stop_tokens = stop_tokens
@@ -45,7 +60,8 @@ class Engine:
     def detach(self):
         if not self.reachable:
             raise PluginError("no answer")
-        self.attached = 0
+        self.attached = False
+        return self.status()
 
     def close(self):
         self.closed = True
@@ -54,7 +70,11 @@ class Engine:
         if not self.reachable:
             raise PluginError("no answer")
         return {
-            "attached": self.attached > 0,
+            "attached": self.attached,
+            "session": self.session,
+            "depth": 4,
+            "width": 1,
+            "served": self.served,
             "swaps": len(self.swaps),
             "swap_ms": self.swaps[-2:],
             "version": len(self.swaps),
@@ -71,7 +91,6 @@ def run(tmp_path):
         engine.attach,
         lambda: queue.pop(0) if queue else None,
         slots=3,
-        depth=4,
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=lambda completion: f"domain {completion.request.id}",
@@ -118,7 +137,6 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         engine.attach,
         source,
         slots=2,
-        depth=4,
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=source.completed,
@@ -154,11 +172,12 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     server.watch()
     assert [event["reason"] for event in events("unreachable")] == ["no answer"]
     assert server.dropped == 7, "what was known stays"
-    engine.reachable, engine.attached, engine.swaps = True, 0, []
+    engine.restart()
+    engine.reachable = True
     server.watch()
     engine.swaps.append(5.0)
     server.watch()
-    assert engine.attached == 1 and len(events("attached")) == 2
+    assert engine.attached and engine.attaches == 2 and len(events("attached")) == 2
     assert server.stats.swap_ms == [1.0, 2.0, 5.0]
 
 
@@ -167,7 +186,7 @@ def test_the_end_detaches_and_ends_the_engine(run, reachable):
     engine, server, _, _ = run
     engine.reachable = reachable
     server.close()
-    assert engine.closed and bool(engine.attached) != reachable
+    assert engine.closed and engine.attached != reachable
 
 
 def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
@@ -178,7 +197,6 @@ def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
         engine.attach,
         lambda: None,
         slots=1,
-        depth=4,
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=lambda completion: "",
@@ -192,3 +210,96 @@ def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
     server.save_drafter(tmp_path / "drafter")
     assert (tmp_path / "drafter" / "config.json").read_text() == "{}"
     server.close()
+
+
+# ---- others' requests -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attached(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang, "_TURN_S", 0.0)
+    monkeypatch.setattr(sglang, "_WATCH_S", 0.0)
+    engine = Engine()
+    server = AttachedServer(engine, engine.attach, log=MetricsLog(tmp_path / "metrics.jsonl", "server"))
+    yield (
+        engine,
+        server,
+        lambda kind: [event for event in MetricsReader(tmp_path / "metrics.jsonl") if event["event"] == kind],
+    )
+    server.close()
+
+
+def test_what_the_plugin_recorded_is_counted_once(attached):
+    engine, server, events = attached
+    assert server.step() and server.stats.finished == []
+    engine.serve_others(2, 11, {0: 3, 2: 2})
+    for _ in range(3):
+        assert server.step()
+    engine.serve_others(1, 4, {3: 1})
+    server.step()
+    assert server.stats.finished == [(4, 2), (5, 3), (4, 1)]
+    assert server.stats.acceptance(0, 3) == 13 / 6
+    assert server.stats.drafted == {"chain": 6}
+    assert server.stats.summary()["requests"] == 3
+    told = [{name: event[name] for name in ("requests", "tokens", "accepted")} for event in events("requests")]
+    assert told == [
+        {"requests": 2, "tokens": 11, "accepted": {"0": 3, "2": 2}},
+        {"requests": 1, "tokens": 4, "accepted": {"3": 1}},
+    ]
+
+
+def test_after_a_restart_counts_go_on_and_nothing_is_counted_twice(attached):
+    engine, server, events = attached
+    engine.serve_others(5, 50, {0: 10})
+    server.step()
+    engine.reachable = False
+    assert server.step() and server.refused == "no answer"
+    engine.restart()
+    engine.reachable = True
+    assert server.step() and server.refused is None
+    engine.serve_others(2, 20, {1: 10})
+    server.step()
+    assert len(server.stats.finished) == 7 and server.stats.acceptance(5, 7) == 2.0
+    assert len(events("attached")) == 2 and len(events("unreachable")) == 1
+
+
+def test_an_attach_that_is_refused_after_a_restart_is_tried_again(attached):
+    engine, server, events = attached
+    engine.restart()
+    attach = server._attach
+
+    def refuse():
+        raise PluginError("another draft vocabulary")
+
+    server._attach = refuse
+    assert server.step() and server.step() and server.refused == "another draft vocabulary"
+    server._attach = attach
+    assert server.step() and engine.attached and server.refused is None
+    assert [event["reason"] for event in events("unreachable")] == ["another draft vocabulary"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_learner_that_somebody_else_detached_stays_so(attached, caplog, again):
+    engine, server, events = attached
+    engine.detach()
+    if again:
+        engine.attach()  # another learner
+        engine.serve_others(5, 50, {0: 10})
+    assert not server.step() and not server.step()
+    assert server.detached and server.refused == "somebody else detached the learner from SGLang"
+    assert caplog.text.count("somebody else detached") == 1
+    server.close()
+    assert engine.attached == again and server.stats.finished == []
+
+
+def test_the_end_counts_what_was_recorded_at_the_last_moment(attached, monkeypatch):
+    engine, server, _ = attached
+    detach = engine.detach
+
+    def detach_late():
+        engine.serve_others(1, 4, {3: 1})
+        return detach()
+
+    monkeypatch.setattr(engine, "detach", detach_late)
+    server.close()
+    assert server.stats.finished == [(4, 1)] and engine.closed

@@ -1,6 +1,8 @@
-"""Requests and weights for a real SGLang server, and the ends of the wire that learn from it."""
+"""For tests on a real SGLang: its environment, requests, weights, and the ends of the wire that learn from it."""
 
+import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,12 @@ from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.trajectories import validate
 
 NEW = 32
+
+
+def environment() -> dict[str, str]:
+    """For processes that import SGLang on a CPU; `tests/sglang_cpu/README.md` says what each entry is for."""
+    path = [str(Path(__file__).parents[1] / "sglang_cpu"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
 
 
 def other_weights(drafter, seed):

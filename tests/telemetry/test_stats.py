@@ -59,3 +59,11 @@ def test_what_was_not_measured_is_none() -> None:
     assert summary["acceptance_length"] == {"first": None, "last": None}
     assert summary["tokens_per_second"] == {"baseline": None, "speculative": None} and summary["speedup"] is None
     assert summary["versions_served"] == [] and summary["requests"] == 0
+
+
+def test_requests_of_which_only_sums_are_known_share_them() -> None:
+    stats = Stats()
+    stats.finish("", 30, 20, 7, requests=3)
+    assert len(stats.finished) == 3 and stats.acceptance(0, 3) == 20 / 7
+    assert max(stats.finished) == (7, 3) and min(stats.finished) == (6, 2)
+    assert stats.domains[""] == {"requests": 3, "tokens": 30, "speculative": 20, "rounds": 7}

@@ -70,6 +70,7 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
     request(run.log, {2: 2}, 0.7)
     run.view.log_status()
     request(run.log, {0: 1}, 1.0)
+    run.log.write("requests", requests=2, accepted={1: 1, 3: 2})  # of SGLang's own clients
     run.view.log_status()
     run.serving.stats.drafted.update(tree=2)
     run.view.log_status()
@@ -77,7 +78,7 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
     assert (second["drafted"], third["drafted"]) == ({}, {"tree": 2})
     assert first["acceptance_by_position"] == [0.5, round(5 / 12, 4)]
     assert first["coverage"] == pytest.approx(0.6)
-    assert (second["acceptance_by_position"], second["coverage"]) == ([], 1.0)
+    assert (second["acceptance_by_position"], second["coverage"]) == ([0.75, 0.5, 0.5], 1.0)
     for name in ("time", "acceptance_by_position", "coverage"):
         first.pop(name)
     assert first == {

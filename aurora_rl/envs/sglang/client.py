@@ -29,6 +29,15 @@ from aurora_rl.storage import CheckpointError, read_folder
 
 _START_S = 300.0
 _TAIL = 2_000
+# The attention backend that knows trees; named for all uses at once, it is replaced on a CPU without AMX. Idle, a
+# scheduler would spin and keep a core from the learner.
+CPU_ARGUMENTS = [
+    *(f"--{use}-backend=intel_amx" for use in ("prefill-attention", "decode-attention", "speculative-draft-attention")),
+    *("--disable-cuda-graph", "--grammar-backend=none", "--sleep-on-idle"),
+]
+"""What SGLang's server needs on a CPU, next to ``--device cpu``."""
+CPU_VARIABLES = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+"""And its environment."""
 
 
 class SGLangError(RuntimeError):
@@ -128,11 +137,7 @@ class SGLangClient:
             *("--skip-server-warmup", "--log-level", "warning"),
         ]
         if device == "cpu":
-            # The attention backend that knows trees; named for all uses at once, it is replaced on a CPU without AMX.
-            for kind in ("prefill-attention", "decode-attention", "speculative-draft-attention"):
-                command += [f"--{kind}-backend", "intel_amx"]
-            # Idle, a scheduler would spin and keep a core from the learner.
-            command += ["--disable-cuda-graph", "--grammar-backend", "none", "--sleep-on-idle"]
+            command += CPU_ARGUMENTS
             # Left to itself, the cache takes most of the machine's free memory.
             command += ["--max-total-tokens", str(2 * slots * context)]
         path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
@@ -147,7 +152,7 @@ class SGLangClient:
         if drafter is not None:
             variables[ENVIRONMENT] = plugin_address
         if device == "cpu":
-            variables |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+            variables |= CPU_VARIABLES
         with open(path, "ab") as output:
             process = subprocess.Popen(
                 [*command, *arguments],

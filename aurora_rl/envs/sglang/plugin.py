@@ -133,11 +133,12 @@ class Plugin:
 
     def _engine(self) -> dict[str, Any]:
         """Return what this server serves and how it drafts."""
-        args = self._scheduler.server_args
+        args, model = self._scheduler.server_args, self._scheduler.model_config
         return {
             "device": self._device,
             "model": str(args.model_path),
-            "dtype": str(self._target.lm_head.weight.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "context": model.context_len,
             "depth": args.speculative_num_steps,
             "width": args.speculative_eagle_topk,
             "num_nodes": args.speculative_num_draft_tokens - 1,

@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import SamplingParams
@@ -74,6 +75,17 @@ def create_app(
             "drafter_version": drafter_version,
         },
     )
+    return application(front.routes(), api_keys=api_keys, cors_origins=cors_origins)
+
+
+def application(routes: Sequence[BaseRoute], *, api_keys: Collection[str], cors_origins: Sequence[str]) -> Starlette:
+    """Build an application of these routes, with our keys and our errors.
+
+    Args:
+        routes: Routes of the application.
+        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
+        cors_origins: Origins whose pages may call the server from a browser.
+    """
     middleware = []
     if cors_origins:  # outermost: a browser asks without a key, and its page reads refusals too
         origins = list(cors_origins)
@@ -83,7 +95,7 @@ def create_app(
     if api_keys:
         middleware.append(Middleware(Keys, keys=list(api_keys)))
     app = Starlette(
-        routes=front.routes(),
+        routes=routes,
         middleware=middleware,
         exception_handlers={
             errors.ApiError: errors.answer_api_error,

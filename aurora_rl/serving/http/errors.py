@@ -20,6 +20,7 @@ _TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "server_error",
     504: "timeout_error",
 }
@@ -32,6 +33,7 @@ _CODES = {
     415: "unsupported_media_type",
     429: "queue_full",
     500: "internal_error",
+    502: "bad_gateway",
     503: "engine_dead",
     504: "timeout",
 }

@@ -89,8 +89,8 @@ class Encoder:
                 param="n" if chat else "prompt",
                 code="invalid_value",
             )
-        speculative = _switch(body.speculative, headers, "x-aurora-speculative")
-        learn = _switch(body.learn, headers, "x-aurora-learn")
+        speculative = switch(body.speculative, headers, "x-aurora-speculative")
+        learn = switch(body.learn, headers, "x-aurora-learn")
         jobs = []
         for tokens in self._prompts(body):
             sampling = self._params(body, len(tokens))
@@ -203,8 +203,8 @@ class Encoder:
             raise ApiError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
 
 
-def _switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:
-    """A switch of the body, or else of a header, or else on."""
+def switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:
+    """Return the value of a switch in the body, or else in the header ``name``, or else true."""
     if value is not None:
         return value
     text = headers.get(name, "true").strip().lower()

@@ -230,6 +230,17 @@ class Detokenize(_Model):
     tokens: list[int]
 
 
+def json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body, or raise ApiError with status 400 if it is none."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {type(value).__name__}", code="invalid_json")
+    return value
+
+
 T = TypeVar("T", bound=_Model)
 
 
@@ -243,13 +254,7 @@ def parse(body: bytes, schema: type[T]) -> T:
         >>> parse(b'{"tokens": [3, 4], "user": "me"}', Detokenize).tokens
         [3, 4]
     """
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {type(value).__name__}", code="invalid_json")
-    fields = check_fields(value, schema.model_fields)
+    fields = check_fields(json_object(body), schema.model_fields)
     try:
         return schema.model_validate(fields)
     except ValidationError as error:

@@ -47,7 +47,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], deadline: float) -> None:
+    def __init__(self, events: AsyncGenerator[str | bytes, None], deadline: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers)
         self._events, self._deadline = events, deadline

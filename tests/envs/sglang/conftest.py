@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sglang_requests import Learner
+from sglang_requests import Learner, environment
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,14 +25,7 @@ from aurora_rl.policies import EagleDrafter, TargetParts
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 
-ROOT = Path(__file__).parents[3]
 VOCAB, HIDDEN, LAYERS, HEAD_SIZE = 512, 64, 8, 32
-
-
-def environment() -> dict[str, str]:
-    """For processes that import SGLang on a CPU; `tests/sglang_cpu/README.md` says what each entry is for."""
-    path = [str(ROOT / "tests" / "sglang_cpu"), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
 
 
 def why_not() -> str:

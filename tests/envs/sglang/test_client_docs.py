@@ -1,8 +1,7 @@
-"""The Python blocks of docs/sglang.md (all of envs/sglang) run as they are printed."""
+"""The Python block of docs/sglang.md (all of envs/sglang) runs as printed; test_client_attach.py has the commands."""
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from aurora_rl.envs.sglang import SGLangClient
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "sglang.md").read_text(), re.DOTALL)
+(BLOCK,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "sglang.md").read_text(), re.DOTALL)
 
 
 def run(code: str, folder: Path, **names: Path) -> dict:
@@ -22,13 +21,8 @@ def run(code: str, folder: Path, **names: Path) -> dict:
     return runpy.run_path(str(folder / "block.py"))
 
 
-def test_a_drafter_to_start_from(sglang_models: Path, tmp_path: Path) -> None:
-    run(BLOCKS[0], tmp_path, MODEL=sglang_models / "target", DRAFTER=tmp_path / "drafter")
-    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["draft_vocab_size"] == 128
-
-
 def test_everything_up_to_the_launch(sglang_models: Path, tmp_path: Path) -> None:
-    before, after = BLOCKS[1].split("engine = ")
+    before, after = BLOCK.split("engine = ")
     assert after.startswith("SGLangClient.launch(")
     names = run(before, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     names["publisher"].close()
@@ -42,7 +36,7 @@ def test_the_whole_block_on_a_server(
 ) -> None:
     # On the server that other tests share, since another takes a minute to start.
     attached = f"SGLangClient({chain.url!r}, {chain.plugin_address!r})"
-    code, count = re.subn(r"SGLangClient\.launch\(.*?\)(?=\n)", attached, BLOCKS[1])
+    code, count = re.subn(r"SGLangClient\.launch\(.*?\)(?=\n)", attached, BLOCK)
     assert count == 1
     names = run(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     assert len(names["completion"].tokens) == 32 and int(names["trajectory"]["request"]) == 0

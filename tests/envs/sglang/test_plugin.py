@@ -12,6 +12,7 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang.plugin import Plugin
 from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.sglang.recorder import Served
 
 
 class EAGLEWorkerV2(SimpleNamespace):
@@ -27,6 +28,10 @@ def engine(monkeypatch):
         speculative_use_rejection_sampling=False,
         speculative_accept_threshold_single=1.0,
         speculative_accept_threshold_acc=1.0,
+        speculative_num_steps=3,
+        speculative_eagle_topk=1,
+        speculative_num_draft_tokens=4,
+        model_path="org/model",
         disable_cuda_graph=True,
         tp_size=1,
         pp_size=1,
@@ -44,6 +49,7 @@ def engine(monkeypatch):
     plugin = Plugin("tcp://127.0.0.1:*")
     plugin._scheduler = SimpleNamespace(
         server_args=args,
+        model_config=SimpleNamespace(context_len=512, dtype=torch.float32),
         draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=DRAFT_VOCAB)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
     )
@@ -56,6 +62,42 @@ def test_a_fitting_engine_is_attached_to(engine):
     status = engine._answer("attach", FIELDS)
     assert status["attached"] and status["recording"] and status["version"] == 0
     assert not engine._answer("detach", {})["attached"]
+
+
+def test_the_server_says_what_it_serves_and_how_it_drafts(engine):
+    status = engine._answer("status", {})
+    served = {name: status[name] for name in ("model", "dtype", "depth", "width", "num_nodes", "context", "device")}
+    assert served == {
+        "model": "org/model", "dtype": "float32", "depth": 3, "width": 1, "num_nodes": 3, "context": 512,
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def test_a_session_is_known_by_its_name_and_its_end_tells_what_it_came_to(engine):
+    assert engine._answer("status", {})["session"] == ""
+    first = engine._answer("attach", FIELDS)["session"]
+    engine._session.records.served = Served(2, 30, 20, 8, {1: 4, 2: 4})
+    over = engine._answer("detach", {})
+    assert (over["attached"], over["session"]) == (False, first)
+    assert over["served"] == {
+        "requests": 2, "tokens": 30, "speculative_tokens": 20, "speculative_rounds": 8, "accepted": {1: 4, 2: 4},
+        "acceptance_length": 2.5,
+    }  # fmt: skip
+    assert "served" not in engine._answer("status", {})
+    second = engine._answer("attach", FIELDS)
+    assert second["session"] not in ("", first) and second["served"]["requests"] == 0
+
+
+def test_a_server_that_does_not_speculate_says_so(engine):
+    engine._scheduler.server_args.speculative_algorithm = None
+    message = r"no drafter \(speculative_algorithm is None\); start it with --speculative-algorithm EAGLE3 or EAGLE"
+    usual = engine._scheduler.draft_worker
+    for worker in (None, SimpleNamespace(draft_worker=None)):
+        engine._scheduler.draft_worker = worker
+        for kind in ("status", "attach"):
+            with pytest.raises(PluginError, match=message):
+                engine._answer(kind, FIELDS)
+    engine._scheduler.draft_worker = usual
 
 
 @pytest.mark.parametrize("rows", [DRAFT_VOCAB, None])

@@ -1,6 +1,7 @@
 """Real SGLang, unpatched, with our plugin in its scheduler (all of envs/sglang): records, swaps, learners."""
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -87,7 +88,15 @@ def test_both_engines_record_the_same(kind, request, model, drafter, handshake, 
             assert float(trajectory["sampling", "temperature"]) == 0.0
         assert compared > 30
         assert sum(int(t["nodes", "accepted"].sum()) for t in recorded) > 10
-        assert engine.status()["skipped"] == {}
+        status = engine.status()
+        assert status["skipped"] == {}
+        accepted = sum((Counter(answer.accepted) for answer in answers), Counter())
+        assert {int(count): rounds for count, rounds in status["served"]["accepted"].items()} == accepted
+        assert status["served"]["requests"] == len(answers)
+        assert status["served"]["tokens"] == sum(len(answer.tokens) for answer in answers)
+        assert status["served"]["speculative_rounds"] == sum(answer.rounds for answer in answers)
+        # The first token of each answer comes from prefill.
+        assert status["served"]["speculative_tokens"] == sum(len(answer.tokens) - 1 for answer in answers)
     finally:
         engine.detach()
 

@@ -13,6 +13,7 @@ from aurora_rl.envs.sglang.recorder import EngineRound, FeatureStore, Trajectory
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import acceptance_length
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,25 @@ def test_rounds_become_the_trajectory_that_they_came_from(drafter, out, chunks):
     records.close()
     assert_same(out[0], without_first_round(trajectory))
     assert records.counts == {"recorded": 1} and records._reserved == records._released > 0
+
+
+def test_sums_over_the_recorded_requests_are_told(drafter, out):
+    records = assembler(out)
+    assert records.served.acceptance_length is None
+    for request in (7, 8):
+        play(records, chain_start(drafter, request), rid=f"r{request}")
+    play(records, served(drafter, 9), cached=4)  # not recorded: nobody knows the prefix
+    records.close()
+    sums = records.served
+    assert sums.requests == records.counts["recorded"] == 2 and records.counts["prefix"] == 1
+    assert sums.tokens == sum(len(t["sequence", "tokens"]) - int(t["sequence", "prompt_length"]) for t in out)
+    lengths = [acceptance_length(t) for t in out]
+    assert (sums.speculative_tokens, sums.speculative_rounds) == tuple(map(sum, zip(*lengths, strict=True)))
+    assert sum(sums.accepted.values()) == sums.speculative_rounds
+    assert sum(count * times for count, times in sums.accepted.items()) == sum(
+        int(t["nodes", "accepted"].sum()) for t in out
+    )
+    assert sums.acceptance_length == sums.speculative_tokens / sums.speculative_rounds > 1
 
 
 def test_a_round_begun_after_the_end_is_left_out(drafter, out):

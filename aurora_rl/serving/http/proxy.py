@@ -1,0 +1,214 @@
+"""A front for an SGLang server: keys and bounds are ours, the answers are SGLang's own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+import aurora_rl
+from aurora_rl.serving.http.app import application
+from aurora_rl.serving.http.errors import ApiError
+from aurora_rl.serving.http.generation import ClientGoneError, while_connected
+from aurora_rl.serving.http.prompts import switch
+from aurora_rl.serving.http.reading import read_body
+from aurora_rl.serving.http.schemas import json_object
+from aurora_rl.serving.http.streams import EventStream, event
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_S = 10.0
+_HEALTH_S = 30.0  # SGLang itself gives up after 20
+_GONE = Response(status_code=499)
+
+
+def create_proxy(
+    url: str,
+    *,
+    model: str,
+    drafter_version: Callable[[], int] = lambda: 0,
+    api_keys: Collection[str] = (),
+    max_body: int = 1 << 20,
+    timeout: float = 600.0,
+    cors_origins: Sequence[str] = (),
+) -> Starlette:
+    """Build the application that passes requests on to SGLang.
+
+    Args:
+        url: URL of the SGLang server.
+        model: Name of the served model.
+        drafter_version: Returns the version of the weights that draft.
+        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
+        max_body: Most bytes of a body.
+        timeout: Most seconds of a request.
+        cors_origins: Origins whose pages may call the server from a browser.
+    """
+    proxy = Proxy(url, model=model, drafter_version=drafter_version, max_body=max_body, timeout=timeout)
+    return application(proxy.routes(), api_keys=api_keys, cors_origins=cors_origins)
+
+
+class Proxy:
+    """The routes of the application: those of the embedded engine's front, and no others of SGLang's.
+
+    Args:
+        url: URL of the SGLang server.
+        model: Name of the served model.
+        drafter_version: Returns the version of the weights that draft.
+        max_body: Most bytes of a body.
+        timeout: Most seconds of a request.
+    """
+
+    def __init__(
+        self, url: str, *, model: str, drafter_version: Callable[[], int], max_body: int, timeout: float
+    ) -> None:
+        self._url, self._model, self._drafter_version = url.rstrip("/"), model, drafter_version
+        self._max_body, self._timeout = max_body, timeout
+        # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=_CONNECT_S))
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        get, post = ["GET"], ["POST"]
+        return [
+            *(Route(path, self.generate, methods=post) for path in ("/v1/chat/completions", "/v1/completions")),
+            *(Route(path, self.tokens, methods=post) for path in ("/tokenize", "/detokenize")),
+            *(Route(path, self.fetch, methods=get) for path in ("/v1/models", "/health_generate")),
+            Route("/v1/models/{model:path}", self.model, methods=get),
+            Route("/health", self.health, methods=get),
+            Route("/server_info", self.server_info, methods=get),
+        ]
+
+    async def generate(self, request: Request) -> Response:
+        """Pass on a request whose answer may be learned from."""
+        return await self._post(request, lambda body: translated(body, request.headers))
+
+    async def tokens(self, request: Request) -> Response:
+        """Pass on a request about tokens and texts."""
+        return await self._post(request, lambda body: body)
+
+    async def fetch(self, request: Request) -> Response:
+        """Pass on a request without a body."""
+        return await self._forward(request, request.url.path, self._deadline())
+
+    async def model(self, request: Request) -> Response:
+        """Pass on a question about one model."""
+        name = quote(request.path_params["model"], safe="")  # quoted whole, it leads to no other path of SGLang's
+        return await self._forward(request, f"/v1/models/{name}", self._deadline())
+
+    async def health(self, request: Request) -> Response:
+        """Tell whether SGLang runs."""
+        try:
+            healthy = (await self._http.get(f"{self._url}/health", timeout=_HEALTH_S)).is_success
+        except httpx.HTTPError:
+            healthy = False
+        if not healthy:
+            raise ApiError(503, "SGLang does not answer, or not in good order; see its log")
+        return Response()
+
+    async def server_info(self, request: Request) -> Response:
+        """Tell what is served. SGLang's own answer has all of its arguments, keys included."""
+        info = {"model": self._model, "engine": "sglang", "version": aurora_rl.__version__}
+        return JSONResponse({**info, "drafter_version": self._drafter_version()})
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout
+
+    async def _post(self, request: Request, translate: Callable[[bytes], bytes]) -> Response:
+        deadline = self._deadline()
+        try:
+            body = await read_body(request, self._max_body, self._timeout)
+        except ClientDisconnect:
+            return _GONE
+        return await self._forward(request, request.url.path, deadline, translate(body))
+
+    async def _forward(self, request: Request, path: str, deadline: float, body: bytes | None = None) -> Response:
+        """Ask SGLang, and answer with what it answers; a client that leaves ends SGLang's work, too."""
+        exchange = self._exchange(request.method, path, body)
+        try:
+            async with asyncio.timeout_at(deadline):
+                answer = await while_connected(request.receive, anext(exchange))
+        except ClientGoneError:
+            return _GONE
+        except (TimeoutError, httpx.HTTPError) as error:
+            raise self._failure(error) from error
+        if _is_stream(answer):
+            return EventStream(self._events(exchange, deadline), deadline)
+        await exchange.aclose()
+        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+
+    async def _exchange(self, method: str, path: str, body: bytes | None) -> AsyncGenerator[Any, None]:
+        """Yield SGLang's answer, complete unless it is a stream, and then the pieces of the stream."""
+        headers = {"Accept-Encoding": "identity"} | ({} if body is None else {"Content-Type": "application/json"})
+        async with self._http.stream(method, self._url + path, content=body, headers=headers) as answer:
+            if not _is_stream(answer):
+                await answer.aread()
+            yield answer
+            async for piece in answer.aiter_raw():
+                yield piece
+
+    async def _events(self, exchange: AsyncGenerator[Any, None], deadline: float) -> AsyncGenerator[str | bytes, None]:
+        async with aclosing(exchange):
+            try:
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        piece = await anext(exchange, None)
+                    if piece is None:
+                        return
+                    yield piece
+            except (TimeoutError, httpx.HTTPError) as error:  # the status is sent, and the client is told in the stream
+                yield event(self._failure(error).body()) + "data: [DONE]\n\n"
+
+    def _failure(self, error: Exception) -> ApiError:
+        if isinstance(error, TimeoutError):
+            return ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens")
+        logger.warning("SGLang at %s does not answer: %s", self._url, str(error) or repr(error))
+        return ApiError(502, "SGLang does not answer; try again later")
+
+
+def _is_stream(answer: httpx.Response) -> bool:
+    return answer.is_success and answer.headers.get("content-type", "").startswith("text/event-stream")
+
+
+def translated(body: bytes, headers: Mapping[str, str]) -> bytes:
+    """Return a request's body as SGLang takes it: ``learn`` becomes an entry of ``custom_params``.
+
+    Args:
+        body: Body of the request. Without our fields and headers it stays as it is.
+        headers: Headers of the request, by lower-case name.
+
+    Raises:
+        ApiError: Status 400, for a body that is no JSON object, a switch that is none, or ``speculative=false``.
+
+    Example:
+        >>> translated(b'{"prompt": "a", "learn": false}', {})
+        b'{"prompt": "a", "custom_params": {"aurora_rl": false}}'
+    """
+    fields = json_object(body)
+    asked = {name: fields.pop(name) for name in ("speculative", "learn") if name in fields}
+    for name, value in asked.items():
+        if not isinstance(value, bool | None):
+            raise ApiError(400, f"{name} is {value!r}: give true or false", param=name, code="invalid_value")
+    if not switch(asked.get("speculative"), headers, "x-aurora-speculative"):
+        message = (
+            "speculative=false is not supported with engine.name=sglang, which drafts for all requests: leave it out"
+        )
+        raise ApiError(400, message, param="speculative", code="unsupported_field")
+    if not switch(asked.get("learn"), headers, "x-aurora-learn"):
+        params = fields.get("custom_params") or {}
+        if not isinstance(params, dict):
+            raise ApiError(400, "custom_params must be an object", param="custom_params", code="invalid_value")
+        fields["custom_params"] = {**params, "aurora_rl": False}
+    elif not asked:
+        return body
+    return json.dumps(fields).encode()

@@ -1,0 +1,86 @@
+"""`aurora-rl sglang`: one-shot commands on a plugin's socket, and what is missing. `attach` runs on real SGLang."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from aurora_rl.cli import main as cli
+from aurora_rl.envs.sglang import plugin_server
+from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
+
+
+@pytest.fixture
+def asked() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def plugin(asked: list[str]) -> Iterator[str]:
+    """The address of a plugin that answers with what it was asked, and refuses the second time."""
+
+    def answer(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        asked.append(kind)
+        if len(asked) > 1:
+            raise PluginError("not again")
+        return {"kind": kind, "served": {"acceptance_length": 2.5}}
+
+    server = PluginServer("tcp://127.0.0.1:*", answer)
+    yield server.address
+    server.close()
+
+
+@pytest.mark.parametrize("kind", ["status", "detach"])
+def test_the_status_is_printed_as_json(
+    kind: str, plugin: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sglang", kind, f"engine.plugin_address={plugin}"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"kind": kind, "served": {"acceptance_length": 2.5}}
+    assert cli.main(["sglang", kind, f"engine.plugin_address={plugin}"]) == 1
+    assert capsys.readouterr() == ("", "aurora-rl: not again\n")
+    assert asked == [kind, kind]
+
+
+def test_a_plugin_that_does_not_answer_is_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(plugin_server.ask.__kwdefaults__, "timeout", 0.1)
+    assert cli.main(["sglang", "status", "engine.plugin_address=tcp://127.0.0.1:9"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("aurora-rl: no answer at tcp://127.0.0.1:9 within 0 s") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status"], "engine.plugin_address is missing: set it to the value of AURORA_RL_SGLANG"),
+        (["status", "engine.plugin_address=there"], "cannot connect to 'there'"),
+        (["attach"], "engine.plugin_address is missing"),
+        (["attach", "engine.plugin_address=tcp://127.0.0.1:9"], "engine.url is missing: set it to SGLang's own"),
+        (
+            ["attach", "engine.plugin_address=tcp://127.0.0.1:9", "engine.url=http://127.0.0.1:9"],
+            "set drafter.path to the drafter that it serves",
+        ),
+        (
+            ["attach", "engine.plugin_address=tcp://127.0.0.1:9", "engine.url=http://127.0.0.1:9", "drafter.path=d"],
+            "engine.plugin_address: no answer at tcp://127.0.0.1:9",
+        ),
+    ],
+)
+def test_what_is_missing_is_named_before_anything_is_loaded(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monkeypatch.setitem(plugin_server.ask.__kwdefaults__, "timeout", 0.1)
+    folder = tmp_path_factory.mktemp("none")
+    monkeypatch.chdir(folder)
+    assert cli.main(["sglang", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aurora-rl: ") and message in error and error.count("\n") == 1
+    assert list(folder.iterdir()) == []

@@ -1,0 +1,263 @@
+"""The front for SGLang, before a server of its own that stands where SGLang does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from aurora_rl.serving.http.proxy import create_proxy
+from aurora_rl.serving.http.server import HttpServer
+
+CHAT = "/v1/chat/completions"
+ANSWER = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+    {"index": 0, "message": {"role": "assistant", "content": "hällo"}, "finish_reason": "stop"}]}  # fmt: skip
+REFUSAL = {"object": "error", "message": "too long", "type": "BadRequestError", "param": None, "code": 400}
+
+
+class Upstream:
+    """Answers by the field `do` of a body, and notes what came.
+
+    Attributes:
+        bodies: Bodies, as bytes.
+        paths: Paths that were asked for.
+        left: Set when a client has left before its answer was complete.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.paths: list[str] = []
+        self.left = threading.Event()
+        self._server = HttpServer("127.0.0.1", 0)
+        methods = ["GET", "POST"]
+        self._server.start(Starlette(routes=[Route("/{path:path}", self.answer, methods=methods)]))
+        self.url = self._server.url
+
+    async def answer(self, request: Request) -> Response:
+        self.paths.append(request.url.path)
+        self.bodies.append(await request.body())
+        fields = json.loads(self.bodies[-1] or b"{}")
+        match fields.get("do"):
+            case "refuse":
+                return JSONResponse(REFUSAL, 400)
+            case "hang":
+                while not await request.is_disconnected():
+                    await asyncio.sleep(0.01)
+                self.left.set()
+        if fields.get("stream"):
+            return StreamingResponse(self._events(fields), media_type="text/event-stream")
+        return JSONResponse(ANSWER)
+
+    async def _events(self, fields: dict[str, Any]) -> AsyncIterator[str]:
+        try:
+            for text in ("one", "two"):
+                chunk = ANSWER | {"choices": [{"index": 0, "delta": {"content": text}}]}
+                yield f"data: {json.dumps(chunk)}\n\n"
+                if fields.get("do") == "stall":
+                    await asyncio.sleep(30)
+                if fields.get("do") == "break":
+                    raise asyncio.CancelledError  # the connection is closed
+            yield "data: [DONE]\n\n"
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@pytest.fixture(scope="module")
+def _upstream() -> Iterator[Upstream]:
+    upstream = Upstream()
+    yield upstream
+    upstream.stop()
+
+
+@pytest.fixture
+def upstream(_upstream: Upstream) -> Upstream:
+    _upstream.bodies.clear()
+    _upstream.paths.clear()
+    _upstream.left.clear()
+    return _upstream
+
+
+@pytest.fixture
+def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
+    """Starts a front with settings; returns where it is."""
+    servers: list[HttpServer] = []
+
+    def start(url: str = upstream.url, **settings: Any) -> str:
+        servers.append(HttpServer("127.0.0.1", 0))
+        servers[-1].start(create_proxy(url, model="m", **settings))
+        return servers[-1].url
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def post(url: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+    return httpx.post(url + CHAT, json=body, headers=headers, timeout=30)
+
+
+# ---- what goes on, and what comes back ------------------------------------------------------------------------------
+
+
+def test_a_body_goes_on_byte_for_byte_and_the_answer_comes_back(upstream: Upstream, serve: Callable[..., str]) -> None:
+    url, body = serve(), b'{ "model":"m", "temperature": 0.10, "unknown": [1e2], "text": "\\u00e4" }'
+    for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
+        answer = httpx.post(url + path, content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        assert (upstream.paths[-1], upstream.bodies[-1], answer.json()) == (path, body, ANSWER)
+
+
+def test_an_unmodified_client_is_answered_whole_and_in_pieces(serve: Callable[..., str]) -> None:
+    with openai.OpenAI(base_url=f"{serve()}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        asked: Any = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+        assert client.chat.completions.create(**asked).choices[0].message.content == "hällo"
+        stream = client.chat.completions.create(**asked, stream=True)
+        assert [chunk.choices[0].delta.content for chunk in stream] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "expected"),
+    [
+        ({"learn": False}, {}, {"custom_params": {"aurora_rl": False}}),
+        ({}, {"X-Aurora-Learn": "false"}, {"custom_params": {"aurora_rl": False}}),
+        ({"learn": True}, {"X-Aurora-Learn": "false"}, {}),
+        ({"learn": None, "speculative": True}, {}, {}),
+        ({"learn": False, "custom_params": {"a": 1}}, {}, {"custom_params": {"a": 1, "aurora_rl": False}}),
+        ({"learn": False, "custom_params": None}, {}, {"custom_params": {"aurora_rl": False}}),
+    ],
+)
+def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
+    upstream: Upstream, serve: Callable[..., str], fields: Any, headers: Any, expected: Any
+) -> None:
+    assert post(serve(), {"seed": 3, **fields}, **headers).status_code == 200
+    assert json.loads(upstream.bodies[-1]) == {"seed": 3, **expected}
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "param", "code"),
+    [
+        ({"speculative": False}, {}, "speculative", "unsupported_field"),
+        ({}, {"X-Aurora-Speculative": "0"}, "speculative", "unsupported_field"),
+        ({"learn": "no"}, {}, "learn", "invalid_value"),
+        ({"learn": 0}, {}, "learn", "invalid_value"),
+        ({}, {"X-Aurora-Learn": "never"}, None, "invalid_value"),
+        ({"learn": False, "custom_params": [1]}, {}, "custom_params", "invalid_value"),
+    ],
+)
+def test_what_sglang_cannot_do_is_refused_by_name(
+    upstream: Upstream, serve: Callable[..., str], fields: Any, headers: Any, param: str | None, code: str
+) -> None:
+    answer = post(serve(), fields, **headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
+    assert upstream.bodies == []
+
+
+def test_sglangs_refusals_come_back_as_they_are(serve: Callable[..., str]) -> None:
+    for stream in (False, True):
+        answer = post(serve(), {"do": "refuse", "stream": stream})
+        assert (answer.status_code, answer.json()) == (400, REFUSAL)
+
+
+def test_only_the_paths_of_clients_lead_to_sglang(upstream: Upstream, serve: Callable[..., str]) -> None:
+    url = serve()
+    assert httpx.get(f"{url}/v1/models").json() == ANSWER
+    assert httpx.get(f"{url}/v1/models/Qwen/Qwen3-8B").status_code == 200
+    assert upstream.paths == ["/v1/models", "/v1/models/Qwen/Qwen3-8B"]
+    for path in ("/flush_cache", "/update_weights_from_tensor", "/generate", "/v1/embeddings"):
+        assert httpx.post(url + path, json={}).status_code == 404
+    # httpx would tidy the path up before it is sent.
+    host, port = url.removeprefix("http://").split(":")
+    for path in ("/v1/models/../../flush_cache", "/v1/models/%2e%2e/%2e%2e/flush_cache", "/v1/models/a%3Fb"):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 ")
+    assert all(path.startswith("/v1/models/") for path in upstream.paths[1:]), upstream.paths
+
+
+# ---- health, and what is told about the server ----------------------------------------------------------------------
+
+
+def test_health_and_info_are_our_own(upstream: Upstream, serve: Callable[..., str]) -> None:
+    url = serve(drafter_version=lambda: 7)
+    assert httpx.get(f"{url}/health").status_code == 200 and upstream.paths == ["/health"]
+    info = httpx.get(f"{url}/server_info").json()
+    assert (info["model"], info["engine"], info["drafter_version"]) == ("m", "sglang", 7)
+    assert upstream.paths == ["/health"]
+
+
+def test_sglang_that_is_not_there_is_a_bad_gateway(serve: Callable[..., str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = serve(f"http://127.0.0.1:{port}")
+    answer = post(url, {})
+    assert answer.status_code == 502
+    assert answer.json()["error"]["code"] == "bad_gateway" and answer.json()["error"]["type"] == "server_error"
+    assert httpx.get(f"{url}/v1/models").status_code == 502
+    assert httpx.get(f"{url}/health").status_code == 503
+
+
+# ---- bounds, and clients that leave ---------------------------------------------------------------------------------
+
+
+def test_keys_sizes_and_origins_are_bounded_as_before_the_embedded_engine(
+    upstream: Upstream, serve: Callable[..., str]
+) -> None:
+    url = serve(api_keys=["key"], max_body=100, cors_origins=["https://chat.example"])
+    assert post(url, {}).status_code == 401
+    assert post(url, {}, Authorization="Bearer key").status_code == 200
+    assert post(url, {"a": "x" * 100}, Authorization="Bearer key").status_code == 413
+    assert len(upstream.bodies) == 1
+    asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    assert httpx.options(url + CHAT, headers=asked).headers["access-control-allow-origin"] == "https://chat.example"
+    answer = httpx.post(url + CHAT, content=b"no json", headers={"Authorization": "Bearer key"})
+    assert answer.status_code == 415
+
+
+@pytest.mark.parametrize("body", [{"do": "hang"}, {"do": "stall", "stream": True}])
+def test_a_client_that_leaves_ends_the_work_of_sglang(
+    upstream: Upstream, serve: Callable[..., str], body: dict[str, Any]
+) -> None:
+    host, port = serve().removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + data)
+        if "stream" in body:
+            assert connection.recv(10) == b"HTTP/1.1 2"
+        else:
+            assert not upstream.left.wait(0.3)
+    assert upstream.left.wait(5)
+
+
+def test_time_is_bounded(upstream: Upstream, serve: Callable[..., str]) -> None:
+    url = serve(timeout=0.3)
+    answer = post(url, {"do": "hang"})
+    assert answer.status_code == 504 and "http.timeout" in answer.json()["error"]["message"]
+    assert upstream.left.wait(5)
+
+
+@pytest.mark.parametrize(("do", "code"), [("stall", "timeout"), ("break", "bad_gateway")])
+def test_a_stream_that_does_not_end_well_says_so(
+    upstream: Upstream, serve: Callable[..., str], do: str, code: str
+) -> None:
+    answer = post(serve(timeout=0.5), {"do": do, "stream": True})
+    *_, last, done, _ = answer.text.split("\n\n")
+    assert answer.status_code == 200 and done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
+    assert upstream.left.wait(5)
