@@ -327,19 +327,3 @@ def test_a_dead_learner_costs_no_answer_and_a_new_one_is_served(attached, learne
     attached.generate(last)
     learner.take(last.id)
     learner.publish(learner.publisher.next_version, other_weights(drafter, 0))
-
-
-def test_a_server_that_is_gone_leaves_the_learner_ready_for_the_next(launch, chain, learner, handshake):
-    before, lost, after = requests(8, 8, 8, new=8, seed=7)
-    with launch(1, 1, 1) as server:
-        server.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
-        server.generate(before)
-        learner.take(before.id)
-    with pytest.raises(SGLangError, match="does not answer"):
-        server.generate(lost, timeout=5)
-    chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
-    try:
-        chain.generate(after)
-        learner.take(after.id)
-    finally:
-        chain.detach()
