@@ -103,7 +103,7 @@ class _Session:
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
-            target = load(replace(spec, device=torch.device("cpu")) if attached else spec)
+            target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
             queue = request_queue(spec, target, prompts)
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)

