@@ -40,7 +40,7 @@ class Engine:
             self.flying -= 1
         if request.id == 3:
             raise SGLangError("gone")
-        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)])
+        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)], 9)
 
     def detach(self):
         if not self.reachable:
