@@ -9,7 +9,7 @@ from aurora_rl.telemetry.stats import Stats
 def test_a_summary_of_twenty_requests() -> None:
     stats = Stats(version=3)
     for number in range(20):
-        # Acceptance length rises from 1 to 20; each request has 32 plain rounds of two seconds in all and a speculative one.
+        # Acceptance length rises from 1 to 20; each request has 32 plain rounds, of two seconds in all, and one other.
         stats.finish("code" if number % 2 else "chat", number + 2, number + 1, 1)
     stats.rounds = [
         Round(speculative, 1, tokens, seconds, number, count)
