@@ -95,7 +95,7 @@ def prometheus() -> Iterator[str]:
     yield "# Metrics for Prometheus\n"
     yield "Which metrics does `GET /metrics` export? [Serving](../serving.md#metrics) says how to scrape it.\n"
     yield "A metric without a sample was not measured yet. `process_*` are the memory, CPU time and file descriptors of"
-    yield "the server's process. A histogram has the series `_bucket`, `_sum` and `_count`.\n"
+    yield "the server's process. A histogram has the series `_bucket`, `_sum`, `_count` and `_created`, its begin.\n"
     yield "| metric | type | label | meaning |\n|---|---|---|---|"
     for name, metric in METRICS.items():
         values = f": {', '.join(metric.values)}" if metric.values else ""

@@ -54,7 +54,10 @@ METRICS: dict[str, Metric] = {
     "e2e_request_latency_seconds": Metric("histogram", "Time from a request's arrival in the queue to its end."),
     "request_queue_time_seconds": Metric("histogram", "Time that a request waited for a slot."),
     "request_failures_total": Metric(
-        "counter", "HTTP requests for completions that were refused or failed, by the code of the error.", "code"
+        "counter",
+        "HTTP requests for completions that were refused or failed, by the code of the error.",
+        "code",
+        ("queue_full", "timeout", "engine_dead"),
     ),
     "requests_cancelled_total": Metric(
         "counter", "Requests in slots or in the queue whose client left, or whose time ran out."
@@ -132,7 +135,7 @@ class Exporter(Collector):
         >>> exporter = Exporter()
         >>> exporter.follow({"event": "swap", "version": 3, "ms": 2.0})
         >>> exporter.registry.get_sample_value("aurora_drafter_version")
-        3.0
+        3
     """
 
     def __init__(self) -> None:
