@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typing_extensions import override
 from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.sglang.recorder import Served
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _TURN_S = 0.25
 _WATCH_S = 1.0
-_SUMS = ("requests", "tokens", "speculative_tokens", "speculative_rounds")
+_SUMS = tuple(each.name for each in fields(Served) if each.name != "accepted")
 
 
 class AttachedServer:
@@ -216,10 +218,12 @@ class SGLangServer(AttachedServer):
             "request",
             request=completion.request.id,
             domain=domain,
+            prompt_tokens=len(completion.request.prompt),
             tokens=len(completion.tokens),
             terminated=completion.terminated,
             speculative_tokens=drafted,
             speculative_rounds=completion.rounds,
+            drafted_tokens=completion.drafted,
             accepted=completion.accepted,
             versions=completion.versions,
             depth=self.depth,

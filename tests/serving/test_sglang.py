@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.sglang.recorder import Served
 from aurora_rl.serving import sglang
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer
@@ -29,7 +31,7 @@ class Engine:
 
     def restart(self):
         self.swaps, self.session, self.attached = [], "", False
-        self.served = {"requests": 0, "tokens": 0, "speculative_tokens": 0, "speculative_rounds": 0, "accepted": {}}
+        self.served = asdict(Served())
 
     def attach(self):
         self.attaches, self.attached = self.attaches + 1, True
@@ -43,7 +45,8 @@ class Engine:
         for count, times in accepted.items():
             sums[str(count)] = sums.get(str(count), 0) + times
         new = {"requests": requests, "tokens": tokens, "speculative_tokens": drafted, "speculative_rounds": rounds}
-        self.served = {**{name: self.served[name] + number for name, number in new.items()}, "accepted": sums}
+        new = {name: self.served[name] + number for name, number in new.items()}
+        self.served = {**self.served, **new, "accepted": sums}
 
     def generate(self, request, *, stop_tokens):
         self.stop_tokens = stop_tokens
@@ -55,7 +58,7 @@ class Engine:
             self.flying -= 1
         if request.id == 3:
             raise SGLangError("gone")
-        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)])
+        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)], 9)
 
     def detach(self):
         if not self.reachable:
@@ -114,6 +117,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
     assert server.stats.finished == [(4, 3)] * 7
     assert {event["domain"] for event in events("request")} == {f"domain {n}" for n in range(8) if n != 3}
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
+    assert (events("request")[0]["prompt_tokens"], events("request")[0]["drafted_tokens"]) == (2, 9)
     summary = server.stats.summary(failed=len(failed), dropped=server.dropped, duration_s=1.0)
     assert summary["requests"] == 7 and summary["acceptance_length"] == {"first": 4 / 3, "last": 4 / 3}
     assert summary["domains"]["domain 5"] == {"requests": 1, "tokens": 5, "acceptance_length": 4 / 3}

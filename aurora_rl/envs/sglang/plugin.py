@@ -439,7 +439,9 @@ class Plugin:
     def _finish_requests(self, session: Session, batch: Any) -> None:
         for req in batch.reqs:
             if req.rid in session.records and req.finished():
-                if type(req.finished_reason).__name__ == "FINISH_ABORT":
+                reason = type(req.finished_reason).__name__
+                if reason == "FINISH_ABORT":
                     session.records.drop(req.rid, "aborted")
                     continue
-                session.records.finish(req.rid, req.output_ids_through_stop, sampling_of(req))
+                ended, terminated = req.output_ids_through_stop, reason != "FINISH_LENGTH"
+                session.records.finish(req.rid, ended, sampling_of(req), terminated=terminated)

@@ -121,16 +121,22 @@ class Served:
 
     Attributes:
         requests: Number of requests.
+        terminated: Those that ended by themselves, not by their budget.
+        prompt_tokens: Tokens of their prompts.
         tokens: Tokens of their completions.
         speculative_tokens: Tokens that speculative rounds delivered, bonus tokens included.
         speculative_rounds: Speculative rounds.
+        drafted_tokens: Drafted tokens.
         accepted: Number of rounds by the number of drafts that they accepted.
     """
 
     requests: int = 0
+    terminated: int = 0
+    prompt_tokens: int = 0
     tokens: int = 0
     speculative_tokens: int = 0
     speculative_rounds: int = 0
+    drafted_tokens: int = 0
     accepted: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -138,17 +144,20 @@ class Served:
         """Tokens per speculative round; None before the first."""
         return self.speculative_tokens / self.speculative_rounds if self.speculative_rounds else None
 
-    def plus(self, trajectory: TensorDict) -> Served:
+    def plus(self, trajectory: TensorDict, terminated: bool) -> Served:
         """Return the sums with one more request."""
         tokens, rounds = acceptance_length(trajectory)
         accepted, drafted = accepted_per_round(trajectory)
-        sequence = trajectory["sequence"]
+        prompt = int(trajectory["sequence", "prompt_length"])
         return Served(
-            self.requests + 1,
-            self.tokens + len(sequence["tokens"]) - int(sequence["prompt_length"]),
-            self.speculative_tokens + tokens,
-            self.speculative_rounds + rounds,
-            dict(Counter(self.accepted) + Counter(accepted[drafted > 0].tolist())),
+            requests=self.requests + 1,
+            terminated=self.terminated + terminated,
+            prompt_tokens=self.prompt_tokens + prompt,
+            tokens=self.tokens + len(trajectory["sequence", "tokens"]) - prompt,
+            speculative_tokens=self.speculative_tokens + tokens,
+            speculative_rounds=self.speculative_rounds + rounds,
+            drafted_tokens=self.drafted_tokens + int(drafted.sum()),
+            accepted=dict(Counter(self.accepted) + Counter(accepted[drafted > 0].tolist())),
         )
 
 
@@ -176,7 +185,8 @@ class TrajectoryAssembler:
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
         self.served = Served()
-        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams] | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams, bool] | None]
+        self._ended = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
         self._thread.start()
 
@@ -220,9 +230,9 @@ class TrajectoryAssembler:
         self._reserved -= self._records.pop(rid).nbytes
         self.counts[reason] += 1
 
-    def finish(self, rid: str, completion: Sequence[int], sampling: SamplingParams) -> None:
-        """End a recorded request, which has these tokens."""
-        self._ended.put((rid, self._records.pop(rid), list(completion), sampling))
+    def finish(self, rid: str, completion: Sequence[int], sampling: SamplingParams, *, terminated: bool) -> None:
+        """End a recorded request, which has these tokens and was ``terminated`` by itself or by its budget."""
+        self._ended.put((rid, self._records.pop(rid), list(completion), sampling, terminated))
 
     def close(self) -> None:
         """End, after the trajectories of requests that have ended."""
@@ -231,7 +241,7 @@ class TrajectoryAssembler:
 
     def _work(self) -> None:
         while (ended := self._ended.get()) is not None:
-            rid, record, completion, sampling = ended
+            rid, record, completion, sampling, terminated = ended
             try:
                 trajectory = self._assemble(rid, record, completion, sampling)
             except Exception:
@@ -242,7 +252,7 @@ class TrajectoryAssembler:
                     self.counts[trajectory] += 1
                 else:
                     self.counts["recorded"] += 1
-                    self.served = self.served.plus(trajectory)
+                    self.served = self.served.plus(trajectory, terminated)
                     self._emit(trajectory)
             finally:
                 self._released += record.nbytes

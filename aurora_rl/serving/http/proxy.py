@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -24,6 +25,7 @@ from aurora_rl.serving.http.prompts import switch
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.streams import EventStream, event
+from aurora_rl.telemetry.prometheus import Exporter
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ def create_proxy(
     url: str,
     *,
     model: str,
+    metrics: Exporter,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
     max_body: int = 1 << 20,
@@ -47,13 +50,16 @@ def create_proxy(
     Args:
         url: URL of the SGLang server.
         model: Name of the served model.
+        metrics: What is exported for Prometheus at ``/metrics``.
         drafter_version: Returns the version of the weights that draft.
         api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
     """
-    proxy = Proxy(url, model=model, drafter_version=drafter_version, max_body=max_body, timeout=timeout)
+    proxy = Proxy(
+        url, model=model, metrics=metrics, drafter_version=drafter_version, max_body=max_body, timeout=timeout
+    )
     return application(proxy.routes(), api_keys=api_keys, cors_origins=cors_origins)
 
 
@@ -63,16 +69,24 @@ class Proxy:
     Args:
         url: URL of the SGLang server.
         model: Name of the served model.
+        metrics: What is exported for Prometheus.
         drafter_version: Returns the version of the weights that draft.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
     """
 
     def __init__(
-        self, url: str, *, model: str, drafter_version: Callable[[], int], max_body: int, timeout: float
+        self,
+        url: str,
+        *,
+        model: str,
+        metrics: Exporter,
+        drafter_version: Callable[[], int],
+        max_body: int,
+        timeout: float,
     ) -> None:
         self._url, self._model, self._drafter_version = url.rstrip("/"), model, drafter_version
-        self._max_body, self._timeout = max_body, timeout
+        self._max_body, self._timeout, self._metrics, self._running = max_body, timeout, metrics, 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=_CONNECT_S))
@@ -87,11 +101,19 @@ class Proxy:
             Route("/v1/models/{model:path}", self.model, methods=get),
             Route("/health", self.health, methods=get),
             Route("/server_info", self.server_info, methods=get),
+            Route("/metrics", self.metrics, methods=get),
         ]
 
     async def generate(self, request: Request) -> Response:
         """Pass on a request whose answer may be learned from."""
-        return await self._post(request, lambda body: translated(body, request.headers))
+        try:
+            answer = await self._post(request, lambda body: translated(body, request.headers))
+        except ApiError as error:
+            self._metrics.failed(error.code or str(error.status))
+            raise
+        if answer.status_code >= 400 and answer is not _GONE:
+            self._metrics.failed(str(answer.status_code))
+        return answer
 
     async def tokens(self, request: Request) -> Response:
         """Pass on a request about tokens and texts."""
@@ -120,6 +142,11 @@ class Proxy:
         """Tell what is served. SGLang's own answer has all of its arguments, keys included."""
         info = {"model": self._model, "engine": "sglang", "version": aurora_rl.__version__}
         return JSONResponse({**info, "drafter_version": self._drafter_version()})
+
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics for Prometheus; how long clients wait is among SGLang's own."""
+        counts = {"num_requests_running": self._running}
+        return Response(self._metrics.expose(counts), media_type=CONTENT_TYPE_LATEST)
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
@@ -150,12 +177,16 @@ class Proxy:
     async def _exchange(self, method: str, path: str, body: bytes | None) -> AsyncGenerator[Any, None]:
         """Yield SGLang's answer, complete unless it is a stream, and then the pieces of the stream."""
         headers = {"Accept-Encoding": "identity"} | ({} if body is None else {"Content-Type": "application/json"})
-        async with self._http.stream(method, self._url + path, content=body, headers=headers) as answer:
-            if not _is_stream(answer):
-                await answer.aread()
-            yield answer
-            async for piece in answer.aiter_raw():
-                yield piece
+        self._running += 1
+        try:
+            async with self._http.stream(method, self._url + path, content=body, headers=headers) as answer:
+                if not _is_stream(answer):
+                    await answer.aread()
+                yield answer
+                async for piece in answer.aiter_raw():
+                    yield piece
+        finally:
+            self._running -= 1
 
     async def _events(self, exchange: AsyncGenerator[Any, None], deadline: float) -> AsyncGenerator[str | bytes, None]:
         async with aclosing(exchange):
@@ -167,7 +198,9 @@ class Proxy:
                         return
                     yield piece
             except (TimeoutError, httpx.HTTPError) as error:  # the status is sent, and the client is told in the stream
-                yield event(self._failure(error).body()) + "data: [DONE]\n\n"
+                answer = self._failure(error)
+                self._metrics.failed(answer.code or str(answer.status))
+                yield event(answer.body()) + "data: [DONE]\n\n"
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from processes import wait
@@ -220,13 +221,16 @@ def test_our_front_passes_clients_on_to_sglang(deployment: Deployment) -> None:
     def ask() -> None:
         try:
             wait(listens)
-            whole = clients.chat(7).choices[0].message.content
+            answer = clients.chat(7)
+            whole, tokens = answer.choices[0].message.content, answer.usage.completion_tokens
             pieces = [piece for piece in clients.chat(7, stream=True) if piece.choices]
             assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole
             assert clients.chat(7, extra_body={"learn": False}).choices[0].message.content == whole
             with pytest.raises(openai.BadRequestError, match="speculative=false is not supported"):
                 clients.chat(7, extra_body={"speculative": False})
             wait(lambda: counted(folder) == 2)
+            delivered = f"aurora_generation_tokens_total {float(2 * tokens)}\n"
+            wait(lambda: delivered in httpx.get(f"http://127.0.0.1:{port}/metrics").text)
             assert deployment.engine.status()["skipped"] == {"opt_out": 1}
         finally:
             os.kill(os.getpid(), signal.SIGTERM)

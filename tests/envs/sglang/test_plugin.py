@@ -76,12 +76,12 @@ def test_the_server_says_what_it_serves_and_how_it_drafts(engine):
 def test_a_session_is_known_by_its_name_and_its_end_tells_what_it_came_to(engine):
     assert engine._answer("status", {})["session"] == ""
     first = engine._answer("attach", FIELDS)["session"]
-    engine._session.records.served = Served(2, 30, 20, 8, {1: 4, 2: 4})
+    engine._session.records.served = Served(2, 1, 12, 30, 20, 8, 24, {1: 4, 2: 4})
     over = engine._answer("detach", {})
     assert (over["attached"], over["session"]) == (False, first)
     assert over["served"] == {
-        "requests": 2, "tokens": 30, "speculative_tokens": 20, "speculative_rounds": 8, "accepted": {1: 4, 2: 4},
-        "acceptance_length": 2.5,
+        "requests": 2, "terminated": 1, "prompt_tokens": 12, "tokens": 30, "speculative_tokens": 20,
+        "speculative_rounds": 8, "drafted_tokens": 24, "accepted": {1: 4, 2: 4}, "acceptance_length": 2.5,
     }  # fmt: skip
     assert "served" not in engine._answer("status", {})
     second = engine._answer("attach", FIELDS)

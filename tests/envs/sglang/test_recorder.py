@@ -92,7 +92,7 @@ def assembler(out, **kwargs):
     return TrajectoryAssembler(out.append, **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs})
 
 
-def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True):
+def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True, terminated=False):
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     rid = rid or str(int(trajectory["request"]))
     assert records.begin(rid, tokens[:prompt].tolist(), cached, version)
@@ -103,7 +103,7 @@ def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds
     for drafted in rounds if rounds is not None else rounds_of(trajectory, version=version):
         records.round(rid, drafted)
     if finish:
-        records.finish(rid, tokens[prompt:].tolist(), sampling_of(trajectory))
+        records.finish(rid, tokens[prompt:].tolist(), sampling_of(trajectory), terminated=terminated)
 
 
 def sampling_of(trajectory):
@@ -153,11 +153,14 @@ def test_sums_over_the_recorded_requests_are_told(drafter, out):
     records = assembler(out)
     assert records.served.acceptance_length is None
     for request in (7, 8):
-        play(records, chain_start(drafter, request), rid=f"r{request}")
+        play(records, chain_start(drafter, request), rid=f"r{request}", terminated=request == 8)
     play(records, served(drafter, 9), cached=4)  # not recorded: nobody knows the prefix
     records.close()
     sums = records.served
     assert sums.requests == records.counts["recorded"] == 2 and records.counts["prefix"] == 1
+    assert sums.terminated == 1
+    assert sums.prompt_tokens == sum(int(t["sequence", "prompt_length"]) for t in out)
+    assert sums.drafted_tokens == sum(len(t["nodes", "tokens"]) for t in out)
     assert sums.tokens == sum(len(t["sequence", "tokens"]) - int(t["sequence", "prompt_length"]) for t in out)
     lengths = [acceptance_length(t) for t in out]
     assert (sums.speculative_tokens, sums.speculative_rounds) == tuple(map(sum, zip(*lengths, strict=True)))
@@ -193,7 +196,7 @@ def test_acceptance_ends_with_the_text(drafter, out):
     records = assembler(out)
     rid = "1"
     play(records, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
-    records.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), SamplingParams())
+    records.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), SamplingParams(), terminated=True)
     records.close()
     assert len(out[0]["sequence", "tokens"]) == end and len(out[0]["sequence", "features"]) == end - 1
     last = slice(*out[0]["rounds", "offset"][-2:].tolist())

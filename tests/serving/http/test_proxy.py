@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from aurora_rl.serving.http.proxy import create_proxy
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.prometheus import Exporter
 
 CHAT = "/v1/chat/completions"
 ANSWER = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
@@ -99,7 +100,7 @@ def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
 
     def start(url: str = upstream.url, **settings: Any) -> str:
         servers.append(HttpServer("127.0.0.1", 0))
-        servers[-1].start(create_proxy(url, model="m", **settings))
+        servers[-1].start(create_proxy(url, **{"model": "m", "metrics": Exporter(), **settings}))
         return servers[-1].url
 
     yield start
@@ -199,6 +200,26 @@ def test_health_and_info_are_our_own(upstream: Upstream, serve: Callable[..., st
     info = httpx.get(f"{url}/server_info").json()
     assert (info["model"], info["engine"], info["drafter_version"]) == ("m", "sglang", 7)
     assert upstream.paths == ["/health"]
+
+
+def test_metrics_have_what_runs_and_what_failed(upstream: Upstream, serve: Callable[..., str]) -> None:
+    url = serve(max_body=100)
+
+    def metric(name: str) -> float | None:
+        text = httpx.get(f"{url}/metrics").text
+        found = [line.split(" ")[1] for line in text.splitlines() if line.startswith(f"aurora_{name} ")]
+        return float(found[0]) if found else None
+
+    with httpx.stream("POST", url + CHAT, json={"do": "stall", "stream": True}, timeout=30):
+        assert metric("num_requests_running") == 1
+    assert upstream.left.wait(5)
+    post(url, {"do": "refuse"})
+    post(url, {"speculative": False})
+    post(url, {"a": "x" * 100})
+    assert post(url, {}).status_code == 200
+    assert metric("num_requests_running") == 0
+    for code in ("400", "unsupported_field", "request_too_large"):
+        assert metric(f'request_failures_total{{code="{code}"}}') == 1, code
 
 
 def test_sglang_that_is_not_there_is_a_bad_gateway(serve: Callable[..., str]) -> None:
