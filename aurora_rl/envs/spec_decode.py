@@ -406,7 +406,10 @@ class SpecDecodeEnv(EnvBase):
             trajectory = self._recorder.cut(slot, request.id, request.sampling, self.rule.name, self.draft_mode)
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
+        cached = int(store.cached_lengths[slot])
         self._release(slot)
         if self.on_completion:
             logprobs = None if request.sampling.logprobs is None else held.logprobs
-            self.on_completion(Completion(request, tokens, ended, trajectory, held.drafts, logprobs))
+            self.on_completion(
+                Completion(request, tokens, ended, trajectory, held.drafts, logprobs, cached_tokens=cached)
+            )
