@@ -119,8 +119,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
         def tend() -> None:
             if learner is not None and learner.tend():
-                log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed)
-                console.print(f"the learner is started again{', from its checkpoint' if learner.resumed else ''}")
+                missed = 0 if server is None else server.missed
+                log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed, missed=missed)
+                resumed = ", from its checkpoint" if learner.resumed else ""
+                console.print(f"the learner is started again{resumed}; {missed} trajectories were dropped without one")
 
         _serve(step, clients, view, tend, console, stop, until_idle=replays)
     except KeyboardInterrupt:
@@ -142,9 +144,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         if stop.working or stop.requested:
             if stop.requested and replays:
                 console.print("interrupted")
-            stats, dropped = (Stats(), 0) if server is None else (server.stats, server.dropped)
-            failed = [] if requests is None else requests.failed
-            summary = stats.summary(failed=len(failed), dropped=dropped, duration_s=time.monotonic() - began)
+            stats = Stats() if server is None else server.stats
+            dropped, missed = (0, 0) if server is None else (server.dropped, server.missed)
+            failed, duration_s = [] if requests is None else requests.failed, time.monotonic() - began
+            summary = stats.summary(failed=len(failed), dropped=dropped, missed=missed, duration_s=duration_s)
             if server is not None:
                 outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
             if requests is not None and requests.answers is not None:
