@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
+from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import Outputs, one_line
 from aurora_rl.telemetry.report import draw_report, summary_table, write_summary
 from aurora_rl.telemetry.stats import Stats
@@ -41,6 +43,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
+    check_installed(config.telemetry.logger)
     replays = arguments.command == "flywheel"
     began, console = time.monotonic(), plain_console()
     folder = RunDir(config, _DOCUMENTS, resume=arguments.resume is not None)
@@ -53,7 +56,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     clients: AsyncEngine | None = None
     http: HttpFront | None = None
     view: LiveView | None = None
-    outputs = Outputs()
+    outputs, figures = Outputs(), ExitStack()
     try:
         import torch
 
@@ -67,6 +70,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         torch.set_num_threads(config.engine.threads)
         with folder.undone_if_refused():
             spec, prompts, http = resolve(config), traffic(config), None if replays else HttpFront.of(config)
+            figures.enter_context(logged(config.telemetry.logger, run_dir))
             console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
             if config.traffic.path and not replays:
                 told = (
@@ -137,6 +141,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             outputs.write("the end of serving", server.close)
         if learner is not None and (lost := learner.end()):
             outputs.failures["learner"] = lost
+        figures.close()
         if view is not None:
             view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
