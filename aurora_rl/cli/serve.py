@@ -70,7 +70,7 @@ class _Session:
         self._folder = RunDir(config, _DOCUMENTS, resume=resume)
         self._run_dir = self._folder.path
         self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
-        self._reader, self._events = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
+        self._reader, self._ready, self._events = (MetricsReader(self._log.path, from_now=True) for _ in range(3))
         self._outputs, self._figures = Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
@@ -133,9 +133,10 @@ class _Session:
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if self._learner is not None:
-            self._learner.wait_ready(self._reader)
+            self._learner.wait_ready(self._ready)
         if http is not None:
             http.start(spec, tokenizer, vocab_size, clients, embedded)
+            self._followers.append(http.metrics.follow)
         if address:
             say(f"{address}/v1")
 
