@@ -38,6 +38,10 @@ class Server(Protocol):
         """Trajectories that no learner took."""
 
     @property
+    def missed(self) -> int:
+        """Dropped trajectories that were given up while no learner was connected."""
+
+    @property
     def refused(self) -> str | None:
         """Why the learner refuses this server; None if it does not."""
 

@@ -82,6 +82,7 @@ class Engine:
             "swap_ms": self.swaps[-2:],
             "version": len(self.swaps),
             "dropped": 7,
+            "missed": 4,
         }
 
 
@@ -175,7 +176,7 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     server.watch()
     server.watch()
     assert [event["reason"] for event in events("unreachable")] == ["no answer"]
-    assert server.dropped == 7, "what was known stays"
+    assert (server.dropped, server.missed) == (7, 4), "what was known stays"
     engine.restart()
     engine.reachable = True
     server.watch()

@@ -83,6 +83,7 @@ class Session:
             "served": asdict(served) | {"acceptance_length": served.acceptance_length},
             "queued": self.sink.queued,
             "dropped": self.sink.dropped,
+            "missed": self.sink.missed,
             "sent": self.sink.sent,
             "version": self.version,
             "refused": self.receiver.error,
