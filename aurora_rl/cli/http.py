@@ -11,6 +11,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
+from aurora_rl.telemetry.history import RunHistory
 
 
 class HttpFront:
@@ -59,8 +60,9 @@ class HttpFront:
         vocab_size: int,
         clients: AsyncEngine,
         server: InferenceServer,
+        history: RunHistory,
     ) -> None:
-        """Begin to answer."""
+        """Begin to answer, and to show the run."""
         from aurora_rl.serving.http.app import create_app
 
         config, http = spec.config, spec.config.http
@@ -74,6 +76,7 @@ class HttpFront:
             sampling=spec.sampling,
             num_spec_tokens=spec.tree.depth,
             drafter_version=lambda: server.stats.version,
+            history=history,
             api_keys=self._keys,
             max_body=http.max_body,
             timeout=http.timeout,

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 _PLAIN = str.maketrans({"–": "-", "—": "-", "·": "/", "→": "->", "…": "...", "’": "'", "“": '"', "”": '"'})
+_PLAIN |= str.maketrans("▁▂▃▄▅▆▇█", "_.:-=+*#")  # a trend
 
 
 class SafeStream:

@@ -37,6 +37,13 @@ def ask(api: openai.OpenAI, text: str, **options: Any) -> Any:
     )
 
 
+def server_page(api: openai.OpenAI) -> dict[str, Any]:
+    """What the live page shows, a status later."""
+    url = api.base_url.join("/history")
+    wait(lambda: httpx.get(url).json()["learner"]["state"] == "running")
+    return httpx.get(url).json()
+
+
 def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], limit: int = 600) -> int:
     """Ask, four at a time, until something has happened; return how often."""
     with ThreadPoolExecutor(4) as pool:
@@ -58,6 +65,9 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
     assert later.choices[0].message.content == first.choices[0].message.content  # whatever drafts, the same text
     assert first.metrics["drafter_version"] == 0
     assert later.metrics["drafter_version"] >= server.events("swap")[0]["version"]
+    told = server_page(api)
+    assert told["requests"] > 0 and told["learner"]["state"] == "running" and told["gates"]["version"]
+    assert told["swaps"]["version"][0] == server.events("swap")[0]["version"]
 
     server.interrupt()
     assert server.ended() == 0, server.text

@@ -17,7 +17,9 @@ from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.http import errors
 from aurora_rl.serving.http.front import Front
 from aurora_rl.serving.http.keys import Keys
+from aurora_rl.serving.http.live_page import FILES, page_routes
 from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.telemetry.history import RunHistory
 
 
 def create_app(
@@ -29,6 +31,7 @@ def create_app(
     max_length: int,
     max_waiting: int,
     sampling: SamplingParams,
+    history: RunHistory,
     num_spec_tokens: int = 0,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
@@ -46,9 +49,10 @@ def create_app(
         max_length: Most tokens of prompt and completion.
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
+        history: What the run came to so far, for the live page at ``/``.
         num_spec_tokens: Tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
-        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
+        api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
@@ -81,9 +85,9 @@ def create_app(
             Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         )
     if api_keys:
-        middleware.append(Middleware(Keys, keys=list(api_keys)))
+        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=("/health", *FILES)))
     app = Starlette(
-        routes=front.routes(),
+        routes=[*front.routes(), *page_routes(engine, history, model)],
         middleware=middleware,
         exception_handlers={
             errors.ApiError: errors.answer_api_error,

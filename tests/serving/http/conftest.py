@@ -18,6 +18,7 @@ from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import load_target, stop_token_ids
 from aurora_rl.serving.http.app import create_app
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.history import RunHistory
 
 MODEL, WAITING = "tiny/model", 8
 
@@ -27,6 +28,8 @@ class Rig(ClientRig):
 
     Attributes:
         url: The server with the usual settings, without keys.
+        history: What the servers' pages show.
+        metrics: Log of the engine.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
@@ -38,6 +41,7 @@ class Rig(ClientRig):
             stop_tokens=self.stop_tokens, max_waiting=WAITING,
         )  # fmt: skip
         self._servers: list[HttpServer] = []
+        self.history, self.metrics = RunHistory(), folder / "metrics.jsonl"
         self._driven = driven(self.clients, self.server)
         self._driven.__enter__()
         self.url = self.serve(drafter_version=lambda: self.server.stats.version)
@@ -46,12 +50,16 @@ class Rig(ClientRig):
         """Start one more server, and return where it is."""
         usual: dict[str, Any] = {
             "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING, "num_spec_tokens": 5,
-            "sampling": SamplingParams(),
+            "sampling": SamplingParams(), "history": self.history,
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)
         server.start(create_app(self.clients, self.tokenizer, **{**usual, **settings}))
         return server.url
+
+    def stop(self, url: str) -> None:
+        """Stop one of the servers."""
+        next(server for server in self._servers if server.url == url).stop()
 
     def plain(self, prompt: list[int], count: int) -> list[int]:
         """Greedy decoding without a cache, the stop token included."""
