@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-_PLAIN = str.maketrans({"–": "-", "—": "-", "·": "/", "→": "->", "…": "...", "’": "'", "“": '"', "”": '"'})
-_PLAIN |= str.maketrans("▁▂▃▄▅▆▇█", "_.:-=+*#")  # a trend
+_TREND = dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True))
+_PLAIN = str.maketrans({"–": "-", "—": "-", "·": "/", "→": "->", "…": "...", "’": "'", "“": '"', "”": '"'} | _TREND)
 
 
 class SafeStream:

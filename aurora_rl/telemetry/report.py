@@ -103,8 +103,9 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
         axis.set_xlim(0, max(history.requests, 1))
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelbottom=axis is over_requests[-1])
-        for swap in history.swaps:
-            axis.axvline(swap.requests, color=_SWAP, alpha=0.5, linewidth=0.8)
+        if axis is not axes.get("drafted"):
+            for swap in history.swaps:
+                axis.axvline(swap.requests, color=_SWAP, alpha=0.5, linewidth=0.8)
     over_requests[-1].set_xlabel("completed requests")
     _draw_acceptance(axes["acceptance"], history)
     _draw_speed(axes["speed"], points)
@@ -137,7 +138,14 @@ def _legend(axis: Axes) -> None:
 def _draw_acceptance(axis: Axes, history: RunHistory) -> None:
     points, gates = history.points, history.gates
     served = _line([point.acceptance for point in points])
-    axis.plot([point.requests for point in points], served, ".-", color=_SERVED, markersize=4, label="served")
+    axis.plot(
+        [point.requests for point in points],
+        served,
+        ".-",
+        color=_SERVED,
+        markersize=4,
+        label="served, last tenth of the requests",
+    )
     if gates:
         axis.plot(
             [gate.requests for gate in gates], [gate.serving for gate in gates], "D", color=_GATE, markersize=4,
@@ -160,10 +168,11 @@ def _draw_speed(axis: Axes, points: list[Point]) -> None:
     axis.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
     axis.plot(
         at, _line([rates.speedup for rates in measured]), ".-", color=_SPEED, markersize=4,
-        label="over the last quarter of the requests",
+        label="last quarter of the requests",
     )  # fmt: skip
     # The longest stretch without a speedup has room to say why.
-    short, stretch = [], []
+    short: list[tuple[int, Point]] = []
+    stretch: list[tuple[int, Point]] = []
     for before, point in zip([0, *at], points, strict=False):
         stretch = [*stretch, (before, point)] if point.rates.speedup is None else []
         short = max(short, stretch, key=len)

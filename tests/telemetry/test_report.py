@@ -128,15 +128,16 @@ def texts(axis: Axes) -> list[str]:
 
 def test_the_report_shows_what_was_served_beside_what_the_gate_replayed(drawn: Callable) -> None:
     acceptance, *_ = drawn(whole_run())
+    served, replayed = "served, last tenth of the requests", "gate's replay of the serving weights"
     shown = lines(acceptance)
-    assert shown["served"] == ([5, 10, 15, 20, 25, 30, 35, 40], [2.0] * 8)
-    assert shown["gate's replay of the serving weights"] == ([15, 35], [2.5, 2.5])
+    assert shown[served] == ([5, 10, 15, 20, 25, 30, 35, 40], [2.0] * 8)
+    assert shown[replayed] == ([15, 35], [2.5, 2.5])
     swaps = [
         line.get_xdata()[0] for line in acceptance.lines if line.get_color() == "#e69f00" and len(line.get_xdata())
     ]
     assert swaps == [15, 35]
     legend = [text.get_text() for text in acceptance.get_legend().get_texts()]
-    assert legend == ["served", "gate's replay of the serving weights", "weights swapped"]
+    assert legend == [served, replayed, "weights swapped"]
 
 
 def test_the_report_marks_where_something_new_begins(drawn: Callable) -> None:

@@ -163,6 +163,7 @@ function chart(id, axis, data, lines) {
   const options = {
     width: place.clientWidth,
     height: 220,
+    padding: [8, 16, 0, 8],
     scales: { x: { time: axis === "time" } },
     axes: [grid, { ...grid, size: 45 }],
     series: [
