@@ -183,15 +183,18 @@ class LiveView:
         ]
 
     def table(self) -> Table:
-        """Lay out the view of a terminal: names, figures, and how two of them went so far."""
+        """Lay out the view of a terminal; two figures say how they went so far."""
         points = self._history.points
         trends = {
             "acceptance length": trend([point.acceptance for point in points]),
             "speedup": trend([point.rates.speedup for point in points]),
         }
         table = Table(show_header=False, title="aurora-rl")
+        table.add_column()
+        table.add_column(min_width=40)  # so that the table keeps its width
         for name, value in self._rows():
-            table.add_row(name, Text(value), trends.get(name, ""))  # text of peers may look like Rich's markup
+            lines = [value, trends[name]] if trends.get(name) else [value]
+            table.add_row(name, Text("\n".join(lines)))  # text of peers may look like Rich's markup
         return table
 
     def line(self) -> str:

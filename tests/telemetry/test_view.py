@@ -193,7 +193,7 @@ def test_a_terminal_shows_how_it_went_so_far(run: SimpleNamespace) -> None:
     write(run.log, short, status(8), status(12, acceptance_length=1.75))
     run.view.follow()
     assert "▁█▆ 1.25–2.00" in shown(run)
-    assert " ▁▁ 1.50–1.50" in shown(run)  # a gap, where the speedup was measured too shortly
+    assert "│  ▁▁ 1.50–1.50" in shown(run)  # a gap, where the speedup was measured too shortly
     assert "▁" not in run.view.line()
 
 
