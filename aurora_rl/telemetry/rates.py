@@ -164,7 +164,8 @@ def rates(rounds: Iterable[Round]) -> Rates:
         for kind in (False, True):
             count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
             overall.append(count / time if count else None)
-        return Rates(*overall, plain)
+        return Rates(overall[0], overall[1], plain)
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
-    return Rates(*(sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)), plain)
+    baseline, speculative = (sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True))
+    return Rates(baseline, speculative, plain)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _SERVED, _GATE, _SPEED, _SWAP = "#0072b2", "#cc79a7", "#009e73", "#e69f00"
 _BANDS = {"tree": "#0072b2", "chain": "#56b4e9", "ngrams": "#009e73", "plain": "#bbbbbb", "baseline": "#f0e442"}
-_MOST_BARS = 8
+_MOST_BARS, _MOST_STEPS, _MOST_DOTS = 8, 60, 120
 
 
 def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
@@ -100,7 +101,8 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
     )
     over_requests = [axis for name, axis in axes.items() if name != "domains"]
     for axis in over_requests:
-        axis.set_xlim(0, max(history.requests, 1))
+        axis.set_xlim(0, 1.01 * max(history.requests, 1))
+        axis.locator_params("x", integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelbottom=axis is over_requests[-1])
         if axis is not axes.get("drafted"):
@@ -125,8 +127,10 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
         plt.close(figure)
 
 
-def _line(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
+def _course(axis: Axes, points: list[Point], values: Sequence[float | None], **style: str) -> None:
+    """Draw a figure of each point, with gaps where it is None, and with dots where there are few."""
+    at, shown = [point.requests for point in points], [math.nan if value is None else value for value in values]
+    axis.plot(at, shown, ".-" if len(points) <= _MOST_DOTS else "-", markersize=4, **style)
 
 
 def _legend(axis: Axes) -> None:
@@ -137,15 +141,8 @@ def _legend(axis: Axes) -> None:
 
 def _draw_acceptance(axis: Axes, history: RunHistory) -> None:
     points, gates = history.points, history.gates
-    served = _line([point.acceptance for point in points])
-    axis.plot(
-        [point.requests for point in points],
-        served,
-        ".-",
-        color=_SERVED,
-        markersize=4,
-        label="served, last tenth of the requests",
-    )
+    served = [point.acceptance for point in points]
+    _course(axis, points, served, color=_SERVED, label="served, last tenth of the requests")
     if gates:
         axis.plot(
             [gate.requests for gate in gates], [gate.serving for gate in gates], "D", color=_GATE, markersize=4,
@@ -158,22 +155,18 @@ def _draw_acceptance(axis: Axes, history: RunHistory) -> None:
 
 
 def _draw_speed(axis: Axes, points: list[Point]) -> None:
-    measured = [point.rates for point in points]
-    at = [point.requests for point in points]
-    axis.set_ylabel("speedup\n(speculative / plain)")
-    if not any(rates.baseline_rounds for rates in measured):  # nothing decoded plainly to compare with
-        axis.plot(at, _line([rates.speculative for rates in measured]), ".-", color=_SPEED, markersize=4)
+    if not any(point.rates.baseline_rounds for point in points):  # nothing decoded plainly to compare with
+        _course(axis, points, [point.rates.speculative for point in points], color=_SPEED)
         axis.set_ylabel("tokens per second")
         return
+    axis.set_ylabel("speedup\n(speculative / plain)")
     axis.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-    axis.plot(
-        at, _line([rates.speedup for rates in measured]), ".-", color=_SPEED, markersize=4,
-        label="last quarter of the requests",
-    )  # fmt: skip
+    speedups = [point.rates.speedup for point in points]
+    _course(axis, points, speedups, color=_SPEED, label="last quarter of the requests")
     # The longest stretch without a speedup has room to say why.
     short: list[tuple[int, Point]] = []
     stretch: list[tuple[int, Point]] = []
-    for before, point in zip([0, *at], points, strict=False):
+    for before, point in zip([0, *(point.requests for point in points)], points, strict=False):
         stretch = [*stretch, (before, point)] if point.rates.speedup is None else []
         short = max(short, stretch, key=len)
     if short:
@@ -196,7 +189,7 @@ def _draw_marks(axes: list[Axes], history: RunHistory) -> None:
             break  # the run ended before
         for axis in axes:
             axis.axvline(at, color="black", linestyle="--", linewidth=0.9)
-        side, align = (-3, "right") if at > 0.8 * history.requests else (3, "left")
+        side, align = (-3, "right") if at > 0.7 * history.requests else (3, "left")
         axes[0].annotate(
             text, (at, 1), (side, -3 - 10 * (level % 4)), xycoords=axes[0].get_xaxis_transform(),
             textcoords="offset points", fontsize=8, ha=align, va="top",
@@ -204,11 +197,13 @@ def _draw_marks(axes: list[Axes], history: RunHistory) -> None:
 
 
 def _draw_drafted(axis: Axes, points: list[Point]) -> None:
-    # A point counts the rounds since the one before it, hence steps that end at their point.
-    by_point = [shares(point.drafted) for point in points]
-    names = [name for name in DRAFTED if any(name in shown for shown in by_point)]
-    at = [0, *(point.requests for point in points)]
-    bands = [[shown.get(name, 0.0) for shown in [by_point[0], *by_point]] for name in names]
+    count = min(len(points), _MOST_STEPS)
+    parts = [points[i * len(points) // count : (i + 1) * len(points) // count] for i in range(count)]
+    drafted = [shares(sum((point.drafted for point in part), Counter())) for part in parts]
+    names = [name for name in DRAFTED if any(name in shown for shown in drafted)]
+    # A point counts the rounds since the point before it, hence steps that end at their last point.
+    at = [0, *(part[-1].requests for part in parts)]
+    bands = [[shown.get(name, 0.0) for shown in [drafted[0], *drafted]] for name in names]
     labels, colors = [DRAFTED[name] for name in names], [_BANDS[name] for name in names]
     axis.stackplot(at, bands, labels=labels, colors=colors, step="pre", linewidth=0)
     axis.set_ylim(0, 1)

@@ -126,7 +126,7 @@ def texts(axis: Axes) -> list[str]:
     return [text.get_text() for text in axis.texts]
 
 
-def test_the_report_shows_what_was_served_beside_what_the_gate_replayed(drawn: Callable) -> None:
+def test_the_report_shows_what_was_served_and_what_the_gate_replayed(drawn: Callable) -> None:
     acceptance, *_ = drawn(whole_run())
     served, replayed = "served, last tenth of the requests", "gate's replay of the serving weights"
     shown = lines(acceptance)
