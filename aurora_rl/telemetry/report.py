@@ -127,7 +127,7 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
         plt.close(figure)
 
 
-def _course(axis: Axes, points: list[Point], values: Sequence[float | None], **style: str) -> None:
+def _course(axis: Axes, points: list[Point], values: Sequence[float | None], **style: Any) -> None:
     """Draw a figure of each point, with gaps where it is None, and with dots where there are few."""
     at, shown = [point.requests for point in points], [math.nan if value is None else value for value in values]
     axis.plot(at, shown, ".-" if len(points) <= _MOST_DOTS else "-", markersize=4, **style)
