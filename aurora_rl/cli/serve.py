@@ -69,7 +69,8 @@ class _Session:
         self._folder = RunDir(config, _DOCUMENTS, resume=resume)
         self._run_dir = self._folder.path
         self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
-        self._reader, self._history = MetricsReader(self._log.path, from_now=True), RunHistory()
+        self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
+        self._history = RunHistory()
         self._outputs = Outputs()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
@@ -145,9 +146,10 @@ class _Session:
             return_freed_memory(collect=True)
         if self._learner is not None:
             step("learner")
-            self._learner.wait_ready(self._reader)
+            self._learner.wait_ready(self._ready)
         if http is not None:
             http.start(spec, tokenizer, vocab_size, clients, embedded, self._history)
+            self._followers.append(http.metrics.follow)
             address = f"listening at {http.url}/v1 · live page at {http.url}/"
         return address
 

@@ -36,10 +36,12 @@ EVENTS: dict[str, Event] = {
         {
             "request": "Number of the request.",
             "domain": "Domain of its prompt; empty if the prompt has none.",
+            "prompt_tokens": "Tokens of the prompt.",
             "tokens": "Tokens of the completion.",
             "terminated": "True if it ended at a stop token, false at its token budget.",
             "speculative_tokens": "Tokens that speculative rounds delivered.",
             "speculative_rounds": "Rounds that were speculative.",
+            "drafted_tokens": "Tokens that were drafted.",
             "accepted": "Rounds by number of accepted drafts.",
             "versions": "Versions of the weights that drafted it.",
             "depth": "Depth of the trees that were drafted when it ended.",

@@ -160,12 +160,13 @@ def rates(rounds: Iterable[Round]) -> Rates:
     measured = [key for key, count in tokens.items() if count]
     both = [o for kind, o in measured if kind and (False, o) in measured]
     if not both:
-        overall = []
+        overall: list[float | None] = []
         for kind in (False, True):
             count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
             overall.append(count / time if count else None)
-        return Rates(overall[0], overall[1], plain)
+        baseline, speculative = overall
+        return Rates(baseline, speculative, plain)
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
-    baseline, speculative = (sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True))
-    return Rates(baseline, speculative, plain)
+    means = [sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)]
+    return Rates(means[0], means[1], plain)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -328,15 +327,6 @@ def test_names_and_peers_texts_are_shown_as_they_are(
     assert refused in lines
     status = [line for line in lines if line.startswith("requests ")]
     assert status and all(f"learner {refused} |" in line and "gate" in line for line in status)
-
-
-def test_a_terminal_keeps_the_last_state(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    monkeypatch.setattr(serve, "plain_console", lambda: Console(file=out, force_terminal=True, width=100, markup=False))
-    assert cli.main([*ALONE, *arguments, *QUICK]) == 0
-    _, _, last = out.getvalue().rpartition("│ 6/6 ")
-    assert "speedup" in last and "\x1b[2K" not in last  # nothing of it is erased
-    assert "engine …" in out.getvalue()
 
 
 def test_an_output_without_the_characters_gets_plain_ones(

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from processes import wait
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
@@ -44,6 +45,13 @@ def server_page(api: openai.OpenAI) -> dict[str, Any]:
     return httpx.get(url).json()
 
 
+def scrape(api: openai.OpenAI) -> dict[str, float]:
+    """Metrics without a label, by name."""
+    text = httpx.get(str(api.base_url.join("/metrics")), timeout=30).text
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return {sample.name: sample.value for sample in samples if not sample.labels}
+
+
 def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], limit: int = 600) -> int:
     """Ask, four at a time, until something has happened; return how often."""
     with ThreadPoolExecutor(4) as pool:
@@ -68,6 +76,12 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
     told = server_page(api)
     assert told["requests"] > 0 and told["learner"]["state"] == "running" and told["gates"]["version"]
     assert told["swaps"]["version"][0] == server.events("swap")[0]["version"]
+
+    wait(lambda: scrape(api)["aurora_generation_tokens_total"] == 8 * (served + 1), 30)
+    found = scrape(api)
+    assert found["aurora_swap_duration_seconds_count"] >= 1 and found["aurora_drafter_version"] >= 1
+    assert found["aurora_learner_steps_total"] >= 1 and found["aurora_time_to_first_token_seconds_count"] == served + 1
+    wait(lambda: scrape(api).get("aurora_learner_up") == 1, 30)
 
     server.interrupt()
     assert server.ended() == 0, server.text

@@ -37,7 +37,7 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     event = serving.events("request")[0]
     expected = {
         "request": 0, "domain": "tiny", "tokens": 24, "terminated": False, "speculative_tokens": 24,
-        "speculative_rounds": 6, "accepted": {"3": 6}, "versions": [0], "depth": 3,
+        "speculative_rounds": 6, "drafted_tokens": 18, "accepted": {"3": 6}, "versions": [0], "depth": 3,
     }  # fmt: skip
     assert {key: event[key] for key in expected} == expected
     summary = server.stats.summary(failed=2, duration_s=1.5)

@@ -28,6 +28,7 @@ class ClientRig:
         learned: Ids of the requests whose trajectories were handed on.
         queued: Trajectories that wait to be sent.
         dropped: Trajectories that no learner took.
+        log: What the server writes.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class ClientRig:
         )
         self.learned: list[int] = []
         self.queued = self.dropped = 0
+        self.log = MetricsLog(folder / "metrics.jsonl", "server")
         self.server = InferenceServer(
             self.env,
             policy,
             windows=BaselineWindows(0.0, 1),
-            log=MetricsLog(folder / "metrics.jsonl", "server"),
+            log=self.log,
             sink=self,  # type: ignore[arg-type]
             note=self.clients.completed,
         )

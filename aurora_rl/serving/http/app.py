@@ -20,6 +20,7 @@ from aurora_rl.serving.http.keys import Keys
 from aurora_rl.serving.http.live_page import FILES, page_routes
 from aurora_rl.serving.http.prompts import Encoder
 from aurora_rl.telemetry.history import RunHistory
+from aurora_rl.telemetry.prometheus import Exporter
 
 
 def create_app(
@@ -32,6 +33,7 @@ def create_app(
     max_waiting: int,
     sampling: SamplingParams,
     history: RunHistory,
+    metrics: Exporter,
     num_spec_tokens: int = 0,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
@@ -50,6 +52,7 @@ def create_app(
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
         history: What the run came to so far, for the live page at ``/``.
+        metrics: What is exported for Prometheus at ``/metrics``.
         num_spec_tokens: Tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
         api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
@@ -72,6 +75,7 @@ def create_app(
         max_length=max_length,
         max_body=max_body,
         timeout=timeout,
+        metrics=metrics,
         drafter={
             "spell": lru_cache(1 << 16)(partial(token_bytes, tokenizer)),
             "num_spec_tokens": num_spec_tokens,

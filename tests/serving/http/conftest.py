@@ -19,6 +19,7 @@ from aurora_rl.models.loading import load_target, stop_token_ids
 from aurora_rl.serving.http.app import create_app
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.telemetry.history import RunHistory
+from aurora_rl.telemetry.prometheus import Exporter
 
 MODEL, WAITING = "tiny/model", 8
 
@@ -29,7 +30,7 @@ class Rig(ClientRig):
     Attributes:
         url: The server with the usual settings, without keys.
         history: What the servers' pages show.
-        metrics: Log of the engine.
+        metrics: What all of them export.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
@@ -41,7 +42,8 @@ class Rig(ClientRig):
             stop_tokens=self.stop_tokens, max_waiting=WAITING,
         )  # fmt: skip
         self._servers: list[HttpServer] = []
-        self.history, self.metrics = RunHistory(), folder / "metrics.jsonl"
+        self.history, self.metrics = RunHistory(), Exporter()
+        self.clients.observe = self.metrics.observe
         self._driven = driven(self.clients, self.server)
         self._driven.__enter__()
         self.url = self.serve(drafter_version=lambda: self.server.stats.version)
@@ -50,7 +52,7 @@ class Rig(ClientRig):
         """Start one more server, and return where it is."""
         usual: dict[str, Any] = {
             "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING, "num_spec_tokens": 5,
-            "sampling": SamplingParams(), "history": self.history,
+            "sampling": SamplingParams(), "history": self.history, "metrics": self.metrics,
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)

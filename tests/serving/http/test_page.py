@@ -21,8 +21,8 @@ from aurora_rl.telemetry.view import LiveView
 @pytest.fixture(scope="module")
 def view(rig: Any) -> LiveView:
     """What follows the engine's events, as the command line does."""
-    log, reader = MetricsLog(rig.metrics, "server"), MetricsReader(rig.metrics, from_now=True)
-    return LiveView(rig.server, log, reader, rig.history, total=None, learner=lambda: "running")
+    reader = MetricsReader(rig.log.path, from_now=True)
+    return LiveView(rig.server, rig.log, reader, rig.history, total=None, learner=lambda: "running")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     client.completions.create(model="tiny/model", prompt="Once", max_tokens=8)
     assert rig.idle()
     view.log_status()
-    log = MetricsLog(rig.metrics, "learner")
+    log = MetricsLog(rig.log.path, "learner")
     for event in (train(), gate(), swap(before + 1, version=7)):
         log.write(**{name: value for name, value in event.items() if name != "time"})
     view.follow()
