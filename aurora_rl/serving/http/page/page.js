@@ -100,6 +100,7 @@ function show() {
   ]).slice(-ROWS).reverse());
   at("no-gates").hidden = gates.time.length > 0;
   at("no-swaps").hidden = swaps.time.length > 0;
+  at("swaps-note").hidden = swaps.time.length === 0;
   draw();
 }
 
