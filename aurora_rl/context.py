@@ -38,6 +38,7 @@ class ContextStore:
         hidden: Hidden states from position ``P - 1`` on, ``[B, max_length, H]``.
         lengths: Number of tokens, 0 if the slot is free, ``[B]`` int64 on the CPU.
         prompt_lengths: Number of tokens of the prompt, ``[B]`` int64 on the CPU.
+        cached_lengths: Number of tokens of the prompt whose rows a prefix cache had, ``[B]`` int64 on the CPU.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ContextStore:
         self.hidden = torch.zeros(num_slots, max_length, hidden_size, dtype=dtype, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
+        self.cached_lengths = torch.zeros(num_slots, dtype=torch.int64)
 
     @property
     def occupied(self) -> Tensor:

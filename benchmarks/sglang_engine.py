@@ -55,7 +55,7 @@ class Load:
         """One request after the other, unrecorded."""
         while not done.is_set():
             warm = SamplingParams(max_tokens=2 * self._new)
-            engine.generate(Request(10**9 + number, torch.tensor(self._tokens[number]), warm), learn=False)
+            engine.generate(Request(10**9 + number, torch.tensor(self._tokens[number]), warm, learn=False))
 
 
 def rate(runs: list[dict]) -> float:

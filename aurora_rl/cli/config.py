@@ -182,6 +182,15 @@ class GateConfig:
 
 
 @dataclass
+class TelemetryConfig:
+    """Where the figures of a run go, next to its ``metrics.jsonl``."""
+
+    logger: str | None = None
+    """TorchRL's logger of the figures: csv, tensorboard, wandb or mlflow, into ``logs`` in the run's folder; null for
+    none. All but csv are packages of their own."""
+
+
+@dataclass
 class Config:
     """Everything that a run is made of."""
 
@@ -217,6 +226,7 @@ class Config:
     """Name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
 

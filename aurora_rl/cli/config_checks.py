@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.telemetry.loggers import LOGGERS
 
 if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
@@ -46,6 +47,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
         ("auto", "float32", "bfloat16", "float16", "float64").__contains__,
     ),
     "generation_config": ("be auto or ignore", ("auto", "ignore").__contains__),
+    "telemetry.logger": (f"be {', '.join(LOGGERS)} or null", (None, *LOGGERS).__contains__),
     **dict.fromkeys(
         ("wire.trajectories", "wire.weights"),
         ("be tcp://host:port or ipc://path", re.compile(r"tcp://[^\s/]+:\d+|ipc://.+").fullmatch),

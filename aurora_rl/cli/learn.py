@@ -16,6 +16,7 @@ from aurora_rl.cli.config import Config
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import one_line
 
 
@@ -29,6 +30,8 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Learn until a signal comes. Returns the exit status."""
     parent: int | None = arguments.parent
+    figures = config.telemetry.logger if parent is None else None  # a server logs those of its learner
+    check_installed(figures)
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -49,7 +52,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     stop.working = True
     log.write("learner_ready", pid=os.getpid())
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
-    try:
+    with contextlib.closing(learner), logged(figures, run_dir):
         try:
             while not stop.requested:
                 learner.step()
@@ -57,8 +60,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             raise RuntimeError(f"learning stopped: {type(error).__name__}: {one_line(error)}") from error
         stop.ignore()
         learner.save()
-    finally:
-        learner.close()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
     for failure in learner.outputs.failures.values():
         print(f"aurora-rl: {failure}", file=sys.stderr)

@@ -111,7 +111,8 @@ class LearnerProcess:
             self.child.kill()
             self.child.wait()
             return f"the learner did not end within {_END_S:.0f} s and was killed; see {self._log}"
-        if self.child.returncode in (0, 130, -signal.SIGTERM):  # the latter two had not begun to learn
+        # All but the first had not begun to learn; the last was loading a library that ends by KeyboardInterrupt.
+        if self.child.returncode in (0, 130, -signal.SIGTERM, -signal.SIGINT):
             return None
         return f"the learner ended with status {self.child.returncode}: {self._last_line()}; see {self._log}"
 

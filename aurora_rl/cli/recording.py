@@ -28,19 +28,23 @@ from aurora_rl.workload.traffic import Prompt
 def questions(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Return what the target is to answer: the chats without their last answer, if they have one.
 
-    Follow-ups and stop strings are left out: they are for serving.
+    Follow-ups and stop strings are left out: they are for serving. So are chats that nobody may learn from.
 
     Raises:
-        ConfigError: A chat has nothing but answers.
+        ConfigError: A chat has nothing but answers, or nobody may learn from any.
     """
     asked = []
     for prompt in prompts:
+        if not prompt.learn:
+            continue
         messages = prompt.messages
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
             raise ConfigError(f"traffic.path: chat {prompt.id!r} has answers only; put a question before them")
         asked.append(replace(prompt, messages=messages, follow_ups=(), stop=()))
+    if not asked:
+        raise ConfigError(f"traffic.path: all {len(prompts)} chats say learn=false; train on chats that do not say so")
     return asked
 
 

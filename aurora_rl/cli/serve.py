@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
+from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import Outputs, one_line
 from aurora_rl.telemetry.report import draw_report, summary_table, write_summary
 from aurora_rl.telemetry.stats import Stats
@@ -42,6 +44,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
+    check_installed(config.telemetry.logger)
     session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
     try:
         session.start()
@@ -70,8 +73,7 @@ class _Session:
         self._run_dir = self._folder.path
         self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
-        self._history = RunHistory()
-        self._outputs = Outputs()
+        self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
         self._learner: LearnerProcess | None = None
@@ -105,6 +107,7 @@ class _Session:
         with self._folder.undone_if_refused():
             spec, prompts = resolve(config), traffic(config)
             http = self._http = None if self._replays else HttpFront.of(config)
+            self._figures.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
@@ -199,8 +202,12 @@ class _Session:
         """Start a learner that died again, once it is due."""
         learner = self._learner
         if learner is not None and learner.tend():
-            self._log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed)
-            self._console.print(f"the learner is started again{', from its checkpoint' if learner.resumed else ''}")
+            missed = 0 if self._server is None else self._server.missed
+            self._log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed, missed=missed)
+            resumed = ", from its checkpoint" if learner.resumed else ""
+            self._console.print(
+                f"the learner is started again{resumed}; {missed} trajectories were dropped without one"
+            )
 
     def end(self) -> int:
         """Close what was opened and write what the run came to. Returns the exit status."""
@@ -214,6 +221,7 @@ class _Session:
             outputs.write("the end of serving", server.close)
         if self._learner is not None and (lost := self._learner.end()):
             outputs.failures["learner"] = lost
+        self._figures.close()
         if view is not None:
             view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
@@ -230,9 +238,10 @@ class _Session:
     def _report(self) -> None:
         """Write and print what the run came to."""
         server, requests, outputs, run_dir = self._server, self._requests, self._outputs, self._run_dir
-        stats, dropped = (Stats(), 0) if server is None else (server.stats, server.dropped)
-        failed = [] if requests is None else requests.failed
-        summary = stats.summary(failed=len(failed), dropped=dropped, duration_s=time.monotonic() - self._began)
+        stats = Stats() if server is None else server.stats
+        dropped, missed = (0, 0) if server is None else (server.dropped, server.missed)
+        failed, duration_s = [] if requests is None else requests.failed, time.monotonic() - self._began
+        summary = stats.summary(failed=len(failed), dropped=dropped, missed=missed, duration_s=duration_s)
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:

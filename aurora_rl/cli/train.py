@@ -37,6 +37,7 @@ from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.settings import check
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.telemetry.report import write_summary
 from aurora_rl.telemetry.view import every
@@ -71,6 +72,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
     _settle(arguments)
+    check_installed(config.telemetry.logger)
     spec, began = resolve(config), time.monotonic()
     prompts = [] if arguments.recording else questions(traffic(config))
     data = _fingerprint(arguments.recording or [], prompts)
@@ -91,9 +93,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     console, training = plain_console(), None
     try:
         refused = contextlib.nullcontext() if folder is None else folder.undone_if_refused()
-        training = _start(spec, arguments, prompts, run_dir, console, refused)
-        stop.working = True
-        finished = training.run(arguments.epochs, stop)
+        with logged(config.telemetry.logger, run_dir):
+            training = _start(spec, arguments, prompts, run_dir, console, refused)
+            stop.working = True
+            finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
         finished = False
     if finished and training is not None:

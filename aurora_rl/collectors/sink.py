@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 TRAJECTORY = "trajectory"
 # Messages that ZeroMQ may hold for a connected learner; they are lost with the connection, so there are few.
 _SEND_HIGH_WATER = 4
-_TURN_MS = 50
+_TURN_MS, _IDLE_S = 50, 1.0
 
 
 class TrajectorySink:
@@ -53,9 +53,13 @@ class TrajectorySink:
         """Trajectories handed to a connected learner; those on their way when it dies are lost unnoticed."""
         self.dropped = 0
         """Trajectories given up: displaced by newer ones, left over at `close`, or not encodable."""
+        self.missed = 0
+        """Those of them that were given up while no learner was connected."""
+        self._connected = False
         self._socket = open_socket(zmq.PUSH)
         self._socket.sndhwm = _SEND_HIGH_WATER
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for a learner that has completed its handshake
+        self._socket.watch_peer()
         connect(self._socket, address)
         self._thread = SocketThread(self._socket, self._step, name="trajectory-sink")
         self._thread.start()
@@ -72,11 +76,11 @@ class TrajectorySink:
         """
         with self._changed:
             if self._closed:
-                self.dropped += 1
+                self._drop(1)
                 return
             if len(self._queue) >= self._capacity:
                 self._queue.popleft()
-                self.dropped += 1
+                self._drop(1)
             self._queue.append(trajectory)
             self._changed.notify()
 
@@ -87,15 +91,22 @@ class TrajectorySink:
             self._changed.notify()
         self._thread.close(timeout)
         with self._changed:
-            self.dropped += len(self._queue)
+            self._drop(len(self._queue))
             self._queue.clear()
+
+    def _drop(self, count: int) -> None:
+        """Count trajectories that are given up; called with the lock held."""
+        self.dropped += count
+        if not self._connected:
+            self.missed += count
 
     def _step(self) -> bool:
         with self._changed:
-            while not self._queue and not self._closed:
-                self._changed.wait()
+            if not self._queue and not self._closed:
+                self._changed.wait(_IDLE_S)
+            self._connected = self._socket.connected
             if not self._queue:
-                return False
+                return not self._closed
         if self._thread.expired:
             return False
         # Taken from the queue only now: a trajectory held back here would outlive newer ones.
@@ -124,6 +135,6 @@ class TrajectorySink:
                 if len(self._queue) < self._capacity:
                     self._queue.appendleft(trajectory)
                 else:
-                    self.dropped += 1
+                    self._drop(1)
         else:
             self.sent += 1

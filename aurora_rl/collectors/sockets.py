@@ -18,6 +18,7 @@ from typing import Any
 
 import zmq
 from typing_extensions import override
+from zmq.utils.monitor import recv_monitor_message
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits
 from aurora_rl.collectors.guard import Guard
@@ -37,9 +38,25 @@ class Socket(zmq.Socket[bytes]):
 
     guard: Guard | None = None
     folder: str | None = None  # of the address between the two
+    _handshakes: zmq.Socket[bytes] | None = None
+    _connected = False
+
+    def watch_peer(self) -> None:
+        """Let :attr:`connected` follow the one peer that this socket will connect to."""
+        self._handshakes = self.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the watched peer is there: it has completed its handshake, and its connection is open."""
+        while self._handshakes is not None and self._handshakes.poll(0):
+            self._connected = recv_monitor_message(self._handshakes)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return self._connected
 
     @override
     def close(self, linger: int | None = None) -> None:
+        if self._handshakes is not None:
+            self.disable_monitor()
+            self._handshakes.close()
         super().close(linger)
         guard, self.guard = self.guard, None
         if guard is not None:

@@ -90,6 +90,7 @@ class Completion:
         drafts: What became of its drafts.
         logprobs: Log-probabilities of each token, if the request asked for them.
         text: The tokens as text, without a stop string, if :class:`aurora_rl.LLM` served the request.
+        cached_tokens: Tokens of the prompt that were found in the engine's prefix cache, and not read again.
         error: Why the request was not served; None if it was.
 
     Example:
@@ -105,6 +106,7 @@ class Completion:
     drafts: Drafts = field(default_factory=Drafts)
     logprobs: list[TokenLogprobs] | None = None
     text: str = ""
+    cached_tokens: int = 0
     error: str | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from aurora_rl.envs.processors import process
 from aurora_rl.envs.request import Completion, Drafts, Request
 from aurora_rl.envs.specs import specs
 from aurora_rl.envs.verification.rules import get_rule
+from aurora_rl.models.detokenizer import StopStrings
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import accepted_path, valid_nodes
@@ -34,6 +35,7 @@ class _Slot:
 
     request: Request
     processors: LogitsProcessorList | None = None
+    stop_strings: StopStrings | None = None
     drafts: Drafts = field(default_factory=Drafts)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ class SpecDecodeEnv(EnvBase):
         draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``; also ("draft", "mode") of
             actions that have it. If the rule needs the drafter's distribution, actions carry it as ("draft", "q").
         stop_tokens: Token ids that end a completion.
-        decode: Turns token ids into text; needed only by requests with stop strings.
+        decode: Turns token ids into text, whole completions and their ends; needed only by requests with stop strings.
         processors: Returns the logits processors of transformers for a request, such as the result of
             :func:`aurora_rl.envs.generation_processors`; ValueError from it refuses the request. A processor must
             depend on ``input_ids`` and ``scores`` alone. None serves raw logits.
@@ -226,7 +228,12 @@ class SpecDecodeEnv(EnvBase):
         loaded = self._prefill.read(slots, decoding=bool(self._active))
         if loaded:
             for slot, request in loaded:
-                self._active[slot] = _Slot(request, self._processors_for and self._processors_for(request))
+                stop = request.sampling.stop
+                self._active[slot] = _Slot(
+                    request,
+                    self._processors_for and self._processors_for(request),
+                    StopStrings(self._decode, stop) if self._decode is not None and stop else None,
+                )
             if self._recorder:
                 for slot, _ in loaded:
                     self._recorder.start(slot)
@@ -348,24 +355,17 @@ class SpecDecodeEnv(EnvBase):
         counts, ended, spent = [], [], []
         columns = zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)
         for i, (slot, drafted, done) in enumerate(columns):
-            wanted = self._active[slot].request.sampling
-            count = min(drafted + 1, wanted.max_tokens - done)
+            held = self._active[slot]
+            budget = held.request.sampling.max_tokens
+            count = min(drafted + 1, budget - done)
             stop = next((j + 1 for j in range(count) if stops[i][j]), None)
-            if wanted.stop:
-                stop = self._stop_string(slot, sequence[i, : stop or count].tolist(), wanted.stop) or stop
+            if held.stop_strings is not None:
+                tokens = sequence[i, : stop or count].tolist()
+                stop = next((j for j, token in enumerate(tokens, 1) if held.stop_strings.feed(token)), stop)
             counts.append(stop or count)
             ended.append(stop is not None)
-            spent.append(done + counts[-1] >= wanted.max_tokens)
+            spent.append(done + counts[-1] >= budget)
         return torch.tensor(counts), torch.tensor(ended), torch.tensor(spent)
-
-    def _stop_string(self, slot: int, new: list[int], stop: Sequence[str]) -> int | None:
-        store = self.engine.store
-        text = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].tolist()
-        assert self._decode is not None  # `check` refuses stop strings without it
-        for count in range(1, len(new) + 1):
-            if any(s in self._decode(text + new[:count]) for s in stop):
-                return count
-        return None
 
     def _record(
         self,
@@ -406,7 +406,10 @@ class SpecDecodeEnv(EnvBase):
             trajectory = self._recorder.cut(slot, request.id, request.sampling, self.rule.name, self.draft_mode)
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
+        cached = int(store.cached_lengths[slot])
         self._release(slot)
         if self.on_completion:
             logprobs = None if request.sampling.logprobs is None else held.logprobs
-            self.on_completion(Completion(request, tokens, ended, trajectory, held.drafts, logprobs))
+            self.on_completion(
+                Completion(request, tokens, ended, trajectory, held.drafts, logprobs, cached_tokens=cached)
+            )

@@ -354,8 +354,9 @@ class TransformersEngine(Engine):
         if not 1 <= len(prompt) < self.max_length:
             raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
         prompt = prompt.to(self.store.tokens.device)
-        if not done and self.prefix_cache is not None:
-            done = self.prefix_cache.load(prompt[:-1], self._rows(slot))
+        if not done:
+            done = 0 if self.prefix_cache is None else self.prefix_cache.load(prompt[:-1], self._rows(slot))
+            self.store.cached_lengths[slot] = done
         where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
         rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
         for start in range(done, stop, size := max(16, min(rows, self._prefill_rows))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -119,6 +119,48 @@ class Detokenizer:
         kept = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
+
+
+class StopStrings:
+    """Watch for stop strings in the text of one completion as its tokens arrive.
+
+    With each token the last few are decoded again, so that the cost of a token does not depend on how many came before.
+    These are as many as the longest stop string has characters and a few more. Their text is the end of the whole text:
+    they begin between two characters, and lack at most the space that a tokenizer strips from the beginning of a text.
+
+    Args:
+        decode: Turns token ids into text.
+        stop: Stop strings, at least one.
+
+    Example:
+        >>> stops = StopStrings(lambda tokens: "".join(map(chr, tokens)), ["END"])
+        >>> [stops.feed(ord(character)) for character in "ENEND"]
+        [False, False, False, False, True]
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str]) -> None:
+        self._decode, self._stop = decode, tuple(stop)
+        self._longest = max(map(len, stop))
+        self._window: list[int] = []
+
+    def feed(self, token: int) -> bool:
+        """Return whether the text contains a stop string once it has this token."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if any(each in text for each in self._stop):
+            return True
+        count = self._longest + _CONTEXT
+        if len(self._window) >= 2 * count:
+            self._shorten(text, self._window[-count:])
+        return False
+
+    def _shorten(self, text: str, tail: list[int]) -> None:
+        """Make the tail the window, if no stop string that is still to come can begin before it."""
+        rest = self._decode(tail)
+        # A tail that begins within a character reads otherwise. At the end a character may wait for its last byte: in
+        # vocabularies of single bytes ("<0xE2>") all those next to it are broken until then, and do not count.
+        if text.endswith(rest) and len(rest.rstrip("\ufffd")) >= self._longest:
+            self._window = tail
 
 
 def _first(text: str, stop: Sequence[str]) -> int | None:

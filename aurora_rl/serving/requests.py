@@ -179,4 +179,5 @@ class RequestQueue:
             )
         settings = {"seed": (self._sampling.seed + turn.index) % 2**63, **prompt.sampling}
         settings |= {"seed": turn_seed(settings["seed"], turn.number), "max_tokens": budget, "stop": prompt.stop}
-        return Request(id, torch.tensor(tokens), replace(self._sampling, **settings))
+        sampling = replace(self._sampling, **settings)
+        return Request(id, torch.tensor(tokens), sampling, prompt.speculative, prompt.learn)

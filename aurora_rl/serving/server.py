@@ -81,6 +81,11 @@ class InferenceServer:
         return self._sink.dropped if self._sink is not None else 0
 
     @property
+    def missed(self) -> int:
+        """Dropped trajectories that were given up while no learner was connected."""
+        return self._sink.missed if self._sink is not None else 0
+
+    @property
     def queued(self) -> int:
         """Trajectories that wait to be sent."""
         return self._sink.queued if self._sink is not None else 0

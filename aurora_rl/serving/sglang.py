@@ -73,6 +73,11 @@ class SGLangServer:
         return self.status.get("dropped", 0)
 
     @property
+    def missed(self) -> int:
+        """Dropped trajectories that were given up while no learner was connected."""
+        return self.status.get("missed", 0)
+
+    @property
     def queued(self) -> int:
         """Trajectories that wait to be sent."""
         return self.status.get("queued", 0)

@@ -100,7 +100,13 @@ EVENTS: dict[str, Event] = {
     "unreachable": Event("The SGLang server or its plugin does not answer.", _REASON),
     "learner_restarted": Event(
         "A learner that had ended was started again.",
-        {"restarts": "How often so far.", "resumed": "True if it goes on from a checkpoint."},
+        {
+            "restarts": "How often so far.",
+            "resumed": "True if it goes on from a checkpoint.",
+            "missed": "Trajectories that were dropped so far while no learner was connected, of all outages and before "
+            "the first. Not among them: what waits in the queue for the next learner, and what the last one had "
+            "received and not learned from, which is lost with it and not counted.",
+        },
     ),
     "learner_died": Event("The server's learner has ended; serving goes on.", _REASON),
     "failed": Event("At the end of a run, for each request that was not served.", _REASON),

@@ -63,12 +63,13 @@ class Stats:
             requests=1, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
         )
 
-    def summary(self, *, failed: int = 0, dropped: int = 0, duration_s: float = 0.0) -> dict[str, Any]:
+    def summary(self, *, failed: int = 0, dropped: int = 0, missed: int = 0, duration_s: float = 0.0) -> dict[str, Any]:
         """Return what ``summary.json`` holds; null stands for what was not measured.
 
         Args:
             failed: Requests that could not be served.
             dropped: Trajectories that no learner took.
+            missed: Those of them that were given up while no learner was connected.
             duration_s: Seconds of the run.
         """
         count = len(self.finished)
@@ -99,6 +100,7 @@ class Stats:
             "speedup": last.speedup,
             "baseline_rounds": last.baseline_rounds,
             "dropped_trajectories": dropped,
+            "missed_trajectories": missed,
             "drafter_faults": self.drafter_faults,
             "duration_s": duration_s,
             "versions_served": self.versions,

@@ -40,6 +40,10 @@ class Server(Protocol):
         """Trajectories that no learner took."""
 
     @property
+    def missed(self) -> int:
+        """Dropped trajectories that were given up while no learner was connected."""
+
+    @property
     def refused(self) -> str | None:
         """Why the learner refuses this server; None if it does not."""
 
@@ -63,7 +67,7 @@ class LiveView:
         history: Gets every event; what the view shows of them.
         total: Requests to serve; None if there is no end to them.
         learner: Says how the learner is: "running", or that it died.
-        followers: Each is called with every event, in order, too.
+        followers: Further callables that get every event, in order.
 
     Attributes:
         unsaved: Why the learner could not write its last training state; None if it could.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.pools import POOLS
+from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, refusal
 from aurora_rl.workload.templates import TEMPLATES
 
 Message = Mapping[str, str]
@@ -24,7 +25,10 @@ Message = Mapping[str, str]
 _ROLES = ("system", "user", "assistant", "tool")
 # As in OpenAI's requests, which give the budget either name.
 _BUDGETS, _SAMPLING = ("max_tokens", "max_completion_tokens"), ("temperature", "top_p", "top_k", "seed")
-_KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING)
+_SWITCHES = ("speculative", "learn")
+_KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING, *_SWITCHES)
+# A line gets one answer, a text: what the server answers beyond that has no place in a file.
+_ONE_TEXT: Mapping[str, tuple[Any, ...]] = {"n": (1,), "logprobs": (False,), "top_logprobs": (0,)}
 _DOMAINS = tuple(TEMPLATES)
 
 
@@ -44,6 +48,8 @@ class Prompt:
         max_tokens: Token budget of each completion; None takes the configuration's.
         sampling: Values of temperature, top_p, top_k and seed that differ from the configuration's.
         stop: Strings that end a completion.
+        speculative: Whether drafts are verified for it.
+        learn: Whether the learner may see it.
     """
 
     id: str
@@ -53,6 +59,8 @@ class Prompt:
     max_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    speculative: bool = True
+    learn: bool = True
 
 
 # ---- from a file ------------------------------------------------------------------------------------------------
@@ -66,8 +74,9 @@ def read_jsonl(
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}`. It may have an `id`, a `domain` and `follow_ups`, a
     list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`
     and `stop` (a string or a list of them) override the configuration in every turn of the line, unless they are null.
-    Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so that a run never meets a
-    bad line half way.
+    `speculative: false` decodes it plainly, and `learn: false` keeps it from the learner. Further fields of OpenAI's
+    requests that would change the answer are refused. Blank lines and other keys are skipped. The whole file is
+    checked, whatever the limit, so that a run never meets a bad line half way.
 
     Args:
         path: File, in UTF-8.
@@ -120,9 +129,14 @@ def _parse(line: bytes, number: int) -> Prompt:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with 'messages', got {_kind(record)}")
-    # Files carry columns of their own, which are ignored; a misspelt one of ours must not be.
-    for key in record.keys() - set(_KEYS):
-        if close := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8):
+    for key, value in record.items():
+        reason = refusal(key, value) or refusal(key, value, _ONE_TEXT, by="traffic files")
+        if reason is not None:
+            raise ValueError(reason)
+    # Files carry columns of their own, which are ignored; a misspelt one of ours must not be. A cutoff of 0.8 would
+    # take the column "clean" for "learn".
+    for key in record.keys() - {*_KEYS, *HARMLESS, *NEUTRAL, *_ONE_TEXT}:
+        if close := difflib.get_close_matches(key.lower().replace("-", "_"), _KEYS, n=1, cutoff=0.81):
             raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
     try:
         json.dumps(record, ensure_ascii=False).encode()
@@ -147,6 +161,7 @@ def _parse(line: bytes, number: int) -> Prompt:
         _parse_budget(record),
         sampling,
         _parse_stop(record.get("stop")),
+        **{key: _parse_switch(key, record.get(key)) for key in _SWITCHES},
     )
 
 
@@ -165,6 +180,12 @@ def _parse_stop(value: Any) -> tuple[str, ...]:
     if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
         raise ValueError(f"'stop' must be a string or a list of strings that are not empty, got {value!r:.60}")
     return tuple(strings)
+
+
+def _parse_switch(key: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key!r} must be true or false, got {value!r:.60}")
+    return value is not False
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:

@@ -38,6 +38,7 @@ def test_the_keys_are_frozen() -> None:
         *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
         *("learner.resume", "learner.record"),
         *("gate.requests", "gate.margin"),
+        "telemetry.logger",
         "run_dir",
     ]
 

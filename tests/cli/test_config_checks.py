@@ -17,6 +17,7 @@ from aurora_rl.cli.errors import ConfigError
         ("http.timeout=0", "http.timeout must be a number of seconds above 0, got 0"),
         ("http.timeout=.inf", "http.timeout must be a number of seconds above 0, got inf"),
         ("http.cors_origins=[chat.example/]", r"http.cors_origins must be like https://.*, got \['chat.example/'\]"),
+        ("telemetry.logger=comet", "telemetry.logger must be csv, tensorboard, wandb, mlflow or null, got 'comet'"),
         ("engine.prefix_cache_tokens=-1", "engine.prefix_cache_tokens must not be negative, got -1"),
     ],
 )

@@ -31,6 +31,13 @@ def test_a_chat_is_asked_without_its_last_answer() -> None:
     assert kept == Prompt("b", "", chat("user"))
 
 
+def test_chats_that_nobody_may_learn_from_are_left_out() -> None:
+    open_chat, closed = Prompt("a", "", chat("user")), Prompt("b", "", chat("assistant"), learn=False)
+    assert questions([closed, open_chat, closed]) == [open_chat]
+    with pytest.raises(ConfigError, match="^traffic.path: all 2 chats say learn=false; train on chats that do not"):
+        questions([closed, closed])
+
+
 def test_a_chat_of_answers_alone_is_named() -> None:
     with pytest.raises(ConfigError, match="^traffic.path: chat 'b' has answers only; put a question before them$"):
         questions([Prompt("a", "", chat("user")), Prompt("b", "", chat("assistant", "assistant"))])

@@ -90,10 +90,12 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert train("--held-out", "0.3", "--epochs", "2", *pairs, f"run_dir={run}") == 0
+    assert train("--held-out", "0.3", "--epochs", "2", *pairs, f"run_dir={run}", "telemetry.logger=csv") == 0
     out = capsys.readouterr()
     assert out.err == "" and "epoch 0: acceptance length" in out.out and "epoch 2: acceptance length" in out.out
-    assert {path.name for path in run.iterdir()} == FILES
+    assert {path.name for path in run.iterdir()} == FILES | {"logs"}
+    logged = (run / "logs" / "run" / "scalars" / "train" / "loss.csv").read_text().splitlines()
+    assert [int(line.split(",")[0]) for line in logged] == [1, 2, 3, 4]
     assert len(TrajectoryDataset(run / "recording")) == 6
     figures = summary(run)
     assert (figures["requests"], figures["held_out"], figures["steps"], figures["skipped"]) == (4, 2, 4, 0)

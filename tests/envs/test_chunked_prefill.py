@@ -171,6 +171,7 @@ def test_texts_and_features_are_those_of_prompts_without_kept_rows(name: str) ->
         world = World(engine, [first, beside, second])
         assert world.run() == texts
         assert (world.chunks[0] == (0, 0, 41 + 16)) if kept else (world.chunks[0] == (0, 0, 16))
+        assert [world.done[each].cached_tokens for each in range(3)] == [0, 0, 41 if kept else 0]
         features.append(world.done[2].trajectory["sequence", "features"])
     torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
 

@@ -109,6 +109,27 @@ def test_a_learner_that_dies_is_started_again_and_goes_on_from_its_checkpoint(st
     assert server.ended() == 0, server.text
 
 
+def test_what_a_dead_learner_missed_is_counted_and_what_waited_for_the_next_is_not(start: Start) -> None:
+    server = start("serve", "http.port=0", "wire.queue=2")
+    api = client(server)
+    for number in range(2):  # a batch, and no more than waits for a learner that is just being connected
+        ask(api, f"Number {number}?", max_tokens=8)
+    server.wait_for("train")
+    (pid,) = server.children
+    os.kill(pid, signal.SIGKILL)
+    server.wait_for("learner_died")
+    for number in range(8):
+        ask(api, f"Number {number}?", max_tokens=8)
+    assert len(server.events("learner_ready")) == 1  # the next does not listen yet
+    server.wait_for("learner_ready", 2)
+    (again,) = server.events("learner_restarted")
+    assert again["missed"] <= 6
+    server.interrupt()
+    assert server.ended() == 0, server.text
+    assert server.summary["missed_trajectories"] == 6
+    assert f"{again['missed']} trajectories were dropped without one" in server.text
+
+
 def test_an_end_in_the_middle_tells_the_clients(start: Start) -> None:
     server = start("serve", "http.port=0", "learner.spawn=false")
     api = client(server)

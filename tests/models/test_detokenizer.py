@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from aurora_rl.models.detokenizer import Detokenizer, decode, token_bytes
+from aurora_rl.models.detokenizer import Detokenizer, StopStrings, decode, token_bytes
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,81 @@ def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerBase) -> None:
         spelt = [token_bytes(tokenizer, token)[1] or [] for token in tokens]
         assert bytes(byte for each in spelt for byte in each) == text.encode()
     assert token_bytes(tokenizer, tokenizer.eos_token_id)[0] == tokenizer.eos_token
+
+
+# ---- stop strings -----------------------------------------------------------------------------------------------
+
+# Beginnings of words have a space, the single bytes make characters of up to four, and a token has none to three.
+PIECES = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", "▁a", "▁bc", "a", "b", "cd", ".", "▁é", "😀"]
+STRIP = decoders.Strip(" ", 1, 0)
+SPELLING = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), STRIP])
+
+
+def of_pieces(decoder: object, pieces: Sequence[str] = PIECES) -> PreTrainedTokenizerBase:
+    backend = Tokenizer(models.WordLevel({piece: place for place, piece in enumerate(pieces)}, unk_token="<s>"))
+    backend.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+KINDS = {
+    "sentencepiece with bytes": lambda: of_pieces(SPELLING),
+    "sentencepiece": lambda: of_pieces(decoders.Metaspace(), [PIECES[0], *PIECES[257:]]),
+    "wordpiece": lambda: of_pieces(decoders.WordPiece(), ["<s>", "a", "##a", "##b", "bc", ".", "é", "n't", "😀"]),
+    "ends of words": lambda: of_pieces(decoders.BPEDecoder("</w>"), ["<s>", "a", "b</w>", "é", "cd</w>", "</w>"]),
+}
+
+
+@pytest.fixture(params=["of_bytes", *KINDS, pytest.param("smollm2", marks=pytest.mark.smollm2)], scope="module")
+def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return KINDS[request.param]() if request.param in KINDS else request.getfixturevalue(request.param)
+
+
+def end_by_the_whole_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: list[str]) -> int | None:
+    texts = ((count, decode(tokenizer, tokens[:count])) for count in range(1, len(tokens) + 1))
+    return next((count for count, text in texts if any(each in text for each in stop)), None)
+
+
+def end_by_the_last_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: list[str]) -> int | None:
+    stops = StopStrings(lambda window: decode(tokenizer, window), stop)
+    return next((count for count, token in enumerate(tokens, 1) if stops.feed(token)), None)
+
+
+def has_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return len(tokenizer) == len(PIECES)
+
+
+def ids(tokenizer: PreTrainedTokenizerBase) -> st.SearchStrategy[list[int]]:
+    """Tokens of a vocabulary at random; of single bytes mostly whole characters, next to words."""
+    parts = st.integers(0, len(tokenizer) - 1).map(lambda token: [token])
+    if has_bytes(tokenizer):
+        words = st.integers(257, len(tokenizer) - 1).map(lambda token: [token])
+        spelt = st.characters(exclude_categories=["Cs"]).map(lambda c: [f"<0x{byte:02X}>" for byte in c.encode()])
+        parts = st.one_of(words, words, spelt.map(tokenizer.convert_tokens_to_ids), parts)
+    return st.lists(parts, min_size=20, max_size=70).map(lambda parts: [token for part in parts for token in part])
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_stop_strings_are_found_at_the_token_that_completes_them(
+    any_tokenizer: PreTrainedTokenizerBase, data: st.DataObject
+) -> None:
+    tokens = data.draw(ids(any_tokenizer))
+    text = decode(any_tokenizer, tokens) or "a"
+    ends = data.draw(st.lists(st.tuples(st.integers(1, len(text)), st.integers(1, 12)), min_size=1, max_size=2))
+    stop = [text[max(end - length, 0) : end] for end, length in ends]
+    if has_bytes(any_tokenizer):  # a broken character breaks those next to it, however many these are
+        stop = [each.replace("\ufffd", "a") for each in stop]
+    assert end_by_the_last_tokens(any_tokenizer, tokens, stop) == end_by_the_whole_text(any_tokenizer, tokens, stop)
+
+
+def test_a_stop_string_that_never_comes_costs_the_same_at_every_token(any_tokenizer: PreTrainedTokenizerBase) -> None:
+    decoded: list[int] = []
+
+    def counted(tokens: list[int]) -> str:
+        decoded.append(len(tokens))
+        return decode(any_tokenizer, tokens)
+
+    stops = StopStrings(counted, ["never there"])
+    tokens = [token for token in any_tokenizer.convert_tokens_to_ids(["a", "▁a", "cd", "Ġthe", "Ġ", "."]) if token]
+    assert not any(stops.feed(token) for token in tokens * 200)
+    assert max(decoded) < 50 and len(decoded) < 2 * 200 * len(tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,16 @@ def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
         "prompt 'p', turn 2: the prompt has 22 tokens; with max_tokens=50 that exceeds engine.max_length=60; "
         "shorten it, or raise engine.max_length up to the model's context"
     ]
+
+
+def test_every_turn_is_served_as_its_line_says() -> None:
+    first, second = replace(prompt("p", "one", "more"), speculative=False), replace(prompt("q", "two"), learn=False)
+    source = queue_of(first, second, prompt("r", "three"))
+    requests = [source(), source(), source()]
+    source.completed(answer(requests[0], "yes"))
+    assert [(r.speculative, r.learn) for r in [*requests, source()]] == [
+        (False, True), (True, False), (True, True), (False, True),
+    ]  # fmt: skip
 
 
 def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:

@@ -173,4 +173,4 @@ def test_nobody_listens(tmp_path: Path) -> None:
     serving.check_texts()
     receiver.close()
     sink.close(timeout=0.0)
-    assert server.stats.summary(dropped=server.dropped)["dropped_trajectories"] == 5
+    assert server.stats.summary(dropped=server.dropped)["dropped_trajectories"] == 5 == server.missed

@@ -59,6 +59,7 @@ class Engine:
             "swap_ms": self.swaps[-2:],
             "version": len(self.swaps),
             "dropped": 7,
+            "missed": 4,
         }
 
 
@@ -154,7 +155,7 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     server.watch()
     server.watch()
     assert [event["reason"] for event in events("unreachable")] == ["no answer"]
-    assert server.dropped == 7, "what was known stays"
+    assert (server.dropped, server.missed) == (7, 4), "what was known stays"
     engine.reachable, engine.attached, engine.swaps = True, 0, []
     server.watch()
     engine.swaps.append(5.0)

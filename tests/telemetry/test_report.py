@@ -30,7 +30,8 @@ SUMMARY = {
     "tokens_per_second": {"baseline": 100.0, "speculative": 150.0},
     "speedup": 1.5,
     "baseline_rounds": 320,
-    "dropped_trajectories": 0,
+    "dropped_trajectories": 7,
+    "missed_trajectories": 0,
     "drafter_faults": 0,
     "duration_s": 61.5,
     "versions_served": [0, 1, 2],
@@ -60,6 +61,11 @@ def test_the_summary_has_the_promised_keys_and_rounded_numbers(tmp_path: Path) -
 def test_domains_have_a_row_where_there_are_any() -> None:
     assert "acceptance length by domain" in render(SUMMARY) and "none – · chat 1.50" in render(SUMMARY)
     assert "by domain" not in render(EMPTY_SUMMARY)
+
+
+def test_what_was_dropped_without_a_learner_is_told_apart() -> None:
+    assert "7 (5 without a learner)" in render(SUMMARY | {"missed_trajectories": 5})
+    assert "without a learner" not in render(SUMMARY)
 
 
 def test_what_was_not_measured_is_null_and_a_dash(tmp_path: Path) -> None:

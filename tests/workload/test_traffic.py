@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aurora_rl.workload import traffic
+from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL
 from aurora_rl.workload.traffic import Prompt, TrafficError, generate, read_jsonl
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -55,6 +56,33 @@ def test_a_line_may_say_how_it_is_sampled(tmp_path: Path) -> None:
     assert [p.stop for p in prompts] == [("\n", "END"), ("END",), ()]
 
 
+def test_a_line_may_say_how_it_is_served(tmp_path: Path) -> None:
+    lines = ["{", '{"speculative": false, ', '{"learn": false, ', '{"speculative": true, "learn": null, ']
+    prompts = read_jsonl(write(tmp_path, *(GOOD.replace("{", line, 1) for line in lines)))
+    assert [(p.speculative, p.learn) for p in prompts] == [(True, True), (False, True), (True, False), (True, True)]
+
+
+ONE_TEXT = {"n": 2, "logprobs": True, "top_logprobs": 3}
+
+
+@pytest.mark.parametrize("field", [*NEUTRAL, *ONE_TEXT])
+def test_what_would_change_the_answer_and_is_not_supported_is_refused(tmp_path: Path, field: str) -> None:
+    line = json.dumps(json.loads(GOOD) | {field: ONE_TEXT.get(field, [{"type": "function"}])})
+    by = "traffic files" if field in ONE_TEXT else "this server"
+    with pytest.raises(TrafficError, match=rf"requests\.jsonl, line 2: {field} is not supported by {by}: leave it out"):
+        read_jsonl(write(tmp_path, GOOD, line))
+
+
+def test_what_changes_nothing_is_ignored(tmp_path: Path) -> None:
+    neutral = {field: values[0] if values else None for field, values in NEUTRAL.items()}
+    neutral |= {"n": 1, "logprobs": False, "top_logprobs": 0}
+    own = dict.fromkeys(["stream", "model", "prompt", "clean", "source", "ids"], "x")
+    lines = [neutral, dict.fromkeys([*NEUTRAL, *ONE_TEXT]), dict.fromkeys(HARMLESS, "x"), own]
+    user = json.loads(GOOD)
+    prompts = read_jsonl(write(tmp_path, *(json.dumps(user | line) for line in lines)))
+    assert prompts == [Prompt(f"line-{number}", "", tuple(user["messages"])) for number in range(1, 5)]
+
+
 def test_limit_and_shuffle(tmp_path: Path) -> None:
     path = write(tmp_path, *[GOOD] * 50)
     ids = [f"line-{n}" for n in range(1, 51)]
@@ -94,6 +122,8 @@ def message(**keys: Any) -> str:
             "'follow_ups' must be a list of strings that are not empty, got ",
         ),
         (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
+        (GOOD.replace("{", '{"Top-P": 0.5, ', 1), "unknown key 'Top-P'; did you mean 'top_p'"),
+        (GOOD.replace("{", '{"learn": "no", ', 1), "'learn' must be true or false, got 'no'"),
         (GOOD.replace("{", '{"max_tokens": 0, ', 1), "'max_tokens' must be an integer of at least 1, got 0"),
         (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "'max_completion_tokens' must be an integer"),
         (

@@ -190,20 +190,21 @@ class SGLangClient:
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, request: Request, *, stop_tokens: Sequence[int] = (), learn: bool = True, timeout: float = 600.0
+        self, request: Request, *, stop_tokens: Sequence[int] = (), timeout: float = 600.0
     ) -> SGLangCompletion:
         """Ask for one completion and wait for it; may be called from several threads.
 
         Args:
-            request: Prompt, budget and sampling.
+            request: Prompt, budget and sampling. It stays out of the records where its ``learn`` is false.
             stop_tokens: Token ids that end the text, in addition to those of the model's own configuration.
-            learn: False keeps this request out of the records.
             timeout: Seconds to wait.
 
         Raises:
             SGLangError: The server refuses, or does not answer.
         """
         sampling = request.sampling
+        if not request.speculative:
+            raise SGLangError(f"request {request.id}: speculative=false is not supported by SGLang; leave it out")
         if self._argmax and sampling.temperature > 0:
             raise SGLangError(
                 f"request {request.id}: temperature {sampling.temperature:g} is not supported, since SGLang verifies "
@@ -220,7 +221,7 @@ class SGLangClient:
             params["top_k"] = sampling.top_k
         if sampling.temperature > 0:
             params["sampling_seed"] = sampling.seed
-        if not learn:
+        if not request.learn:
             params["custom_params"] = {"aurora_rl": False}
         reply = self.post(
             "/generate",
@@ -290,7 +291,7 @@ class SGLangClient:
         """
         status = self.status()
         before, self._argmax = status["seen"], status["device"] == "cpu"
-        self.generate(Request(_PROBE, torch.arange(1, 5), SamplingParams(max_tokens=4)), learn=False)
+        self.generate(Request(_PROBE, torch.arange(1, 5), SamplingParams(max_tokens=4), learn=False))
         seen = self.status()["seen"]
         silent = [hook for hook in ("prefill", "verify") if seen.get(hook, 0) <= before.get(hook, 0)]
         if silent:

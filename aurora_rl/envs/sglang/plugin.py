@@ -136,6 +136,7 @@ class Plugin:
                 "skipped": counts,
                 "queued": session.sink.queued,
                 "dropped": session.sink.dropped,
+                "missed": session.sink.missed,
                 "sent": session.sink.sent,
                 "version": session.version,
                 "refused": session.receiver.error,

@@ -80,10 +80,18 @@ class Bodies(ABC):
 
     @staticmethod
     def usage(jobs: Sequence[Job], completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the tokens of an answer; the prompt of several choices is counted once."""
-        prompts = {id(job.prompt): len(job.prompt) for job in jobs}
-        prompt, completion = sum(prompts.values()), sum(len(each.tokens) for each in completions)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        """Return the tokens of an answer; the prompt of several choices is counted once, as it was first read."""
+        prompt = sum({id(job.prompt): len(job.prompt) for job in jobs}.values())
+        completion = sum(len(each.tokens) for each in completions)
+        cached: dict[int, int] = {}
+        for job, each in zip(jobs, completions, strict=True):
+            cached[id(job.prompt)] = min(each.cached_tokens, cached.get(id(job.prompt), each.cached_tokens))
+        return {
+            "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
 
     def metrics(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return what became of the drafts of all choices together, under vLLM's names."""

@@ -52,8 +52,11 @@ def test_a_folder_without_a_drafter_is_named(tmp_path):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
+    asked = {}
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked[body["rid"]] = body["sampling_params"].get("custom_params")
         status, text = {
             "0": (200, json.dumps({"output_ids": body["input_ids"], "meta_info": {"finish_reason": {"type": "stop"}}})),
             "1": (400, "the input is too long"),
@@ -74,12 +77,16 @@ def test_answers_refusals_and_nonsense_of_a_server():
         url = f"http://127.0.0.1:{server.server_port}"
         try:
             with SGLangClient(url + "/") as client:
-                completion = client.generate(Request(0, torch.tensor([3, 4]), SamplingParams(max_tokens=5)), timeout=10)
+                unrecorded = Request(0, torch.tensor([3, 4]), SamplingParams(max_tokens=5), learn=False)
+                completion = client.generate(unrecorded, timeout=10)
                 assert (completion.tokens.tolist(), completion.terminated) == ([3, 4], True)
                 with pytest.raises(SGLangError, match="SGLang refuses /generate: the input is too long"):
                     client.generate(Request(1, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
                 with pytest.raises(SGLangError, match=f"SGLang at {url} does not answer /generate"):
                     client.generate(Request(2, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
+                with pytest.raises(SGLangError, match="request 3: speculative=false is not supported by SGLang; leave"):
+                    client.generate(Request(3, torch.tensor([3]), speculative=False))
+                assert Answers.asked == {"0": {"aurora_rl": False}, "1": None, "2": None}
         finally:
             server.shutdown()
             thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import encode_chat
+from aurora_rl.prefix_cache import PrefixCache
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, caffé?"}]
 
@@ -66,6 +68,27 @@ def test_a_stream_ends_with_its_usage_where_it_is_asked_for(client: openai.OpenA
     assert pieces[-1].usage == whole.usage and pieces[-1].choices == []
     assert all(piece.usage is None and piece.choices for piece in pieces[:-1])
     assert pieces[-1].metrics["speculative_decoding"]["num_draft_tokens"] > 0
+
+
+def test_the_usage_says_how_much_of_the_prompt_was_kept_from_earlier_requests(rig: Any, client: openai.OpenAI) -> None:
+    def ask(messages: Any, n: int) -> tuple[Any, int]:
+        answer = client.chat.completions.create(model="tiny/model", messages=messages, max_tokens=8, n=n)
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        return answer.choices[0].message, answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    engine = rig.env.engine
+    engine.prefix_cache = PrefixCache(1024)
+    try:
+        said, cached = ask(CHAT, n=2)
+        assert cached == 0
+        prompt = encode_chat(rig.tokenizer, CHAT)
+        history = [*CHAT, {"role": "assistant", "content": said.content}, {"role": "user", "content": "And?"}]
+        kept = [*prompt, *rig.plain(prompt, 8)][:-1]  # the last token has been through no pass
+        again = len(os.path.commonprefix([kept, encode_chat(rig.tokenizer, history)]))
+        # Three choices in two slots: the third finds the whole prompt, which the first two had to read.
+        assert len(prompt) <= again == ask(history, n=3)[1]
+    finally:
+        engine.prefix_cache = None
 
 
 def test_a_stream_is_server_sent_events(rig: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_rl.serving.http.fields import HARMLESS, NEUTRAL
+from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL
 
 CHAT: Any = [{"role": "user", "content": "Hi"}]
 

@@ -1,0 +1,28 @@
+"""Fields that are not honoured: which values of them may be ignored, and how the others are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, refusal
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_only_a_value_that_says_that_a_field_is_not_wanted_is_ignored(name: str) -> None:
+    assert [refusal(name, value) for value in (None, *NEUTRAL[name])] == [None] * (1 + len(NEUTRAL[name]))
+    assert str(refusal(name, "something else")).startswith(f"{name} is not supported by this server: leave it out")
+
+
+def test_a_refusal_names_the_field_its_place_and_what_may_stand_there() -> None:
+    assert refusal("response_format", {"type": "json_object"}) == (
+        "response_format is not supported by this server: leave it out, or set it to {'type': 'text'}"
+    )
+    assert refusal("guided_json", {}) == "guided_json is not supported by this server: leave it out"
+    assert refusal("tools", [3], {"tools": ([], "")}, where="messages[0].", by="files") == (
+        "messages[0].tools is not supported by files: leave it out, or set it to [] or ''"
+    )
+
+
+def test_what_is_unknown_is_not_refused() -> None:
+    assert not HARMLESS & NEUTRAL.keys()
+    assert {refusal(name, "x") for name in (*HARMLESS, "my_column", "temperature")} == {None}
