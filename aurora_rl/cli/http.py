@@ -12,6 +12,7 @@ from aurora_rl.cli.spec import RunSpec
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer
+from aurora_rl.telemetry.history import RunHistory
 
 
 class HttpFront:
@@ -64,8 +65,9 @@ class HttpFront:
         vocab_size: int,
         clients: AsyncEngine,
         server: InferenceServer,
+        history: RunHistory,
     ) -> None:
-        """Begin to answer."""
+        """Begin to answer, and to show the run."""
         from aurora_rl.serving.http.app import create_app
 
         config, http = spec.config, spec.config.http
@@ -81,6 +83,7 @@ class HttpFront:
             metrics=self.metrics,
             num_spec_tokens=spec.tree.depth,
             drafter_version=lambda: server.stats.version,
+            history=history,
             api_keys=self._keys,
             max_body=http.max_body,
             timeout=http.timeout,
@@ -88,14 +91,15 @@ class HttpFront:
         )
         self._server.start(app)
 
-    def start_proxy(self, spec: RunSpec, server: AttachedServer) -> None:
-        """Begin to pass requests on to SGLang."""
+    def start_proxy(self, spec: RunSpec, server: AttachedServer, history: RunHistory) -> None:
+        """Begin to pass requests on to SGLang, and to show the run."""
         from aurora_rl.serving.http.proxy import create_proxy
 
         http = spec.config.http
         app = create_proxy(
             server.engine.url,
             model=spec.config.model,
+            history=history,
             metrics=self.metrics,
             drafter_version=lambda: server.stats.version,
             api_keys=self._keys,

@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-_PLAIN = str.maketrans({"–": "-", "—": "-", "·": "/", "→": "->", "…": "...", "’": "'", "“": '"', "”": '"'})
+_TREND = dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True))
+_PLAIN = str.maketrans({"–": "-", "—": "-", "·": "/", "→": "->", "…": "...", "’": "'", "“": '"', "”": '"'} | _TREND)
 
 
 class SafeStream:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from aurora_rl.telemetry.view import every
 
@@ -40,3 +42,37 @@ def watch(console: Console, what: str, total: int, done: int) -> Iterator[Watch]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield Watch(console, what, total, done, bar)
+
+
+@contextlib.contextmanager
+def timed_steps(console: Console) -> Iterator[Callable[[str], None]]:
+    """Show the steps of a start, and at the end what each of them took.
+
+    Yields:
+        A function to call with the name of each step as it begins.
+
+    Example:
+        >>> with timed_steps(Console()) as step:
+        ...     step("model")
+        ...     step("engine")
+        model 0.0 s · engine 0.0 s
+    """
+    done: list[str] = []
+    name, began = "", time.monotonic()
+
+    def end() -> None:
+        if name:
+            done.append(f"{name} {time.monotonic() - began:.1f} s")
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def step(following: str) -> None:
+            nonlocal name, began
+            end()
+            name, began = following, time.monotonic()
+            if console.is_terminal:
+                live.update(Text(" · ".join([*done, f"{name} …"])), refresh=True)
+
+        yield step
+    end()
+    console.print(" · ".join(done), soft_wrap=True)

@@ -17,8 +17,10 @@ from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.progress import timed_steps
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
 from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import Outputs, one_line
@@ -75,8 +77,8 @@ class _Session:
         self._folder = RunDir(config, _DOCUMENTS, resume=resume)
         self._run_dir = self._folder.path
         self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
-        self._reader, self._ready, self._events = (MetricsReader(self._log.path, from_now=True) for _ in range(3))
-        self._outputs, self._figures = Outputs(), ExitStack()
+        self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
+        self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
         self._learner: LearnerProcess | None = None
@@ -88,6 +90,13 @@ class _Session:
 
     def start(self) -> None:
         """Load the target, start the learner and the engine, and begin to listen."""
+        with timed_steps(self._console) as step:
+            address = self._open(step)
+        if address:
+            self._console.print(address, soft_wrap=True)
+
+    def _open(self, step: Callable[[str], None]) -> str:
+        """Open what a run needs, step by step; return the line that says where clients are answered."""
         import torch
 
         from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
@@ -96,6 +105,7 @@ class _Session:
         from aurora_rl.cli.spec import resolve
         from aurora_rl.memory import return_freed_memory
         from aurora_rl.serving.async_engine import AsyncEngine
+        from aurora_rl.workload.traffic import unseen_from
 
         config, run_dir, say = self._config, self._run_dir, partial(self._console.print, soft_wrap=True)
         torch.set_num_threads(config.engine.threads)
@@ -107,14 +117,18 @@ class _Session:
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
+            step("model")
             target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
             queue = request_queue(spec, target, prompts)
+            step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
             if config.learner.spawn:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
             if self._replays:
+                if config.traffic.path is None:
+                    self._history.mark(unseen_from(len(prompts)), "unseen templates")
                 self._requests = queue
                 queue.answers = JsonLines(run_dir / "answers.jsonl")
             clients = self._clients = AsyncEngine(
@@ -122,11 +136,12 @@ class _Session:
                 workload=self._requests,
                 first_id=queue.total if self._replays else 0,
             )
+            step("engine")
             try:
                 if config.engine.name == "sglang":
                     source = clients if self._replays else None
                     self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
-                    self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}"
+                    self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}/v1"
                 else:
                     usual = queue.first_prompts(1)[0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log)
@@ -140,16 +155,16 @@ class _Session:
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
         if self._learner is not None:
+            step("learner")
             self._learner.wait_ready(self._ready)
         if http is not None:
             if config.engine.name == "sglang":
-                http.start_proxy(spec, sglang)
+                http.start_proxy(spec, sglang, self._history)
             else:
-                http.start(spec, tokenizer, vocab_size, clients, embedded)
+                http.start(spec, tokenizer, vocab_size, clients, embedded, self._history)
             self._followers.append(http.metrics.follow)
-            say(f"listening at {http.url}/v1")
-        if address:
-            say(f"{address}/v1")
+            address = f"listening at {http.url}/v1 · live page at {http.url}/"
+        return address
 
     def serve(self) -> None:
         """Go round after round, until the user asks for an end or the traffic is served."""
@@ -159,12 +174,13 @@ class _Session:
             server,
             self._log,
             self._reader,
+            self._history,
             total=None if self._requests is None else self._requests.total,
             learner=self._learner_state,
             followers=self._followers,
         )
         stop.working = True
-        with Live(view.table(), console=console, auto_refresh=False, transient=True) as live:
+        with Live(view.table(), console=console, auto_refresh=False, transient=not console.is_terminal) as live:
 
             def follow() -> None:
                 for news in view.follow():
@@ -187,6 +203,7 @@ class _Session:
             except (ValueError, OSError) as error:  # of the program, not of its input: show where
                 raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
             view.log_status()
+            live.update(view.table())  # a terminal keeps the last state on its screen
 
     def _learner_state(self) -> str:
         return f"any at {self._config.wire.weights}" if self._learner is None else self._learner.state
@@ -242,9 +259,8 @@ class _Session:
         for reason in failed:
             self._log.write("failed", reason=reason)
         outputs.count(self._log)
-        swaps = [event["requests"] for event in self._events if event["event"] == "swap"]
         outputs.write("summary.json", lambda: write_summary(run_dir, summary))
-        outputs.write("report.png", lambda: draw_report(run_dir / "report.png", stats.finished, stats.rounds, swaps))
+        outputs.write("report.png", lambda: draw_report(run_dir / "report.png", self._history))
         self._console.print(summary_table(summary))
         names = sorted(path.name for path in run_dir.glob("[a-z]*"))
         self._console.print(f"written to {run_dir}: {', '.join(names)}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from collections import Counter, deque
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from rich.table import Table
 from rich.text import Text
 
+from aurora_rl.telemetry.history import DRAFTED, RunHistory, shares
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.report import show, show_speedup
 from aurora_rl.telemetry.stats import Stats
@@ -62,9 +64,10 @@ class LiveView:
         server: Serving half of the run.
         log: Gets "status", and "refused" and "learner_died" if that happens.
         reader: Follows the run's metrics, where the learner's events are too.
+        history: Gets every event; what the view shows of them.
         total: Requests to serve; None if there is no end to them.
         learner: Says how the learner is: "running", or that it died.
-        followers: Each is called with every event, in order: what else shows the run.
+        followers: Further callables that get every event, in order.
 
     Attributes:
         unsaved: Why the learner could not write its last training state; None if it could.
@@ -75,19 +78,19 @@ class LiveView:
         server: Server,
         log: MetricsLog,
         reader: MetricsReader,
+        history: RunHistory,
         *,
         total: int | None,
         learner: Callable[[], str],
         followers: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
-        self._server, self._log, self._reader = server, log, reader
-        self._total, self._learner, self._followers = total, learner, followers
+        self._server, self._log, self._reader, self._history = server, log, reader, history
+        self._total, self._learner = total, learner
+        self._followers = [history.follow, *followers]
+        self._began = time.monotonic()
         self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
-        self._loss: float | None = None
-        self._skipped = 0
-        self._unwritten = False
+        self._skipped = self._unwritten = False
         self.unsaved: str | None = None
-        self._gate: dict[str, Any] | None = None
         # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
         self._accepted: Counter[int] = Counter()
         self._coverage: list[float] = []
@@ -99,12 +102,10 @@ class LiveView:
         for event in self._reader:
             for follower in self._followers:
                 follower(event)
-            if event["event"] == "train":
-                self._loss = event["loss"]
-            elif event["event"] == "step_skipped":
+            if event["event"] == "step_skipped":
                 if not self._skipped:
                     told.append(f"the learner skipped a step, and goes on: {event['reason']}")
-                self._skipped = event["skipped"]
+                self._skipped = True
             elif event["event"] == "checkpoint":
                 self.unsaved = None
             elif event["event"] == "not_written":
@@ -113,8 +114,6 @@ class LiveView:
                 if not self._unwritten:
                     told.append(f"the learner could not write {event['what']}, and goes on: {event['reason']}")
                 self._unwritten = True
-            elif event["event"] == "gate":
-                self._gate = event
             elif event["event"] in ("request", "requests"):
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
                 if event.get("coverage") is not None:
@@ -153,7 +152,7 @@ class LiveView:
             coverage=sum(coverage) / len(coverage) if coverage else None,
             queue=server.queued,
             dropped=server.dropped,
-            learner=self._learner(),
+            learner=server.refused or self._learner(),
         )
         self._accepted, self._coverage, self._drafted = Counter(), [], stats.drafted.copy()
 
@@ -164,31 +163,79 @@ class LiveView:
         return stats.acceptance(max(count - max(count // 10, 8), 0), count)
 
     def _rows(self) -> list[tuple[str, str]]:
-        server, stats = self._server, self._server.stats
-        speed = stats.rates(0.25)
-        gate = self._gate and f"{self._gate['difference']:+.3f} {'published' if self._gate['publish'] else 'refused'}"
+        server, stats, history = self._server, self._server.stats, self._history
+        speed, done = stats.rates(0.25), len(stats.finished)
+        elapsed = time.monotonic() - self._began
+        left = "" if self._total is None or not done else f" · {show_time(elapsed / done * (self._total - done))}"
+        gate = "–"
+        if history.gates:
+            last = history.gates[-1]
+            gate = f"{last.difference:+.3f} {'published' if last.publish else 'refused'}"
+        drafted = " · ".join(f"{DRAFTED[name]} {share:.0%}" for name, share in shares(history.drafted).items())
         return [
-            ("requests", str(len(stats.finished)) + (f"/{self._total}" if self._total is not None else "")),
+            ("requests", str(done) + (f"/{self._total}" if self._total is not None else "")),
+            ("elapsed" if self._total is None else "elapsed · left", show_time(elapsed) + left),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
+            ("drafted", drafted or "–"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show_speedup(speed)),
             ("version · swaps", f"{stats.version} · {len(stats.swap_ms)}"),
             ("queue · dropped", f"{server.queued} · {server.dropped}"),
-            ("learner", self._server.refused or self._learner()),
-            ("learner loss · skipped steps", f"{show(self._loss, 3)} · {self._skipped}"),
-            ("gate", gate or "–"),
+            ("learner", server.refused or self._learner()),
+            ("learner loss · skipped steps", f"{show(history.learner.loss, 3)} · {history.learner.skipped}"),
+            ("gate", gate),
         ]
 
     def table(self) -> Table:
-        """Lay out the view of a terminal."""
+        """Lay out the view of a terminal; two figures say how they went so far."""
+        points = self._history.points
+        trends = {
+            "acceptance length": trend([point.acceptance for point in points]),
+            "speedup": trend([point.rates.speedup for point in points]),
+        }
         table = Table(show_header=False, title="aurora-rl")
+        table.add_column()
+        table.add_column(min_width=40)  # so that the table keeps its width
         for name, value in self._rows():
-            table.add_row(name, Text(value))  # text of peers may look like Rich's markup
+            lines = [value, trends[name]] if trends.get(name) else [value]
+            table.add_row(name, Text("\n".join(lines)))  # text of peers may look like Rich's markup
         return table
 
     def line(self) -> str:
         """Format the view for output that is not a terminal."""
         return " | ".join(f"{name} {value}" for name, value in self._rows())
+
+
+def show_time(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds.
+
+    Example:
+        >>> show_time(3725.4)
+        '1:02:05'
+    """
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def trend(values: Sequence[float | None], width: int = 24) -> str:
+    """Draw figures as blocks between the lowest and the highest, and name these two; a blank is a gap.
+
+    Example:
+        >>> trend([1.0, None, 1.5, 2.0])
+        '▁ ▅█ 1.00–2.00'
+    """
+    count = min(len(values), width)
+    parts = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+    means = [sum(known) / len(known) if (known := [v for v in part if v is not None]) else None for part in parts]
+    shown = [mean for mean in means if mean is not None]
+    if len(shown) < 2:
+        return ""
+    low, high = min(shown), max(shown)
+    step = (high - low) / (len(_BLOCKS) - 1) or 1.0
+    blocks = "".join(" " if mean is None else _BLOCKS[round((mean - low) / step)] for mean in means)
+    return f"{blocks} {low:.2f}–{high:.2f}"
 
 
 def every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:

@@ -242,6 +242,15 @@ def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
     return [filled.prompt for filled in _generate(num_requests, seed)]
 
 
+def unseen_from(num_requests: int) -> int:
+    """Return the position at which the unseen templates and values of so many requests begin.
+
+    >>> unseen_from(300)
+    225
+    """
+    return num_requests - num_requests // 4
+
+
 class _Filled(NamedTuple):
     """A generated request, and what it was generated from."""
 
@@ -283,7 +292,7 @@ class _Template:
 
 def _generate(num_requests: int, seed: int) -> Iterator[_Filled]:
     rng = random.Random(seed)
-    late = num_requests // 4
+    late = num_requests - unseen_from(num_requests)
     position = 0
     for templates, count in ((_templates(0), num_requests - late), (_templates(1), late)):
         # A random order of the domains decides who gets the odd ones of an uneven share.

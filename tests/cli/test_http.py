@@ -20,6 +20,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.http import HttpFront
 from aurora_rl.cli.spec import resolve
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.history import RunHistory
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -64,7 +65,7 @@ def test_before_sglang_requests_are_passed_on(monkeypatch: pytest.MonkeyPatch) -
 
     upstream.start(Starlette(routes=[Route("/v1/completions", answer, methods=["POST"])]))
     server: Any = SimpleNamespace(engine=SimpleNamespace(url=upstream.url), stats=SimpleNamespace(version=3))
-    front.start_proxy(spec, server)
+    front.start_proxy(spec, server, RunHistory())
     try:
         with httpx.Client(base_url=front.url, headers={"Authorization": "Bearer key"}) as client:
             assert client.post("/v1/completions", json={"n": 1}).json() == {"n": 1}

@@ -30,3 +30,32 @@ def test_a_terminal_has_a_bar_and_no_lines() -> None:
     with progress.watch(Console(file=out, width=200, force_terminal=True), "recording", 10, 0) as shown:
         shown.tell(5, "half")
     assert "recording half" in out.getvalue() and "5/10" in out.getvalue() and "s left" not in out.getvalue()
+
+
+def test_a_start_says_what_each_step_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.timed_steps(Console(file=out, width=200)) as step:
+        step("model")
+        now = 101.26
+        step("engine")
+        now = 104.0
+    assert out.getvalue() == "model 1.3 s · engine 2.7 s\n"
+
+
+def test_a_terminal_shows_the_step_that_runs() -> None:
+    out = io.StringIO()
+    with progress.timed_steps(Console(file=out, width=200, force_terminal=True)) as step:
+        step("model")
+        assert out.getvalue().rstrip().endswith("model …")
+        step("engine")
+        assert out.getvalue().rstrip().endswith("model 0.0 s · engine …")
+
+
+def test_a_start_that_fails_tells_no_times() -> None:
+    out = io.StringIO()
+    with pytest.raises(ValueError, match="no such model"), progress.timed_steps(Console(file=out)) as step:
+        step("model")
+        raise ValueError("no such model")
+    assert out.getvalue() == ""

@@ -38,6 +38,13 @@ def ask(api: openai.OpenAI, text: str, **options: Any) -> Any:
     )
 
 
+def server_page(api: openai.OpenAI) -> dict[str, Any]:
+    """What the live page shows, a status later."""
+    url = api.base_url.join("/history")
+    wait(lambda: httpx.get(url).json()["learner"]["state"] == "running")
+    return httpx.get(url).json()
+
+
 def scrape(api: openai.OpenAI) -> dict[str, float]:
     """Metrics without a label, by name."""
     text = httpx.get(str(api.base_url.join("/metrics")), timeout=30).text
@@ -66,6 +73,9 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
     assert later.choices[0].message.content == first.choices[0].message.content  # whatever drafts, the same text
     assert first.metrics["drafter_version"] == 0
     assert later.metrics["drafter_version"] >= server.events("swap")[0]["version"]
+    told = server_page(api)
+    assert told["requests"] > 0 and told["learner"]["state"] == "running" and told["gates"]["version"]
+    assert told["swaps"]["version"][0] == server.events("swap")[0]["version"]
 
     wait(lambda: scrape(api)["aurora_generation_tokens_total"] == 8 * (served + 1), 30)
     found = scrape(api)

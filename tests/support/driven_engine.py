@@ -26,6 +26,8 @@ class ClientRig:
 
     Attributes:
         learned: Ids of the requests whose trajectories were handed on.
+        queued: Trajectories that wait to be sent.
+        dropped: Trajectories that no learner took.
         log: What the server writes.
     """
 
@@ -53,6 +55,7 @@ class ClientRig:
             on_refused=self.clients.refused,
         )
         self.learned: list[int] = []
+        self.queued = self.dropped = 0
         self.log = MetricsLog(folder / "metrics.jsonl", "server")
         self.server = InferenceServer(
             self.env,

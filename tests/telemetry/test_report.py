@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from run_events import gate, request, status, swap
 
-from aurora_rl.telemetry.rates import Round, Rounds
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.report import draw_report, summary_table, write_summary
 from aurora_rl.telemetry.stats import Stats
 
@@ -77,18 +82,106 @@ def test_the_table_shows_the_figures() -> None:
         assert shown in text
 
 
-@pytest.mark.parametrize("requests", [0, 1, 60])
-def test_the_report_is_a_picture_whatever_was_measured(tmp_path: Path, requests: int) -> None:
-    rounds = [Round(r % 3 > 0, 1, 2, 0.125, r // 3) for r in range(3 * requests)]  # sums of eighths are exact
-    draw_report(tmp_path / "report.png", [(6, 3)] * requests, rounds, [0, requests // 2])
-    picture = (tmp_path / "report.png").read_bytes()
-    sums = Rounds()
-    for each in rounds:
-        sums.append(each)
-    draw_report(tmp_path / "sums.png", [(6, 3)] * requests, sums, [0, requests // 2])
-    assert (tmp_path / "sums.png").read_bytes() == picture
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(picture) > 5000
+def history_of(*events: dict) -> RunHistory:
+    history = RunHistory()
+    for event in events:
+        history.follow(event)
+    return history
+
+
+def whole_run() -> RunHistory:
+    """Forty requests of two domains, the second from the twentieth on; the speedup is too short in the first half."""
+    requests = [request("code" if n < 20 else "$sql 値") for n in range(40)]
+    events: list[dict] = []
+    for n in range(0, 40, 5):
+        short = {"baseline_rounds": 32, "speedup": None} if n < 20 else {}
+        events += [*requests[n : n + 5], status(n + 5, drafted={"tree": n, "chain": 10}, **short)]
+        events += [gate(serving=2.5), swap(n + 5)] if n in (10, 30) else []
+    history = history_of(*events)
+    history.mark(30, "unseen templates")
+    history.mark(40, "never reached")
+    return history
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunHistory], list[Axes]]:
+    """Draws a report and returns its panels."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def noted(figure: Figure, *args: Any, **words: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **words)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+
+    def draw(history: RunHistory) -> list[Axes]:
+        draw_report(tmp_path / "report.png", history)
+        assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        return figures[-1].axes
+
+    return draw
+
+
+def lines(axis: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    """The lines of a panel by label."""
+    return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+
+
+def texts(axis: Axes) -> list[str]:
+    return [text.get_text() for text in axis.texts]
+
+
+def test_the_report_shows_what_was_served_and_what_the_gate_replayed(drawn: Callable) -> None:
+    acceptance, *_ = drawn(whole_run())
+    served, replayed = "served, last tenth of the requests", "gate's replay of the serving weights"
+    shown = lines(acceptance)
+    assert shown[served] == ([5, 10, 15, 20, 25, 30, 35, 40], [2.0] * 8)
+    assert shown[replayed] == ([15, 35], [2.5, 2.5])
+    swaps = [
+        line.get_xdata()[0] for line in acceptance.lines if line.get_color() == "#e69f00" and len(line.get_xdata())
+    ]
+    assert swaps == [15, 35]
+    legend = [text.get_text() for text in acceptance.get_legend().get_texts()]
+    assert legend == [served, replayed, "weights swapped"]
+
+
+def test_the_report_marks_where_something_new_begins(drawn: Callable) -> None:
+    acceptance, speed, *_ = drawn(whole_run())
+    assert texts(acceptance) == [r"domain \$sql 値", "unseen templates"]
+    for axis in (acceptance, speed):
+        assert [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--"] == [20, 30]
+
+
+def test_a_speedup_over_too_few_plain_rounds_is_a_gap(drawn: Callable) -> None:
+    _, speed, *_ = drawn(whole_run())
+    (values,) = [values for _, values in lines(speed).values() if len(values) == 8]
+    assert [math.isnan(value) for value in values] == [True] * 4 + [False] * 4
+    assert texts(speed) == ["too short"]
+    _, speed = drawn(history_of(request(), status(1, baseline_rounds=32, speedup=None, drafted={})))
+    assert texts(speed) == ["too short\n32 of 96 plain rounds"]
+
+
+def test_without_plain_decoding_the_report_shows_tokens_per_second(drawn: Callable) -> None:
+    never = {"tokens_per_second": {"baseline": None, "speculative": 15.0}, "speedup": None, "baseline_rounds": 0}
+    _, speed, *_ = drawn(history_of(status(5, **never), status(9, **never)))
+    assert speed.get_ylabel() == "tokens per second"
+    assert speed.lines[0].get_ydata().tolist() == [15.0, 15.0]
+
+
+def test_bands_say_what_was_drafted_and_bars_how_each_domain_went(drawn: Callable) -> None:
+    _, _, drafted, domains = drawn(whole_run())
+    labels = [text.get_text() for text in drafted.get_legend().get_texts()]
+    assert labels == ["tree", "chain"]
+    assert [bar.get_width() for bar in domains.patches] == [2.0, 2.0]
+    assert [label.get_text() for label in domains.get_yticklabels()] == ["code", r"\$sql 値"]
+    assert texts(domains) == [" 2.00 · 20 requests · 160 tokens"] * 2
+
+
+def test_panels_without_content_are_left_out(drawn: Callable) -> None:
+    assert len(drawn(history_of(request(), status(1)))) == 3  # no domains
+    assert len(drawn(history_of(request(), status(1, drafted={})))) == 2  # as with SGLang
+    assert len(drawn(RunHistory())) == 2
 
 
 def test_half_a_picture_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +191,11 @@ def test_half_a_picture_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Figure, "savefig", cut)
     with pytest.raises(OSError, match="No space left"):
-        draw_report(tmp_path / "report.png", [(6, 3)], [], [])
+        draw_report(tmp_path / "report.png", whole_run())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_requests_without_speculative_rounds_can_be_drawn(tmp_path: Path) -> None:
-    draw_report(tmp_path / "report.png", [(0, 0)] * 30, [Round(False, 1, 1, 0.1, 0)], [])
-    assert (tmp_path / "report.png").exists()
+def test_requests_without_speculative_rounds_can_be_drawn(drawn: Callable) -> None:
+    plain = [request("code", speculative=(0, 0)), status(1, acceptance_length=None, drafted={"plain": 8})]
+    *_, domains = drawn(history_of(*plain))
+    assert texts(domains) == [" – · 1 requests · 8 tokens"]

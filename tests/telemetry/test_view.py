@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from run_events import gate, request, requests, status, train
 
+from aurora_rl.telemetry import view
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.rates import Rates
-from aurora_rl.telemetry.view import LiveView, every
+from aurora_rl.telemetry.view import LiveView, every, trend
 
 
 def serving() -> Any:
@@ -32,45 +35,52 @@ def serving() -> Any:
 def run(tmp_path: Path) -> SimpleNamespace:
     log, half = MetricsLog(tmp_path / "m.jsonl", "server"), serving()
     run = SimpleNamespace(log=log, serving=half, learner="running", reader=MetricsReader(tmp_path / "m.jsonl"))
-    run.view = LiveView(half, log, MetricsReader(tmp_path / "m.jsonl"), total=40, learner=lambda: run.learner)
+    run.view = LiveView(
+        half, log, MetricsReader(tmp_path / "m.jsonl"), RunHistory(), total=40, learner=lambda: run.learner
+    )
     return run
 
 
-def request(log: MetricsLog, accepted: dict[int, int], coverage: float) -> None:
-    log.write("request", accepted=accepted, coverage=coverage)
+def write(log: MetricsLog, *events: dict[str, Any]) -> None:
+    for event in events:
+        log.write(**{name: value for name, value in event.items() if name != "time"})
+
+
+def shown(run: SimpleNamespace) -> str:
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(run.view.table())
+    return console.export_text()
 
 
 def test_the_view_shows_the_run(run: SimpleNamespace) -> None:
-    run.log.write("train", loss=1.2345)
-    run.log.write("gate", difference=0.0711, publish=True)
+    write(run.log, train(), gate(), status(20))
     run.view.follow()
     assert run.view.line() == (
-        "requests 20/40 | acceptance length 2.00 at depth 2 | tokens/s plain · speculative 10.0 · 15.0 | speedup 1.50"
+        "requests 20/40 | elapsed · left 0:00:00 · 0:00:00 | acceptance length 2.00 at depth 2"
+        " | drafted tree 75% · baseline window 25% | tokens/s plain · speculative 10.0 · 15.0 | speedup 1.50"
         " | version · swaps 3 · 2 | queue · dropped 4 · 1 | learner running | learner loss · skipped steps 1.234 · 0"
         " | gate +0.071 published"
     )
-    console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"))
-    console.print(run.view.table())
-    console.file.close()
-    text = console.export_text()
-    assert all(shown in text for shown in ("20/40", "10.0 · 15.0", "+0.071 published"))
+    text = shown(run)
+    assert all(figure in text for figure in ("20/40", "10.0 · 15.0", "+0.071 published"))
 
 
 def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:
     run.serving.stats.finished = []
     run.serving.stats.rates = lambda share: Rates(None, None)
-    assert "requests 0/40 | acceptance length – at depth 2 | tokens/s plain · speculative – · –" in run.view.line()
+    assert run.view.line().startswith(
+        "requests 0/40 | elapsed · left 0:00:00 | acceptance length – at depth 2 | drafted – | tokens/s plain · "
+        "speculative – · – | speedup –"
+    )
     run.view.log_status()
     (status,) = list(run.reader)
     assert (status["acceptance_length"], status["coverage"], status["acceptance_by_position"]) == (None, None, [])
 
 
 def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> None:
-    request(run.log, {0: 6, 1: 1, 2: 3}, 0.5)
-    request(run.log, {2: 2}, 0.7)
+    write(run.log, request(accepted={0: 6, 1: 1, 2: 3}, coverage=0.5), request(accepted={2: 2}, coverage=0.7))
     run.view.log_status()
-    request(run.log, {0: 1}, 1.0)
-    run.log.write("requests", requests=2, accepted={1: 1, 3: 2})  # of SGLang's own clients
+    write(run.log, request(accepted={0: 1}, coverage=1.0), requests(2, accepted={1: 1, 3: 2}))
     run.view.log_status()
     run.serving.stats.drafted.update(tree=2)
     run.view.log_status()
@@ -141,9 +151,7 @@ def test_a_training_state_that_was_not_written_is_remembered_until_one_is(run: S
 
 def test_text_of_peers_is_no_markup(run: SimpleNamespace) -> None:
     run.serving.refused = "target is [/x] [bold]"
-    console = Console(record=True, width=100, file=io.StringIO())
-    console.print(run.view.table())
-    assert "target is [/x] [bold]" in console.export_text()
+    assert "target is [/x] [bold]" in shown(run)
 
 
 def test_a_peer_whose_message_changes_all_the_time_fills_no_memory(run: SimpleNamespace) -> None:
@@ -161,13 +169,37 @@ def test_a_speedup_over_one_window_is_too_short(run: SimpleNamespace) -> None:
 def test_followers_get_every_event_of_both_processes(run: SimpleNamespace) -> None:
     seen: list[str] = []
     view = LiveView(
-        run.serving, run.log, run.reader, total=None, learner=lambda: "running",
+        run.serving, run.log, run.reader, RunHistory(), total=None, learner=lambda: "running",
         followers=[lambda event: seen.append(event["event"])],
     )  # fmt: skip
     run.log.write("swap", version=1, ms=1.0, requests=3)
-    MetricsLog(run.log.path, "learner").write("train", loss=1.0)
+    write(MetricsLog(run.log.path, "learner"), train())
     view.follow()
     assert seen == ["swap", "train"]
+
+
+def test_elapsed_and_remaining_time(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    monkeypatch.setattr(view.time, "monotonic", lambda: began + 90.4)
+    assert "| elapsed · left 0:01:30 · 0:01:30 |" in run.view.line()  # 20 of 40
+    endless = LiveView(run.serving, run.log, run.reader, RunHistory(), total=None, learner=lambda: "running")
+    monkeypatch.setattr(view.time, "monotonic", lambda: began + 3815.4)
+    assert "requests 20 | elapsed 1:02:05 |" in endless.line()
+
+
+def test_a_terminal_shows_how_it_went_so_far(run: SimpleNamespace) -> None:
+    assert "▁" not in shown(run)
+    short = status(4, acceptance_length=1.25, speedup=None, baseline_rounds=32)
+    write(run.log, short, status(8), status(12, acceptance_length=1.75))
+    run.view.follow()
+    assert "▁█▆ 1.25–2.00" in shown(run)
+    assert "│  ▁▁ 1.50–1.50" in shown(run)  # a gap, where the speedup was measured too shortly
+    assert "▁" not in run.view.line()
+
+
+def test_a_long_trend_is_of_means() -> None:
+    assert trend([1.0, 3.0] * 24 + [9.0, None], width=5) == "▁▁▁▁█ 2.00–2.78"
+    assert trend([None, 1.0]) == trend([]) == ""
 
 
 def test_every() -> None:

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.report import draw_report, write_summary
 from aurora_rl.telemetry.stats import Stats
@@ -115,5 +116,5 @@ def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     MetricsLog("run/metrics.jsonl", "server").write("swap")
     assert [event["event"] for event in MetricsReader("run/metrics.jsonl")] == ["swap"]
     write_summary("run", Stats().summary())
-    draw_report("run/report.png", [], [], [])
+    draw_report("run/report.png", RunHistory())
     assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}

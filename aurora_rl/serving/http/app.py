@@ -18,7 +18,9 @@ from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.http import errors
 from aurora_rl.serving.http.front import Front
 from aurora_rl.serving.http.keys import Keys
+from aurora_rl.serving.http.live_page import FILES, page_routes
 from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
 
 
@@ -31,6 +33,7 @@ def create_app(
     max_length: int,
     max_waiting: int,
     sampling: SamplingParams,
+    history: RunHistory,
     metrics: Exporter,
     num_spec_tokens: int = 0,
     drafter_version: Callable[[], int] = lambda: 0,
@@ -49,10 +52,11 @@ def create_app(
         max_length: Most tokens of prompt and completion.
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
+        history: What the run came to so far, for the live page at ``/``.
         metrics: What is exported for Prometheus at ``/metrics``.
         num_spec_tokens: Tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
-        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
+        api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
@@ -79,7 +83,8 @@ def create_app(
             "drafter_version": drafter_version,
         },
     )
-    return application(front.routes(), api_keys=api_keys, cors_origins=cors_origins)
+    pages = page_routes(lambda: {"num_running": engine.num_running, "num_waiting": engine.num_waiting}, history, model)
+    return application([*front.routes(), *pages], api_keys=api_keys, cors_origins=cors_origins)
 
 
 def application(routes: Sequence[BaseRoute], *, api_keys: Collection[str], cors_origins: Sequence[str]) -> Starlette:
@@ -97,7 +102,7 @@ def application(routes: Sequence[BaseRoute], *, api_keys: Collection[str], cors_
             Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         )
     if api_keys:
-        middleware.append(Middleware(Keys, keys=list(api_keys)))
+        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=("/health", *FILES)))
     app = Starlette(
         routes=routes,
         middleware=middleware,

@@ -47,15 +47,16 @@ class Keys:
     Args:
         app: The application.
         keys: The keys.
+        open_paths: Paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Iterable[str]) -> None:
+        self._app, self._open = app, frozenset(open_paths)
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with status 401."""
-        if scope["type"] != "http" or scope["path"] == "/health" or self._known(scope):
+        if scope["type"] != "http" or scope["path"] in self._open or self._known(scope):
             await self._app(scope, receive, send)
             return
         message = "a valid API key is needed: send the header 'Authorization: Bearer KEY'"

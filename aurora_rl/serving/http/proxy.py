@@ -21,10 +21,12 @@ import aurora_rl
 from aurora_rl.serving.http.app import application
 from aurora_rl.serving.http.errors import ApiError
 from aurora_rl.serving.http.generation import ClientGoneError, while_connected
+from aurora_rl.serving.http.live_page import page_routes
 from aurora_rl.serving.http.prompts import switch
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.streams import EventStream, event
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ def create_proxy(
     url: str,
     *,
     model: str,
+    history: RunHistory,
     metrics: Exporter,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
@@ -50,9 +53,10 @@ def create_proxy(
     Args:
         url: URL of the SGLang server.
         model: Name of the served model.
+        history: What the run came to so far, for the live page at ``/``.
         metrics: What is exported for Prometheus at ``/metrics``.
         drafter_version: Returns the version of the weights that draft.
-        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
+        api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
@@ -60,7 +64,8 @@ def create_proxy(
     proxy = Proxy(
         url, model=model, metrics=metrics, drafter_version=drafter_version, max_body=max_body, timeout=timeout
     )
-    return application(proxy.routes(), api_keys=api_keys, cors_origins=cors_origins)
+    pages = page_routes(lambda: {"num_running": proxy.running, "num_waiting": None}, history, model)
+    return application([*proxy.routes(), *pages], api_keys=api_keys, cors_origins=cors_origins)
 
 
 class Proxy:
@@ -73,6 +78,9 @@ class Proxy:
         drafter_version: Returns the version of the weights that draft.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
+
+    Attributes:
+        running: Requests that SGLang answers now.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class Proxy:
         timeout: float,
     ) -> None:
         self._url, self._model, self._drafter_version = url.rstrip("/"), model, drafter_version
-        self._max_body, self._timeout, self._metrics, self._running = max_body, timeout, metrics, 0
+        self._max_body, self._timeout, self._metrics, self.running = max_body, timeout, metrics, 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=_CONNECT_S))
@@ -145,7 +153,7 @@ class Proxy:
 
     async def metrics(self, request: Request) -> Response:
         """Return the metrics for Prometheus; how long clients wait is among SGLang's own."""
-        counts = {"num_requests_running": self._running}
+        counts = {"num_requests_running": self.running}
         return Response(self._metrics.expose(counts), media_type=CONTENT_TYPE_LATEST)
 
     def _deadline(self) -> float:
@@ -177,7 +185,7 @@ class Proxy:
     async def _exchange(self, method: str, path: str, body: bytes | None) -> AsyncGenerator[Any, None]:
         """Yield SGLang's answer, complete unless it is a stream, and then the pieces of the stream."""
         headers = {"Accept-Encoding": "identity"} | ({} if body is None else {"Content-Type": "application/json"})
-        self._running += 1
+        self.running += 1
         try:
             async with self._http.stream(method, self._url + path, content=body, headers=headers) as answer:
                 if not _is_stream(answer):
@@ -186,7 +194,7 @@ class Proxy:
                 async for piece in answer.aiter_raw():
                     yield piece
         finally:
-            self._running -= 1
+            self.running -= 1
 
     async def _events(self, exchange: AsyncGenerator[Any, None], deadline: float) -> AsyncGenerator[str | bytes, None]:
         async with aclosing(exchange):

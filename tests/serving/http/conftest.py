@@ -18,6 +18,7 @@ from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import load_target, stop_token_ids
 from aurora_rl.serving.http.app import create_app
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
 
 MODEL, WAITING = "tiny/model", 8
@@ -28,6 +29,7 @@ class Rig(ClientRig):
 
     Attributes:
         url: The server with the usual settings, without keys.
+        history: What the servers' pages show.
         metrics: What all of them export.
     """
 
@@ -40,7 +42,7 @@ class Rig(ClientRig):
             stop_tokens=self.stop_tokens, max_waiting=WAITING,
         )  # fmt: skip
         self._servers: list[HttpServer] = []
-        self.metrics = Exporter()
+        self.history, self.metrics = RunHistory(), Exporter()
         self.clients.observe = self.metrics.observe
         self._driven = driven(self.clients, self.server)
         self._driven.__enter__()
@@ -50,12 +52,16 @@ class Rig(ClientRig):
         """Start one more server, and return where it is."""
         usual: dict[str, Any] = {
             "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING, "num_spec_tokens": 5,
-            "sampling": SamplingParams(), "metrics": self.metrics,
+            "sampling": SamplingParams(), "history": self.history, "metrics": self.metrics,
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)
         server.start(create_app(self.clients, self.tokenizer, **{**usual, **settings}))
         return server.url
+
+    def stop(self, url: str) -> None:
+        """Stop one of the servers."""
+        next(server for server in self._servers if server.url == url).stop()
 
     def plain(self, prompt: list[int], count: int) -> list[int]:
         """Greedy decoding without a cache, the stop token included."""

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from aurora_rl.serving.http.proxy import create_proxy
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
 
 CHAT = "/v1/chat/completions"
@@ -100,7 +101,9 @@ def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
 
     def start(url: str = upstream.url, **settings: Any) -> str:
         servers.append(HttpServer("127.0.0.1", 0))
-        servers[-1].start(create_proxy(url, **{"model": "m", "metrics": Exporter(), **settings}))
+        servers[-1].start(
+            create_proxy(url, **{"model": "m", "history": RunHistory(), "metrics": Exporter(), **settings})
+        )
         return servers[-1].url
 
     yield start
@@ -199,6 +202,9 @@ def test_health_and_info_are_our_own(upstream: Upstream, serve: Callable[..., st
     assert httpx.get(f"{url}/health").status_code == 200 and upstream.paths == ["/health"]
     info = httpx.get(f"{url}/server_info").json()
     assert (info["model"], info["engine"], info["drafter_version"]) == ("m", "sglang", 7)
+    assert "<html" in httpx.get(f"{url}/").text
+    figures = httpx.get(f"{url}/history").json()
+    assert (figures["model"], figures["num_running"], figures["num_waiting"]) == ("m", 0, None)
     assert upstream.paths == ["/health"]
 
 

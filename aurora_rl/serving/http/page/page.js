@@ -1,0 +1,216 @@
+// The live page: asks for /history every two seconds and shows what it says.
+"use strict";
+
+const EVERY_MS = 2000;
+const ROWS = 8; // of a table
+const at = (id) => document.getElementById(id);
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const figure = (value, digits = 2) => (value === null ? "–" : value.toFixed(digits));
+const count = (value) => (value === null ? "–" : value.toLocaleString("en"));
+const last = (values) => (values.length ? values[values.length - 1] : null);
+
+let run = null; // the newest answer
+const charts = {}; // by id of their place
+
+// ---- asking ---------------------------------------------------------------------------------------------------------
+
+async function ask() {
+  const key = sessionStorage.getItem("key");
+  let text = "the server does not answer";
+  try {
+    const answer = await fetch("history", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+    if (answer.status === 401) {
+      askForKey(key !== null);
+      return;
+    }
+    if (answer.ok) {
+      run = await answer.json();
+      show();
+      text = "live";
+    } else {
+      text = `the server answers with status ${answer.status}`;
+    }
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error; // fetch's own: there is no connection
+  }
+  setText("connection", text);
+  at("connection").className = text === "live" ? "" : "lost";
+  setTimeout(ask, EVERY_MS);
+}
+
+function askForKey(wrong) {
+  setText("connection", wrong ? "this key is not known to the server" : "a key is needed");
+  at("connection").className = wrong ? "lost" : "";
+  sessionStorage.removeItem("key");
+  at("run").hidden = true;
+  at("key-form").hidden = false;
+  at("key").focus();
+}
+
+at("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", at("key").value.trim());
+  at("key").value = "";
+  at("key-form").hidden = true;
+  ask();
+});
+
+// ---- figures and tables ---------------------------------------------------------------------------------------------
+
+function setText(id, text) {
+  if (at(id).textContent !== text) at(id).textContent = text; // an equal text would be read out again
+}
+
+function show() {
+  const { points, learner } = run;
+  at("run").hidden = false;
+  setText("model", run.model);
+  setText("requests", count(run.requests));
+  setText("running", count(run.num_running));
+  setText("waiting", count(run.num_waiting));
+  setText("acceptance", figure(last(points.acceptance)));
+  const speedup = last(points.speedup);
+  setText("speedup", speedup === null ? (last(points.baseline_rounds) ? "too short" : "–") : `${figure(speedup)}×`);
+  setText("plain", figure(last(points.plain), 1));
+  setText("speculative", figure(last(points.speculative), 1));
+  setText("version", run.version === null ? "–" : String(run.version));
+  const shares = Object.entries(run.drafted).map(([name, share]) => `${name} ${Math.round(100 * share)}%`);
+  setText("drafted", shares.join(" · ") || "nothing: no round was decoded");
+
+  setText("learner-state", `State: ${learner.state}`);
+  setText("steps", count(learner.steps));
+  setText("seen", count(learner.seen));
+  setText("to-learn", count(learner.waiting));
+  setText("loss", figure(learner.loss, 3));
+  setText("skipped", count(learner.skipped));
+  setText("restarts", count(learner.restarts));
+
+  const { gates, swaps } = run;
+  rows("gates", gates.time.map((_, i) => [
+    count(gates.requests[i]),
+    signed(gates.difference[i]),
+    gates.interval[i].map(signed).join(" to "),
+    gates.publish[i] ? `published as ${gates.version[i]}` : "refused",
+  ]).slice(-ROWS).reverse());
+  rows("swaps", swaps.time.map((time, i) => [
+    String(swaps.version[i]),
+    count(swaps.requests[i]),
+    new Date(1000 * time).toLocaleTimeString(),
+    `${figure(swaps.ms[i], 1)} ms`,
+  ]).slice(-ROWS).reverse());
+  at("no-gates").hidden = gates.time.length > 0;
+  at("no-swaps").hidden = swaps.time.length > 0;
+  at("swaps-note").hidden = swaps.time.length === 0;
+  draw();
+}
+
+const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
+
+function rows(id, content) {
+  const text = JSON.stringify(content);
+  if (at(id).dataset.text === text) return; // what is selected stays so
+  at(id).dataset.text = text;
+  at(id).hidden = content.length === 0;
+  at(id).tBodies[0].replaceChildren(...content.map((cells) => {
+    const row = document.createElement("tr");
+    row.append(...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
+    return row;
+  }));
+}
+
+// ---- charts ---------------------------------------------------------------------------------------------------------
+
+function draw() {
+  const { points, gates } = run;
+  const axis = document.querySelector("input[name=axis]:checked").value;
+  const served = series(points[axis], points.acceptance);
+  const replayed = series(gates[axis], gates.serving);
+  const speedup = series(points[axis], points.speedup);
+  chart("acceptance-chart", axis, uPlot.join([served, replayed]), [
+    { label: "served", color: "--served" },
+    { label: "gate's replay of the serving weights", color: "--gate", dots: true },
+  ]);
+  chart("speedup-chart", axis, speedup, [{ label: "speculative / plain", color: "--speed" }]);
+  setText("acceptance-text", told(points.acceptance, "No request with drafts has completed yet."));
+  const rounds = last(points.baseline_rounds);
+  const missing = rounds
+    ? `The baseline windows are too short: ${rounds} of ${run.min_baseline_rounds} plain rounds.`
+    : "No baseline window yet: too short.";
+  setText("speedup-text", told(points.speedup, missing));
+}
+
+// Points of equal requests are one; the last counts.
+function series(xs, ys) {
+  const keep = xs.map((_, i) => i).filter((i) => i === xs.length - 1 || xs[i] !== xs[i + 1]);
+  return [keep.map((i) => xs[i]), keep.map((i) => ys[i])];
+}
+
+// What a chart shows, for those who do not see it.
+function told(values, missing) {
+  const known = values.filter((value) => value !== null);
+  if (!known.length || last(values) === null) return missing;
+  return `${figure(known[0])} at first, ${figure(last(known))} now.`;
+}
+
+function chart(id, axis, data, lines) {
+  const place = at(id);
+  const known = data.slice(1).some((ys) => ys.some((y) => y != null));
+  if (!known) return;
+  if (charts[id]) {
+    charts[id].setData(data);
+    return;
+  }
+  const grid = { stroke: css("--dim"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") } };
+  const options = {
+    width: place.clientWidth,
+    height: 220,
+    padding: [8, 16, 0, 8],
+    scales: { x: { time: axis === "time" } },
+    axes: [grid, { ...grid, size: 45 }],
+    series: [
+      { label: axis === "time" ? "time" : "requests" },
+      ...lines.map(({ label, color, dots }) => ({
+        label,
+        stroke: css(color),
+        width: 2,
+        value: (_, y) => (y == null ? "–" : figure(y)),
+        ...(dots ? { paths: () => null, points: { show: true, size: 7, fill: css(color) } } : {}),
+      })),
+    ],
+    hooks: { draw: [drawSwaps] },
+  };
+  charts[id] = new uPlot(options, data, place);
+}
+
+function drawSwaps(plot) {
+  const axis = document.querySelector("input[name=axis]:checked").value;
+  const { left, top, width, height } = plot.bbox;
+  const pen = plot.ctx;
+  pen.save();
+  pen.strokeStyle = css("--swap");
+  pen.setLineDash([4, 4]);
+  pen.beginPath();
+  for (const swap of run.swaps[axis]) {
+    const x = Math.round(plot.valToPos(swap, "x", true));
+    if (x < left || x > left + width) continue;
+    pen.moveTo(x, top);
+    pen.lineTo(x, top + height);
+  }
+  pen.stroke();
+  pen.restore();
+}
+
+function redraw() {
+  for (const id of Object.keys(charts)) {
+    charts[id].destroy();
+    delete charts[id];
+  }
+  if (run) draw();
+}
+
+document.querySelectorAll("input[name=axis]").forEach((input) => input.addEventListener("change", redraw));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+addEventListener("resize", () => {
+  for (const [id, plot] of Object.entries(charts)) plot.setSize({ width: at(id).clientWidth, height: 220 });
+});
+ask();

@@ -1,0 +1,270 @@
+"""What the events of a run come to: the live page, the terminal and the report show this."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from aurora_rl.telemetry.rates import MIN_BASELINE_ROUNDS, Rates
+
+DRAFTED = {"tree": "tree", "chain": "chain", "ngrams": "n-grams", "plain": "plain", "baseline": "baseline window"}
+"""What a round may have drafted, in words."""
+
+_MOST_DOMAINS = 50
+_OTHERS = "(others)"
+
+
+def shares(drafted: Counter[str]) -> dict[str, float]:
+    """Return the share of each kind of round, in the order of :data:`DRAFTED`; empty if there were none.
+
+    Example:
+        >>> shares(Counter(chain=1, tree=3))
+        {'tree': 0.75, 'chain': 0.25}
+    """
+    return {name: drafted[name] / drafted.total() for name in DRAFTED if drafted[name]}
+
+
+@dataclass(slots=True)
+class Point:
+    """The figures of a status.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        acceptance: Acceptance length over the last requests; None if none of their rounds was speculative.
+        rates: Throughput and speedup over the last quarter of the requests.
+        drafted: Rounds since the last point by what they drafted.
+    """
+
+    time: float
+    requests: int
+    acceptance: float | None
+    rates: Rates
+    drafted: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """New weights.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        version: Version of the weights.
+        ms: Milliseconds for which serving stood still.
+    """
+
+    time: float
+    requests: int
+    version: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecision:
+    """A decision of the gate.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        publish: Whether the candidate will be served.
+        difference: Acceptance length of the candidate minus that of the serving weights.
+        interval: 95% interval of the difference.
+        candidate: Replayed acceptance length of the candidate.
+        serving: Replayed acceptance length of the serving weights.
+        version: Version that is published now.
+    """
+
+    time: float
+    requests: int
+    publish: bool
+    difference: float
+    interval: tuple[float, float]
+    candidate: float
+    serving: float
+    version: int
+
+
+@dataclass(slots=True)
+class LearnerFigures:
+    """The learner's side.
+
+    Attributes:
+        state: "running", or what is wrong.
+        steps: Optimizer steps.
+        seen: Requests learned from.
+        waiting: Requests that wait to be learned from.
+        loss: Loss of the last step; None before the first.
+        skipped: Steps that were left out.
+        restarts: How often a learner that had ended was started again.
+    """
+
+    state: str = "not known yet"
+    steps: int = 0
+    seen: int = 0
+    waiting: int = 0
+    loss: float | None = None
+    skipped: int = 0
+    restarts: int = 0
+
+
+@dataclass(slots=True)
+class DomainFigures:
+    """The completed requests of a domain.
+
+    Attributes:
+        first: Requests that had completed before its first.
+        requests: Requests.
+        tokens: Tokens.
+        speculative_tokens: Tokens that speculative rounds delivered.
+        speculative_rounds: Speculative rounds.
+    """
+
+    first: int
+    requests: int = 0
+    tokens: int = 0
+    speculative_tokens: int = 0
+    speculative_rounds: int = 0
+
+    @property
+    def acceptance(self) -> float | None:
+        """Acceptance length; None without speculative rounds."""
+        return self.speculative_tokens / self.speculative_rounds if self.speculative_rounds else None
+
+
+class RunHistory:
+    """Follows the events of a run in bounded memory. One thread may follow while others read :meth:`as_json`.
+
+    Args:
+        most: Points, swaps and gate decisions that are kept of each; beyond that every second is dropped. The rounds
+            that a dropped point counts go to the next point.
+
+    Attributes:
+        requests: Completed requests.
+        version: Version of the weights that draft; None if it is not known yet.
+        points: A point for each status. Where no request completed, the last point stands for all.
+        drafted: Rounds of the last status by what they drafted.
+        swaps: Swaps.
+        gates: Decisions of the gate.
+        learner: The learner's side.
+        domains: Figures by domain; those of later domains than the first 50 are added up.
+        marks: Number of completed requests at which something new begins, and what.
+
+    Example:
+        >>> history = RunHistory()
+        >>> history.follow({"event": "swap", "time": 1.0, "requests": 8, "version": 1, "ms": 2.5})
+        >>> history.version, history.swaps
+        (1, [Swap(time=1.0, requests=8, version=1, ms=2.5)])
+    """
+
+    def __init__(self, most: int = 1000) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self.requests = 0
+        self.version: int | None = None
+        self.points: list[Point] = []
+        self.drafted: Counter[str] = Counter()
+        self.swaps: list[Swap] = []
+        self.gates: list[GateDecision] = []
+        self.learner = LearnerFigures()
+        self.domains: dict[str, DomainFigures] = {}
+        self.marks: list[tuple[int, str]] = []
+
+    def follow(self, event: dict[str, Any]) -> None:
+        """Add an event of the server or of the learner, see :mod:`aurora_rl.telemetry.events`."""
+        learner = self.learner
+        with self._lock:
+            match event["event"]:
+                case "request" | "requests":
+                    self._count(event)
+                case "status":
+                    self._add_point(event)
+                case "swap":
+                    self.version = event["version"]
+                    self.swaps.append(Swap(event["time"], event["requests"], event["version"], event["ms"]))
+                    _thin(self.swaps, self._most)
+                case "gate":
+                    self.gates.append(
+                        GateDecision(
+                            event["time"], self.requests, event["publish"], event["difference"],
+                            tuple(event["interval"]), event["candidate"], event["serving"], event["version"],
+                        )
+                    )  # fmt: skip
+                    _thin(self.gates, self._most)
+                case "train":
+                    learner.loss, learner.waiting = event["loss"], event["waiting"]
+                    learner.steps, learner.seen = event["steps"], event["seen"]
+                case "step_skipped":
+                    learner.skipped = event["skipped"]
+                case "learner_restarted":
+                    learner.restarts = event["restarts"]
+                case "learner_died":
+                    learner.state = event["reason"].removeprefix("the learner ")
+
+    def _count(self, event: dict[str, Any]) -> None:
+        name, requests = event.get("domain", ""), event.get("requests", 1)  # of several the sums are known
+        if name not in self.domains and len(self.domains) >= _MOST_DOMAINS:
+            name = _OTHERS
+        domain = self.domains.setdefault(name, DomainFigures(self.requests))
+        self.requests += requests
+        domain.requests += requests
+        domain.tokens += event["tokens"]
+        domain.speculative_tokens += event["speculative_tokens"]
+        domain.speculative_rounds += event["speculative_rounds"]
+
+    def _add_point(self, event: dict[str, Any]) -> None:
+        speed = event["tokens_per_second"]
+        rates = Rates(speed["baseline"], speed["speculative"], event["baseline_rounds"])
+        self.drafted, points = Counter(event["drafted"]), self.points
+        point = Point(event["time"], event["requests"], event["acceptance_length"], rates, self.drafted.copy())
+        self.version, self.learner.state = event["version"], event["learner"]
+        if len(points) > 1 and points[-2].requests == point.requests:
+            point.drafted += points.pop().drafted
+        points.append(point)
+        if len(points) > self._most:
+            for dropped, kept in zip(points[:-1:2], points[1::2], strict=False):
+                kept.drafted += dropped.drafted
+        _thin(points, self._most)
+
+    def mark(self, requests: int, text: str) -> None:
+        """Say that something new begins once so many requests have completed."""
+        self.marks.append((requests, text))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the live page shows, as JSON values. Series are columns, which take less room than rows."""
+        with self._lock:
+            points, swaps, gates = self.points, self.swaps, self.gates
+            return {
+                "requests": self.requests,
+                "version": self.version,
+                "points": {
+                    "time": [point.time for point in points],
+                    "requests": [point.requests for point in points],
+                    "acceptance": _rounded(point.acceptance for point in points),
+                    "speedup": _rounded(point.rates.speedup for point in points),
+                    "plain": _rounded(point.rates.baseline for point in points),
+                    "speculative": _rounded(point.rates.speculative for point in points),
+                    "baseline_rounds": [point.rates.baseline_rounds for point in points],
+                },
+                "min_baseline_rounds": MIN_BASELINE_ROUNDS,
+                "drafted": {DRAFTED[name]: round(share, 4) for name, share in shares(self.drafted).items()},
+                "swaps": _columns(swaps, Swap),
+                "gates": _columns(gates, GateDecision),
+                "learner": asdict(self.learner),
+            }
+
+
+def _thin(items: list[Any], most: int) -> None:
+    """Drop every second but the last of too many."""
+    if len(items) > most:
+        del items[:-1:2]
+
+
+def _rounded(values: Iterable[float | None]) -> list[float | None]:
+    return [None if value is None else round(value, 4) for value in values]
+
+
+def _columns(items: list[Any], kind: type) -> dict[str, list[Any]]:
+    return {name: [getattr(item, name) for item in items] for name in kind.__slots__}  # type: ignore[attr-defined]

@@ -1,0 +1,172 @@
+"""The live page: what it serves to whom, and what it shows in a real browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from chromium import Page, chromium
+from run_events import gate, swap, train
+
+from aurora_rl.serving.http.live_page import FILES
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.view import LiveView
+
+
+@pytest.fixture(scope="module")
+def view(rig: Any) -> LiveView:
+    """What follows the engine's events, as the command line does."""
+    reader = MetricsReader(rig.log.path, from_now=True)
+    return LiveView(rig.server, rig.log, reader, rig.history, total=None, learner=lambda: "running")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser: Page) -> Page:
+    browser.fetched.clear()
+    browser.complaints.clear()
+    return browser
+
+
+# ---- what is served -------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_names_no_other_host(rig: Any) -> None:
+    answers = {path: httpx.get(rig.url + path) for path in FILES}
+    assert {answer.status_code for answer in answers.values()} == {200}
+    for path, answer in answers.items():
+        assert answer.headers["content-security-policy"].startswith("default-src 'self';")
+        assert answer.headers["content-type"].split(";")[0] == FILES[path][1]
+        hosts = set(re.findall(r"https?://[\w.-]+", answer.text))
+        assert hosts <= {"http://www.w3.org", "https://github.com"}, path  # a name space, and uPlot's own address
+    linked = re.findall(r'(?:src|href)="([^"]+)"', answers["/"].text)
+    assert {f"/{name}" for name in linked} == FILES.keys() - {"/"}
+
+
+def test_the_library_has_its_licence_next_to_it() -> None:
+    folder = files("aurora_rl.serving.http") / "page"
+    assert "MIT License" in (folder / "uPlot.LICENSE").read_text()
+    assert {path.name for path in folder.iterdir()} == {name for name, _ in FILES.values()} | {"uPlot.LICENSE"}
+
+
+def test_figures_need_a_key_and_the_page_does_not(rig: Any) -> None:
+    url = rig.serve(api_keys=["sesame"])
+    for path in FILES:
+        assert httpx.get(url + path).status_code == 200
+    for path in ("/history", "/page", "/page/other", "//", "/v1/models"):
+        assert httpx.get(url + path).status_code == 401, path
+    answer = httpx.get(f"{url}/history", headers={"Authorization": "Bearer sesame"})
+    assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
+
+
+def test_figures_are_those_of_the_engine(rig: Any, client: openai.OpenAI, view: LiveView) -> None:
+    before = httpx.get(f"{rig.url}/history").json()
+    assert before["model"] == "tiny/model"
+    client.completions.create(model="tiny/model", prompt="Once", max_tokens=4)
+    assert rig.idle()
+    view.follow()
+    after = httpx.get(f"{rig.url}/history").json()
+    assert (after["num_running"], after["num_waiting"]) == (0, 0)
+    assert after["requests"] == before["requests"] + 1
+
+
+# ---- what a browser shows -------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
+    rig: Any, client: openai.OpenAI, view: LiveView, page: Page
+) -> None:
+    page.open(f"{rig.url}/")
+    page.wait_for("document.getElementById('connection').innerText === 'live'")
+    assert page.text("model") == "tiny/model"
+    assert "No baseline window yet: too short." in page.text("speedup-text")
+    assert "No candidate was judged yet." in page.text("run") and "No weights were swapped yet." in page.text("run")
+    before = int(page.text("requests"))
+
+    client.completions.create(model="tiny/model", prompt="Once", max_tokens=8)
+    assert rig.idle()
+    view.log_status()
+    log = MetricsLog(rig.log.path, "learner")
+    for event in (train(), gate(), swap(before + 1, version=7)):
+        log.write(**{name: value for name, value in event.items() if name != "time"})
+    view.follow()
+    page.wait_for(f"document.getElementById('requests').innerText === '{before + 1}'")
+    assert float(page.text("acceptance")) >= 1
+    assert "%" in page.text("drafted")
+    assert page.evaluate("document.querySelectorAll('#acceptance-chart canvas').length") == 1
+    assert page.text("acceptance-text").endswith(" now.")
+    assert page.text("version") == "7"
+    assert page.text("learner-state") == "State: running" and page.text("loss") == "1.234"
+    assert page.evaluate("[...document.querySelector('#gates tbody').rows[0].cells].map((c) => c.innerText)") == [
+        str(before + 1), "+0.071", "+0.010 to +0.130", "published as 1"
+    ]  # fmt: skip
+    (version, first, _, took) = page.evaluate(
+        "[...document.querySelector('#swaps tbody').rows[0].cells].map((c) => c.innerText)"
+    )
+    assert (version, first, took) == ("7", str(before + 1), "2.5 ms")
+
+    page.evaluate("document.querySelector('input[value=requests]').click()")
+    page.wait_for("document.querySelectorAll('#acceptance-chart canvas').length === 1")
+    assert page.evaluate("[...document.querySelectorAll('.u-legend')].some((l) => l.innerText.includes('requests'))")
+    assert page.complaints == []
+    assert len(page.fetched) > len(FILES)
+    assert {httpx.URL(url).copy_with(path="/") for url in page.fetched} == {httpx.URL(f"{rig.url}/")}
+
+
+def test_the_policy_of_the_page_refuses_other_hosts(rig: Any, page: Page) -> None:
+    page.open(f"{rig.url}/")
+    page.evaluate("fetch('http://127.0.0.2:9/').catch(() => { document.title = 'refused' })")
+    page.wait_for("document.title === 'refused'")
+    assert any("Content Security Policy" in complaint for complaint in page.complaints)
+
+
+def test_the_page_asks_for_a_key(rig: Any, page: Page) -> None:
+    url = rig.serve(api_keys=["sesame"])
+    page.open(f"{url}/")
+    for key, said in (("wrong", "this key is not known to the server"), (" sesame ", "live")):
+        page.wait_for("!document.getElementById('key-form').hidden")
+        assert page.evaluate("document.getElementById('run').hidden")
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.call("Input.insertText", text=key)
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", text="\r")
+        page.wait_for(f"document.getElementById('connection').innerText === '{said}'")
+    assert page.text("model") == "tiny/model"
+    page.open(f"{url}/#again")
+    page.call("Page.reload")
+    page.wait_for("document.getElementById('connection')?.innerText === 'live'")  # the tab has kept the key
+
+
+def test_the_page_says_when_the_server_is_gone(rig: Any, page: Page) -> None:
+    url = rig.serve()
+    page.open(f"{url}/")
+    page.wait_for("document.getElementById('connection').innerText === 'live'")
+    rig.stop(url)
+    page.wait_for("document.getElementById('connection').innerText === 'the server does not answer'")
+
+
+def test_the_page_fits_a_phone_and_a_dark_room(rig: Any, page: Page, view: LiveView) -> None:
+    view.log_status()
+    view.follow()
+
+    def back() -> str:
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=False)
+    page.open(f"{rig.url}/")
+    page.wait_for("document.querySelectorAll('#acceptance-chart canvas').length === 1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    light = back()
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    assert (light, back()) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
+    headings = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((h) => h.tagName).join(' ')")
+    assert headings == "H1 H2 H2 H3 H3 H2 H2 H2"

@@ -1,0 +1,48 @@
+"""Events of a run as `metrics.jsonl` has them, with usual values where a test names none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def request(domain: str = "", tokens: int = 8, speculative: tuple[int, int] = (6, 3), **fields: Any) -> dict[str, Any]:
+    usual = {
+        "event": "request", "time": 1.0, "domain": domain, "tokens": tokens, "speculative_tokens": speculative[0],
+        "speculative_rounds": speculative[1], "accepted": {"1": 3}, "coverage": 0.5,
+    }  # fmt: skip
+    return usual | fields
+
+
+def requests(count: int, **fields: Any) -> dict[str, Any]:
+    """Of SGLang's own clients."""
+    usual = {
+        "event": "requests", "time": 1.0, "requests": count, "tokens": 8 * count, "speculative_tokens": 6 * count,
+        "speculative_rounds": 3 * count, "accepted": {"1": 3 * count},
+    }  # fmt: skip
+    return usual | fields
+
+
+def status(requests: int, **fields: Any) -> dict[str, Any]:
+    usual = {
+        "event": "status", "time": 100.0 + requests, "requests": requests, "version": 0, "acceptance_length": 2.0,
+        "tokens_per_second": {"baseline": 10.0, "speculative": 15.0}, "speedup": 1.5, "baseline_rounds": 96,
+        "drafted": {"tree": 3, "baseline": 1}, "learner": "running",
+    }  # fmt: skip
+    return usual | fields
+
+
+def swap(requests: int, version: int = 1) -> dict[str, Any]:
+    return {"event": "swap", "time": 100.0 + requests, "requests": requests, "version": version, "ms": 2.5}
+
+
+def gate(**fields: Any) -> dict[str, Any]:
+    usual = {
+        "event": "gate", "time": 100.0, "publish": True, "difference": 0.0711, "interval": [0.01, 0.13],
+        "candidate": 2.1, "serving": 2.03, "requests": 16, "reason": None, "version": 1, "seconds": 1.0, "seen": 32,
+        "steps": 40,
+    }  # fmt: skip
+    return usual | fields
+
+
+def train(**fields: Any) -> dict[str, Any]:
+    return {"event": "train", "time": 100.0, "loss": 1.2345, "steps": 40, "seen": 32, "waiting": 2} | fields

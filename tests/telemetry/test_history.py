@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from run_events import gate, request, requests, status, swap, train
+
+from aurora_rl.telemetry.history import GateDecision, LearnerFigures, Point, RunHistory, Swap
+from aurora_rl.telemetry.rates import Rates
+
+
+def history_of(*events: dict, most: int = 1000) -> RunHistory:
+    history = RunHistory(most)
+    for event in events:
+        history.follow(event)
+    return history
+
+
+def test_a_run_is_what_its_events_say() -> None:
+    history = history_of(
+        request("code", speculative=(9, 3)),
+        request("sql", tokens=4),
+        request("code", tokens=2, speculative=(1, 1)),
+        {"event": "costs", "time": 1.0, "round_ms": {}},  # is nobody's
+        status(3),
+        train(),
+        gate(),
+        swap(3),
+        {"event": "step_skipped", "time": 1.0, "reason": "loss is nan", "steps": 40, "skipped": 2},
+    )
+    assert (history.requests, history.version) == (3, 1)
+    assert history.points == [Point(103.0, 3, 2.0, Rates(10.0, 15.0, 96), Counter(tree=3, baseline=1))]
+    assert history.swaps == [Swap(103.0, 3, 1, 2.5)]
+    assert history.gates == [GateDecision(100.0, 3, True, 0.0711, (0.01, 0.13), 2.1, 2.03, 1)]
+    assert history.learner == LearnerFigures("running", steps=40, seen=32, waiting=2, loss=1.2345, skipped=2)
+    code, sql = history.domains["code"], history.domains["sql"]
+    assert (code.first, code.requests, code.tokens, code.acceptance) == (0, 2, 10, 2.5)
+    assert (sql.first, sql.requests, sql.tokens, sql.acceptance) == (1, 1, 4, 2.0)
+
+
+def test_requests_of_which_only_sums_are_known_count_as_many() -> None:
+    history = history_of(request(speculative=(2, 2)), requests(3), request("code"))
+    assert history.requests == 5 and history.domains["code"].first == 4
+    unnamed = history.domains[""]
+    assert (unnamed.requests, unnamed.tokens, unnamed.acceptance) == (4, 8 + 24, 20 / 11)
+
+
+def test_a_learner_that_died_and_was_started_again() -> None:
+    history = history_of({"event": "learner_died", "time": 1.0, "reason": "the learner died with status -9"})
+    assert (history.learner.state, history.learner.restarts) == ("died with status -9", 0)
+    history.follow({"event": "learner_restarted", "time": 2.0, "restarts": 1, "resumed": True})
+    history.follow(status(0))
+    assert (history.learner.state, history.learner.restarts) == ("running", 1)
+
+
+def test_memory_is_bounded_and_no_round_is_lost() -> None:
+    history = history_of(*(event for n in range(500) for event in (status(n), swap(n, n), gate())), most=20)
+    for kept in (history.points, history.swaps, history.gates):
+        assert 10 <= len(kept) <= 20
+    at = [point.requests for point in history.points]
+    assert at == sorted(at) and at[-1] == 499
+    assert history.swaps[-1].version == 499
+    assert sum((point.drafted for point in history.points), Counter()) == Counter(tree=1500, baseline=500)
+
+
+def test_an_idle_server_takes_no_points() -> None:
+    idle = [status(7, time=200.0 + n, drafted={"plain": 1} if n < 2 else {}) for n in range(50)]
+    history = history_of(status(5), *idle, status(8, drafted={"chain": 4}))
+    assert [(point.requests, point.time) for point in history.points] == [(5, 105), (7, 200), (7, 249), (8, 108)]
+    assert [point.drafted["plain"] for point in history.points] == [0, 1, 1, 0]
+    assert history.drafted == Counter(chain=4)
+
+
+def test_later_domains_share_a_place() -> None:
+    history = history_of(*(request(f"d{n}") for n in range(80)), request("d3"))
+    assert len(history.domains) == 51
+    assert (history.domains["(others)"].requests, history.domains["d3"].requests) == (30, 2)
+
+
+def test_the_page_gets_plain_json() -> None:
+    short = status(2, baseline_rounds=32, speedup=None, acceptance_length=1.23456789)
+    none = status(4, tokens_per_second={"baseline": None, "speculative": 15.0}, speedup=None, baseline_rounds=0)
+    history = history_of(request(), short, status(3), none, swap(3), gate(), train())
+    told = json.loads(json.dumps(history.as_json(), allow_nan=False))
+    assert told["points"] == {
+        "time": [102.0, 103.0, 104.0],
+        "requests": [2, 3, 4],
+        "acceptance": [1.2346, 2.0, 2.0],
+        "speedup": [None, 1.5, None],
+        "plain": [10.0, 10.0, None],
+        "speculative": [15.0, 15.0, 15.0],
+        "baseline_rounds": [32, 96, 0],
+    }
+    assert told["min_baseline_rounds"] == 96
+    assert told["drafted"] == {"tree": 0.75, "baseline window": 0.25}
+    assert told["swaps"] == {"time": [103.0], "requests": [3], "version": [1], "ms": [2.5]}
+    assert (told["gates"]["publish"], told["gates"]["interval"], told["gates"]["requests"]) == (
+        [True],
+        [[0.01, 0.13]],
+        [1],
+    )
+    assert (told["requests"], told["version"], told["learner"]["loss"]) == (1, 1, 1.2345)
+    assert json.loads(json.dumps(RunHistory().as_json()))["version"] is None
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_the_page_reads_whole_points_while_the_server_adds_some() -> None:
+    history = RunHistory(most=40)
+    writer = threading.Thread(target=lambda: [history.follow(status(n)) for n in range(5000)])
+    writer.start()
+    while writer.is_alive():
+        assert len({len(column) for column in history.as_json()["points"].values()}) == 1
+    writer.join()
