@@ -72,6 +72,7 @@ def started(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     server = Server(f"http://127.0.0.1:{port}", process)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and not leave it behind
     try:
         deadline = time.monotonic() + _READY_S
         while not _answers(server.url + ready):
@@ -82,6 +83,7 @@ def started(
     finally:
         if process.poll() is None:
             server.end()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _family(pid: int) -> Iterator[int]:
