@@ -13,6 +13,7 @@ import yaml
 
 from aurora_rl.cli import config
 from aurora_rl.telemetry.events import EVENTS
+from aurora_rl.telemetry.prometheus import METRICS, PREFIX
 from aurora_rl.testing.families import causal_families, verdict
 
 DOCS = Path(__file__).parent
@@ -88,6 +89,20 @@ def metrics() -> Iterator[str]:
         yield from (f"| `{field}` | {meaning} |" for field, meaning in event.fields.items())
 
 
+def prometheus() -> Iterator[str]:
+    """Return the lines of the reference of metrics for Prometheus."""
+    yield _GENERATED.format("aurora_rl/telemetry/prometheus.py")
+    yield "# Metrics for Prometheus\n"
+    yield "Which metrics does `GET /metrics` export? [Serving](../serving.md#metrics) says how to scrape it.\n"
+    yield "A metric without a sample was not measured yet. `process_*` are the memory, CPU time and file descriptors of"
+    yield "the server's process. A histogram has the series `_bucket`, `_sum`, `_count` and `_created`, its begin.\n"
+    yield "| metric | type | label | meaning |\n|---|---|---|---|"
+    for name, metric in METRICS.items():
+        values = f": {', '.join(metric.values)}" if metric.values else ""
+        label = f"`{metric.label}`{values}" if metric.label else ""
+        yield f"| `{PREFIX}{name}` | {metric.kind} | {label} | {metric.meaning} |"
+
+
 def families() -> Iterator[str]:
     """Return the lines of the page of model families; each family is tried when its line is asked for."""
     yield _GENERATED.format("aurora_rl/testing/families.py")
@@ -109,7 +124,12 @@ def families() -> Iterator[str]:
         yield f"| {model_type} | {outcome} | {note.replace('|', '/')} |"
 
 
-PAGES = {"reference/configuration.md": configuration, "reference/metrics.md": metrics, "families.md": families}
+PAGES = {
+    "reference/configuration.md": configuration,
+    "reference/metrics.md": metrics,
+    "reference/prometheus.md": prometheus,
+    "families.md": families,
+}
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()

@@ -21,6 +21,7 @@ class HttpFront:
 
     Attributes:
         url: Address of the server.
+        metrics: What is exported for Prometheus; to follow the events of the run.
 
     Raises:
         ConfigError: A package is missing.
@@ -28,16 +29,19 @@ class HttpFront:
     """
 
     def __init__(self, config: Config) -> None:
-        missing = [name for name in ("starlette", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
+        packages = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]'")
         from aurora_rl.serving.http.keys import read_api_keys
         from aurora_rl.serving.http.server import HttpServer
+        from aurora_rl.telemetry.prometheus import Exporter
 
         assert config.http.port is not None
         self._keys = read_api_keys(config.http.api_keys)
         self._server = HttpServer(config.http.host, config.http.port)
         self.url = self._server.url
+        self.metrics = Exporter()
 
     @classmethod
     def of(cls, config: Config) -> HttpFront | None:
@@ -64,6 +68,7 @@ class HttpFront:
         from aurora_rl.serving.http.app import create_app
 
         config, http = spec.config, spec.config.http
+        clients.observe = self.metrics.observe
         app = create_app(
             clients,
             tokenizer,
@@ -72,6 +77,7 @@ class HttpFront:
             max_length=config.engine.max_length,
             max_waiting=http.max_waiting,
             sampling=spec.sampling,
+            metrics=self.metrics,
             num_spec_tokens=spec.tree.depth,
             drafter_version=lambda: server.stats.version,
             api_keys=self._keys,

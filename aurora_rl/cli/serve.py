@@ -6,10 +6,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.live import Live
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
@@ -41,20 +40,46 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
-    replays = arguments.command == "flywheel"
-    began, console = time.monotonic(), plain_console()
-    folder = RunDir(config, _DOCUMENTS, resume=arguments.resume is not None)
-    run_dir = folder.path
-    log = MetricsLog(run_dir / "metrics.jsonl", "server")
-    reader, events = (MetricsReader(log.path, from_now=True) for _ in range(2))
-    learner: LearnerProcess | None = None
-    server: Server | None = None
-    requests: RequestQueue | None = None
-    clients: AsyncEngine | None = None
-    http: HttpFront | None = None
-    view: LiveView | None = None
-    outputs = Outputs()
+    session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
     try:
+        session.start()
+        session.serve()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        status = session.end()
+    return status
+
+
+class _Session:
+    """A run from its start to its end.
+
+    Args:
+        config: Configuration of the run.
+        stop: What signals do.
+        replays: Whether traffic drives the server, rather than clients.
+        resume: Whether it goes on in the folder of an earlier run.
+    """
+
+    def __init__(self, config: Config, stop: Stop, *, replays: bool, resume: bool) -> None:
+        self._config, self._stop, self._replays = config, stop, replays
+        self._began, self._console = time.monotonic(), plain_console()
+        self._folder = RunDir(config, _DOCUMENTS, resume=resume)
+        self._run_dir = self._folder.path
+        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
+        self._reader, self._ready, self._events = (MetricsReader(self._log.path, from_now=True) for _ in range(3))
+        self._outputs = Outputs()
+        self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
+        # What `start` opens, and `end` closes, however far the start came.
+        self._learner: LearnerProcess | None = None
+        self._server: Server | None = None
+        self._requests: RequestQueue | None = None
+        self._clients: AsyncEngine | None = None
+        self._http: HttpFront | None = None
+        self._view: LiveView | None = None
+
+    def start(self) -> None:
+        """Load the target, start the learner and the engine, and begin to listen."""
         import torch
 
         from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
@@ -64,142 +89,141 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         from aurora_rl.memory import return_freed_memory
         from aurora_rl.serving.async_engine import AsyncEngine
 
+        config, run_dir, say = self._config, self._run_dir, partial(self._console.print, soft_wrap=True)
         torch.set_num_threads(config.engine.threads)
-        with folder.undone_if_refused():
-            spec, prompts, http = resolve(config), traffic(config), None if replays else HttpFront.of(config)
-            console.print(f"loading {config.model} · run folder {run_dir}", soft_wrap=True)
-            if config.traffic.path and not replays:
-                told = (
-                    "traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it"
-                )
-                console.print(told, soft_wrap=True)
+        with self._folder.undone_if_refused():
+            spec, prompts = resolve(config), traffic(config)
+            http = self._http = None if self._replays else HttpFront.of(config)
+            say(f"loading {config.model} · run folder {run_dir}")
+            if config.traffic.path and not self._replays:
+                say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
             target = load(spec)
             queue = request_queue(spec, target, prompts)
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
             if config.learner.spawn:
-                with stop.held():
-                    learner = LearnerProcess(learner_config, run_dir)
+                with self._stop.held():
+                    self._learner = LearnerProcess(learner_config, run_dir)
             usual = queue.first_prompts(1)[0]
-            if replays:
-                requests = queue
-                requests.answers = JsonLines(run_dir / "answers.jsonl")
-            first_id = queue.total if replays else 0
-            clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=requests, first_id=first_id)
+            if self._replays:
+                self._requests = queue
+                queue.answers = JsonLines(run_dir / "answers.jsonl")
+            clients = self._clients = AsyncEngine(
+                max_waiting=config.http.max_waiting,
+                workload=self._requests,
+                first_id=queue.total if self._replays else 0,
+            )
             try:
                 if config.engine.name == "sglang":
-                    server = sglang = sglang_server(spec, target, clients, drafter, log, run_dir)
-                    step, address = sglang.step, f"SGLang listens at {sglang.engine.url}"
+                    self._server = sglang = sglang_server(spec, target, clients, drafter, self._log, run_dir)
+                    self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}"
                 else:
-                    server = embedded = embedded_server(spec, target, clients, usual, drafter, log)
+                    self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log)
                     clients.attach(embedded)
-                    step, address = clients.step, "" if http is None else f"listening at {http.url}"
+                    self._step, address = clients.step, "" if http is None else f"listening at {http.url}"
             except (ValueError, OSError):
-                if learner is not None:
-                    learner.withdraw()  # before its folder is removed
+                if self._learner is not None:
+                    self._learner.withdraw()  # before its folder is removed
                 raise
             tokenizer, vocab_size = target.tokenizer, target.parts.config.vocab_size
             del target, drafter  # the engine and its policy have forms of their own
             return_freed_memory(collect=True)
-        if learner is not None:
-            learner.wait_ready(reader)
+        if self._learner is not None:
+            self._learner.wait_ready(self._ready)
         if http is not None:
             http.start(spec, tokenizer, vocab_size, clients, embedded)
+            self._followers.append(http.metrics.follow)
         if address:
-            console.print(f"{address}/v1", soft_wrap=True)
-        state = f"any at {config.wire.weights}"
-        view = LiveView(
+            say(f"{address}/v1")
+
+    def serve(self) -> None:
+        """Go round after round, until the user asks for an end or the traffic is served."""
+        server, clients, console, stop = self._server, self._clients, self._console, self._stop
+        assert server is not None and clients is not None, "call start first"
+        view = self._view = LiveView(
             server,
-            log,
-            reader,
-            total=None if requests is None else requests.total,
-            learner=lambda: state if learner is None else learner.state,
+            self._log,
+            self._reader,
+            total=None if self._requests is None else self._requests.total,
+            learner=self._learner_state,
+            followers=self._followers,
         )
         stop.working = True
+        with Live(view.table(), console=console, auto_refresh=False, transient=True) as live:
 
-        def tend() -> None:
-            if learner is not None and learner.tend():
-                log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed)
-                console.print(f"the learner is started again{', from its checkpoint' if learner.resumed else ''}")
+            def follow() -> None:
+                for news in view.follow():
+                    console.print(news, soft_wrap=True)
+                self._tend_learner()
+                if console.is_terminal:
+                    live.update(view.table(), refresh=True)
 
-        _serve(step, clients, view, tend, console, stop, until_idle=replays)
-    except KeyboardInterrupt:
-        pass
-    finally:
+            ticks = [every(1.0, follow), every(5.0, view.log_status)]
+            if not console.is_terminal:
+                ticks.append(every(15.0, lambda: console.print(view.line(), soft_wrap=True)))
+            try:
+                while not stop.requested:
+                    if not self._step():
+                        if self._replays:
+                            break
+                        clients.wait(_IDLE_S)
+                    for tick in ticks:
+                        tick()
+            except (ValueError, OSError) as error:  # of the program, not of its input: show where
+                raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+            view.log_status()
+
+    def _learner_state(self) -> str:
+        return f"any at {self._config.wire.weights}" if self._learner is None else self._learner.state
+
+    def _tend_learner(self) -> None:
+        """Start a learner that died again, once it is due."""
+        learner = self._learner
+        if learner is not None and learner.tend():
+            self._log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed)
+            self._console.print(f"the learner is started again{', from its checkpoint' if learner.resumed else ''}")
+
+    def end(self) -> int:
+        """Close what was opened and write what the run came to. Returns the exit status."""
+        stop, outputs, view, server = self._stop, self._outputs, self._view, self._server
         stop.ignore()
-        if clients is not None:
-            clients.end("the server is shutting down")
-        if http is not None:
-            http.stop()
+        if self._clients is not None:
+            self._clients.end("the server is shutting down")
+        if self._http is not None:
+            self._http.stop()
         if server is not None:
             outputs.write("the end of serving", server.close)
-        if learner is not None and (lost := learner.end()):
+        if self._learner is not None and (lost := self._learner.end()):
             outputs.failures["learner"] = lost
         if view is not None:
             view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
             outputs.failures["learner"] = f"the learner's last training state was not written: {view.unsaved}"
+        interrupted = stop.requested and self._replays
         if stop.working or stop.requested:
-            if stop.requested and replays:
-                console.print("interrupted")
-            stats, dropped = (Stats(), 0) if server is None else (server.stats, server.dropped)
-            failed = [] if requests is None else requests.failed
-            summary = stats.summary(failed=len(failed), dropped=dropped, duration_s=time.monotonic() - began)
-            if server is not None:
-                outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
-            if requests is not None and requests.answers is not None:
-                outputs.count(requests.answers)
-            for reason in failed:
-                log.write("failed", reason=reason)
-            outputs.count(log)
-            _report(run_dir, summary, stats, events, console, outputs)
+            if interrupted:
+                self._console.print("interrupted")
+            self._report()
         for failure in outputs.failures.values():
             print(f"aurora-rl: {failure}", file=sys.stderr)
-    return 1 if outputs.failures else 130 if stop.requested and replays else 0
+        return 1 if outputs.failures else 130 if interrupted else 0
 
-
-def _report(
-    run_dir: Path, summary: dict[str, Any], stats: Stats, events: MetricsReader, console: Console, outputs: Outputs
-) -> None:
-    swaps = [event["requests"] for event in events if event["event"] == "swap"]
-    outputs.write("summary.json", lambda: write_summary(run_dir, summary))
-    outputs.write("report.png", lambda: draw_report(run_dir / "report.png", stats.finished, stats.rounds, swaps))
-    console.print(summary_table(summary))
-    names = sorted(path.name for path in run_dir.glob("[a-z]*"))
-    console.print(f"written to {run_dir}: {', '.join(names)}", soft_wrap=True)
-
-
-def _serve(
-    step: Callable[[], bool],
-    clients: AsyncEngine,
-    view: LiveView,
-    tend: Callable[[], None],
-    console: Console,
-    stop: Stop,
-    *,
-    until_idle: bool,
-) -> None:
-    """Round after round, until the user asks for an end or, if ``until_idle``, all is served."""
-    with Live(view.table(), console=console, auto_refresh=False, transient=True) as live:
-
-        def follow() -> None:
-            for news in view.follow():
-                console.print(news, soft_wrap=True)
-            tend()
-            if console.is_terminal:
-                live.update(view.table(), refresh=True)
-
-        ticks = [every(1.0, follow), every(5.0, view.log_status)]
-        if not console.is_terminal:
-            ticks.append(every(15.0, lambda: console.print(view.line(), soft_wrap=True)))
-        try:
-            while not stop.requested:
-                if not step():
-                    if until_idle:
-                        break
-                    clients.wait(_IDLE_S)
-                for tick in ticks:
-                    tick()
-        except (ValueError, OSError) as error:  # of the program, not of its input: show where
-            raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
-        view.log_status()
+    def _report(self) -> None:
+        """Write and print what the run came to."""
+        server, requests, outputs, run_dir = self._server, self._requests, self._outputs, self._run_dir
+        stats, dropped = (Stats(), 0) if server is None else (server.stats, server.dropped)
+        failed = [] if requests is None else requests.failed
+        summary = stats.summary(failed=len(failed), dropped=dropped, duration_s=time.monotonic() - self._began)
+        if server is not None:
+            outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
+        if requests is not None and requests.answers is not None:
+            outputs.count(requests.answers)
+        for reason in failed:
+            self._log.write("failed", reason=reason)
+        outputs.count(self._log)
+        swaps = [event["requests"] for event in self._events if event["event"] == "swap"]
+        outputs.write("summary.json", lambda: write_summary(run_dir, summary))
+        outputs.write("report.png", lambda: draw_report(run_dir / "report.png", stats.finished, stats.rounds, swaps))
+        self._console.print(summary_table(summary))
+        names = sorted(path.name for path in run_dir.glob("[a-z]*"))
+        self._console.print(f"written to {run_dir}: {', '.join(names)}", soft_wrap=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.serving.request_times import RequestTimes, Wait
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 
@@ -46,10 +48,11 @@ class Update:
 
 @dataclass(slots=True)
 class _Stream:
-    """The client's end of a request: its queue, and the event loop that reads it."""
+    """The client's end of a request: its queue, the event loop that reads it, and its times."""
 
     queue: asyncio.Queue[Update | Exception]
     loop: asyncio.AbstractEventLoop
+    times: RequestTimes
 
 
 class AsyncEngine:
@@ -63,9 +66,15 @@ class AsyncEngine:
         max_waiting: Requests that may wait for a slot.
         workload: Requests that are served while no client's waits; None for none.
         first_id: Number of the first client's request; the workload's are below it.
+
+    Attributes:
+        observe: Called with what a client has waited for and how many seconds, in the thread of its event loop.
+        cancelled: Requests that were given up: the client left, or its time ran out.
     """
 
     def __init__(self, *, max_waiting: int, workload: RequestSource | None = None, first_id: int = 0) -> None:
+        self.observe: Callable[[Wait, float], None] = lambda wait, seconds: None
+        self.cancelled = 0
         self._max_waiting, self._workload = max_waiting, workload
         self._first_id, self._ids = first_id, itertools.count(first_id)
         self._lock = threading.Lock()
@@ -94,6 +103,17 @@ class AsyncEngine:
         """Whether requests are taken."""
         return self._server is not None and not self._closed
 
+    def counts(self) -> dict[str, float]:
+        """Return what changes from moment to moment, by the names of :data:`aurora_rl.telemetry.prometheus.METRICS`."""
+        server = self._server
+        return {
+            "num_requests_running": self.num_running,
+            "num_requests_waiting": self.num_waiting,
+            "requests_cancelled_total": self.cancelled,
+            "prefix_cache_queries_total": 0 if server is None else server.prefix_cache_queries,
+            "prefix_cache_hits_total": 0 if server is None else server.prefix_cache_hits,
+        }
+
     async def generate(
         self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
     ) -> AsyncIterator[Update]:
@@ -111,7 +131,7 @@ class AsyncEngine:
             EngineDeadError: Rounds have ended.
         """
         request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
-        stream = _Stream(asyncio.Queue(), asyncio.get_running_loop())
+        stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), RequestTimes(self.observe))
         with self._lock:
             if not self.alive:
                 raise EngineDeadError("the engine does not run; see the server's log")
@@ -127,7 +147,11 @@ class AsyncEngine:
                 if isinstance(update, Exception):
                     ended = True
                     raise update
-                ended = update.completion is not None
+                if update.tokens:
+                    stream.times.delivered(len(update.tokens))
+                if update.completion is not None:
+                    ended = True
+                    stream.times.completed()
                 yield update
         finally:
             if not ended:
@@ -137,6 +161,7 @@ class AsyncEngine:
         with self._lock:
             self._streams.pop(request, None)
             self._cancelled.add(request)
+            self.cancelled += 1
         self._arrived.set()
 
     # ---- called by the thread that drives the rounds ----------------------------------------------------------------
@@ -170,7 +195,10 @@ class AsyncEngine:
         """The next request for a free slot; None where none waits."""
         with self._lock:
             if self._waiting:
-                return self._waiting.popleft()
+                request = self._waiting.popleft()
+                if (stream := self._streams.get(request.id)) is not None:
+                    stream.times.scheduled = time.monotonic()
+                return request
         return None if self._workload is None else self._workload()
 
     def completed(self, completion: Completion) -> str:

@@ -132,10 +132,17 @@ class InferenceServer:
             self._observe(shapes, done, occupied, seconds)
         if baseline:
             seconds -= recording
-            self.stats.rounds.append(Round(True, occupied, 0, recording, completed))
+            self.stats.rounds.append(Round(True, occupied, 0, recording, completed, count=0))
         self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
+        self.stats.drafted["baseline" if baseline else self._drafted()] += 1
         self._windows.spent(seconds)
         return True
+
+    def _drafted(self) -> str:
+        """Name what the policy has drafted in this round."""
+        if bool(self.policy.drafted.any()):
+            return "tree" if self.policy.shape.width > 1 else "chain"
+        return "ngrams" if bool(self.policy.looked_up.any()) else "plain"
 
     def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
         """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
@@ -175,10 +182,12 @@ class InferenceServer:
             "request",
             request=completion.request.id,
             domain=domain,
+            prompt_tokens=len(completion.request.prompt),
             tokens=len(completion.tokens),
             terminated=completion.terminated,
             speculative_tokens=tokens,
             speculative_rounds=rounds,
+            drafted_tokens=int(drafted.sum()),
             accepted=dict(sorted(Counter(accepted[drafted > 0].tolist()).items())),
             versions=sorted(set(trajectory["rounds", "policy_version"].tolist())),
             depth=self.policy.shape.depth,

@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+MIN_BASELINE_ROUNDS = 96
+"""Plain rounds, three windows of the usual length, below which a speedup is not told: one window is an accident."""
+
 
 class BaselineWindows:
     """Says which rounds decode plainly: windows of whole rounds, placed at random, for a share of decode time.
@@ -53,6 +56,7 @@ class Round:
         tokens: Tokens delivered.
         seconds: Wall time, prefill excluded.
         request: Requests completed before it.
+        count: Rounds that were added up; 0 for time that belongs to no round.
     """
 
     speculative: bool
@@ -60,6 +64,7 @@ class Round:
     tokens: int
     seconds: float
     request: int
+    count: int = 1
 
 
 class Rounds:
@@ -76,12 +81,12 @@ class Rounds:
         >>> for tokens in (4, 3):
         ...     rounds.append(Round(True, 1, tokens, 1.0, request=0))
         >>> list(rounds)
-        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0)]
+        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0, count=2)]
     """
 
     def __init__(self, buckets: int = 1024) -> None:
         self._buckets, self._width = buckets, 1  # requests in a bucket
-        self._sums: dict[tuple[int, bool, int], tuple[int, float]] = {}  # tokens and seconds
+        self._sums: dict[tuple[int, bool, int], tuple[int, float, int]] = {}  # tokens, seconds and rounds
 
     def append(self, round_: Round) -> None:
         """Add a round."""
@@ -92,26 +97,40 @@ class Rounds:
                 self._width *= 2
         for each in rounds:
             key = each.request // self._width, each.speculative, each.occupied
-            tokens, seconds = self._sums.get(key, (0, 0.0))
-            self._sums[key] = tokens + each.tokens, seconds + each.seconds
+            tokens, seconds, count = self._sums.get(key, (0, 0.0, 0))
+            self._sums[key] = tokens + each.tokens, seconds + each.seconds, count + each.count
 
     def __iter__(self) -> Iterator[Round]:
         """Iterate over the sums; ``request`` is the first of their bucket."""
-        for (bucket, speculative, occupied), (tokens, seconds) in self._sums.items():
-            yield Round(speculative, occupied, tokens, seconds, bucket * self._width)
+        for (bucket, speculative, occupied), (tokens, seconds, count) in self._sums.items():
+            yield Round(speculative, occupied, tokens, seconds, bucket * self._width, count)
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens per second of both kinds, None if a kind was not measured."""
+    """Tokens per second of both kinds.
+
+    Attributes:
+        baseline: Those of plain decoding; None if it was not measured.
+        speculative: Those of all other decoding; None if it was not measured.
+        baseline_rounds: Plain rounds that were measured.
+    """
 
     baseline: float | None
     speculative: float | None
+    baseline_rounds: int = 0
+
+    @property
+    def too_short(self) -> bool:
+        """Whether plain decoding was measured, but over fewer than :data:`MIN_BASELINE_ROUNDS`."""
+        return 0 < self.baseline_rounds < MIN_BASELINE_ROUNDS
 
     @property
     def speedup(self) -> float | None:
-        """Speculative over baseline."""
-        return self.speculative / self.baseline if self.baseline and self.speculative else None
+        """Speculative over baseline; None if one was not measured, or the baseline too shortly."""
+        if not self.baseline or not self.speculative or self.too_short:
+            return None
+        return self.speculative / self.baseline
 
 
 def rates(rounds: Iterable[Round]) -> Rates:
@@ -121,14 +140,18 @@ def rates(rounds: Iterable[Round]) -> Rates:
     a kind does not gain from fuller batches that it happened to meet.
 
     Example:
-        >>> rates([Round(True, 1, 4, 2.0, 0), Round(False, 1, 1, 1.0, 0), Round(True, 2, 9, 1.0, 0)]).speedup
+        >>> plain = Round(False, 1, 100, 100.0, 0, count=100)
+        >>> rounds = [Round(True, 1, 400, 200.0, 0), plain, Round(True, 2, 9, 1.0, 0)]
+        >>> rates(rounds).speedup
         2.0
     """
     tokens: dict[tuple[bool, int], int] = defaultdict(int)
     seconds: dict[tuple[bool, int], float] = defaultdict(float)
+    plain = 0
     for r in rounds:
         tokens[r.speculative, r.occupied] += r.tokens
         seconds[r.speculative, r.occupied] += r.seconds
+        plain += 0 if r.speculative else r.count
 
     def rate(kind: bool, occupied: int) -> float:
         return tokens[kind, occupied] / seconds[kind, occupied]
@@ -137,11 +160,13 @@ def rates(rounds: Iterable[Round]) -> Rates:
     measured = [key for key, count in tokens.items() if count]
     both = [o for kind, o in measured if kind and (False, o) in measured]
     if not both:
-        overall = []
+        overall: list[float | None] = []
         for kind in (False, True):
             count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
             overall.append(count / time if count else None)
-        return Rates(*overall)
+        baseline, speculative = overall
+        return Rates(baseline, speculative, plain)
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
-    return Rates(*(sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)))
+    means = [sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)]
+    return Rates(means[0], means[1], plain)

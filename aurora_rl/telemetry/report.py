@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aurora_rl.telemetry.rates import Round, Rounds, rates
+from aurora_rl.telemetry.rates import Rates, Round, Rounds, rates
 
 
 def write_summary(run_dir: str | os.PathLike[str], summary: dict[str, Any]) -> None:
@@ -29,6 +29,11 @@ def show(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def show_speedup(measured: Rates) -> str:
+    """Return a speedup as text, "too short" where too few plain rounds were measured for one."""
+    return "too short" if measured.too_short else show(measured.speedup)
+
+
 def summary_table(summary: dict[str, Any]) -> Table:
     """Lay out the final table."""
     table = Table(title="run", show_header=False)
@@ -42,7 +47,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         lengths = (f"{name or 'none'} {show(figures['acceptance_length'])}" for name, figures in domains.items())
         table.add_row("acceptance length by domain", " · ".join(lengths))
     table.add_row("tokens/s plain · speculative", f"{show(speed['baseline'], 1)} · {show(speed['speculative'], 1)}")
-    table.add_row("speedup, last quarter", show(summary["speedup"]))
+    measured = Rates(speed["baseline"], speed["speculative"], summary["baseline_rounds"])
+    table.add_row("speedup, last quarter", show_speedup(measured))
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
     table.add_row("dropped trajectories", str(summary["dropped_trajectories"]))
     if summary["drafter_faults"]:

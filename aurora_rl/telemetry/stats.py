@@ -23,6 +23,7 @@ class Stats:
         domains: Requests, tokens, and tokens and rounds of speculation of the completed requests of each domain.
         swap_ms: Milliseconds that serving stood still at each swap.
         versions: Versions of the weights that have drafted.
+        drafted: Rounds by what they drafted: tree, chain, ngrams, plain (the controller drafted nothing) or baseline.
         drafter_faults: Requests that went on without the drafter because it failed or its tree was malformed.
     """
 
@@ -32,6 +33,7 @@ class Stats:
         self.domains: dict[str, Counter[str]] = {}
         self.swap_ms: list[float] = []
         self.versions: list[int] = [] if version is None else [version]
+        self.drafted: Counter[str] = Counter()
         self.drafter_faults = 0
 
     @property
@@ -95,6 +97,7 @@ class Stats:
             "domains": domains if any(domains) else {},  # the only name may be the empty one
             "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},
             "speedup": last.speedup,
+            "baseline_rounds": last.baseline_rounds,
             "dropped_trajectories": dropped,
             "drafter_faults": self.drafter_faults,
             "duration_s": duration_s,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from rich.table import Table
 from rich.text import Text
 
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-from aurora_rl.telemetry.report import show
+from aurora_rl.telemetry.report import show, show_speedup
 from aurora_rl.telemetry.stats import Stats
 
 
@@ -60,16 +60,24 @@ class LiveView:
         reader: Follows the run's metrics, where the learner's events are too.
         total: Requests to serve; None if there is no end to them.
         learner: Says how the learner is: "running", or that it died.
+        followers: Each is called with every event, in order: what else shows the run.
 
     Attributes:
         unsaved: Why the learner could not write its last training state; None if it could.
     """
 
     def __init__(
-        self, server: Server, log: MetricsLog, reader: MetricsReader, *, total: int | None, learner: Callable[[], str]
+        self,
+        server: Server,
+        log: MetricsLog,
+        reader: MetricsReader,
+        *,
+        total: int | None,
+        learner: Callable[[], str],
+        followers: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self._server, self._log, self._reader = server, log, reader
-        self._total, self._learner = total, learner
+        self._total, self._learner, self._followers = total, learner, followers
         self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
         self._loss: float | None = None
         self._skipped = 0
@@ -79,11 +87,14 @@ class LiveView:
         # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
         self._accepted: Counter[int] = Counter()
         self._coverage: list[float] = []
+        self._drafted: Counter[str] = Counter()  # at the last status
 
     def read(self) -> list[str]:
         """Read what is new in the log. Return what the user must be told, each thing once."""
         told: list[str] = []
         for event in self._reader:
+            for follower in self._followers:
+                follower(event)
             if event["event"] == "train":
                 self._loss = event["loss"]
             elif event["event"] == "step_skipped":
@@ -131,13 +142,16 @@ class LiveView:
             acceptance_length=self._recent(),
             acceptance_by_position=[round(count / rounds, 4) for count in reached],
             tokens_per_second={"baseline": speed.baseline, "speculative": speed.speculative},
+            speedup=speed.speedup,
+            baseline_rounds=speed.baseline_rounds,
+            drafted=dict(stats.drafted - self._drafted),
             depth=server.depth,
             coverage=sum(coverage) / len(coverage) if coverage else None,
             queue=server.queued,
             dropped=server.dropped,
             learner=self._learner(),
         )
-        self._accepted, self._coverage = Counter(), []
+        self._accepted, self._coverage, self._drafted = Counter(), [], stats.drafted.copy()
 
     def _recent(self) -> float | None:
         """Return the acceptance length of the last tenth of the requests, at least eight."""
@@ -153,7 +167,7 @@ class LiveView:
             ("requests", str(len(stats.finished)) + (f"/{self._total}" if self._total is not None else "")),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
-            ("speedup", show(speed.speedup)),
+            ("speedup", show_speedup(speed)),
             ("version · swaps", f"{stats.version} · {len(stats.swap_ms)}"),
             ("queue · dropped", f"{server.queued} · {server.dropped}"),
             ("learner", self._server.refused or self._learner()),

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from processes import wait
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
@@ -37,6 +38,13 @@ def ask(api: openai.OpenAI, text: str, **options: Any) -> Any:
     )
 
 
+def scrape(api: openai.OpenAI) -> dict[str, float]:
+    """Metrics without a label, by name."""
+    text = httpx.get(str(api.base_url.join("/metrics")), timeout=30).text
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return {sample.name: sample.value for sample in samples if not sample.labels}
+
+
 def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], limit: int = 600) -> int:
     """Ask, four at a time, until something has happened; return how often."""
     with ThreadPoolExecutor(4) as pool:
@@ -58,6 +66,12 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
     assert later.choices[0].message.content == first.choices[0].message.content  # whatever drafts, the same text
     assert first.metrics["drafter_version"] == 0
     assert later.metrics["drafter_version"] >= server.events("swap")[0]["version"]
+
+    wait(lambda: scrape(api)["aurora_generation_tokens_total"] == 8 * (served + 1), 30)
+    found = scrape(api)
+    assert found["aurora_swap_duration_seconds_count"] >= 1 and found["aurora_drafter_version"] >= 1
+    assert found["aurora_learner_steps_total"] >= 1 and found["aurora_time_to_first_token_seconds_count"] == served + 1
+    wait(lambda: scrape(api).get("aurora_learner_up") == 1, 30)
 
     server.interrupt()
     assert server.ended() == 0, server.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, RefusedError, Update
+from aurora_rl.telemetry.prometheus import METRICS
 from aurora_rl.testing import tiny_target
 
 
@@ -205,3 +207,30 @@ def test_an_engine_that_fails_tells_every_client(rig: Rig, monkeypatch: pytest.M
     results = rig.run(ask_after_it_broke())
     assert all(isinstance(each, EngineDeadError) and "out of memory" in str(each) for each in results)
     assert not rig.clients.alive
+
+
+def test_waits_are_observed_and_requests_counted(rig: Rig) -> None:
+    waits: list[str] = []
+
+    def observe(wait: str, seconds: float) -> None:
+        assert 0 <= seconds < 60
+        waits.append(wait)
+
+    async def two_and_one_that_leaves() -> dict[str, float]:
+        sampling = SamplingParams(max_tokens=24)
+        await asyncio.gather(*(rig.complete([3, 4], sampling) for _ in range(2)))
+        leaving = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400))
+        await anext(leaving)
+        running = rig.clients.counts()
+        await leaving.aclose()  # type: ignore[attr-defined]
+        return running
+
+    rig.clients.observe = observe
+    running = rig.run(two_and_one_that_leaves())
+    counts = Counter(waits)
+    assert counts["request_queue_time"] == counts["time_to_first_token"] == 3
+    assert counts["e2e_request_latency"] == counts["request_time_per_output_token"] == 2
+    assert counts["inter_token_latency"] >= 2 * 24 / 5
+    assert running["num_requests_running"] == 1 and running["requests_cancelled_total"] == 0
+    assert rig.clients.counts()["requests_cancelled_total"] == 1
+    assert running.keys() <= METRICS.keys()

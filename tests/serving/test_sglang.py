@@ -40,7 +40,7 @@ class Engine:
             self.flying -= 1
         if request.id == 3:
             raise SGLangError("gone")
-        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)])
+        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)], 9)
 
     def detach(self):
         if not self.reachable:
@@ -95,6 +95,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
     assert server.stats.finished == [(4, 3)] * 7
     assert {event["domain"] for event in events("request")} == {f"domain {n}" for n in range(8) if n != 3}
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
+    assert (events("request")[0]["prompt_tokens"], events("request")[0]["drafted_tokens"]) == (2, 9)
     summary = server.stats.summary(failed=len(failed), dropped=server.dropped, duration_s=1.0)
     assert summary["requests"] == 7 and summary["acceptance_length"] == {"first": 4 / 3, "last": 4 / 3}
     assert summary["domains"]["domain 5"] == {"requests": 1, "tokens": 5, "acceptance_length": 4 / 3}

@@ -26,6 +26,7 @@ class ClientRig:
 
     Attributes:
         learned: Ids of the requests whose trajectories were handed on.
+        log: What the server writes.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class ClientRig:
             on_refused=self.clients.refused,
         )
         self.learned: list[int] = []
+        self.log = MetricsLog(folder / "metrics.jsonl", "server")
         self.server = InferenceServer(
             self.env,
             policy,
             windows=BaselineWindows(0.0, 1),
-            log=MetricsLog(folder / "metrics.jsonl", "server"),
+            log=self.log,
             sink=self,  # type: ignore[arg-type]
             note=self.clients.completed,
         )

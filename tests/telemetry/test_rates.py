@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from aurora_rl.telemetry.rates import BaselineWindows, Rates, Round, Rounds, rates
+from aurora_rl.telemetry.rates import MIN_BASELINE_ROUNDS, BaselineWindows, Rates, Round, Rounds, rates
 
 SPECULATIVE, PLAIN = True, False
 
@@ -18,36 +18,49 @@ SPECULATIVE, PLAIN = True, False
 def test_rates_at_equal_occupancy() -> None:
     rounds = [
         Round(SPECULATIVE, 1, 3, 1.5, 0), Round(SPECULATIVE, 1, 1, 0.5, 0),  # 4 tokens in 2 s: 2 a second
-        Round(PLAIN, 1, 1, 1.0, 0),  # 1 a second
+        Round(PLAIN, 1, 60, 60.0, 0, 60),  # 1 a second
         Round(SPECULATIVE, 2, 9, 1.0, 0),  # 9 a second
-        Round(PLAIN, 2, 6, 2.0, 0),  # 3 a second
+        Round(PLAIN, 2, 108, 36.0, 0, 36),  # 3 a second
     ]  # fmt: skip
     # Weights are the speculative seconds, 2 and 1: (2 * 2 + 1 * 9) / 3 and (2 * 1 + 1 * 3) / 3.
     measured = rates(rounds)
     assert measured.speculative == pytest.approx(13 / 3) and measured.baseline == pytest.approx(5 / 3)
-    assert measured.speedup == pytest.approx(2.6)
+    assert measured.speedup == pytest.approx(2.6) and not measured.too_short
 
 
 def test_a_fuller_batch_flatters_nobody() -> None:
     # Plain windows met full batches only, speculation half of them: tokens over time would say 26 / 6 against 4.
     rounds = [Round(SPECULATIVE, 1, 10, 5.0, 0), Round(SPECULATIVE, 4, 16, 1.0, 0), Round(PLAIN, 4, 8, 2.0, 0)]
-    assert rates(rounds) == Rates(baseline=4.0, speculative=16.0)
+    assert rates(rounds) == Rates(baseline=4.0, speculative=16.0, baseline_rounds=1)
+
+
+def test_a_speedup_is_told_from_three_windows_on() -> None:
+    short = [Round(SPECULATIVE, 1, 4, 1.0, 0), *(Round(PLAIN, 1, 1, 0.5, 0) for _ in range(MIN_BASELINE_ROUNDS - 1))]
+    assert rates(short).too_short and rates(short).speedup is None
+    enough = [*short, Round(PLAIN, 1, 1, 0.5, 0)]
+    assert not rates(enough).too_short and rates(enough).speedup == pytest.approx(2.0)
+    sums = Rounds()
+    for each in enough:
+        sums.append(each)
+    assert rates(sums) == rates(enough)
+    # Nothing was measured plainly: that is not too short, it is not measured.
+    assert not rates(short[:1]).too_short and rates(short[:1]).speedup is None
 
 
 def test_time_without_tokens_is_charged() -> None:
     rounds = [Round(SPECULATIVE, 1, 4, 2.0, 0), Round(PLAIN, 1, 1, 1.0, 0)]
-    assert rates([*rounds, Round(SPECULATIVE, 1, 0, 2.0, 0)]) == Rates(baseline=1.0, speculative=1.0)
+    assert rates([*rounds, Round(SPECULATIVE, 1, 0, 2.0, 0)]) == Rates(1.0, 1.0, baseline_rounds=1)
 
 
 def test_what_was_not_measured_is_none() -> None:
     speculative, plain, recording = Round(True, 1, 4, 2.0, 0), Round(False, 2, 3, 1.0, 0), Round(True, 2, 0, 0.5, 0)
     assert rates([]) == Rates(None, None) and rates([]).speedup is None
     assert rates([speculative]) == Rates(None, 2.0) and rates([speculative]).speedup is None
-    assert rates([plain]) == Rates(3.0, None) and rates([plain]).speedup is None
+    assert rates([plain]) == Rates(3.0, None, 1) and rates([plain]).speedup is None
     # TrajectoryDataset what plain rounds decoded is no measurement of speculation.
-    assert rates([plain, recording]) == Rates(3.0, None)
+    assert rates([plain, recording]) == Rates(3.0, None, 1)
     # No occupancy in common: each kind as it was met.
-    assert rates([speculative, plain]) == Rates(3.0, 2.0)
+    assert rates([speculative, plain]) == Rates(3.0, 2.0, 1)
 
 
 def some_rounds(requests: int, each: int) -> list[Round]:

@@ -24,6 +24,7 @@ SUMMARY = {
     },
     "tokens_per_second": {"baseline": 100.0, "speculative": 150.0},
     "speedup": 1.5,
+    "baseline_rounds": 320,
     "dropped_trajectories": 0,
     "drafter_faults": 0,
     "duration_s": 61.5,

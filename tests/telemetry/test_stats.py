@@ -9,12 +9,12 @@ from aurora_rl.telemetry.stats import Stats
 def test_a_summary_of_twenty_requests() -> None:
     stats = Stats(version=3)
     for number in range(20):
-        # Acceptance length rises from 1 to 20; each request has a plain round of two seconds and a speculative one.
+        # Acceptance length rises from 1 to 20; each request has 32 plain rounds, of two seconds in all, and one other.
         stats.finish("code" if number % 2 else "chat", number + 2, number + 1, 1)
     stats.rounds = [
-        Round(speculative, 1, tokens, seconds, number)
+        Round(speculative, 1, tokens, seconds, number, count)
         for number in range(20)
-        for speculative, tokens, seconds in ((False, 1, 2.0), (True, number + 1, 1.0))
+        for speculative, tokens, seconds, count in ((False, 1, 2.0, 32), (True, number + 1, 1.0, 1))
     ]
     stats.swap_ms, stats.drafter_faults = [5.0, 1.0, 3.0, 9.0], 2
     stats.versions.append(4)
@@ -31,6 +31,7 @@ def test_a_summary_of_twenty_requests() -> None:
         },
         "tokens_per_second": {"baseline": 0.5, "speculative": 18.0},  # of the last five: 16 to 20 tokens a second
         "speedup": 36.0,
+        "baseline_rounds": 160,
         "dropped_trajectories": 7,
         "drafter_faults": 2,
         "duration_s": 60.5,

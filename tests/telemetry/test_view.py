@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ def serving() -> Any:
         finished=[(10, 5)] * 20,
         version=3,
         swap_ms=[1.0, 2.0],
-        rates=lambda share: Rates(10.0, 15.0),
+        rates=lambda share: Rates(10.0, 15.0, 96),
+        drafted=Counter(tree=3, baseline=1),
         acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
     )
     return SimpleNamespace(stats=stats, depth=2, queued=4, dropped=1, refused=None)
@@ -69,7 +71,10 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
     run.view.log_status()
     request(run.log, {0: 1}, 1.0)
     run.view.log_status()
-    first, second = [event for event in list(run.reader) if event["event"] == "status"]
+    run.serving.stats.drafted.update(tree=2)
+    run.view.log_status()
+    first, second, third = [event for event in list(run.reader) if event["event"] == "status"]
+    assert (second["drafted"], third["drafted"]) == ({}, {"tree": 2})
     assert first["acceptance_by_position"] == [0.5, round(5 / 12, 4)]
     assert first["coverage"] == pytest.approx(0.6)
     assert (second["acceptance_by_position"], second["coverage"]) == ([], 1.0)
@@ -82,6 +87,9 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
         "version": 3,
         "acceptance_length": 2.0,
         "tokens_per_second": {"baseline": 10.0, "speculative": 15.0},
+        "speedup": 1.5,
+        "baseline_rounds": 96,
+        "drafted": {"tree": 3, "baseline": 1},
         "depth": 2,
         "queue": 4,
         "dropped": 1,
@@ -142,6 +150,23 @@ def test_a_peer_whose_message_changes_all_the_time_fills_no_memory(run: SimpleNa
         run.serving.refused = f"handshake mismatch: {number}"
         assert run.view.follow() == [f"handshake mismatch: {number}"]
     assert len(run.view._told) <= 100
+
+
+def test_a_speedup_over_one_window_is_too_short(run: SimpleNamespace) -> None:
+    run.serving.stats.rates = lambda share: Rates(10.0, 15.0, 32)
+    assert "| speedup too short |" in run.view.line()
+
+
+def test_followers_get_every_event_of_both_processes(run: SimpleNamespace) -> None:
+    seen: list[str] = []
+    view = LiveView(
+        run.serving, run.log, run.reader, total=None, learner=lambda: "running",
+        followers=[lambda event: seen.append(event["event"])],
+    )  # fmt: skip
+    run.log.write("swap", version=1, ms=1.0, requests=3)
+    MetricsLog(run.log.path, "learner").write("train", loss=1.0)
+    view.follow()
+    assert seen == ["swap", "train"]
 
 
 def test_every() -> None:

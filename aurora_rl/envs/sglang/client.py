@@ -46,6 +46,7 @@ class SGLangCompletion:
         rounds: Number of verification passes, each of which delivered a token and its accepted drafts.
         accepted: Number of rounds by the number of drafts that they accepted.
         versions: Versions of the drafter's weights that were served meanwhile, oldest first.
+        drafted: Number of drafted tokens.
     """
 
     request: Request
@@ -54,6 +55,7 @@ class SGLangCompletion:
     rounds: int
     accepted: dict[int, int]
     versions: list[int]
+    drafted: int
 
 
 class SGLangClient:
@@ -234,6 +236,7 @@ class SGLangClient:
             int(meta.get("spec_verify_ct") or 0),
             {count: rounds for count, rounds in enumerate(histogram) if rounds},
             [int(span["version"]) for span in meta.get("weight_versions") or [] if str(span["version"]).isdecimal()],
+            int(meta.get("spec_num_proposed_drafts") or 0),
         )
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:

@@ -18,6 +18,7 @@ from aurora_rl.serving.http import errors
 from aurora_rl.serving.http.front import Front
 from aurora_rl.serving.http.keys import Keys
 from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.telemetry.prometheus import Exporter
 
 
 def create_app(
@@ -29,6 +30,7 @@ def create_app(
     max_length: int,
     max_waiting: int,
     sampling: SamplingParams,
+    metrics: Exporter,
     num_spec_tokens: int = 0,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
@@ -46,6 +48,7 @@ def create_app(
         max_length: Most tokens of prompt and completion.
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
+        metrics: What is exported for Prometheus at ``/metrics``.
         num_spec_tokens: Tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
         api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
@@ -68,6 +71,7 @@ def create_app(
         max_length=max_length,
         max_body=max_body,
         timeout=timeout,
+        metrics=metrics,
         drafter={
             "spell": lru_cache(1 << 16)(partial(token_bytes, tokenizer)),
             "num_spec_tokens": num_spec_tokens,

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import torch
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -25,6 +26,7 @@ from aurora_rl.serving.http.prompts import Encoder, Job
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, events
+from aurora_rl.telemetry.prometheus import Exporter
 
 T = TypeVar("T")
 
@@ -44,6 +46,7 @@ class Front:
         max_length: Most tokens of prompt and completion.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
+        metrics: What is exported for Prometheus.
         drafter: Further arguments of :class:`~aurora_rl.serving.http.bodies.Bodies`.
     """
 
@@ -57,11 +60,12 @@ class Front:
         max_length: int,
         max_body: int,
         timeout: float,
+        metrics: Exporter,
         drafter: dict[str, Any],
     ) -> None:
         self._engine, self._tokenizer, self._encoder = engine, tokenizer, encoder
         self._model, self._max_length, self._drafter = model, max_length, drafter
-        self._max_body, self._timeout = max_body, timeout
+        self._max_body, self._timeout, self._metrics = max_body, timeout, metrics
         self._created = int(time.time())
         # Bodies are parsed and encoded next to the event loop, in one thread: tokenizers are not made for several.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -79,6 +83,7 @@ class Front:
             Route("/health", self.health, methods=get),
             Route("/health_generate", self.health_generate, methods=get),
             Route("/server_info", self.server_info, methods=get),
+            Route("/metrics", self.metrics, methods=get),
         ]
 
     async def chat_completions(self, request: Request) -> Response:
@@ -141,6 +146,10 @@ class Front:
         head = {"model": self._model, "max_model_len": self._max_length, "version": aurora_rl.__version__}
         return JSONResponse({**head, **load, "drafter_version": self._drafter["drafter_version"]()})
 
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(self._metrics.expose(self._engine.counts()), media_type=CONTENT_TYPE_LATEST)
+
     async def _answer(
         self, request: Request, schema: type[ChatCompletion | Completion], kind: type[Bodies]
     ) -> Response:
@@ -161,12 +170,21 @@ class Front:
             updates = generate(self._engine, jobs, deadline)
             # The status is known with the first tokens: a full queue, say, is told by it.
             first = await while_connected(request.receive, anext(updates))
-            stream = events(_rejoined(first, updates), jobs, bodies, self._tokenizer, include_usage=body.include_usage)
+            stream = events(
+                _rejoined(first, updates), jobs, bodies, self._tokenizer,
+                include_usage=body.include_usage, failed=self._failed,
+            )  # fmt: skip
             return EventStream(stream, deadline)
         except (ClientDisconnect, ClientGoneError):
             return _GONE
         except Exception as error:
-            raise of_engine(error) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ApiError:
+        """Count a request that failed, and return what its client is told."""
+        answer = of_engine(error)
+        self._metrics.failed(answer.code or str(answer.status))
+        return answer
 
     async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
         """Answer a body in the thread that encodes."""

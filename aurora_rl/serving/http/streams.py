@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,7 @@ from aurora_rl.envs import Completion
 from aurora_rl.models.detokenizer import Detokenizer
 from aurora_rl.serving.async_engine import Update
 from aurora_rl.serving.http.bodies import Bodies
-from aurora_rl.serving.http.errors import of_engine
+from aurora_rl.serving.http.errors import ApiError
 from aurora_rl.serving.http.prompts import Job
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -77,6 +77,7 @@ async def events(
     tokenizer: PreTrainedTokenizerBase,
     *,
     include_usage: bool,
+    failed: Callable[[Exception], ApiError],
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream.
 
@@ -86,6 +87,7 @@ async def events(
         bodies: The bodies of the answer.
         tokenizer: Tokenizer of the target.
         include_usage: Whether a last piece brings the usage, and the other ones say that it is to come.
+        failed: Called with an error; returns what the client is told.
     """
     choices = [_Choice(tokenizer, job) for job in jobs]
     done: dict[int, Completion] = {}
@@ -115,5 +117,5 @@ async def events(
         if include_usage:
             yield event(bodies.usage_chunk(jobs, [done[each] for each in range(len(jobs))]))
     except Exception as error:  # the status is sent, and the client is told in the stream
-        yield event(of_engine(error).body())
+        yield event(failed(error).body())
     yield "data: [DONE]\n\n"

@@ -141,3 +141,4 @@ def test_greedy_output_is_that_of_transformers(request, kind, depth, greedy_text
     assert [answer.tokens.tolist() for answer in answers] == [*greedy_texts, greedy_texts[1]]
     # What has to be told apart from plain decoding: whole paths accepted, and rounds in which nothing was.
     assert {count for answer in answers for count in answer.accepted} == set(range(depth + 1))
+    assert all(answer.drafted >= answer.rounds * depth > 0 for answer in answers)

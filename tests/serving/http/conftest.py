@@ -18,6 +18,7 @@ from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import load_target, stop_token_ids
 from aurora_rl.serving.http.app import create_app
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.prometheus import Exporter
 
 MODEL, WAITING = "tiny/model", 8
 
@@ -27,6 +28,7 @@ class Rig(ClientRig):
 
     Attributes:
         url: The server with the usual settings, without keys.
+        metrics: What all of them export.
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
@@ -38,6 +40,8 @@ class Rig(ClientRig):
             stop_tokens=self.stop_tokens, max_waiting=WAITING,
         )  # fmt: skip
         self._servers: list[HttpServer] = []
+        self.metrics = Exporter()
+        self.clients.observe = self.metrics.observe
         self._driven = driven(self.clients, self.server)
         self._driven.__enter__()
         self.url = self.serve(drafter_version=lambda: self.server.stats.version)
@@ -46,7 +50,7 @@ class Rig(ClientRig):
         """Start one more server, and return where it is."""
         usual: dict[str, Any] = {
             "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING, "num_spec_tokens": 5,
-            "sampling": SamplingParams(),
+            "sampling": SamplingParams(), "metrics": self.metrics,
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)

@@ -1,0 +1,54 @@
+"""Times of requests, by a clock that is set by hand."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from aurora_rl.serving.request_times import RequestTimes, Wait
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_every_wait_is_told_once_it_is_over(clock: Clock) -> None:
+    told: list[tuple[Wait, float]] = []
+    times = RequestTimes(lambda wait, seconds: told.append((wait, seconds)))
+    clock.tick(2.0)
+    times.scheduled = clock.now
+    clock.tick(1.0)
+    times.delivered(3)  # the first delivery, however many tokens it has, is none of the time per token
+    clock.tick(0.5)
+    times.delivered(4)
+    clock.tick(1.5)
+    times.delivered(1)
+    clock.tick(0.25)
+    times.completed()
+    assert told == [
+        ("request_queue_time", 2.0),
+        ("time_to_first_token", 3.0),
+        ("inter_token_latency", 0.5),
+        ("inter_token_latency", 1.5),
+        ("request_time_per_output_token", 2.0 / 5),
+        ("e2e_request_latency", 5.25),
+    ]
+
+
+def test_a_request_of_one_delivery_has_no_time_per_token(clock: Clock) -> None:
+    told: list[Wait] = []
+    times = RequestTimes(lambda wait, seconds: told.append(wait))
+    times.delivered(2)
+    times.completed()
+    assert told == ["request_queue_time", "time_to_first_token", "e2e_request_latency"]
