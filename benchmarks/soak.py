@@ -28,11 +28,18 @@ from http_load import Load
 from http_servers import Server, aurora, free_port, started
 from strangers import KINDS, MAX_BODY, Kind, Stranger
 
+from aurora_rl.workload.traffic import generate
+
 GROWTH_MIB = 32.0  # that memory may grow by, fitted over the last three quarters
 DESCRIPTORS = 2  # that may be open more than at the start
+_TALK = 500  # chats that strangers begin
 _PAUSE_S = 0.2  # on average, between two acts of a stranger
 _SETTLE_S = 60.0
-_PAIRS = ["learner.spawn=false", "dtype=float32", f"http.max_body={MAX_BODY}", "http.timeout=60"]
+_PAIRS = [
+    *("learner.spawn=false", "dtype=float32"),
+    *(f"http.max_body={MAX_BODY}", "http.timeout=60"),
+    "engine.prefix_cache_tokens=2048",  # full within the first quarter, and evicting from then on
+]
 
 
 def main() -> None:
@@ -61,12 +68,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         failures.append(f"the server ended with status {status}")
     if "Traceback" in told:
         failures.append(f"a traceback in the server's log: {told[told.index('Traceback') :][:2000]}")
-    return {"settings": [*_PAIRS, *options.overrides], **figures, "failures": failures}
+    return {"settings": _PAIRS, **figures, "failures": failures}
 
 
 async def soak(options: argparse.Namespace, server: Server) -> dict[str, Any]:
     """Return what was counted."""
     chats = [prompt.messages for prompt in prompts(options)]
+    talk = [prompt.messages for prompt in generate(_TALK, seed=1)]
     load = Load(server.url, options.max_new_tokens)
     plain = Load(server.url, options.max_new_tokens, {"X-Aurora-Speculative": "false"})
     first = [(await load.closed_loop([chat], 1))[0] for chat in chats]
@@ -87,7 +95,7 @@ async def soak(options: argparse.Namespace, server: Server) -> dict[str, Any]:
             answers["failed" if not answer.complete else "equal" if equal else "different"] += 1
 
     async def misbehave(name: str, kind: Kind, seed: str) -> None:
-        stranger = Stranger(httpx.URL(server.url).port or 0, chats, random.Random(seed))
+        stranger = Stranger(httpx.URL(server.url).port or 0, talk, random.Random(seed))
         while True:
             acts[name][await kind.act(stranger)] += 1
             await asyncio.sleep(stranger.draw.expovariate(1 / _PAUSE_S))
