@@ -147,10 +147,10 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
 
 def compare(queue: Sequence[float], http: Sequence[float]) -> dict[str, Any]:
     """Return the cost of HTTP as a share of throughput: the median of the turns and its interval."""
-    costs = [1 - over / alone for alone, over in zip(queue, http, strict=True)]
+    costs = [round(1 - over / alone, 4) for alone, over in zip(queue, http, strict=True)]
     cost = statistics.median(costs)
     return {
-        "tokens_per_second": {"queue": statistics.median(queue), "http": statistics.median(http)},
+        "tokens_per_second": {"queue": round(statistics.median(queue), 2), "http": round(statistics.median(http), 2)},
         "cost": cost,
         "cost_interval_95": median_interval(costs),
         "within_goal": cost <= _GOAL,
