@@ -110,7 +110,9 @@ class Load:
         return answer
 
     def _http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+        # A connection for each request: llama.cpp's server closes kept ones now and then, as the next request comes.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        return httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT_S, limits=limits)
 
 
 def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
@@ -148,6 +150,7 @@ def summary(answers: Sequence[Answer], count_tokens: Callable[[str], int]) -> di
         "completed": len(done),
         "rejected_429": rejected,
         "failed": len(answers) - len(done) - rejected,
+        "errors": sorted({answer.error for answer in answers if answer.error})[:3],
         "seconds": round(seconds, 3),
         "output_tokens": sum(tokens),
         "tokens_per_second": round(sum(tokens) / seconds, 2),

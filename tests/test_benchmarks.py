@@ -128,6 +128,7 @@ def test_a_cell_counts_what_failed_apart(http_load: ModuleType, parrot: tuple[Pa
     answers = asyncio.run(http_load.Load(parrot[1], 6).closed_loop(asked, 1))
     cell = http_load.summary(answers, lambda text: len(text.split()))
     assert (cell["completed"], cell["rejected_429"], cell["failed"]) == (2, 1, 1)
+    assert cell["errors"] == ["{'message': 'broken'}"]
     assert cell["output_tokens"] == 6 + 6  # by the server's word, and counted
     assert cell["tokens_per_second"] == pytest.approx(12 / cell["seconds"], rel=0.01)
     assert cell["acceptance_length"] == 1 + 3 / 2
