@@ -1,8 +1,8 @@
 """Serving over HTTP: `aurora-rl serve` and its peers under concurrent clients, and what the HTTP front costs.
 
 Every server is a child of this script and is asked over loopback, streamed and greedy, by clients in a closed loop and
-at Poisson arrivals. The servers take turns at every cell, and those whose turn it is not are stopped. No prompt is
-asked twice of a server. Then the front is compared with its engine alone (`http_front.py`).
+at Poisson arrivals. The servers take turns at every cell of `--limit` requests, and those whose turn it is not are
+stopped. Each cell has prompts of its own. Then the front is compared with its engine alone (`http_front.py`).
 
 python benchmarks/serving.py --peers transformers,llama.cpp --llama-cpp-venv VENV --limit 64 --max-new-tokens 64
 """
