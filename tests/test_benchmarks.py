@@ -1,33 +1,34 @@
-"""The benchmarks fit the library that they measure."""
+"""The benchmarks fit the library that they measure, and count rightly what they time."""
 
 from __future__ import annotations
 
-import importlib
+import asyncio
+import json
 import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from benchmark_scripts import SCRIPTS, imported
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
+from aurora_rl import SamplingParams
+from aurora_rl.envs import Completion
 from aurora_rl.models.loading import load_target
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def imported(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Import a script as running it would; its name and its neighbour `common` are forgotten after the test."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    for each in {"common", name}:
-        monkeypatch.setitem(sys.modules, each, None)  # so that the end of the test forgets what is imported now
-        del sys.modules[each]
-    module = importlib.import_module(name)
-    assert module.__file__ is not None and Path(module.__file__).parent == BENCHMARKS
-    return module
+from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.workload.traffic import generate
 
 
-@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
-def test_a_script_imports_what_is_there(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imported(script.stem, monkeypatch)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_imports_what_is_there(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported(script, monkeypatch)
 
 
 def test_prompts_become_greedy_requests(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +43,186 @@ def test_prompts_become_greedy_requests(tiny_folder: Path, monkeypatch: pytest.M
     served = list(iter(requests, None))
     assert [r.id for r in served] == [0, 1, 2]
     assert all((r.sampling.temperature, r.sampling.max_tokens) == (0, 5) for r in [usual, *served])
+
+
+# ---- the clients of benchmarks/serving.py ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def http_load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return imported("http_load", monkeypatch)
+
+
+class Parrot:
+    """A server that says three pieces of two tokens, 20 ms apart, unless it is asked to fail.
+
+    `most` is the most requests that it had at a time.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.running = self.most = 0
+
+    async def answer(self, request: Request) -> Response:
+        (message,) = (await request.json())["messages"]
+        self.asked.append(message["content"])
+        if message["content"] == "full":
+            return JSONResponse({"error": {"message": "too many"}}, 429)
+        return StreamingResponse(self.pieces(message["content"]), media_type="text/event-stream")
+
+    async def pieces(self, content: str) -> AsyncIterator[str]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            yield event({"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+            for _ in range(3):
+                await asyncio.sleep(0.02)
+                yield event({"choices": [{"delta": {"content": "a b "}, "finish_reason": None}]})
+                if content == "break":
+                    yield event({"error": {"message": "broken"}})
+                    return
+            yield event({"choices": [{"delta": {}, "finish_reason": "length"}]})
+            if content != "mute":
+                drafts = {"num_spec_steps": 2, "num_accepted_draft_tokens": 3}
+                usage = {"usage": {"completion_tokens": 6}, "metrics": {"speculative_decoding": drafts}}
+                yield event({"choices": [], **usage})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.running -= 1
+
+
+def event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+@pytest.fixture
+def parrot() -> Iterator[tuple[Parrot, str]]:
+    parrot, server = Parrot(), HttpServer("127.0.0.1", 0)
+    server.start(Starlette(routes=[Route("/v1/chat/completions", parrot.answer, methods=["POST"])]))
+    yield parrot, server.url
+    server.stop()
+
+
+def chats(*contents: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": content}] for content in contents]
+
+
+def test_a_closed_loop_keeps_so_many_requests_in_flight(http_load: ModuleType, parrot: tuple[Parrot, str]) -> None:
+    server, url = parrot
+    asked = [str(number) for number in range(8)]
+    answers = asyncio.run(http_load.Load(url, 6).closed_loop(chats(*asked), 3))
+    assert sorted(server.asked) == asked and server.most == 3
+    assert all(answer.complete and answer.text == "a b " * 3 and len(answer.pieces) == 3 for answer in answers)
+
+
+def test_an_open_loop_waits_for_nobody(http_load: ModuleType, parrot: tuple[Parrot, str]) -> None:
+    server, url = parrot
+    answers = asyncio.run(http_load.Load(url, 6).open_loop(chats(*"abcde"), [0.0, 0.01, 0.02, 0.03, 0.2]))
+    assert server.most >= 3
+    starts = [answer.began - answers[0].began for answer in answers]
+    assert starts == sorted(starts) and 0.19 < starts[-1] < 1
+
+
+def test_a_cell_counts_what_failed_apart(http_load: ModuleType, parrot: tuple[Parrot, str]) -> None:
+    asked = chats("a", "full", "break", "mute")
+    answers = asyncio.run(http_load.Load(parrot[1], 6).closed_loop(asked, 1))
+    cell = http_load.summary(answers, lambda text: len(text.split()))
+    assert (cell["completed"], cell["rejected_429"], cell["failed"]) == (2, 1, 1)
+    assert cell["errors"] == ["{'message': 'broken'}"]
+    assert cell["output_tokens"] == 6 + 6  # by the server's word, and counted
+    assert cell["tokens_per_second"] == pytest.approx(12 / cell["seconds"], rel=0.01)
+    assert cell["acceptance_length"] == 1 + 3 / 2
+    assert 20 <= cell["ttft_ms"]["p50"] < cell["latency_ms"]["p50"]
+    assert 20 <= cell["itl_ms"]["p50"] + 5
+    assert cell["tpot_ms"]["p50"] == pytest.approx(cell["itl_ms"]["p50"] * 2 / 5, rel=0.5)
+
+
+def test_a_server_that_is_not_there_is_no_answer(http_load: ModuleType) -> None:
+    server = HttpServer("127.0.0.1", 0)  # the port is taken, and closed again
+    server.stop()
+    (answer,) = asyncio.run(http_load.Load(server.url, 6).closed_loop(chats("a"), 1))
+    cell = http_load.summary([answer], len)
+    assert (cell["completed"], cell["failed"], cell["ttft_ms"]) == (0, 1, None) and answer.error is not None
+
+
+def test_arrivals_are_poisson_s(http_load: ModuleType) -> None:
+    arrivals = torch.tensor(http_load.poisson_arrivals(4.0, 4000))
+    gaps = arrivals.diff(prepend=torch.zeros(1))
+    assert (gaps > 0).all()
+    assert float(gaps.mean()) == pytest.approx(1 / 4, rel=0.05)
+    assert float(gaps.std()) == pytest.approx(1 / 4, rel=0.05)  # as an exponential's is
+    assert http_load.poisson_arrivals(4.0, 3) == http_load.poisson_arrivals(4.0, 4000)[:3]
+
+
+# ---- the front against its engine --------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_median_is_that_of_the_sign_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    interval = imported("http_front", monkeypatch).median_interval
+    assert interval(range(5)) is None
+    assert interval([3, 1, 2, 6, 5, 4]) == (1, 6)
+    assert interval(range(1, 11)) == (2, 9)  # 97.9%; from 3 to 8 it were 89%
+    assert interval(range(1, 21)) == (6, 15)
+
+
+def test_a_cost_is_the_share_that_the_front_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = imported("http_front", monkeypatch).compare([100.0, 110.0, 90.0], [98.0, 99.0, 90.0])
+    assert figures["cost"] == pytest.approx(0.02) and figures["within_goal"]
+    assert figures["turns"] == pytest.approx([0.02, 0.1, 0.0])
+
+
+def test_the_queue_has_no_more_requests_in_flight_than_clients(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tokenizer = load_target(tiny_folder, dtype=torch.float32, device="cpu")
+    queue = RequestQueue(generate(5), tokenizer, vocab_size=300, max_length=1024, sampling=SamplingParams(max_tokens=4))
+    workload = imported("http_front", monkeypatch).Workload()
+    assert workload() is None
+    workload.begin(queue, 2)
+    running, served = [workload(), workload()], []
+    assert None not in running and workload() is None
+    while running:
+        request = running.pop(0)
+        served.append(request.id)
+        workload.completed(Completion(request, torch.arange(4), terminated=False))
+        running += [each for each in [workload()] if each is not None]
+        assert workload() is None
+    assert served == list(range(5)) and workload.tokens == 20
+
+
+# ---- the verdict of benchmarks/soak.py ---------------------------------------------------------------------------
+
+CLEAN: dict[str, Any] = {
+    "answers": {"equal": 9},
+    "growth_mib": 3.0,
+    "before": {"descriptors": 20},
+    "after": {"descriptors": 20, "running": 0, "waiting": 0},
+    "strangers": {"vanish": {"200": 5}, "send_too_much": {"413": 2}},
+    "strangers_that_broke": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"answers": {"equal": 9, "different": 1}}, "1 answers different"),
+        ({"answers": {"equal": 9, "failed": 2}}, "2 answers failed"),
+        ({"answers": {}}, "no answer was compared"),
+        ({"growth_mib": 33.0}, "memory grew by 33 MiB, more than 32"),
+        ({"after": {"descriptors": 23, "running": 0, "waiting": 0}}, "23 descriptors are open, and 20 were"),
+        ({"after": {"descriptors": 20, "running": 1, "waiting": 0}}, "1 requests are running"),
+        ({"strangers": {"send_too_much": {"413": 2, "200": 1}}}, "send_too_much: 1 times 200"),
+        ({"strangers_that_broke": ["KeyError('a')"]}, "a stranger broke: KeyError('a')"),
+    ],
+)
+def test_a_soak_tells_what_leaked(change: dict[str, Any], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert imported("soak", monkeypatch).verdict({**CLEAN, **change}) == ([] if told is None else [told])
+
+
+def test_growth_is_that_after_the_first_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = imported("soak", monkeypatch).growth
+    warm_up = [{"seconds": float(s), "rss_mib": 1000.0 + min(s, 10) * 20} for s in range(0, 41)]
+    assert growth(warm_up) == pytest.approx(0.0, abs=1e-6)
+    leak = [{"seconds": float(s), "rss_mib": 1000.0 + s} for s in range(0, 41)]
+    assert growth(leak) == pytest.approx(30.0)

@@ -22,6 +22,7 @@ EXCEPTIONS = {
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",
+    "faults/test_soak.py": "benchmarks/soak.py on a tiny model",
     "test_benchmarks.py": "the scripts of benchmarks/",
     "test_deploy.py": "deploy/",
     "test_docs.py": "the pages",

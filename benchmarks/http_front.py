@@ -1,0 +1,170 @@
+"""What the HTTP front costs: the same engine, in turns driven by a queue of requests and by clients over HTTP.
+
+The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from http_load import Load
+from http_servers import settings
+
+from aurora_rl.cli.assembly import first_drafter, load, request_queue
+from aurora_rl.cli.config import load_config
+from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.http import HttpFront
+from aurora_rl.cli.spec import resolve
+from aurora_rl.envs import Completion, Request
+from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.workload.traffic import Prompt
+
+_IDLE_S = 0.1  # as `aurora-rl serve` waits
+_GOAL = 0.03
+
+
+class Workload:
+    """Requests of a queue, of which so many run at a time as there would be clients."""
+
+    def __init__(self) -> None:
+        self._queue: RequestQueue | None = None
+        self._most = self._running = self.tokens = 0
+
+    def begin(self, queue: RequestQueue, clients: int) -> None:
+        self._queue, self._most, self.tokens = queue, clients, 0
+
+    def __call__(self) -> Request | None:
+        if self._queue is None or self._running == self._most or (request := self._queue()) is None:
+            return None
+        self._running += 1
+        return request
+
+    def completed(self, completion: Completion) -> str:
+        assert self._queue is not None
+        self._running -= 1
+        self.tokens += len(completion.tokens)
+        return self._queue.completed(completion)
+
+    def refused(self, request: Request, reason: str) -> None:
+        raise RuntimeError(f"request {request.id} is refused: {reason}")
+
+
+def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], folder: Path) -> None:
+    """Serve over HTTP, and prompts by the queue when the pipe names a number of clients; None ends it."""
+    config = load_config(overrides=pairs)
+    torch.set_num_threads(config.engine.threads)
+    spec, http = resolve(config), HttpFront(config)
+    target = load(spec)
+
+    queue = partial(request_queue, spec, target, prompts)
+    first = queue()
+    usual = first.first_prompts(1)[0]
+    drafter, _ = first_drafter(spec, target, first.first_prompts(64), None)
+    workload = Workload()
+    clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
+    server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
+    clients.attach(server)
+    http.start(spec, target.tokenizer, target.parts.config.vocab_size, clients, server)
+    pipe.send(http.url)
+    try:
+        while True:
+            if pipe.poll():
+                if (number := pipe.recv()) is None:
+                    break
+                workload.begin(queue(), number)
+                began = time.perf_counter()
+                while clients.step():
+                    pass
+                pipe.send((workload.tokens, time.perf_counter() - began))
+            elif not clients.step():
+                clients.wait(_IDLE_S)
+    finally:
+        clients.end("the measurement is over")
+        http.stop()
+        server.close()
+
+
+def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
+    """Return what the front leaves of the engine's throughput, at each number of clients."""
+    pairs = [
+        *settings(options, folder),
+        "http.port=0",
+        f"max_new_tokens={options.max_new_tokens}",
+        # Neither plain windows, which fall anywhere, nor what an earlier turn has read.
+        *("baseline.share=0", "engine.prefix_cache_tokens=0"),
+        *options.overrides,
+    ]
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `aurora-rl` sets it, before torch is loaded
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    process = context.Process(target=host, args=(end, pairs, prompts, folder), daemon=True)
+    process.start()
+    end.close()
+    load = Load(pipe.recv(), options.max_new_tokens)
+    chats = [prompt.messages for prompt in prompts]
+
+    def by_queue(clients: int) -> float:
+        pipe.send(clients)
+        tokens, seconds = pipe.recv()
+        return tokens / seconds
+
+    def over_http(clients: int) -> float:
+        answers = asyncio.run(load.closed_loop(chats, clients))
+        assert all(answer.complete and answer.usage for answer in answers)
+        seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
+        return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage) / seconds
+
+    figures = {}
+    for clients in options.front_clients:
+        over_http(clients), by_queue(clients)  # unmeasured
+        rates: dict[str, list[float]] = {"queue": [], "http": []}
+        for turn in range(options.turns):
+            ways = [("queue", by_queue), ("http", over_http)]
+            for name, way in ways if turn % 2 else reversed(ways):
+                rates[name].append(way(clients))
+            print(
+                f"front, {clients} clients, turn {turn + 1}: {rates['http'][-1] / rates['queue'][-1]:.3f}", flush=True
+            )
+        figures[clients] = compare(**rates)
+    pipe.send(None)
+    process.join(60)
+    return {"settings": ["baseline.share=0", "engine.prefix_cache_tokens=0"], "goal": _GOAL, "clients": figures}
+
+
+def compare(queue: Sequence[float], http: Sequence[float]) -> dict[str, Any]:
+    """Return the cost of HTTP as a share of throughput: the median of the turns and its interval."""
+    costs = [round(1 - over / alone, 4) for alone, over in zip(queue, http, strict=True)]
+    cost = statistics.median(costs)
+    return {
+        "tokens_per_second": {"queue": round(statistics.median(queue), 2), "http": round(statistics.median(http), 2)},
+        "cost": cost,
+        "cost_interval_95": median_interval(costs),
+        "within_goal": cost <= _GOAL,
+        "turns": costs,
+    }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return two of the values between which the median lies with 95% or more, whatever the distribution.
+
+    With fewer than six values there are none.
+    """
+    count, ordered = len(values), sorted(values)
+    # The k-th smallest exceeds the median if fewer than k of the values are below it.
+    tails = [sum(math.comb(count, i) for i in range(k)) / 2**count for k in range(1, count // 2 + 1)]
+    k = sum(tail <= 0.025 for tail in tails)
+    return (ordered[k - 1], ordered[-k]) if k else None
