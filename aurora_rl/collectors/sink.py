@@ -137,4 +137,5 @@ class TrajectorySink:
                 else:
                     self._drop(1)
         else:
+            self._connected = True  # the monitor's word may come later
             self.sent += 1

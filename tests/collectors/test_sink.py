@@ -91,7 +91,9 @@ EMPTY = TensorDict({}, batch_size=[])
 def test_a_learner_that_does_not_read_stalls_nothing() -> None:
     learner = Learner(high_water=1)
     sink = TrajectorySink(learner.address, handshake=HANDSHAKE, capacity=4)
-    for number in range(40):  # 4 MB each: more than the buffers of the kernel hold
+    sink.extend(item(0, 500_000))
+    until(lambda: sink.sent == 1)  # the learner is connected
+    for number in range(1, 40):  # 4 MB each: more than the buffers of the kernel hold
         sink.extend(item(number, 500_000))
     until(lambda: sink.queued == 4)
     assert sink.dropped > 0 and sink.sent + sink.dropped + sink.queued == 40
