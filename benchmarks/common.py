@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl import Request, SamplingParams
 from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.telemetry.rates import Rates
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,6 +84,11 @@ def processor() -> str:
 
 def _without_folders(argument: str) -> str:
     return ",".join(Path(part).name if "/" in part else part for part in argument.split(","))
+
+
+def over_plain(measured: Rates) -> float | None:
+    """Return speculative over plain tokens per second, however few plain rounds the script has asked for."""
+    return measured.speculative / measured.baseline if measured.baseline and measured.speculative else None
 
 
 def write_result(script: str, options: argparse.Namespace, figures: dict) -> None:

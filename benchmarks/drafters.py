@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import MAX_LENGTH, RESULTS, arguments, parse, request_queue, usual_request, write_result
+from common import MAX_LENGTH, RESULTS, arguments, over_plain, parse, request_queue, usual_request, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -202,7 +202,7 @@ def serve(world: World, name: str) -> dict[str, Any]:
         "round_ms": 1e3 * costs[shape],
         "plain_ms": 1e3 * costs[none],
         "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
-        "speedup": server.stats.rates().speedup,
+        "speedup": over_plain(server.stats.rates()),
     }
 
 
@@ -294,8 +294,8 @@ def main() -> None:
         domains[world.name] = {"drafters": cells, "transformers_prompt_lookup_speedup": prompt_lookup(load(world))}
     if options.until != "serve":
         return
-    plot(domains, RESULTS.parents[1] / "docs" / "images" / "drafters.png")
     write_result(__file__, options, {"threads": options.threads, "slots": 1, "domains": domains})
+    plot(domains, RESULTS.parents[1] / "docs" / "images" / "drafters.png")
 
 
 def load(world: World) -> World:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import MAX_LENGTH, arguments, parse, prompts, request_queue, usual_request, write_result
+from common import MAX_LENGTH, arguments, over_plain, parse, prompts, request_queue, usual_request, write_result
 
 from aurora_rl import TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
@@ -89,7 +89,8 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         "acceptance_length": server.stats.acceptance(0, len(server.stats.finished)),
         "shape_at_end": {"depth": policy.shape.depth, "width": policy.shape.width},
         "tokens_per_second": {"baseline": measured.baseline, "speculative": measured.speculative},
-        "speedup": measured.speedup,
+        "speedup": over_plain(measured),
+        "baseline_rounds": measured.baseline_rounds,
         "round_ms_at_start": cost_table(costs),
         "torchrl_and_server_share_of_round": 1 - (inside + sum(installs) / 1e3) / total,
         "swap_ms": {"p50": statistics.median(installs), "max": max(installs)} if installs else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import MAX_LENGTH, arguments, parse, prompts, request_queue, usual_request, write_result
+from common import MAX_LENGTH, arguments, over_plain, parse, prompts, request_queue, usual_request, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def figures(server: InferenceServer, begin: int, end: int) -> dict:
     return {
         "acceptance_length_where_drafted": server.stats.acceptance(begin, end),
         "tokens_per_second": {"plain": measured.baseline, "controlled": measured.speculative},
-        "over_plain": measured.speedup,
+        "over_plain": over_plain(measured),
     }
 
 

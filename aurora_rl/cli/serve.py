@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aurora_rl.serving.async_engine import AsyncEngine
     from aurora_rl.serving.requests import RequestQueue
 
+_DRAIN_S = 5.0  # for what clients have asked before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
 
@@ -200,10 +201,20 @@ class _Session:
                         clients.wait(_IDLE_S)
                     for tick in ticks:
                         tick()
+                self._drain(clients)
             except (ValueError, OSError) as error:  # of the program, not of its input: show where
                 raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
             view.log_status()
             live.update(view.table())  # a terminal keeps the last state on its screen
+
+    def _drain(self, clients: AsyncEngine) -> None:
+        """Complete what clients have asked, for a few seconds, and take nothing new."""
+        if self._replays:
+            return
+        clients.close("the server is shutting down")
+        deadline = time.monotonic() + _DRAIN_S
+        while clients.num_open and time.monotonic() < deadline:
+            self._step()
 
     def _learner_state(self) -> str:
         return f"any at {self._config.wire.weights}" if self._learner is None else self._learner.state

@@ -83,7 +83,7 @@ class AsyncEngine:
         self._streams: dict[int, _Stream] = {}
         self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
         self._arrived = threading.Event()
-        self._closed = False
+        self._closed = ""  # why no more requests are taken
         self._server: InferenceServer | None = None
 
     # ---- called by clients ------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class AsyncEngine:
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), RequestTimes(self.observe))
         with self._lock:
             if not self.alive:
-                raise EngineDeadError("the engine does not run; see the server's log")
+                raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already, as many as http.max_waiting allows")
             self._streams[request.id] = stream
@@ -183,10 +183,20 @@ class AsyncEngine:
         if self._arrived.wait(timeout):
             self._arrived.clear()
 
+    @property
+    def num_open(self) -> int:
+        """Clients' requests that are not complete."""
+        return len(self._streams)
+
+    def close(self, reason: str) -> None:
+        """Take no more requests, and tell those who ask why; the others go on."""
+        with self._lock:
+            self._closed = reason
+
     def end(self, reason: str) -> None:
         """Take no more requests, and tell those in flight why."""
         with self._lock:  # nobody is added after this
-            self._closed = True
+            self._closed = reason
             self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
             self._streams.clear()
         self._deliver()

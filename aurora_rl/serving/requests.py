@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion, Request, SamplingParams
+from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.telemetry.log import JsonLines
 from aurora_rl.workload.traffic import Message, Prompt, TrafficError
@@ -120,7 +121,8 @@ class RequestQueue:
     def completed(self, completion: Completion) -> str:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         turn = self._open.pop(completion.request.id)
-        prompt, text = turn.prompt, str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        prompt = turn.prompt
+        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)
         if self.answers is not None:
             self.answers.append(
                 request=completion.request.id,

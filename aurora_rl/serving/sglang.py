@@ -57,10 +57,13 @@ class AttachedServer:
         self.stats, self.engine, self.detached = Stats(0), engine, False
         self._attach, self._log, self._published = attach, log, published
         self._next_watch, self._unreachable = 0.0, ""
+        self._given_up = Counter[str]()  # by servers before this one
+        self.status: dict[str, Any] = {}
         self._begin()
 
     def _begin(self) -> None:
         """Attach the learner; the plugin's counts begin at 0."""
+        self._given_up.update({name: self.status.get(name, 0) for name in ("dropped", "missed")})
         self.status = self._attach()
         self._told_swaps, self._served, self._accepted = 0, Counter[str](), Counter[int]()
         self._log.write("attached", status=self.status)
@@ -73,12 +76,12 @@ class AttachedServer:
     @property
     def dropped(self) -> int:
         """Trajectories that no learner took."""
-        return self.status.get("dropped", 0)
+        return self._given_up["dropped"] + self.status.get("dropped", 0)
 
     @property
     def missed(self) -> int:
         """Dropped trajectories that were given up while no learner was connected."""
-        return self.status.get("missed", 0)
+        return self._given_up["missed"] + self.status.get("missed", 0)
 
     @property
     def queued(self) -> int:

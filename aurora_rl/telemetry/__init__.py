@@ -1,1 +1,1 @@
-"""What a run says of itself: its log, rates, statistics, report and live view."""
+"""What a run says of itself: its log and what follows it: history, metrics, loggers, live view and report."""

@@ -100,7 +100,7 @@ METRICS: dict[str, Metric] = {
     "swap_duration_seconds": Metric("histogram", "Time for which serving stood still at a swap of weights."),
     "swap_failures_total": Metric("counter", "Weights that the drafter could not load."),
     # Learning.
-    "learner_up": Metric("gauge", "1 while the server's learner runs, 0 after its death; absent without one."),
+    "learner_up": Metric("gauge", "1 while the server's learner runs and takes what is served; absent without one."),
     "learner_restarts_total": Metric("counter", "Learners that were started again after their death."),
     "learner_steps_total": Metric("counter", "Optimizer steps."),
     "learner_skipped_steps_total": Metric("counter", "Steps left out, as their loss or gradient was not finite."),
@@ -215,7 +215,7 @@ class Exporter(Collector):
         self._set("trajectory_queue_length", event["queue"])
         self._set("trajectories_dropped_total", event["dropped"], "not_taken")
         learner = event["learner"]  # otherwise of another server, or of nobody
-        up = 1 if learner == "running" else 0 if learner.startswith("died") else None
+        up = 1 if learner == "running" else None if learner.startswith("any at") else 0  # refusals are 0, too
         self._set("learner_up", up)
 
     def observe(self, wait: str, seconds: float) -> None:

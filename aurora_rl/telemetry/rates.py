@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -113,7 +113,7 @@ class Rates:
     Attributes:
         baseline: Those of plain decoding; None if it was not measured.
         speculative: Those of all other decoding; None if it was not measured.
-        baseline_rounds: Plain rounds that were measured.
+        baseline_rounds: Plain rounds that the rates are made of.
     """
 
     baseline: float | None
@@ -147,11 +147,11 @@ def rates(rounds: Iterable[Round]) -> Rates:
     """
     tokens: dict[tuple[bool, int], int] = defaultdict(int)
     seconds: dict[tuple[bool, int], float] = defaultdict(float)
-    plain = 0
+    plain: Counter[int] = Counter()
     for r in rounds:
         tokens[r.speculative, r.occupied] += r.tokens
         seconds[r.speculative, r.occupied] += r.seconds
-        plain += 0 if r.speculative else r.count
+        plain[r.occupied] += 0 if r.speculative else r.count
 
     def rate(kind: bool, occupied: int) -> float:
         return tokens[kind, occupied] / seconds[kind, occupied]
@@ -165,8 +165,8 @@ def rates(rounds: Iterable[Round]) -> Rates:
             count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
             overall.append(count / time if count else None)
         baseline, speculative = overall
-        return Rates(baseline, speculative, plain)
+        return Rates(baseline, speculative, plain.total())
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
     means = [sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)]
-    return Rates(means[0], means[1], plain)
+    return Rates(means[0], means[1], sum(plain[o] for o in both))

@@ -88,6 +88,7 @@ class LiveView:
         self._total, self._learner = total, learner
         self._followers = [history.follow, *followers]
         self._began = time.monotonic()
+        self._died = False
         self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
         self._skipped = self._unwritten = False
         self.unsaved: str | None = None
@@ -122,13 +123,18 @@ class LiveView:
 
     def follow(self) -> list[str]:
         """Read what is new in the log, and ask both halves. Return what the user must be told, each thing once."""
-        told, state = self.read(), self._learner()
-        died = f"the learner {state}" if state.startswith("died") else None
-        for name, news in (("refused", self._server.refused), ("learner_died", died)):
-            if news is not None and news not in self._told:
-                self._told.append(news)
-                self._log.write(name, reason=news)
-                told.append(news)
+        told, state, refused = self.read(), self._learner(), self._server.refused
+        news = []
+        if refused is not None and refused not in self._told:
+            self._told.append(refused)
+            news.append(("refused", refused))
+        died = state.startswith("died")
+        if died and not self._died:  # a second death is told, too, also with the same status
+            news.append(("learner_died", f"the learner {state}"))
+        self._died = died
+        for event, reason in news:
+            self._log.write(event, reason=reason)
+            told.append(reason)
         return told
 
     def log_status(self) -> None:

@@ -209,6 +209,19 @@ def test_an_engine_that_fails_tells_every_client(rig: Rig, monkeypatch: pytest.M
     assert not rig.clients.alive
 
 
+def test_an_engine_that_closes_completes_what_it_has(rig: Rig) -> None:
+    async def close_in_the_middle() -> int:
+        running = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=24))
+        tokens = len((await anext(running)).tokens)
+        rig.clients.close("the server is shutting down")
+        assert not rig.clients.alive and rig.clients.num_open == 1
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            await rig.complete([3], SamplingParams(max_tokens=8))
+        return tokens + sum([len(update.tokens) async for update in running])
+
+    assert rig.run(close_in_the_middle()) == 24 and rig.clients.num_open == 0
+
+
 def test_waits_are_observed_and_requests_counted(rig: Rig) -> None:
     waits: list[str] = []
 

@@ -194,6 +194,12 @@ def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
     ]
 
 
+def test_a_stop_string_ends_the_answer_and_is_no_part_of_it() -> None:
+    source = queue_of(Prompt("p", "", ({"role": "user", "content": "one"},), ("more",), stop=("END",)))
+    source.completed(answer(source(), "yes END"))
+    assert read(source()) == "<u>one<a>yes <u>more<a>"
+
+
 def test_every_turn_is_served_as_its_line_says() -> None:
     first, second = replace(prompt("p", "one", "more"), speculative=False), replace(prompt("q", "two"), learn=False)
     source = queue_of(first, second, prompt("r", "three"))

@@ -64,6 +64,16 @@ def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None
     assert measured.speculative < measured.baseline
 
 
+def test_what_nobody_may_draft_for_is_no_measure_of_speculation(tmp_path: Path) -> None:
+    waiting = requests(6)
+    for request in waiting:
+        request.speculative = False
+    server = Serving(tmp_path, waiting, Oracle(waiting), windows=BaselineWindows(0.5, window=8, seed=31)).run()
+    measured = server.stats.rates()
+    assert (measured.speculative, measured.speedup) == (None, None)
+    assert server.stats.drafted.keys() <= {"plain", "baseline"}
+
+
 def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:
     waiting = requests(6)
     # Naps, so that the run is long enough for the first window on any machine.

@@ -180,6 +180,7 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     engine.restart()
     engine.reachable = True
     server.watch()
+    assert (server.dropped, server.missed) == (14, 8), "each process counts from 0, and its plugin says 7 and 4"
     engine.swaps.append(5.0)
     server.watch()
     assert engine.attached and engine.attaches == 2 and len(events("attached")) == 2

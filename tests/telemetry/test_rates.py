@@ -43,6 +43,9 @@ def test_a_speedup_is_told_from_three_windows_on() -> None:
     for each in enough:
         sums.append(each)
     assert rates(sums) == rates(enough)
+    # Of other numbers of slots no rate is made, however many rounds there were.
+    elsewhere = [Round(SPECULATIVE, 1, 4, 1.0, 0), Round(PLAIN, 1, 1, 0.5, 0), Round(PLAIN, 8, 800, 100.0, 0, 100)]
+    assert rates(elsewhere).too_short and rates(elsewhere).baseline_rounds == 1
     # Nothing was measured plainly: that is not too short, it is not measured.
     assert not rates(short[:1]).too_short and rates(short[:1]).speedup is None
 
@@ -57,7 +60,7 @@ def test_what_was_not_measured_is_none() -> None:
     assert rates([]) == Rates(None, None) and rates([]).speedup is None
     assert rates([speculative]) == Rates(None, 2.0) and rates([speculative]).speedup is None
     assert rates([plain]) == Rates(3.0, None, 1) and rates([plain]).speedup is None
-    # TrajectoryDataset what plain rounds decoded is no measurement of speculation.
+    # The time to record what plain rounds decoded is no measurement of speculation.
     assert rates([plain, recording]) == Rates(3.0, None, 1)
     # No occupancy in common: each kind as it was met.
     assert rates([speculative, plain]) == Rates(3.0, 2.0, 1)

@@ -122,6 +122,16 @@ def test_what_goes_wrong_is_told_and_logged_once(run: SimpleNamespace) -> None:
     ]
 
 
+def test_each_death_of_a_learner_is_told(run: SimpleNamespace) -> None:
+    for _ in range(2):
+        run.learner = "died with status -9, serving goes on"
+        assert run.view.follow() == ["the learner died with status -9, serving goes on"]
+        assert run.view.follow() == []
+        run.learner = "running"
+        assert run.view.follow() == []
+    assert [event["event"] for event in run.reader] == ["learner_died"] * 2
+
+
 def test_a_skipped_step_is_told_once_and_counted(run: SimpleNamespace) -> None:
     for skipped in (1, 2):
         run.log.write("step_skipped", reason="loss is nan", steps=5, skipped=skipped)

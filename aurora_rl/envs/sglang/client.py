@@ -89,7 +89,9 @@ class SGLangClient:
         self._process, self._log = process, None if log is None else Path(log)
         self._argmax = False
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
-        self._http = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
+        # And not through a proxy that the environment names.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._http = httpx.Client(limits=limits, trust_env=False)
 
     @classmethod
     def launch(

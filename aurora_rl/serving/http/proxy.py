@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.parse import quote
 
@@ -97,7 +98,14 @@ class Proxy:
         self._max_body, self._timeout, self._metrics, self.running = max_body, timeout, metrics, 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=_CONNECT_S))
+        # Not through a proxy that the environment names, and without its passwords: prompts go to SGLang alone. A jar
+        # would give one client's cookies to the next.
+        self._http = httpx.AsyncClient(
+            limits=limits,
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        )
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -129,7 +137,7 @@ class Proxy:
 
     async def fetch(self, request: Request) -> Response:
         """Pass on a request without a body."""
-        return await self._forward(request, request.url.path, self._deadline())
+        return await self._forward(request, request.scope["path"], self._deadline())
 
     async def model(self, request: Request) -> Response:
         """Pass on a question about one model."""
@@ -165,7 +173,8 @@ class Proxy:
             body = await read_body(request, self._max_body, self._timeout)
         except ClientDisconnect:
             return _GONE
-        return await self._forward(request, request.url.path, deadline, translate(body))
+        # Not request.url, which older releases of Starlette make of the Host header.
+        return await self._forward(request, request.scope["path"], deadline, translate(body))
 
     async def _forward(self, request: Request, path: str, deadline: float, body: bytes | None = None) -> Response:
         """Ask SGLang, and answer with what it answers; a client that leaves ends SGLang's work, too."""
@@ -180,7 +189,8 @@ class Proxy:
         if _is_stream(answer):
             return EventStream(self._events(exchange, deadline), deadline)
         await exchange.aclose()
-        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+        kept = {name: answer.headers[name] for name in ("content-type", "retry-after") if name in answer.headers}
+        return Response(answer.content, answer.status_code, headers=kept)
 
     async def _exchange(self, method: str, path: str, body: bytes | None) -> AsyncGenerator[Any, None]:
         """Yield SGLang's answer, complete unless it is a stream, and then the pieces of the stream."""

@@ -33,6 +33,7 @@ class Upstream:
 
     Attributes:
         bodies: Bodies, as bytes.
+        cookies: Cookies that came with each request.
         paths: Paths that were asked for.
         left: Set when a client has left before its answer was complete.
     """
@@ -40,6 +41,7 @@ class Upstream:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.paths: list[str] = []
+        self.cookies: list[str | None] = []
         self.left = threading.Event()
         self._server = HttpServer("127.0.0.1", 0)
         methods = ["GET", "POST"]
@@ -47,12 +49,15 @@ class Upstream:
         self.url = self._server.url
 
     async def answer(self, request: Request) -> Response:
-        self.paths.append(request.url.path)
+        self.paths.append(request.scope["path"])
+        self.cookies.append(request.headers.get("cookie"))
         self.bodies.append(await request.body())
         fields = json.loads(self.bodies[-1] or b"{}")
         match fields.get("do"):
             case "refuse":
-                return JSONResponse(REFUSAL, 400)
+                return JSONResponse(REFUSAL, 400, headers={"Retry-After": "7"})
+            case "cookie":
+                return JSONResponse(ANSWER, headers={"Set-Cookie": "route=node1"})
             case "hang":
                 while not await request.is_disconnected():
                     await asyncio.sleep(0.01)
@@ -175,7 +180,7 @@ def test_what_sglang_cannot_do_is_refused_by_name(
 def test_sglangs_refusals_come_back_as_they_are(serve: Callable[..., str]) -> None:
     for stream in (False, True):
         answer = post(serve(), {"do": "refuse", "stream": stream})
-        assert (answer.status_code, answer.json()) == (400, REFUSAL)
+        assert (answer.status_code, answer.json(), answer.headers["retry-after"]) == (400, REFUSAL, "7")
 
 
 def test_only_the_paths_of_clients_lead_to_sglang(upstream: Upstream, serve: Callable[..., str]) -> None:
@@ -192,6 +197,27 @@ def test_only_the_paths_of_clients_lead_to_sglang(upstream: Upstream, serve: Cal
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 ")
     assert all(path.startswith("/v1/models/") for path in upstream.paths[1:]), upstream.paths
+
+
+def test_a_host_header_is_no_part_of_the_path(upstream: Upstream, serve: Callable[..., str]) -> None:
+    host, port = serve().removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x/flush_cache?\r\nConnection: close\r\nContent-Length: 2\r\n\r\n"
+        connection.sendall(head.encode() + b"{}")
+        assert connection.recv(100).startswith(b"HTTP/1.1 ")
+    assert set(upstream.paths) <= {CHAT}
+
+
+def test_nothing_of_one_client_or_of_the_environment_comes_to_the_next(
+    upstream: Upstream, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    url = serve()
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        for _ in range(2):
+            assert client.post(CHAT, json={"do": "cookie"}).status_code == 200
+    assert upstream.cookies[-2:] == [None, None]
 
 
 # ---- health, and what is told about the server ----------------------------------------------------------------------
