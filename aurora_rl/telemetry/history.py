@@ -14,6 +14,7 @@ DRAFTED = {"tree": "tree", "chain": "chain", "ngrams": "n-grams", "plain": "plai
 """What a round may have drafted, in words."""
 
 _MOST_DOMAINS = 50
+_NEWEST = 20  # more than the page's tables have rows
 _OTHERS = "(others)"
 
 
@@ -139,8 +140,8 @@ class RunHistory:
     """Follows the events of a run in bounded memory. One thread may follow while others read :meth:`as_json`.
 
     Args:
-        most: Points, swaps and gate decisions that are kept of each; beyond that every second is dropped. The rounds
-            that a dropped point counts go to the next point.
+        most: Points, swaps and gate decisions that are kept of each; beyond that every second is dropped, except of
+            the newest 20. The rounds that a dropped point counts go to the next point.
 
     Attributes:
         requests: Completed requests.
@@ -224,7 +225,7 @@ class RunHistory:
             point.drafted += points.pop().drafted
         points.append(point)
         if len(points) > self._most:
-            for dropped, kept in zip(points[:-1:2], points[1::2], strict=False):
+            for dropped, kept in zip(points[:-_NEWEST:2], points[1::2], strict=False):
                 kept.drafted += dropped.drafted
         _thin(points, self._most)
 
@@ -257,9 +258,9 @@ class RunHistory:
 
 
 def _thin(items: list[Any], most: int) -> None:
-    """Drop every second but the last of too many."""
+    """Drop every second of too many, except of the newest."""
     if len(items) > most:
-        del items[:-1:2]
+        del items[:-_NEWEST:2]
 
 
 def _rounded(values: Iterable[float | None]) -> list[float | None]:

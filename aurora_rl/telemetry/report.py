@@ -89,7 +89,9 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
     import matplotlib.pyplot as plt
 
     points, domains = history.points, _largest_domains(history)
-    heights = {"acceptance": 3.0, "speed": 2.3}
+    heights = {"acceptance": 3.0}
+    if any(point.rates.baseline_rounds or point.rates.speculative is not None for point in points):
+        heights["speed"] = 2.3
     if any(point.drafted for point in points):
         heights["drafted"] = 1.3
     if domains:
@@ -111,7 +113,8 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
                 axis.axvline(swap.requests, color=_SWAP, alpha=0.5, linewidth=0.8)
     over_requests[-1].set_xlabel("completed requests")
     _draw_acceptance(axes["acceptance"], history)
-    _draw_speed(axes["speed"], points)
+    if "speed" in axes:
+        _draw_speed(axes["speed"], points)
     _draw_marks(over_requests, history)
     if "drafted" in axes:
         _draw_drafted(axes["drafted"], points)
@@ -172,11 +175,13 @@ def _draw_speed(axis: Axes, points: list[Point]) -> None:
         short = max(short, stretch, key=len)
     if short:
         first, last = short[0][0], short[-1][1]
-        rounds = f"{last.rates.baseline_rounds} of {MIN_BASELINE_ROUNDS} plain rounds" if last is points[-1] else ""
+        text = "too short" if last.rates.too_short else "not measured"
+        if last.rates.too_short and last is points[-1]:
+            text += f"\n{last.rates.baseline_rounds} of {MIN_BASELINE_ROUNDS} plain rounds"
         axis.axvspan(first, last.requests, color="grey", alpha=0.12, linewidth=0)
         axis.text(
-            (first + last.requests) / 2, 0.5, "\n".join(["too short", rounds]).strip(), fontsize=8, color="dimgrey",
-            ha="center", va="center", transform=axis.get_xaxis_transform(), clip_on=True,
+            (first + last.requests) / 2, 0.5, text, fontsize=8, color="dimgrey", ha="center", va="center",
+            transform=axis.get_xaxis_transform(), clip_on=True,
         )  # fmt: skip
     _legend(axis)
 

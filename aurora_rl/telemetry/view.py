@@ -201,8 +201,9 @@ class LiveView:
         }
         table = Table(show_header=False, title="aurora-rl")
         table.add_column()
-        table.add_column(min_width=40)  # so that the table keeps its width
+        table.add_column(overflow="fold")
         for name, value in self._rows():
+            value = value.ljust(40)  # so that the table keeps its width; a narrow terminal wraps it
             lines = [value, trends[name]] if trends.get(name) else [value]
             table.add_row(name, Text("\n".join(lines)))  # text of peers may look like Rich's markup
         return table

@@ -68,6 +68,8 @@ class Page:
                 self.fetched.append(parameters["request"]["url"])
             case "Runtime.exceptionThrown":
                 self.complaints.append(str(parameters["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if parameters["type"] == "error":
+                self.complaints.append(str(parameters["args"]))
             case "Log.entryAdded":
                 self.complaints.append(parameters["entry"]["text"])
 

@@ -67,6 +67,17 @@ def test_memory_is_bounded_and_no_round_is_lost() -> None:
     assert sum((point.drafted for point in history.points), Counter()) == Counter(tree=1500, baseline=500)
 
 
+def test_the_newest_swaps_and_decisions_are_whole() -> None:
+    history = RunHistory(most=100)
+    for n in range(1000):
+        history.follow(swap(n, n))
+        history.follow(gate(version=n))
+        assert len(history.swaps) <= 100
+        newest = list(range(max(n - 19, 0), n + 1))
+        assert [swap.version for swap in history.swaps[-20:]] == newest
+        assert [decision.version for decision in history.gates[-20:]] == newest
+
+
 def test_an_idle_server_takes_no_points() -> None:
     idle = [status(7, time=200.0 + n, drafted={"plain": 1} if n < 2 else {}) for n in range(50)]
     history = history_of(status(5), *idle, status(8, drafted={"chain": 4}))

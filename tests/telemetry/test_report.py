@@ -162,6 +162,15 @@ def test_a_speedup_over_too_few_plain_rounds_is_a_gap(drawn: Callable) -> None:
     assert texts(speed) == ["too short\n32 of 96 plain rounds"]
 
 
+def test_a_speedup_that_was_not_measured_is_not_called_too_short(drawn: Callable) -> None:
+    plain = {"tokens_per_second": {"baseline": None, "speculative": 15.0}, "speedup": None, "baseline_rounds": 0}
+    _, speed, _ = drawn(history_of(status(5), status(9, **plain)))
+    assert texts(speed) == ["not measured"]
+    only = {"tokens_per_second": {"baseline": 10.0, "speculative": None}, "speedup": None, "baseline_rounds": 120}
+    _, speed, _ = drawn(history_of(status(5, **only)))
+    assert texts(speed) == ["not measured"]
+
+
 def test_without_plain_decoding_the_report_shows_tokens_per_second(drawn: Callable) -> None:
     never = {"tokens_per_second": {"baseline": None, "speculative": 15.0}, "speedup": None, "baseline_rounds": 0}
     _, speed, *_ = drawn(history_of(status(5, **never), status(9, **never)))
@@ -181,7 +190,10 @@ def test_bands_say_what_was_drafted_and_bars_how_each_domain_went(drawn: Callabl
 def test_panels_without_content_are_left_out(drawn: Callable) -> None:
     assert len(drawn(history_of(request(), status(1)))) == 3  # no domains
     assert len(drawn(history_of(request(), status(1, drafted={})))) == 2  # as with SGLang
-    assert len(drawn(RunHistory())) == 2
+    never = {"tokens_per_second": {"baseline": None, "speculative": None}, "speedup": None, "baseline_rounds": 0}
+    (acceptance,) = drawn(history_of(request(), status(1, drafted={}, **never)))  # as with an attached SGLang
+    assert acceptance.get_xlabel() == "completed requests"
+    assert len(drawn(RunHistory())) == 1
 
 
 def test_half_a_picture_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,8 @@ def write(log: MetricsLog, *events: dict[str, Any]) -> None:
         log.write(**{name: value for name, value in event.items() if name != "time"})
 
 
-def shown(run: SimpleNamespace) -> str:
-    console = Console(record=True, width=100, file=io.StringIO())
+def shown(run: SimpleNamespace, width: int = 100) -> str:
+    console = Console(record=True, width=width, file=io.StringIO())
     console.print(run.view.table())
     return console.export_text()
 
@@ -157,6 +157,28 @@ def test_a_training_state_that_was_not_written_is_remembered_until_one_is(run: S
     run.log.write("checkpoint", steps=3, version=1)
     run.view.follow()
     assert run.view.unsaved is None
+
+
+@pytest.mark.parametrize("width", [40, 60, 75])
+def test_a_narrow_terminal_wraps_and_cuts_nothing(run: SimpleNamespace, width: int) -> None:
+    run.learner = "any at tcp://127.0.0.1:5556"
+    write(run.log, status(4, drafted={"tree": 88, "baseline": 12}, acceptance_length=1.0), status(20))
+    run.view.follow()
+    lines = shown(run, width).splitlines()[1:]
+    assert {len(line) for line in lines} == {width}
+    cells = [line[1:-1].split("│") for line in lines[1:-1]]
+    for column in (0, 1):
+        words = "".join(cell[column].strip() for cell in cells).replace(" ", "")
+        for name, value in run.view._rows():
+            assert (name, value)[column].replace(" ", "") in words
+
+
+def test_the_table_keeps_its_width(run: SimpleNamespace) -> None:
+    before = shown(run).splitlines()[1:]
+    write(run.log, status(20))  # what is drafted is a longer text
+    run.view.follow()
+    after = shown(run).splitlines()[1:]
+    assert {len(line) for line in before} == {len(line) for line in after} == {75}
 
 
 def test_text_of_peers_is_no_markup(run: SimpleNamespace) -> None:

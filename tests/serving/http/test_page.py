@@ -11,9 +11,10 @@ import httpx
 import openai
 import pytest
 from chromium import Page, chromium
-from run_events import gate, swap, train
+from run_events import gate, status, swap, train
 
 from aurora_rl.serving.http.live_page import FILES
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.view import LiveView
 
@@ -89,7 +90,7 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     page.open(f"{rig.url}/")
     page.wait_for("document.getElementById('connection').innerText === 'live'")
     assert page.text("model") == "tiny/model"
-    assert "No baseline window yet: too short." in page.text("speedup-text")
+    assert "No plain rounds were measured" in page.text("speedup-text")
     assert "No candidate was judged yet." in page.text("run") and "No weights were swapped yet." in page.text("run")
     before = int(page.text("requests"))
 
@@ -152,6 +153,60 @@ def test_the_page_says_when_the_server_is_gone(rig: Any, page: Page) -> None:
     page.wait_for("document.getElementById('connection').innerText === 'live'")
     rig.stop(url)
     page.wait_for("document.getElementById('connection').innerText === 'the server does not answer'")
+
+
+def test_a_server_that_started_anew_has_no_old_curves(rig: Any, page: Page) -> None:
+    history = RunHistory()
+    history.follow(status(5))
+    page.open(f"{rig.serve(history=history)}/")
+    page.wait_for("document.querySelectorAll('.chart canvas').length === 2")
+    history.points.clear()
+    page.wait_for("document.querySelectorAll('.chart canvas').length === 0")
+    history.follow(status(1))
+    page.wait_for("document.querySelectorAll('.chart canvas').length === 2")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("rounds", "speculative", "figure", "said"),
+    [
+        (32, 15.0, "too short", "The baseline windows are too short: 32 of 96 plain rounds."),
+        (120, None, "–", "No speculative rounds were measured."),
+        (0, 15.0, "–", "No plain rounds were measured: no baseline window yet, or baseline.share=0."),
+    ],
+)
+def test_the_page_says_why_there_is_no_speedup(
+    rig: Any, page: Page, rounds: int, speculative: float | None, figure: str, said: str
+) -> None:
+    history = RunHistory()
+    speed = {"baseline": 10.0 if rounds else None, "speculative": speculative}
+    history.follow(status(5, tokens_per_second=speed, baseline_rounds=rounds))
+    page.open(f"{rig.serve(history=history)}/")
+    page.wait_for("document.getElementById('connection').innerText === 'live'")
+    assert (page.text("speedup"), page.text("speedup-text")) == (figure, said)
+
+
+def test_a_learner_elsewhere_has_its_figures_there(rig: Any, page: Page) -> None:
+    history = RunHistory()
+    history.follow(status(5, learner="any at tcp://127.0.0.1:5556"))
+    page.open(f"{rig.serve(history=history)}/")
+    page.wait_for("document.getElementById('connection').innerText === 'live'")
+    said = "The learner runs elsewhere; its figures are in its own run folder."
+    assert page.text("learner-state") == "State: any at tcp://127.0.0.1:5556"
+    assert (page.text("elsewhere"), page.text("no-gates")) == (said, said)
+    assert page.evaluate("document.getElementById('learner-figures').hidden")
+    history.follow(status(6))
+    page.wait_for("!document.getElementById('learner-figures').hidden")
+    assert page.evaluate("document.getElementById('elsewhere').hidden")
+    assert page.text("no-gates") == "No candidate was judged yet."
+
+
+def test_an_error_of_drawing_is_not_blamed_on_the_server(rig: Any, page: Page) -> None:
+    page.open(f"{rig.url}/")
+    page.wait_for("document.getElementById('connection').innerText === 'live'")
+    page.evaluate("document.getElementById('model').remove()")
+    page.wait_for("document.getElementById('connection').innerText.includes('cannot be drawn')")
+    assert any("TypeError" in complaint for complaint in page.complaints)
 
 
 def test_the_page_fits_a_phone_and_a_dark_room(rig: Any, page: Page, view: LiveView) -> None:

@@ -16,22 +16,23 @@ const charts = {}; // by id of their place
 
 async function ask() {
   const key = sessionStorage.getItem("key");
-  let text = "the server does not answer";
+  let answer, text = "live";
   try {
-    const answer = await fetch("history", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
-    if (answer.status === 401) {
-      askForKey(key !== null);
-      return;
-    }
-    if (answer.ok) {
-      run = await answer.json();
-      show();
-      text = "live";
-    } else {
-      text = `the server answers with status ${answer.status}`;
-    }
+    answer = await fetch("history", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+    if (answer.ok) run = await answer.json();
+    else text = `the server answers with status ${answer.status}`;
   } catch (error) {
-    if (!(error instanceof TypeError)) throw error; // fetch's own: there is no connection
+    text = error instanceof SyntaxError ? "the server's answer is not JSON" : "the server does not answer";
+  }
+  if (answer?.status === 401) {
+    askForKey(key !== null);
+    return;
+  }
+  try {
+    if (text === "live") show();
+  } catch (error) {
+    console.error(error);
+    text = "the server answers, but its figures cannot be drawn";
   }
   setText("connection", text);
   at("connection").className = text === "live" ? "" : "lost";
@@ -70,13 +71,16 @@ function show() {
   setText("waiting", count(run.num_waiting));
   setText("acceptance", figure(last(points.acceptance)));
   const speedup = last(points.speedup);
-  setText("speedup", speedup === null ? (last(points.baseline_rounds) ? "too short" : "–") : `${figure(speedup)}×`);
+  setText("speedup", speedup === null ? (tooShort() ? "too short" : "–") : `${figure(speedup)}×`);
   setText("plain", figure(last(points.plain), 1));
   setText("speculative", figure(last(points.speculative), 1));
   setText("version", run.version === null ? "–" : String(run.version));
   const shares = Object.entries(run.drafted).map(([name, share]) => `${name} ${Math.round(100 * share)}%`);
   setText("drafted", shares.join(" · ") || "nothing: no round was decoded");
 
+  const elsewhere = learner.state.startsWith("any at "); // a learner that was not started here
+  at("learner-figures").hidden = elsewhere;
+  at("elsewhere").hidden = !elsewhere;
   setText("learner-state", `State: ${learner.state}`);
   setText("steps", count(learner.steps));
   setText("seen", count(learner.seen));
@@ -99,6 +103,7 @@ function show() {
     `${figure(swaps.ms[i], 1)} ms`,
   ]).slice(-ROWS).reverse());
   at("no-gates").hidden = gates.time.length > 0;
+  setText("no-gates", elsewhere ? at("elsewhere").textContent : "No candidate was judged yet.");
   at("no-swaps").hidden = swaps.time.length > 0;
   at("swaps-note").hidden = swaps.time.length === 0;
   draw();
@@ -132,11 +137,20 @@ function draw() {
   ]);
   chart("speedup-chart", axis, speedup, [{ label: "speculative / plain", color: "--speed" }]);
   setText("acceptance-text", told(points.acceptance, "No request with drafts has completed yet."));
-  const rounds = last(points.baseline_rounds);
-  const missing = rounds
-    ? `The baseline windows are too short: ${rounds} of ${run.min_baseline_rounds} plain rounds.`
-    : "No baseline window yet: too short.";
-  setText("speedup-text", told(points.speedup, missing));
+  setText("speedup-text", told(points.speedup, noSpeedup()));
+}
+
+// Whether there were plain rounds, but too few of them for a speedup.
+function tooShort() {
+  const rounds = last(run.points.baseline_rounds);
+  return rounds > 0 && rounds < run.min_baseline_rounds;
+}
+
+function noSpeedup() {
+  const rounds = last(run.points.baseline_rounds);
+  if (!rounds) return "No plain rounds were measured: no baseline window yet, or baseline.share=0.";
+  if (!tooShort()) return "No speculative rounds were measured.";
+  return `The baseline windows are too short: ${rounds} of ${run.min_baseline_rounds} plain rounds.`;
 }
 
 // Points of equal requests are one; the last counts.
@@ -155,7 +169,10 @@ function told(values, missing) {
 function chart(id, axis, data, lines) {
   const place = at(id);
   const known = data.slice(1).some((ys) => ys.some((y) => y != null));
-  if (!known) return;
+  if (!known) {
+    clear(id); // the server has started anew
+    return;
+  }
   if (charts[id]) {
     charts[id].setData(data);
     return;
@@ -200,11 +217,13 @@ function drawSwaps(plot) {
   pen.restore();
 }
 
+function clear(id) {
+  charts[id]?.destroy();
+  delete charts[id];
+}
+
 function redraw() {
-  for (const id of Object.keys(charts)) {
-    charts[id].destroy();
-    delete charts[id];
-  }
+  Object.keys(charts).forEach(clear);
   if (run) draw();
 }
 
