@@ -8,7 +8,7 @@ from typing import Any
 # They say something about the request and nothing about its answer.
 HARMLESS = frozenset({
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "prediction", "request_id", "session_id", "cache_salt"),
+    *("parallel_tool_calls", "prediction", "request_id", "session_id"),
 })  # fmt: skip
 
 # They would change the answer, and are not supported: only these values, or null, say that they are not wanted.
@@ -28,6 +28,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
     "regex": (), "ebnf": (), "json_schema": (), "lora_path": (), "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+    "cache_salt": (),  # the cache of prefixes keeps nobody apart
 }  # fmt: skip
 
 
