@@ -22,7 +22,7 @@ from aurora_rl.telemetry.outputs import one_line
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the flywheel that the learner belongs to
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the server that the learner belongs to
     add_resume_argument(parser)
     add_config_arguments(parser)
 
@@ -35,7 +35,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    # A flywheel's learner shares its folder, where its configuration is already.
+    # A server's own learner shares its folder, where its configuration is already.
     resume = arguments.resume is not None
     folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume) if parent is None else None
     run_dir = Path(config.run_dir or "")
@@ -67,7 +67,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """End this process in good order once the flywheel that started it is gone, however it went."""
+    """End this process in good order once the server that started it is gone, however it went."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

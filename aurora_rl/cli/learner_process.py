@@ -1,4 +1,4 @@
-"""The learner of a flywheel, as a process of its own."""
+"""The learner of a server, as a process of its own."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The inference server: requests, rounds and swaps."""
+"""The inference server: requests, rounds and swaps, and HTTP in front of them."""

@@ -1,4 +1,4 @@
-"""The run's log: one JSON object a line, appended by both processes, read by the live view and the report."""
+"""The run's log: one JSON object a line, appended by both processes, read by whatever shows the run."""
 
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, Refu
 
 logger = logging.getLogger(__name__)
 
+GONE = Response(status_code=499)
+"""To a client that has left: nobody reads it, and nginx has this status for it."""
+
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -111,3 +114,8 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
 async def answer_any_exception(request: Request, error: Exception) -> Response:
     """Starlette's handler of everything else; Starlette raises the error again, and uvicorn logs it."""
     return ApiError(500, "the server failed on this request; its log says why").response()
+
+
+def timed_out() -> ApiError:
+    """Return the error of a request that took too long."""
+    return ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens")

@@ -20,7 +20,7 @@ import aurora_rl
 from aurora_rl.envs import SamplingParams
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
-from aurora_rl.serving.http.errors import ApiError, of_engine
+from aurora_rl.serving.http.errors import GONE, ApiError, of_engine
 from aurora_rl.serving.http.generation import ClientGoneError, complete, generate, while_connected
 from aurora_rl.serving.http.prompts import Encoder, Job
 from aurora_rl.serving.http.reading import read_body
@@ -31,8 +31,6 @@ from aurora_rl.telemetry.prometheus import Exporter
 T = TypeVar("T")
 
 _HEALTH_S = 20.0
-# Nobody reads this answer; nginx has the status for it.
-_GONE = Response(status_code=499)
 
 
 class Front:
@@ -133,7 +131,7 @@ class Front:
         try:
             await while_connected(request.receive, complete(self._engine, [job], deadline))
         except ClientGoneError:
-            return _GONE
+            return GONE
         except Exception as error:
             reason = of_engine(error)
             raise ApiError(503, f"no token was generated: {reason.message}", code=reason.code) from error
@@ -176,7 +174,7 @@ class Front:
             )  # fmt: skip
             return EventStream(stream, deadline)
         except (ClientDisconnect, ClientGoneError):
-            return _GONE
+            return GONE
         except Exception as error:
             raise self._failed(error) from error
 
@@ -191,7 +189,7 @@ class Front:
         try:
             data = await read_body(request, self._max_body, self._timeout)
         except ClientDisconnect:
-            return _GONE
+            return GONE
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._worker, answer, data))
 
     def _card(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from aurora_rl.envs import Completion
 from aurora_rl.serving.async_engine import AsyncEngine, Update
-from aurora_rl.serving.http.errors import ApiError
+from aurora_rl.serving.http.errors import timed_out
 from aurora_rl.serving.http.prompts import Job
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ async def generate(
                 async with asyncio.timeout_at(deadline):
                     index, update = await updates.get()
             except TimeoutError:
-                raise ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens") from None
+                raise timed_out() from None
             if isinstance(update, Exception):
                 raise update
             left -= update.completion is not None

@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Route
 
 import aurora_rl
 from aurora_rl.serving.http.app import application
-from aurora_rl.serving.http.errors import ApiError
+from aurora_rl.serving.http.errors import GONE, ApiError, timed_out
 from aurora_rl.serving.http.generation import ClientGoneError, while_connected
 from aurora_rl.serving.http.live_page import page_routes
 from aurora_rl.serving.http.prompts import switch
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_S = 10.0
 _HEALTH_S = 30.0  # SGLang itself gives up after 20
-_GONE = Response(status_code=499)
 
 
 def create_proxy(
@@ -127,7 +126,7 @@ class Proxy:
         except ApiError as error:
             self._metrics.failed(error.code or str(error.status))
             raise
-        if answer.status_code >= 400 and answer is not _GONE:
+        if answer.status_code >= 400 and answer is not GONE:
             self._metrics.failed(str(answer.status_code))
         return answer
 
@@ -172,7 +171,7 @@ class Proxy:
         try:
             body = await read_body(request, self._max_body, self._timeout)
         except ClientDisconnect:
-            return _GONE
+            return GONE
         # Not request.url, which older releases of Starlette make of the Host header.
         return await self._forward(request, request.scope["path"], deadline, translate(body))
 
@@ -183,7 +182,7 @@ class Proxy:
             async with asyncio.timeout_at(deadline):
                 answer = await while_connected(request.receive, anext(exchange))
         except ClientGoneError:
-            return _GONE
+            return GONE
         except (TimeoutError, httpx.HTTPError) as error:
             raise self._failure(error) from error
         if _is_stream(answer):
@@ -222,7 +221,7 @@ class Proxy:
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
-            return ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens")
+            return timed_out()
         logger.warning("SGLang at %s does not answer: %s", self._url, str(error) or repr(error))
         return ApiError(502, "SGLang does not answer; try again later")
 
