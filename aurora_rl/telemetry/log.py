@@ -88,6 +88,8 @@ class MetricsReader:
         except FileNotFoundError:
             return
         with file:
+            if os.fstat(file.fileno()).st_size < self._offset:  # cut, as by a rotation that copies and truncates
+                self._offset = 0
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -106,3 +107,14 @@ def test_a_reader_from_now_on_leaves_the_earlier_events_out(tmp_path: Path) -> N
     reader = MetricsReader(path, from_now=True)
     log.write("second")
     assert [event["event"] for event in reader] == ["second"]
+
+
+def test_a_file_that_was_cut_is_read_from_its_new_beginning(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", "server")
+    reader = MetricsReader(tmp_path / "m.jsonl")
+    for number in range(3):
+        log.write("swap", version=number)
+    assert len(list(reader)) == 3
+    os.truncate(tmp_path / "m.jsonl", 0)
+    log.write("swap", version=3)
+    assert [event["version"] for event in reader] == [3]
