@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and transformers read them. Children of a test inherit them too.
@@ -30,6 +32,15 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Put back the handlers that a command of this process sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +37,11 @@ def ports() -> list[str]:
     return free_addresses()
 
 
+@pytest.fixture(autouse=True)
+def _signal_handlers(signal_handlers: None) -> None:
+    """Every test here may run a command."""
+
+
 @pytest.fixture
 def config(tiny_folder: Path, ports: list[str]) -> Config:
     return load_config(
@@ -48,11 +51,3 @@ def config(tiny_folder: Path, ports: list[str]) -> Config:
             *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
         ]
     )
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

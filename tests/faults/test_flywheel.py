@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,11 @@ from aurora_rl.serving.server import InferenceServer
 from aurora_rl.storage import read_folder
 from aurora_rl.telemetry.log import MetricsReader
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("signal_handlers")]
 
 Start = Callable[..., Any]
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 ENDLESS = "traffic.requests=5000"
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def check_interrupted(flywheel: Any, *, serving: bool) -> None:

@@ -24,7 +24,7 @@ from aurora_rl.cli import main as cli
 from aurora_rl.envs.sglang.client import CPU_ARGUMENTS, CPU_VARIABLES, SGLangClient, SGLangError, free_ports
 from aurora_rl.telemetry.log import MetricsReader
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("signal_handlers")]
 
 PAGE = (Path(__file__).parents[3] / "docs" / "sglang.md").read_text()
 INIT, LAUNCH, ATTACH = re.search(r"```bash\n(.*?)```", PAGE, re.DOTALL)[1].replace("\\\n", " ").splitlines()
@@ -32,14 +32,6 @@ QUICK = [
     *("learner.publish_every=4", "learner.batch_size=2", "learner.replay=1", "learner.nice=0"),
     *("gate.requests=2", "gate.margin=10"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class Deployment:

@@ -11,13 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from processes import wait
 
 from aurora_rl.serving.http.keys import ENVIRONMENT, read_api_keys
 from aurora_rl.serving.http.server import HttpServer
@@ -51,20 +51,11 @@ def left_open(url: str, body: dict[str, Any]) -> Any:
         yield connection
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slots(slow: Any, stream: bool) -> None:
     before = len(slow.learned)
     with left_open(slow.url, LONG | {"stream": stream, "n": 4}) as connection:
-        assert wait_for(lambda: slow.clients.num_running == 2)
+        wait(lambda: slow.clients.num_running == 2)
         if stream:
             assert connection.recv(10) == b"HTTP/1.1 2"
     assert slow.idle(2.0)
@@ -73,10 +64,10 @@ def test_a_client_that_leaves_frees_its_slots(slow: Any, stream: bool) -> None:
 
 def test_a_waiting_client_that_leaves_is_not_served(slow: Any) -> None:
     with left_open(slow.url, LONG | {"n": 2}):
-        assert wait_for(lambda: slow.clients.num_running == 2)
+        wait(lambda: slow.clients.num_running == 2)
         with left_open(slow.url, LONG):
-            assert wait_for(lambda: slow.clients.num_waiting == 1)
-        assert wait_for(lambda: slow.clients.num_waiting == 0)
+            wait(lambda: slow.clients.num_waiting == 1)
+        wait(lambda: slow.clients.num_waiting == 0)
         assert slow.clients.num_running == 2
     assert slow.idle(2.0)
 
@@ -99,7 +90,7 @@ def test_a_full_queue_asks_to_come_again(slow: Any) -> None:
     with contextlib.ExitStack() as clients:
         for n, waiting in ((8, 6), (2, 8)):
             clients.enter_context(left_open(slow.url, LONG | {"n": n}))
-            assert wait_for(lambda: slow.clients.num_waiting == waiting)  # noqa: B023
+            wait(lambda: slow.clients.num_waiting == waiting)  # noqa: B023
         for stream in (False, True):
             answer = httpx.post(f"{slow.url}/v1/completions", json={"prompt": "a", "stream": stream})
             assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
@@ -115,9 +106,9 @@ def test_a_full_queue_asks_to_come_again(slow: Any) -> None:
 
 def test_part_of_a_request_that_finds_the_queue_full_is_cancelled(slow: Any) -> None:
     with left_open(slow.url, LONG | {"n": 8}):
-        assert wait_for(lambda: slow.clients.num_waiting == 6)
+        wait(lambda: slow.clients.num_waiting == 6)
         assert httpx.post(f"{slow.url}/v1/completions", json=LONG | {"n": 4}).status_code == 429
-        assert wait_for(lambda: slow.clients.num_waiting == 6)
+        wait(lambda: slow.clients.num_waiting == 6)
     assert slow.idle(2.0)
 
 
@@ -236,7 +227,7 @@ def test_an_engine_that_dies_is_told_by_every_path(make_rig: Any, monkeypatch: p
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client(base_url=rig.url, timeout=30) as http:
         stream = pool.submit(http.post, "/v1/completions", json=LONG | {"stream": True})
-        assert wait_for(lambda: rig.clients.num_running == 1)
+        wait(lambda: rig.clients.num_running == 1)
         time.sleep(0.1)
         monkeypatch.setattr(rig.env.engine, "verify", broken)
         answer = stream.result(30)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import wait
 from prometheus_client.parser import text_string_to_metric_families
 
 from aurora_rl.prefix_cache import PrefixCache
@@ -39,15 +40,6 @@ def scrape(rig: Any, tmp_path: Any) -> Callable[[], Samples]:
     return lambda: {key: value - before.get(key, 0) * (key[0] not in gauges) for key, value in read().items()}
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_counts_are_those_of_the_requests(rig: Any, scrape: Callable[[], Samples]) -> None:
     bodies = [
         {"prompt": "Once upon", "max_tokens": 9, "stop": ["never there"]},
@@ -74,8 +66,8 @@ def test_counts_are_those_of_the_requests(rig: Any, scrape: Callable[[], Samples
         beyond = sum(sum(histogram[position + 1 :]) for histogram in histograms)
         name = "spec_decode_num_accepted_tokens_per_pos_total"
         assert found.get((name, str(position)), 0) == beyond
-    for wait in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
-        assert found[f"{wait}_seconds_count", ""] == len(choices)
+    for kind in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert found[f"{kind}_seconds_count", ""] == len(choices)
     assert 0 < found["time_to_first_token_seconds_sum", ""] < found["e2e_request_latency_seconds_sum", ""] < 60
     assert 0 <= found["request_queue_time_seconds_sum", ""] <= found["time_to_first_token_seconds_sum", ""]
     assert found["inter_token_latency_seconds_count", ""] > len(choices)
@@ -101,7 +93,7 @@ def test_a_stream_runs_while_it_is_read_and_is_cancelled_when_it_is_left(
         assert running["time_to_first_token_seconds_count", ""] == 1
         assert running["e2e_request_latency_seconds_count", ""] == 0
     assert rig.idle()
-    assert wait_for(lambda: scrape()["requests_cancelled_total", ""] == 1)
+    wait(lambda: scrape()["requests_cancelled_total", ""] == 1)
     found = scrape()
     assert found["num_requests_running", ""] == found["request_success_total", "length"] == 0
 
