@@ -63,8 +63,8 @@ class AttachedServer:
 
     def _begin(self) -> None:
         """Attach the learner; the plugin's counts begin at 0."""
-        self._given_up.update({name: self.status.get(name, 0) for name in ("dropped", "missed")})
-        self.status = self._attach()
+        last, self.status = self.status, self._attach()
+        self._given_up.update({name: last.get(name, 0) for name in ("dropped", "missed")})
         self._told_swaps, self._served, self._accepted = 0, Counter[str](), Counter[int]()
         self._log.write("attached", status=self.status)
 

@@ -27,6 +27,7 @@ class Engine:
         self.lock = threading.Lock()
         self.stop_tokens = None
         self.attached, self.reachable, self.closed, self.attaches = False, True, False, 0
+        self.starting = False  # a server that answers, but cannot be attached to yet
         self.restart()
 
     def restart(self):
@@ -34,6 +35,8 @@ class Engine:
         self.served = asdict(Served())
 
     def attach(self):
+        if self.starting:
+            raise PluginError("not yet")
         self.attaches, self.attached = self.attaches + 1, True
         self.session = f"session {self.attaches}"
         return self.status()
@@ -178,7 +181,11 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     assert [event["reason"] for event in events("unreachable")] == ["no answer"]
     assert (server.dropped, server.missed) == (7, 4), "what was known stays"
     engine.restart()
-    engine.reachable = True
+    engine.reachable = engine.starting = True
+    server.watch()
+    server.watch()
+    assert (server.dropped, server.missed) == (7, 4), "an attempt counts nothing twice"
+    engine.starting = False
     server.watch()
     assert (server.dropped, server.missed) == (14, 8), "each process counts from 0, and its plugin says 7 and 4"
     engine.swaps.append(5.0)
