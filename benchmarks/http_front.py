@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +31,7 @@ from aurora_rl.cli.spec import resolve
 from aurora_rl.envs import Completion, Request
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.workload.traffic import Prompt
 
@@ -78,7 +80,7 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
     clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
     server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
     clients.attach(server)
-    http.start(spec, target.tokenizer, target.parts.config.vocab_size, clients, server)
+    http.start(spec, target.tokenizer, target.parts.config.vocab_size, clients, server, RunHistory())
     pipe.send(http.url)
     try:
         while True:
@@ -99,11 +101,16 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
 
 
 def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
-    """Return what the front leaves of the engine's throughput, at each number of clients."""
+    """Return what the front leaves of the engine's throughput, at each number of clients.
+
+    Answers have from half to one and a half of `--max-new-tokens`: slots whose answers all end in one round are filled
+    together by the queue, and by clients one after another, which would be measured as the front's.
+    """
+    most = options.max_new_tokens
+    prompts = [replace(p, max_tokens=most // 2 + 1 + index * 7 % most) for index, p in enumerate(prompts)]
     pairs = [
         *settings(options, folder),
         "http.port=0",
-        f"max_new_tokens={options.max_new_tokens}",
         # Neither plain windows, which fall anywhere, nor what an earlier turn has read.
         *("baseline.share=0", "engine.prefix_cache_tokens=0"),
         *options.overrides,
@@ -115,7 +122,6 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
     process.start()
     end.close()
     load = Load(pipe.recv(), options.max_new_tokens)
-    chats = [prompt.messages for prompt in prompts]
 
     def by_queue(clients: int) -> float:
         pipe.send(clients)
@@ -123,7 +129,7 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
         return tokens / seconds
 
     def over_http(clients: int) -> float:
-        answers = asyncio.run(load.closed_loop(chats, clients))
+        answers = asyncio.run(load.closed_loop(prompts, clients))
         assert all(answer.complete and answer.usage for answer in answers)
         seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
         return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage) / seconds

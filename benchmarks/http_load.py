@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from aurora_rl.workload.traffic import Prompt
+
 _TIMEOUT_S = 600.0
 
 
@@ -60,39 +62,39 @@ class Answer:
 class Load:
     """Greedy chats for one server.
 
-    `headers` go with each of them.
+    `max_tokens` is the budget of prompts that have none of their own; `headers` go with each.
     """
 
     url: str
     max_tokens: int
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    async def closed_loop(self, chats: Sequence[Sequence[Mapping[str, str]]], clients: int) -> list[Answer]:
-        """Ask all chats by so many clients, each of which asks its next when it has its answer."""
-        waiting = iter(chats)
+    async def closed_loop(self, prompts: Sequence[Prompt], clients: int) -> list[Answer]:
+        """Ask all prompts by so many clients, each of which asks its next when it has its answer."""
+        waiting = iter(prompts)
         async with self._http() as http:
 
             async def client() -> list[Answer]:
-                return [await self.ask(http, chat) for chat in waiting]
+                return [await self.ask(http, prompt) for prompt in waiting]
 
             return list(itertools.chain(*await asyncio.gather(*(client() for _ in range(clients)))))
 
-    async def open_loop(self, chats: Sequence[Sequence[Mapping[str, str]]], arrivals: Sequence[float]) -> list[Answer]:
-        """Ask each chat at its arrival, in seconds from now, whatever became of those before it."""
+    async def open_loop(self, prompts: Sequence[Prompt], arrivals: Sequence[float]) -> list[Answer]:
+        """Ask each prompt at its arrival, in seconds from now, whatever became of those before it."""
         async with self._http() as http:
             began = time.perf_counter()
 
-            async def client(chat: Sequence[Mapping[str, str]], arrival: float) -> Answer:
+            async def client(prompt: Prompt, arrival: float) -> Answer:
                 await asyncio.sleep(began + arrival - time.perf_counter())
-                return await self.ask(http, chat)
+                return await self.ask(http, prompt)
 
-            return await asyncio.gather(*map(client, chats, arrivals))
+            return await asyncio.gather(*map(client, prompts, arrivals))
 
-    async def ask(self, http: httpx.AsyncClient, chat: Sequence[Mapping[str, str]]) -> Answer:
-        """Ask one chat."""
+    async def ask(self, http: httpx.AsyncClient, prompt: Prompt) -> Answer:
+        """Ask one prompt."""
         body = {
-            "messages": [dict(message) for message in chat],
-            "max_tokens": self.max_tokens,
+            "messages": [dict(message) for message in prompt.messages],
+            "max_tokens": prompt.max_tokens or self.max_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},

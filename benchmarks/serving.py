@@ -60,8 +60,8 @@ def serve(options: argparse.Namespace, folder: Path) -> dict:
     """Measure all cells, each with prompts of its own; the first prompts warm the servers up."""
     cells = [("clients", level) for level in options.clients] + [("rate", rate) for rate in options.rates]
     needed = argparse.Namespace(**{**vars(options), "limit": options.limit * (1 + len(cells))})
-    chats = [prompt.messages for prompt in prompts(needed)]
-    if len(chats) < needed.limit:
+    pool = prompts(needed)
+    if len(pool) < needed.limit:
         raise SystemExit(f"{len(cells)} cells and a warm-up of --limit {options.limit} take {needed.limit} prompts")
     folder_of_model = embedded_model_path() if options.model == "smollm2" else options.model
     tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
@@ -71,7 +71,7 @@ def serve(options: argparse.Namespace, folder: Path) -> dict:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def run(load: Load, kind: str, level: float, part: int) -> dict:
-        asked = chats[part * options.limit : (part + 1) * options.limit]
+        asked = pool[part * options.limit : (part + 1) * options.limit]
         if kind == "clients":
             answers = asyncio.run(load.closed_loop(asked, int(level)))
         else:

@@ -73,11 +73,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 async def soak(options: argparse.Namespace, server: Server) -> dict[str, Any]:
     """Return what was counted."""
-    chats = [prompt.messages for prompt in prompts(options)]
+    asked = prompts(options)
     talk = [prompt.messages for prompt in generate(_TALK, seed=1)]
     load = Load(server.url, options.max_new_tokens)
     plain = Load(server.url, options.max_new_tokens, {"X-Aurora-Speculative": "false"})
-    first = [(await load.closed_loop([chat], 1))[0] for chat in chats]
+    first = [(await load.closed_loop([prompt], 1))[0] for prompt in asked]
     assert all(answer.complete for answer in first)
     expected = [answer.text for answer in first]
     answers: Counter[str] = Counter()
@@ -90,8 +90,8 @@ async def soak(options: argparse.Namespace, server: Server) -> dict[str, Any]:
         for number in itertools.count(client):
             if time.monotonic() > began + seconds:
                 return
-            (answer,) = await way.closed_loop([chats[number % len(chats)]], 1)
-            equal = answer.text == expected[number % len(chats)]
+            (answer,) = await way.closed_loop([asked[number % len(asked)]], 1)
+            equal = answer.text == expected[number % len(asked)]
             answers["failed" if not answer.complete else "equal" if equal else "different"] += 1
 
     async def misbehave(name: str, kind: Kind, seed: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -23,7 +24,7 @@ from aurora_rl.envs import Completion
 from aurora_rl.models.loading import load_target
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import Prompt, generate
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -103,8 +104,8 @@ def parrot() -> Iterator[tuple[Parrot, str]]:
     server.stop()
 
 
-def chats(*contents: str) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": content}] for content in contents]
+def chats(*contents: str) -> list[Prompt]:
+    return [Prompt(content, "", ({"role": "user", "content": content},)) for content in contents]
 
 
 def test_a_closed_loop_keeps_so_many_requests_in_flight(http_load: ModuleType, parrot: tuple[Parrot, str]) -> None:
@@ -152,6 +153,18 @@ def test_arrivals_are_poisson_s(http_load: ModuleType) -> None:
     assert float(gaps.mean()) == pytest.approx(1 / 4, rel=0.05)
     assert float(gaps.std()) == pytest.approx(1 / 4, rel=0.05)  # as an exponential's is
     assert http_load.poisson_arrivals(4.0, 3) == http_load.poisson_arrivals(4.0, 4000)[:3]
+
+
+def test_the_front_is_compared_with_its_engine(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front, common = imported("http_front", monkeypatch), importlib.import_module("common")
+    monkeypatch.setattr(sys, "argv", ["script.py", "--limit", "3", "--max-new-tokens", "4", "--device", "cpu"])
+    options = common.parse(common.arguments(None))
+    options.model, options.slots, options.front_clients, options.turns = str(tiny_folder), 2, [2], 1
+    options.overrides = ["engine.max_length=256"]
+    figures = front.measure(options, common.prompts(options), tmp_path)["clients"][2]
+    assert all(figures["tokens_per_second"].values()) and figures["turns"] == [figures["cost"]] and figures["cost"] < 1
 
 
 # ---- the front against its engine --------------------------------------------------------------------------------
