@@ -18,11 +18,13 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.learner import Learner
+from aurora_rl.training.learner import Learner, TrajectorySource, WeightTarget
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.trajectories import validate
@@ -42,7 +44,6 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         head = head.float()
     del target, parts
     return_freed_memory(collect=True)
-    scratch = drafter.serving_copy(spec.dtype)
 
     vocab_size, width = head.weight.shape
     feature_size = width * len(drafter.feature_layers)
@@ -51,10 +52,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         validate(trajectory, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
-    with naming("objectives"):
-        loss = SumLoss(make_objectives(config.objectives, drafter, head))
-    with naming(f"drafter.name={spec.drafter_name}"):
-        optimizers = drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
+    loss, optimizers = learning(spec, drafter, head)
     with naming("learner.record", (ValueError, OSError)):
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
         if recording is not None:
@@ -74,24 +72,49 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         with opening("wire.weights", config.wire.weights):
             publisher = WeightPublisher(config.wire.weights, handshake=greeting)
         opened.callback(publisher.close)
-        result = Learner(
-            drafter=drafter,
-            loss=loss,
-            optimizers=optimizers,
-            buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
-            collector=collector,
-            publisher=publisher,
-            gate=Gate(config.gate.requests, config.gate.margin, spec.tree, scratch),
-            log=log,
-            serving_dtype=spec.dtype,
-            batch_size=settings.batch_size,
-            replay=settings.replay,
-            publish_every=settings.publish_every,
-            max_skipped=settings.max_skipped,
-            checkpoint=run_dir / "learner",
-            outputs=outputs,
-        )
+        result = assembled(spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner")
         if settings.resume is not None:
             result.resume(Path(settings.resume))
         opened.pop_all()
     return result
+
+
+def learning(spec: RunSpec, drafter: Drafter, head: TargetHead) -> tuple[SumLoss, list[torch.optim.Optimizer]]:
+    """Return the loss of the configured objectives, and the optimizers of the drafter's parameters."""
+    settings = spec.config.learner
+    with naming("objectives"):
+        loss = SumLoss(make_objectives(spec.config.objectives, drafter, head))
+    with naming(f"drafter.name={spec.drafter_name}"):
+        return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
+
+
+def assembled(
+    spec: RunSpec,
+    drafter: Drafter,
+    loss: SumLoss,
+    optimizers: list[torch.optim.Optimizer],
+    collector: TrajectorySource,
+    publisher: WeightTarget,
+    log: MetricsLog,
+    outputs: Outputs,
+    checkpoint: Path,
+) -> Learner:
+    """Return the learner of a spec, with the loss and the optimizers of :func:`learning` and a wire."""
+    config, settings = spec.config, spec.config.learner
+    return Learner(
+        drafter=drafter,
+        loss=loss,
+        optimizers=optimizers,
+        buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
+        collector=collector,
+        publisher=publisher,
+        gate=Gate(config.gate.requests, config.gate.margin, spec.tree, drafter.serving_copy(spec.dtype)),
+        log=log,
+        serving_dtype=spec.dtype,
+        batch_size=settings.batch_size,
+        replay=settings.replay,
+        publish_every=settings.publish_every,
+        max_skipped=settings.max_skipped,
+        checkpoint=checkpoint,
+        outputs=outputs,
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -14,8 +16,6 @@ from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats.files import save_drafter
@@ -29,6 +29,38 @@ from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import pack
 
 _STATE = "the training state"
+
+
+class TrajectorySource(Protocol):
+    """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`."""
+
+    handshake_error: str | None
+
+    @property
+    def rejected(self) -> int:
+        """Messages dropped so far."""
+
+    def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
+        """Take the trajectories that have arrived, oldest first."""
+
+    def shutdown(self) -> None:
+        """Take no more."""
+
+
+class WeightTarget(Protocol):
+    """Where weights go, such as :class:`~aurora_rl.collectors.weights.WeightPublisher`."""
+
+    error: str | None
+
+    @property
+    def next_version(self) -> int:
+        """The least version that may be published next."""
+
+    def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
+        """Hand weights on."""
+
+    def close(self) -> None:
+        """Hand nothing on any more."""
 
 
 class Learner:
@@ -65,8 +97,8 @@ class Learner:
         loss: LossModule,
         optimizers: list[torch.optim.Optimizer],
         buffer: ReplayBuffer,
-        collector: ZMQCollector,
-        publisher: WeightPublisher,
+        collector: TrajectorySource,
+        publisher: WeightTarget,
         gate: Gate,
         log: MetricsLog,
         serving_dtype: torch.dtype,

@@ -29,7 +29,8 @@ _SWITCHES = ("speculative", "learn")
 _KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING, *_SWITCHES)
 # A line gets one answer, a text: what the server answers beyond that has no place in a file.
 _ONE_TEXT: Mapping[str, tuple[Any, ...]] = {"n": (1,), "logprobs": (False,), "top_logprobs": (0,)}
-_DOMAINS = tuple(TEMPLATES)
+DOMAINS = tuple(TEMPLATES)
+"""Subjects of the built-in traffic."""
 
 
 class TrafficError(ValueError):
@@ -211,7 +212,9 @@ def _kind(value: object) -> str:
 # ---- from the generator -----------------------------------------------------------------------------------------
 
 
-def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
+def generate(
+    num_requests: int, seed: int = 0, *, domains: Sequence[str] = DOMAINS, unseen: bool = True
+) -> list[Prompt]:
     """Make varied requests over five domains: code, sql, math, finance and chat.
 
     A request is a template filled with values. No prompt repeats. The domains have equal shares and come in random
@@ -221,6 +224,8 @@ def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
     Args:
         num_requests: Number of requests.
         seed: The same seed gives the same requests.
+        domains: Which of :data:`DOMAINS`.
+        unseen: False uses all templates from the first request to the last.
 
     Returns:
         The requests; each id reads `<domain>-<template>-<position>`.
@@ -236,10 +241,12 @@ def generate(num_requests: int, seed: int = 0) -> list[Prompt]:
     """
     if num_requests < 1:
         raise TrafficError(f"asked for {num_requests} requests; the number must be 1 or more")
-    most = _most_requests()
+    if not domains or (unknown := set(domains) - set(DOMAINS)):
+        raise TrafficError(f"domains are {sorted(unknown) if domains else 'empty'}; there are {', '.join(DOMAINS)}")
+    most = _most_requests(domains, unseen)
     if num_requests > most:
         raise TrafficError(f"asked for {num_requests} requests; the generator has {most} distinct ones at most")
-    return [filled.prompt for filled in _generate(num_requests, seed)]
+    return [filled.prompt for filled in _generate(num_requests, seed, tuple(domains), unseen)]
 
 
 def unseen_from(num_requests: int) -> int:
@@ -290,16 +297,16 @@ class _Template:
         return self._text.format_map(values)
 
 
-def _generate(num_requests: int, seed: int) -> Iterator[_Filled]:
+def _generate(num_requests: int, seed: int, domains: Sequence[str] = DOMAINS, unseen: bool = True) -> Iterator[_Filled]:
     rng = random.Random(seed)
-    late = num_requests - unseen_from(num_requests)
+    late = num_requests - unseen_from(num_requests) if unseen else 0
     position = 0
-    for templates, count in ((_templates(0), num_requests - late), (_templates(1), late)):
+    for templates, count in zip(_parts(unseen), (num_requests - late, late), strict=False):
         # A random order of the domains decides who gets the odd ones of an uneven share.
-        domains = rng.sample(_DOMAINS, len(_DOMAINS))
+        order = rng.sample(domains, len(domains))
         part: list[tuple[str, _Template, int]] = []
-        for place, domain in enumerate(domains):
-            share = count // len(domains) + (place < count % len(domains))
+        for place, domain in enumerate(order):
+            share = count // len(order) + (place < count % len(order))
             for template, uses in _allot(share, templates[domain], rng):
                 # Indices without replacement: no text can come twice, and no draw has to be thrown away.
                 part += [(domain, template, index) for index in rng.sample(range(template.size), uses)]
@@ -323,11 +330,16 @@ def _allot(share: int, templates: Sequence[_Template], rng: random.Random) -> li
     return list(zip(order, uses, strict=True))
 
 
-def _most_requests() -> int:
-    """Return the most requests such that the first three quarters and the last have distinct ones for every domain."""
-    sums = ([sum(template.size for template in group) for group in _templates(part).values()] for part in (0, 1))
-    first, last = (len(_DOMAINS) * min(sizes) for sizes in sums)
-    return min(first * 4 // 3, last * 4 + 3)
+def _most_requests(domains: Sequence[str], unseen: bool) -> int:
+    """Return the most requests such that every part of a stream has distinct ones for every domain."""
+    most = [len(domains) * min(sum(t.size for t in part[domain]) for domain in domains) for part in _parts(unseen)]
+    return min(most[0] * 4 // 3, most[1] * 4 + 3) if unseen else most[0]
+
+
+def _parts(unseen: bool) -> list[dict[str, list[_Template]]]:
+    """Return the templates of the first three quarters of a stream and of the last, or of all in one."""
+    early, late = _templates(0), _templates(1)
+    return [early, late] if unseen else [{domain: [*early[domain], *late[domain]] for domain in early}]
 
 
 @functools.cache

@@ -1,0 +1,175 @@
+"""Measures of learning speed, of what each request of a stream took: committed tokens, and verification rounds.
+
+A stream is served in one order, and an arm is one way to draft for it, so that arms differ in rounds alone. Definitions
+for citation are in docs/adaptation.md.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+REGAINED = 0.95
+"""Share of the level of before that counts as regained."""
+SETTLED = 1 / 3
+"""Last share of a phase, whose acceptance is the phase's level."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the requests of a stream took with one arm, in order.
+
+    Attributes:
+        tokens: Committed tokens of each request.
+        rounds: Verification rounds of each request.
+
+    Raises:
+        ValueError: The two differ in length, or a request has more rounds than tokens, or none.
+
+    Example:
+        >>> Served([6, 4], [3, 4]).acceptance_length()
+        1.4285714285714286
+    """
+
+    tokens: Sequence[int]
+    rounds: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.rounds):
+            raise ValueError(f"{len(self.tokens)} requests have tokens, and {len(self.rounds)} have rounds")
+        for request, (tokens, rounds) in enumerate(zip(self.tokens, self.rounds, strict=True)):
+            if not 1 <= rounds <= tokens:
+                raise ValueError(
+                    f"request {request} has {tokens} tokens in {rounds} rounds; a round commits at least 1"
+                )
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.tokens)
+
+    def part(self, first: int, end: int) -> Served:
+        """Return the requests from ``first`` to before ``end``."""
+        return Served(self.tokens[first:end], self.rounds[first:end])
+
+    def acceptance_length(self) -> float:
+        """Return tokens per round over all requests, bonus tokens included."""
+        return sum(self.tokens) / sum(self.rounds)
+
+
+def trailing_acceptance(served: Served, window: int) -> list[float]:
+    """Return the acceptance length over the last ``window`` requests, after each request from the first full window on.
+
+    Example:
+        >>> trailing_acceptance(Served([2, 2, 4], [2, 1, 2]), window=2)
+        [1.3333333333333333, 2.0]
+    """
+    tokens, rounds = ([0, *accumulate(values)] for values in (served.tokens, served.rounds))
+    return [
+        (tokens[end] - tokens[end - window]) / (rounds[end] - rounds[end - window])
+        for end in range(window, len(served) + 1)
+    ]
+
+
+def requests_to(served: Served, level: float, window: int) -> int | None:
+    """Return after how many requests the trailing acceptance reaches a level for the first time; None if never.
+
+    Example:
+        >>> requests_to(Served([2, 2, 4], [2, 1, 2]), level=2.0, window=2)
+        3
+    """
+    curve = trailing_acceptance(served, window)
+    return next((window + place for place, acceptance in enumerate(curve) if acceptance >= level), None)
+
+
+def level(served: Served) -> float:
+    """Return the acceptance length that a phase has come to: that over its last third.
+
+    Example:
+        >>> level(Served([1, 1, 3], [1, 1, 1]))
+        3.0
+    """
+    return served.part(len(served) - max(int(len(served) * SETTLED), 1), len(served)).acceptance_length()
+
+
+def requests_to_regain(before: float, phase: Served, window: int) -> int | None:
+    """Return after how many requests of a phase the trailing acceptance is 95% of a level; None if it never is.
+
+    Args:
+        before: The level, such as that of the same traffic when it was served last.
+        phase: Requests of the phase.
+        window: Requests of the trailing acceptance.
+    """
+    return requests_to(phase, REGAINED * before, window)
+
+
+def forgotten(first: Served, again: Served) -> float:
+    """Return the share of tokens per round that is lost over a phase whose traffic was served before.
+
+    Args:
+        first: Requests of the traffic when it was served before. Its level is what was known.
+        again: Requests when it came back.
+
+    Returns:
+        One minus the acceptance length over all of ``again`` over that level; negative where it is above.
+
+    Example:
+        >>> forgotten(Served([2, 2, 2], [1, 1, 1]), Served([2, 2], [2, 1]))
+        0.33333333333333337
+    """
+    return 1 - again.acceptance_length() / level(first)
+
+
+def regret(served: Served, fixed: Mapping[str, Served]) -> tuple[str, float]:
+    """Return the fixed arm that is best in hindsight, and the rounds that an arm took above its, as a share of these.
+
+    Args:
+        served: What the requests took with the arm.
+        fixed: The same of the arms that do not learn, by name.
+
+    Returns:
+        Name, and share of rounds; negative where the arm took fewer.
+
+    Example:
+        >>> regret(Served([4, 4], [3, 2]), {"plain": Served([4, 4], [4, 4]), "lookup": Served([4, 4], [2, 2])})
+        ('lookup', 0.25)
+    """
+    best = min(fixed, key=lambda name: sum(fixed[name].rounds))
+    return best, sum(served.rounds) / sum(fixed[best].rounds) - 1
+
+
+def block_bootstrap(
+    arm: Served, other: Served, *, block: int = 8, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a 95% interval of the ratio of two arms' acceptance lengths on the same requests.
+
+    Blocks of neighbouring requests are drawn with replacement, since neighbours were served by the same weights
+    (Künsch 1989, the moving-block bootstrap).
+
+    Args:
+        arm: The numerator.
+        other: The denominator, of the same requests.
+        block: Requests of a block.
+        samples: Draws.
+        seed: Seed of the draws.
+
+    Example:
+        >>> same = Served([4] * 16, [2] * 16)
+        >>> block_bootstrap(same, same)
+        (1.0, 1.0)
+    """
+    draw, count = random.Random(seed), len(arm)
+    block = min(block, count)
+    sums = [
+        tuple(sum(part[first : first + block]) for part in (arm.tokens, arm.rounds, other.tokens, other.rounds))
+        for first in range(count - block + 1)
+    ]
+    ratios = []
+    for _ in range(samples):
+        tokens, rounds, other_tokens, other_rounds = (
+            sum(values) for values in zip(*draw.choices(sums, k=-(-count // block)), strict=True)
+        )
+        ratios.append((tokens / rounds) / (other_tokens / other_rounds))
+    ratios.sort()
+    return ratios[int(0.025 * samples)], ratios[int(0.975 * samples)]

@@ -1,0 +1,71 @@
+"""The stream of a scenario on disk, as any of its arms reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tensordict import TensorDict
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.envs import Request
+from aurora_rl.policies.drafter import TreeShape
+from aurora_rl.policies.lookup import NgramDrafter
+from aurora_rl.serving.recording import record
+
+
+class RecordedPhase(Dataset[TensorDict]):
+    """The requests of one phase in the order in which they were asked, with the features of some layers.
+
+    Args:
+        folder: Folder of the recording.
+        recorded: Layers whose features it holds.
+        wanted: Layers that are read, all of them recorded.
+    """
+
+    def __init__(self, folder: Path, recorded: Sequence[int], wanted: Sequence[int]) -> None:
+        self._dataset = TrajectoryDataset(folder, recorded)
+        # Those that end early are recorded early.
+        ids = [int(trajectory["request"]) for trajectory in self._dataset]
+        self._order = sorted(range(len(ids)), key=ids.__getitem__)
+        self._recorded = len(recorded)
+        self._places = [list(recorded).index(layer) for layer in wanted]
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> TensorDict:
+        """Return the trajectory of a request, by its place in the phase."""
+        trajectory = self._dataset[self._order[index]]
+        if self._places != list(range(self._recorded)):
+            features = trajectory["sequence", "features"]
+            by_layer = features.unflatten(-1, (self._recorded, -1)) if self._recorded else features[:, None]
+            trajectory["sequence", "features"] = by_layer[:, self._places].flatten(1).contiguous()
+        return trajectory
+
+
+def record_plainly(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    recording: TrajectoryDataset,
+    layers: Sequence[int],
+    *,
+    slots: int,
+    **settings: object,
+) -> None:
+    """Let the target answer requests by plain decoding, and record what is not recorded yet.
+
+    Args:
+        model: The target; an engine puts it into inference form in place.
+        requests: Requests, told apart by their ids.
+        recording: Dataset that gets the trajectories.
+        layers: Layers of the features.
+        slots: Requests served at the same time.
+        **settings: Further arguments of :class:`~aurora_rl.policies.decoder.SpeculativeDecoder`.
+    """
+    nobody = NgramDrafter(model.config.get_text_config().vocab_size)
+    nobody.feature_layers = tuple(layers)  # nothing is drafted: it says alone what is recorded
+    record(model, nobody, requests, recording, shape=TreeShape(0), slots=slots, **settings)

@@ -1,0 +1,288 @@
+"""The results of a scenario: gathered from its folder, as tables and as plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from aurora_rl.adaptation.live import per_second_summary
+from aurora_rl.adaptation.metrics import (
+    Served,
+    block_bootstrap,
+    forgotten,
+    level,
+    regret,
+    requests_to,
+    requests_to_regain,
+    trailing_acceptance,
+)
+from aurora_rl.adaptation.scenario import Scenario
+
+LEVELS = (1.5, 1.75, 2.0)
+"""Acceptance lengths, the way to which is measured."""
+_PLAIN = "plain"
+
+
+def collect(out: Path, scenario: Scenario, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return all figures of a scenario's folder.
+
+    Args:
+        out: Folder of the results.
+        scenario: The scenario.
+        lengths: Requests of each phase.
+    """
+    names = ["mixed"] if scenario.mixed else [phase.name for phase in scenario.phases]
+    bounds = list(pairwise([0, *accumulate(lengths)]))
+    runs = [json.loads(path.read_text()) for path in sorted((out / "arms").glob("*/result.json"))]
+    runs = [run for run in runs if run["arm"] in scenario.arms]
+    served = {(run["arm"], run["seed"]): Served(run["tokens"], run["rounds"]) for run in runs}
+    fixed = {run["arm"]: served[run["arm"], 0] for run in runs if not run["learns"] and run["seed"] == 0}
+    any_run = next(iter(served.values()))
+    fixed[_PLAIN] = Served(any_run.tokens, any_run.tokens)
+    figures = []
+    for run in runs:
+        figures.append(
+            {
+                **{key: run[key] for key in ("arm", "seed", "learns", "cpu_seconds")},
+                "swaps": len(set(run["version"])) - 1,
+                **_figures(served[run["arm"], run["seed"]], run, names, bounds, scenario.window),
+                "regret": regret(served[run["arm"], run["seed"]], fixed),
+                "curve": trailing_acceptance(served[run["arm"], run["seed"]], scenario.window),
+            }
+        )
+    return {
+        "scenario": scenario.about,
+        "window": scenario.window,
+        "phases": [{"name": name, "first": a, "end": b} for name, (a, b) in zip(names, bounds, strict=True)],
+        "arms": list(scenario.arms),
+        "runs": figures,
+        "against_fixed": _against_fixed(runs, served, bounds),
+        "live": _live(out, names),
+        "versions": {name: version(name) for name in ("torch", "transformers", "torchrl", "tensordict")},
+        "machine": platform.processor() or platform.machine(),
+    }
+
+
+def _figures(
+    served: Served, run: Mapping[str, Any], names: Sequence[str], bounds: Sequence[tuple[int, int]], window: int
+) -> dict[str, Any]:
+    """Return the measures of one run, see ``adaptation.metrics``."""
+    parts = [served.part(first, end) for first, end in bounds]
+    tokens, levels = [0, *accumulate(served.tokens)], {}
+    for wanted in LEVELS:
+        requests = requests_to(served, wanted, window)
+        levels[wanted] = (
+            None
+            if requests is None
+            else {
+                "requests": requests,
+                "tokens": tokens[requests],
+                "flops": run["steps"][requests - 1] * run["flops_per_step"],
+            }
+        )
+    phases = []
+    for place, (name, part) in enumerate(zip(names, parts, strict=True)):
+        before = [level(parts[earlier]) for earlier in range(place) if names[earlier] == name]
+        phases.append(
+            {
+                "name": name,
+                "acceptance": part.acceptance_length(),
+                "level": level(part),
+                # Of the same traffic before; else of the phase itself, which is where it settles.
+                "regained_after": requests_to_regain(before[-1] if before else level(part), part, window),
+                "forgotten": forgotten(parts[names.index(name)], part) if before else None,
+            }
+        )
+    return {"acceptance": served.acceptance_length(), "phases": phases, "levels": levels}
+
+
+def _against_fixed(
+    runs: Sequence[Mapping[str, Any]], served: Mapping[tuple[str, int], Served], bounds: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Return the ratio of acceptance lengths of each arm that learns to each that does not, phase by phase."""
+    rows = []
+    for run in runs:
+        if not run["learns"]:
+            continue
+        for other in runs:
+            if other["learns"]:
+                continue
+            for phase, (first, end) in enumerate(bounds):
+                pair = [served[each["arm"], each["seed"]].part(first, end) for each in (run, other)]
+                rows.append(
+                    {
+                        "arm": run["arm"],
+                        "seed": run["seed"],
+                        "fixed": other["arm"],
+                        "phase": phase,
+                        "ratio": pair[0].acceptance_length() / pair[1].acceptance_length(),
+                        "interval_95": block_bootstrap(*pair),
+                    }
+                )
+    return rows
+
+
+def _live(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return tokens per second by phase, number of slots and arm."""
+    rows = []
+    for path in sorted((out / "live").glob("*.json")):
+        phase, slots = (int(part) for part in path.stem.split("-")[1::2])
+        by_arm: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for sample in json.loads(path.read_text())["samples"]:
+            by_arm[sample["arm"]].append(sample)
+        plain = {sample["turn"]: sample["seconds"] / sample["tokens"] for sample in by_arm[_PLAIN]}
+        for arm, samples in by_arm.items():
+            ratios = sorted(plain[s["turn"]] * s["tokens"] / s["seconds"] for s in samples)
+            rows.append(
+                {
+                    "phase": phase,
+                    "name": names[phase],
+                    "slots": slots,
+                    "arm": arm,
+                    "speedup": ratios[len(ratios) // 2],
+                    "speedups": ratios,
+                    "tokens_per_second": per_second_summary([each for s in samples for each in s["per_second"]]),
+                }
+            )
+    return rows
+
+
+def write(out: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``, ``report.md`` and the plots."""
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "report.md").write_text(markdown(results))
+    draw(results, out / "acceptance.png")
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Return the tables of the results as Markdown."""
+    phases = [phase["name"] for phase in results["phases"]]
+    parts = [f"# {results['scenario'] or 'Adaptation'}\n"]
+    heads = ["arm", "seeds", *(f"{place + 1}: {name}" for place, name in enumerate(phases)), "all", "regret", "swaps"]
+    rows = []
+    for arm in results["arms"]:
+        runs = [run for run in results["runs"] if run["arm"] == arm]
+        if runs:
+            by_phase = [_spread([run["phases"][place]["acceptance"] for run in runs]) for place in range(len(phases))]
+            overall = _spread([run["acceptance"] for run in runs])
+            worse = _spread([100 * run["regret"][1] for run in runs], "{:+.1f}") + "%"
+            rows.append([arm, str(len(runs)), *by_phase, overall, worse, _spread([r["swaps"] for r in runs], "{:.0f}")])
+    best = next((run["regret"][0] for run in results["runs"]), _PLAIN)
+    parts.append(
+        f"Acceptance length by phase; ± is half the range over seeds. Regret is rounds above those of `{best}`, the "
+        f"best arm that does not learn.\n\n{_table(heads, rows)}"
+    )
+    parts.append(_learning(results))
+    parts.append(_shifts(results, phases))
+    if results["live"]:
+        parts.append(_speed(results))
+    return "\n".join(part for part in parts if part)
+
+
+def _learning(results: Mapping[str, Any]) -> str:
+    rows = []
+    for run in results["runs"]:
+        if run["learns"]:
+            cells = []
+            for wanted in LEVELS:
+                found = run["levels"][wanted] if wanted in run["levels"] else run["levels"][str(wanted)]
+                cells.append(
+                    "never"
+                    if found is None
+                    else f"{found['requests']} · {found['tokens']:,} · {found['flops'] / 1e12:.1f}"
+                )
+            rows.append([run["arm"], str(run["seed"]), *cells])
+    if not rows:
+        return ""
+    heads = ["arm", "seed", *(f"to {wanted}" for wanted in LEVELS)]
+    return (
+        f"Requests · served tokens · learner TFLOP until the acceptance length of the last {results['window']} "
+        f"requests is so high for the first time.\n\n{_table(heads, rows)}"
+    )
+
+
+def _shifts(results: Mapping[str, Any], phases: Sequence[str]) -> str:
+    if len(phases) < 2:
+        return ""
+    rows = []
+    for run in results["runs"]:
+        for place, phase in enumerate(run["phases"]):
+            if place and run["learns"]:
+                lost = "" if phase["forgotten"] is None else f"{100 * phase['forgotten']:+.1f}%"
+                regained = "never" if phase["regained_after"] is None else str(phase["regained_after"])
+                against = "; ".join(
+                    f"{row['fixed']} {row['ratio']:.2f} ({row['interval_95'][0]:.2f}–{row['interval_95'][1]:.2f})"
+                    for row in results["against_fixed"]
+                    if (row["arm"], row["seed"], row["phase"]) == (run["arm"], run["seed"], place)
+                )
+                rows.append([run["arm"], str(run["seed"]), f"{place + 1}: {phase['name']}", regained, lost, against])
+    heads = ["arm", "seed", "phase", "95% after", "forgotten", "acceptance over that of (95% interval)"]
+    return f"After each shift: requests until 95% of the traffic's level are there.\n\n{_table(heads, rows)}"
+
+
+def _speed(results: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['phase'] + 1}: {row['name']}",
+            str(row["slots"]),
+            row["arm"],
+            *(f"{row['tokens_per_second'][key]:.1f}" for key in ("mean", "p50", "p05", "p95")),
+            f"{row['speedup']:.2f} ({row['speedups'][0]:.2f}–{row['speedups'][-1]:.2f})",
+        ]
+        for row in results["live"]
+    ]
+    heads = ["phase", "slots", "arm", "mean", "P50", "P05", "P95", "speedup, median turn (range)"]
+    return (
+        "Output tokens per second of a request over the last requests of each phase, arms in turns, a learner that is "
+        "always busy next to those that learn. Speedup is over plain decoding in the same turn.\n\n"
+        + _table(heads, rows)
+    )
+
+
+def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
+    middle, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    return form.format(middle) + (f" ± {half:.3f}" if half else "")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the acceptance length over the requests, with a line at each shift; bands are the range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    window = results["window"]
+    for number, arm in enumerate(results["arms"]):
+        curves = [run["curve"] for run in results["runs"] if run["arm"] == arm]
+        if curves:
+            places = range(window, window + len(curves[0]))
+            columns = list(zip(*curves, strict=True))
+            axis.plot(places, [sum(c) / len(c) for c in columns], color=f"C{number}", label=arm)
+            axis.fill_between(
+                places, [min(c) for c in columns], [max(c) for c in columns], color=f"C{number}", alpha=0.2
+            )
+    top = axis.get_ylim()[1]
+    for phase in results["phases"]:
+        if phase["first"]:
+            axis.axvline(phase["first"], color="grey", linewidth=0.8, linestyle="--")
+        axis.text(phase["first"] + 2, top, phase["name"], va="top", fontsize=8, color="grey")
+    axis.set_xlabel("requests served")
+    axis.set_ylabel(f"acceptance length, last {window} requests")
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,202 @@
+"""Scenarios: ordered phases of traffic, and the arms that are compared on them."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from aurora_rl.workload.traffic import DOMAINS, Prompt, generate, read_jsonl
+
+BUILT_IN = sorted(each.name.removesuffix(".yaml") for each in files(__package__).joinpath("scenarios").iterdir())
+"""Names of the scenarios that come with the package."""
+
+
+@dataclass
+class Phase:
+    """Requests of one kind.
+
+    Phases of the same source take its requests in turn, so that no request is served twice.
+    """
+
+    name: str = "???"
+    """Name in the report; phases of one name are the same traffic, which comes back."""
+    requests: int = 0
+    """Number of requests."""
+    domains: list[str] = field(default_factory=list)
+    """Domains of the built-in traffic, with equal shares; none takes ``path``."""
+    path: str | None = None
+    """JSONL file of prompts."""
+    target_noise: float = 0.0
+    """Standard deviation of the noise on the target's matrices, over their own: a target that was trained further."""
+    target_dtype: str | None = None
+    """Dtype of the target in this phase; null is the run's."""
+
+
+@dataclass
+class Arm:
+    """One way to draft for the scenario's stream."""
+
+    set: list[str] = field(default_factory=list)
+    """``key=value`` pairs over the run's configuration."""
+    learns: bool = False
+    """Whether it learns from the stream as it is served."""
+    trained: bool = False
+    """Whether it starts from a drafter that has learned from the scenario's training traffic."""
+
+
+@dataclass
+class Live:
+    """What is measured in tokens per second, with a learner running next to arms that learn."""
+
+    requests: int = 8
+    """Requests of a sample, the last of each phase; 0 measures nothing."""
+    slots: list[int] = field(default_factory=lambda: [1])
+    """Numbers of slots to measure at."""
+    repeats: int = 3
+    """Turns of each arm."""
+
+
+@dataclass
+class Scenario:
+    """A stream of requests, and the arms that are compared on it."""
+
+    about: str = ""
+    """What it shows, in a sentence."""
+    phases: list[Phase] = field(default_factory=list)
+    """The stream, in order."""
+    mixed: bool = False
+    """Whether the requests of all phases are shuffled into one phase."""
+    training: list[Phase] = field(default_factory=list)
+    """Traffic that arms with ``trained`` have learned from before; it is not part of the stream."""
+    arms: dict[str, Arm] = field(default_factory=dict)
+    """Arms by name. Plain decoding, whose acceptance length is 1, is always measured."""
+    set: list[str] = field(default_factory=list)
+    """``key=value`` pairs over the run's configuration, for all arms."""
+    seeds: int = 1
+    """Runs of each arm that learns."""
+    window: int = 20
+    """Requests of a point of a curve."""
+    live: Live = field(default_factory=Live)
+
+
+def read_scenario(name: str | os.PathLike[str]) -> Scenario:
+    """Read a scenario of the package by its name, or a YAML file.
+
+    Raises:
+        ValueError: There is no such scenario, or it cannot be used; the message names what is wrong.
+
+    Example:
+        >>> [phase.name for phase in read_scenario("smoke").phases]
+        ['code', 'sql', 'code']
+    """
+    if name in BUILT_IN:
+        text = files(__package__).joinpath("scenarios", f"{name}.yaml").read_text()
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"there is no scenario {str(name)!r}; take {', '.join(BUILT_IN)}, or a YAML file")
+        text = path.read_text()
+    try:
+        values = OmegaConf.create(text)
+        merged = OmegaConf.merge(OmegaConf.structured(Scenario), values)
+        scenario = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"scenario {name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the YAML parser has its own hierarchy of errors
+        raise ValueError(f"scenario {name} is not valid YAML: {error}") from error
+    assert isinstance(scenario, Scenario)
+    _check(scenario, str(name))
+    return scenario
+
+
+def _check(scenario: Scenario, name: str) -> None:
+    if not scenario.phases or not scenario.arms:
+        raise ValueError(f"scenario {name} needs phases and arms")
+    for each in (*scenario.phases, *scenario.training):
+        if each.name == "???" or each.requests < 1:
+            raise ValueError(f"scenario {name}: a phase needs a name and requests of at least 1, got {each}")
+        if bool(each.domains) == (each.path is not None):
+            raise ValueError(f"scenario {name}, phase {each.name}: give domains, or the path of a JSONL file")
+        if unknown := [domain for domain in each.domains if domain not in DOMAINS]:
+            raise ValueError(
+                f"scenario {name}, phase {each.name}: unknown domain {unknown[0]!r}; there are {', '.join(DOMAINS)}"
+            )
+        if each.target_noise < 0:
+            raise ValueError(f"scenario {name}, phase {each.name}: target_noise is {each.target_noise}, below 0")
+    changed = [phase.name for phase in scenario.phases if phase.target_noise or phase.target_dtype]
+    if scenario.mixed and changed:
+        raise ValueError(f"scenario {name} is mixed, and phase {changed[0]} has a target of its own")
+    if not scenario.training and (trained := [arm for arm, each in scenario.arms.items() if each.trained]):
+        raise ValueError(f"scenario {name}: arm {trained[0]} is trained, and the scenario has no training traffic")
+    for key, least in (("seeds", 1), ("window", 1)):
+        if getattr(scenario, key) < least:
+            raise ValueError(f"scenario {name}: {key} must be at least {least}, got {getattr(scenario, key)}")
+    live = scenario.live
+    if live.requests < 0 or live.repeats < 1 or not all(slots >= 1 for slots in live.slots):
+        raise ValueError(f"scenario {name}: live has a number that is too small: {live}")
+    shortest = min(phase.requests for phase in scenario.phases)
+    if scenario.window > shortest:
+        raise ValueError(f"scenario {name}: window={scenario.window} is more than the {shortest} requests of a phase")
+
+
+def phase_prompts(scenario: Scenario, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:
+    """Return the prompts of every phase, and those of the training traffic. None comes twice.
+
+    A mixed scenario has one phase.
+
+    Raises:
+        ValueError: A source has too few prompts; the message says how many there are.
+    """
+    every = [*scenario.training, *scenario.phases]
+    wanted = Counter[tuple[str, bool]]()
+    for phase in every:
+        wanted.update(_shares(phase))
+    pools = {source: iter(_pool(*source, count, seed)) for source, count in wanted.items()}
+    draw, taken = random.Random(seed), []
+    for phase in every:
+        prompts = [next(pools[source]) for source, count in _shares(phase).items() for _ in range(count)]
+        if len(phase.domains) > 1:
+            draw.shuffle(prompts)
+        taken.append(prompts)
+    training = [prompt for part in taken[: len(scenario.training)] for prompt in part]
+    phases = taken[len(scenario.training) :]
+    if scenario.mixed:
+        together = [prompt for part in phases for prompt in part]
+        draw.shuffle(together)
+        phases = [together]
+    return phases, training
+
+
+def _shares(phase: Phase) -> dict[tuple[str, bool], int]:
+    """Return how many requests of a phase are of each source: a domain, or the path of a file and True."""
+    if phase.path is not None:
+        return {(phase.path, True): phase.requests}
+    count = len(phase.domains)
+    return {
+        (domain, False): phase.requests // count + (place < phase.requests % count)
+        for place, domain in enumerate(phase.domains)
+    }
+
+
+def _pool(name: str, is_file: bool, count: int, seed: int) -> Sequence[Prompt]:
+    if not is_file:
+        return generate(count, seed, domains=[name], unseen=False)
+    found = read_jsonl(name)
+    if len(found) < count:
+        raise ValueError(f"{name} has {len(found)} prompts, and the scenario takes {count}; lower its requests")
+    return found[:count]
+
+
+def to_yaml(scenario: Scenario) -> str:
+    """Return the scenario as YAML that :func:`read_scenario` reads back."""
+    tree = OmegaConf.structured(scenario)
+    assert isinstance(tree, DictConfig)
+    return OmegaConf.to_yaml(tree)

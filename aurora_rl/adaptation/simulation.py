@@ -1,0 +1,153 @@
+"""An arm on a recorded stream: the real learner in this process, fed in the order in which requests were served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from aurora_rl.adaptation.metrics import Served
+from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.training.gate import replay
+from aurora_rl.training.learner import Learner
+from aurora_rl.training.offline import Trajectories
+
+_AT_ONCE = 16  # requests replayed together while no weights change between them
+
+
+class LocalSource:
+    """Trajectories that arrive at a learner in this process.
+
+    Attributes:
+        waiting: Those that it has not taken.
+    """
+
+    handshake_error: str | None = None
+    rejected = 0
+
+    def __init__(self) -> None:
+        self.waiting: list[TensorDictBase] = []
+
+    def poll(self, timeout_s: float = 0.0) -> list[TensorDictBase]:
+        """Take all that wait; nobody else could bring more meanwhile."""
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    def shutdown(self) -> None:
+        """Forget what waits."""
+        self.waiting.clear()
+
+
+class LocalTarget:
+    """Weights that a learner in this process publishes.
+
+    Attributes:
+        newest: The newest weights and their version; None once they are taken.
+    """
+
+    error: str | None = None
+
+    def __init__(self) -> None:
+        self.next_version = 1
+        self.newest: tuple[int, dict[str, Tensor]] | None = None
+
+    def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> None:
+        """Keep weights to be taken."""
+        self.newest, self.next_version = (version, dict(tensors)), version + 1
+
+    def close(self) -> None:
+        """Forget what was published."""
+        self.newest = None
+
+
+@dataclass(slots=True)
+class ArmRun:
+    """What an arm made of a stream, request by request.
+
+    Attributes:
+        tokens: Committed tokens.
+        rounds: Rounds that they would have taken.
+        version: Version of the weights that drafted; 0 is the first.
+        steps: Optimizer steps that the learner had taken when the request ended.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    version: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+
+    @property
+    def served(self) -> Served:
+        """Tokens and rounds."""
+        return Served(self.tokens, self.rounds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the lists by their names."""
+        return asdict(self)
+
+
+def simulate(
+    stream: Trajectories,
+    serving: Drafter,
+    shape: TreeShape,
+    *,
+    learner: Learner | None = None,
+    source: LocalSource | None = None,
+    target: LocalTarget | None = None,
+    points: Collection[int] = (),
+    keep: Callable[[int, dict[str, Tensor]], None] = lambda request, weights: None,
+    tell: Callable[[int, ArmRun], None] = lambda done, run: None,
+) -> ArmRun:
+    """Serve a stream with an arm, exactly in what its drafts would have had accepted.
+
+    The text of a request does not depend on the drafter (see :func:`~aurora_rl.training.gate.replay`), so that one
+    recording serves every arm. The learner gets each request as it ends, takes all its steps before the next request
+    ends, and swaps as it would live: one that is slower than serving swaps later.
+
+    Args:
+        stream: Recorded requests, in order.
+        serving: Drafter as it is served.
+        shape: Trees that it drafts.
+        learner: Learner on ``source`` and ``target``; None leaves the drafter as it is.
+        source: Where the learner takes trajectories from.
+        target: Where it puts weights.
+        points: Numbers of served requests after which the weights are kept.
+        keep: Called with such a number and the weights that serve then.
+        tell: Called now and then with the number of requests done, and the run so far.
+    """
+    run, version = ArmRun(), 0
+    pending: list[TensorDictBase] = []
+
+    def flush() -> None:
+        if not pending:
+            return
+        replayed = replay(serving, pending, shape)
+        run.tokens += replayed.tokens.tolist()
+        run.rounds += replayed.rounds.tolist()
+        pending.clear()
+
+    for done in range(1, len(stream) + 1):
+        trajectory = stream[done - 1]
+        pending.append(trajectory)
+        run.version.append(version)
+        if learner is not None:
+            assert source is not None and target is not None, "a learner needs both ends of its wire"
+            source.waiting.append(trajectory)
+            while learner.step(wait_s=0.0):
+                pass
+            if target.newest is not None:
+                flush()
+                (version, weights), target.newest = target.newest, None
+                serving.install(weights)
+        run.steps.append(0 if learner is None else learner.steps)
+        if len(pending) >= _AT_ONCE or done in points:
+            flush()
+            tell(done, run)
+        if done in points:
+            keep(done, serving.published())
+    flush()
+    tell(len(stream), run)
+    return run

@@ -1,0 +1,399 @@
+"""``aurora-rl bench adaptation``: how fast drafters learn, on the phases of a scenario and against each other."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch.utils.data import ConcatDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from aurora_rl.adaptation import report
+from aurora_rl.adaptation.busy_process import BusyProcess
+from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
+from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
+from aurora_rl.adaptation.scenario import Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
+from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, simulate
+from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter
+from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.learner import assembled, learning
+from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.progress import watch
+from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.models.loading import stop_token_ids
+from aurora_rl.objectives import SumLoss
+from aurora_rl.policies import Drafter
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import Outputs
+from aurora_rl.training.offline import Trajectories
+from aurora_rl.training.steps import train_on, train_step
+from aurora_rl.trajectories import pack
+from aurora_rl.workload.traffic import Prompt
+
+HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
+
+_PLAIN = "plain"
+_VOCAB_PROMPTS = 64  # first prompts of the stream, for the draft vocabulary of an untrained drafter
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--scenario", default="day0", help="name of a scenario of the package, or a YAML file (day0)")
+    parser.add_argument("--out", type=Path, help="folder of the results; runs/adaptation/<scenario> by default")
+    parser.add_argument("--arms", help="names of some of the scenario's arms")
+    add_config_arguments(parser, "drafter.name=eagle3")
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Do what is not done yet in the folder of the results, and write the report. Returns the exit status.
+
+    Raises:
+        ConfigError: Scenario, arms or configuration cannot be used, or the folder has results of others.
+    """
+    with naming("--scenario"):
+        scenario = read_scenario(arguments.scenario)
+    if arguments.arms is not None:
+        names = [name.strip() for name in arguments.arms.split(",")]
+        if unknown := [name for name in names if name not in scenario.arms]:
+            raise ConfigError(f"--arms: unknown {unknown[0]!r}; the scenario has {', '.join(scenario.arms)}")
+        scenario = replace(scenario, arms={name: scenario.arms[name] for name in names})
+    out = arguments.out or Path("runs/adaptation") / Path(arguments.scenario).stem
+    bench = _Bench(config, arguments, scenario, out, plain_console())
+    try:
+        bench.run()
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on in {out}")
+        return 130
+    return 0
+
+
+class _Bench:
+    """One scenario in one folder.
+
+    Args:
+        config: The run's configuration.
+        arguments: Arguments of the command, by which each arm's configuration is read again.
+        scenario: The scenario, with the arms that are wanted.
+        out: Folder of the results.
+        console: Gets the progress.
+    """
+
+    def __init__(
+        self, config: Config, arguments: argparse.Namespace, scenario: Scenario, out: Path, console: Console
+    ) -> None:
+        self._scenario, self._out, self._console = scenario, out, console
+        self._given = arguments.config, arguments.overrides
+        self._specs = {}
+        for name, arm in scenario.arms.items():
+            with naming(f"arm {name!r}"):
+                self._specs[name] = self._spec(*arm.set)
+        self._base = self._spec()
+        torch.set_num_threads(config.learner.threads)
+        with naming("--scenario"):
+            self._prompts, self._training = phase_prompts(scenario, config.seed)
+        self._settle()
+
+    def _spec(self, *pairs: str) -> RunSpec:
+        path, overrides = self._given
+        config = load_config(path, [*self._scenario.set, *overrides, *pairs])
+        if config.temperature > 0 and config.drafter.mode != "topk":
+            raise ConfigError(f"drafter.mode={config.drafter.mode}: arms are compared by their likeliest drafts")
+        return resolve(config)
+
+    def _settle(self) -> None:
+        """Keep what the results depend on in their folder, and refuse a folder of other results.
+
+        Arms may be added to a folder, and a report of some of them be made.
+        """
+        tree = asdict(self._scenario)
+        stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window")}
+        settings = {
+            "stream": stream | {"prompts": _digest([*self._training, *(p for part in self._prompts for p in part)])},
+            "configuration": asdict(replace(self._base.config, run_dir=None)),
+        }
+        path = self._out / "settings.json"
+        if path.exists():
+            for part, values in json.loads(path.read_text()).items():
+                for key, value in values.items():
+                    if settings[part].get(key) != value:
+                        raise ConfigError(
+                            f"{self._out} holds results of {part} {key}={value!r:.200}, and this run has "
+                            f"{settings[part].get(key)!r:.200}; name another folder by --out"
+                        )
+        else:
+            self._out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=1) + "\n")
+        (self._out / "scenario.yaml").write_text(to_yaml(self._scenario))
+
+    def run(self) -> None:
+        """Record, let each arm have the stream, measure, and report; whatever is done already is kept."""
+        target = load(self._base)
+        with naming("the scenario"):
+            first = request_queue(self._base, target, self._prompts[0]).first_prompts(_VOCAB_PROMPTS)
+        drafters = {name: start_drafter(spec, target, first) for name, spec in self._specs.items()}
+        layers = sorted({layer for drafter in drafters.values() for layer in drafter.feature_layers})
+        stream = {f"phase-{number}": prompts for number, prompts in enumerate(self._prompts)}
+        if self._training:
+            stream = {"training": self._training, **stream}
+        for name, prompts in stream.items():
+            self._record(self._out / "stream" / name, self._phase_of(name), prompts, layers)
+        self._layers = layers
+        for name, arm in self._scenario.arms.items():
+            for seed in range(self._scenario.seeds if arm.learns else 1):
+                self._arm(name, arm, seed, target, first)
+        if self._scenario.live.requests:
+            self._live(drafters)
+        results = report.collect(self._out, self._scenario, [len(part) for part in self._prompts])
+        report.write(self._out, results)
+        self._console.print(f"written to {self._out}: results.json, report.md, *.png", soft_wrap=True)
+
+    def _phase_of(self, name: str) -> Phase | None:
+        """Return the phase whose target answers a part of the stream; None for the run's own target."""
+        if name == "training" or self._scenario.mixed:
+            return None
+        return self._scenario.phases[int(name.removeprefix("phase-"))]
+
+    # ---- the stream -------------------------------------------------------------------------------------------------
+
+    def _record(self, folder: Path, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
+        recording = TrajectoryDataset(folder, layers)
+        if len(recording) == len(prompts):
+            return
+        target = self._target_of(phase)
+        queue = request_queue(self._base, target, prompts)
+        if queue.failed:
+            raise ConfigError(f"--scenario: {queue.failed[0]}")
+        config, done = self._base.config, len(recording)
+        with watch(self._console, f"recording {folder.name}", len(prompts), done) as shown:
+            append = recording.append
+
+            def keep(trajectory: Any) -> None:
+                append(trajectory)
+                shown.tell(len(recording))
+
+            recording.append = keep  # type: ignore[method-assign]
+            record_plainly(
+                target.model,
+                list(iter(queue, None)),
+                recording,
+                layers,
+                slots=max(config.engine.slots, 4),
+                stop_tokens=stop_token_ids(target.model, target.tokenizer),
+                seed=config.seed,
+            )
+
+    def _target_of(self, phase: Phase | None) -> Target:
+        """Load the target of a phase."""
+        spec = self._base
+        if phase is not None and phase.target_dtype is not None:
+            spec = replace(spec, dtype=getattr(torch, phase.target_dtype))
+        target = load(spec)
+        if phase is not None and phase.target_noise:
+            generator = torch.Generator().manual_seed(spec.config.seed)
+            head = target.model.get_output_embeddings().weight
+            with torch.no_grad():
+                for name, weight in target.model.named_parameters():
+                    # The learner has the head of the first target, as a deployment has whose target was tuned.
+                    if weight.ndim == 2 and weight is not head and "embed" not in name:
+                        noise = torch.randn(weight.shape, generator=generator).to(weight)
+                        weight.add_(phase.target_noise * weight.std() * noise)
+        return target
+
+    def _stream(self, name: str, drafter: Drafter) -> Trajectories:
+        """Return the training traffic, or all phases in order, as a drafter reads them."""
+        wanted = drafter.feature_layers
+        if name == "training":
+            return RecordedPhase(self._out / "stream" / name, self._layers, wanted)
+        folders = [self._out / "stream" / f"phase-{number}" for number in range(len(self._prompts))]
+        return ConcatDataset([RecordedPhase(folder, self._layers, wanted) for folder in folders])
+
+    # ---- arms -------------------------------------------------------------------------------------------------------
+
+    def _arm(self, name: str, arm: Arm, seed: int, target: Target, first: list[list[int]]) -> None:
+        """Let an arm have the stream, unless there is a result."""
+        folder = self._out / "arms" / f"{name}-{seed}"
+        spec = self._specs[name]
+        settings = {"arm": asdict(arm), "configuration": asdict(replace(spec.config, run_dir=None))}
+        if (folder / "result.json").exists():
+            earlier = json.loads((folder / "result.json").read_text())["settings"]
+            if earlier != settings:
+                raise ConfigError(f"{folder} has the result of another arm {name!r}; name another folder by --out")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        drafter = start_drafter(spec, target, first, seed=spec.config.seed + seed)
+        if arm.trained:
+            drafter = self._trained(spec, arm, drafter, target)
+        stream, began, spent = self._stream("phases", drafter), time.monotonic(), time.process_time()
+        ends = _ends(self._prompts)
+        sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
+        learner, source, weights = None, LocalSource(), LocalTarget()
+        flops = 0
+        serving = drafter.serving_copy(spec.dtype)
+        if arm.learns:
+            learning_spec = replace(spec, config=replace(spec.config, seed=spec.config.seed + seed))
+            loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+            flops = step_flops(loss, stream, spec.config.learner.batch_size)
+            log = MetricsLog(folder / "metrics.jsonl", "learner")
+            learner = assembled(
+                learning_spec, drafter, loss, optimizers, source, weights, log, Outputs(log), folder / "learner"
+            )
+        with watch(self._console, f"arm {name}, seed {seed}", len(stream), 0) as shown:
+
+            def tell(done: int, run: ArmRun) -> None:
+                recent = run.served.part(max(done - 40, 0), done)
+                shown.tell(done, f"acceptance {recent.acceptance_length():.2f}")
+
+            def keep(request: int, tensors: dict[str, torch.Tensor]) -> None:
+                save_file(
+                    {key: value.contiguous() for key, value in tensors.items()}, folder / f"at-{request}.safetensors"
+                )
+
+            made = simulate(
+                stream, serving, spec.tree, learner=learner, source=source, target=weights, points=sampled,
+                keep=keep, tell=tell,
+            )  # fmt: skip
+        result = {
+            "arm": name,
+            "seed": seed,
+            "learns": arm.learns,
+            "settings": settings,
+            "flops_per_step": flops,
+            "batch_size": spec.config.learner.batch_size,
+            "seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time() - spent, 1),
+            **made.as_dict(),
+        }
+        part = folder / "result.part"
+        part.write_text(json.dumps(result) + "\n")
+        part.replace(folder / "result.json")
+
+    def _trained(self, spec: RunSpec, arm: Arm, drafter: Drafter, target: Target) -> Drafter:
+        """Return a drafter that has learned from the training traffic, once for all arms of one configuration."""
+        name = hashlib.sha256(json.dumps([asdict(spec.config.drafter), spec.config.objectives]).encode()).hexdigest()
+        folder = self._out / "trained" / name[:12]
+        if folder.exists():
+            return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
+        stream, settings = self._stream("training", drafter), spec.config.learner
+        loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+        with watch(self._console, "training", len(stream), 0) as shown:
+            steps = train_on(
+                [stream[index] for index in range(len(stream))], loss, optimizers, batch_size=settings.batch_size,
+                replay=settings.replay, autocast=spec.dtype == torch.bfloat16, seed=spec.config.seed,
+            )  # fmt: skip
+            for seen, value, _ in steps:
+                shown.tell(seen, f"loss {value:.3f}")
+        save_drafter(drafter, folder)
+        return drafter
+
+    # ---- tokens per second ------------------------------------------------------------------------------------------
+
+    def _live(self, drafters: dict[str, Drafter]) -> None:
+        """Measure the last requests of each phase with the weights that each arm had when they came."""
+        live, ends = self._scenario.live, _ends(self._prompts)
+        cells = [(phase, slots) for phase in range(len(ends)) for slots in live.slots]
+        for phase, slots in cells:
+            path = self._out / "live" / f"phase-{phase}-slots-{slots}.json"
+            if path.exists() and set(json.loads(path.read_text())["arms"]) >= {*self._scenario.arms, _PLAIN}:
+                continue
+            self._console.print(f"tokens per second: phase {phase}, {slots} slots", soft_wrap=True)
+            path.parent.mkdir(exist_ok=True)
+            samples = self._measure(phase, ends[phase] - live.requests, slots, drafters)
+            path.write_text(json.dumps({"arms": [_PLAIN, *self._scenario.arms], "samples": samples}, indent=1) + "\n")
+
+    def _measure(self, phase: int, point: int, slots: int, drafters: dict[str, Drafter]) -> list[dict[str, Any]]:
+        live, prompts = self._scenario.live, self._prompts[phase][-self._scenario.live.requests :]
+        own = None if self._scenario.mixed else self._scenario.phases[phase]
+        plain = self._spec("drafter.name=ngram", "drafter.lookup=0", "drafter.adaptive=false")
+        servers, requests = {}, {}
+        learning_arms = [name for name, arm in self._scenario.arms.items() if arm.learns]
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            for name in (_PLAIN, *self._scenario.arms):
+                spec = _alone(plain if name == _PLAIN else self._specs[name], slots, folder / name)
+                target = self._target_of(own)
+                if name == _PLAIN:
+                    drafter = start_drafter(spec, target, [])
+                else:
+                    drafter = drafters[name]
+                    drafter.install(load_file(self._out / "arms" / f"{name}-0" / f"at-{point}.safetensors"))
+                asked = [replace(prompt, speculative=name != _PLAIN, learn=False) for prompt in prompts]
+                queue, source = request_queue(spec, target, asked), TimedRequests()
+                log = MetricsLog(self._out / "live" / "metrics.jsonl", name)
+                server = embedded_server(spec, target, source, queue.first_prompts(1)[0], drafter, log)
+                stack.callback(server.close)
+                servers[name], requests[name] = (server, source), list(iter(queue, None))
+            busy = None
+            if learning_arms:
+                path, overrides = self._given
+                pairs = [*self._scenario.set, *overrides, *self._scenario.arms[learning_arms[0]].set]
+                recorded = self._out / "stream" / f"phase-{phase}"
+                busy = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
+
+            def beside(name: str) -> AbstractContextManager[object]:
+                return busy.running() if busy is not None and name in learning_arms else nullcontext()
+
+            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, beside)]
+
+
+def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:
+    """Return a spec that serves so many slots, without plain windows, at a wire that nobody else is at."""
+    config = spec.config
+    return replace(
+        spec,
+        config=replace(
+            config,
+            engine=replace(config.engine, slots=slots),
+            baseline=replace(config.baseline, share=0.0),
+            wire=replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1),
+        ),
+    )
+
+
+def busy_learner(path: str | None, pairs: Sequence[str], folder: Path, layers: Sequence[int]) -> Callable[[], object]:
+    """Return the optimizer step of a configuration on recorded requests, to be repeated."""
+    spec = resolve(load_config(path, pairs))
+    torch.set_num_threads(spec.config.learner.threads)
+    target = load(spec)
+    drafter = start_drafter(spec, target, [])
+    loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+    stream, batch_size = RecordedPhase(folder, layers, drafter.feature_layers), spec.config.learner.batch_size
+    batch = pack([stream[index % len(stream)] for index in range(batch_size)])
+    return lambda: train_step(loss, optimizers, batch, autocast=spec.dtype == torch.bfloat16)
+
+
+def step_flops(loss: SumLoss, stream: Trajectories, batch_size: int) -> int:
+    """Count the floating-point operations of one optimizer step, forward and backward, on the stream's first batch."""
+    batch = pack([stream[index] for index in range(min(batch_size, len(stream)))])
+    with FlopCounterMode(display=False) as counter:
+        out = loss(batch)
+        torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum().backward()
+    for parameter in loss.parameters():
+        parameter.grad = None
+    return int(counter.get_total_flops())
+
+
+def _ends(phases: Sequence[Sequence[Prompt]]) -> list[int]:
+    """Return the number of requests up to the end of each phase."""
+    return [sum(map(len, phases[: place + 1])) for place in range(len(phases))]
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(json.dumps([prompt.messages for prompt in prompts], default=list).encode()).hexdigest()[:16]

@@ -1,0 +1,110 @@
+"""An arm on a stream: the acceptance of every request is that of the weights that were served when it came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tiny_streams import drafter_and_loss, stream
+from torch import Tensor
+
+from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, simulate
+from aurora_rl.policies import Eagle3Drafter, TreeShape
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.outputs import Outputs
+from aurora_rl.training.gate import Gate, replay
+from aurora_rl.training.learner import Learner
+from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.replay import trajectory_buffer
+
+SHAPE = TreeShape(3)
+
+
+def learner(
+    folder: Path, source: LocalSource, target: LocalTarget, margin: float = 9.0
+) -> tuple[Learner, Eagle3Drafter]:
+    torch.manual_seed(0)
+    drafter, loss = drafter_and_loss()
+    log = MetricsLog(folder / "metrics.jsonl", "learner")
+    made = Learner(
+        drafter=drafter,
+        loss=loss,
+        optimizers=drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-3),
+        buffer=trajectory_buffer(100, 2),
+        collector=source,
+        publisher=target,
+        gate=Gate(2, margin, SHAPE, drafter.serving_copy(torch.float32)),
+        log=log,
+        serving_dtype=torch.float32,
+        batch_size=2,
+        replay=2,
+        publish_every=3,
+        max_skipped=3,
+        checkpoint=folder / "learner",
+        outputs=Outputs(log),
+    )
+    return made, drafter
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[TensorDict]:
+    return stream(24)
+
+
+def test_a_frozen_arm_is_a_replay(requests: list[TensorDict]) -> None:
+    drafter, _ = drafter_and_loss()
+    run = simulate(requests, drafter.serving_copy(torch.float32), SHAPE)
+    expected = replay(drafter.serving_copy(torch.float32), requests, SHAPE)
+    assert run.tokens == expected.tokens.tolist() and run.rounds == expected.rounds.tolist()
+    assert run.version == [0] * 24 and run.steps == [0] * 24
+    assert run.served.acceptance_length() == pytest.approx(expected.acceptance_length)
+
+
+def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[TensorDict], tmp_path: Path) -> None:
+    source, target = LocalSource(), LocalTarget()
+    made, drafter = learner(tmp_path / "fast", source, target)
+    kept: dict[int, dict[str, Tensor]] = {}
+    told: list[int] = []
+    run = simulate(
+        requests, drafter.serving_copy(torch.float32), SHAPE, learner=made, source=source, target=target, points={10},
+        keep=lambda request, weights: kept.update({request: {k: v.clone() for k, v in weights.items()}}),
+        tell=lambda done, so_far: told.append(done),
+    )  # fmt: skip
+
+    # The slow way: one request after the other, each replayed alone by the weights of that moment.
+    source, target = LocalSource(), LocalTarget()
+    made, drafter = learner(tmp_path / "slow", source, target)
+    serving, slow, version = drafter.serving_copy(torch.float32), ArmRun(), 0
+    for request, trajectory in enumerate(requests, 1):
+        replayed = replay(serving, [trajectory], SHAPE)
+        slow.tokens += replayed.tokens.tolist()
+        slow.rounds += replayed.rounds.tolist()
+        slow.version.append(version)
+        source.waiting.append(trajectory)
+        while made.step(wait_s=0.0):
+            pass
+        slow.steps.append(made.steps)
+        if target.newest is not None:
+            version, weights = target.newest
+            target.newest = None
+            serving.install(weights)
+        if request == 10:
+            for name, tensor in serving.published().items():
+                assert torch.equal(tensor, kept[10][name]), name
+    assert run == slow
+    assert run.version[-1] >= 3 and run.steps[-1] > 24
+    assert told[-1] == 24 and list(kept) == [10]
+    frozen = simulate(requests, drafter_and_loss()[0].serving_copy(torch.float32), SHAPE)
+    assert run.rounds != frozen.rounds  # what it learned was served
+
+
+def test_a_gate_that_lets_nothing_pass_leaves_the_arm_as_it_is(requests: list[TensorDict], tmp_path: Path) -> None:
+    source, target = LocalSource(), LocalTarget()
+    made, drafter = learner(tmp_path, source, target, margin=-9.0)
+    serving = drafter.serving_copy(torch.float32)
+    run = simulate(requests, serving, SHAPE, learner=made, source=source, target=target)
+    frozen = simulate(requests, drafter_and_loss()[0].serving_copy(torch.float32), SHAPE)
+    assert set(run.version) == {0} and run.steps[-1] > 0
+    assert run.rounds == frozen.rounds
