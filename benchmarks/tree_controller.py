@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aurora_rl import Request, TargetParts, TreeShape
 from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids
-from aurora_rl.policies.calibration import cost_table, measure_rounds
+from aurora_rl.policies.calibration import cost_table, measure_rounds, shape_name
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.policies.tree_controller import TreeController
@@ -106,7 +106,7 @@ def serve(
     while (here := part()) < len(parts) and server.step():
         if server.stats.rounds[-1].speculative:
             shape = policy.shape
-            name = f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}"  # as in the table of costs
+            name = shape_name(shape)  # as in the table of costs
             chosen[here][name if shape.depth else "none"] += 1
     return {
         "controller": adaptive,

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request
-from aurora_rl.policies.drafter import TreeShape
 from aurora_rl.policies.lookup import NgramDrafter
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.serving.recording import record
 
 

@@ -46,6 +46,8 @@ class Arm:
 
     set: list[str] = field(default_factory=list)
     """``key=value`` pairs over the run's configuration."""
+    lookup_only: bool = False
+    """Whether the drafter rests, and all nodes are looked up."""
     learns: bool = False
     """Whether it learns from the stream as it is served."""
     trained: bool = False
@@ -134,6 +136,9 @@ def _check(scenario: Scenario, name: str) -> None:
     changed = [phase.name for phase in scenario.phases if phase.target_noise or phase.target_dtype]
     if scenario.mixed and changed:
         raise ValueError(f"scenario {name} is mixed, and phase {changed[0]} has a target of its own")
+    for name_of_arm, arm in scenario.arms.items():
+        if arm.lookup_only and (arm.learns or arm.trained):
+            raise ValueError(f"scenario {name}: arm {name_of_arm} is lookup_only, and has no weights to learn or train")
     if not scenario.training and (trained := [arm for arm, each in scenario.arms.items() if each.trained]):
         raise ValueError(f"scenario {name}: arm {trained[0]} is trained, and the scenario has no training traffic")
     for key, least in (("seeds", 1), ("window", 1)):

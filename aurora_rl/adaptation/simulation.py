@@ -10,12 +10,14 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.adaptation.metrics import Served
-from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.drafter import Drafter
+from aurora_rl.policies.lookup import EarlierAnswers
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.training.gate import replay
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.offline import Trajectories
 
-_AT_ONCE = 16  # requests replayed together while no weights change between them
+_AT_ONCE = 16  # requests replayed together where none depends on another, while no weights change
 
 
 class LocalSource:
@@ -97,6 +99,8 @@ def simulate(
     learner: Learner | None = None,
     source: LocalSource | None = None,
     target: LocalTarget | None = None,
+    earlier: EarlierAnswers | None = None,
+    at_once: int = 1,
     points: Collection[int] = (),
     keep: Callable[[int, dict[str, Tensor]], None] = lambda request, weights: None,
     tell: Callable[[int, ArmRun], None] = lambda done, run: None,
@@ -114,6 +118,8 @@ def simulate(
         learner: Learner on ``source`` and ``target``; None leaves the drafter as it is.
         source: Where the learner takes trajectories from.
         target: Where it puts weights.
+        earlier: Answers in which lookup searches, at first empty.
+        at_once: Requests that are served side by side, hence do not find each other's answers.
         points: Numbers of served requests after which the weights are kept.
         keep: Called with such a number and the weights that serve then.
         tell: Called now and then with the number of requests done, and the run so far.
@@ -124,7 +130,7 @@ def simulate(
     def flush() -> None:
         if not pending:
             return
-        replayed = replay(serving, pending, shape)
+        replayed = replay(serving, pending, shape, earlier)
         run.tokens += replayed.tokens.tolist()
         run.rounds += replayed.rounds.tolist()
         pending.clear()
@@ -143,7 +149,7 @@ def simulate(
                 (version, weights), target.newest = target.newest, None
                 serving.install(weights)
         run.steps.append(0 if learner is None else learner.steps)
-        if len(pending) >= _AT_ONCE or done in points:
+        if len(pending) >= (_AT_ONCE if earlier is None else at_once) or done in points:
             flush()
             tell(done, run)
         if done in points:

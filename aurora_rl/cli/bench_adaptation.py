@@ -39,8 +39,9 @@ from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.objectives import SumLoss
-from aurora_rl.policies import Drafter
+from aurora_rl.policies import Drafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
+from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.offline import Trajectories
@@ -104,7 +105,9 @@ class _Bench:
         self._specs = {}
         for name, arm in scenario.arms.items():
             with naming(f"arm {name!r}"):
-                self._specs[name] = self._spec(*arm.set)
+                spec = self._specs[name] = self._spec(*arm.set, *["drafter.adaptive=false"] * arm.lookup_only)
+                if arm.lookup_only and not spec.tree.lookup:
+                    raise ConfigError("it is lookup_only, and nothing is looked up; set drafter.lookup=8")
         self._base = self._spec()
         torch.set_num_threads(config.learner.threads)
         with naming("--scenario"):
@@ -255,6 +258,8 @@ class _Bench:
             learner = assembled(
                 learning_spec, drafter, loss, optimizers, source, weights, log, Outputs(log), folder / "learner"
             )
+        history = spec.config.drafter.history if spec.tree.lookup else 0
+        earlier = EarlierAnswers(history) if history else None
         with watch(self._console, f"arm {name}, seed {seed}", len(stream), 0) as shown:
 
             def tell(done: int, run: ArmRun) -> None:
@@ -267,8 +272,8 @@ class _Bench:
                 )
 
             made = simulate(
-                stream, serving, spec.tree, learner=learner, source=source, target=weights, points=sampled,
-                keep=keep, tell=tell,
+                stream, serving, _shape(spec, arm), learner=learner, source=source, target=weights, earlier=earlier,
+                at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
             )  # fmt: skip
         result = {
             "arm": name,
@@ -338,6 +343,8 @@ class _Bench:
                 queue, source = request_queue(spec, target, asked), TimedRequests()
                 log = MetricsLog(self._out / "live" / "metrics.jsonl", name)
                 server = embedded_server(spec, target, source, queue.first_prompts(1)[0], drafter, log)
+                if name != _PLAIN and self._scenario.arms[name].lookup_only:
+                    server.policy.shape = _shape(spec, self._scenario.arms[name])
                 stack.callback(server.close)
                 servers[name], requests[name] = (server, source), list(iter(queue, None))
             busy = None
@@ -351,6 +358,11 @@ class _Bench:
                 return busy.running() if busy is not None and name in learning_arms else nullcontext()
 
             return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, beside)]
+
+
+def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
+    """Return the trees that an arm drafts."""
+    return spec.tree.without_drafter(spec.tree.lookup) if arm.lookup_only else spec.tree
 
 
 def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:

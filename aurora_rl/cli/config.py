@@ -95,8 +95,12 @@ class DrafterConfig:
     num_nodes: int | None = 4
     """Most nodes of a tree; null keeps all."""
     lookup: int | None = None
-    """Most tokens of a chain that is looked up in the request's own text and merged into each tree. 0 turns it off.
-    null is 2, or 0 with engine.name=sglang, with sampled trees and with drafter.name=ngram, which cannot take it."""
+    """Most nodes that are looked up in the request's text and in earlier answers, and merged into each tree or verified
+    in its place. 0 turns it off. null is 8, or 0 with engine.name=sglang, with sampled trees and with
+    drafter.name=ngram, which cannot take it."""
+    history: int = 65536
+    """Tokens of earlier answers that lookup searches; 0 searches the request's own text alone. Requests with
+    learn=false leave nothing in it."""
     mode: str = "topk"
     """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
     adaptive: bool = True

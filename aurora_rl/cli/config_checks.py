@@ -39,7 +39,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
         ("learner.muon_lr", "learner.adam_lr", "learner.replay"),
         ("not be negative", lambda value: 0 <= value < math.inf),
     ),
-    "engine.prefix_cache_tokens": ("not be negative", lambda value: value >= 0),
+    **dict.fromkeys(("engine.prefix_cache_tokens", "drafter.history"), ("not be negative", lambda value: value >= 0)),
     "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
     "drafter.trained_for": ("be target or any", ("target", "any").__contains__),
     "dtype": (

@@ -25,6 +25,7 @@ from aurora_rl.models.loading import embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.requests import RequestSource
@@ -72,7 +73,7 @@ def embedded_server(
     policy = DrafterPolicy(
         served,
         engine.store,
-        num_nodes=tree.num_nodes,
+        num_nodes=tree.max_nodes,
         shape=tree,
         generator=torch.Generator(spec.device).manual_seed(config.seed),
     )
@@ -83,7 +84,7 @@ def embedded_server(
             costs = measure_rounds(engine, policy, tried, candidates, processors=processors)
         except DrafterFault as error:
             fault = error
-            alone = replace(tree, width=1, num_nodes=tree.depth, lookup_only=True) if tree.lookup else None
+            alone = tree.without_drafter(tree.lookup) if tree.lookup else None
             policy.shape = alone or TreeShape(0, mode=tree.mode)
         else:
             log.write("costs", round_ms=cost_table(costs))
@@ -92,10 +93,12 @@ def embedded_server(
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
         engine.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
         policy.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
+    if tree.lookup and config.drafter.history:
+        policy.earlier = EarlierAnswers(config.drafter.history)
     env = SpecDecodeEnv(
         engine,
         requests,
-        num_nodes=tree.num_nodes,
+        num_nodes=tree.max_nodes,
         rule=spec.rule,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,

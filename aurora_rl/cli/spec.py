@@ -121,11 +121,15 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
         takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
-        lookup = 2 if takes_it else 0
+        lookup = 8 if takes_it else 0
     elif lookup and config.engine.name == "sglang":
         raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
     with naming("drafter"):
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
+    if engine is not None and lookup > engine.max_nodes:
+        raise ConfigError(
+            f"drafter.lookup={lookup}: the engine verifies {engine.max_nodes} nodes at most; set it to that"
+        )
     if engine is not None and tree.num_nodes > engine.max_nodes:
         num_nodes = "null" if settings.num_nodes is None else settings.num_nodes
         raise ConfigError(

@@ -16,7 +16,8 @@ from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import context_rows
 from aurora_rl.objectives.tree_law import TreeLaw, before
-from aurora_rl.policies.drafter import Drafter, TreeShape, draft_rows, log_softmax
+from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 from aurora_rl.trees import sibling_ranks

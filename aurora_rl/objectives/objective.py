@@ -17,7 +17,8 @@ from torchrl.objectives import LossModule
 from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.target_rows import target_keys, target_logits
-from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.drafter import Drafter
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.settings import settings_of
 from aurora_rl.trajectories import TOPK_ENTRIES, check_features
 

@@ -3,7 +3,7 @@
 from aurora_rl.models.draft_vocab import choose_draft_vocab, token_prior
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.dflash import DFlashDrafter
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
@@ -12,6 +12,7 @@ from aurora_rl.policies.medusa import MedusaDrafter
 from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.policies.registry import available_drafters, get_drafter, register_drafter
 from aurora_rl.policies.standalone import StandaloneDrafter
+from aurora_rl.policies.tree_shape import TreeShape
 
 __all__ = [
     "Checkpoint",

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from tensordict import TensorDict
 from transformers import LogitsProcessorList
 
 from aurora_rl.envs import Engine, Request, SpecDecodeEnv
-from aurora_rl.policies.drafter import TreeShape
 from aurora_rl.policies.policy import DrafterPolicy
+from aurora_rl.policies.tree_shape import TreeShape
 
 
 class DrafterFault(Exception):
@@ -59,8 +60,9 @@ def measure_rounds(
         policy.shape, policy.on_fault, engine.prefill_seconds = kept, None, 0.0
 
     def dearer(shape: TreeShape) -> list[TreeShape]:
-        deeper = [s for s in shapes if s.depth >= shape.depth and (s.width >= shape.width or not shape.depth)]
-        return [s for s in deeper if shape.lookup_only or not shape.depth or not s.lookup_only]
+        if shape.lookup_only or not shape.depth:
+            return [s for s in shapes if s.num_nodes >= shape.num_nodes]
+        return [s for s in shapes if not s.lookup_only and s.depth >= shape.depth and s.width >= shape.width]
 
     # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.
     return {
@@ -70,19 +72,33 @@ def measure_rounds(
 
 
 def cost_table(costs: dict[int, dict[TreeShape, float]]) -> dict[int, dict[str, float]]:
-    """Return the result of :func:`measure_rounds` for a log: milliseconds by depth and width, and whether lookup only.
+    """Return the result of :func:`measure_rounds` for a log: milliseconds by depth and width, or by nodes looked up.
 
     Example:
         >>> cost_table({1: {TreeShape(0): 0.02, TreeShape(3, width=2): 0.0312}})
         {1: {'0x1': 20.0, '3x2': 31.2}}
     """
     return {
-        count: {
-            f"{shape.depth}x{shape.width}{' lookup' * shape.lookup_only}": round(s * 1e3, 3)
-            for shape, s in by_shape.items()
-        }
+        count: {shape_name(shape): round(s * 1e3, 3) for shape, s in by_shape.items()}
         for count, by_shape in costs.items()
     }
+
+
+def shape_name(shape: TreeShape) -> str:
+    """Return the name of a shape in tables of costs.
+
+    Example:
+        >>> shape_name(TreeShape(3, width=2)), shape_name(TreeShape(3, lookup=4).without_drafter(4))
+        ('3x2', 'lookup 4')
+    """
+    return f"lookup {shape.num_nodes}" if shape.lookup_only else f"{shape.depth}x{shape.width}"
+
+
+@torch.inference_mode()
+def _fill(draft: TensorDict, num_nodes: int) -> None:
+    """Put as many nodes into every slot's tree as may be looked up: how many are found depends on the text."""
+    nodes = torch.arange(num_nodes, device=draft["tokens"].device)
+    draft["tokens"][:, :num_nodes], draft["parents"][:, :num_nodes], draft["mask"][:, :num_nodes] = nodes, -1, True
 
 
 def _time_rounds(
@@ -108,7 +124,10 @@ def _time_rounds(
         for i, shape in enumerate(shapes):
             policy.shape, prefill = shape, engine.prefill_seconds
             began = time.perf_counter()
-            _, td = env.step_and_maybe_reset(policy(td))
+            action = policy(td)
+            if shape.lookup_only:
+                _fill(action["draft"], shape.num_nodes)
+            _, td = env.step_and_maybe_reset(action)
             turn[i] = time.perf_counter() - began - (engine.prefill_seconds - prefill)
     whole = turns.sum(1, keepdim=True)
     seconds = (turns / whole).median(0).values * whole.median()

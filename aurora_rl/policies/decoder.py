@@ -10,8 +10,9 @@ from tensordict import TensorDictBase
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
-from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.policy import DrafterPolicy
+from aurora_rl.policies.tree_shape import TreeShape
 
 
 class SpeculativeDecoder:
@@ -71,7 +72,7 @@ class SpeculativeDecoder:
         if not callable(requests):
             waiting = iter(requests)
             requests = lambda: next(waiting, None)  # noqa: E731
-        nodes = max(shape.num_nodes, 1)
+        nodes = max(shape.max_nodes, 1)
         self.env = SpecDecodeEnv(self.engine, requests, num_nodes=nodes, draft_mode=shape.mode, **settings)
         self.policy: DrafterPolicy | None = None
         if drafter is not None:

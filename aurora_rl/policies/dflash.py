@@ -23,10 +23,11 @@ from typing_extensions import override
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config, target_entries
 from aurora_rl.policies.attention import KeysValues
 from aurora_rl.policies.block_layer import BlockLayer, Rotation
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.formats.dflash import read_dflash, write_dflash
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex
 

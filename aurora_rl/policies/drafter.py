@@ -10,7 +10,6 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -21,73 +20,10 @@ from torch import Tensor, nn
 from aurora_rl.models.inference_modules import stage
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.hub import HubMixin
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.settings import check, settings_of
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TreeIndex, true_chains
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class TreeShape:
-    """The tree that is drafted in a round.
-
-    Attributes:
-        depth: Longest path of the drafter's tree; 0 drafts nothing.
-        width: Nodes expanded at each depth and children tried of each; 1 is a chain.
-        num_nodes: Most nodes: the drafter's likeliest nodes by joint probability are kept. None, or more than there
-            can be, stands for all nodes of this depth and width.
-        mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
-            many as ``num_nodes`` holds whole, their first tokens independently. "sampled_without_replacement" draws
-            first tokens that differ.
-        lookup: Most tokens of the chain that is looked up in the request's own text and merged into the drafter's tree
-            (``policies.lookup``). The chain counts towards ``num_nodes`` and may be deeper than ``depth``. 0 merges
-            none.
-        lookup_only: Whether the drafter rests: the whole tree, of this depth and width, is looked up.
-
-    Raises:
-        ValueError: An attribute is out of range, ``num_nodes`` cannot hold one path, or lookup is combined with a mode
-            that samples.
-
-    Example:
-        >>> TreeShape(depth=3, width=2).num_nodes, TreeShape(depth=3, width=2, num_nodes=8).num_nodes
-        (10, 8)
-    """
-
-    depth: int
-    width: int
-    num_nodes: int
-    mode: str
-    lookup: int
-    lookup_only: bool
-
-    def __init__(
-        self,
-        depth: int,
-        width: int = 1,
-        num_nodes: int | None = None,
-        mode: str = "topk",
-        lookup: int = 0,
-        lookup_only: bool = False,
-    ) -> None:
-        if mode not in DRAFT_MODES:
-            raise ValueError(f"mode must be one of {', '.join(DRAFT_MODES)}, got {mode!r}")
-        if depth < 0 or width < 1:
-            raise ValueError(f"a tree has depth >= 0 and width >= 1, got depth {depth}, width {width}")
-        if num_nodes is not None and num_nodes < depth:
-            raise ValueError(f"num_nodes={num_nodes} cannot hold one path of depth {depth}")
-        if lookup < 0 or (lookup_only and not lookup):
-            raise ValueError(f"lookup must be at least {int(lookup_only)}, got {lookup}")
-        if lookup and mode != "topk":
-            raise ValueError(f"lookup={lookup} adds nodes that the drafter did not draw; set it to 0 in mode {mode!r}")
-        most = width + (depth - 1) * width**2 if mode == "topk" else depth * width
-        nodes = 0 if not depth else most if num_nodes is None else min(num_nodes, most + lookup)
-        values = {"depth": depth, "width": width, "num_nodes": nodes, "mode": mode, "lookup": lookup}
-        for name, value in {**values, "lookup_only": lookup_only}.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def num_chains(self) -> int:
-        """Number of chains of a sampled tree."""
-        return min(self.width, self.num_nodes // max(self.depth, 1))
 
 
 class Proposal(NamedTuple):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.tree_index import TreeIndex
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
-from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape
-from aurora_rl.policies.lookup import Tree, merged, ngram_tree, padded
+from aurora_rl.policies.drafter import Drafter, Proposal
+from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, padded
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import tree_fault, valid_nodes
@@ -34,8 +35,8 @@ class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. Lookup in a request's
-    text is merged into the drafter's tree if the shape asks for it.
+    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. Lookup is merged
+    into the drafter's tree if the shape asks for it.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
@@ -55,6 +56,8 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
             drafter failed their requests, or the shape is ``lookup_only``.
+        earlier: Answers in which lookup searches next to the request's own text; whoever gets completions adds them.
+            None, the default, has none.
         prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request begins
             alike. A swap empties it. None, the default, keeps none.
         rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
@@ -92,6 +95,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
+        self.earlier: EarlierAnswers | None = None
         self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
         self._refused = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
@@ -232,12 +236,13 @@ class DrafterPolicy(TensorDictModuleBase):
                 self._refuse(slots, error)
 
     def _look_up(self, draft: dict[str, Tensor]) -> None:
-        """Merge what is looked up in each slot's text into its tree, which is empty if the drafter did not draft."""
+        """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
         shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
-        chain = TreeShape(min(shape.lookup, shape.num_nodes))
+        wanted = shape if shape.lookup_only else shape.without_drafter(min(shape.lookup, shape.num_nodes))
+        earlier = None if self.earlier is None else self.earlier.tokens
         found: dict[int, Tree] = {}
         for slot in (self.drafted | self.looked_up).nonzero().flatten().tolist():
-            tree = ngram_tree(texts[slot, : lengths[slot]], chain if self.drafted[slot] else shape)
+            tree = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier)
             if tree.tokens:
                 found[slot] = tree
         if not found:

@@ -17,8 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typing_extensions import override
 
 from aurora_rl.policies.attention import KeysValues, TreeAttention
-from aurora_rl.policies.drafter import Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.drafter import Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.tree_search import grow
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex
 

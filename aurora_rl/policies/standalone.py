@@ -23,7 +23,7 @@ from typing_extensions import override
 from aurora_rl.models.inference_modules import GROUPED_ATTENTION, grouped_mask
 from aurora_rl.models.kv_cache import SlotCache, cache_mask, uniform_shapes
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, TreeShape, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.formats.causal_lm import (
     check_causal_lm,
     layers_of,
@@ -33,6 +33,7 @@ from aurora_rl.policies.formats.causal_lm import (
 )
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex, true_chains
 

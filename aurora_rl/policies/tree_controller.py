@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
 
-from aurora_rl.policies.drafter import TreeShape
+from aurora_rl.policies.tree_shape import TreeShape
 
 # Shares of the best shape's tokens per second at which a shape is as good as it, and at which no speculation is better.
 _AS_GOOD, _PLAIN_ENOUGH = 0.99, 0.98
@@ -41,9 +41,11 @@ class TreeController:
     what chains would have had. A round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
     untried depth counts as good as the one before it, and is tried if that would pay.
 
-    Shapes of ``lookup_only`` have chances of their own by depth; an empty lookup counts as a failed trial. They fade in
-    every round towards an optimistic guess, so that lookup is tried first, and again now and then. The best of these
-    shapes takes the place of no speculation in what follows, if it is faster.
+    Shapes of ``lookup_only`` have chances of their own: that the first node is accepted, the second, and so on, which
+    come by falling chance. A round of ``n`` nodes delivers one token and the sum of the first ``n`` chances, and tells
+    what fewer nodes would have delivered. A node that was not found counts as refused. The chances fade in every round
+    towards an optimistic guess, so that lookup is tried first, and again now and then. The best of these shapes takes
+    the place of no speculation in what follows, if it is faster.
 
     A round takes the time measured for its shape and number of occupied slots, times the pace of live rounds of its
     kind: plain, drafter's or lookup's. Context lengths and the machine's other work change the pace.
@@ -87,7 +89,8 @@ class TreeController:
         deepest = max(shape.depth for shape in self._shapes)
         # [hits, trials] by depth.
         self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
-        self._found = [[0.0, 0.0] for _ in range(deepest)]  # the same of lookup alone
+        most = max((shape.num_nodes for shape in self._shapes if shape.lookup_only), default=0)
+        self._found = [[0.0, 0.0] for _ in range(most)]  # the same by node of lookup alone
         # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
         self._kind, self._run = -1, 0  # which of the three ran last, and for how many rounds
@@ -103,7 +106,7 @@ class TreeController:
     def candidates(most: TreeShape) -> list[TreeShape]:
         """Return the shapes to choose from: none, and every depth up to that of ``most``, in its width and as a chain.
 
-        With lookup the bare chains are looked up without the drafter, whose chains have lookup's nodes merged in.
+        With lookup there are no bare chains: nodes are looked up in their place, 1, 2, 4 and so on up to ``lookup``.
 
         Example:
             >>> [(s.depth, s.width, s.num_nodes) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
@@ -112,15 +115,16 @@ class TreeController:
         shapes = [replace(most, depth=0)]
         for depth in range(1, most.depth + 1):
             # Nodes that are drawn have no order, so what several of them have accepted says nothing about a single one.
-            if most.lookup or (most.width > 1 and most.mode == "topk"):
-                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth, lookup_only=most.lookup > 0))
+            if most.width > 1 and most.mode == "topk" and not most.lookup:
+                shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
             shapes.append(replace(most, depth=depth))
-        return shapes
+        counts = {*(2**power for power in range(most.lookup.bit_length())), most.lookup} if most.lookup else ()
+        return shapes + [most.without_drafter(count) for count in sorted(counts)]
 
     def acceptance(self, shape: TreeShape) -> list[float]:
-        """Estimate the chances ``a[1], a[2], ...`` of a shape."""
+        """Estimate the chances ``a[1], a[2], ...`` of a shape, or those of its nodes if they are looked up."""
         if shape.lookup_only:
-            tried = self._found[: shape.depth]
+            tried = self._found[: shape.num_nodes]
             return list(accumulate(tried, lambda guess, counts: _estimate(counts, guess), initial=_HOPE))[1:]
         likeliest, sibling, drafted, passed = _GUESS, _GUESS, 1.0, []
         for d in range(shape.depth):
@@ -134,8 +138,8 @@ class TreeController:
         """Return the shape of a round in which the drafter failed every slot: lookup alone, or plain without it."""
         if not shape.lookup:
             return self.plain
-        alone = replace(shape, width=1, num_nodes=shape.depth, lookup_only=True)
-        return alone if alone in self._shapes else self.plain
+        fitting = [each for each in self._shapes if each.lookup_only and each.num_nodes <= shape.num_nodes]
+        return max(fitting, key=lambda each: each.num_nodes, default=self.plain)
 
     def choose(self, occupied: int) -> TreeShape:
         """Choose the shape of the next round, for a number of occupied slots."""
@@ -168,6 +172,7 @@ class TreeController:
         seconds: float,
         outcomes: Sequence[Sequence[Outcome]] = (),
         below: int = 0,
+        found: Sequence[Collection[int]] = (),
     ) -> None:
         """Take in a round.
 
@@ -178,14 +183,15 @@ class TreeController:
             outcomes: Outcomes by depth, as far as drafts were verified, of each slot that was drafted for. Slots that
                 the drafter failed are left out; without any other slot the shape is that of :meth:`without_drafter`.
             below: Lookup's nodes that were accepted below the shape's depth, over all slots.
+            found: Of each slot, if the shape is ``lookup_only``, the nodes that were accepted, counted from 0.
         """
         self._keep_pace(shape, occupied, seconds)
         _fade(self._found, self._memory)
         if _kind(shape) != _DRAFTER:
             self._since += seconds
-            for path in outcomes:
-                for counts, outcome in zip(self._found, path, strict=False):
-                    _count(counts, outcome == "likeliest")
+            for accepted_nodes in found:
+                for node in range(shape.num_nodes):
+                    _count(self._found[node], node in accepted_nodes)
             return
         plain = self._seconds(self.plain, occupied)
         accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
@@ -238,6 +244,8 @@ class TreeController:
         return self._tokens(shape) / self._seconds(shape, occupied)
 
     def _tokens(self, shape: TreeShape) -> float:
+        if shape.lookup_only:
+            return 1 + sum(self.acceptance(shape))
         reach = tokens = 1.0
         for passed in self.acceptance(shape):
             reach *= passed

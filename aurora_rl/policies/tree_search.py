@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_rl.policies.drafter import Proposal, TreeShape
+from aurora_rl.policies.drafter import Proposal
+from aurora_rl.policies.tree_shape import TreeShape
 
 
 def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor, num_nodes: int) -> Proposal:

@@ -156,16 +156,17 @@ class InferenceServer:
     def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
         """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
         policy, shape, outcomes = self.policy, shapes.plain, []
+        found: list[list[int]] = []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
         elif bool(policy.looked_up.any()):
-            shape, outcomes = shapes.without_drafter(policy.shape), _outcomes(done, policy.looked_up)
-            # An empty lookup counts as a failed trial.
-            outcomes += [["undrafted"] for _ in range(int(policy.looked_up.sum()) - len(outcomes))]
+            shape = policy.shape if policy.shape.lookup_only else shapes.without_drafter(policy.shape)
+            accepted = done["next", "verifier", "accepted"].cpu()[policy.looked_up]
+            found = [each.nonzero().flatten().tolist() for each in accepted]
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
-        shapes.observe(shape, occupied, seconds, judged, below)
+        shapes.observe(shape, occupied, seconds, judged, below, found)
 
     def _reshape(self, shape: TreeShape, occupied: int) -> None:
         assert self._shapes is not None
@@ -202,8 +203,11 @@ class InferenceServer:
             depth=self.policy.shape.depth,
             coverage=round(float(covered), 4),
         )
-        if self._sink is not None and completion.request.learn:
-            self._sink.extend(trajectory)
+        if completion.request.learn:
+            if self.policy.earlier is not None:
+                self.policy.earlier.add(completion.tokens.numpy())
+            if self._sink is not None:
+                self._sink.extend(trajectory)
         self._recording += time.perf_counter() - began
 
     def cancel(self, request: int) -> None:

@@ -11,8 +11,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.context import ContextStore
-from aurora_rl.policies.drafter import Drafter, TreeShape
+from aurora_rl.policies.drafter import Drafter
+from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
+from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import check_features
 from aurora_rl.trees import depths, walk
 
@@ -40,7 +42,12 @@ class Replay(NamedTuple):
 
 
 @torch.inference_mode()
-def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: TreeShape) -> Replay:
+def replay(
+    drafter: Drafter,
+    trajectories: Sequence[TensorDictBase],
+    shape: TreeShape,
+    earlier: EarlierAnswers | None = None,
+) -> Replay:
     """Compute the acceptance that a drafter would have had on recorded requests, exactly.
 
     Under greedy decoding and sample-and-match the text does not depend on the drafter, so the recorded text says which
@@ -50,6 +57,7 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         drafter: Drafter whose serving cache is used; pass a copy of one that serves.
         trajectories: Recorded requests.
         shape: The tree to draft at every round.
+        earlier: Answers in which lookup searches; those of the requests are added, in order, when all have ended.
 
     Raises:
         ValueError: The features were recorded for another drafter.
@@ -70,6 +78,7 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
     # The same draws for every drafter that is replayed, where the shape's mode samples.
     generator = torch.Generator(device).manual_seed(0)
     policy = DrafterPolicy(drafter, store, num_nodes=shape.num_nodes, shape=shape, generator=generator)
+    policy.earlier = earlier
     td = TensorDict({"is_init": torch.zeros(n, 1, dtype=torch.bool)}, batch_size=[n])
     rounds = torch.zeros(n, dtype=torch.int64)
     # What follows a text is a token that no drafter proposes.
@@ -96,6 +105,9 @@ def replay(drafter: Drafter, trajectories: Sequence[TensorDictBase], shape: Tree
         lengths = store.lengths[slots] + accepted + 1
         store.lengths[slots] = torch.where(lengths >= ends[slots], 0, lengths)
     prompts = torch.tensor([int(t["sequence", "prompt_length"]) for t in trajectories])
+    if earlier is not None:
+        for trajectory, prompt_length in zip(trajectories, prompts.tolist(), strict=True):
+            earlier.add(trajectory["sequence", "tokens"][prompt_length:].cpu().numpy())
     return Replay(ends - prompts, rounds)
 
 

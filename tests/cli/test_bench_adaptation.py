@@ -28,11 +28,11 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_the_whole_path(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    assert [run["arm"] for run in results["runs"]] == ["lookup", "scratch", "static"]
+    assert [run["arm"] for run in results["runs"]] == ["lookup", "scratch", "static", "suffix"]
     runs = {run["arm"]: run for run in results["runs"]}
     assert runs["scratch"]["swaps"] >= 1 and runs["static"]["swaps"] == runs["lookup"]["swaps"] == 0
     assert [phase["name"] for phase in results["phases"]] == ["code", "sql", "code"]
-    assert {row["arm"] for row in results["live"]} == {"plain", "lookup", "static", "scratch"}
+    assert {row["arm"] for row in results["live"]} == {"plain", "lookup", "suffix", "static", "scratch"}
     assert {row["phase"] for row in results["live"]} == {0, 1, 2}
     assert all(row["tokens_per_second"]["mean"] > 0 for row in results["live"])
     scratch = json.loads((finished / "arms" / "scratch-0" / "result.json").read_text())
@@ -81,7 +81,7 @@ def test_an_arm_that_is_another_now_is_refused(
     ("words", "told"),
     [
         (["--scenario", "shfit"], "there is no scenario 'shfit'; take"),
-        (["--arms", "scratch,sttic"], "--arms: unknown 'sttic'; the scenario has lookup, static, scratch"),
+        (["--arms", "scratch,sttic"], "--arms: unknown 'sttic'; the scenario has lookup, suffix, static, scratch"),
         (["drafter.depht=3"], "did you mean 'drafter.depth'"),
         (["drafter.mode=sampled", "temperature=1"], "arms are compared by their likeliest drafts"),
     ],

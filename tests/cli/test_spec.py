@@ -160,8 +160,8 @@ def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
     def lookup(*pairs: str) -> int:
         return spec.resolve(load_config(overrides=["device=cpu", *pairs])).tree.lookup
 
-    assert spec.resolve(config).tree == TreeShape(4, 4, 4, lookup=2)
-    assert lookup("drafter.name=eagle3") == lookup("drafter.lookup=null") == 2
+    assert spec.resolve(config).tree == TreeShape(4, 4, 4, lookup=8)
+    assert lookup("drafter.name=eagle3") == lookup("drafter.lookup=null") == 8
     assert lookup("drafter.name=ngram") == lookup("drafter.mode=sampled") == lookup("drafter.lookup=0") == 0
     assert lookup("engine.name=sglang", "drafter.name=eagle3") == 0
     assert lookup("drafter.lookup=3", "drafter.name=ngram") == 3

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, NgramDrafter, TargetParts, TreeShape, get_drafter
-from aurora_rl.policies.lookup import Tree, continuations, merged, ngram_tree
+from aurora_rl.policies.lookup import EarlierAnswers, Tree, continuations, merged, ngram_tree
 from aurora_rl.testing import tiny_target
 
 texts = st.lists(st.integers(0, 2), max_size=20)  # few tokens, so that runs come again
@@ -23,40 +23,75 @@ texts = st.lists(st.integers(0, 2), max_size=20)  # few tokens, so that runs com
 NINE = SamplingParams(max_tokens=9)
 
 
-def search(text: list[int]) -> dict[int, Fraction]:
-    """The definition: the longest run that came before, each place half as heavy as the next later one."""
-    for size in (4, 3, 2):
-        places = [i for i in range(len(text) - size) if text[i : i + size] == text[len(text) - size :]]
-        if size < len(text) and places:
-            weights: dict[int, Fraction] = {}
-            for age, place in enumerate(reversed(places)):
-                following = text[place + size]
-                weights[following] = weights.get(following, Fraction(0)) + Fraction(1, 2**age)
-            return {token: weight / sum(weights.values()) for token, weight in weights.items()}
-    return {}
+def search(text: list[int], earlier: list[list[int]] | None = None) -> dict[int, Fraction]:
+    """The definition: counts after every place of the last tokens, for each length together with the shorter ones."""
+    chances: dict[int, Fraction] = {}
+    for size in range(1, min(8, len(text)) + 1):
+        counts: dict[int, int] = {}
+        for weight, where in [(16, text), *((1, answer) for answer in earlier or [])]:
+            for end in range(size, len(where)):
+                if where[end - size : end] == text[len(text) - size :]:
+                    counts[where[end]] = counts.get(where[end], 0) + weight
+        if not counts:
+            break
+        total = sum(counts.values()) + 8
+        chances = {t: (counts.get(t, 0) + 8 * chances.get(t, Fraction(0))) / total for t in counts.keys() | chances}
+    return chances
 
 
-@given(texts)
-def test_continuations_are_those_of_the_longest_match(text: list[int]) -> None:
-    found = continuations(text)
-    assert {token: pytest.approx(float(p)) for token, p in search(text).items()} == found
+@given(texts, st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=4))
+def test_continuations_are_those_of_the_definition(text: list[int], answers: list[list[int]]) -> None:
+    earlier = EarlierAnswers(100)
+    for answer in answers:
+        earlier.add(answer)
+    found = continuations(text, earlier.tokens)
+    assert {token: pytest.approx(float(p)) for token, p in search(text, answers).items()} == found
     assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert continuations(text) == pytest.approx({token: float(p) for token, p in search(text).items()})
 
 
 def test_a_match_may_overlap_the_end() -> None:
-    assert continuations([1, 1, 1]) == {1: 1.0}
+    assert list(continuations([1, 1, 1])) == [1]
     assert list(continuations([8, 5, 6, 5, 6, 5, 6])) == [5]
 
 
-def test_one_token_alone_is_no_match() -> None:
-    assert continuations([3, 4, 3]) == {} == continuations([])
+def test_nothing_is_known_of_a_token_that_did_not_occur() -> None:
+    assert continuations([3, 4]) == {} == continuations([])
+
+
+def test_longer_matches_and_the_request_s_own_text_count_for_more() -> None:
+    earlier = EarlierAnswers(1000)
+    for _ in range(3):
+        earlier.add([2, 7])
+    earlier.add([1, 2, 3])
+    assert next(iter(continuations([1, 2], earlier.tokens))) == 7
+    for _ in range(3):
+        earlier.add([1, 2, 3])
+    assert next(iter(continuations([1, 2], earlier.tokens))) == 3  # four of both tokens, against three of one
+    assert next(iter(continuations([1, 2, 5, 1, 2], earlier.tokens))) == 5  # one in its own text, against seven
+
+
+def test_only_the_latest_occurrences_count() -> None:
+    earlier = EarlierAnswers(10_000)
+    for following in [8] * 600 + [9] * 512:
+        earlier.add([1, following])
+    assert continuations([1], earlier.tokens) == {9: pytest.approx(512 / 520)}
 
 
 def test_a_long_text_that_repeats_itself_is_drafted_for() -> None:
-    """The weight of what followed more than a thousand occurrences ago is no float above 0."""
     text = [1, 2, 3, 4, 9] + [1, 2, 3, 4, 5] * 1100 + [1, 2, 3, 4]
-    assert continuations(text) == {5: 1.0}
+    assert continuations(text)[5] > 0.99
     assert ngram_tree(text, TreeShape(2, 2, 4)).tokens == [5, 1]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12), st.integers(1, 15))
+def test_the_newest_answers_are_kept(answers: list[list[int]], capacity: int) -> None:
+    earlier = EarlierAnswers(capacity)
+    everything: list[int] = []
+    for answer in answers:
+        earlier.add(answer)
+        everything += [*answer, -1]
+        assert earlier.tokens.tolist() == everything[-capacity:]
 
 
 @given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9))
@@ -70,11 +105,11 @@ def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: 
     for length in range(depth):
         for path in [p for p in chance if len(p) == length]:
             best = sorted(search([*text, *path]).items(), key=lambda item: -item[1])[:width]
-            chance |= {(*path, token): chance[path] * p for token, p in best}
+            chance |= {(*path, token): chance[path] * p for token, p in best if chance[path] * p >= Fraction(1, 20)}
     del chance[()]
     assert len(set(paths)) == len(paths) == min(len(chance), TreeShape(depth, width, num_nodes).num_nodes)
-    # Of equal ones any may be there.
-    assert sorted(chance[p] for p in paths) == sorted(chance.values(), reverse=True)[: len(paths)][::-1]
+    # By falling chance, so that fewer nodes are the first of more; of equal ones any may be there.
+    assert [chance[p] for p in paths] == sorted(chance.values(), reverse=True)[: len(paths)]
     for path, log_prob in zip(paths, tree.log_probs, strict=True):
         assert log_prob == pytest.approx(math.log(float(search([*text, *path[:-1]])[path[-1]])))
 
@@ -124,33 +159,22 @@ def as_paths(tokens: Iterable[int], parents: Iterable[int], log_probs: Iterable[
     return dict(zip(paths, log_probs, strict=True))
 
 
-def merged_by_definition(drafted: Paths, found: Iterable[tuple[int, ...]], num_nodes: int) -> Paths:
-    """All paths that were looked up, and the drafter's by falling joint probability as far as the nodes go."""
-    both: Paths = {path: drafted.get(path, -math.inf) for path in found}
+def merged_by_definition(drafted: Paths, found: Paths, num_nodes: int) -> Paths:
+    """The likeliest paths of both, by the one of the two that makes a path likelier; of equal ones the drafter's."""
 
     def joint(path: tuple[int, ...]) -> float:
-        return sum(drafted[path[:end]] for end in range(1, len(path) + 1))
+        return max(
+            sum(tree[path[:end]] for end in range(1, len(path) + 1)) for tree in (drafted, found) if path in tree
+        )
 
-    for path in sorted((path for path in drafted if path not in both), key=lambda path: -joint(path)):
-        if len(both) < num_nodes:
-            both[path] = drafted[path]
-    return both
+    every = [*drafted, *(path for path in found if path not in drafted)]
+    return {path: drafted.get(path, -math.inf) for path in sorted(every, key=lambda path: -joint(path))[:num_nodes]}
 
 
-@given(trees(), trees(most=4), st.integers(4, 12))
-def test_what_was_looked_up_is_there_and_the_likeliest_of_the_others(
-    drafted: Paths, found: Paths, num_nodes: int
-) -> None:
+@given(trees(), trees(), st.integers(0, 12))
+def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_nodes: int) -> None:
     both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes))
     assert both == merged_by_definition(drafted, found, num_nodes)
-
-
-def chain_by_definition(text: list[int], length: int) -> list[tuple[int, ...]]:
-    """Each prefix of the chain that goes on as the text did before, by the likeliest token at each step."""
-    path: list[int] = []
-    while len(path) < length and (following := search(text + path)):
-        path.append(max(following, key=lambda token: following[token]))
-    return [tuple(path[:end]) for end in range(1, len(path) + 1)]
 
 
 SHAPES = [(4, 4, 4), (1, 1, 3), (1, 1, 1), (3, 2, 6), (2, 3, None)]
@@ -158,7 +182,7 @@ SHAPES = [(4, 4, 4), (1, 1, 3), (1, 1, 1), (3, 2, 6), (2, 3, None)]
 
 @pytest.mark.parametrize(
     ("name", "lookup"), [*((name, 2) for name in ("eagle3", "eagle", "dflash", "standalone", "ngram")), ("medusa", 1),
-                         ("medusa", 2), ("medusa", 3)]
+                         ("medusa", 3), ("medusa", 8)]
 )  # fmt: skip
 def test_the_policy_merges_lookup_into_any_drafters_tree(name: str, lookup: int) -> None:
     """Round by round, on texts that repeat themselves, against the trees of the drafter alone and the definitions."""
@@ -188,8 +212,9 @@ def test_the_policy_merges_lookup_into_any_drafters_tree(name: str, lookup: int)
                     )
                     for draft in pair
                 )
-                chain = chain_by_definition(text, min(lookup, nodes)) if len(text) > 1 else []
-                assert after == merged_by_definition(before, chain, nodes)
+                found = ngram_tree(text, TreeShape(6, 4, lookup=lookup).without_drafter(min(lookup, nodes)))
+                looked_up = as_paths(*found) if len(text) > 1 else {}
+                assert after == merged_by_definition(before, looked_up, nodes)
                 merges += after != before
         _, td = env.step_and_maybe_reset(policies[1](td))
     assert merges > 20 or name == "ngram"  # whose own trees hold most of it
