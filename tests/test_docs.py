@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.main import main
@@ -82,10 +83,13 @@ def test_the_readme_s_example_prints_clean_text(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
-def test_yaml_blocks_are_configurations(page: Path, tmp_path: Path) -> None:
+def test_yaml_blocks_are_configurations_or_scenarios(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         (tmp_path / "run.yaml").write_text(block)
-        check(load_config(tmp_path / "run.yaml"))
+        if page.stem == "adaptation":
+            assert read_scenario(tmp_path / "run.yaml").arms
+        else:
+            check(load_config(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("page", pages_with("toml"), ids=name)
@@ -203,7 +207,7 @@ def test_files_in_the_text_exist(page: Path) -> None:
             assert any((home / path).exists() for home in homes), path
 
 
-RUN = {"config.json", "generation_config.json", "summary.json"}  # of models and of runs
+RUN = {"config.json", "generation_config.json", "summary.json", "results.json"}  # of models and of runs
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -29,18 +29,20 @@ LEVELS = (1.5, 1.75, 2.0)
 _PLAIN = "plain"
 
 
-def collect(out: Path, scenario: Scenario, lengths: Sequence[int]) -> dict[str, Any]:
+def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
     """Return all figures of a scenario's folder.
 
-    Args:
-        out: Folder of the results.
-        scenario: The scenario.
-        lengths: Requests of each phase.
+    Raises:
+        ValueError: No arm has a result yet.
     """
-    names = ["mixed"] if scenario.mixed else [phase.name for phase in scenario.phases]
+    names, lengths = [phase.name for phase in scenario.phases], [phase.requests for phase in scenario.phases]
+    if scenario.mixed:
+        names, lengths = ["mixed"], [sum(lengths)]
     bounds = list(pairwise([0, *accumulate(lengths)]))
     runs = [json.loads(path.read_text()) for path in sorted((out / "arms").glob("*/result.json"))]
     runs = [run for run in runs if run["arm"] in scenario.arms]
+    if not runs:
+        raise ValueError(f"no arm of the scenario has a result in {out} yet")
     served = {(run["arm"], run["seed"]): Served(run["tokens"], run["rounds"]) for run in runs}
     fixed = {run["arm"]: served[run["arm"], 0] for run in runs if not run["learns"] and run["seed"] == 0}
     any_run = next(iter(served.values()))

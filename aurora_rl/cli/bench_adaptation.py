@@ -164,7 +164,7 @@ class _Bench:
                 self._arm(name, arm, seed, target, first)
         if self._scenario.live.requests:
             self._live(drafters)
-        results = report.collect(self._out, self._scenario, [len(part) for part in self._prompts])
+        results = report.collect(self._out, self._scenario)
         report.write(self._out, results)
         self._console.print(f"written to {self._out}: results.json, report.md, *.png", soft_wrap=True)
 

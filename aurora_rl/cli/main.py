@@ -42,7 +42,8 @@ COMMANDS = {
     "learn": Command("the training half: waits for a server's trajectories until interrupted", "learn", learns=True),
     "train": Command("learn a drafter offline, from recordings or from a JSONL of chats", "train", learns=True),
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
-    "bench": Command("compare objectives on one recorded stream, resumable run by run", "bench", learns=True),
+    "bench": Command("how fast drafters learn, on a scenario or by several objectives", "bench", learns=True),
+    "report": Command("write the report of a run, or of a bench, again from what is in its folder", "report"),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
     "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "sglang"),
 }

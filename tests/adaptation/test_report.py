@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_figures_are_those_of_each_phase(folder: Path) -> None:
-    results = report.collect(folder, SCENARIO, [4, 4, 4])
+    results = report.collect(folder, SCENARIO)
     assert [(p["name"], p["first"], p["end"]) for p in results["phases"]] == [
         ("code", 0, 4), ("sql", 4, 8), ("code", 8, 12),
     ]  # fmt: skip
@@ -72,7 +72,7 @@ def test_figures_are_those_of_each_phase(folder: Path) -> None:
 
 
 def test_arms_that_learn_are_compared_with_those_that_do_not(folder: Path) -> None:
-    rows = report.collect(folder, SCENARIO, [4, 4, 4])["against_fixed"]
+    rows = report.collect(folder, SCENARIO)["against_fixed"]
     assert [(row["arm"], row["seed"], row["fixed"], row["phase"]) for row in rows] == [
         ("scratch", seed, "lookup", phase) for seed in range(2) for phase in range(3)
     ]
@@ -81,7 +81,7 @@ def test_arms_that_learn_are_compared_with_those_that_do_not(folder: Path) -> No
 
 
 def test_speed_is_over_plain_decoding_of_the_same_turn(folder: Path) -> None:
-    live = report.collect(folder, SCENARIO, [4, 4, 4])["live"]
+    live = report.collect(folder, SCENARIO)["live"]
     speedups = {row["arm"]: row["speedups"] for row in live}
     assert speedups["scratch"] == pytest.approx([2.0, 2.2, 2.4]) and speedups["plain"] == [1.0, 1.0, 1.0]
     assert live[0]["slots"] == 2 and live[0]["name"] == "sql"
@@ -89,7 +89,7 @@ def test_speed_is_over_plain_decoding_of_the_same_turn(folder: Path) -> None:
 
 
 def test_the_report_can_be_written_again_from_its_file(folder: Path) -> None:
-    results = report.collect(folder, SCENARIO, [4, 4, 4])
+    results = report.collect(folder, SCENARIO)
     report.write(folder, results)
     assert (folder / "acceptance.png").read_bytes()[:4] == b"\x89PNG"
     text = (folder / "report.md").read_text()
@@ -109,5 +109,10 @@ def test_the_report_can_be_written_again_from_its_file(folder: Path) -> None:
 def test_a_stream_without_shifts_has_no_table_of_them(folder: Path) -> None:
     shutil.rmtree(folder / "live")
     one = Scenario(phases=[Phase("code", 12, ["code"])], arms=SCENARIO.arms, window=2)
-    text = report.markdown(report.collect(folder, one, [12]))
+    text = report.markdown(report.collect(folder, one))
     assert "After each shift" not in text and "Output tokens per second" not in text
+
+
+def test_a_folder_without_results_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no arm of the scenario has a result in"):
+        report.collect(tmp_path, SCENARIO)

@@ -56,6 +56,14 @@ def test_what_is_done_is_not_done_again(finished: Path, tiny_folder: Path) -> No
     assert table == [line for line in report.splitlines() if line.startswith("| static | 1 ")]
 
 
+def test_the_report_is_written_again(finished: Path) -> None:
+    before = (finished / "report.md").read_text()
+    for name in ("report.md", "acceptance.png"):
+        (finished / name).unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (finished / "report.md").read_text() == before and (finished / "acceptance.png").exists()
+
+
 def test_other_settings_need_another_folder(
     finished: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,8 @@ def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]
             cli.main([name, *parts.get(name, []), "--help"])
         assert error.value.code == 0
         text = capsys.readouterr().out
-        assert "key=value" in text and (name in parts or command.help.split()[0] in text)
+        assert ("key=value" in text) == (name != "report")  # which has no configuration
+        assert name in parts or command.help.split()[0] in text
 
 
 def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,30 @@
+"""`aurora-rl report`: written again from a run's events, or from the results of a bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.adaptation.scenario import read_scenario, to_yaml
+from aurora_rl.cli.main import main
+from aurora_rl.telemetry.log import MetricsLog
+
+
+def test_a_run_is_drawn_from_its_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", "server")
+    log.write("swap", version=1, ms=2.5, requests=8)
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "report.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scenario", [False, True])
+def test_a_folder_with_nothing_to_tell_is_named(
+    scenario: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if scenario:
+        (tmp_path / "scenario.yaml").write_text(to_yaml(read_scenario("smoke")))
+    assert main(["report", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told and ("no arm of the scenario has a result" if scenario else "has neither") in told
