@@ -90,7 +90,7 @@ class World:
 
     def shape_of(self, name: str) -> TreeShape:
         """The trees that it is served with."""
-        return replace(self.shape, lookup=2) if name.endswith(LOOKUP) else self.shape
+        return replace(self.shape, lookup=8) if name.endswith(LOOKUP) else self.shape
 
     def stream(self, layers: Sequence[int]) -> TrajectoryDataset:
         """The recorded requests, with the features of the layers side by side."""

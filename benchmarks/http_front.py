@@ -37,6 +37,7 @@ from aurora_rl.workload.traffic import Prompt
 
 _IDLE_S = 0.1  # as `aurora-rl serve` waits
 _GOAL = 0.03
+_PAIRS = ["baseline.share=0", "engine.prefix_cache_tokens=0", "drafter.history=0"]
 
 
 class Workload:
@@ -111,8 +112,8 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
     pairs = [
         *settings(options, folder),
         "http.port=0",
-        # Neither plain windows, which fall anywhere, nor what an earlier turn has read.
-        *("baseline.share=0", "engine.prefix_cache_tokens=0"),
+        # Neither plain windows, which fall anywhere, nor what an earlier turn has read or answered.
+        *_PAIRS,
         *options.overrides,
     ]
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `aurora-rl` sets it, before torch is loaded
@@ -148,7 +149,7 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
         figures[clients] = compare(**rates)
     pipe.send(None)
     process.join(60)
-    return {"settings": ["baseline.share=0", "engine.prefix_cache_tokens=0"], "goal": _GOAL, "clients": figures}
+    return {"settings": _PAIRS, "goal": _GOAL, "clients": figures}
 
 
 def compare(queue: Sequence[float], http: Sequence[float]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int)
-    parser.add_argument("--lookup", type=int, default=2, help="most tokens that are looked up for a tree; 0 for none")
+    parser.add_argument("--lookup", type=int, default=8, help="most nodes that are looked up for a tree; 0 for none")
     parser.add_argument("--swap-every", type=int, default=0, help="rounds between swaps; rebuilds and keeps")
     parser.add_argument("--swap-to", help="another drafter of the same draft vocabulary")
     options = parse(parser)

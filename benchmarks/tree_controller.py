@@ -2,7 +2,7 @@
 
 Windows of whole plain rounds take turns with the controller's rounds in one run, for a third of the decode time. No
 weights are learned here. The useless drafter is the trained one with the rows of its draft heads permuted. The
-improving one moves by swaps from an untrained to a trained checkpoint of the same draft vocabulary. With ``--lookup 2``
+improving one moves by swaps from an untrained to a trained checkpoint of the same draft vocabulary. With ``--lookup 8``
 lookup is merged into the trees of both, and lookup alone is a choice of the controller.
 """
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trained", required=True, help="trained drafter, such as RUN_DIR/drafter")
     parser.add_argument("--untrained", required=True, help="what it started from, such as RUN_DIR/drafter-day0")
-    parser.add_argument("--lookup", type=int, default=2, help="most tokens that are looked up for a tree; 0 for none")
+    parser.add_argument("--lookup", type=int, default=8, help="most nodes that are looked up for a tree; 0 for none")
     parser.add_argument("--streams", default="useless,improving,batch")
     parser.add_argument("--slots", type=int, default=2, help="of the useless and the improving drafter")
     parser.add_argument("--depth", type=int, default=4)

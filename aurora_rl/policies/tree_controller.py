@@ -106,7 +106,7 @@ class TreeController:
     def candidates(most: TreeShape) -> list[TreeShape]:
         """Return the shapes to choose from: none, and every depth up to that of ``most``, in its width and as a chain.
 
-        With lookup there are no bare chains: nodes are looked up in their place, 1, 2, 4 and so on up to ``lookup``.
+        With lookup there are no bare chains: nodes are looked up in their place, 1, 2, 3, 4, 6, 8, 12 and so on.
 
         Example:
             >>> [(s.depth, s.width, s.num_nodes) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
@@ -118,8 +118,9 @@ class TreeController:
             if most.width > 1 and most.mode == "topk" and not most.lookup:
                 shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
             shapes.append(replace(most, depth=depth))
-        counts = {*(2**power for power in range(most.lookup.bit_length())), most.lookup} if most.lookup else ()
-        return shapes + [most.without_drafter(count) for count in sorted(counts)]
+        powers = [2**power for power in range(most.lookup.bit_length())]
+        counts = {*powers, *(3 * power for power in powers), most.lookup}
+        return shapes + [most.without_drafter(count) for count in sorted(counts) if 0 < count <= most.lookup]
 
     def acceptance(self, shape: TreeShape) -> list[float]:
         """Estimate the chances ``a[1], a[2], ...`` of a shape, or those of its nodes if they are looked up."""

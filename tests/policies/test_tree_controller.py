@@ -342,7 +342,7 @@ def test_candidates_with_lookup_alone() -> None:
     assert [(s.depth, s.width, s.num_nodes, s.lookup_only) for s in found] == [
         (0, 2, 0, False), (1, 2, 4, False), (2, 2, 4, False), (1, 1, 1, True), (2, 2, 2, True),
     ]  # fmt: skip
-    assert [s.num_nodes for s in TreeController.candidates(TreeShape(1, lookup=11))[2:]] == [1, 2, 4, 8, 11]
+    assert [s.num_nodes for s in TreeController.candidates(TreeShape(1, lookup=11))[2:]] == [1, 2, 3, 4, 6, 8, 11]
 
 
 def test_a_round_of_many_nodes_tells_what_fewer_would_have_delivered() -> None:
