@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml constraints.txt tests/sglang_cpu/requirements.txt
 	$(PIP) --no-deps --upgrade --target $(VENV)/for-sglang torchvision -c constraints.txt
 	touch $@
 
-flywheel: $(STAMP)  ## serve, learn and swap on this machine; ARGS='key=value ...' configures the run
-	$(BIN)/aurora-rl flywheel $(ARGS)
+flywheel: $(STAMP)  ## serve one user, learn and swap on this machine; ARGS='key=value ...' configures the run
+	$(BIN)/aurora-rl flywheel engine.slots=1 $(ARGS)
 
 test: lint unit smollm2 faults sglang  ## everything that CI runs
 
