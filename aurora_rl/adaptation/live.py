@@ -94,7 +94,7 @@ def measure_in_turns(
         servers: Server and source of each arm.
         requests: Requests of each arm's sample.
         turns: Measured turns.
-        beside: Called with the name of an arm; what runs next to it runs in the block.
+        beside: Called with the name of an arm; what shares the machine with it runs in the block.
     """
     names = list(servers)
     for turn in range(-1, turns):

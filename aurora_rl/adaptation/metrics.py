@@ -140,36 +140,39 @@ def regret(served: Served, fixed: Mapping[str, Served]) -> tuple[str, float]:
 
 
 def block_bootstrap(
-    arm: Served, other: Served, *, block: int = 8, samples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+    arm: Served, reference: Served, *, block: int = 8, samples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
     """Return a 95% interval of the ratio of two arms' acceptance lengths on the same requests.
+
+    There is none with fewer requests than four blocks.
 
     Blocks of neighbouring requests are drawn with replacement, since neighbours were served by the same weights
     (Künsch 1989, the moving-block bootstrap).
 
     Args:
         arm: The numerator.
-        other: The denominator, of the same requests.
+        reference: The denominator, of the same requests.
         block: Requests of a block.
         samples: Draws.
         seed: Seed of the draws.
 
     Example:
-        >>> same = Served([4] * 16, [2] * 16)
+        >>> same = Served([4] * 32, [2] * 32)
         >>> block_bootstrap(same, same)
         (1.0, 1.0)
     """
     draw, count = random.Random(seed), len(arm)
-    block = min(block, count)
+    if count < 4 * block:
+        return None
     sums = [
-        tuple(sum(part[first : first + block]) for part in (arm.tokens, arm.rounds, other.tokens, other.rounds))
+        tuple(sum(part[first : first + block]) for part in (arm.tokens, arm.rounds, reference.tokens, reference.rounds))
         for first in range(count - block + 1)
     ]
     ratios = []
     for _ in range(samples):
-        tokens, rounds, other_tokens, other_rounds = (
+        tokens, rounds, reference_tokens, reference_rounds = (
             sum(values) for values in zip(*draw.choices(sums, k=-(-count // block)), strict=True)
         )
-        ratios.append((tokens / rounds) / (other_tokens / other_rounds))
+        ratios.append((tokens / rounds) / (reference_tokens / reference_rounds))
     ratios.sort()
     return ratios[int(0.025 * samples)], ratios[int(0.975 * samples)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -22,11 +23,10 @@ from aurora_rl.adaptation.metrics import (
     requests_to_regain,
     trailing_acceptance,
 )
-from aurora_rl.adaptation.scenario import Scenario
+from aurora_rl.adaptation.scenario import PLAIN, Scenario
 
 LEVELS = (1.5, 1.75, 2.0)
 """Acceptance lengths, the way to which is measured."""
-_PLAIN = "plain"
 
 
 def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
@@ -46,12 +46,12 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
     served = {(run["arm"], run["seed"]): Served(run["tokens"], run["rounds"]) for run in runs}
     fixed = {run["arm"]: served[run["arm"], 0] for run in runs if not run["learns"] and run["seed"] == 0}
     any_run = next(iter(served.values()))
-    fixed[_PLAIN] = Served(any_run.tokens, any_run.tokens)
+    fixed[PLAIN] = Served(any_run.tokens, any_run.tokens)
     figures = []
     for run in runs:
         figures.append(
             {
-                **{key: run[key] for key in ("arm", "seed", "learns", "cpu_seconds")},
+                **{key: run[key] for key in ("arm", "seed", "learns", "learner_seconds")},
                 "swaps": len(set(run["version"])) - 1,
                 **_figures(served[run["arm"], run["seed"]], run, names, bounds, scenario.window),
                 "regret": regret(served[run["arm"], run["seed"]], fixed),
@@ -112,16 +112,16 @@ def _against_fixed(
     for run in runs:
         if not run["learns"]:
             continue
-        for other in runs:
-            if other["learns"]:
+        for reference in runs:
+            if reference["learns"]:
                 continue
             for phase, (first, end) in enumerate(bounds):
-                pair = [served[each["arm"], each["seed"]].part(first, end) for each in (run, other)]
+                pair = [served[each["arm"], each["seed"]].part(first, end) for each in (run, reference)]
                 rows.append(
                     {
                         "arm": run["arm"],
                         "seed": run["seed"],
-                        "fixed": other["arm"],
+                        "fixed": reference["arm"],
                         "phase": phase,
                         "ratio": pair[0].acceptance_length() / pair[1].acceptance_length(),
                         "interval_95": block_bootstrap(*pair),
@@ -138,7 +138,7 @@ def _live(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         by_arm: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for sample in json.loads(path.read_text())["samples"]:
             by_arm[sample["arm"]].append(sample)
-        plain = {sample["turn"]: sample["seconds"] / sample["tokens"] for sample in by_arm[_PLAIN]}
+        plain = {sample["turn"]: sample["seconds"] / sample["tokens"] for sample in by_arm[PLAIN]}
         for arm, samples in by_arm.items():
             ratios = sorted(plain[s["turn"]] * s["tokens"] / s["seconds"] for s in samples)
             rows.append(
@@ -147,7 +147,7 @@ def _live(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
                     "name": names[phase],
                     "slots": slots,
                     "arm": arm,
-                    "speedup": ratios[len(ratios) // 2],
+                    "speedup": statistics.median(ratios),
                     "speedups": ratios,
                     "tokens_per_second": per_second_summary([each for s in samples for each in s["per_second"]]),
                 }
@@ -178,7 +178,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             overall = _spread([run["acceptance"] for run in runs])
             worse = _spread([100 * run["regret"][1] for run in runs], "{:+.1f}") + "%"
             rows.append([arm, str(len(runs)), *by_phase, overall, worse, _spread([r["swaps"] for r in runs], "{:.0f}")])
-    best = next((run["regret"][0] for run in results["runs"]), _PLAIN)
+    best = next((run["regret"][0] for run in results["runs"]), PLAIN)
     parts.append(
         f"Acceptance length by phase; ± is half the range over seeds. Regret is rounds above those of `{best}`, the "
         f"best arm that does not learn.\n\n{_table(heads, rows)}"
@@ -208,7 +208,7 @@ def _learning(results: Mapping[str, Any]) -> str:
     heads = ["arm", "seed", *(f"to {wanted}" for wanted in LEVELS)]
     return (
         f"Requests · served tokens · learner TFLOP until the acceptance length of the last {results['window']} "
-        f"requests is so high for the first time.\n\n{_table(heads, rows)}"
+        f"requests first reaches the level.\n\n{_table(heads, rows)}"
     )
 
 
@@ -222,7 +222,7 @@ def _shifts(results: Mapping[str, Any], phases: Sequence[str]) -> str:
                 lost = "" if phase["forgotten"] is None else f"{100 * phase['forgotten']:+.1f}%"
                 regained = "never" if phase["regained_after"] is None else str(phase["regained_after"])
                 against = "; ".join(
-                    f"{row['fixed']} {row['ratio']:.2f} ({row['interval_95'][0]:.2f}–{row['interval_95'][1]:.2f})"
+                    f"{row['fixed']} {row['ratio']:.2f}{_interval(row['interval_95'])}"
                     for row in results["against_fixed"]
                     if (row["arm"], row["seed"], row["phase"]) == (run["arm"], run["seed"], place)
                 )
@@ -248,6 +248,10 @@ def _speed(results: Mapping[str, Any]) -> str:
         "always busy next to those that learn. Speedup is over plain decoding in the same turn.\n\n"
         + _table(heads, rows)
     )
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f" ({ends[0]:.2f}–{ends[1]:.2f})"
 
 
 def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:

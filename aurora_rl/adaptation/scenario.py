@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.workload.traffic import DOMAINS, Prompt, generate, read_jsonl
+
+PLAIN = "plain"
+"""Name of plain decoding among the arms."""
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 BUILT_IN = sorted(each.name.removesuffix(".yaml") for each in files(__package__).joinpath("scenarios").iterdir())
 """Names of the scenarios that come with the package."""
@@ -131,12 +136,24 @@ def _check(scenario: Scenario, name: str) -> None:
             raise ValueError(
                 f"scenario {name}, phase {each.name}: unknown domain {unknown[0]!r}; there are {', '.join(DOMAINS)}"
             )
+        if len(set(each.domains)) < len(each.domains):
+            raise ValueError(f"scenario {name}, phase {each.name}: domains names one twice: {each.domains}")
+        if each.target_dtype not in (None, *_DTYPES):
+            raise ValueError(
+                f"scenario {name}, phase {each.name}: target_dtype must be {', '.join(_DTYPES)}, "
+                f"got {each.target_dtype}"
+            )
         if each.target_noise < 0:
             raise ValueError(f"scenario {name}, phase {each.name}: target_noise is {each.target_noise}, below 0")
     changed = [phase.name for phase in scenario.phases if phase.target_noise or phase.target_dtype]
     if scenario.mixed and changed:
         raise ValueError(f"scenario {name} is mixed, and phase {changed[0]} has a target of its own")
     for name_of_arm, arm in scenario.arms.items():
+        if not re.fullmatch(r"[\w.-]+", name_of_arm) or name_of_arm == PLAIN:
+            raise ValueError(
+                f"scenario {name}: an arm's name is letters, digits, '-', '_' and '.', and not {PLAIN!r}; "
+                f"got {name_of_arm!r}"
+            )
         if arm.lookup_only and (arm.learns or arm.trained):
             raise ValueError(f"scenario {name}: arm {name_of_arm} is lookup_only, and has no weights to learn or train")
     if not scenario.training and (trained := [arm for arm, each in scenario.arms.items() if each.trained]):
@@ -148,6 +165,11 @@ def _check(scenario: Scenario, name: str) -> None:
     if live.requests < 0 or live.repeats < 1 or not all(slots >= 1 for slots in live.slots):
         raise ValueError(f"scenario {name}: live has a number that is too small: {live}")
     shortest = min(phase.requests for phase in scenario.phases)
+    if live.requests >= (sum(phase.requests for phase in scenario.phases) if scenario.mixed else shortest):
+        raise ValueError(
+            f"scenario {name}: live.requests={live.requests} must be less than the {shortest} requests of a phase; 0 "
+            "measures no tokens per second"
+        )
     if scenario.window > shortest:
         raise ValueError(f"scenario {name}: window={scenario.window} is more than the {shortest} requests of a phase")
 
@@ -155,7 +177,7 @@ def _check(scenario: Scenario, name: str) -> None:
 def phase_prompts(scenario: Scenario, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:
     """Return the prompts of every phase, and those of the training traffic. None comes twice.
 
-    A mixed scenario has one phase.
+    A mixed scenario has one phase. Follow-ups are left out: they depend on the answers.
 
     Raises:
         ValueError: A source has too few prompts; the message says how many there are.
@@ -197,7 +219,7 @@ def _pool(name: str, is_file: bool, count: int, seed: int) -> Sequence[Prompt]:
     found = read_jsonl(name)
     if len(found) < count:
         raise ValueError(f"{name} has {len(found)} prompts, and the scenario takes {count}; lower its requests")
-    return found[:count]
+    return [replace(prompt, follow_ups=()) for prompt in found[:count]]
 
 
 def to_yaml(scenario: Scenario) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,19 +68,21 @@ class LocalTarget:
 
 @dataclass(slots=True)
 class ArmRun:
-    """What an arm made of a stream, request by request.
+    """Result of an arm on a stream, request by request.
 
     Attributes:
         tokens: Committed tokens.
         rounds: Rounds that they would have taken.
         version: Version of the weights that drafted; 0 is the first.
         steps: Optimizer steps that the learner had taken when the request ended.
+        learner_seconds: CPU time of the learner, its gate included.
     """
 
     tokens: list[int] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    learner_seconds: float = field(default=0.0, compare=False)
 
     @property
     def served(self) -> Served:
@@ -87,7 +90,7 @@ class ArmRun:
         return Served(self.tokens, self.rounds)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the lists by their names."""
+        """Return the fields by their names."""
         return asdict(self)
 
 
@@ -142,8 +145,10 @@ def simulate(
         if learner is not None:
             assert source is not None and target is not None, "a learner needs both ends of its wire"
             source.waiting.append(trajectory)
+            began = time.process_time()
             while learner.step(wait_s=0.0):
                 pass
+            run.learner_seconds += time.process_time() - began
             if target.newest is not None:
                 flush()
                 (version, weights), target.newest = target.newest, None

@@ -24,7 +24,7 @@ from aurora_rl.adaptation import report
 from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
 from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
-from aurora_rl.adaptation.scenario import Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
+from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, simulate
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter
@@ -51,7 +51,6 @@ from aurora_rl.workload.traffic import Prompt
 
 HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
 
-_PLAIN = "plain"
 _VOCAB_PROMPTS = 64  # first prompts of the stream, for the draft vocabulary of an untrained drafter
 
 
@@ -71,13 +70,13 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """
     with naming("--scenario"):
         scenario = read_scenario(arguments.scenario)
+    wanted = list(scenario.arms)
     if arguments.arms is not None:
-        names = [name.strip() for name in arguments.arms.split(",")]
-        if unknown := [name for name in names if name not in scenario.arms]:
+        wanted = [name.strip() for name in arguments.arms.split(",")]
+        if unknown := [name for name in wanted if name not in scenario.arms]:
             raise ConfigError(f"--arms: unknown {unknown[0]!r}; the scenario has {', '.join(scenario.arms)}")
-        scenario = replace(scenario, arms={name: scenario.arms[name] for name in names})
     out = arguments.out or Path("runs/adaptation") / Path(arguments.scenario).stem
-    bench = _Bench(config, arguments, scenario, out, plain_console())
+    bench = _Bench(arguments, scenario, wanted, out, plain_console())
     try:
         bench.run()
     except KeyboardInterrupt:
@@ -90,17 +89,17 @@ class _Bench:
     """One scenario in one folder.
 
     Args:
-        config: The run's configuration.
-        arguments: Arguments of the command, by which each arm's configuration is read again.
-        scenario: The scenario, with the arms that are wanted.
+        arguments: Arguments of the command, by which each arm's configuration is read.
+        scenario: The scenario.
+        wanted: Names of the arms that are to have the stream.
         out: Folder of the results.
         console: Gets the progress.
     """
 
     def __init__(
-        self, config: Config, arguments: argparse.Namespace, scenario: Scenario, out: Path, console: Console
+        self, arguments: argparse.Namespace, scenario: Scenario, wanted: Sequence[str], out: Path, console: Console
     ) -> None:
-        self._scenario, self._out, self._console = scenario, out, console
+        self._scenario, self._wanted, self._out, self._console = scenario, wanted, out, console
         self._given = arguments.config, arguments.overrides
         self._specs = {}
         for name, arm in scenario.arms.items():
@@ -109,9 +108,8 @@ class _Bench:
                 if arm.lookup_only and not spec.tree.lookup:
                     raise ConfigError("it is lookup_only, and nothing is looked up; set drafter.lookup=8")
         self._base = self._spec()
-        torch.set_num_threads(config.learner.threads)
         with naming("--scenario"):
-            self._prompts, self._training = phase_prompts(scenario, config.seed)
+            self._prompts, self._training = phase_prompts(scenario, self._base.config.seed)
         self._settle()
 
     def _spec(self, *pairs: str) -> RunSpec:
@@ -124,10 +122,10 @@ class _Bench:
     def _settle(self) -> None:
         """Keep what the results depend on in their folder, and refuse a folder of other results.
 
-        Arms may be added to a folder, and a report of some of them be made.
+        Arms may be added to a folder, if they read what is recorded.
         """
         tree = asdict(self._scenario)
-        stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window")}
+        stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "live")}
         settings = {
             "stream": stream | {"prompts": _digest([*self._training, *(p for part in self._prompts for p in part)])},
             "configuration": asdict(replace(self._base.config, run_dir=None)),
@@ -159,9 +157,12 @@ class _Bench:
         for name, prompts in stream.items():
             self._record(self._out / "stream" / name, self._phase_of(name), prompts, layers)
         self._layers = layers
-        for name, arm in self._scenario.arms.items():
+        torch.set_num_threads(self._base.config.learner.threads)
+        for name in self._wanted:
+            arm = self._scenario.arms[name]
             for seed in range(self._scenario.seeds if arm.learns else 1):
                 self._arm(name, arm, seed, target, first)
+        torch.set_num_threads(self._base.config.engine.threads)
         if self._scenario.live.requests:
             self._live(drafters)
         results = report.collect(self._out, self._scenario)
@@ -244,7 +245,7 @@ class _Bench:
         drafter = start_drafter(spec, target, first, seed=spec.config.seed + seed)
         if arm.trained:
             drafter = self._trained(spec, arm, drafter, target)
-        stream, began, spent = self._stream("phases", drafter), time.monotonic(), time.process_time()
+        stream, began = self._stream("phases", drafter), time.monotonic()
         ends = _ends(self._prompts)
         sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
         learner, source, weights = None, LocalSource(), LocalTarget()
@@ -271,11 +272,11 @@ class _Bench:
                     {key: value.contiguous() for key, value in tensors.items()}, folder / f"at-{request}.safetensors"
                 )
 
-            made = simulate(
+            result = simulate(
                 stream, serving, _shape(spec, arm), learner=learner, source=source, target=weights, earlier=earlier,
                 at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
             )  # fmt: skip
-        result = {
+        figures = {
             "arm": name,
             "seed": seed,
             "learns": arm.learns,
@@ -283,16 +284,19 @@ class _Bench:
             "flops_per_step": flops,
             "batch_size": spec.config.learner.batch_size,
             "seconds": round(time.monotonic() - began, 1),
-            "cpu_seconds": round(time.process_time() - spent, 1),
-            **made.as_dict(),
+            **result.as_dict(),
         }
         part = folder / "result.part"
-        part.write_text(json.dumps(result) + "\n")
+        part.write_text(json.dumps(figures) + "\n")
         part.replace(folder / "result.json")
 
     def _trained(self, spec: RunSpec, arm: Arm, drafter: Drafter, target: Target) -> Drafter:
         """Return a drafter that has learned from the training traffic, once for all arms of one configuration."""
-        name = hashlib.sha256(json.dumps([asdict(spec.config.drafter), spec.config.objectives]).encode()).hexdigest()
+        drafts, learns = asdict(spec.config.drafter), asdict(spec.config.learner)
+        parts = [drafts[key] for key in ("name", "path", "options", "vocab_size", "trained_for", "feature_layers")]
+        parts += [learns[key] for key in ("muon_lr", "adam_lr", "replay", "batch_size")]
+        parts += [spec.config.objectives, spec.config.seed]
+        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         folder = self._out / "trained" / name[:12]
         if folder.exists():
             return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
@@ -313,51 +317,61 @@ class _Bench:
     def _live(self, drafters: dict[str, Drafter]) -> None:
         """Measure the last requests of each phase with the weights that each arm had when they came."""
         live, ends = self._scenario.live, _ends(self._prompts)
+        arms = [name for name in self._scenario.arms if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
         cells = [(phase, slots) for phase in range(len(ends)) for slots in live.slots]
         for phase, slots in cells:
             path = self._out / "live" / f"phase-{phase}-slots-{slots}.json"
-            if path.exists() and set(json.loads(path.read_text())["arms"]) >= {*self._scenario.arms, _PLAIN}:
+            if path.exists() and set(json.loads(path.read_text())["arms"]) == {*arms, PLAIN}:
                 continue
             self._console.print(f"tokens per second: phase {phase}, {slots} slots", soft_wrap=True)
             path.parent.mkdir(exist_ok=True)
-            samples = self._measure(phase, ends[phase] - live.requests, slots, drafters)
-            path.write_text(json.dumps({"arms": [_PLAIN, *self._scenario.arms], "samples": samples}, indent=1) + "\n")
+            samples = self._measure(arms, phase, ends[phase] - live.requests, slots, drafters)
+            path.write_text(json.dumps({"arms": [PLAIN, *arms], "samples": samples}, indent=1) + "\n")
 
-    def _measure(self, phase: int, point: int, slots: int, drafters: dict[str, Drafter]) -> list[dict[str, Any]]:
+    def _measure(
+        self, arms: Sequence[str], phase: int, point: int, slots: int, drafters: dict[str, Drafter]
+    ) -> list[dict[str, Any]]:
         live, prompts = self._scenario.live, self._prompts[phase][-self._scenario.live.requests :]
         own = None if self._scenario.mixed else self._scenario.phases[phase]
         plain = self._spec("drafter.name=ngram", "drafter.lookup=0", "drafter.adaptive=false")
-        servers, requests = {}, {}
-        learning_arms = [name for name, arm in self._scenario.arms.items() if arm.learns]
+        servers, requests, learners = {}, {}, {}
+        path, overrides = self._given
+        recorded = self._out / "stream" / f"phase-{phase}"
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
-            for name in (_PLAIN, *self._scenario.arms):
-                spec = _alone(plain if name == _PLAIN else self._specs[name], slots, folder / name)
+            for name in (PLAIN, *arms):
+                spec = _alone(plain if name == PLAIN else self._specs[name], slots, folder / name)
                 target = self._target_of(own)
-                if name == _PLAIN:
+                if name == PLAIN:
                     drafter = start_drafter(spec, target, [])
                 else:
                     drafter = drafters[name]
                     drafter.install(load_file(self._out / "arms" / f"{name}-0" / f"at-{point}.safetensors"))
-                asked = [replace(prompt, speculative=name != _PLAIN, learn=False) for prompt in prompts]
+                asked = [replace(prompt, speculative=name != PLAIN, learn=False) for prompt in prompts]
                 queue, source = request_queue(spec, target, asked), TimedRequests()
                 log = MetricsLog(self._out / "live" / "metrics.jsonl", name)
                 server = embedded_server(spec, target, source, queue.first_prompts(1)[0], drafter, log)
-                if name != _PLAIN and self._scenario.arms[name].lookup_only:
+                if name != PLAIN and self._scenario.arms[name].lookup_only:
                     server.policy.shape = _shape(spec, self._scenario.arms[name])
+                if server.policy.earlier is not None:
+                    self._fill(server.policy.earlier, drafter, point)
                 stack.callback(server.close)
                 servers[name], requests[name] = (server, source), list(iter(queue, None))
-            busy = None
-            if learning_arms:
-                path, overrides = self._given
-                pairs = [*self._scenario.set, *overrides, *self._scenario.arms[learning_arms[0]].set]
-                recorded = self._out / "stream" / f"phase-{phase}"
-                busy = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
+                if name != PLAIN and self._scenario.arms[name].learns:
+                    pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
+                    learners[name] = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
 
             def beside(name: str) -> AbstractContextManager[object]:
-                return busy.running() if busy is not None and name in learning_arms else nullcontext()
+                return learners[name].running() if name in learners else nullcontext()
 
             return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, beside)]
+
+    def _fill(self, earlier: EarlierAnswers, drafter: Drafter, point: int) -> None:
+        """Add the answers that an arm had served by then."""
+        stream = self._stream("phases", drafter)
+        for place in range(point):
+            sequence = stream[place]["sequence"]
+            earlier.add(sequence["tokens"][int(sequence["prompt_length"]) :].numpy())
 
 
 def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
@@ -366,13 +380,14 @@ def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
 
 
 def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:
-    """Return a spec that serves so many slots, without plain windows, at a wire that nobody else is at."""
+    """Return a spec that serves so many slots, without plain windows, at a wire of its own."""
     config = spec.config
     return replace(
         spec,
         config=replace(
             config,
-            engine=replace(config.engine, slots=slots),
+            # Turns repeat their prompts, which are to be read each time.
+            engine=replace(config.engine, slots=slots, prefix_cache_tokens=0),
             baseline=replace(config.baseline, share=0.0),
             wire=replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1),
         ),
@@ -408,4 +423,4 @@ def _ends(phases: Sequence[Sequence[Prompt]]) -> list[int]:
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps([prompt.messages for prompt in prompts], default=list).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts], default=list).encode()).hexdigest()[:16]

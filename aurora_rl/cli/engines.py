@@ -93,7 +93,7 @@ def embedded_server(
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
         engine.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
         policy.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
-    if tree.lookup and config.drafter.history:
+    if tree.lookup and config.drafter.history:  # nor are they to find answers
         policy.earlier = EarlierAnswers(config.drafter.history)
     env = SpecDecodeEnv(
         engine,

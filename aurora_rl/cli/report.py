@@ -35,6 +35,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     elif (folder / "metrics.jsonl").is_file():
         history = RunHistory()
         for event in MetricsReader(folder / "metrics.jsonl"):
+            if event["event"] == "begin":  # of a run that was resumed the last part is drawn, as at its end
+                history = RunHistory()
             history.follow(event)
         draw_report(folder / "report.png", history)
         print(f"written to {folder}: report.png")

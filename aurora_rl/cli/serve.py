@@ -121,6 +121,8 @@ class _Session:
             step("model")
             target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
             queue = request_queue(spec, target, prompts)
+            built_in = self._replays and config.traffic.path is None
+            self._log.write("begin", unseen=unseen_from(len(prompts)) if built_in else None)
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
@@ -128,8 +130,6 @@ class _Session:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
             if self._replays:
-                if config.traffic.path is None:
-                    self._history.mark(unseen_from(len(prompts)), "unseen templates")
                 self._requests = queue
                 queue.answers = JsonLines(run_dir / "answers.jsonl")
             clients = self._clients = AsyncEngine(

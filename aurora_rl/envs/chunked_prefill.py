@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.request import Request
 
-# A prompt of so many tokens is read whole, which holds others up for 2.6 rounds at most: chunks of it would take up to
-# twice the time in all, and cost a tenth of the throughput where every prompt is such a one.
+# A prompt of so many tokens is read whole, in 2.6 rounds' time at most: chunks of it would take up to twice as long in
+# all, and cost a tenth of the throughput where every prompt is such a one.
 _SHORT = 64
 # Tokens of the first chunk and of the shortest: a pass over fewer takes as long as a round all the same.
 _FIRST, _LEAST = 16, 8

@@ -60,8 +60,10 @@ def measure_rounds(
         policy.shape, policy.on_fault, engine.prefill_seconds = kept, None, 0.0
 
     def dearer(shape: TreeShape) -> list[TreeShape]:
-        if shape.lookup_only or not shape.depth:
-            return [s for s in shapes if s.num_nodes >= shape.num_nodes]
+        if not shape.depth:
+            return list(shapes)
+        if shape.lookup_only:
+            return [s for s in shapes if s.lookup_only and s.num_nodes >= shape.num_nodes]
         return [s for s in shapes if not s.lookup_only and s.depth >= shape.depth and s.width >= shape.width]
 
     # A round that does more is no cheaper; where it looks so, the one that does less was disturbed.

@@ -53,7 +53,7 @@ class EarlierAnswers:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The answers in order, each with a -1 behind it; the oldest may lack its beginning."""
+        """The answers in order, each followed by -1; the oldest may lack its beginning."""
         return self._buffer[max(self._held - self._capacity, 0) : self._held]
 
     def add(self, answer: Sequence[int] | np.ndarray) -> None:
@@ -76,7 +76,7 @@ def continuations(text: Sequence[int] | np.ndarray, earlier: np.ndarray | None =
 
     Args:
         text: The text so far.
-        earlier: Other texts with a -1 behind each, see :attr:`EarlierAnswers.tokens`.
+        earlier: Other texts, each followed by -1, see :attr:`EarlierAnswers.tokens`.
 
     Returns:
         Tokens with their chances, likeliest first; empty if the last token did not occur before.
@@ -224,7 +224,8 @@ def _joint(tree: Tree) -> list[float]:
     """Return the log-probability of the path to each node."""
     joint: list[float] = []
     for parent, log_prob in zip(tree.parents, tree.log_probs, strict=True):
-        joint.append(log_prob + (joint[parent] if parent >= 0 else 0.0))
+        # Rounding may lift a sure token a little above 0, and a node is not to be likelier than its parent.
+        joint.append(min(log_prob, 0.0) + (joint[parent] if parent >= 0 else 0.0))
     return joint
 
 

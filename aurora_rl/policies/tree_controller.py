@@ -43,9 +43,9 @@ class TreeController:
 
     Shapes of ``lookup_only`` have chances of their own: that the first node is accepted, the second, and so on, which
     come by falling chance. A round of ``n`` nodes delivers one token and the sum of the first ``n`` chances, and tells
-    what fewer nodes would have delivered. A node that was not found counts as refused. The chances fade in every round
-    towards an optimistic guess, so that lookup is tried first, and again now and then. The best of these shapes takes
-    the place of no speculation in what follows, if it is faster.
+    what fewer nodes would have delivered. A node that was not found counts as refused. The chances fade in every round,
+    the first towards an optimistic guess and the others towards the one before, so that lookup is tried first, and
+    again now and then. The best of these shapes takes the place of no speculation in what follows, if it is faster.
 
     A round takes the time measured for its shape and number of occupied slots, times the pace of live rounds of its
     kind: plain, drafter's or lookup's. Context lengths and the machine's other work change the pace.

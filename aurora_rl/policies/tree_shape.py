@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from aurora_rl.trajectories import DRAFT_MODES
 
-# Of what is looked up: the longest path, and the most children of a node.
+# Longest path, and most children of a node, in trees that are looked up.
 _DEEPEST_LOOKUP, _WIDEST_LOOKUP = 6, 4
 
 

@@ -161,7 +161,9 @@ class InferenceServer:
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
         elif bool(policy.looked_up.any()):
             shape = policy.shape if policy.shape.lookup_only else shapes.without_drafter(policy.shape)
-            accepted = done["next", "verifier", "accepted"].cpu()[policy.looked_up]
+            verifier = done["next", "verifier"].cpu()
+            # Where a request ended inside the path, nothing after its last token was judged.
+            accepted = verifier["accepted"][policy.looked_up & (verifier["bonus_token"] >= 0)]
             found = [each.nonzero().flatten().tolist() for each in accepted]
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.

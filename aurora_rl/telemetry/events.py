@@ -90,6 +90,10 @@ EVENTS: dict[str, Event] = {
             "occupied": "Occupied slots.",
         },
     ),
+    "begin": Event(
+        "The server begins; a run that was resumed has several.",
+        {"unseen": "Requests after which templates come that were not seen before; null if there are none."},
+    ),
     "swap": Event(
         "New weights draft from now on.",
         {

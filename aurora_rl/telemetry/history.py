@@ -178,6 +178,9 @@ class RunHistory:
         learner = self.learner
         with self._lock:
             match event["event"]:
+                case "begin":
+                    if event["unseen"] is not None:
+                        self.mark(event["unseen"], "unseen templates")
                 case "request" | "requests":
                     self._count(event)
                 case "status":

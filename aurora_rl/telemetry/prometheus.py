@@ -110,6 +110,7 @@ METRICS: dict[str, Metric] = {
         "gauge", "Requests that had arrived and were not learned from at the last step."
     ),
     "learner_version": Metric("gauge", "Version of the weights that the learner published last."),
+    "drafter_staleness": Metric("gauge", "Versions that were published after the one that drafts."),
     "gate_decisions_total": Metric(
         "counter", "Candidates by what the gate decided.", "decision", ("published", "refused")
     ),
@@ -187,6 +188,9 @@ class Exporter(Collector):
             case "learner_restarted":
                 self._add("learner_restarts_total")
                 self._set("learner_up", 1)
+        drafts, published = (self._numbers[f"{name}_version"].get("") for name in ("drafter", "learner"))
+        if drafts is not None and published is not None:
+            self._set("drafter_staleness", max(published - drafts, 0))
 
     def _requests(self, event: Mapping[str, Any]) -> None:
         terminated = int(event["terminated"])  # of one request a truth value, of several their number

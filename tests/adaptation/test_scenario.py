@@ -9,7 +9,7 @@ import pytest
 
 from aurora_rl.adaptation.scenario import BUILT_IN, phase_prompts, read_scenario, to_yaml
 
-PHASES = "phases: [{name: code, requests: 4, domains: [code]}, {name: sql, requests: 4, domains: [sql]}]\nwindow: 2\n"
+PHASES = "phases: [{name: code, requests: 12, domains: [code]}, {name: sql, requests: 12, domains: [sql]}]\nwindow: 2\n"
 ARMS = "arms: {scratch: {learns: true}}\n"
 
 
@@ -40,11 +40,17 @@ def test_a_scenario_of_the_package_has_its_prompts(name: str, tmp_path: Path) ->
         (PHASES.replace("[sql]", "[cooking]") + ARMS, "unknown domain 'cooking'; there are code, sql"),
         (PHASES.replace("domains: [sql]", "path: a.jsonl, domains: [sql]") + ARMS, "give domains, or the path"),
         (PHASES.replace(", domains: [sql]", "") + ARMS, "give domains, or the path"),
-        (PHASES.replace("requests: 4, domains: [sql]", "domains: [sql]") + ARMS, "requests of at least 1"),
-        (PHASES.replace("window: 2", "window: 5") + ARMS, "window=5 is more than the 4 requests"),
+        (PHASES.replace("requests: 12, domains: [sql]", "domains: [sql]") + ARMS, "requests of at least 1"),
+        (PHASES.replace("window: 2", "window: 13") + ARMS, "window=13 is more than the 12 requests"),
         (PHASES + "arms: {static: {trained: true}}\n", "arm static is trained, and the scenario has no training"),
         (PHASES.replace("[sql]", "[sql], target_noise: 0.1") + "mixed: true\n" + ARMS, "has a target of its own"),
         (PHASES.replace("[sql]", "[sql], target_noise: -1") + ARMS, "target_noise is -1"),
+        (PHASES + "live: {requests: 12}\n" + ARMS, "live.requests=12 must be less than the 12 requests"),
+        (PHASES.replace("[sql]", "[sql, sql]") + ARMS, "domains names one twice"),
+        (PHASES.replace("[sql]", "[sql], target_dtype: fp16") + ARMS, "target_dtype must be float32, .*, got fp16"),
+        (PHASES + "arms: {a/b: {}}\n", "an arm's name is letters"),
+        (PHASES + "arms: {plain: {}}\n", "and not 'plain'"),
+        (PHASES + "arms: {a: {lookup_only: true, learns: true}}\n", "is lookup_only, and has no weights"),
         (PHASES + "live: {repeats: 0}\n" + ARMS, "live has a number that is too small"),
     ],
 )
@@ -65,11 +71,11 @@ def test_phases_of_one_source_share_it_in_order(tmp_path: Path) -> None:
     (tmp_path / "file.jsonl").write_text("\n".join(lines))
     path, source = tmp_path / "mine.yaml", f"path: {tmp_path / 'file.jsonl'}"
     text = f"phases: [{{name: a, requests: 3, {source}}}, {{name: b, requests: 3, {source}}}]\n"
-    path.write_text(f"{text}training: [{{name: t, requests: 2, {source}}}]\nwindow: 1\n{ARMS}")
+    path.write_text(f"{text}training: [{{name: t, requests: 2, {source}}}]\nwindow: 1\nlive: {{requests: 0}}\n{ARMS}")
     phases, training = phase_prompts(read_scenario(path), seed=0)
     said = [[prompt.messages[0]["content"][-1] for prompt in part] for part in [training, *phases]]
     assert said == [["0", "1"], ["2", "3", "4"], ["5", "6", "7"]]
-    path.write_text(f"{text.replace('requests: 3', 'requests: 5')}window: 1\n{ARMS}")
+    path.write_text(f"{text.replace('requests: 3', 'requests: 5')}window: 1\nlive: {{requests: 0}}\n{ARMS}")
     with pytest.raises(ValueError, match="has 8 prompts, and the scenario takes 10"):
         phase_prompts(read_scenario(path), seed=0)
 

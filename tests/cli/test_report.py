@@ -7,14 +7,27 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.adaptation.scenario import read_scenario, to_yaml
+from aurora_rl.cli import report
 from aurora_rl.cli.main import main
+from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.report import draw_report
 
 
-def test_a_run_is_drawn_from_its_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_part_of_a_run_is_drawn_from_its_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", "server")
     log.write("swap", version=1, ms=2.5, requests=8)
+    log.write("begin", unseen=6)
+    log.write("swap", version=2, ms=1.5, requests=4)
+    drawn: list[RunHistory] = []
+    monkeypatch.setattr(
+        report, "draw_report", lambda path, history: (drawn.append(history), draw_report(path, history))
+    )
     assert main(["report", str(tmp_path)]) == 0
+    (history,) = drawn
+    assert [swap.version for swap in history.swaps] == [2] and history.marks == [(6, "unseen templates")]
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "report.png" in capsys.readouterr().out
 

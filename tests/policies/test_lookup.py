@@ -177,6 +177,11 @@ def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_
     assert both == merged_by_definition(drafted, found, num_nodes)
 
 
+def test_a_drafter_s_rounding_makes_no_node_likelier_than_its_parent() -> None:
+    tree = merged(Tree([5, 6], [-1, 0], [-0.5, 0.0005]), Tree([7], [-1], [-0.1]), 2)
+    assert tree.tokens == [5, 7]
+
+
 SHAPES = [(4, 4, 4), (1, 1, 3), (1, 1, 1), (3, 2, 6), (2, 3, None)]
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from oracle_server import DEPTH, OnTime, Oracle, Plain, Serving, Wrong, eagle, requests
+from oracle_server import DEPTH, OnTime, Oracle, Plain, Serving, Wrong, eagle, requests, truth
 from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import TreeShape
+from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.serving.server import _outcomes
 from aurora_rl.telemetry.rates import BaselineWindows, Round, Rounds
@@ -46,6 +48,27 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     assert (
         summary["speedup"] is None and summary["tokens_per_second"]["baseline"] is None
     )  # no plain round was measured
+
+
+def test_answers_are_kept_for_lookup_unless_their_request_says_not_to_learn(tmp_path: Path) -> None:
+    waiting = requests(4)
+    waiting[1].learn = waiting[2].learn = False
+    serving = Serving(tmp_path, waiting, Oracle(waiting))
+    serving.policy.earlier = EarlierAnswers(1000)
+    serving.run()
+    serving.check_texts()
+    assert serving.policy.earlier.tokens.tolist() == [*truth(waiting[0]), -1, *truth(waiting[3]), -1]
+
+
+def test_what_was_answered_before_is_looked_up(tmp_path: Path) -> None:
+    """The second of two equal requests finds the answer to the first, whose own text repeats nothing."""
+    waiting = [replace(requests(1)[0], id=number) for number in range(2)]
+    serving = Serving(tmp_path, waiting, Oracle(waiting))
+    serving.policy.shape = TreeShape(DEPTH, lookup=3).without_drafter(3)
+    serving.policy.earlier = EarlierAnswers(1000)
+    first, second = serving.run().stats.finished
+    serving.check_texts()
+    assert second[1] < 0.6 * first[1]  # rounds
 
 
 def test_a_drafter_that_sleeps_shows_a_speedup_below_one(tmp_path: Path) -> None:

@@ -42,6 +42,18 @@ def sample(exporter: Exporter, name: str, **labels: str) -> float | None:
     return exporter.registry.get_sample_value(f"aurora_{name}", labels)
 
 
+def test_staleness_is_what_was_published_after_the_version_that_drafts() -> None:
+    exporter = Exporter()
+    exporter.follow(event("checkpoint", version=3))
+    assert sample(exporter, "drafter_staleness") is None  # nothing is known of the drafter yet
+    exporter.follow(status(version=1))
+    assert sample(exporter, "drafter_staleness") == 2
+    exporter.follow(event("swap", version=3, ms=1.0))
+    assert sample(exporter, "drafter_staleness") == 0
+    exporter.follow(event("swap", version=4, ms=1.0))  # the learner tells its version after it is served
+    assert sample(exporter, "drafter_staleness") == 0
+
+
 def test_completed_requests_are_summed() -> None:
     exporter = Exporter()
     for each in [
