@@ -38,7 +38,8 @@ _SETTLE_S = 60.0
 _PAIRS = [
     *("learner.spawn=false", "dtype=float32"),
     *(f"http.max_body={MAX_BODY}", "http.timeout=60"),
-    "engine.prefix_cache_tokens=2048",  # full within the first quarter, and evicting from then on
+    # Full within the first quarter, and dropping the oldest from then on.
+    *("engine.prefix_cache_tokens=2048", "wire.queue=32", "drafter.history=4096"),
 ]
 
 
