@@ -20,6 +20,7 @@ from aurora_rl.envs.sglang import ENVIRONMENT, register
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"aurora_rl": ROOT / "aurora_rl", "aurora_kernels": ROOT / "kernels" / "aurora_kernels"}
 PAGE = ROOT / "aurora_rl" / "serving" / "http" / "page"
+SCENARIOS = ROOT / "aurora_rl" / "adaptation" / "scenarios"
 
 
 def pip(*arguments: str | Path) -> None:
@@ -55,6 +56,8 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     assert "aurora_rl/py.typed" in names
     page = {f"aurora_rl/serving/http/page/{path.name}" for path in PAGE.iterdir()}
     assert page <= names and len(page) >= 6
+    scenarios = {f"aurora_rl/adaptation/scenarios/{path.name}" for path in SCENARIOS.iterdir()}
+    assert scenarios <= names and len(scenarios) >= 7
 
 
 def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:

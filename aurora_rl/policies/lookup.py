@@ -309,7 +309,9 @@ class NgramDrafter(Drafter):
             first = start[int(trees.request[context])]
             text = sequence[first : first + int(trees.root[context]) + 2]
             if following := continuations(text + paths[context]):
-                logits[row] = -math.inf
+                # What is left of the chances is that of all tokens that were not found.
+                rest = (1 - sum(following.values())) / max(self.vocab_size - len(following), 1)
+                logits[row] = math.log(rest)
                 for token, probability in following.items():
                     logits[row, token] = math.log(probability)
         return logits
