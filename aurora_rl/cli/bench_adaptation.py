@@ -34,9 +34,9 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.learner import assembled, learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
+from aurora_rl.cli.recording import ShownRecording
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.objectives import SumLoss
 from aurora_rl.policies import Drafter, TreeShape
@@ -178,7 +178,7 @@ class _Bench:
     # ---- the stream -------------------------------------------------------------------------------------------------
 
     def _record(self, folder: Path, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
-        recording = TrajectoryDataset(folder, layers)
+        recording = ShownRecording(folder, layers)
         if len(recording) == len(prompts):
             return
         target = self._target_of(phase)
@@ -186,14 +186,7 @@ class _Bench:
         if queue.failed:
             raise ConfigError(f"--scenario: {queue.failed[0]}")
         config, done = self._base.config, len(recording)
-        with watch(self._console, f"recording {folder.name}", len(prompts), done) as shown:
-            append = recording.append
-
-            def keep(trajectory: Any) -> None:
-                append(trajectory)
-                shown.tell(len(recording))
-
-            recording.append = keep  # type: ignore[method-assign]
+        with watch(self._console, f"recording {folder.name}", len(prompts), done) as recording.watch:
             record_plainly(
                 target.model,
                 list(iter(queue, None)),

@@ -73,7 +73,7 @@ def open_recording(folder: Path, target: Target, drafter: Drafter) -> Trajectory
     return recording
 
 
-class _ShownRecording(TrajectoryDataset):
+class ShownRecording(TrajectoryDataset):
     """A recording whose growth is shown."""
 
     watch: Watch
@@ -94,7 +94,7 @@ def record_answers(
         processors = generation_processors(model, stop_tokens) if config.generation_config == "auto" else None
     for reason in requests.failed:
         console.print(f"not recorded: {reason}", soft_wrap=True)
-    waiting, recording = list(iter(requests, None)), _ShownRecording(folder, drafter.feature_layers)
+    waiting, recording = list(iter(requests, None)), ShownRecording(folder, drafter.feature_layers)
     with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
         record(
             model,
