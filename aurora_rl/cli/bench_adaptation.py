@@ -237,7 +237,7 @@ class _Bench:
         folder.mkdir(parents=True, exist_ok=True)
         drafter = start_drafter(spec, target, first, seed=spec.config.seed + seed)
         if arm.trained:
-            drafter = self._trained(spec, arm, drafter, target)
+            drafter = self._trained(spec, drafter, target)
         stream, began = self._stream("phases", drafter), time.monotonic()
         ends = _ends(self._prompts)
         sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
@@ -283,7 +283,7 @@ class _Bench:
         part.write_text(json.dumps(figures) + "\n")
         part.replace(folder / "result.json")
 
-    def _trained(self, spec: RunSpec, arm: Arm, drafter: Drafter, target: Target) -> Drafter:
+    def _trained(self, spec: RunSpec, drafter: Drafter, target: Target) -> Drafter:
         """Return a drafter that has learned from the training traffic, once for all arms of one configuration."""
         drafts, learns = asdict(spec.config.drafter), asdict(spec.config.learner)
         parts = [drafts[key] for key in ("name", "path", "options", "vocab_size", "trained_for", "feature_layers")]
