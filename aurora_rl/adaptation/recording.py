@@ -27,8 +27,7 @@ class RecordedPhase(Dataset[TensorDict]):
 
     def __init__(self, folder: Path, recorded: Sequence[int], wanted: Sequence[int]) -> None:
         self._dataset = TrajectoryDataset(folder, recorded)
-        # Those that end early are recorded early.
-        ids = [int(trajectory["request"]) for trajectory in self._dataset]
+        ids = self._dataset.request_ids()  # those that end early are recorded early
         self._order = sorted(range(len(ids)), key=ids.__getitem__)
         self._recorded = len(recorded)
         self._places = [list(recorded).index(layer) for layer in wanted]

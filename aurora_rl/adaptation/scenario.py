@@ -65,6 +65,8 @@ class Live:
 
     requests: int = 8
     """Requests of a sample, the last of each phase; 0 measures nothing."""
+    arms: list[str] = field(default_factory=list)
+    """Names of the arms to measure; none is all."""
     slots: list[int] = field(default_factory=lambda: [1])
     """Numbers of slots to measure at."""
     repeats: int = 3
@@ -164,6 +166,8 @@ def _check(scenario: Scenario, name: str) -> None:
     live = scenario.live
     if live.requests < 0 or live.repeats < 1 or not all(slots >= 1 for slots in live.slots):
         raise ValueError(f"scenario {name}: live has a number that is too small: {live}")
+    if unknown := [arm for arm in live.arms if arm not in scenario.arms]:
+        raise ValueError(f"scenario {name}: live.arms has {unknown[0]!r}; the arms are {', '.join(scenario.arms)}")
     shortest = min(phase.requests for phase in scenario.phases)
     if live.requests >= (sum(phase.requests for phase in scenario.phases) if scenario.mixed else shortest):
         raise ValueError(

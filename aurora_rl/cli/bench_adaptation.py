@@ -51,6 +51,7 @@ from aurora_rl.workload.traffic import Prompt
 
 HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
 
+_RECORDING_SLOTS = 8  # answers do not depend on how many are read at once
 _VOCAB_PROMPTS = 64  # first prompts of the stream, for the draft vocabulary of an untrained drafter
 
 
@@ -192,7 +193,7 @@ class _Bench:
                 list(iter(queue, None)),
                 recording,
                 layers,
-                slots=max(config.engine.slots, 4),
+                slots=max(config.engine.slots, _RECORDING_SLOTS),
                 stop_tokens=stop_token_ids(target.model, target.tokenizer),
                 seed=config.seed,
             )
@@ -310,7 +311,8 @@ class _Bench:
     def _live(self, drafters: dict[str, Drafter]) -> None:
         """Measure the last requests of each phase with the weights that each arm had when they came."""
         live, ends = self._scenario.live, _ends(self._prompts)
-        arms = [name for name in self._scenario.arms if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
+        names = live.arms or list(self._scenario.arms)
+        arms = [name for name in names if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
         cells = [(phase, slots) for phase in range(len(ends)) for slots in live.slots]
         for phase, slots in cells:
             path = self._out / "live" / f"phase-{phase}-slots-{slots}.json"

@@ -102,6 +102,14 @@ class TrajectoryDataset(Dataset[TensorDict]):
             )
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
+    def request_ids(self) -> list[int]:
+        """Return the id of each trajectory's request, and read nothing else of them."""
+        ids = []
+        for index in range(self._count):
+            with safe_open(self._path(index), "pt") as file:
+                ids.append(int(file.get_tensor("request")))
+        return ids
+
     def digest(self, count: int) -> str:
         """Return a checksum of the first ``count`` trajectories. It tells recordings of the same name apart."""
         digest = hashlib.sha256()

@@ -88,6 +88,13 @@ def test_speed_is_over_plain_decoding_of_the_same_turn(folder: Path) -> None:
     assert {row["arm"]: row["speedup"] for row in live}["scratch"] == pytest.approx(2.2)
 
 
+def test_a_speedup_can_be_charged_with_the_learner(folder: Path) -> None:
+    rows = {row["arm"]: row for row in report.collect(folder, SCENARIO)["live"]}
+    # A second of the learner's for 144 tokens of the stream, and a median turn of 0.11 s a token.
+    assert rows["scratch"]["speedup_charged"] == pytest.approx(0.11 / (0.05 + 1 / 144))
+    assert rows["plain"]["speedup_charged"] == 1.0
+
+
 def test_of_two_turns_the_speedup_is_in_the_middle(folder: Path) -> None:
     path = folder / "live" / "phase-1-slots-2.json"
     samples = [sample for sample in json.loads(path.read_text())["samples"] if sample["turn"] < 2]

@@ -52,6 +52,7 @@ def test_a_scenario_of_the_package_has_its_prompts(name: str, tmp_path: Path) ->
         (PHASES + "arms: {plain: {}}\n", "and not 'plain'"),
         (PHASES + "arms: {a: {lookup_only: true, learns: true}}\n", "is lookup_only, and has no weights"),
         (PHASES + "live: {repeats: 0}\n" + ARMS, "live has a number that is too small"),
+        (PHASES + "live: {requests: 2, arms: [sufix]}\n" + ARMS, "live.arms has 'sufix'; the arms are"),
     ],
 )
 def test_what_cannot_be_used_is_named(text: str, told: str, tmp_path: Path) -> None:

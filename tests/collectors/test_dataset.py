@@ -37,6 +37,7 @@ def test_a_stream_comes_back(tmp_path: Path) -> None:
     again = TrajectoryDataset(tmp_path / "new" / "folder")  # as a restarted learner opens it
     again.append(written[2])
     assert len(again) == 3
+    assert again.request_ids() == [0, 1, 2]
     assert all(same(a, b) for a, b in zip(written, again, strict=True))
 
 
