@@ -32,6 +32,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="name of the result file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     return parser
 
 
@@ -104,8 +105,8 @@ def write_result(script: str, options: argparse.Namespace, figures: dict) -> Non
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{options.name or Path(script).stem}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.name or Path(script).stem}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     print(f"written to {path}")

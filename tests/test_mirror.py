@@ -27,6 +27,7 @@ EXCEPTIONS = {
     "test_deploy.py": "deploy/",
     "test_docs.py": "the pages",
     "test_examples.py": "the examples",
+    "test_gpu_script.py": "benchmarks/gpu.sh",
     "test_imports.py": "the order of imports",
     "test_mirror.py": "the tests",
     "test_public_names.py": "`aurora_rl/__init__.py`",
