@@ -1,4 +1,4 @@
-"""The results of a scenario: gathered from its folder, as tables and as plots."""
+"""The results of a scenario, gathered from its folder, and as tables."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from aurora_rl.adaptation.metrics import (
     requests_to_regain,
     trailing_acceptance,
 )
+from aurora_rl.adaptation.plots import draw
 from aurora_rl.adaptation.scenario import PLAIN, Scenario
 
 LEVELS = (1.5, 1.75, 2.0)
@@ -162,7 +163,7 @@ def write(out: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``, ``report.md`` and the plots."""
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "report.md").write_text(markdown(results))
-    draw(results, out / "acceptance.png")
+    draw(results, out)
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -266,33 +267,3 @@ def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the acceptance length over the requests, with a line at each shift; bands are the range over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    window = results["window"]
-    for number, arm in enumerate(results["arms"]):
-        curves = [run["curve"] for run in results["runs"] if run["arm"] == arm]
-        if curves:
-            places = range(window, window + len(curves[0]))
-            columns = list(zip(*curves, strict=True))
-            axis.plot(places, [sum(c) / len(c) for c in columns], color=f"C{number}", label=arm)
-            axis.fill_between(
-                places, [min(c) for c in columns], [max(c) for c in columns], color=f"C{number}", alpha=0.2
-            )
-    top = axis.get_ylim()[1]
-    for phase in results["phases"]:
-        if phase["first"]:
-            axis.axvline(phase["first"], color="grey", linewidth=0.8, linestyle="--")
-        axis.text(phase["first"] + 2, top, phase["name"], va="top", fontsize=8, color="grey")
-    axis.set_xlabel("requests served")
-    axis.set_ylabel(f"acceptance length, last {window} requests")
-    axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

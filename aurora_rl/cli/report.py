@@ -31,7 +31,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if (folder / "scenario.yaml").is_file():
         with naming(str(folder)):
             report.write(folder, report.collect(folder, read_scenario(folder / "scenario.yaml")))
-        print(f"written to {folder}: results.json, report.md, acceptance.png")
+        print(f"written to {folder}: results.json, report.md, *.png")
     elif (folder / "metrics.jsonl").is_file():
         history = RunHistory()
         for event in MetricsReader(folder / "metrics.jsonl"):

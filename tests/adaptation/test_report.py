@@ -106,7 +106,8 @@ def test_of_two_turns_the_speedup_is_in_the_middle(folder: Path) -> None:
 def test_the_report_can_be_written_again_from_its_file(folder: Path) -> None:
     results = report.collect(folder, SCENARIO)
     report.write(folder, results)
-    assert (folder / "acceptance.png").read_bytes()[:4] == b"\x89PNG"
+    for plot in ("acceptance.png", "recovery.png", "speedup.png"):
+        assert (folder / plot).read_bytes()[:4] == b"\x89PNG"
     text = (folder / "report.md").read_text()
     assert report.markdown(json.loads((folder / "results.json").read_text())) == text
     for part in (
