@@ -56,13 +56,8 @@ def _draw_recovery(results: Mapping[str, Any], path: Path) -> None:
         for number, arm in enumerate(results["arms"]):
             runs = [run for run in results["runs"] if run["arm"] == arm and run["learns"]]
             # Point `n` of a curve is of the window that ends with request `n + window`.
-            parts = [
-                [
-                    value / run["phases"][place]["level"]
-                    for value in run["curve"][phase["first"] : phase["end"] - window]
-                ]
-                for run in runs
-            ]
+            part = slice(phase["first"], phase["end"] - window + 1)
+            parts = [[value / run["phases"][place]["level"] for value in run["curve"][part]] for run in runs]
             if parts and parts[0]:
                 _band(axis, range(window, window + len(parts[0])), parts, number, arm)
         axis.axhline(REGAINED, color="grey", linewidth=0.8, linestyle="--")
