@@ -66,7 +66,7 @@ class Front:
         self._max_body, self._timeout, self._metrics = max_body, timeout, metrics
         self._created = int(time.time())
         # Bodies are parsed and encoded next to the event loop, in one thread. Texts that are only to be counted may be
-        # as long as a body, and have a thread of their own.
+        # as long as a body, and have a thread of their own. They may share a tokenizer whose settings nobody changes.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._counter = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 

@@ -33,7 +33,8 @@ HONOURED: list[dict[str, Any]] = [
     {"model": "tiny/model"}, {"n": 1}, {"frequency_penalty": 0.0},
     said([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), said("a", "developer"), said("a", name="me"),
     said("a", "assistant", tool_calls=[], refusal=None),
-    dict.fromkeys(HARMLESS, "x"), dict.fromkeys(NEUTRAL), {name: values[0] for name, values in NEUTRAL.items() if values},
+    dict.fromkeys(HARMLESS, "x"), dict.fromkeys(NEUTRAL),
+    {name: values[0] for name, values in NEUTRAL.items() if values},
 ]  # fmt: skip
 REFUSED: list[dict[str, Any]] = [
     *({"temperature": value} for value in (-1, "hot", True)), {"top_p": 0}, {"top_p": 1.5},
