@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -23,13 +24,14 @@ class SamplingParams:
         stop: Strings that end the completion, at the token that completes one. A single string is one stop string.
         logprobs: Likeliest tokens whose log-probabilities come with each token's own, at most 20; 0 for its own alone.
             None, the default, computes none.
+        ignore_eos: Whether tokens that end a completion are tokens like others: stop strings and the budget end it.
 
     Raises:
         ValueError: A field is out of its range.
 
     Example:
-        >>> SamplingParams(temperature=0.7, top_p=0.9, seed=5, stop="END")
-        SamplingParams(temperature=0.7, top_k=0, top_p=0.9, seed=5, max_tokens=128, stop=('END',), logprobs=None)
+        >>> SamplingParams(temperature=0.7, top_p=0.9, seed=5, stop="END").stop
+        ('END',)
     """
 
     temperature: float = 0.0
@@ -39,6 +41,7 @@ class SamplingParams:
     max_tokens: int = 128
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no sampler could serve."""
@@ -54,7 +57,7 @@ class SamplingParams:
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
             if isinstance(value, bool) or not isinstance(value, kind):
-                raise ValueError(f"{name} is {value!r}; give {noun}")
+                raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
         if not 0 <= self.top_k < 2**63:
@@ -67,12 +70,14 @@ class SamplingParams:
             raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
         if not 0 <= (self.logprobs or 0) <= 20:
             raise ValueError(f"logprobs is {self.logprobs}; give an integer with 0 <= logprobs <= 20, or None")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {reprlib.repr(self.ignore_eos)}; give true or false")
         if isinstance(self.stop, bytes) or not isinstance(self.stop, Iterable):
-            raise ValueError(f"stop is {self.stop!r}; give a string or a sequence of strings")
+            raise ValueError(f"stop is {reprlib.repr(self.stop)}; give a string or a sequence of strings")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for text in stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop has {text!r}; give strings that are not empty")
+                raise ValueError(f"stop has {reprlib.repr(text)}; give strings that are not empty")
         object.__setattr__(self, "stop", stop)
 
 

@@ -67,7 +67,7 @@ def make_trajectory(
             of ``target``, and "log_probs" if the drafter has scores. An entry that a round lacks is left out of all.
         policy_versions: Version of the weights that drafted each round.
         cache_versions: Oldest version with rows in the drafter's cache at each round.
-        sampling: Parameters of the request. Its budget and stop strings are not recorded.
+        sampling: Parameters of the request. What ends it is not recorded: budget, stop strings, ``ignore_eos``.
         rule: Verification rule of sampled requests. A request at temperature 0 is recorded as "greedy".
         draft_mode: How the nodes were drawn, one of :data:`DRAFT_MODES`.
 

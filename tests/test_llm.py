@@ -82,6 +82,17 @@ def test_samples_are_those_of_plain_decoding_in_trees_too(tiny_folder: Path, pla
     assert texts(again) == [found[1]]  # whatever else is served, and where
 
 
+def test_a_text_goes_on_after_its_end_where_it_is_asked_to(
+    drafted: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (truth,) = texts(plain.generate("Once upon", replace(SHORT, ignore_eos=True)))
+    for served in (plain, drafted):
+        monkeypatch.setattr(served._decoder.env, "_stop_tokens", torch.tensor([truth[3]]))
+        ended, whole = served.generate(["Once upon"] * 2, [SHORT, replace(SHORT, ignore_eos=True)])
+        assert ended.finish_reason == "stop" and ended.tokens.tolist() == truth[: truth.index(truth[3]) + 1]
+        assert whole.finish_reason == "length" and whole.tokens.tolist() == truth and len(truth) == 24
+
+
 @pytest.mark.parametrize("prompt", ["one", [4, 5], torch.tensor([4, 5]), CHAT])
 def test_one_prompt_is_a_list_of_one(plain: LLM, prompt: object) -> None:
     assert len(plain.generate(prompt, SHORT)) == 1

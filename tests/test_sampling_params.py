@@ -31,6 +31,8 @@ from aurora_rl.sampling_params import SamplingBatch, SamplingParams
         ("max_tokens", None, "give an integer"),
         ("seed", -1, r"0 <= seed < 2\*\*63"),
         ("seed", 2**63, r"0 <= seed < 2\*\*63"),
+        ("ignore_eos", 1, "give true or false"),
+        ("ignore_eos", None, "give true or false"),
     ],
 )
 def test_params_out_of_range_name_value_and_cure(field: str, value: Any, cure: str) -> None:

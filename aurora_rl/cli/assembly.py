@@ -52,7 +52,7 @@ def traffic(config: Config) -> list[Prompt]:
     """Return the prompts of the run, all read and checked."""
     source = config.traffic
     if source.path is not None:
-        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed)
+        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed, model=config.model)
     return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
 
 

@@ -214,8 +214,9 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
-    max_new_tokens: int = 96
-    """Most tokens of a completion."""
+    max_new_tokens: int | None = None
+    """Most tokens of a completion whose request names no budget. null is 96 for traffic. For clients it is what the
+    context leaves, and 16 at /v1/completions."""
     temperature: float = 0.0
     """Sampling temperature; 0 decodes greedily."""
     top_k: int = 0

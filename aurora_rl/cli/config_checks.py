@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
 
 _POSITIVE = """
-    engine.slots engine.max_length engine.threads http.max_body http.max_waiting max_new_tokens drafter.vocab_size
+    engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width
     baseline.window wire.queue learner.threads learner.batch_size learner.buffer learner.max_skipped
     learner.publish_every gate.requests traffic.requests
@@ -24,7 +24,9 @@ _POSITIVE = """
 
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(_POSITIVE.split(), ("be at least 1", lambda value: value >= 1)),
-    "traffic.limit": ("be at least 1 or null", lambda value: value is None or value >= 1),
+    **dict.fromkeys(
+        ("traffic.limit", "max_new_tokens"), ("be at least 1 or null", lambda value: value is None or value >= 1)
+    ),
     "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),
     "engine.capture_rate": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
     "http.host": ("not be empty", bool),

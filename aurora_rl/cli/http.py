@@ -32,7 +32,7 @@ class HttpFront:
     """
 
     def __init__(self, config: Config) -> None:
-        packages = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+        packages = ("starlette", "uvicorn", "prometheus_client")
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]'")
@@ -51,8 +51,14 @@ class HttpFront:
         """Return the front of ``aurora-rl serve``; None where clients talk to SGLang itself.
 
         Raises:
-            ConfigError: The configuration leaves clients no port; or see the constructor.
+            ConfigError: The configuration leaves clients no port, or has a budget for SGLang's clients; or see the
+                constructor.
         """
+        if config.engine.name == "sglang" and config.max_new_tokens is not None:
+            raise ConfigError(
+                f"max_new_tokens={config.max_new_tokens}: SGLang itself chooses the budget of requests "
+                "that name none; leave the key out"
+            )
         if config.http.port is None and config.engine.name == "sglang":
             return None
         if config.http.port is None:
@@ -83,6 +89,7 @@ class HttpFront:
             max_length=config.engine.max_length,
             max_waiting=http.max_waiting,
             sampling=spec.sampling,
+            max_tokens=config.max_new_tokens,
             metrics=self.metrics,
             num_spec_tokens=spec.tree.depth,
             drafter_version=lambda: server.stats.version,

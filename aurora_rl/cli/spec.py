@@ -16,6 +16,8 @@ from aurora_rl.policies import Drafter, TreeShape, get_drafter
 from aurora_rl.policies.formats.files import drafter_class
 from aurora_rl.policies.registry import drafter_name
 
+_MAX_NEW_TOKENS = 96  # of traffic that names no budget
+
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
@@ -79,7 +81,9 @@ def resolve(config: Config) -> RunSpec:
         tree,
         name,
         kind,
-        SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens),
+        SamplingParams(
+            config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens or _MAX_NEW_TOKENS
+        ),
     )
 
 

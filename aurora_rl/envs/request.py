@@ -21,6 +21,7 @@ class Request:
         sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
+        counted: Whether a server's statistics count it.
 
     Example:
         >>> import torch
@@ -33,6 +34,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     speculative: bool = True
     learn: bool = True
+    counted: bool = True
 
 
 @dataclass(slots=True)

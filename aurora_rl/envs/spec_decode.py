@@ -56,7 +56,7 @@ class SpecDecodeEnv(EnvBase):
         rule: Name of the verification rule, or its import path.
         draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``; also ("draft", "mode") of
             actions that have it. If the rule needs the drafter's distribution, actions carry it as ("draft", "q").
-        stop_tokens: Token ids that end a completion.
+        stop_tokens: Token ids that end a completion, unless its request says ``ignore_eos``.
         decode: Turns token ids into text, whole completions and their ends; needed only by requests with stop strings.
         processors: Returns the logits processors of transformers for a request, such as the result of
             :func:`aurora_rl.envs.generation_processors`; ValueError from it refuses the request. A processor must
@@ -356,9 +356,10 @@ class SpecDecodeEnv(EnvBase):
         columns = zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)
         for i, (slot, drafted, done) in enumerate(columns):
             held = self._active[slot]
-            budget = held.request.sampling.max_tokens
+            sampling = held.request.sampling
+            budget = sampling.max_tokens
             count = min(drafted + 1, budget - done)
-            stop = next((j + 1 for j in range(count) if stops[i][j]), None)
+            stop = None if sampling.ignore_eos else next((j + 1 for j in range(count) if stops[i][j]), None)
             if held.stop_strings is not None:
                 tokens = sequence[i, : stop or count].tolist()
                 stop = next((j for j, token in enumerate(tokens, 1) if held.stop_strings.feed(token)), stop)

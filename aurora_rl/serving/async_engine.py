@@ -115,7 +115,13 @@ class AsyncEngine:
         }
 
     async def generate(
-        self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
+        self,
+        prompt: Tensor,
+        sampling: SamplingParams,
+        *,
+        speculative: bool = True,
+        learn: bool = True,
+        counted: bool = True,
     ) -> AsyncIterator[Update]:
         """Complete a prompt, and yield what each round added. Closing the iterator cancels the request.
 
@@ -124,14 +130,16 @@ class AsyncEngine:
             sampling: Parameters of the request.
             speculative: Whether drafts are verified for it.
             learn: Whether its trajectory may go to the learner.
+            counted: Whether statistics and metrics count it.
 
         Raises:
             QueueFullError: ``max_waiting`` requests wait already.
             RefusedError: The engine cannot serve the request.
             EngineDeadError: Rounds have ended.
         """
-        request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
-        stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), RequestTimes(self.observe))
+        request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn, counted=counted)
+        times = RequestTimes(self.observe if counted else lambda wait, seconds: None)
+        stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), times)
         with self._lock:
             if not self.alive:
                 raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
@@ -155,13 +163,13 @@ class AsyncEngine:
                 yield update
         finally:
             if not ended:
-                self._cancel(request.id)
+                self._cancel(request)
 
-    def _cancel(self, request: int) -> None:
+    def _cancel(self, request: Request) -> None:
         with self._lock:
-            self._streams.pop(request, None)
-            self._cancelled.add(request)
-            self.cancelled += 1
+            self._streams.pop(request.id, None)
+            self._cancelled.add(request.id)
+            self.cancelled += request.counted
         self._arrived.set()
 
     # ---- called by the thread that drives the rounds ----------------------------------------------------------------

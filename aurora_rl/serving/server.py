@@ -126,10 +126,11 @@ class InferenceServer:
         action = policy(self._td)
         # A drafter that failed its slots together leaves the trees of each alone, for the last time.
         asked = policy.drafted | policy.looked_up | action["draft", "mask"].any(1).cpu()
-        speculative = False
+        speculative = counted = False
         for slot in env.engine.store.occupied.tolist():
             request = env.request_of(slot)
             speculative |= request.speculative
+            counted |= request.counted
             self._asked.setdefault(request.id, []).append(bool(asked[slot]))
         done, self._td = env.step_and_maybe_reset(action)
         # Recording is a cost of speculation, in whichever round it happens.
@@ -138,6 +139,8 @@ class InferenceServer:
         tokens = int(done["next", "reward"].sum())
         if shapes is not None:
             self._observe(shapes, done, occupied, seconds)
+        if occupied and not counted:
+            return True
         if baseline:
             seconds -= recording
             self.stats.rounds.append(Round(True, occupied, 0, recording, completed, count=0))
@@ -186,6 +189,8 @@ class InferenceServer:
         domain, trajectory = self._note(completion), completion.trajectory
         assert trajectory is not None, "the server's environment records"
         asked = torch.tensor(self._asked.pop(completion.request.id))
+        if not completion.request.counted:
+            return
         tokens, rounds = acceptance_length(trajectory, asked)
         covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
         self.stats.finish(domain, len(completion.tokens), tokens, rounds)

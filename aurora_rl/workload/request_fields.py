@@ -1,13 +1,14 @@
-"""Fields of OpenAI's, vLLM's and SGLang's requests that are not honoured: those that may be ignored, and the others."""
+"""Names of request fields: honoured, harmless, or refused, alike in a body and in a line of a traffic file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # They say something about the request and nothing about its answer.
 HARMLESS = frozenset({
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "prediction", "request_id", "session_id"),
 })  # fmt: skip
 
@@ -16,11 +17,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     # OpenAI's
     "tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "web_search_options": (),
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "store": (False,),
     "reasoning_effort": (), "verbosity": ("medium",), "best_of": (1,), "echo": (False,), "suffix": ("",),
     # vLLM's and SGLang's
     "min_p": (0,), "repetition_penalty": (1,), "length_penalty": (1,), "use_beam_search": (False,),
-    "ignore_eos": (False,), "min_tokens": (0,), "stop_token_ids": ([],), "include_stop_str_in_output": (False,),
+    "min_tokens": (0,), "stop_token_ids": ([],), "include_stop_str_in_output": (False,),
     "no_stop_trim": (False,), "bad_words": ([],), "allowed_token_ids": (), "prompt_logprobs": (),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (),
     "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template": (),
@@ -30,6 +31,24 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "cache_salt": (),  # the cache of prefixes keeps nobody apart
 }  # fmt: skip
+
+
+class FieldError(ValueError):
+    """A field of a request that is neither honoured nor ignored.
+
+    Args:
+        message: What is wrong, the value, and the fix.
+        param: Place of the field in the request.
+        code: Code for programs, as in OpenAI's errors.
+
+    Example:
+        >>> FieldError("n is 0; give an integer >= 1", "n").code
+        'invalid_value'
+    """
+
+    def __init__(self, message: str, param: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 def refusal(
@@ -50,7 +69,52 @@ def refusal(
         >>> refusal("presence_penalty", 0.0), refusal("my_column", 0.5)
         (None, None)
     """
-    if name not in neutral or value is None or value in neutral[name]:
+    if name not in neutral or value is None or any(_same(value, each) for each in neutral[name]):
         return None
     values = " or ".join(repr(each) for each in neutral[name])
     return f"{where}{name} is not supported by {by}: leave it out" + (f", or set it to {values}" if values else "")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether two values of JSON are the same: 0.0 and 0 are, false and 0 are not, which Python takes for equal."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
+
+
+def check_fields(
+    fields: Mapping[str, Any],
+    known: Collection[str],
+    *,
+    where: str = "",
+    harmless: Collection[str] = HARMLESS,
+    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
+    by: str = "this server",
+) -> dict[str, Any]:
+    """Return the known fields of an object, and refuse by name what is not supported.
+
+    Args:
+        fields: The object.
+        known: Names of the fields that are honoured.
+        where: Place of the object in the request, with a dot after it.
+        harmless: Names of fields that are dropped whatever they hold.
+        neutral: Values of fields that are not supported which say that they are not wanted; null always does.
+        by: Who does not support them.
+
+    Raises:
+        FieldError: A field is unknown or asks for something that is not supported.
+
+    Example:
+        >>> check_fields({"n": 2, "user": "me", "presence_penalty": 0.0}, ["n"])
+        {'n': 2}
+    """
+    kept = {}
+    for name, value in fields.items():
+        place = f"{where}{name}"
+        if name in known:
+            kept[name] = value
+        elif (reason := refusal(name, value, neutral, where=where, by=by)) is not None:
+            raise FieldError(reason, place, "unsupported_field")
+        elif name not in harmless and name not in neutral:
+            near = difflib.get_close_matches(name[:64], [*known, *neutral], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise FieldError(f"unknown field {place[:100]!r}{hint}", place[:100], "unknown_field")
+    return kept

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import math
 import os
 import random
@@ -15,20 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.pools import POOLS
-from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, refusal
+from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, FieldError, check_fields
+from aurora_rl.workload.request_values import (
+    BUDGETS,
+    SAMPLING,
+    Message,
+    boolean_field,
+    chat_messages,
+    parse_json,
+    sampling_fields,
+    string_field,
+)
 from aurora_rl.workload.templates import TEMPLATES
 
-Message = Mapping[str, str]
-
-_ROLES = ("system", "user", "assistant", "tool")
-# As in OpenAI's requests, which give the budget either name.
-_BUDGETS, _SAMPLING = ("max_tokens", "max_completion_tokens"), ("temperature", "top_p", "top_k", "seed")
-_SWITCHES = ("speculative", "learn")
-_KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING, *_SWITCHES)
-# A line gets one answer, a text: what the server answers beyond that has no place in a file.
-_ONE_TEXT: Mapping[str, tuple[Any, ...]] = {"n": (1,), "logprobs": (False,), "top_logprobs": (0,)}
+_OURS = ("messages", "id", "domain", "follow_ups", "speculative", "learn", *BUDGETS, *SAMPLING)
+_KEYS = (*_OURS, "model")
+# A line asks for one answer to one chat, a text: what a server takes beyond that has no place in a file.
+_OF_HTTP: Mapping[str, tuple[Any, ...]] = {
+    "prompt": (), "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "stream": (False,), "stream_options": (),
+}  # fmt: skip
 DOMAINS = tuple(TEMPLATES)
 """Subjects of the built-in traffic."""
 
@@ -44,10 +49,10 @@ class Prompt:
     Attributes:
         id: Name, unique within its traffic. The generator's begins with the name of the template.
         domain: Subject of the request, by which metrics are grouped. Empty if the file has none.
-        messages: First turn, each message with `role` and `content`.
+        messages: First turn, each message with `role`, `content` and perhaps `name`.
         follow_ups: The user's further turns, each sent after the answer to the turn before.
         max_tokens: Token budget of each completion; None takes the configuration's.
-        sampling: Values of temperature, top_p, top_k and seed that differ from the configuration's.
+        sampling: Values of temperature, top_p, top_k, seed and ignore_eos that differ from the configuration's.
         stop: Strings that end a completion.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
@@ -68,22 +73,28 @@ class Prompt:
 
 
 def read_jsonl(
-    path: str | os.PathLike[str], *, limit: int | None = None, shuffle: bool = False, seed: int = 0
+    path: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    model: str | None = None,
 ) -> list[Prompt]:
     """Read requests from a JSONL file.
 
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}`. It may have an `id`, a `domain` and `follow_ups`, a
-    list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`
-    and `stop` (a string or a list of them) override the configuration in every turn of the line, unless they are null.
-    `speculative: false` decodes it plainly, and `learn: false` keeps it from the learner. Further fields of OpenAI's
-    requests that would change the answer are refused. Blank lines and other keys are skipped. The whole file is
-    checked, whatever the limit, so that a run never meets a bad line half way.
+    list of the user's further turns. Fields of OpenAI's requests are checked as in a body of /v1/chat/completions:
+    `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`, `stop` and `ignore_eos` override
+    the configuration in every turn of the line, `speculative: false` decodes it plainly, and `learn: false` keeps it
+    from the learner. What would change the answer and is not supported is refused. Blank lines and other keys are
+    skipped. The whole file is checked, whatever the limit, so that a run never meets a bad line half way.
 
     Args:
         path: File, in UTF-8.
         limit: Most requests to return; None returns all.
         shuffle: Whether to return them in random order; a limit is then applied to the shuffled order.
         seed: Seed of that order.
+        model: Name of the served model, the only one that a line may name; None takes no line that names one.
 
     Returns:
         The requests. One without an id is called `line-<number>`.
@@ -105,7 +116,7 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            prompt = _parse(line, number)
+            prompt = _parse(line, number, model)
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
@@ -120,30 +131,30 @@ def read_jsonl(
     return prompts[:limit]
 
 
-def _parse(line: bytes, number: int) -> Prompt:
+def _parse(line: bytes, number: int, model: str | None) -> Prompt:
     """Turn one line into a prompt, or raise ValueError with what is wrong with it."""
     try:
-        record = json.loads(line)
-    except RecursionError:
-        raise ValueError("nested too deeply to read; a line is one flat object with 'messages'") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        record = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with 'messages', got {_kind(record)}")
-    for key, value in record.items():
-        reason = refusal(key, value) or refusal(key, value, _ONE_TEXT, by="traffic files")
-        if reason is not None:
-            raise ValueError(reason)
     # Files carry columns of their own, which are ignored; a misspelt one of ours must not be. A cutoff of 0.8 would
     # take the column "clean" for "learn".
-    for key in record.keys() - {*_KEYS, *HARMLESS, *NEUTRAL, *_ONE_TEXT}:
-        if close := difflib.get_close_matches(key.lower().replace("-", "_"), _KEYS, n=1, cutoff=0.81):
+    columns = record.keys() - {*_KEYS, *HARMLESS, *NEUTRAL, *_OF_HTTP}
+    for key in columns:
+        if close := difflib.get_close_matches(key.lower().replace("-", "_"), _OURS, n=1, cutoff=0.81):
             raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"a text has {half!r}, half a surrogate pair, which no tokenizer takes; remove it") from None
+    fields = check_fields(record, (*_KEYS, *_OF_HTTP), harmless={*HARMLESS, *columns})
+    messages = chat_messages(fields.get("messages"))
+    # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
+    if not messages[-1]["content"].strip():
+        last = len(messages) - 1
+        raise ValueError(f"empty prompt: the content of messages[{last}], the last, is empty; give it a text")
+    fields = check_fields(fields, _KEYS, neutral=_OF_HTTP, by="traffic files")
+    if (named := string_field(fields, "model")) not in (None, model):
+        serves = "" if model is None else f", and this run serves {model!r}"
+        raise FieldError(f"model is {named!r:.200}{serves}; leave it out", "model")
     identifier, domain = record.get("id", f"line-{number}"), record.get("domain", "")
     if type(identifier) not in (str, int):
         raise ValueError(f"'id' must be a string or an integer, got {_kind(identifier)}")
@@ -152,57 +163,18 @@ def _parse(line: bytes, number: int) -> Prompt:
     follow_ups = record.get("follow_ups", [])
     if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
         raise ValueError(f"'follow_ups' must be a list of strings that are not empty, got {follow_ups!r:.60}")
-    sampling = {key: record[key] for key in _SAMPLING if record.get(key) is not None}
-    SamplingParams(**sampling)  # raises for what is out of range
+    sampling = sampling_fields(fields)
+    stop = sampling.pop("stop", ())
     return Prompt(
         str(identifier),
         domain,
-        _parse_messages(record.get("messages")),
+        messages,
         tuple(follow_ups),
-        _parse_budget(record),
+        sampling.pop("max_tokens", None),
         sampling,
-        _parse_stop(record.get("stop")),
-        **{key: _parse_switch(key, record.get(key)) for key in _SWITCHES},
+        (stop,) if isinstance(stop, str) else tuple(stop),
+        **{key: boolean_field(fields, key) is not False for key in ("speculative", "learn")},
     )
-
-
-def _parse_budget(record: Mapping[str, Any]) -> int | None:
-    budgets = {key: record[key] for key in _BUDGETS if record.get(key) is not None}
-    for key, budget in budgets.items():
-        if type(budget) is not int or budget < 1:
-            raise ValueError(f"{key!r} must be an integer of at least 1, got {budget!r}")
-    if len(set(budgets.values())) > 1:
-        raise ValueError(f"{' and '.join(map(repr, budgets))} name the same budget, but differ; give one of them")
-    return next(iter(budgets.values()), None)
-
-
-def _parse_stop(value: Any) -> tuple[str, ...]:
-    strings = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
-        raise ValueError(f"'stop' must be a string or a list of strings that are not empty, got {value!r:.60}")
-    return tuple(strings)
-
-
-def _parse_switch(key: str, value: Any) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{key!r} must be true or false, got {value!r:.60}")
-    return value is not False
-
-
-def _parse_messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"'messages' must be a list with at least one message, got {value!r:.60}")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise ValueError(f"message {index} must be an object with 'role' and 'content' and nothing else")
-        if message["role"] not in _ROLES:
-            raise ValueError(f"message {index} has role {message['role']!r}; the roles are {', '.join(_ROLES)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"the content of message {index} must be a string, got {_kind(message['content'])}")
-    # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
-    if not value[-1]["content"].strip():
-        raise ValueError(f"empty prompt: the content of message {len(value) - 1}, the last, is empty; give it a text")
-    return tuple(value)
 
 
 def _kind(value: object) -> str:

@@ -138,7 +138,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("drafter.options=[1]", r"drafter.options=\[1\]: "),
         ("drafter.feature_layers=[1,1]", r"drafter.feature_layers must rise, .* got \[1, 1\]"),
         ("engine.slots=0", "engine.slots must be at least 1, got 0"),
-        ("max_new_tokens=0", "max_new_tokens must be at least 1, got 0"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1 or null, got 0"),
         ("traffic.limit=0", "traffic.limit must be at least 1 or null, got 0"),
         ("baseline.share=1", r"baseline.share must lie in \[0, 1\), got 1.0"),
         ("learner.max_skipped=0", r"learner.max_skipped must be at least 1, got 0"),

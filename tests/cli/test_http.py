@@ -53,6 +53,15 @@ def test_a_server_without_a_port_is_refused_and_sglang_has_its_own() -> None:
         front.stop()
 
 
+def test_a_budget_that_sglangs_clients_would_not_get_is_refused() -> None:
+    for port in ("null", "0"):
+        pairs = ["engine.name=sglang", "drafter.name=eagle3", f"http.port={port}", "max_new_tokens=8"]
+        with pytest.raises(
+            ConfigError, match="max_new_tokens=8: SGLang itself chooses the budget.*; leave the key out"
+        ):
+            HttpFront.of(load_config(overrides=pairs))
+
+
 def test_before_sglang_requests_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AURORA_RL_API_KEYS", "key")
     pairs = ["engine.name=sglang", "drafter.name=eagle3", "http.port=0", "http.max_body=10", "model=org/model"]

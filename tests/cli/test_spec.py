@@ -165,3 +165,8 @@ def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
     assert lookup("drafter.name=ngram") == lookup("drafter.mode=sampled") == lookup("drafter.lookup=0") == 0
     assert lookup("engine.name=sglang", "drafter.name=eagle3") == 0
     assert lookup("drafter.lookup=3", "drafter.name=ngram") == 3
+
+
+def test_traffic_without_a_budget_gets_one() -> None:
+    assert spec.resolve(load_config(overrides=["device=cpu"])).sampling.max_tokens == 96
+    assert spec.resolve(load_config(overrides=["device=cpu", "max_new_tokens=7"])).sampling.max_tokens == 7

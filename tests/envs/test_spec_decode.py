@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from spec_decode_worlds import (
+    LAYERS,
     MANY,
     NODES,
     VOCAB,
@@ -27,6 +28,7 @@ from torchrl.envs.utils import check_env_specs
 
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, TreeShape
+from aurora_rl.trajectories import validate
 
 # ---- the environment as TorchRL sees it -------------------------------------------------------------------------
 
@@ -86,6 +88,35 @@ def test_stop_tokens(policy: str) -> None:
     assert {True, False} == {t.terminated for t in truths}
     world = World(wanted, stop_tokens=(6, 2))
     check(world, world.run(plain if policy == "plain" else knowing(truths, chain=policy == "chain")), truths)
+
+
+@pytest.mark.parametrize("policy", ["plain", "chain", "tree"])
+def test_stop_tokens_are_tokens_like_others_where_a_request_says_so(policy: str) -> None:
+    wanted = requests(*MANY)
+    for request in wanted[::2]:
+        request.sampling = replace(request.sampling, ignore_eos=True)
+    truths = [Truth.of(r, stop_tokens=() if r.sampling.ignore_eos else (6, 2)) for r in wanted]
+    assert any({6, 2} & set(truth.tokens[:-1]) for truth in truths[::2]) and any(t.terminated for t in truths[1::2])
+    world = World(wanted, stop_tokens=(6, 2))
+    check(world, world.run(plain if policy == "plain" else knowing(truths, chain=policy == "chain")), truths)
+    for truth in truths:
+        trajectory = world.completions[truth.request.id].trajectory
+        assert trajectory is not None
+        width = 16  # of the tiny target
+        validate(trajectory, vocab_size=VOCAB, feature_size=width * len(LAYERS), hidden_size=width)
+        assert trajectory["sequence", "tokens"].tolist() == [*truth.request.prompt.tolist(), *truth.tokens]
+        features = truth.features[: len(trajectory["sequence", "features"])]
+        assert torch.allclose(trajectory["sequence", "features"], features, rtol=0, atol=1e-6)
+
+
+def test_a_stop_string_ends_what_stop_tokens_do_not() -> None:
+    request = requests((4, 18))[0]
+    known = Truth.of(request).tokens
+    request.sampling = replace(request.sampling, ignore_eos=True, stop=(letters(known)[6:9],))
+    truth = Truth.of(request)
+    assert truth.terminated
+    world = World([request], stop_tokens=tuple(set(known)), decode=letters)
+    check(world, world.run(knowing([truth])), [truth])
 
 
 def test_a_stop_token_as_the_last_of_the_budget_terminates() -> None:

@@ -67,7 +67,8 @@ def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], l
 def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None:
     server = start("serve", "http.port=0")
     api = client(server)
-    first = ask(api, "Number 0?", max_tokens=8)
+    first = ask(api, "Number 0?")
+    assert first.usage.completion_tokens == 8  # max_new_tokens
     served = 1 + ask_until(server, api, lambda: server.events("swap"))
     later = ask(api, "Number 0?", max_tokens=8)
     assert later.choices[0].message.content == first.choices[0].message.content  # whatever drafts, the same text

@@ -236,6 +236,10 @@ def test_waits_are_observed_and_requests_counted(rig: Rig) -> None:
         await anext(leaving)
         running = rig.clients.counts()
         await leaving.aclose()  # type: ignore[attr-defined]
+        await rig.complete([3], sampling, counted=False)
+        unseen = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400), counted=False)
+        await anext(unseen)
+        await unseen.aclose()  # type: ignore[attr-defined]
         return running
 
     rig.clients.observe = observe

@@ -177,13 +177,19 @@ def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
 
 def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
     asked = Prompt(
-        "p", "", ({"role": "user", "content": "one"},), ("more",), 50, {"temperature": 0, "seed": 7}, ("\n", "END")
+        "p",
+        "",
+        ({"role": "user", "content": "one"},),
+        ("more",),
+        50,
+        {"temperature": 0, "seed": 7, "ignore_eos": True},
+        ("\n", "END"),
     )
     short = Prompt("q", "", ({"role": "user", "content": "x" * 45},), max_tokens=9)
     source = queue_of(asked, short, prompt("r", "three"))
     requests = [source(), source(), source()]
     assert [r.sampling for r in requests] == [
-        SamplingParams(0, 7, 0.9, seed=7, max_tokens=50, stop=("\n", "END")),
+        SamplingParams(0, 7, 0.9, seed=7, max_tokens=50, stop=("\n", "END"), ignore_eos=True),
         SamplingParams(0.5, 7, 0.9, seed=101, max_tokens=9),
         SamplingParams(0.5, 7, 0.9, seed=102, max_tokens=10),
     ]

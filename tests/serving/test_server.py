@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.context import TrajectoryRecorder
-from aurora_rl.envs import TransformersEngine
+from aurora_rl.envs import SamplingParams, TransformersEngine
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
@@ -95,6 +95,23 @@ def test_what_nobody_may_draft_for_is_no_measure_of_speculation(tmp_path: Path) 
     measured = server.stats.rates()
     assert (measured.speculative, measured.speedup) == (None, None)
     assert server.stats.drafted.keys() <= {"plain", "baseline"}
+
+
+def test_what_asks_only_whether_the_server_works_is_counted_nowhere(tmp_path: Path) -> None:
+    first, second = requests(2)
+    probe = replace(first, id=7, sampling=SamplingParams(max_tokens=1), speculative=False, learn=False, counted=False)
+    alone, beside = Serving(tmp_path / "a", [second], Oracle([second])), tmp_path / "b"
+    serving = Serving(
+        beside, [probe, second, replace(probe, id=8)], Oracle([first, second]), windows=BaselineWindows(0.0, 1)
+    )
+    alone.run()
+    server = serving.run()
+    assert [completion.request.id for completion in serving.completions] == [7, 1, 8]
+    assert server.stats.finished == alone.server.stats.finished and server.stats.drafted == alone.server.stats.drafted
+    assert [(r.tokens, r.request) for r in server.stats.rounds] == [
+        (r.tokens, r.request) for r in alone.server.stats.rounds
+    ]
+    assert [event["request"] for event in serving.events("request")] == [1]
 
 
 def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:

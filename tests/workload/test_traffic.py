@@ -62,25 +62,50 @@ def test_a_line_may_say_how_it_is_served(tmp_path: Path) -> None:
     assert [(p.speculative, p.learn) for p in prompts] == [(True, True), (False, True), (True, False), (True, True)]
 
 
-ONE_TEXT = {"n": 2, "logprobs": True, "top_logprobs": 3}
+OF_HTTP = {
+    "n": 2, "logprobs": True, "top_logprobs": 3, "stream": True, "stream_options": {}, "prompt": "a",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [*NEUTRAL, *ONE_TEXT])
+@pytest.mark.parametrize("field", [*NEUTRAL, *OF_HTTP])
 def test_what_would_change_the_answer_and_is_not_supported_is_refused(tmp_path: Path, field: str) -> None:
-    line = json.dumps(json.loads(GOOD) | {field: ONE_TEXT.get(field, [{"type": "function"}])})
-    by = "traffic files" if field in ONE_TEXT else "this server"
+    line = json.dumps(json.loads(GOOD) | {field: OF_HTTP.get(field, [{"type": "function"}])})
+    by = "traffic files" if field in OF_HTTP else "this server"
     with pytest.raises(TrafficError, match=rf"requests\.jsonl, line 2: {field} is not supported by {by}: leave it out"):
         read_jsonl(write(tmp_path, GOOD, line))
 
 
 def test_what_changes_nothing_is_ignored(tmp_path: Path) -> None:
     neutral = {field: values[0] if values else None for field, values in NEUTRAL.items()}
-    neutral |= {"n": 1, "logprobs": False, "top_logprobs": 0}
-    own = dict.fromkeys(["stream", "model", "prompt", "clean", "source", "ids"], "x")
-    lines = [neutral, dict.fromkeys([*NEUTRAL, *ONE_TEXT]), dict.fromkeys(HARMLESS, "x"), own]
+    neutral |= {"n": 1, "logprobs": False, "top_logprobs": 0, "stream": False, "model": "served"}
+    own = dict.fromkeys(["clean", "source", "ids", "mode", "names"], "x")
+    lines = [neutral, dict.fromkeys([*NEUTRAL, *OF_HTTP]), dict.fromkeys(HARMLESS, "x"), own]
     user = json.loads(GOOD)
-    prompts = read_jsonl(write(tmp_path, *(json.dumps(user | line) for line in lines)))
+    prompts = read_jsonl(write(tmp_path, *(json.dumps(user | line) for line in lines)), model="served")
     assert prompts == [Prompt(f"line-{number}", "", tuple(user["messages"])) for number in range(1, 5)]
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD, GOOD.replace("{", '{"model": "gpt-4", ', 1))
+    with pytest.raises(TrafficError, match="line 2: model is 'gpt-4', and this run serves 'smollm2'; leave it out"):
+        read_jsonl(path, model="smollm2")
+    with pytest.raises(TrafficError, match="line 2: model is 'gpt-4'; leave it out"):
+        read_jsonl(path)
+
+
+def test_a_line_is_what_a_body_would_be(tmp_path: Path) -> None:
+    line = {
+        "messages": [
+            {"role": "developer", "content": "Be brief.", "name": "rules"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        ],
+        "top_k": -1, "seed": -1, "ignore_eos": True,
+    }  # fmt: skip
+    (prompt,) = read_jsonl(write(tmp_path, json.dumps(line)))
+    assert prompt.sampling == {"top_k": 0, "seed": 2**63 - 1, "ignore_eos": True}
+    assert prompt.messages == (
+        {"role": "system", "content": "Be brief.", "name": "rules"}, {"role": "user", "content": "a\nb"},
+    )  # fmt: skip
 
 
 def test_limit_and_shuffle(tmp_path: Path) -> None:
@@ -104,13 +129,13 @@ def message(**keys: Any) -> str:
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ('{"messages": [', "not JSON: Expecting value at column 15"),
-        (b'{"messages": "\xff"}', "'utf-8' codec can't decode"),
-        ("[" * 100_000, "nested too deeply"),
+        ('{"messages": [', "not valid JSON: Expecting value at character 15"),
+        (b'{"messages": "\xff"}', "not valid JSON: 'utf-8' codec can't decode"),
+        ("[" * 100_000, "not valid JSON: nested too deeply"),
         ("[1]", "expected an object with 'messages', got a value of type list"),
         ("null", "expected an object with 'messages', got null"),
-        ('{"prompt": "Hi"}', "'messages' must be a list with at least one message, got None"),
-        ('{"messages": []}', "'messages' must be a list with at least one message, got []"),
+        ('{"prompt": "Hi"}', "messages is missing"),
+        ('{"messages": []}', "messages is []; give a list with at least one message"),
         ('{"message": []}', "unknown key 'message'; did you mean 'messages'"),
         (GOOD.replace("{", '{"followups": [], ', 1), "unknown key 'followups'; did you mean 'follow_ups'"),
         (
@@ -123,29 +148,37 @@ def message(**keys: Any) -> str:
         ),
         (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
         (GOOD.replace("{", '{"Top-P": 0.5, ', 1), "unknown key 'Top-P'; did you mean 'top_p'"),
-        (GOOD.replace("{", '{"learn": "no", ', 1), "'learn' must be true or false, got 'no'"),
-        (GOOD.replace("{", '{"max_tokens": 0, ', 1), "'max_tokens' must be an integer of at least 1, got 0"),
-        (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "'max_completion_tokens' must be an integer"),
+        (GOOD.replace("{", '{"learn": "no", ', 1), "learn is 'no'; give true or false"),
+        (GOOD.replace("{", '{"max_tokens": 0, ', 1), "max_tokens is 0; give an integer >= 1"),
+        (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "max_completion_tokens is 2.5; give an integer"),
         (
             GOOD.replace("{", '{"max_tokens": 3, "max_completion_tokens": 4, ', 1),
-            "'max_tokens' and 'max_completion_tok",
+            "max_tokens and max_completion_tokens differ; give one of them",
         ),
         (GOOD.replace("{", '{"temperature": -1, ', 1), "temperature is -1; give a finite number >= 0"),
         (GOOD.replace("{", '{"temperature": "hot", ', 1), "temperature is 'hot'; give a number"),
         (GOOD.replace("{", '{"top_p": 0, ', 1), "top_p is 0; give a number with 0 < top_p <= 1"),
         (GOOD.replace("{", '{"top_k": 1.5, ', 1), "top_k is 1.5; give an integer"),
-        (GOOD.replace("{", '{"seed": -1, ', 1), "seed is -1; give an integer with 0 <= seed < 2**63"),
-        (GOOD.replace("{", '{"stop": [""], ', 1), "'stop' must be a string or a list of strings that are not empty"),
-        (GOOD.replace("{", '{"stop": {}, ', 1), "'stop' must be a string or a list of strings that are not empty"),
+        (
+            GOOD.replace("{", '{"seed": 9223372036854775808, ', 1),
+            "seed is 9223372036854775808; give an integer with 0 <= seed",
+        ),
+        (GOOD.replace("{", '{"stop": [""], ', 1), "stop has ''; give strings that are not empty"),
+        (GOOD.replace("{", '{"stop": {}, ', 1), "stop is {}; give a string, or a list of strings"),
         (GOOD.replace("{", '{"id": true, ', 1), "'id' must be a string or an integer, got a value of type bool"),
         (GOOD.replace("{", '{"domain": 3, ', 1), "'domain' must be a string, got a value of type int"),
-        ('{"messages": ["Hi"]}', "message 0 must be an object with 'role' and 'content' and nothing else"),
-        (message(tool_calls=[]), "message 0 must be an object with 'role' and 'content' and nothing else"),
-        (message(role="human"), "message 0 has role 'human'; the roles are system, user, assistant, tool"),
-        (message(role=["user"]), "message 0 has role"),
-        (message(content=None), "the content of message 0 must be a string, got null"),
-        (message(content=" \n"), "empty prompt: the content of message 0, the last, is empty; give it a text"),
-        (message(content="\ud800"), "a text has '\\ud800', half a surrogate pair, which no tokenizer takes; remove it"),
+        ('{"messages": ["Hi"]}', "messages[0] is 'Hi'; give an object with 'role' and 'content'"),
+        (message(tool_calls=[3]), "messages[0].tool_calls is not supported by this server: leave it out"),
+        (message(age=3), "unknown field 'messages[0].age'"),
+        (message(role="human"), "messages[0].role is 'human'; give one of system, developer, user, assistant"),
+        (message(role="tool"), "messages[0].role is 'tool'; give another one"),
+        (message(role=["user"]), "messages[0].role is ['user']; give one of"),
+        (message(content=None), "messages[0].content is missing"),
+        (message(content=" \n"), "empty prompt: the content of messages[0], the last, is empty; give it a text"),
+        (
+            message(content="\ud800"),
+            "not valid JSON: a text has '\\ud800', half a surrogate pair, which no tokenizer takes; remove it",
+        ),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str) -> None:

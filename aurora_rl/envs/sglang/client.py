@@ -223,6 +223,7 @@ class SGLangClient:
             "top_p": sampling.top_p,
             "stop": list(sampling.stop) or None,
             "stop_token_ids": list(stop_tokens) or None,
+            "ignore_eos": sampling.ignore_eos,  # stop_token_ids too, in SGLang
         }
         if sampling.top_k:
             params["top_k"] = sampling.top_k

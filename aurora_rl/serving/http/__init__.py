@@ -2,7 +2,7 @@
 
 import importlib
 
-for _name in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
+for _name in ("starlette", "uvicorn", "prometheus_client"):
     try:
         importlib.import_module(_name)
     except ImportError as error:

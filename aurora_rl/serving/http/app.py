@@ -35,6 +35,7 @@ def create_app(
     sampling: SamplingParams,
     history: RunHistory,
     metrics: Exporter,
+    max_tokens: int | None = None,
     num_spec_tokens: int = 0,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
@@ -52,6 +53,7 @@ def create_app(
         max_length: Most tokens of prompt and completion.
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
+        max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
         history: What the run came to so far, for the live page at ``/``.
         metrics: What is exported for Prometheus at ``/metrics``.
         num_spec_tokens: Tokens of the longest path that is drafted.
@@ -71,6 +73,7 @@ def create_app(
             max_length=max_length,
             max_waiting=max_waiting,
             sampling=sampling,
+            max_tokens=max_tokens,
         ),
         model=model,
         max_length=max_length,

@@ -65,8 +65,10 @@ class Front:
         self._model, self._max_length, self._drafter = model, max_length, drafter
         self._max_body, self._timeout, self._metrics = max_body, timeout, metrics
         self._created = int(time.time())
-        # Bodies are parsed and encoded next to the event loop, in one thread: tokenizers are not made for several.
+        # Bodies are parsed and encoded next to the event loop, in one thread. Texts that are only to be counted may be
+        # as long as a body, and have a thread of their own. They may share a tokenizer whose settings nobody changes.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._counter = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -126,7 +128,8 @@ class Front:
 
     async def health_generate(self, request: Request) -> Response:
         """Generate a token to tell whether the engine works."""
-        job = Job(torch.zeros(1, dtype=torch.int64), SamplingParams(max_tokens=1), speculative=False, learn=False)
+        sampling = SamplingParams(max_tokens=1)
+        job = Job(torch.zeros(1, dtype=torch.int64), sampling, speculative=False, learn=False, counted=False)
         deadline = asyncio.get_running_loop().time() + _HEALTH_S
         try:
             await while_connected(request.receive, complete(self._engine, [job], deadline))
@@ -185,12 +188,13 @@ class Front:
         return answer
 
     async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
-        """Answer a body in the thread that encodes."""
+        """Answer a body in the thread of /tokenize and /detokenize."""
         try:
             data = await read_body(request, self._max_body, self._timeout)
         except ClientDisconnect:
             return GONE
-        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._worker, answer, data))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._counter, lambda: JSONResponse(answer(data)))
 
     def _card(self) -> dict[str, Any]:
         return {

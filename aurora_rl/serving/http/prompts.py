@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.serving.http.errors import ApiError
-from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Message, Tokenize
+from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Tokenize
+from aurora_rl.workload.request_values import Message
 
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 
@@ -28,12 +29,14 @@ class Job:
         sampling: Its parameters.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
+        counted: Whether statistics and metrics count it.
     """
 
     prompt: Tensor
     sampling: SamplingParams
     speculative: bool
     learn: bool
+    counted: bool = True
 
 
 class Encoder:
@@ -46,6 +49,7 @@ class Encoder:
         max_length: Most tokens of prompt and completion.
         max_waiting: Most choices of a request, as many as may wait for a slot.
         sampling: Temperature, top-k and top-p of requests that name none.
+        max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
     """
 
     def __init__(
@@ -57,8 +61,9 @@ class Encoder:
         max_length: int,
         max_waiting: int,
         sampling: SamplingParams,
+        max_tokens: int | None = None,
     ) -> None:
-        self._tokenizer, self._model, self._sampling = tokenizer, model, sampling
+        self._tokenizer, self._model, self._sampling, self._max_tokens = tokenizer, model, sampling, max_tokens
         self._vocab_size, self._max_length, self._max_waiting = vocab_size, max_length, max_waiting
         # Texts that no tokens of the vocabulary could bring into the context are refused before seconds go into them.
         self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
@@ -74,37 +79,28 @@ class Encoder:
             ApiError: Status 404 for another model, 400 for what cannot be served.
         """
         self.check_model(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
-        chat = isinstance(body, ChatCompletion)
-        if isinstance(body, ChatCompletion) and body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
-        n = body.n or 1
-        prompts = 1 if isinstance(body, ChatCompletion) else len(body.prompt)
+        n, prompts = body.n, 1 if isinstance(body, ChatCompletion) else len(body.prompts)
         if n * prompts > self._max_waiting:
             raise ApiError(
                 400,
                 f"{prompts} prompts of n={n} choices are more than http.max_waiting={self._max_waiting} completions; "
                 "send fewer at a time",
-                param="n" if chat else "prompt",
+                param="n" if isinstance(body, ChatCompletion) else "prompt",
                 code="invalid_value",
             )
         speculative = switch(body.speculative, headers, "x-aurora-speculative")
         learn = switch(body.learn, headers, "x-aurora-learn")
-        jobs = []
+        jobs, first = [], body.sampling.get("seed")
         for tokens in self._prompts(body):
-            sampling = self._params(body, len(tokens))
-            prompt = torch.tensor(tokens, dtype=torch.int64)
+            sampling, prompt = self._params(body, len(tokens)), torch.tensor(tokens, dtype=torch.int64)
             for index in range(n):
-                seed = secrets.randbits(63) if body.seed is None else (body.seed + index) % 2**63
+                seed = secrets.randbits(63) if first is None else (first + index) % 2**63
                 jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn))
         return jobs
 
     def tokenize(self, body: Tokenize) -> list[int]:
         """Return the tokens of a text or a conversation."""
         self.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
         if body.messages is not None:
             return self._chat(body.messages)
         return list(self._tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"])
@@ -131,9 +127,11 @@ class Encoder:
 
     def _prompts(self, body: ChatCompletion | Completion) -> list[list[int]]:
         if isinstance(body, ChatCompletion):
-            self._check_length(sum(len(message.content) for message in body.messages), "messages")
+            self._check_length(
+                sum(len(each["content"]) + len(each.get("name", "")) for each in body.messages), "messages"
+            )
             return [self._checked(self._chat(body.messages), "messages")]
-        return [self._checked(self._text(each) if isinstance(each, str) else each, "prompt") for each in body.prompt]
+        return [self._checked(self._text(each) if isinstance(each, str) else each, "prompt") for each in body.prompts]
 
     def _text(self, text: str) -> list[int]:
         self._check_length(len(text), "prompt")
@@ -151,7 +149,7 @@ class Encoder:
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
         try:
-            return encode_chat(self._tokenizer, [message.model_dump() for message in messages])
+            return encode_chat(self._tokenizer, messages)
         except Exception as error:  # a template is a program of the model's, which may fail in any way
             reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             message = f"the chat template of model {self._model!r} refuses the conversation: {reason}"
@@ -175,11 +173,8 @@ class Encoder:
 
     def _params(self, body: Generation, prompt_length: int) -> SamplingParams:
         """The parameters of a request, without its seed; raises where the context has no room for its budget."""
-        budget, name = body.max_tokens, "max_tokens"
-        if isinstance(body, ChatCompletion) and body.max_completion_tokens is not None:
-            budget, name = body.max_completion_tokens, "max_completion_tokens"
-        room = self._max_length - prompt_length
-        if room < (1 if budget is None else budget):
+        budget, name, room = body.sampling.get("max_tokens"), body.budget_name, self._max_length - prompt_length
+        if room < (budget or 1):
             asked = "" if budget is None else f" and {name}={budget} asks for that many more"
             raise ApiError(
                 400,
@@ -188,19 +183,8 @@ class Encoder:
                 param="messages" if isinstance(body, ChatCompletion) else "prompt",
                 code="context_length_exceeded",
             )
-        defaults = self._sampling
-        top_k = 0 if body.top_k == -1 else body.top_k
-        try:
-            return SamplingParams(
-                temperature=defaults.temperature if body.temperature is None else body.temperature,
-                top_k=defaults.top_k if top_k is None else top_k,
-                top_p=defaults.top_p if body.top_p is None else body.top_p,
-                max_tokens=room if budget is None else budget,
-                stop=body.stop,
-                logprobs=body.num_logprobs,
-            )
-        except ValueError as error:  # its message begins with the field
-            raise ApiError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
+        unnamed = body.default_budget if self._max_tokens is None else self._max_tokens
+        return replace(self._sampling, **{"max_tokens": min(room, unnamed or room), **body.sampling})
 
 
 def switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:

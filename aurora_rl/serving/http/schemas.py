@@ -2,84 +2,148 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from aurora_rl.serving.http.errors import ApiError
-from aurora_rl.serving.http.fields import check_fields
+from aurora_rl.workload.request_fields import FieldError, check_fields
+from aurora_rl.workload.request_values import (
+    BUDGETS,
+    SAMPLING,
+    Message,
+    boolean_field,
+    chat_messages,
+    integer_field,
+    missing,
+    parse_json,
+    sampling_fields,
+    string_field,
+    wrong,
+)
 
-_MAX_N, _MAX_STOPS = 128, 16
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# What clients send back of an answer that they got; templates are not given it.
-_EMPTY_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
-    name: ([], {}, "")
-    for name in ("refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning", "reasoning_content")
-}
-
-
-def _stops(value: object) -> object:
-    strings = [value] if isinstance(value, str) else value
-    if strings is None:
-        return ()
-    if not isinstance(strings, list) or not all(isinstance(each, str) and each for each in strings):
-        raise ValueError("give a string, or a list of strings, none of them empty")
-    if len(strings) > _MAX_STOPS:
-        raise ValueError(f"give at most {_MAX_STOPS} strings, got {len(strings)}")
-    return tuple(strings)
+_MAX_N, _MAX_LOGPROBS = 128, 20
 
 
-def _content(value: object) -> object:
-    """Text of a message: a string, null, or parts of type text, which are joined by newlines as in vLLM."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list):
-        raise ValueError("give a string, or a list of parts of type text")
-    texts = []
-    for index, part in enumerate(value):
-        if not isinstance(part, dict):
-            raise ValueError(f"part {index} is no object; give {{'type': 'text', 'text': ...}}")
-        if part.get("type") != "text":
-            raise ValueError(f"part {index} is of type {part.get('type')!r:.50}, and this server takes text only")
-        if not isinstance(part.get("text"), str) or part.keys() > {"type", "text"}:
-            raise ValueError(f"part {index} must have the keys 'type' and 'text' alone, and a string in 'text'")
-        texts.append(part["text"])
-    return "\n".join(texts)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What chats and plain completions have in common. null is as good as nothing, but for ``max_tokens``.
+
+    Attributes:
+        model: Name of the served model.
+        stream: Whether the answer comes in pieces.
+        include_usage: Whether a stream ends with the usage.
+        n: Choices for each prompt.
+        sampling: What the request says of its :class:`~aurora_rl.sampling_params.SamplingParams`, by their names. The
+            seed is that of the first choice; the next ones take the numbers after it.
+        budget_name: Field that names the token budget.
+        default_budget: Token budget if neither the request nor the configuration names one; None takes what the context
+            leaves.
+        speculative: Whether drafts are verified for it; None if the body does not say.
+        learn: Whether the learner may see it; None if the body does not say.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = (
+        *("model", "stream", "stream_options", "n", "max_tokens", "logprobs", "speculative", "learn"),
+        *SAMPLING,
+    )
+
+    model: str | None
+    stream: bool
+    include_usage: bool
+    n: int
+    sampling: Mapping[str, Any]
+    budget_name: str = "max_tokens"
+    default_budget: int | None = None
+    speculative: bool | None
+    learn: bool | None
 
 
-def _role(value: object) -> object:
-    if value in ("tool", "function"):
-        raise ValueError(f"messages of role {value!r} are not supported by this server, as tools are not")
-    if not isinstance(value, str) or value not in _ROLES:
-        raise ValueError(f"give one of {', '.join(_ROLES)}")
-    return _ROLES[value]
+def _generation(fields: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
+    """Return the arguments of :class:`Generation`."""
+    stream = boolean_field(fields, "stream") or False
+    sampling = sampling_fields(fields)
+    return {
+        "model": string_field(fields, "model"),
+        "stream": stream,
+        "include_usage": _include_usage(fields.get("stream_options"), stream),
+        "n": integer_field(fields, "n", 1, _MAX_N) or 1,
+        "sampling": sampling if logprobs is None else {**sampling, "logprobs": logprobs},
+        "speculative": boolean_field(fields, "speculative"),
+        "learn": boolean_field(fields, "learn"),
+    }
 
 
-def _messages(value: object) -> object:
-    """Check the keys of messages."""
-    if not isinstance(value, list):
-        return value
-    checked = []
-    for index, message in enumerate(value):
-        where = f"messages[{index}]."
-        if isinstance(message, dict):
-            message = check_fields(
-                message, ("role", "content"), where=where, harmless=("name",), neutral=_EMPTY_OF_MESSAGE
-            )
-            if message.get("content") is None and message.get("role") != "assistant":
-                raise ApiError(400, f"{where}content is missing", param=f"{where}content", code="missing_field")
-        checked.append(message)
-    return checked
+def _include_usage(options: Any, stream: bool) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise wrong("stream_options", options, "give an object")
+    if not stream:
+        raise FieldError("stream_options needs stream=true", "stream_options")
+    # Nothing is padded against eavesdroppers, whatever they say of obfuscation.
+    known = check_fields(
+        options, ("include_usage",), where="stream_options.", harmless=("include_obfuscation",), neutral={}
+    )
+    return boolean_field(known, "include_usage") or False
 
 
-def _prompts(value: object) -> object:
-    """Return a list of prompts, each a string or a list of ids."""
-    if isinstance(value, str) or _is_ids(value):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatCompletion(Generation):
+    """Body of ``/v1/chat/completions``.
+
+    Attributes:
+        messages: The conversation.
+    """
+
+    NAMES = (*Generation.NAMES, "messages", "max_completion_tokens", "top_logprobs")
+
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Check the fields of a body."""
+        messages = chat_messages(fields.get("messages"))
+        logprobs, top = boolean_field(fields, "logprobs"), integer_field(fields, "top_logprobs", 0, _MAX_LOGPROBS)
+        if top and not logprobs:
+            raise FieldError("top_logprobs needs logprobs=true", "top_logprobs")
+        name = next((name for name in reversed(BUDGETS) if fields.get(name) is not None), BUDGETS[0])
+        common = _generation(fields, (top or 0) if logprobs else None)
+        return cls(messages=messages, budget_name=name, **common)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion(Generation):
+    """Body of ``/v1/completions``.
+
+    Attributes:
+        prompts: Prompts, each a text or token ids.
+    """
+
+    NAMES = (*Generation.NAMES, "prompt")
+
+    prompts: list[str] | list[list[int]]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Check the fields of a body."""
+        prompts = _prompts(fields.get("prompt"))
+        budget = None if "max_tokens" in fields else 16
+        common = _generation(fields, integer_field(fields, "logprobs", 0, _MAX_LOGPROBS))
+        return cls(prompts=prompts, default_budget=budget, **common)
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    if value is None:
+        raise missing("prompt")
+    if isinstance(value, str):
+        return [value]
+    if _is_ids(value):
         return [value]
     if isinstance(value, list) and value and (_all_strings(value) or all(_is_ids(each) for each in value)):
         return value
-    raise ValueError("give a string, a list of strings, a list of token ids, or a list of lists of token ids")
+    fix = "give a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    raise wrong("prompt", value, fix)
 
 
 def _all_strings(value: list[Any]) -> bool:
@@ -90,135 +154,43 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Message(_Model):
-    """One message of a chat.
-
-    Attributes:
-        role: "system", "user" or "assistant"; "developer" is taken for "system".
-        content: Its text.
-    """
-
-    role: Annotated[str, BeforeValidator(_role)]
-    content: Annotated[str, BeforeValidator(_content)] = ""
-
-
-class StreamOptions(_Model):
-    """Options of a stream.
-
-    Attributes:
-        include_usage: Whether a last chunk brings the usage.
-        include_obfuscation: Taken from OpenAI's clients; nothing is padded.
-    """
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class Generation(_Model):
-    """What chats and plain completions have in common; null is as good as nothing everywhere.
-
-    Attributes:
-        model: Name of the served model.
-        stream: Whether the answer comes in pieces.
-        stream_options: Options of the stream.
-        max_tokens: Token budget; None takes what the context leaves.
-        temperature: Divides the logits.
-        top_p: Mass of the likeliest tokens that are kept.
-        top_k: Number of the likeliest tokens that are kept; 0 or -1 keeps all.
-        seed: Seed of the first choice; the next ones take the numbers after it. None draws one.
-        stop: Strings that end the text.
-        n: Choices for each prompt.
-        speculative: Whether drafts are verified for it.
-        learn: Whether the learner may see it.
-    """
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
-    n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
-    speculative: bool | None = None
-    learn: bool | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Likeliest tokens that are listed with each token's log-probability; None if none is asked for."""
-        raise NotImplementedError
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-class ChatCompletion(Generation):
-    """Body of ``/v1/chat/completions``.
-
-    Attributes:
-        messages: The conversation.
-        max_completion_tokens: Token budget, before ``max_tokens``.
-        logprobs: Whether log-probabilities of the tokens are wanted.
-        top_logprobs: Likeliest tokens to list with each.
-    """
-
-    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(_messages)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Likeliest tokens that are listed with each token's log-probability; None if none is asked for."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class Completion(Generation):
-    """Body of ``/v1/completions``.
-
-    Attributes:
-        prompt: Prompts, each a text or token ids.
-        max_tokens: Token budget, 16 if it is left out; null takes what the context leaves.
-        logprobs: Likeliest tokens to list with each, at most 20; None for no log-probabilities.
-    """
-
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
-    max_tokens: int | None = 16
-    logprobs: int | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Likeliest tokens that are listed with each token's log-probability; None if none is asked for."""
-        return self.logprobs
-
-
-class Tokenize(_Model):
+@dataclass(frozen=True, slots=True)
+class Tokenize:
     """Body of ``/tokenize``: a prompt or messages.
 
     Attributes:
         model: Name of the served model.
-        prompt: A text.
-        messages: A conversation, in the place of a text.
+        prompt: A text; None if there are messages.
+        messages: A conversation; None if there is a text.
         add_special_tokens: Whether the text gets the special tokens that the tokenizer begins or ends a text with.
         return_token_strs: Whether each token is also told as a string.
     """
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message] | None, BeforeValidator(_messages)] = None
-    add_special_tokens: bool = True
-    return_token_strs: bool | None = None
+    NAMES: ClassVar[tuple[str, ...]] = ("model", "prompt", "messages", "add_special_tokens", "return_token_strs")
+
+    model: str | None
+    prompt: str | None
+    messages: tuple[Message, ...] | None
+    add_special_tokens: bool
+    return_token_strs: bool
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Check the fields of a body."""
+        prompt, messages = string_field(fields, "prompt"), fields.get("messages")
+        if (prompt is None) == (messages is None):
+            raise FieldError("give either prompt or messages", "prompt")
+        return cls(
+            string_field(fields, "model"),
+            prompt,
+            None if messages is None else chat_messages(messages),
+            boolean_field(fields, "add_special_tokens") is not False,
+            boolean_field(fields, "return_token_strs") or False,
+        )
 
 
-class Detokenize(_Model):
+@dataclass(frozen=True, slots=True)
+class Detokenize:
     """Body of ``/detokenize``.
 
     Attributes:
@@ -226,14 +198,34 @@ class Detokenize(_Model):
         tokens: Token ids.
     """
 
-    model: str | None = None
+    NAMES: ClassVar[tuple[str, ...]] = ("model", "tokens")
+
+    model: str | None
     tokens: list[int]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Check the fields of a body."""
+        tokens = fields.get("tokens")
+        if not isinstance(tokens, list) or (tokens and not _is_ids(tokens)):
+            raise wrong("tokens", tokens, "give a list of token ids")
+        return cls(string_field(fields, "model"), tokens)
+
+
+class _Schema(Protocol):
+    NAMES: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self: ...
+
+
+T = TypeVar("T", bound=_Schema)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object of a body, or raise ApiError with status 400 if it is none."""
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = parse_json(body)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
@@ -241,38 +233,18 @@ def json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-T = TypeVar("T", bound=_Model)
-
-
 def parse(body: bytes, schema: type[T]) -> T:
     """Return the checked body of a request.
 
     Raises:
-        ApiError: Status 400; the message names the field, what is wrong with it, and the value.
+        ApiError: Status 400; the message names the field, its value, and the fix.
 
     Example:
         >>> parse(b'{"tokens": [3, 4], "user": "me"}', Detokenize).tokens
         [3, 4]
     """
-    fields = check_fields(json_object(body), schema.model_fields)
+    fields = json_object(body)
     try:
-        return schema.model_validate(fields)
-    except ValidationError as error:
-        raise _refusal(error) from error
-
-
-def _refusal(error: ValidationError) -> ApiError:
-    """Name the first wrong field."""
-    first = error.errors(include_url=False)[0]
-    place = ""
-    for part in first["loc"]:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
-    if first["type"] == "missing":
-        return ApiError(400, f"{place} is missing", param=place, code="missing_field")
-    reason = str(first.get("ctx", {}).get("error") or first["msg"])
-    return ApiError(400, f"{place} is {_shown(first['input'])}: {reason}", param=place, code="invalid_value")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return schema.of(check_fields(fields, schema.NAMES))
+    except FieldError as error:
+        raise ApiError(400, str(error), param=error.param, code=error.code) from error

@@ -56,7 +56,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked[body["rid"]] = body["sampling_params"].get("custom_params")
+        params = body["sampling_params"]
+        self.asked[body["rid"]] = params.get("custom_params"), params["ignore_eos"]
         status, text = {
             "0": (200, json.dumps({"output_ids": body["input_ids"], "meta_info": {"finish_reason": {"type": "stop"}}})),
             "1": (400, "the input is too long"),
@@ -81,12 +82,12 @@ def test_answers_refusals_and_nonsense_of_a_server():
                 completion = client.generate(unrecorded, timeout=10)
                 assert (completion.tokens.tolist(), completion.terminated) == ([3, 4], True)
                 with pytest.raises(SGLangError, match="SGLang refuses /generate: the input is too long"):
-                    client.generate(Request(1, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
+                    client.generate(Request(1, torch.tensor([3]), SamplingParams(ignore_eos=True)), timeout=10)
                 with pytest.raises(SGLangError, match=f"SGLang at {url} does not answer /generate"):
                     client.generate(Request(2, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
                 with pytest.raises(SGLangError, match="request 3: speculative=false is not supported by SGLang; leave"):
                     client.generate(Request(3, torch.tensor([3]), speculative=False))
-                assert Answers.asked == {"0": {"aurora_rl": False}, "1": None, "2": None}
+                assert Answers.asked == {"0": ({"aurora_rl": False}, False), "1": (None, True), "2": (None, False)}
         finally:
             server.shutdown()
             thread.join()

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import pytest
 from processes import wait
 
 from aurora_rl.serving.http.keys import ENVIRONMENT, read_api_keys
+from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.serving.http.schemas import Tokenize
 from aurora_rl.serving.http.server import HttpServer
 
 LONG = {"prompt": "Once", "max_tokens": 500, "stop": ["never there"]}
@@ -158,6 +161,26 @@ def test_bodies_are_bounded_before_they_are_parsed(rig: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_a_long_text_that_is_counted_makes_no_other_request_wait(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on, tokenize = threading.Event(), threading.Event(), Encoder.tokenize
+
+    def slowly(encoder: Encoder, body: Tokenize) -> list[int]:
+        began.set()
+        assert go_on.wait(30)
+        return tokenize(encoder, body)
+
+    monkeypatch.setattr(Encoder, "tokenize", slowly)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        counted = pool.submit(httpx.post, f"{rig.url}/tokenize", json={"prompt": "x" * 600_000}, timeout=60)
+        try:
+            assert began.wait(30)
+            answer = httpx.post(f"{rig.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=10)
+            assert answer.status_code == 200 and not counted.done()
+        finally:
+            go_on.set()
+        assert counted.result().json()["count"] == 600_000  # as in vLLM, more than the context holds
+
+
 def test_curl_reads_that_its_body_is_too_large(rig: Any, tmp_path: Path) -> None:
     (tmp_path / "body").write_bytes(b"x" * 3_000_000)
     command = ["curl", "-s", "--max-time", "30", f"{rig.url}/v1/completions", "-H", "Content-Type: application/json"]

@@ -131,3 +131,11 @@ def test_a_server_with_keys_wants_one_for_metrics(rig: Any) -> None:
     url = rig.serve(api_keys=["key"])
     assert httpx.get(f"{url}/metrics").status_code == 401
     assert "aurora_" in httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer key"}).text
+
+
+def test_a_deep_health_check_is_no_request(rig: Any, scrape: Callable[[], Samples]) -> None:
+    assert httpx.get(f"{rig.url}/health_generate", timeout=30).status_code == 200
+    assert rig.idle()
+    assert {
+        name for (name, _), value in scrape().items() if value and not name.startswith(("process_", "python_"))
+    } == set()

@@ -1,0 +1,188 @@
+"""Values of request fields, checked alike in a body and in a line of a traffic file."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.workload.request_fields import FieldError, check_fields
+
+Message = Mapping[str, str]
+"""One message of a chat: "role", "content", and "name" if it has one."""
+
+BUDGETS = ("max_tokens", "max_completion_tokens")
+SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+_MAX_STOPS = 16
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# What clients send back of an answer that they got; templates are not given it.
+_EMPTY_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
+    name: ([], {}, "")
+    for name in ("refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning", "reasoning_content")
+}
+
+
+def parse_json(data: bytes) -> Any:
+    r"""Return a value of JSON, in UTF-8.
+
+    Raises:
+        ValueError: The data is not JSON, or has a text that no tokenizer takes.
+
+    Example:
+        >>> parse_json(b'{"n": [1, 2.5]}')
+        {'n': [1, 2.5]}
+    """
+    text = data.decode("utf-8-sig")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply to read") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"a text has {half!r}, half a surrogate pair, which no tokenizer takes; remove it") from None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; write a number or null")
+
+
+def wrong(place: str, value: Any, fix: str) -> FieldError:
+    """Return the error of a value.
+
+    Args:
+        place: Place of the field in the request.
+        value: Its value.
+        fix: What to give in its place.
+    """
+    return FieldError(f"{place} is {reprlib.repr(value)}; {fix}", place)
+
+
+def missing(place: str) -> FieldError:
+    """Return the error of a field that is not there."""
+    return FieldError(f"{place} is missing", place, "missing_field")
+
+
+def boolean_field(fields: Mapping[str, Any], name: str) -> bool | None:
+    """Return a field that is true or false; None if it is null or left out."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(name, value, "give true or false")
+    return value
+
+
+def integer_field(fields: Mapping[str, Any], name: str, least: int, most: float = math.inf) -> int | None:
+    """Return a field that is an integer from ``least`` to ``most``; None if it is null or left out."""
+    value = fields.get(name)
+    if value is not None and (type(value) is not int or not least <= value <= most):
+        raise wrong(name, value, f"give an integer >= {least}" + (f" and <= {most}" if most < math.inf else ""))
+    return value
+
+
+def string_field(fields: Mapping[str, Any], name: str, where: str = "") -> str | None:
+    """Return a field that is a string; None if it is null or left out."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise wrong(f"{where}{name}", value, "give a string")
+    return value
+
+
+def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a request says of its :class:`~aurora_rl.sampling_params.SamplingParams`, by their names.
+
+    Args:
+        fields: Fields of the request, of which :data:`BUDGETS` and :data:`SAMPLING` are read.
+
+    Raises:
+        FieldError: A value is out of range, or the two budgets differ.
+
+    Example:
+        >>> sampling_fields({"max_completion_tokens": 8, "top_k": -1, "seed": None, "stop": "END"})
+        {'top_k': 0, 'stop': 'END', 'max_tokens': 8}
+    """
+    named = {name: fields[name] for name in SAMPLING if fields.get(name) is not None}
+    stop, seed, top_k = (named.get(name) for name in ("stop", "seed", "top_k"))
+    if stop is not None and not isinstance(stop, str | list):
+        raise wrong("stop", stop, "give a string, or a list of strings")
+    if isinstance(stop, list) and len(stop) > _MAX_STOPS:
+        raise FieldError(f"stop has {len(stop)} strings; give at most {_MAX_STOPS}", "stop")
+    if type(top_k) is int and top_k == -1:  # vLLM's and SGLang's word for all tokens
+        named["top_k"] = 0
+    if type(seed) is int and -(2**63) <= seed < 0:
+        named["seed"] = seed % 2**63
+    budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}
+    if len(set(budgets.values())) > 1:
+        raise FieldError(f"{' and '.join(budgets)} differ; give one of them", BUDGETS[-1])
+    for budget in budgets.values():
+        named["max_tokens"] = budget
+    try:
+        SamplingParams(**named)
+    except ValueError as error:  # its message begins with the field
+        raise FieldError(str(error), str(error).split()[0]) from error
+    return named
+
+
+def chat_messages(value: Any) -> tuple[Message, ...]:
+    """Return the messages of a chat as templates take them: texts by role.
+
+    Args:
+        value: The field ``messages``.
+
+    Raises:
+        FieldError: The first message that cannot be given to a template, by its place.
+
+    Example:
+        >>> chat_messages([{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}])
+        ({'role': 'system', 'content': 'Be brief.'},)
+    """
+    if value is None:
+        raise missing("messages")
+    if not isinstance(value, list) or not value:
+        raise wrong("messages", value, "give a list with at least one message")
+    return tuple(_message(each, f"messages[{index}]") for index, each in enumerate(value))
+
+
+def _message(value: Any, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise wrong(place, value, "give an object with 'role' and 'content'")
+    where = f"{place}."
+    fields = check_fields(value, ("role", "content", "name"), where=where, harmless=(), neutral=_EMPTY_OF_MESSAGE)
+    role, content = fields.get("role"), fields.get("content")
+    if role is None:
+        raise missing(f"{where}role")
+    if role in ("tool", "function"):
+        raise wrong(f"{where}role", role, "give another one: such messages are not supported, as tools are not")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise wrong(f"{where}role", role, f"give one of {', '.join(_ROLES)}")
+    if content is None and role != "assistant":
+        raise missing(f"{where}content")
+    message = {"role": _ROLES[role], "content": _text(content, f"{where}content")}
+    if (name := string_field(fields, "name", where)) is not None:
+        message["name"] = name
+    return message
+
+
+def _text(value: Any, place: str) -> str:
+    """Text of a message: a string, null, or parts of type text, which are joined by newlines as in vLLM."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise wrong(place, value, "give a string, or a list of parts of type text")
+    texts = []
+    for index, part in enumerate(value):
+        where = f"{place}[{index}]"
+        if not isinstance(part, dict):
+            raise wrong(where, part, "give {'type': 'text', 'text': ...}")
+        if part.get("type") != "text":
+            raise wrong(f"{where}.type", part.get("type"), "give parts of type 'text': others are not supported")
+        if not isinstance(part.get("text"), str) or part.keys() > {"type", "text"}:
+            raise wrong(where, part, "give the keys 'type' and 'text' alone, and a string in 'text'")
+        texts.append(part["text"])
+    return "\n".join(texts)
