@@ -21,6 +21,8 @@ class Request:
         sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
+        cache_salt: Key of what requests share: a request finds rows in the prefix cache, and answers to look up, of
+            requests with its own salt alone. Requests without one, None, share theirs.
 
     Example:
         >>> import torch
@@ -33,6 +35,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     speculative: bool = True
     learn: bool = True
+    cache_salt: str | None = None
 
 
 @dataclass(slots=True)

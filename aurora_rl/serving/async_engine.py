@@ -115,7 +115,13 @@ class AsyncEngine:
         }
 
     async def generate(
-        self, prompt: Tensor, sampling: SamplingParams, *, speculative: bool = True, learn: bool = True
+        self,
+        prompt: Tensor,
+        sampling: SamplingParams,
+        *,
+        speculative: bool = True,
+        learn: bool = True,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[Update]:
         """Complete a prompt, and yield what each round added. Closing the iterator cancels the request.
 
@@ -124,13 +130,14 @@ class AsyncEngine:
             sampling: Parameters of the request.
             speculative: Whether drafts are verified for it.
             learn: Whether its trajectory may go to the learner.
+            cache_salt: Salt of its prefix and of its answer, see :class:`~aurora_rl.envs.Request`.
 
         Raises:
             QueueFullError: ``max_waiting`` requests wait already.
             RefusedError: The engine cannot serve the request.
             EngineDeadError: Rounds have ended.
         """
-        request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn)
+        request = Request(next(self._ids), prompt, sampling, speculative, learn, cache_salt)
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), RequestTimes(self.observe))
         with self._lock:
             if not self.alive:

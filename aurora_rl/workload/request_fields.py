@@ -28,7 +28,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
     "regex": (), "ebnf": (), "json_schema": (), "lora_path": (), "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "cache_salt": (),  # the cache of prefixes keeps nobody apart
 }  # fmt: skip
 
 
@@ -54,3 +53,18 @@ def refusal(
         return None
     values = " or ".join(repr(each) for each in neutral[name])
     return f"{where}{name} is not supported by {by}: leave it out" + (f", or set it to {values}" if values else "")
+
+
+def check_cache_salt(value: object) -> str | None:
+    """Return a cache salt, or null, that passes vLLM's check.
+
+    Raises:
+        ValueError: It does not.
+
+    Example:
+        >>> check_cache_salt("tenant-7")
+        'tenant-7'
+    """
+    if value is None or (isinstance(value, str) and 1 <= len(value) <= 128 and not set(value) & set("@/\\\0")):
+        return value
+    raise ValueError(r"give a string of 1 to 128 characters, none of them @, /, \ or NUL")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.pools import POOLS
-from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, refusal
+from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, check_cache_salt, refusal
 from aurora_rl.workload.templates import TEMPLATES
 
 Message = Mapping[str, str]
@@ -26,7 +26,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 # As in OpenAI's requests, which give the budget either name.
 _BUDGETS, _SAMPLING = ("max_tokens", "max_completion_tokens"), ("temperature", "top_p", "top_k", "seed")
 _SWITCHES = ("speculative", "learn")
-_KEYS = ("messages", "id", "domain", "follow_ups", "stop", *_BUDGETS, *_SAMPLING, *_SWITCHES)
+_KEYS = ("messages", "id", "domain", "follow_ups", "stop", "cache_salt", *_BUDGETS, *_SAMPLING, *_SWITCHES)
 # A line gets one answer, a text: what the server answers beyond that has no place in a file.
 _ONE_TEXT: Mapping[str, tuple[Any, ...]] = {"n": (1,), "logprobs": (False,), "top_logprobs": (0,)}
 DOMAINS = tuple(TEMPLATES)
@@ -51,6 +51,7 @@ class Prompt:
         stop: Strings that end a completion.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Prompt:
     stop: tuple[str, ...] = ()
     speculative: bool = True
     learn: bool = True
+    cache_salt: str | None = None
 
 
 # ---- from a file ------------------------------------------------------------------------------------------------
@@ -75,9 +77,10 @@ def read_jsonl(
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}`. It may have an `id`, a `domain` and `follow_ups`, a
     list of the user's further turns. `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`
     and `stop` (a string or a list of them) override the configuration in every turn of the line, unless they are null.
-    `speculative: false` decodes it plainly, and `learn: false` keeps it from the learner. Further fields of OpenAI's
-    requests that would change the answer are refused. Blank lines and other keys are skipped. The whole file is
-    checked, whatever the limit, so that a run never meets a bad line half way.
+    `speculative: false` decodes it plainly, `learn: false` keeps it from the learner, and a `cache_salt` keeps it apart
+    from lines with another one. Further fields of OpenAI's requests that would change the answer are refused. Blank
+    lines and other keys are skipped. The whole file is checked, whatever the limit, so that a run never meets a bad
+    line half way.
 
     Args:
         path: File, in UTF-8.
@@ -163,6 +166,7 @@ def _parse(line: bytes, number: int) -> Prompt:
         sampling,
         _parse_stop(record.get("stop")),
         **{key: _parse_switch(key, record.get(key)) for key in _SWITCHES},
+        cache_salt=_parse_salt(record.get("cache_salt")),
     )
 
 
@@ -187,6 +191,13 @@ def _parse_switch(key: str, value: Any) -> bool:
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key!r} must be true or false, got {value!r:.60}")
     return value is not False
+
+
+def _parse_salt(value: Any) -> str | None:
+    try:
+        return check_cache_salt(value)
+    except ValueError as error:
+        raise ValueError(f"'cache_salt' is {value!r:.60}: {error}") from None
 
 
 def _parse_messages(value: Any) -> tuple[Message, ...]:

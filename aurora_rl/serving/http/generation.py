@@ -36,7 +36,9 @@ async def generate(
     updates: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
 
     async def run(index: int, job: Job) -> None:
-        stream: Any = engine.generate(job.prompt, job.sampling, speculative=job.speculative, learn=job.learn)
+        stream: Any = engine.generate(
+            job.prompt, job.sampling, speculative=job.speculative, learn=job.learn, cache_salt=job.cache_salt
+        )
         try:
             async with aclosing(stream):
                 async for update in stream:

@@ -28,12 +28,14 @@ class Job:
         sampling: Its parameters.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
     """
 
     prompt: Tensor
     sampling: SamplingParams
     speculative: bool
     learn: bool
+    cache_salt: str | None = None
 
 
 class Encoder:
@@ -97,7 +99,7 @@ class Encoder:
             prompt = torch.tensor(tokens, dtype=torch.int64)
             for index in range(n):
                 seed = secrets.randbits(63) if body.seed is None else (body.seed + index) % 2**63
-                jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn))
+                jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn, body.cache_salt))
         return jobs
 
     def tokenize(self, body: Tokenize) -> list[int]:

@@ -9,6 +9,7 @@ from pydantic_core import from_json
 
 from aurora_rl.serving.http.errors import ApiError
 from aurora_rl.serving.http.fields import check_fields
+from aurora_rl.workload.request_fields import check_cache_salt
 
 _MAX_N, _MAX_STOPS = 128, 16
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -134,6 +135,7 @@ class Generation(_Model):
         n: Choices for each prompt.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
     """
 
     model: str | None = None
@@ -148,6 +150,7 @@ class Generation(_Model):
     n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
     speculative: bool | None = None
     learn: bool | None = None
+    cache_salt: Annotated[str | None, BeforeValidator(check_cache_salt)] = None
 
     @property
     def num_logprobs(self) -> int | None:
