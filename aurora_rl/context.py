@@ -39,6 +39,8 @@ class ContextStore:
         lengths: Number of tokens, 0 if the slot is free, ``[B]`` int64 on the CPU.
         prompt_lengths: Number of tokens of the prompt, ``[B]`` int64 on the CPU.
         cached_lengths: Number of tokens of the prompt whose rows a prefix cache had, ``[B]`` int64 on the CPU.
+        cache_salts: Salt of each slot's request, None if it has none; set before its prompt is read. What is kept of a
+            request is for requests of its salt.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ContextStore:
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.cached_lengths = torch.zeros(num_slots, dtype=torch.int64)
+        self.cache_salts: list[str | None] = [None] * num_slots
 
     @property
     def occupied(self) -> Tensor:
@@ -90,6 +93,7 @@ class ContextStore:
     def release(self, slot: int) -> None:
         """Free the slot."""
         self.lengths[slot] = self.prompt_lengths[slot] = 0
+        self.cache_salts[slot] = None
 
 
 @dataclass(slots=True)

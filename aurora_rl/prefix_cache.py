@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+class _Kept(NamedTuple):
+    """A text, its rows, and the salt of the request that left them."""
+
+    text: np.ndarray
+    rows: list[Tensor]
+    salt: str | None
+
+
 class PrefixCache:
     """Copies of rows that depend on nothing but the tokens before them, such as keys and values.
 
     Requests that resend a conversation begin with the tokens of the turn before. Copies are kept of whole texts, least
-    recently used first; a text that begins another is dropped for it.
+    recently used first; a text that begins another is dropped for it. A request finds what requests of its own salt
+    left, and all salts together are held to one bound.
 
     Args:
         max_tokens: Most tokens whose rows are kept. A longer text is kept up to it.
@@ -38,41 +48,43 @@ class PrefixCache:
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}; leave the cache out to keep nothing")
         self.max_tokens, self.queries, self.hits, self.num_tokens = max_tokens, 0, 0, 0
-        self._kept: list[tuple[np.ndarray, list[Tensor]]] = []  # the least recently used first
+        self._kept: list[_Kept] = []  # the least recently used first
 
-    def save(self, tokens: Tensor, rows: Sequence[Tensor]) -> None:
+    def save(self, tokens: Tensor, rows: Sequence[Tensor], salt: str | None = None) -> None:
         """Keep copies of the rows of a text.
 
         Args:
             tokens: The text, ``[n]`` int64.
             rows: Tensors ``[>= n, ...]``; row ``t`` depends on tokens ``0 .. t`` alone.
+            salt: The request's salt; None if it has none.
         """
         text = tokens[: self.max_tokens].cpu().numpy().copy()
-        longest, place = self._longest(text)
+        longest, place = self._longest(text, salt)
         if longest == len(text):
             if len(text):
                 self._kept.append(self._kept.pop(place))
             return
-        self._kept = [kept for kept in self._kept if _common(kept[0], text) < len(kept[0])]
-        while (others := sum(len(kept) for kept, _ in self._kept)) + len(text) > self.max_tokens:
+        self._kept = [each for each in self._kept if each.salt != salt or _common(each.text, text) < len(each.text)]
+        while (others := sum(len(each.text) for each in self._kept)) + len(text) > self.max_tokens:
             del self._kept[0]
-        self._kept.append((text, [row[: len(text)].clone() for row in rows]))
+        self._kept.append(_Kept(text, [row[: len(text)].clone() for row in rows], salt))
         self.num_tokens = others + len(text)
 
     @torch.inference_mode()
-    def load(self, tokens: Tensor, rows: Sequence[Tensor]) -> int:
+    def load(self, tokens: Tensor, rows: Sequence[Tensor], salt: str | None = None) -> int:
         """Copy the rows of the longest kept beginning of a text, and return how many they are.
 
         Args:
             tokens: The text, ``[n]`` int64.
             rows: Tensors ``[>= n, ...]`` as they were saved, which are written to.
+            salt: The request's salt; None if it has none.
         """
-        count, place = self._longest(tokens.cpu().numpy())
+        count, place = self._longest(tokens.cpu().numpy(), salt)
         self.queries, self.hits = self.queries + len(tokens), self.hits + count
         if count:
             kept = self._kept.pop(place)
             self._kept.append(kept)
-            for row, saved in zip(rows, kept[1], strict=True):
+            for row, saved in zip(rows, kept.rows, strict=True):
                 row[:count] = saved[:count]
         return count
 
@@ -80,9 +92,10 @@ class PrefixCache:
         """Drop all rows."""
         self._kept, self.num_tokens = [], 0
 
-    def _longest(self, text: np.ndarray) -> tuple[int, int]:
+    def _longest(self, text: np.ndarray, salt: str | None) -> tuple[int, int]:
         """Return the length of the longest beginning that is kept of a text, and its place, the latest of several."""
-        return max(((_common(kept, text), place) for place, (kept, _) in enumerate(self._kept)), default=(0, 0))
+        found = ((_common(each.text, text), place) for place, each in enumerate(self._kept) if each.salt == salt)
+        return max(found, default=(0, 0))
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:

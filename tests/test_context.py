@@ -28,6 +28,7 @@ def committed(first: int, count: int, width: int) -> tuple[Tensor, Tensor]:
 
 def test_store_appends_at_each_slots_end() -> None:
     store = store_of_two()
+    store.cache_salts[0] = "a"
     store.start(0, torch.tensor([9]))
     store.append(
         torch.tensor([0, 1]),
@@ -43,6 +44,7 @@ def test_store_appends_at_each_slots_end() -> None:
     assert store.occupied.tolist() == [0, 1]
     store.release(0)
     assert store.occupied.tolist() == [1] and store.lengths.tolist() == [0, 5]
+    assert store.cache_salts == [None, None]
 
 
 def test_a_request_is_cut_into_the_documented_layout() -> None:

@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 SCENARIO = """
 phases: [{name: code, requests: 4, domains: [code]}, {name: sql, requests: 4, domains: [sql]}]
 arms: {scratch: {learns: true}}
-set: [engine.max_length=256, max_new_tokens=8, drafter.adaptive=false, learner.publish_every=4, gate.requests=2, learner.replay=1]
+set: [engine.max_length=256, max_new_tokens=8, drafter.adaptive=false, learner.publish_every=4, gate.requests=2]
 window: 2
 live: {requests: 0}
 """

@@ -1,4 +1,4 @@
-"""Rows of finished requests: the longest kept beginning, the least recently used first out, within the bound."""
+"""Rows of finished requests: the longest kept beginning, the least recently used first out, apart by salt, bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from aurora_rl.prefix_cache import PrefixCache
 
-TEXTS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 1), max_size=6)), max_size=25)
+TEXTS = st.lists(
+    st.tuples(st.booleans(), st.sampled_from([None, "a", "b"]), st.lists(st.integers(0, 1), max_size=6)), max_size=25
+)
 
 
 def rows(text: list[int]) -> torch.Tensor:
@@ -19,29 +21,30 @@ def rows(text: list[int]) -> torch.Tensor:
 
 @given(calls=TEXTS, most=st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
-def test_whatever_is_saved_and_loaded(calls: list[tuple[bool, list[int]]], most: int) -> None:
+def test_whatever_is_saved_and_loaded(calls: list[tuple[bool, str | None, list[int]]], most: int) -> None:
     cache, kept = PrefixCache(most), []  # type: ignore[var-annotated]
     queries = hits = 0
-    for save, text in calls:
+    for save, salt, text in calls:
         tokens = torch.tensor(text, dtype=torch.int64)
         if save:
-            cache.save(tokens, [torch.cat([rows(text), torch.full((2, 1), -7)])])
+            cache.save(tokens, [torch.cat([rows(text), torch.full((2, 1), -7)])], salt)
             text = text[:most]
-            if any(each[: len(text)] == text for each in kept):  # there already: used just now
-                found = [each for each in kept if each[: len(text)] == text][-1:] if text else []
+            there = [each for each in kept if each[0] == salt and each[1][: len(text)] == text]
+            if there or not text:  # used just now
+                found = there[-1:] if text else []
                 kept = [each for each in kept if each not in found] + found
             else:
-                kept = [each for each in kept if text[: len(each)] != each]
-                while sum(map(len, kept)) + len(text) > most:
+                kept = [each for each in kept if each[0] != salt or text[: len(each[1])] != each[1]]
+                while sum(len(each) for _, each in kept) + len(text) > most:
                     kept.pop(0)
-                kept.append(text)
-            assert cache.num_tokens == sum(map(len, kept)) <= most
+                kept.append((salt, text))
+            assert cache.num_tokens == sum(len(each) for _, each in kept) <= most
         else:
             filled = torch.zeros(len(text) + 1, 1, dtype=torch.int64)
-            pairs = [list(zip(each, text, strict=False)) for each in kept]
+            pairs = [list(zip(each, text, strict=False)) if owner == salt else [] for owner, each in kept]
             common = [next((i for i, (a, b) in enumerate(pair) if a != b), len(pair)) for pair in pairs]
             longest = max(common, default=0)
-            assert cache.load(tokens, [filled]) == longest
+            assert cache.load(tokens, [filled], salt) == longest
             assert torch.equal(filled[:longest], rows(text)[:longest]) and not filled[longest:].any()
             if longest:
                 kept.append(kept.pop(max(i for i, count in enumerate(common) if count == longest)))

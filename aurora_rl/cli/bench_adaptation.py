@@ -342,7 +342,8 @@ class _Bench:
                 else:
                     drafter = drafters[name]
                     drafter.install(load_file(self._out / "arms" / f"{name}-0" / f"at-{point}.safetensors"))
-                asked = [replace(prompt, speculative=name != PLAIN, learn=False) for prompt in prompts]
+                # Lookup searches the answers of the recorded stream, as replay does, which knows no salts.
+                asked = [replace(p, speculative=name != PLAIN, learn=False, cache_salt=None) for p in prompts]
                 queue, source = request_queue(spec, target, asked), TimedRequests()
                 log = MetricsLog(self._out / "live" / "metrics.jsonl", name)
                 server = embedded_server(spec, target, source, queue.first_prompts(1)[0], drafter, log)

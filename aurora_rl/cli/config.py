@@ -37,8 +37,8 @@ class EngineConfig:
     max_length: int = 1024
     """Most tokens of a request, prompt and completion together."""
     prefix_cache_tokens: int = 8192
-    """Tokens of finished requests whose keys and values the embedded engine keeps for prompts that begin alike, such as
-    a chat's next turn; 0 keeps none. SGLang has a cache of its own."""
+    """Tokens of finished requests whose keys and values the embedded engine keeps for prompts that begin alike and have
+    the same cache_salt, such as a chat's next turn; 0 keeps none. SGLang has a cache of its own."""
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
@@ -99,8 +99,8 @@ class DrafterConfig:
     in its place. 0 turns it off. null is 8, or 0 with engine.name=sglang, with sampled trees and with
     drafter.name=ngram, which cannot take it."""
     history: int = 65536
-    """Tokens of earlier answers that lookup searches; 0 searches the request's own text alone. Requests with
-    learn=false leave nothing in it."""
+    """Tokens of earlier answers that lookup searches, for a request those of its own cache_salt; 0 searches the
+    request's own text alone. Requests with learn=false leave nothing in it."""
     mode: str = "topk"
     """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
     adaptive: bool = True

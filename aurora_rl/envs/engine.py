@@ -23,7 +23,8 @@ class Engine(ABC):
         vocab_size: Size of the target's vocabulary.
         prefill_seconds: Wall time spent in :meth:`prefill` so far.
         max_nodes: Most nodes of a slot's tree without its root.
-        prefix_cache: Rows of finished requests, which an engine may use where a prompt begins alike; None keeps none.
+        prefix_cache: Rows of finished requests, which an engine may use where a prompt of the same salt
+            (``store.cache_salts``) begins alike; None keeps none.
     """
 
     max_nodes: int = 64

@@ -22,6 +22,8 @@ class Request:
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
         counted: Whether a server's statistics count it.
+        cache_salt: Key of what requests share: a request finds rows in the prefix cache, and answers to look up, of
+            requests with its own salt alone. Requests without one, None, share theirs.
 
     Example:
         >>> import torch
@@ -35,6 +37,7 @@ class Request:
     speculative: bool = True
     learn: bool = True
     counted: bool = True
+    cache_salt: str | None = None
 
 
 @dataclass(slots=True)

@@ -355,7 +355,8 @@ class TransformersEngine(Engine):
             raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
         prompt = prompt.to(self.store.tokens.device)
         if not done:
-            done = 0 if self.prefix_cache is None else self.prefix_cache.load(prompt[:-1], self._rows(slot))
+            cache, salt = self.prefix_cache, self.store.cache_salts[slot]
+            done = 0 if cache is None else cache.load(prompt[:-1], self._rows(slot), salt)
             self.store.cached_lengths[slot] = done
         where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
         rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
@@ -415,7 +416,7 @@ class TransformersEngine(Engine):
     @override
     def release(self, slot: int) -> None:
         if self.prefix_cache is not None and (held := int(self.store.lengths[slot]) - 1) > 0:
-            self.prefix_cache.save(self.store.tokens[slot, :held], self._rows(slot))
+            self.prefix_cache.save(self.store.tokens[slot, :held], self._rows(slot), self.store.cache_salts[slot])
         self.store.release(slot)
 
     def _rows(self, slot: int) -> list[Tensor]:

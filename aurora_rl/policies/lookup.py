@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -31,38 +32,49 @@ _LONGEST, _OWN, _PRIOR, _COUNTED = 8, 16.0, 8.0, 512
 # Chance of being accepted below which no row of a round pays, on any machine that was measured.
 _LEAST = 0.05
 _END = -1  # stands after every earlier answer
+_NOTHING = np.empty(0, dtype=np.int32)
 
 
 class EarlierAnswers:
     """The newest answers of a server, in which lookup searches too.
 
+    A request finds the answers to requests of its own salt, and all salts together are held to one bound.
+
     Args:
-        capacity: Tokens to keep.
+        capacity: Tokens to keep, of all salts together. Memory is that of twice as many at most.
 
     Example:
         >>> answers = EarlierAnswers(capacity=6)
         >>> answers.add([1, 2, 3])
         >>> answers.add([4, 5])
-        >>> answers.tokens.tolist()
-        [2, 3, -1, 4, 5, -1]
+        >>> answers.tokens().tolist(), answers.tokens("another salt").tolist()
+        ([2, 3, -1, 4, 5, -1], [])
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity, self._held = capacity, 0
-        self._buffer = np.empty(2 * capacity, dtype=np.int32)
+        self._lengths: deque[tuple[str | None, int]] = deque()  # of each answer, with its salt, the oldest first
+        self._texts: dict[str | None, np.ndarray] = {}
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """The answers in order, each followed by -1; the oldest may lack its beginning."""
-        return self._buffer[max(self._held - self._capacity, 0) : self._held]
+    def tokens(self, salt: str | None = None) -> np.ndarray:
+        """Return the answers of a salt in order, each followed by -1; the oldest may lack its beginning."""
+        return self._texts.get(salt, _NOTHING)
 
-    def add(self, answer: Sequence[int] | np.ndarray) -> None:
-        """Keep an answer, and forget the oldest ones for it."""
+    def add(self, answer: Sequence[int] | np.ndarray, salt: str | None = None) -> None:
+        """Keep an answer, and forget the oldest ones for it, whatever their salt."""
         new = np.append(np.asarray(answer, dtype=np.int32), np.int32(_END))[-self._capacity :]
-        if self._held + len(new) > len(self._buffer):
-            kept = self.tokens.copy()
-            self._buffer[: len(kept)], self._held = kept, len(kept)
-        self._buffer[self._held : self._held + len(new)] = new
+        while (excess := self._held + len(new) - self._capacity) > 0:
+            oldest, length = self._lengths.popleft()
+            dropped = min(length, excess)
+            self._held -= dropped
+            # A view, whose array is freed when the salt gets its next answer, or has none left.
+            self._texts[oldest] = self._texts[oldest][dropped:]
+            if dropped < length:
+                self._lengths.appendleft((oldest, length - dropped))
+            elif not len(self._texts[oldest]):
+                del self._texts[oldest]
+        self._texts[salt] = np.concatenate([self.tokens(salt), new])
+        self._lengths.append((salt, len(new)))
         self._held += len(new)
 
 
@@ -76,7 +88,7 @@ def continuations(text: Sequence[int] | np.ndarray, earlier: np.ndarray | None =
 
     Args:
         text: The text so far.
-        earlier: Other texts, each followed by -1, see :attr:`EarlierAnswers.tokens`.
+        earlier: Other texts, each followed by -1, see :meth:`EarlierAnswers.tokens`.
 
     Returns:
         Tokens with their chances, likeliest first; empty if the last token did not occur before.

@@ -56,10 +56,10 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
             drafter failed their requests, or the shape is ``lookup_only``.
-        earlier: Answers in which lookup searches next to the request's own text; whoever gets completions adds them.
-            None, the default, has none.
-        prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request begins
-            alike. A swap empties it. None, the default, keeps none.
+        earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
+            completions adds them. None, the default, has none.
+        prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request of
+            the same salt begins alike. A swap empties it. None, the default, keeps none.
         rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
 
     Example:
@@ -97,6 +97,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self.prefix_cache: PrefixCache | None = None
         self.earlier: EarlierAnswers | None = None
         self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
+        self._salts: list[str | None] = [None] * store.num_slots  # of the requests that it is of
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
         self._refused = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
         self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
@@ -239,9 +240,9 @@ class DrafterPolicy(TensorDictModuleBase):
         """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
         shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
         wanted = shape if shape.lookup_only else shape.without_drafter(min(shape.lookup, shape.num_nodes))
-        earlier = None if self.earlier is None else self.earlier.tokens
         found: dict[int, Tree] = {}
         for slot in (self.drafted | self.looked_up).nonzero().flatten().tolist():
+            earlier = None if self.earlier is None else self.earlier.tokens(self._store.cache_salts[slot])
             tree = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier)
             if tree.tokens:
                 found[slot] = tree
@@ -340,13 +341,14 @@ class DrafterPolicy(TensorDictModuleBase):
             rows, held = self.drafter.cache_rows(slot), int(self.drafter.cached[slot])
             if rows is not None and held:
                 # The rows of n pairs are of n + 1 tokens. The row after them is not read, see below.
-                cache.save(self._read[slot, : held + 1], rows)
+                cache.save(self._read[slot, : held + 1], rows, self._salts[slot])
 
     def _load_rows(self, cache: PrefixCache, empty: Tensor) -> None:
         """Fill the drafter's empty caches with the rows of requests that began alike."""
         for slot in empty.tolist():
+            self._salts[slot] = salt = self._store.cache_salts[slot]
             if (rows := self.drafter.cache_rows(slot)) is not None:
                 # The last row is of another pair where the texts part after it. At least one pair is left to read: what
                 # the drafter knows of the last pair alone is no row.
                 text = self._store.tokens[slot, : int(self._store.lengths[slot]) - 1]
-                self.drafter.cached[slot] = max(cache.load(text, rows) - 1, 0)
+                self.drafter.cached[slot] = max(cache.load(text, rows, salt) - 1, 0)

@@ -122,6 +122,7 @@ class AsyncEngine:
         speculative: bool = True,
         learn: bool = True,
         counted: bool = True,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[Update]:
         """Complete a prompt, and yield what each round added. Closing the iterator cancels the request.
 
@@ -131,13 +132,14 @@ class AsyncEngine:
             speculative: Whether drafts are verified for it.
             learn: Whether its trajectory may go to the learner.
             counted: Whether statistics and metrics count it.
+            cache_salt: Salt of its prefix and of its answer, see :class:`~aurora_rl.envs.Request`.
 
         Raises:
             QueueFullError: ``max_waiting`` requests wait already.
             RefusedError: The engine cannot serve the request.
             EngineDeadError: Rounds have ended.
         """
-        request = Request(next(self._ids), prompt, sampling, speculative=speculative, learn=learn, counted=counted)
+        request = Request(next(self._ids), prompt, sampling, speculative, learn, counted, cache_salt)
         times = RequestTimes(self.observe if counted else lambda wait, seconds: None)
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), times)
         with self._lock:

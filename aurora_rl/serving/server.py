@@ -212,7 +212,7 @@ class InferenceServer:
         )
         if completion.request.learn:
             if self.policy.earlier is not None:
-                self.policy.earlier.add(completion.tokens.numpy())
+                self.policy.earlier.add(completion.tokens.numpy(), completion.request.cache_salt)
             if self._sink is not None:
                 self._sink.extend(trajectory)
         self._recording += time.perf_counter() - began

@@ -29,7 +29,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "structured_outputs": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
     "regex": (), "ebnf": (), "json_schema": (), "lora_path": (), "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "cache_salt": (),  # the cache of prefixes keeps nobody apart
 }  # fmt: skip
 
 

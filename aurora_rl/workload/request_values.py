@@ -94,6 +94,14 @@ def string_field(fields: Mapping[str, Any], name: str, where: str = "") -> str |
     return value
 
 
+def cache_salt_field(fields: Mapping[str, Any]) -> str | None:
+    """Return the field ``cache_salt``, with vLLM's bounds; None if it is null or left out."""
+    value = fields.get("cache_salt")
+    if value is None or (isinstance(value, str) and 1 <= len(value) <= 128 and not set(value) & set("@/\\\0")):
+        return value
+    raise wrong("cache_salt", value, r"give a string of 1 to 128 characters, none of them @, /, \ or NUL")
+
+
 def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a request says of its :class:`~aurora_rl.sampling_params.SamplingParams`, by their names.
 

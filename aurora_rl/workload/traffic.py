@@ -21,6 +21,7 @@ from aurora_rl.workload.request_values import (
     SAMPLING,
     Message,
     boolean_field,
+    cache_salt_field,
     chat_messages,
     parse_json,
     sampling_fields,
@@ -28,7 +29,7 @@ from aurora_rl.workload.request_values import (
 )
 from aurora_rl.workload.templates import TEMPLATES
 
-_OURS = ("messages", "id", "domain", "follow_ups", "speculative", "learn", *BUDGETS, *SAMPLING)
+_OURS = ("messages", "id", "domain", "follow_ups", "speculative", "learn", "cache_salt", *BUDGETS, *SAMPLING)
 _KEYS = (*_OURS, "model")
 # A line asks for one answer to one chat, a text: what a server takes beyond that has no place in a file.
 _OF_HTTP: Mapping[str, tuple[Any, ...]] = {
@@ -56,6 +57,7 @@ class Prompt:
         stop: Strings that end a completion.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
     """
 
     id: str
@@ -67,6 +69,7 @@ class Prompt:
     stop: tuple[str, ...] = ()
     speculative: bool = True
     learn: bool = True
+    cache_salt: str | None = None
 
 
 # ---- from a file ------------------------------------------------------------------------------------------------
@@ -85,9 +88,10 @@ def read_jsonl(
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}`. It may have an `id`, a `domain` and `follow_ups`, a
     list of the user's further turns. Fields of OpenAI's requests are checked as in a body of /v1/chat/completions:
     `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`, `stop` and `ignore_eos` override
-    the configuration in every turn of the line, `speculative: false` decodes it plainly, and `learn: false` keeps it
-    from the learner. What would change the answer and is not supported is refused. Blank lines and other keys are
-    skipped. The whole file is checked, whatever the limit, so that a run never meets a bad line half way.
+    the configuration in every turn of the line, `speculative: false` decodes it plainly, `learn: false` keeps it from
+    the learner, and a `cache_salt` keeps it apart from lines with another one. What would change the answer and is not
+    supported is refused. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so that
+    a run never meets a bad line half way.
 
     Args:
         path: File, in UTF-8.
@@ -174,6 +178,7 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
         sampling,
         (stop,) if isinstance(stop, str) else tuple(stop),
         **{key: boolean_field(fields, key) is not False for key in ("speculative", "learn")},
+        cache_salt=cache_salt_field(fields),
     )
 
 

@@ -44,7 +44,7 @@ def test_continuations_are_those_of_the_definition(text: list[int], answers: lis
     earlier = EarlierAnswers(100)
     for answer in answers:
         earlier.add(answer)
-    found = continuations(text, earlier.tokens)
+    found = continuations(text, earlier.tokens())
     assert {token: pytest.approx(float(p)) for token, p in search(text, answers).items()} == found
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert continuations(text) == pytest.approx({token: float(p) for token, p in search(text).items()})
@@ -64,18 +64,18 @@ def test_longer_matches_and_the_request_s_own_text_count_for_more() -> None:
     for _ in range(3):
         earlier.add([2, 7])
     earlier.add([1, 2, 3])
-    assert next(iter(continuations([1, 2], earlier.tokens))) == 7
+    assert next(iter(continuations([1, 2], earlier.tokens()))) == 7
     for _ in range(3):
         earlier.add([1, 2, 3])
-    assert next(iter(continuations([1, 2], earlier.tokens))) == 3  # four of both tokens, against three of one
-    assert next(iter(continuations([1, 2, 5, 1, 2], earlier.tokens))) == 5  # one in its own text, against seven
+    assert next(iter(continuations([1, 2], earlier.tokens()))) == 3  # four of both tokens, against three of one
+    assert next(iter(continuations([1, 2, 5, 1, 2], earlier.tokens()))) == 5  # one in its own text, against seven
 
 
 def test_only_the_latest_occurrences_count() -> None:
     earlier = EarlierAnswers(10_000)
     for following in [8] * 600 + [9] * 512:
         earlier.add([1, following])
-    assert continuations([1], earlier.tokens) == {9: pytest.approx(512 / 520)}
+    assert continuations([1], earlier.tokens()) == {9: pytest.approx(512 / 520)}
 
 
 def test_a_long_text_that_repeats_itself_is_drafted_for() -> None:
@@ -84,14 +84,23 @@ def test_a_long_text_that_repeats_itself_is_drafted_for() -> None:
     assert ngram_tree(text, TreeShape(2, 2, 4)).tokens == [5, 1]
 
 
-@given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12), st.integers(1, 15))
-def test_the_newest_answers_are_kept(answers: list[list[int]], capacity: int) -> None:
+ANSWERS = st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.lists(st.integers(0, 9), max_size=12)), max_size=20)
+
+
+@given(ANSWERS, st.integers(1, 15))
+def test_the_newest_answers_are_kept(answers: list[tuple[str | None, list[int]]], capacity: int) -> None:
+    """Of all salts together, and each salt has its own."""
     earlier = EarlierAnswers(capacity)
-    everything: list[int] = []
-    for answer in answers:
-        earlier.add(answer)
-        everything += [*answer, -1]
-        assert earlier.tokens.tolist() == everything[-capacity:]
+    everything: list[tuple[str | None, int]] = []
+    for salt, answer in answers:
+        earlier.add(answer, salt)
+        everything += [(salt, token) for token in [*answer, -1]]
+        kept = everything[-capacity:]
+        for each in (None, "a", "b", "c"):
+            assert earlier.tokens(each).tolist() == [token for owner, token in kept if owner == each]
+        assert earlier._texts.keys() == {owner for owner, _ in kept}
+        arrays = [text if text.base is None else text.base for text in earlier._texts.values()]
+        assert sum(map(len, arrays)) <= 2 * capacity
 
 
 @given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9))

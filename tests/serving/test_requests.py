@@ -207,12 +207,13 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it() -> None:
 
 
 def test_every_turn_is_served_as_its_line_says() -> None:
-    first, second = replace(prompt("p", "one", "more"), speculative=False), replace(prompt("q", "two"), learn=False)
+    first = replace(prompt("p", "one", "more"), speculative=False, cache_salt="a")
+    second = replace(prompt("q", "two"), learn=False)
     source = queue_of(first, second, prompt("r", "three"))
     requests = [source(), source(), source()]
     source.completed(answer(requests[0], "yes"))
-    assert [(r.speculative, r.learn) for r in [*requests, source()]] == [
-        (False, True), (True, False), (True, True), (False, True),
+    assert [(r.speculative, r.learn, r.cache_salt) for r in [*requests, source()]] == [
+        (False, True, "a"), (True, False, None), (True, True, None), (False, True, "a"),
     ]  # fmt: skip
 
 

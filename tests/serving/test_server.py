@@ -57,7 +57,7 @@ def test_answers_are_kept_for_lookup_unless_their_request_says_not_to_learn(tmp_
     serving.policy.earlier = EarlierAnswers(1000)
     serving.run()
     serving.check_texts()
-    assert serving.policy.earlier.tokens.tolist() == [*truth(waiting[0]), -1, *truth(waiting[3]), -1]
+    assert serving.policy.earlier.tokens().tolist() == [*truth(waiting[0]), -1, *truth(waiting[3]), -1]
 
 
 def test_what_was_answered_before_is_looked_up(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_a_line_may_say_how_it_is_served(tmp_path: Path) -> None:
     assert [(p.speculative, p.learn) for p in prompts] == [(True, True), (False, True), (True, False), (True, True)]
 
 
+def test_a_line_may_have_a_salt(tmp_path: Path) -> None:
+    lines = ["{", '{"cache_salt": "tenant-7", ', '{"cache_salt": null, ']
+    prompts = read_jsonl(write(tmp_path, *(GOOD.replace("{", line, 1) for line in lines)))
+    assert [p.cache_salt for p in prompts] == [None, "tenant-7", None]
+
+
 OF_HTTP = {
     "n": 2, "logprobs": True, "top_logprobs": 3, "stream": True, "stream_options": {}, "prompt": "a",
 }  # fmt: skip
@@ -149,6 +155,9 @@ def message(**keys: Any) -> str:
         (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
         (GOOD.replace("{", '{"Top-P": 0.5, ', 1), "unknown key 'Top-P'; did you mean 'top_p'"),
         (GOOD.replace("{", '{"learn": "no", ', 1), "learn is 'no'; give true or false"),
+        (GOOD.replace("{", '{"cache_salt": "a/b", ', 1), "cache_salt is 'a/b'; give a string of 1 to 128 characters"),
+        (GOOD.replace("{", '{"cache_salt": 7, ', 1), "cache_salt is 7; give a string of 1 to 128 characters"),
+        (GOOD.replace("{", '{"cache-salt": "a", ', 1), "unknown key 'cache-salt'; did you mean 'cache_salt'"),
         (GOOD.replace("{", '{"max_tokens": 0, ', 1), "max_tokens is 0; give an integer >= 1"),
         (GOOD.replace("{", '{"max_completion_tokens": 2.5, ', 1), "max_completion_tokens is 2.5; give an integer"),
         (

@@ -233,7 +233,12 @@ class SGLangClient:
             params["custom_params"] = {"aurora_rl": False}
         reply = self.post(
             "/generate",
-            {"input_ids": request.prompt.tolist(), "sampling_params": params, "rid": str(request.id)},
+            {
+                "input_ids": request.prompt.tolist(),
+                "sampling_params": params,
+                "rid": str(request.id),
+                "cache_salt": request.cache_salt,
+            },
             timeout,
         )
         meta = reply["meta_info"]

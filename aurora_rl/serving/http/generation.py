@@ -37,7 +37,12 @@ async def generate(
 
     async def run(index: int, job: Job) -> None:
         stream: Any = engine.generate(
-            job.prompt, job.sampling, speculative=job.speculative, learn=job.learn, counted=job.counted
+            job.prompt,
+            job.sampling,
+            speculative=job.speculative,
+            learn=job.learn,
+            counted=job.counted,
+            cache_salt=job.cache_salt,
         )
         try:
             async with aclosing(stream):

@@ -30,6 +30,7 @@ class Job:
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
         counted: Whether statistics and metrics count it.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
     """
 
     prompt: Tensor
@@ -37,6 +38,7 @@ class Job:
     speculative: bool
     learn: bool
     counted: bool = True
+    cache_salt: str | None = None
 
 
 class Encoder:
@@ -95,7 +97,8 @@ class Encoder:
             sampling, prompt = self._params(body, len(tokens)), torch.tensor(tokens, dtype=torch.int64)
             for index in range(n):
                 seed = secrets.randbits(63) if first is None else (first + index) % 2**63
-                jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn))
+                sampled = replace(sampling, seed=seed)
+                jobs.append(Job(prompt, sampled, speculative, learn, cache_salt=body.cache_salt))
         return jobs
 
     def tokenize(self, body: Tokenize) -> list[int]:

@@ -13,6 +13,7 @@ from aurora_rl.workload.request_values import (
     SAMPLING,
     Message,
     boolean_field,
+    cache_salt_field,
     chat_messages,
     integer_field,
     missing,
@@ -41,10 +42,11 @@ class Generation:
             leaves.
         speculative: Whether drafts are verified for it; None if the body does not say.
         learn: Whether the learner may see it; None if the body does not say.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = (
-        *("model", "stream", "stream_options", "n", "max_tokens", "logprobs", "speculative", "learn"),
+        *("model", "stream", "stream_options", "n", "max_tokens", "logprobs", "speculative", "learn", "cache_salt"),
         *SAMPLING,
     )
 
@@ -57,6 +59,7 @@ class Generation:
     default_budget: int | None = None
     speculative: bool | None
     learn: bool | None
+    cache_salt: str | None
 
 
 def _generation(fields: Mapping[str, Any], logprobs: int | None) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def _generation(fields: Mapping[str, Any], logprobs: int | None) -> dict[str, An
         "sampling": sampling if logprobs is None else {**sampling, "logprobs": logprobs},
         "speculative": boolean_field(fields, "speculative"),
         "learn": boolean_field(fields, "learn"),
+        "cache_salt": cache_salt_field(fields),
     }
 
 

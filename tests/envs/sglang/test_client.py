@@ -57,7 +57,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         params = body["sampling_params"]
-        self.asked[body["rid"]] = params.get("custom_params"), params["ignore_eos"]
+        self.asked[body["rid"]] = params.get("custom_params"), params["ignore_eos"], body["cache_salt"]
         status, text = {
             "0": (200, json.dumps({"output_ids": body["input_ids"], "meta_info": {"finish_reason": {"type": "stop"}}})),
             "1": (400, "the input is too long"),
@@ -82,12 +82,15 @@ def test_answers_refusals_and_nonsense_of_a_server():
                 completion = client.generate(unrecorded, timeout=10)
                 assert (completion.tokens.tolist(), completion.terminated) == ([3, 4], True)
                 with pytest.raises(SGLangError, match="SGLang refuses /generate: the input is too long"):
-                    client.generate(Request(1, torch.tensor([3]), SamplingParams(ignore_eos=True)), timeout=10)
+                    refused = Request(1, torch.tensor([3]), SamplingParams(ignore_eos=True), cache_salt="a")
+                    client.generate(refused, timeout=10)
                 with pytest.raises(SGLangError, match=f"SGLang at {url} does not answer /generate"):
                     client.generate(Request(2, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
                 with pytest.raises(SGLangError, match="request 3: speculative=false is not supported by SGLang; leave"):
                     client.generate(Request(3, torch.tensor([3]), speculative=False))
-                assert Answers.asked == {"0": ({"aurora_rl": False}, False), "1": (None, True), "2": (None, False)}
+                assert Answers.asked == {
+                    "0": ({"aurora_rl": False}, False, None), "1": (None, True, "a"), "2": (None, False, None),
+                }  # fmt: skip
         finally:
             server.shutdown()
             thread.join()
@@ -150,3 +153,15 @@ def test_greedy_output_is_that_of_transformers(request, kind, depth, greedy_text
     # What has to be told apart from plain decoding: whole paths accepted, and rounds in which nothing was.
     assert {count for answer in answers for count in answer.accepted} == set(range(depth + 1))
     assert all(answer.drafted >= answer.rounds * depth > 0 for answer in answers)
+
+
+@pytest.mark.sglang
+def test_a_salt_keeps_prefixes_apart(chain):
+    prompt = torch.arange(300, 340)
+
+    def cached(salt):
+        body = {"input_ids": prompt.tolist(), "sampling_params": {"max_new_tokens": 1}, "cache_salt": salt}
+        return chain.post("/generate", body, 60)["meta_info"]["cached_tokens"]
+
+    first, again = ([cached(salt) for salt in ("a", "b", None)] for _ in range(2))
+    assert first == [0, 0, 0] and min(again) > 30

@@ -91,6 +91,22 @@ def test_the_usage_says_how_much_of_the_prompt_was_kept_from_earlier_requests(ri
         engine.prefix_cache = None
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_prompt_is_found_by_requests_of_its_salt_alone(rig: Any, path: str) -> None:
+    body = {"messages": CHAT} if "chat" in path else {"prompt": "Once upon a time"}
+
+    def cached(salt: str | None) -> int:
+        answer = httpx.post(rig.url + path, json=body | {"max_tokens": 4, "cache_salt": salt}, timeout=30)
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    rig.env.engine.prefix_cache = PrefixCache(1024)
+    try:
+        first, again = ([cached(salt) for salt in ("a", "b", None)] for _ in range(2))
+    finally:
+        rig.env.engine.prefix_cache = None
+    assert first == [0, 0, 0] and len(set(again)) == 1 and again[0] > 10
+
+
 def test_a_stream_is_server_sent_events(rig: Any) -> None:
     body = {"messages": CHAT, "max_tokens": 8, "stream": True, "stream_options": {"include_usage": True}}
     answer = httpx.post(f"{rig.url}/v1/chat/completions", json=body)
