@@ -19,6 +19,7 @@ FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_
 # Tested as a whole, through a real server as its clients see it.
 WHOLE = "serving/http/"
 EXCEPTIONS = {
+    "faults/test_attach.py": "processes of all rooms, by the commands of docs/production.md",
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,13 +27,14 @@ class LocalSource:
 
     Attributes:
         waiting: Those that it has not taken.
+        rejections: Messages dropped, of which there are none.
     """
 
     handshake_error: str | None = None
-    rejected = 0
 
     def __init__(self) -> None:
         self.waiting: list[TensorDictBase] = []
+        self.rejections = Counter[str]()
 
     def poll(self, timeout_s: float = 0.0) -> list[TensorDictBase]:
         """Take all that wait; nobody else could bring more meanwhile."""

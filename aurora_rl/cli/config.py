@@ -136,8 +136,8 @@ class HttpConfig:
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 is every address of this machine."""
     port: int | None = 8000
-    """Port to listen at; 0 takes a free one. `aurora-rl serve` alone listens. With engine.name=sglang requests go on to
-    SGLang, and null leaves clients to SGLang's own port."""
+    """Port to listen at; 0 takes a free one. `aurora-rl serve` listens, and `aurora-rl sglang attach` if this is set.
+    With engine.name=sglang requests go on to SGLang, and null leaves clients to SGLang's own port."""
     api_keys: str | None = None
     """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
     without that everyone is let in."""
@@ -250,12 +250,13 @@ _MOVED = {
 }
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:
     """Merge the defaults, then a YAML file, then ``key=value`` pairs.
 
     Args:
         path: YAML file with any of the keys.
         overrides: Pairs such as ``engine.slots=2``.
+        usual: Pairs that take the place of defaults.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
@@ -266,7 +267,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         2
     """
     merged = OmegaConf.structured(Config)
-    sources: list[tuple[str, DictConfig]] = []
+    sources = [(pair, _from_pair(pair, merged)) for pair in usual]
     if path is not None:
         try:
             loaded = OmegaConf.load(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +16,9 @@ from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer
 from aurora_rl.telemetry.history import RunHistory
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 
 class HttpFront:
@@ -45,10 +50,11 @@ class HttpFront:
         self._server = HttpServer(config.http.host, config.http.port)
         self.url = self._server.url
         self.metrics = Exporter()
+        self._load: Callable[[], Mapping[str, int]]
 
     @classmethod
     def of(cls, config: Config) -> HttpFront | None:
-        """Return the front of ``aurora-rl serve``; None where clients talk to SGLang itself.
+        """Return the front of a server; None where clients talk to SGLang itself.
 
         Raises:
             ConfigError: The configuration leaves clients no port, or has a budget for SGLang's clients; or see the
@@ -99,7 +105,7 @@ class HttpFront:
             timeout=http.timeout,
             cors_origins=http.cors_origins,
         )
-        self._server.start(app)
+        self._start(app)
 
     def start_proxy(self, spec: RunSpec, server: AttachedServer, history: RunHistory) -> None:
         """Begin to pass requests on to SGLang, and to show the run."""
@@ -109,15 +115,27 @@ class HttpFront:
         app = create_proxy(
             server.engine.url,
             model=spec.config.model,
+            max_waiting=http.max_waiting,
+            slots=lambda: server.slots,
             history=history,
             metrics=self.metrics,
+            num_spec_tokens=lambda: server.depth,
             drafter_version=lambda: server.stats.version,
             api_keys=self._keys,
             max_body=http.max_body,
             timeout=http.timeout,
             cors_origins=http.cors_origins,
         )
+        self._start(app)
+
+    def _start(self, app: Starlette) -> None:
+        self._load = app.state.load
         self._server.start(app)
+
+    def clients(self) -> dict[str, Any]:
+        """Return how clients fare, for a "status" event: their running and waiting requests, and mean waits."""
+        load = self._load()
+        return {"running": load["num_running"], "waiting": load["num_waiting"], "waits": self.metrics.mean_waits()}
 
     def stop(self) -> None:
         """Close the port, and let answers end for a few seconds."""

@@ -50,7 +50,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     with contextlib.nullcontext() if folder is None else folder.undone_if_refused():
         learner = build_learner(resolve(config), log, run_dir)
     stop.working = True
-    log.write("learner_ready", pid=os.getpid())
+    log.write("learner_ready", pid=os.getpid(), seen=learner.seen)
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
     with contextlib.closing(learner), logged(figures, run_dir):
         try:

@@ -85,10 +85,11 @@ def _main(words: list[str]) -> int:
             _limit_caches()
         module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
         arguments = _parse(words, name, module)
+        usual = getattr(arguments, "usual", ())
         if (folder := getattr(arguments, "resume", None)) is None:
-            config = load_config(arguments.config, arguments.overrides)
+            config = load_config(arguments.config, arguments.overrides, usual)
         else:
-            config = resumed_config(name, folder, arguments.config, arguments.overrides)
+            config = resumed_config(name, folder, arguments.config, arguments.overrides, usual)
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0

@@ -99,7 +99,9 @@ def _folder_of_now(parent: Path, suffix: str) -> Path:
             return folder
 
 
-def resumed_config(command: str, folder: str, path: str | None, overrides: Sequence[str]) -> Config:
+def resumed_config(
+    command: str, folder: str, path: str | None, overrides: Sequence[str], usual: Sequence[str] = ()
+) -> Config:
     """Read the configuration of the run in ``folder``: its learner goes on from its checkpoint, with its last drafter.
 
     A YAML file at ``path`` takes the place of the saved configuration.
@@ -115,7 +117,7 @@ def resumed_config(command: str, folder: str, path: str | None, overrides: Seque
             f"--resume {folder} is the folder of a training; go on with aurora-rl train --resume, or serve its drafter "
             f"by drafter.path={run / 'drafter'}"
         )
-    config = load_config(path or run / document, overrides)
+    config = load_config(path or run / document, overrides, usual)
     if config.run_dir not in (None, folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
     return replace(continued(config, run), run_dir=folder)

@@ -178,6 +178,7 @@ class _Session:
             self._history,
             total=None if self._requests is None else self._requests.total,
             learner=self._learner_state,
+            clients=dict if self._http is None else self._http.clients,
             followers=self._followers,
         )
         stop.working = True
@@ -221,13 +222,17 @@ class _Session:
 
     def _tend_learner(self) -> None:
         """Start a learner that died again, once it is due."""
-        learner = self._learner
-        if learner is not None and learner.tend():
-            missed = 0 if self._server is None else self._server.missed
-            self._log.write("learner_restarted", restarts=learner.restarts, resumed=learner.resumed, missed=missed)
+        learner, server = self._learner, self._server
+        if learner is not None and server is not None and learner.tend():
+            missed, lost = server.drops["no_learner"], self._history.unsaved(server.sent)
+            self._log.write(
+                "learner_restarted", restarts=learner.restarts, resumed=learner.resumed, missed=missed, lost=lost
+            )
             resumed = ", from its checkpoint" if learner.resumed else ""
             self._console.print(
-                f"the learner is started again{resumed}; {missed} trajectories were dropped without one"
+                f"the learner is started again{resumed}; {missed} trajectories were dropped without one, "
+                f"and {lost} were lost with the last",
+                soft_wrap=True,
             )
 
     def end(self) -> int:
@@ -260,9 +265,9 @@ class _Session:
         """Write and print what the run came to."""
         server, requests, outputs, run_dir = self._server, self._requests, self._outputs, self._run_dir
         stats = Stats() if server is None else server.stats
-        dropped, missed = (0, 0) if server is None else (server.dropped, server.missed)
+        drops = self._history.drops if server is None else server.drops + self._history.drops
         failed, duration_s = [] if requests is None else requests.failed, time.monotonic() - self._began
-        summary = stats.summary(failed=len(failed), dropped=dropped, missed=missed, duration_s=duration_s)
+        summary = stats.summary(failed=len(failed), drops=drops, duration_s=duration_s)
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:

@@ -22,6 +22,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     attach = commands.add_parser("attach", help=text, description=text)
     add_resume_argument(attach)
     add_config_arguments(attach, "drafter.path=DRAFTER, the folder that SGLang was started with")
+    attach.set_defaults(usual=["http.port=null"])  # clients talk to SGLang itself, unless a front is asked for
 
     for name, text in (
         ("detach", "end recording and swaps; SGLang serves on with the weights that it has"),
@@ -42,7 +43,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         return _ask(engine.plugin_address, arguments.what)
     if engine.url is None:
         raise ConfigError("engine.url is missing: set it to SGLang's own, such as engine.url=http://127.0.0.1:30000")
-    engine.name, config.http.port = "sglang", None  # its clients talk to SGLang itself
+    engine.name = "sglang"
     check(config)
     return serve.run(config, arguments, stop)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 
 import zmq
 from tensordict import TensorDictBase
@@ -50,11 +50,10 @@ class TrajectorySink:
         self._closed = False
         self._logged_refusal = False
         self.sent = 0
-        """Trajectories handed to a connected learner; those on their way when it dies are lost unnoticed."""
-        self.dropped = 0
-        """Trajectories given up: displaced by newer ones, left over at `close`, or not encodable."""
-        self.missed = 0
-        """Those of them that were given up while no learner was connected."""
+        """Trajectories handed to a connected learner; those on their way when it dies are lost with it."""
+        self.drops = Counter(no_learner=0, slow_learner=0, not_encodable=0)
+        """Trajectories given up, by reason: ``not_encodable``, or displaced by newer ones or left over at `close` while
+        a learner was connected (``slow_learner``) or none was (``no_learner``)."""
         self._connected = False
         self._socket = open_socket(zmq.PUSH)
         self._socket.sndhwm = _SEND_HIGH_WATER
@@ -96,9 +95,7 @@ class TrajectorySink:
 
     def _drop(self, count: int) -> None:
         """Count trajectories that are given up; called with the lock held."""
-        self.dropped += count
-        if not self._connected:
-            self.missed += count
+        self.drops["slow_learner" if self._connected else "no_learner"] += count
 
     def _step(self) -> bool:
         with self._changed:
@@ -123,7 +120,7 @@ class TrajectorySink:
             frames = encode(TRAJECTORY, self._meta, trajectory)
         except (ValueError, RuntimeError) as error:  # a RuntimeError is a failed copy from another device
             with self._changed:
-                self.dropped += 1
+                self.drops["not_encodable"] += 1
             if not self._logged_refusal:
                 self._logged_refusal = True
                 logger.warning("a trajectory cannot be sent and is dropped (later ones are only counted): %s", error)

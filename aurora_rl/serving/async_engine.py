@@ -20,7 +20,14 @@ from aurora_rl.serving.server import InferenceServer
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may."""
+    """As many requests wait as may.
+
+    Args:
+        waiting: Requests that wait.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests wait already, as many as http.max_waiting allows")
 
 
 class EngineDeadError(RuntimeError):
@@ -146,7 +153,7 @@ class AsyncEngine:
             if not self.alive:
                 raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
             if len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(f"{len(self._waiting)} requests wait already, as many as http.max_waiting allows")
+                raise QueueFullError(len(self._waiting))
             self._streams[request.id] = stream
             self._waiting.append(request)
         self._arrived.set()

@@ -23,7 +23,7 @@ class RequestTimes:
         observe: Called with what was waited for, and for how many seconds.
 
     Attributes:
-        scheduled: Time of the monotonic clock at which the request got a slot.
+        scheduled: Time of the monotonic clock at which the request got a slot; None if nobody says when it did.
 
     Example:
         >>> told = []
@@ -39,7 +39,8 @@ class RequestTimes:
 
     def __init__(self, observe: Callable[[Wait, float], None]) -> None:
         self._observe = observe
-        self._arrived = self._last = self.scheduled = time.monotonic()
+        self._arrived = self._last = time.monotonic()
+        self.scheduled: float | None = self._arrived
         self._first: float | None = None
         self._later_tokens = 0
 
@@ -48,15 +49,17 @@ class RequestTimes:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            self._observe("request_queue_time", self.scheduled - self._arrived)
+            if self.scheduled is not None:
+                self._observe("request_queue_time", self.scheduled - self._arrived)
             self._observe("time_to_first_token", now - self._arrived)
         else:
             self._later_tokens += tokens
             self._observe("inter_token_latency", now - self._last)
         self._last = now
 
-    def completed(self) -> None:
-        """Note the end of the request."""
-        if self._first is not None and self._later_tokens:
-            self._observe("request_time_per_output_token", (self._last - self._first) / self._later_tokens)
+    def completed(self, more_tokens: int = 0) -> None:
+        """Note the end of the request, and that later deliveries had so many tokens more than was said."""
+        later = self._later_tokens + more_tokens
+        if self._first is not None and later > 0:
+            self._observe("request_time_per_output_token", (self._last - self._first) / later)
         self._observe("e2e_request_latency", time.monotonic() - self._arrived)

@@ -76,14 +76,14 @@ class InferenceServer:
         return self.policy.shape.depth
 
     @property
-    def dropped(self) -> int:
-        """Trajectories that no learner took."""
-        return self._sink.dropped if self._sink is not None else 0
+    def drops(self) -> Counter[str]:
+        """Trajectories that no learner took, by reason; see :attr:`TrajectorySink.drops`."""
+        return self._sink.drops if self._sink is not None else Counter()
 
     @property
-    def missed(self) -> int:
-        """Dropped trajectories that were given up while no learner was connected."""
-        return self._sink.missed if self._sink is not None else 0
+    def sent(self) -> int:
+        """Trajectories handed to a learner."""
+        return self._sink.sent if self._sink is not None else 0
 
     @property
     def queued(self) -> int:

@@ -57,14 +57,15 @@ class AttachedServer:
         self.stats, self.engine, self.detached = Stats(0), engine, False
         self._attach, self._log, self._published = attach, log, published
         self._next_watch, self._unreachable = 0.0, ""
-        self._given_up = Counter[str]()  # by servers before this one
+        self._drops_before, self._sent_before = Counter[str](), 0  # of servers before this one
         self.status: dict[str, Any] = {}
         self._begin()
 
     def _begin(self) -> None:
         """Attach the learner; the plugin's counts begin at 0."""
         last, self.status = self.status, self._attach()
-        self._given_up.update({name: last.get(name, 0) for name in ("dropped", "missed")})
+        self._drops_before.update(last.get("drops", {}))
+        self._sent_before += last.get("sent", 0)
         self._told_swaps, self._served, self._accepted = 0, Counter[str](), Counter[int]()
         self._log.write("attached", status=self.status)
 
@@ -74,14 +75,19 @@ class AttachedServer:
         return self.status["depth"]
 
     @property
-    def dropped(self) -> int:
-        """Trajectories that no learner took."""
-        return self._given_up["dropped"] + self.status.get("dropped", 0)
+    def slots(self) -> int:
+        """Requests that the engine decodes at the same time."""
+        return self.status["slots"]
 
     @property
-    def missed(self) -> int:
-        """Dropped trajectories that were given up while no learner was connected."""
-        return self._given_up["missed"] + self.status.get("missed", 0)
+    def drops(self) -> Counter[str]:
+        """Trajectories that no learner took, by reason; see :attr:`TrajectorySink.drops`."""
+        return self._drops_before + Counter(self.status.get("drops", {}))
+
+    @property
+    def sent(self) -> int:
+        """Trajectories handed to a learner."""
+        return self._sent_before + self.status.get("sent", 0)
 
     @property
     def queued(self) -> int:

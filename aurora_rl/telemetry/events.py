@@ -74,9 +74,17 @@ EVENTS: dict[str, Event] = {
             "drafted": "Rounds since the last status by what they drafted: tree, chain, ngrams, plain, baseline.",
             "depth": "Depth of the trees that are drafted.",
             "coverage": "Mean coverage of the requests since the last status.",
+            "staleness": "Versions that were published after the one that drafts; null if that is not known.",
             "queue": "Trajectories that wait for the learner.",
-            "dropped": "Trajectories that no learner took.",
+            "dropped": "Trajectories lost so far, by reason. Given up here: no_learner while none was connected, "
+            "slow_learner while one was, not_encodable. By the server's own learner: malformed, handshake (of another "
+            "deployment), invalid, buffer_full (its full buffer let go of what it had not learned from), and "
+            "learner_died (sent to one that died, and in none of its checkpoints).",
             "learner": "State of the learner.",
+            "running": "Clients' requests that are decoded now; like the next two only with a front at `http.port`.",
+            "waiting": "Clients' requests that wait.",
+            "waits": "Mean seconds that clients waited since the last status, by what for: the names of the histograms "
+            "of `GET /metrics` without their unit.",
         },
     ),
     "shape": Event(
@@ -121,15 +129,16 @@ EVENTS: dict[str, Event] = {
             "restarts": "How often so far.",
             "resumed": "True if it goes on from a checkpoint.",
             "missed": "Trajectories that were dropped so far while no learner was connected, of all outages and before "
-            "the first. Not among them: what waits in the queue for the next learner, and what the last one had "
-            "received and not learned from, which is lost with it and not counted.",
+            "the first. What waits in the queue for the next learner is not among them.",
+            "lost": "Trajectories that were sent to the learner that died and are in none of its checkpoints: on their "
+            "way to it, received, held back by its gate, or learned from since it saved.",
         },
     ),
     "learner_died": Event("The server's learner has ended; serving goes on.", _REASON),
     "failed": Event("At the end of a run, for each request that was not served.", _REASON),
     # Of the learner; `refused` is of both.
     "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),
-    "learner_ready": Event("The learner listens.", {"pid": "Its process."}),
+    "learner_ready": Event("The learner listens.", {"pid": "Its process.", "seen": _SEEN["seen"]}),
     "train": Event(
         "An optimizer step was taken.",
         {
@@ -139,7 +148,6 @@ EVENTS: dict[str, Event] = {
             "new": "Requests of the batch that are new; 0 for a replayed batch.",
             "seconds": "Time of the step.",
             "waiting": "Requests that have arrived and are not learned from yet.",
-            "rejected": "Messages that were malformed so far.",
             "batches": "Batches so far; of `aurora-rl train`, which writes no requests.",
         },
     ),
@@ -151,6 +159,10 @@ EVENTS: dict[str, Event] = {
             "skipped": "Steps left out so far.",
             "batches": "Batches so far; only of `aurora-rl train`.",
         },
+    ),
+    "drops": Event(
+        "The learner dropped trajectories since the last such line; once a second at most.",
+        {"reasons": "Trajectories by reason; see `dropped` in `status`.", "steps": _SEEN["steps"]},
     ),
     "candidate": Event("Weights were frozen for the gate.", _SEEN),
     "gate": Event(
@@ -181,9 +193,7 @@ EVENTS: dict[str, Event] = {
         "A checkpoint or a recording could not be written; learning goes on.",
         {"what": "What was to be written.", **_REASON},
     ),
-    "checkpoint": Event(
-        "The training state was saved.", {"steps": _SEEN["steps"], "version": "Version that is published now."}
-    ),
+    "checkpoint": Event("The training state was saved.", {**_SEEN, "version": "Version that is published now."}),
     "evaluation": Event(
         "`aurora-rl train`: the held-out requests were replayed.",
         {

@@ -18,6 +18,16 @@ _NEWEST = 20  # more than the page's tables have rows
 _OTHERS = "(others)"
 
 
+def staleness(published: float | None, drafts: float | None) -> float | None:
+    """Return how many versions were published after the one that drafts; None if either is not known.
+
+    Example:
+        >>> staleness(5, 3), staleness(None, 3)
+        (2, None)
+    """
+    return None if published is None or drafts is None else max(published - drafts, 0)
+
+
 def shares(drafted: Counter[str]) -> dict[str, float]:
     """Return the share of each kind of round, in the order of :data:`DRAFTED`; empty if there were none.
 
@@ -146,6 +156,9 @@ class RunHistory:
     Attributes:
         requests: Completed requests.
         version: Version of the weights that draft; None if it is not known yet.
+        published: Version of the weights that the learner published last; None if it is not known yet.
+        saved: Requests that learners of this run have learned from and saved.
+        drops: Trajectories that were lost once they were sent, by reason.
         points: A point for each status. Where no request completed, the last point stands for all.
         drafted: Rounds of the last status by what they drafted.
         swaps: Swaps.
@@ -165,6 +178,10 @@ class RunHistory:
         self._most, self._lock = most, threading.Lock()
         self.requests = 0
         self.version: int | None = None
+        self.published: int | None = None
+        self.saved = 0
+        self._seen: int | None = None  # by the learner that runs, when it began or last saved
+        self.drops: Counter[str] = Counter()
         self.points: list[Point] = []
         self.drafted: Counter[str] = Counter()
         self.swaps: list[Swap] = []
@@ -197,6 +214,15 @@ class RunHistory:
                         )
                     )  # fmt: skip
                     _thin(self.gates, self._most)
+                    self.published = event["version"]
+                case "learner_ready":
+                    self._seen = event["seen"]
+                case "checkpoint":
+                    self.published = event["version"]
+                    self.saved += 0 if self._seen is None else event["seen"] - self._seen
+                    self._seen = event["seen"]
+                case "drops":
+                    self.drops.update(event["reasons"])
                 case "train":
                     learner.loss, learner.waiting = event["loss"], event["waiting"]
                     learner.steps, learner.seen = event["steps"], event["seen"]
@@ -204,6 +230,7 @@ class RunHistory:
                     learner.skipped = event["skipped"]
                 case "learner_restarted":
                     learner.restarts = event["restarts"]
+                    self.drops["learner_died"] += event["lost"]
                 case "learner_died":
                     learner.state = event["reason"].removeprefix("the learner ")
 
@@ -231,6 +258,10 @@ class RunHistory:
             for dropped, kept in zip(points[:-_NEWEST:2], points[1::2], strict=False):
                 kept.drafted += dropped.drafted
         _thin(points, self._most)
+
+    def unsaved(self, sent: int) -> int:
+        """Return how many of the trajectories sent so far are in no checkpoint, and not among :attr:`drops`."""
+        return max(sent - self.saved - self.drops.total(), 0)
 
     def mark(self, requests: int, text: str) -> None:
         """Say that something new begins once so many requests have completed."""

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 # The events that are logged, and the field of each that counts its steps: completed requests or optimizer steps.
 # `aurora-rl train` serves nothing, and counts batches.
-_STEPS = {"status": "requests", "swap": "requests", "train": "steps", "gate": "steps", "evaluation": "batches"}
+_STEPS = {
+    "status": "requests", "swap": "requests", "train": "steps", "gate": "steps", "drops": "steps",
+    "evaluation": "batches",
+}  # fmt: skip
 _TURN_S, _END_S = 1.0, 30.0
 
 

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 import aurora_rl
+from aurora_rl.telemetry.history import staleness
 
 PREFIX = "aurora_"
 _BUCKETS = [float(f"{digit}e{exponent}") for exponent in range(-4, 3) for digit in (1, 2, 3, 5)]
@@ -117,9 +118,18 @@ METRICS: dict[str, Metric] = {
     "trajectory_queue_length": Metric("gauge", "Trajectories that wait to be sent to the learner."),
     "trajectories_dropped_total": Metric(
         "counter",
-        "Trajectories that were lost: no learner took them, or the learner refused the message.",
+        "Trajectories that were lost; `dropped` of the event `status` says what the reasons are.",
         "reason",
-        ("not_taken", "rejected"),
+        (
+            "no_learner",
+            "slow_learner",
+            "not_encodable",
+            "malformed",
+            "handshake",
+            "invalid",
+            "buffer_full",
+            "learner_died",
+        ),
     ),
     "build_info": Metric("gauge", "1, with the version of the package.", "version"),
 }
@@ -152,6 +162,7 @@ class Exporter(Collector):
             for name, metric in METRICS.items()
             if metric.kind == "histogram"
         }
+        self._waits: dict[str, tuple[float, int]] = {}  # since they were last asked for
         self._set("build_info", 1, aurora_rl.__version__)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -175,7 +186,6 @@ class Exporter(Collector):
                 self._add("learner_requests_seen_total", event["new"])
                 self._set("learner_loss", event["loss"])
                 self._set("learner_waiting_requests", event["waiting"])
-                self._set("trajectories_dropped_total", event["rejected"], "rejected")
             case "step_skipped":
                 self._add("learner_skipped_steps_total")
             case "gate":
@@ -188,9 +198,8 @@ class Exporter(Collector):
             case "learner_restarted":
                 self._add("learner_restarts_total")
                 self._set("learner_up", 1)
-        drafts, published = (self._numbers[f"{name}_version"].get("") for name in ("drafter", "learner"))
-        if drafts is not None and published is not None:
-            self._set("drafter_staleness", max(published - drafts, 0))
+        published, drafts = (self._numbers[f"{name}_version"].get("") for name in ("learner", "drafter"))
+        self._set("drafter_staleness", staleness(published, drafts))
 
     def _requests(self, event: Mapping[str, Any]) -> None:
         terminated = int(event["terminated"])  # of one request a truth value, of several their number
@@ -217,7 +226,8 @@ class Exporter(Collector):
         self._set("draft_depth", event["depth"])
         self._set("drafter_version", event["version"])
         self._set("trajectory_queue_length", event["queue"])
-        self._set("trajectories_dropped_total", event["dropped"], "not_taken")
+        for reason, dropped in event["dropped"].items():
+            self._set("trajectories_dropped_total", dropped, reason)
         learner = event["learner"]  # otherwise of another server, or of nobody
         up = 1 if learner == "running" else None if learner.startswith("any at") else 0  # refusals are 0, too
         self._set("learner_up", up)
@@ -225,6 +235,13 @@ class Exporter(Collector):
     def observe(self, wait: str, seconds: float) -> None:
         """Note how long a client has waited, for the metric ``wait`` without its unit."""
         self._times[f"{wait}_seconds"].observe(seconds)
+        before, count = self._waits.get(wait, (0.0, 0))
+        self._waits[wait] = before + seconds, count + 1
+
+    def mean_waits(self) -> dict[str, float]:
+        """Return the mean of each wait in seconds, over those that were noted since the last call."""
+        waits, self._waits = self._waits, {}
+        return {wait: round(seconds / count, 6) for wait, (seconds, count) in waits.items()}
 
     def failed(self, code: str) -> None:
         """Count a request that was answered by an error of this code."""

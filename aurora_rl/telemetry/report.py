@@ -57,8 +57,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     measured = Rates(speed["baseline"], speed["speculative"], summary["baseline_rounds"])
     table.add_row("speedup, last quarter", show_speedup(measured))
     table.add_row("swaps", f"{summary['swaps']} (p50 {show(swap['p50'], 1)} ms, max {show(swap['max'], 1)} ms)")
-    missed = f" ({count} without a learner)" if (count := summary["missed_trajectories"]) else ""
-    table.add_row("dropped trajectories", f"{summary['dropped_trajectories']}{missed}")
+    reasons = ", ".join(f"{reason} {count}" for reason, count in summary["dropped_by_reason"].items())
+    table.add_row("dropped trajectories", f"{summary['dropped_trajectories']}{f' ({reasons})' if reasons else ''}")
     if summary["drafter_faults"]:
         table.add_row("served without the drafter, for a fault", str(summary["drafter_faults"]))
     table.add_row("duration", f"{summary['duration_s']:.0f} s")

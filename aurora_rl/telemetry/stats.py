@@ -73,16 +73,15 @@ class Stats:
             requests=requests, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
         )
 
-    def summary(self, *, failed: int = 0, dropped: int = 0, missed: int = 0, duration_s: float = 0.0) -> dict[str, Any]:
+    def summary(self, *, failed: int = 0, drops: Counter[str] | None = None, duration_s: float = 0.0) -> dict[str, Any]:
         """Return what ``summary.json`` holds; null stands for what was not measured.
 
         Args:
             failed: Requests that could not be served.
-            dropped: Trajectories that no learner took.
-            missed: Those of them that were given up while no learner was connected.
+            drops: Trajectories that were lost, by reason; None if there are none.
             duration_s: Seconds of the run.
         """
-        count = len(self.finished)
+        count, drops = len(self.finished), drops or Counter()
         tenth = max(count // 10, 1)
         last = self.rates(0.25)
         domains = {
@@ -109,8 +108,8 @@ class Stats:
             "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},
             "speedup": last.speedup,
             "baseline_rounds": last.baseline_rounds,
-            "dropped_trajectories": dropped,
-            "missed_trajectories": missed,
+            "dropped_trajectories": drops.total(),
+            "dropped_by_reason": dict(drops),
             "drafter_faults": self.drafter_faults,
             "duration_s": duration_s,
             "versions_served": self.versions,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.table import Table
 from rich.text import Text
 
-from aurora_rl.telemetry.history import DRAFTED, RunHistory, shares
+from aurora_rl.telemetry.history import DRAFTED, RunHistory, shares, staleness
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.report import show, show_speedup
 from aurora_rl.telemetry.stats import Stats
@@ -36,12 +36,12 @@ class Server(Protocol):
         """Trajectories that wait to be sent."""
 
     @property
-    def dropped(self) -> int:
-        """Trajectories that no learner took."""
+    def drops(self) -> Counter[str]:
+        """Trajectories that no learner took, by reason."""
 
     @property
-    def missed(self) -> int:
-        """Dropped trajectories that were given up while no learner was connected."""
+    def sent(self) -> int:
+        """Trajectories handed to a learner."""
 
     @property
     def refused(self) -> str | None:
@@ -67,6 +67,7 @@ class LiveView:
         history: Gets every event; what the view shows of them.
         total: Requests to serve; None if there is no end to them.
         learner: Says how the learner is: "running", or that it died.
+        clients: Returns how clients fare, the last fields of "status"; without a front for them there are none.
         followers: Further callables that get every event, in order.
 
     Attributes:
@@ -82,10 +83,11 @@ class LiveView:
         *,
         total: int | None,
         learner: Callable[[], str],
+        clients: Callable[[], dict[str, Any]] = dict,
         followers: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self._server, self._log, self._reader, self._history = server, log, reader, history
-        self._total, self._learner = total, learner
+        self._total, self._learner, self._clients = total, learner, clients
         self._followers = [history.follow, *followers]
         self._began = time.monotonic()
         self._died = False
@@ -156,11 +158,18 @@ class LiveView:
             drafted=dict(stats.drafted - self._drafted),
             depth=server.depth,
             coverage=sum(coverage) / len(coverage) if coverage else None,
+            staleness=staleness(self._history.published, stats.version),
             queue=server.queued,
-            dropped=server.dropped,
+            dropped=dict(self.drops),
             learner=server.refused or self._learner(),
+            **self._clients(),
         )
         self._accepted, self._coverage, self._drafted = Counter(), [], stats.drafted.copy()
+
+    @property
+    def drops(self) -> Counter[str]:
+        """Trajectories that were lost so far, by reason: before they were sent, and after that."""
+        return self._server.drops + self._history.drops
 
     def _recent(self) -> float | None:
         """Return the acceptance length of the last tenth of the requests, at least eight."""
@@ -186,7 +195,7 @@ class LiveView:
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show_speedup(speed)),
             ("version · swaps", f"{stats.version} · {len(stats.swap_ms)}"),
-            ("queue · dropped", f"{server.queued} · {server.dropped}"),
+            ("queue · dropped", f"{server.queued} · {self.drops.total()}"),
             ("learner", server.refused or self._learner()),
             ("learner loss · skipped steps", f"{show(history.learner.loss, 3)} · {history.learner.skipped}"),
             ("gate", gate),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,16 +30,19 @@ from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import pack
 
 _STATE = "the training state"
+_NOTE_S = 1.0  # a peer may send junk without an end
 
 
 class TrajectorySource(Protocol):
-    """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`."""
+    """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`.
+
+    Attributes:
+        handshake_error: How the latest engine of another deployment differed.
+        rejections: Messages dropped so far, by kind.
+    """
 
     handshake_error: str | None
-
-    @property
-    def rejected(self) -> int:
-        """Messages dropped so far."""
+    rejections: Counter[str]
 
     def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
         """Take the trajectories that have arrived, oldest first."""
@@ -119,6 +123,7 @@ class Learner:
         self._credit = 0
         self._since_candidate = self._offered_steps = 0
         self._refusal: str | None = None
+        self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
         self._serving = self._frozen()
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
@@ -148,6 +153,8 @@ class Learner:
         self._audit.check(arrivals)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
+        if time.monotonic() >= self._next_note:
+            self._note_drops()
         if self._gate.ready:
             self._decide()
         learned = self.steps > self._offered_steps  # a swap of what nobody changed would cost every cache
@@ -173,7 +180,9 @@ class Learner:
         if trajectories:
             self._buffer.extend(trajectories)
             # What the buffer has let go is not kept waiting here either: arrivals may outrun learning for long.
-            self._new = [*self._new, *trajectories][-len(self._buffer) :]
+            new = [*self._new, *trajectories]
+            self._new = new[-len(self._buffer) :]
+            self._unlearned += len(new) - len(self._new)
             self._since_candidate += len(trajectories)
 
     def _note_refusal(self) -> None:
@@ -181,6 +190,14 @@ class Learner:
         if refusal != self._refusal:
             self._refusal = refusal
             self._log.write("refused", reason=refusal)
+
+    def _note_drops(self) -> None:
+        """Log what was dropped since the last such event."""
+        self._next_note = time.monotonic() + _NOTE_S
+        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned)
+        if dropped != self._noted:
+            self._log.write("drops", reasons=dict(dropped - self._noted), steps=self.steps)
+            self._noted = dropped
 
     def _train(self, batch: TensorDictBase, *, new: int) -> None:
         began = time.perf_counter()
@@ -202,7 +219,6 @@ class Learner:
             new=new,
             seconds=round(time.perf_counter() - began, 3),
             waiting=len(self._new),
-            rejected=self._collector.rejected,
         )
 
     def _skip(self, reason: str) -> None:
@@ -257,13 +273,14 @@ class Learner:
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
         save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
-        self._log.write("checkpoint", steps=self.steps, version=self.version)
+        self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})
 
     def close(self) -> None:
         """Close the wire."""
+        self._note_drops()
         self._collector.shutdown()
         self._publisher.close()
 

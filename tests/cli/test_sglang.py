@@ -1,12 +1,14 @@
-"""`aurora-rl sglang`: one-shot commands on a plugin's socket, and what is missing. `attach` runs on real SGLang."""
+"""`aurora-rl sglang`: one-shot commands on a plugin's socket, and what is missing. `attach` runs elsewhere."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from aurora_rl.cli import main as cli
 from aurora_rl.envs.sglang import plugin_server
@@ -84,3 +86,20 @@ def test_what_is_missing_is_named_before_anything_is_loaded(
     error = capsys.readouterr().err
     assert error.startswith("aurora-rl: ") and message in error and error.count("\n") == 1
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [([], None), (["http.port=8123"], 8123), (["--config", "run.yaml"], 8124), (["http.port=null"], None)],
+)
+def test_attach_opens_a_front_only_where_a_port_is_set(
+    words: list[str],
+    port: int | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("http: {port: 8124}")
+    assert cli.main(["sglang", "attach", "--print-config", *words]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["http"]["port"] == port

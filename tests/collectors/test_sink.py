@@ -66,7 +66,7 @@ def test_everything_arrives_in_order() -> None:
             sink.extend(item(number))
         assert learner.receive(50) == list(range(50))
         until(lambda: sink.sent == 50)
-        assert (sink.dropped, sink.queued) == (0, 0)
+        assert (sink.drops.total(), sink.queued) == (0, 0)
     learner.close()
 
 
@@ -77,11 +77,11 @@ def test_without_a_learner_it_never_blocks_and_a_late_one_gets_the_newest(free: 
         sink.extend(item(number) if number >= 9_984 else EMPTY)
         assert sink.queued <= 16
     assert time.monotonic() - start < 5
-    assert (sink.sent, sink.dropped, sink.missed, sink.queued) == (0, 9_984, 9_984, 16)
+    assert (sink.sent, sink.drops.total(), sink.drops["no_learner"], sink.queued) == (0, 9_984, 9_984, 16)
     learner = Learner(free)
     assert learner.receive(16) == list(range(9_984, 10_000))
     sink.close()
-    assert (sink.sent, sink.dropped, sink.missed) == (16, 9_984, 9_984)
+    assert (sink.sent, sink.drops.total(), sink.drops["no_learner"]) == (16, 9_984, 9_984)
     learner.close()
 
 
@@ -96,12 +96,12 @@ def test_a_learner_that_does_not_read_stalls_nothing() -> None:
     for number in range(1, 40):  # 4 MB each: more than the buffers of the kernel hold
         sink.extend(item(number, 500_000))
     until(lambda: sink.queued == 4)
-    assert sink.dropped > 0 and sink.sent + sink.dropped + sink.queued == 40
+    assert sink.drops.total() > 0 and sink.sent + sink.drops.total() + sink.queued == 40
     start = time.monotonic()
     sink.close(0.2)
     assert time.monotonic() - start < 2
-    assert sink.sent + sink.dropped == 40
-    assert sink.missed == 0  # it was there all the time
+    assert sink.sent + sink.drops.total() == 40
+    assert sink.drops["no_learner"] == 0  # it was there all the time
     learner.close()
 
 
@@ -134,11 +134,11 @@ def test_what_is_dropped_between_two_learners_is_missed_and_what_waits_is_not() 
     until(lambda: not sink._connected)
     for number in range(1, 6):
         sink.extend(item(number))
-    assert (sink.sent, sink.dropped, sink.missed, sink.queued) == (1, 3, 3, 2)
+    assert (sink.sent, sink.drops.total(), sink.drops["no_learner"], sink.queued) == (1, 3, 3, 2)
     second = Learner(first.address)
     assert second.receive(2) == [4, 5]
     sink.close()
-    assert (sink.sent, sink.dropped, sink.missed) == (3, 3, 3)
+    assert (sink.sent, sink.drops.total(), sink.drops["no_learner"]) == (3, 3, 3)
     second.close()
 
 
@@ -149,7 +149,7 @@ def test_close_flushes_to_a_slow_starting_learner(free: str) -> None:
     learner = Learner(free)
     sink.close(10.0)
     assert learner.receive(5) == [0, 1, 2, 3, 4]
-    assert (sink.sent, sink.dropped) == (5, 0)
+    assert (sink.sent, sink.drops.total()) == (5, 0)
     learner.close()
 
 
@@ -161,9 +161,9 @@ def test_close_without_a_learner_is_bounded_idempotent_and_counts(free: str) -> 
     sink.close(0.1)
     sink.close(0.1)
     assert time.monotonic() - start < 1.5
-    assert (sink.sent, sink.dropped, sink.missed, sink.queued) == (0, 3, 3, 0)
+    assert (sink.sent, sink.drops.total(), sink.drops["no_learner"], sink.queued) == (0, 3, 3, 0)
     sink.extend(item(4))  # too late, and still no error
-    assert (sink.dropped, sink.queued) == (4, 0)
+    assert (sink.drops.total(), sink.queued) == (4, 0)
 
 
 def test_what_cannot_be_encoded_is_dropped_and_the_rest_goes_on() -> None:
@@ -172,7 +172,7 @@ def test_what_cannot_be_encoded_is_dropped_and_the_rest_goes_on() -> None:
         sink.extend(TensorDict({"text": NonTensorData("prompt")}, batch_size=[]))
         sink.extend(item(7))
         assert learner.receive(1) == [7]
-        assert (sink.dropped, sink.missed) == (1, 0)
+        assert (sink.drops.total(), sink.drops["no_learner"]) == (1, 0)
     learner.close()
 
 

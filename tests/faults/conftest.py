@@ -26,7 +26,7 @@ class Command:
         folder.mkdir()
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "aurora_rl.cli.main", command, *pairs, f"run_dir={self.run}"],
+                [sys.executable, "-m", "aurora_rl.cli.main", *command.split(), *pairs, f"run_dir={self.run}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -96,7 +96,7 @@ def start(arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., Comman
     started: list[Command] = []
 
     def begin(command: str, *more: str) -> Command:
-        started.append(Command(tmp_path / f"{len(started)}-{command}", command, [*arguments, *more]))
+        started.append(Command(tmp_path / f"{len(started)}-{command.split()[0]}", command, [*arguments, *more]))
         return started[-1]
 
     yield begin

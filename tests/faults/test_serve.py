@@ -125,10 +125,12 @@ def test_what_a_dead_learner_missed_is_counted_and_what_waited_for_the_next_is_n
     server.wait_for("learner_ready", 2)
     (again,) = server.events("learner_restarted")
     assert again["missed"] <= 6
+    assert again["lost"] == 2 and not again["resumed"]  # what it had learned from was not saved
     server.interrupt()
     assert server.ended() == 0, server.text
-    assert server.summary["missed_trajectories"] == 6
-    assert f"{again['missed']} trajectories were dropped without one" in server.text
+    assert server.summary["dropped_by_reason"] == {"no_learner": 6, "learner_died": 2}
+    told = f"{again['missed']} trajectories were dropped without one, and 2 were lost with the last"
+    assert told in " ".join(server.text.split())
 
 
 def test_an_end_in_the_middle_completes_what_was_asked(start: Start) -> None:

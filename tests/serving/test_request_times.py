@@ -52,3 +52,15 @@ def test_a_request_of_one_delivery_has_no_time_per_token(clock: Clock) -> None:
     times.delivered(2)
     times.completed()
     assert told == ["request_queue_time", "time_to_first_token", "e2e_request_latency"]
+
+
+def test_tokens_may_be_known_at_the_end_alone_and_the_queue_not_at_all(clock: Clock) -> None:
+    told: dict[Wait, float] = {}
+    times = RequestTimes(told.__setitem__)
+    times.scheduled = None
+    times.delivered(0)
+    clock.tick(2.0)
+    times.delivered(0)
+    times.completed(8)
+    assert told.pop("request_time_per_output_token") == 0.25
+    assert set(told) == {"time_to_first_token", "inter_token_latency", "e2e_request_latency"}

@@ -180,7 +180,7 @@ def test_summary(tmp_path: Path) -> None:
         "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
         "acceptance_length": {"first": None, "last": None}, "domains": {},
         "tokens_per_second": {"baseline": None, "speculative": None}, "speedup": None, "baseline_rounds": 0,
-        "dropped_trajectories": 0, "missed_trajectories": 0, "drafter_faults": 0,
+        "dropped_trajectories": 0, "dropped_by_reason": {}, "drafter_faults": 0,
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
     # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
@@ -196,7 +196,7 @@ def test_summary(tmp_path: Path) -> None:
         "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
         "acceptance_length": {"first": 9 / 6, "last": 15 / 5}, "domains": {},
         "tokens_per_second": {"baseline": 2.0, "speculative": 3.0}, "speedup": 1.5, "baseline_rounds": 96,
-        "dropped_trajectories": 0, "missed_trajectories": 0, "drafter_faults": 0,
+        "dropped_trajectories": 0, "dropped_by_reason": {}, "drafter_faults": 0,
         "duration_s": 7.5, "versions_served": [0, 1, 2, 5],
     }  # fmt: skip
 

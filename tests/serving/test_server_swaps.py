@@ -168,9 +168,9 @@ def test_nobody_listens(tmp_path: Path) -> None:
     waiting = requests(5)
     serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, sink=sink, receiver=receiver)
     server = serving.run()
-    assert len(serving.completions) == 5 and server.stats.summary(dropped=server.dropped)["dropped_trajectories"] == 3
+    assert len(serving.completions) == 5 and server.stats.summary(drops=server.drops)["dropped_trajectories"] == 3
     assert sink.queued == 2
     serving.check_texts()
     receiver.close()
     sink.close(timeout=0.0)
-    assert server.stats.summary(dropped=server.dropped)["dropped_trajectories"] == 5 == server.missed
+    assert server.stats.summary(drops=server.drops)["dropped_trajectories"] == 5 == server.drops["no_learner"]

@@ -80,12 +80,13 @@ class Engine:
             "session": self.session,
             "depth": 4,
             "width": 1,
+            "slots": 2,
             "served": self.served,
             "swaps": len(self.swaps),
             "swap_ms": self.swaps[-2:],
             "version": len(self.swaps),
-            "dropped": 7,
-            "missed": 4,
+            "drops": {"no_learner": 4, "slow_learner": 3},
+            "sent": 5,
         }
 
 
@@ -122,7 +123,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
     assert {event["domain"] for event in events("request")} == {f"domain {n}" for n in range(8) if n != 3}
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
     assert (events("request")[0]["prompt_tokens"], events("request")[0]["drafted_tokens"]) == (2, 9)
-    summary = server.stats.summary(failed=len(failed), dropped=server.dropped, duration_s=1.0)
+    summary = server.stats.summary(failed=len(failed), drops=server.drops, duration_s=1.0)
     assert summary["requests"] == 7 and summary["acceptance_length"] == {"first": 4 / 3, "last": 4 / 3}
     assert summary["domains"]["domain 5"] == {"requests": 1, "tokens": 5, "acceptance_length": 4 / 3}
     assert summary["speedup"] is None and summary["dropped_trajectories"] == 7
@@ -179,15 +180,19 @@ def test_a_server_that_was_restarted_is_attached_to_again(run):
     server.watch()
     server.watch()
     assert [event["reason"] for event in events("unreachable")] == ["no answer"]
-    assert (server.dropped, server.missed) == (7, 4), "what was known stays"
+    assert (server.drops.total(), server.drops["no_learner"], server.sent) == (7, 4, 5), "what was known stays"
     engine.restart()
     engine.reachable = engine.starting = True
     server.watch()
     server.watch()
-    assert (server.dropped, server.missed) == (7, 4), "an attempt counts nothing twice"
+    assert (server.drops.total(), server.drops["no_learner"], server.sent) == (7, 4, 5), (
+        "an attempt counts nothing twice"
+    )
     engine.starting = False
     server.watch()
-    assert (server.dropped, server.missed) == (14, 8), "each process counts from 0, and its plugin says 7 and 4"
+    assert (server.drops.total(), server.drops["no_learner"], server.sent) == (14, 8, 10), (
+        "each process counts from 0, and its plugin says 7 and 4"
+    )
     engine.swaps.append(5.0)
     server.watch()
     assert engine.attached and engine.attaches == 2 and len(events("attached")) == 2

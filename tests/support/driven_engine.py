@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class ClientRig:
     Attributes:
         learned: Ids of the requests whose trajectories were handed on.
         queued: Trajectories that wait to be sent.
-        dropped: Trajectories that no learner took.
+        drops: Trajectories that no learner took, by reason.
+        sent: Trajectories handed to a learner.
         log: What the server writes.
     """
 
@@ -55,7 +57,8 @@ class ClientRig:
             on_refused=self.clients.refused,
         )
         self.learned: list[int] = []
-        self.queued = self.dropped = 0
+        self.queued = self.sent = 0
+        self.drops: Counter[str] = Counter()
         self.log = MetricsLog(folder / "metrics.jsonl", "server")
         self.server = InferenceServer(
             self.env,

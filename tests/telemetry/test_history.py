@@ -52,9 +52,36 @@ def test_requests_of_which_only_sums_are_known_count_as_many() -> None:
 def test_a_learner_that_died_and_was_started_again() -> None:
     history = history_of({"event": "learner_died", "time": 1.0, "reason": "the learner died with status -9"})
     assert (history.learner.state, history.learner.restarts) == ("died with status -9", 0)
-    history.follow({"event": "learner_restarted", "time": 2.0, "restarts": 1, "resumed": True})
+    history.follow({"event": "learner_restarted", "time": 2.0, "restarts": 1, "resumed": True, "lost": 3})
     history.follow(status(0))
     assert (history.learner.state, history.learner.restarts) == ("running", 1)
+    assert history.drops == {"learner_died": 3}
+
+
+def test_what_is_in_no_checkpoint_is_known_across_learners() -> None:
+    history = history_of({"event": "learner_ready", "time": 1.0, "pid": 1, "seen": 0})
+    assert history.unsaved(0) == 0 and history.unsaved(3) == 3
+    saved = {"event": "checkpoint", "time": 1.0, "steps": 1, "version": 1}
+    history.follow({**saved, "seen": 4})
+    history.follow({"event": "drops", "time": 1.0, "reasons": {"malformed": 1, "buffer_full": 2}, "steps": 1})
+    assert history.unsaved(12) == 5  # of twelve, four are saved and three were dropped
+    history.follow({"event": "learner_restarted", "time": 2.0, "restarts": 1, "resumed": True, "lost": 5})
+    assert history.unsaved(12) == 0
+    for event in ({**saved, "seen": 4}, {"event": "learner_ready", "time": 2.0, "pid": 2, "seen": 4}):  # it goes on
+        history.follow(event)
+    assert history.unsaved(15) == 3
+    history.follow({**saved, "seen": 6})
+    assert history.unsaved(15) == 1
+    history.follow({"event": "learner_ready", "time": 3.0, "pid": 3, "seen": 0})  # one that begins anew
+    history.follow({**saved, "seen": 1})
+    assert history.unsaved(15) == 0 and history.unsaved(9) == 0
+
+
+def test_a_run_that_goes_on_counts_what_it_saves_itself() -> None:
+    saved = {"event": "checkpoint", "time": 1.0, "steps": 1, "version": 1}
+    history = history_of({**saved, "seen": 40}, {"event": "learner_ready", "time": 1.0, "pid": 1, "seen": 40})
+    history.follow({**saved, "seen": 42})
+    assert (history.saved, history.published, history.unsaved(5)) == (2, 1, 3)
 
 
 def test_memory_is_bounded_and_no_round_is_lost() -> None:

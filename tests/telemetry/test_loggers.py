@@ -59,6 +59,12 @@ def test_numbers_have_the_names_of_their_fields_and_the_step_of_their_event() ->
         "gate/publish": 1.0, "gate/difference": 0.25, "gate/interval/1": 0.5, "gate/interval/2": -1.0,
         "gate/requests": 16.0, "gate/version": 2.0,
     })  # fmt: skip
+    waits = {"time_to_first_token": 0.25, "e2e_request_latency": 2.5}
+    clients = {"running": 2, "waiting": 1, "waits": waits, "staleness": 1, "dropped": {"malformed": 3}}
+    assert figures({"event": "status", "requests": 7, **clients}) == (7, {
+        "status/running": 2.0, "status/waiting": 1.0, "status/waits/time_to_first_token": 0.25,
+        "status/waits/e2e_request_latency": 2.5, "status/staleness": 1.0, "status/dropped/malformed": 3.0,
+    })  # fmt: skip
     assert figures({"event": "train", "loss": 2, "objectives": {"a:b": 1}, "steps": 3, "batches": 4})[0] == 3
     assert figures({"event": "train", "loss": 2, "objectives": {"my_file:plain": 1}, "batches": 4}) == (
         4, {"train/loss": 2.0, "train/objectives/my_file_plain": 1.0},
@@ -74,11 +80,13 @@ def test_both_halves_of_a_run_are_logged_as_csv(run_dir: Path, write: Callable[.
         write("swap", version=2, ms=1.5, requests=5)
         write("request", request=4, tokens=7)
         write("train", loss=2.0, steps=2)
+        write("drops", reasons={"malformed": 2}, steps=2)
         write("evaluation", batches=0, acceptance_length={"all": 2.5, "../../up": 2.25})
     found = csv(run_dir)
     assert found["status/acceptance_length"] == [(4, 1.5)] and found["status/depth"] == [(4, 4)]
     assert found["train/loss"] == [(1, 3), (2, 2)]
     assert found["gate/difference"] == [(9, 0.25)] and found["gate/publish"] == [(9, 1)]
+    assert found["drops/reasons/malformed"] == [(2, 2)]
     assert found["swap/version"] == [(5, 2)] and found["swap/ms"] == [(5, 1.5)]
     assert found["evaluation/acceptance_length/_up"] == [(0, 2.25)]
     assert not any(name.startswith("request") for name in found)

@@ -33,7 +33,7 @@ def request(**fields: Any) -> dict[str, Any]:
 def status(**fields: Any) -> dict[str, Any]:
     usual = {
         "version": 0, "acceptance_length": None, "tokens_per_second": {"baseline": None, "speculative": None},
-        "speedup": None, "drafted": {}, "depth": 3, "queue": 0, "dropped": 0, "learner": "running",
+        "speedup": None, "drafted": {}, "depth": 3, "queue": 0, "dropped": {}, "learner": "running",
     }  # fmt: skip
     return event("status", **{**usual, **fields})
 
@@ -96,14 +96,14 @@ def test_requests_of_which_only_sums_are_known_are_counted_alike() -> None:
 
 def test_swaps_faults_and_learning_are_counted() -> None:
     exporter = Exporter()
-    train = {"loss": 2.5, "new": 4, "waiting": 9, "rejected": 0}
+    train = {"loss": 2.5, "new": 4, "waiting": 9}
     for each in [
         event("swap", version=3, ms=0.4),
         event("swap", version=5, ms=20.0),
         event("swap_failed", version=6, reason="x"),
         event("drafter_fault", request=1, version=5, fault="x"),
         event("train", **train),
-        event("train", **{**train, "loss": 1.5, "new": 0, "waiting": 2, "rejected": 7}),
+        event("train", **{**train, "loss": 1.5, "new": 0, "waiting": 2}),
         event("step_skipped", reason="loss is nan", steps=2, skipped=1),
         event("gate", publish=True, version=1),
         event("gate", publish=False, version=1),
@@ -119,7 +119,6 @@ def test_swaps_faults_and_learning_are_counted() -> None:
     assert sample(exporter, "learner_steps_total") == 2 and sample(exporter, "learner_skipped_steps_total") == 1
     assert sample(exporter, "learner_requests_seen_total") == 4 and sample(exporter, "learner_waiting_requests") == 2
     assert sample(exporter, "learner_loss") == 1.5
-    assert sample(exporter, "trajectories_dropped_total", reason="rejected") == 7
     assert sample(exporter, "gate_decisions_total", decision="published") == 1
     assert sample(exporter, "gate_decisions_total", decision="refused") == 2
     assert sample(exporter, "learner_version") == 2
@@ -143,13 +142,14 @@ def test_what_was_not_measured_has_no_sample() -> None:
 
 def test_rounds_add_up_and_what_a_status_counts_itself_does_not() -> None:
     exporter = Exporter()
-    exporter.follow(status(drafted={"tree": 3, "baseline": 1}, queue=4, dropped=2))
-    exporter.follow(status(drafted={"tree": 2}, queue=1, dropped=5))
+    exporter.follow(status(drafted={"tree": 3, "baseline": 1}, queue=4, dropped={"no_learner": 2, "malformed": 1}))
+    exporter.follow(status(drafted={"tree": 2}, queue=1, dropped={"no_learner": 5, "malformed": 7}))
     assert sample(exporter, "rounds_total", drafted="tree") == 5
     assert sample(exporter, "rounds_total", drafted="baseline") == 1
     assert sample(exporter, "rounds_total", drafted="ngrams") == 0
     assert sample(exporter, "trajectory_queue_length") == 1
-    assert sample(exporter, "trajectories_dropped_total", reason="not_taken") == 5
+    for reason, dropped in (("no_learner", 5), ("malformed", 7), ("slow_learner", 0), ("learner_died", 0)):
+        assert sample(exporter, "trajectories_dropped_total", reason=reason) == dropped
 
 
 def test_a_learner_is_up_or_down_or_somebody_elses() -> None:
@@ -179,6 +179,17 @@ def test_waits_failures_and_numbers_of_the_moment() -> None:
     assert sample(exporter, "num_requests_running") == 2 and sample(exporter, "requests_cancelled_total") == 3
 
 
+def test_mean_waits_are_of_the_time_since_they_were_last_asked_for() -> None:
+    exporter = Exporter()
+    for seconds in (0.25, 0.75):
+        exporter.observe("time_to_first_token", seconds)
+    exporter.observe("e2e_request_latency", 2.0)
+    assert exporter.mean_waits() == {"time_to_first_token": 0.5, "e2e_request_latency": 2.0}
+    exporter.observe("time_to_first_token", 1.0)
+    assert exporter.mean_waits() == {"time_to_first_token": 1.0} and exporter.mean_waits() == {}
+    assert sample(exporter, "time_to_first_token_seconds_count") == 3
+
+
 def test_two_exporters_of_a_process_count_for_themselves() -> None:
     first, second = Exporter(), Exporter()
     first.follow(request(tokens=3))
@@ -198,7 +209,7 @@ def full() -> bytes:
     exporter = Exporter()
     for each in (
         request(tokens=3, accepted={"2": 1}), event("swap", version=1, ms=1.0), event("gate", publish=True, version=1),
-        event("train", loss=1.0, new=1, waiting=1, rejected=0),
+        event("train", loss=1.0, new=1, waiting=1),
         status(speedup=1.5, acceptance_length=2.0, tokens_per_second={"baseline": 1.0, "speculative": 1.5}),
     ):  # fmt: skip
         exporter.follow(each)

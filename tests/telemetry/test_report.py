@@ -31,7 +31,7 @@ SUMMARY = {
     "speedup": 1.5,
     "baseline_rounds": 320,
     "dropped_trajectories": 7,
-    "missed_trajectories": 0,
+    "dropped_by_reason": {},
     "drafter_faults": 0,
     "duration_s": 61.5,
     "versions_served": [0, 1, 2],
@@ -55,6 +55,7 @@ def test_the_summary_has_the_promised_keys_and_rounded_numbers(tmp_path: Path) -
         "acceptance_length": ["first", "last"],
         "domains": [],
         "tokens_per_second": ["baseline", "speculative"],
+        "dropped_by_reason": [],
     }
 
 
@@ -63,9 +64,9 @@ def test_domains_have_a_row_where_there_are_any() -> None:
     assert "by domain" not in render(EMPTY_SUMMARY)
 
 
-def test_what_was_dropped_without_a_learner_is_told_apart() -> None:
-    assert "7 (5 without a learner)" in render(SUMMARY | {"missed_trajectories": 5})
-    assert "without a learner" not in render(SUMMARY)
+def test_dropped_trajectories_are_told_by_reason() -> None:
+    assert "7 (no_learner 5, malformed 2)" in render(SUMMARY | {"dropped_by_reason": {"no_learner": 5, "malformed": 2}})
+    assert "(" not in next(line for line in render(SUMMARY).splitlines() if "dropped trajectories" in line)
 
 
 def test_what_was_not_measured_is_null_and_a_dash(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
 
@@ -19,7 +21,7 @@ def test_a_summary_of_twenty_requests() -> None:
     stats.swap_ms, stats.drafter_faults = [5.0, 1.0, 3.0, 9.0], 2
     stats.versions.append(4)
     assert stats.version == 4
-    assert stats.summary(failed=1, dropped=7, missed=5, duration_s=60.5) == {
+    assert stats.summary(failed=1, drops=Counter(no_learner=5, malformed=2), duration_s=60.5) == {
         "requests": 20,
         "failed": 1,
         "swaps": 4,
@@ -33,7 +35,7 @@ def test_a_summary_of_twenty_requests() -> None:
         "speedup": 36.0,
         "baseline_rounds": 160,
         "dropped_trajectories": 7,
-        "missed_trajectories": 5,
+        "dropped_by_reason": {"no_learner": 5, "malformed": 2},
         "drafter_faults": 2,
         "duration_s": 60.5,
         "versions_served": [3, 4],

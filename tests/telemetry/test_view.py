@@ -28,7 +28,7 @@ def serving() -> Any:
         drafted=Counter(tree=3, baseline=1),
         acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
     )
-    return SimpleNamespace(stats=stats, depth=2, queued=4, dropped=1, refused=None)
+    return SimpleNamespace(stats=stats, depth=2, queued=4, drops=Counter(no_learner=1), sent=9, refused=None)
 
 
 @pytest.fixture
@@ -102,10 +102,28 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
         "baseline_rounds": 96,
         "drafted": {"tree": 3, "baseline": 1},
         "depth": 2,
+        "staleness": None,
         "queue": 4,
-        "dropped": 1,
+        "dropped": {"no_learner": 1},
         "learner": "running",
     }
+
+
+def test_a_status_says_how_clients_fare_what_is_stale_and_what_was_lost(run: SimpleNamespace) -> None:
+    waits = [{"time_to_first_token": 0.25}, {}]
+    run.view = LiveView(
+        run.serving, run.log, MetricsReader(run.log.path), RunHistory(), total=None, learner=lambda: run.learner,
+        clients=lambda: {"running": 2, "waiting": 1, "waits": waits.pop(0)},
+    )  # fmt: skip
+    write(run.log, gate(version=5), {"event": "drops", "reasons": {"malformed": 2, "no_learner": 1}, "steps": 0})
+    run.view.log_status()
+    write(run.log, {"event": "drops", "reasons": {"malformed": 1}, "steps": 0})  # without a step that was taken
+    run.view.log_status()
+    first, second = [event for event in run.reader if event["event"] == "status"]
+    assert first["dropped"] == {"no_learner": 2, "malformed": 2} and second["dropped"]["malformed"] == 3
+    assert (first["staleness"], first["running"], first["waiting"]) == (2, 2, 1)
+    assert (first["waits"], second["waits"]) == ({"time_to_first_token": 0.25}, {})
+    assert "queue · dropped 4 · 5" in run.view.line()
 
 
 def test_what_goes_wrong_is_told_and_logged_once(run: SimpleNamespace) -> None:
@@ -154,7 +172,7 @@ def test_a_training_state_that_was_not_written_is_remembered_until_one_is(run: S
     run.log.write("not_written", what="the training state", reason="full")
     run.view.follow()
     assert run.view.unsaved == "full"
-    run.log.write("checkpoint", steps=3, version=1)
+    run.log.write("checkpoint", seen=8, steps=3, version=1)
     run.view.follow()
     assert run.view.unsaved is None
 

@@ -52,7 +52,6 @@ def test_it_learns_what_it_is_fed_and_drafts_better_for_requests_it_never_saw(
         "new": 0,
         "seconds": 0,
         "waiting": 0,
-        "rejected": 0,
     }
     assert set(train_events[-1]["objectives"]) == {"loss_imitation", "agreement"}
     assert train_events[-1]["objectives"]["loss_imitation"] == train_events[-1]["loss"]

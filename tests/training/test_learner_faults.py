@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from learner_loops import Make, drain, send, step_until
+from learner_loops import HANDSHAKE, Make, drain, send, step_until
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
@@ -157,3 +160,26 @@ def test_a_learner_that_stops_says_that_its_last_state_was_not_written(
     send(loop, served[:2])
     with pytest.raises(FloatingPointError, match="the training state could not .* full; an older one is in .*learner;"):
         drain(loop)
+
+
+def dropped(loop: SimpleNamespace) -> Counter[str]:
+    return sum((Counter(event["reasons"]) for event in loop.events("drops")), Counter())
+
+
+def test_what_is_refused_is_told_by_reason_although_no_step_is_taken(make: Make, served: list[TensorDict]) -> None:
+    loop = make(engine=replace(HANDSHAKE, draft_map_checksum="other"))
+    send(loop, served[:3])
+    step_until(loop, lambda: dropped(loop))
+    loop.learner.close()  # tells what came within the last second
+    assert dropped(loop) == {"handshake": 3} and not loop.events("train")
+    assert {event["steps"] for event in loop.events("drops")} == {0}
+
+
+def test_what_a_full_buffer_lets_go_of_before_its_turn_is_told(
+    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora_rl.training.learner._NOTE_S", 0.0)
+    loop = make(buffer=4, batch_size=2)
+    send(loop, served[:12])
+    step_until(loop, lambda: loop.learner.seen + dropped(loop).total() == 12)
+    assert set(dropped(loop)) == {"buffer_full"} and loop.learner.seen >= 4

@@ -142,6 +142,7 @@ class Plugin:
             "depth": args.speculative_num_steps,
             "width": args.speculative_eagle_topk,
             "num_nodes": args.speculative_num_draft_tokens - 1,
+            "slots": self._scheduler.max_running_requests,
         }
 
     def _attach(self, fields: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 
 from starlette.applications import Starlette
@@ -86,15 +86,26 @@ def create_app(
             "drafter_version": drafter_version,
         },
     )
-    pages = page_routes(lambda: {"num_running": engine.num_running, "num_waiting": engine.num_waiting}, history, model)
-    return application([*front.routes(), *pages], api_keys=api_keys, cors_origins=cors_origins)
+
+    def load() -> dict[str, int]:
+        return {"num_running": engine.num_running, "num_waiting": engine.num_waiting}
+
+    routes = [*front.routes(), *page_routes(load, history, model)]
+    return application(routes, load=load, api_keys=api_keys, cors_origins=cors_origins)
 
 
-def application(routes: Sequence[BaseRoute], *, api_keys: Collection[str], cors_origins: Sequence[str]) -> Starlette:
+def application(
+    routes: Sequence[BaseRoute],
+    *,
+    load: Callable[[], Mapping[str, int]],
+    api_keys: Collection[str],
+    cors_origins: Sequence[str],
+) -> Starlette:
     """Build an application of these routes, with our keys and our errors.
 
     Args:
         routes: Routes of the application.
+        load: Returns the running and waiting requests, ``num_running`` and ``num_waiting``; kept as ``state.load``.
         api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
         cors_origins: Origins whose pages may call the server from a browser.
     """
@@ -116,4 +127,5 @@ def application(routes: Sequence[BaseRoute], *, api_keys: Collection[str], cors_
         },
     )
     app.router.redirect_slashes = False
+    app.state.load = load
     return app

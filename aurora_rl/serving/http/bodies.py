@@ -19,6 +19,39 @@ from aurora_rl.serving.http.prompts import Job
 _LEAST = -9999.0  # what OpenAI writes for log-probabilities that JSON has no number for
 
 
+def draft_metrics(
+    histograms: Sequence[Sequence[int]], *, num_drafted: int, num_spec_tokens: int, drafter_version: int
+) -> dict[str, Any]:
+    """Return what became of the drafts of an answer, under vLLM's names.
+
+    Args:
+        histograms: Steps by number of accepted drafts, of each choice.
+        num_drafted: Drafted tokens of all choices.
+        num_spec_tokens: Tokens of the longest path that is drafted.
+        drafter_version: Version of the weights that drafted.
+
+    Example:
+        >>> told = draft_metrics([[1, 2], [0, 1]], num_drafted=8, num_spec_tokens=2, drafter_version=3)
+        >>> told["speculative_decoding"]["acceptance_histogram"], told["speculative_decoding"]["mean_acceptance_length"]
+        ([1, 3, 0], 1.75)
+    """
+    longest = max([num_spec_tokens, *(len(each) - 1 for each in histograms)])
+    histogram = [sum(each[accepted] for each in histograms if accepted < len(each)) for accepted in range(longest + 1)]
+    steps, accepted = sum(histogram), sum(count * rounds for count, rounds in enumerate(histogram))
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": 1 + accepted / steps if steps else 1.0,
+            "draft_acceptance_rate": accepted / num_drafted if num_drafted else 0.0,
+            "acceptance_histogram": histogram,
+            "num_spec_steps": steps,
+            "num_accepted_draft_tokens": accepted,
+            "num_draft_tokens": num_drafted,
+            "num_spec_tokens": longest,
+        },
+        "drafter_version": drafter_version,
+    }
+
+
 class Bodies(ABC):
     """The bodies of the answer to one request.
 
@@ -96,26 +129,12 @@ class Bodies(ABC):
     def metrics(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return what became of the drafts of all choices together, under vLLM's names."""
         drafts = [each.drafts for each in completions]
-        longest = max(self._num_spec_tokens, *(len(each.histogram) - 1 for each in drafts))
-        histogram = [0] * (longest + 1)
-        for each in drafts:
-            for accepted, rounds in enumerate(each.histogram):
-                histogram[accepted] += rounds
-        steps = sum(histogram)
-        accepted = sum(each.num_accepted for each in drafts)
-        drafted = sum(each.num_drafted for each in drafts)
-        return {
-            "speculative_decoding": {
-                "mean_acceptance_length": 1 + accepted / steps if steps else 1.0,
-                "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
-                "acceptance_histogram": histogram,
-                "num_spec_steps": steps,
-                "num_accepted_draft_tokens": accepted,
-                "num_draft_tokens": drafted,
-                "num_spec_tokens": longest,
-            },
-            "drafter_version": self._drafter_version(),
-        }
+        return draft_metrics(
+            [each.histogram for each in drafts],
+            num_drafted=sum(each.num_drafted for each in drafts),
+            num_spec_tokens=self._num_spec_tokens,
+            drafter_version=self._drafter_version(),
+        )
 
     def _text(self, completion: Completion) -> str:
         return decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)

@@ -30,11 +30,11 @@ _HEADERS = {
 }
 
 
-def page_routes(load: Callable[[], Mapping[str, int | None]], history: RunHistory, model: str) -> list[BaseRoute]:
+def page_routes(load: Callable[[], Mapping[str, int]], history: RunHistory, model: str) -> list[BaseRoute]:
     """Return the routes of the page's files and of ``/history``, its figures.
 
     Args:
-        load: Returns the running and waiting requests, ``num_running`` and ``num_waiting``; None if that is not known.
+        load: Returns the running and waiting requests, ``num_running`` and ``num_waiting``.
         history: What the run came to so far.
         model: Name of the served model.
     """

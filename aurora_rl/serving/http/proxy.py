@@ -19,13 +19,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 import aurora_rl
+from aurora_rl.serving.async_engine import QueueFullError
 from aurora_rl.serving.http.app import application
-from aurora_rl.serving.http.errors import GONE, ApiError, timed_out
+from aurora_rl.serving.http.errors import GONE, ApiError, of_engine, timed_out
 from aurora_rl.serving.http.generation import ClientGoneError, while_connected
 from aurora_rl.serving.http.live_page import page_routes
 from aurora_rl.serving.http.prompts import switch
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import json_object
+from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
@@ -40,8 +42,11 @@ def create_proxy(
     url: str,
     *,
     model: str,
+    max_waiting: int,
+    slots: Callable[[], int],
     history: RunHistory,
     metrics: Exporter,
+    num_spec_tokens: Callable[[], int] = lambda: 0,
     drafter_version: Callable[[], int] = lambda: 0,
     api_keys: Collection[str] = (),
     max_body: int = 1 << 20,
@@ -53,8 +58,11 @@ def create_proxy(
     Args:
         url: URL of the SGLang server.
         model: Name of the served model.
+        max_waiting: Requests that may wait at SGLang.
+        slots: Returns how many requests SGLang decodes at the same time.
         history: What the run came to so far, for the live page at ``/``.
         metrics: What is exported for Prometheus at ``/metrics``.
+        num_spec_tokens: Returns the tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
         api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
         max_body: Most bytes of a body.
@@ -62,10 +70,22 @@ def create_proxy(
         cors_origins: Origins whose pages may call the server from a browser.
     """
     proxy = Proxy(
-        url, model=model, metrics=metrics, drafter_version=drafter_version, max_body=max_body, timeout=timeout
+        url,
+        model=model,
+        max_waiting=max_waiting,
+        slots=slots,
+        metrics=metrics,
+        num_spec_tokens=num_spec_tokens,
+        drafter_version=drafter_version,
+        max_body=max_body,
+        timeout=timeout,
     )
-    pages = page_routes(lambda: {"num_running": proxy.running, "num_waiting": None}, history, model)
-    return application([*proxy.routes(), *pages], api_keys=api_keys, cors_origins=cors_origins)
+    return application(
+        [*proxy.routes(), *page_routes(proxy.load, history, model)],
+        load=proxy.load,
+        api_keys=api_keys,
+        cors_origins=cors_origins,
+    )
 
 
 class Proxy:
@@ -74,13 +94,13 @@ class Proxy:
     Args:
         url: URL of the SGLang server.
         model: Name of the served model.
+        max_waiting: Requests that may wait at SGLang.
+        slots: Returns how many requests SGLang decodes at the same time.
         metrics: What is exported for Prometheus.
+        num_spec_tokens: Returns the tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
-
-    Attributes:
-        running: Requests that SGLang answers now.
     """
 
     def __init__(
@@ -88,13 +108,18 @@ class Proxy:
         url: str,
         *,
         model: str,
+        max_waiting: int,
+        slots: Callable[[], int],
         metrics: Exporter,
+        num_spec_tokens: Callable[[], int],
         drafter_version: Callable[[], int],
         max_body: int,
         timeout: float,
     ) -> None:
-        self._url, self._model, self._drafter_version = url.rstrip("/"), model, drafter_version
-        self._max_body, self._timeout, self._metrics, self.running = max_body, timeout, metrics, 0
+        self._url, self._model, self._metrics = url.rstrip("/"), model, metrics
+        self._num_spec_tokens, self._drafter_version = num_spec_tokens, drafter_version
+        self._max_body, self._timeout = max_body, timeout
+        self._max_waiting, self._slots, self._open = max_waiting, slots, 0  # requests that SGLang has of us
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # Not through a proxy that the environment names, and without its passwords: prompts go to SGLang alone. A jar
@@ -119,29 +144,49 @@ class Proxy:
             Route("/metrics", self.metrics, methods=get),
         ]
 
+    def load(self) -> dict[str, int]:
+        """Return how many requests of our clients SGLang decodes, and how many wait there."""
+        running = min(self._open, self._slots())
+        return {"num_running": running, "num_waiting": self._open - running}
+
     async def generate(self, request: Request) -> Response:
         """Pass on a request whose answer may be learned from."""
+        deadline = self._deadline()
         try:
-            answer = await self._post(request, lambda body: translated(body, request.headers))
+            body = await read_body(request, self._max_body, self._timeout)
+            answer = SGLangAnswer(
+                translated(json_object(body), request.headers),
+                observe=self._metrics.observe,
+                num_spec_tokens=self._num_spec_tokens(),
+                drafter_version=self._drafter_version,
+            )
+            response = await self._forward(request, deadline, json.dumps(answer.fields).encode(), answer)
+        except ClientDisconnect:
+            return GONE
         except ApiError as error:
             self._metrics.failed(error.code or str(error.status))
             raise
-        if answer.status_code >= 400 and answer is not GONE:
-            self._metrics.failed(str(answer.status_code))
-        return answer
+        if response.status_code >= 400 and response is not GONE:
+            self._metrics.failed(str(response.status_code))
+        return response
 
     async def tokens(self, request: Request) -> Response:
         """Pass on a request about tokens and texts."""
-        return await self._post(request, lambda body: body)
+        deadline = self._deadline()
+        try:
+            body = await read_body(request, self._max_body, self._timeout)
+        except ClientDisconnect:
+            return GONE
+        return await self._forward(request, deadline, body)
 
     async def fetch(self, request: Request) -> Response:
         """Pass on a request without a body."""
-        return await self._forward(request, request.scope["path"], self._deadline())
+        return await self._forward(request, self._deadline())
 
     async def model(self, request: Request) -> Response:
         """Pass on a question about one model."""
         name = quote(request.path_params["model"], safe="")  # quoted whole, it leads to no other path of SGLang's
-        return await self._forward(request, f"/v1/models/{name}", self._deadline())
+        return await self._forward(request, self._deadline(), path=f"/v1/models/{name}")
 
     async def health(self, request: Request) -> Response:
         """Tell whether SGLang runs."""
@@ -156,68 +201,80 @@ class Proxy:
     async def server_info(self, request: Request) -> Response:
         """Tell what is served. SGLang's own answer has all of its arguments, keys included."""
         info = {"model": self._model, "engine": "sglang", "version": aurora_rl.__version__}
-        return JSONResponse({**info, "drafter_version": self._drafter_version()})
+        return JSONResponse({**info, **self.load(), "drafter_version": self._drafter_version()})
 
     async def metrics(self, request: Request) -> Response:
-        """Return the metrics for Prometheus; how long clients wait is among SGLang's own."""
-        counts = {"num_requests_running": self.running}
+        """Return the metrics for Prometheus."""
+        load = self.load()
+        counts = {"num_requests_running": load["num_running"], "num_requests_waiting": load["num_waiting"]}
         return Response(self._metrics.expose(counts), media_type=CONTENT_TYPE_LATEST)
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
 
-    async def _post(self, request: Request, translate: Callable[[bytes], bytes]) -> Response:
-        deadline = self._deadline()
-        try:
-            body = await read_body(request, self._max_body, self._timeout)
-        except ClientDisconnect:
-            return GONE
-        # Not request.url, which older releases of Starlette make of the Host header.
-        return await self._forward(request, request.scope["path"], deadline, translate(body))
-
-    async def _forward(self, request: Request, path: str, deadline: float, body: bytes | None = None) -> Response:
+    async def _forward(
+        self,
+        request: Request,
+        deadline: float,
+        body: bytes | None = None,
+        answer: SGLangAnswer | None = None,
+        *,
+        path: str | None = None,
+    ) -> Response:
         """Ask SGLang, and answer with what it answers; a client that leaves ends SGLang's work, too."""
-        exchange = self._exchange(request.method, path, body)
+        # Not request.url, which older releases of Starlette make of the Host header.
+        exchange = self._exchange(request.method, path or request.scope["path"], body, generates=answer is not None)
         try:
             async with asyncio.timeout_at(deadline):
-                answer = await while_connected(request.receive, anext(exchange))
+                reply = await while_connected(request.receive, anext(exchange))
         except ClientGoneError:
             return GONE
         except (TimeoutError, httpx.HTTPError) as error:
             raise self._failure(error) from error
-        if _is_stream(answer):
-            return EventStream(self._events(exchange, deadline), deadline)
+        if answer is not None and _is_stream(reply):
+            return EventStream(self._events(exchange, answer, deadline), deadline)
         await exchange.aclose()
-        kept = {name: answer.headers[name] for name in ("content-type", "retry-after") if name in answer.headers}
-        return Response(answer.content, answer.status_code, headers=kept)
+        kept = {name: reply.headers[name] for name in ("content-type", "retry-after") if name in reply.headers}
+        content = answer.whole(reply.content) if answer is not None and reply.is_success else reply.content
+        return Response(content, reply.status_code, headers=kept)
 
-    async def _exchange(self, method: str, path: str, body: bytes | None) -> AsyncGenerator[Any, None]:
-        """Yield SGLang's answer, complete unless it is a stream, and then the pieces of the stream."""
+    async def _exchange(
+        self, method: str, path: str, body: bytes | None, *, generates: bool
+    ) -> AsyncGenerator[Any, None]:
+        """Yield SGLang's answer, complete unless it is a stream of tokens, and then the pieces of the stream."""
         headers = {"Accept-Encoding": "identity"} | ({} if body is None else {"Content-Type": "application/json"})
-        self.running += 1
+        if generates and (waiting := self.load()["num_waiting"]) >= self._max_waiting:
+            raise of_engine(QueueFullError(waiting))
+        self._open += generates
         try:
-            async with self._http.stream(method, self._url + path, content=body, headers=headers) as answer:
-                if not _is_stream(answer):
-                    await answer.aread()
-                yield answer
-                async for piece in answer.aiter_raw():
+            async with self._http.stream(method, self._url + path, content=body, headers=headers) as reply:
+                if not (generates and _is_stream(reply)):
+                    await reply.aread()
+                yield reply
+                async for piece in reply.aiter_raw():
                     yield piece
         finally:
-            self.running -= 1
+            self._open -= generates
 
-    async def _events(self, exchange: AsyncGenerator[Any, None], deadline: float) -> AsyncGenerator[str | bytes, None]:
+    async def _events(
+        self, exchange: AsyncGenerator[Any, None], answer: SGLangAnswer, deadline: float
+    ) -> AsyncGenerator[str | bytes, None]:
         async with aclosing(exchange):
             try:
                 while True:
                     async with asyncio.timeout_at(deadline):
                         piece = await anext(exchange, None)
                     if piece is None:
+                        answer.completed()
+                        if last := answer.end():
+                            yield last
                         return
-                    yield piece
+                    if events := answer.feed(piece):
+                        yield events
             except (TimeoutError, httpx.HTTPError) as error:  # the status is sent, and the client is told in the stream
-                answer = self._failure(error)
-                self._metrics.failed(answer.code or str(answer.status))
-                yield event(answer.body()) + "data: [DONE]\n\n"
+                failure = self._failure(error)
+                self._metrics.failed(failure.code or str(failure.status))
+                yield answer.end() + f"{event(failure.body())}data: [DONE]\n\n".encode()
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
@@ -230,35 +287,32 @@ def _is_stream(answer: httpx.Response) -> bool:
     return answer.is_success and answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def translated(body: bytes, headers: Mapping[str, str]) -> bytes:
-    """Return a request's body as SGLang takes it: ``learn`` becomes an entry of ``custom_params``.
+def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return a request's fields as SGLang takes them: ``learn`` becomes an entry of ``custom_params``.
 
     Args:
-        body: Body of the request. Without our fields and headers it stays as it is.
+        fields: Fields of the request's body.
         headers: Headers of the request, by lower-case name.
 
     Raises:
-        ApiError: Status 400, for a body that is no JSON object, a switch that is none, or ``speculative=false``.
+        ApiError: Status 400, for a switch that is none, or ``speculative=false``.
 
     Example:
-        >>> translated(b'{"prompt": "a", "learn": false}', {})
-        b'{"prompt": "a", "custom_params": {"aurora_rl": false}}'
+        >>> translated({"prompt": "a", "learn": False}, {})
+        {'prompt': 'a', 'custom_params': {'aurora_rl': False}}
     """
-    fields = json_object(body)
-    asked = {name: fields.pop(name) for name in ("speculative", "learn") if name in fields}
-    for name, value in asked.items():
-        if not isinstance(value, bool | None):
+    passed = {name: value for name, value in fields.items() if name not in ("speculative", "learn")}
+    for name in ("speculative", "learn"):
+        if not isinstance(value := fields.get(name), bool | None):
             raise ApiError(400, f"{name} is {value!r}: give true or false", param=name, code="invalid_value")
-    if not switch(asked.get("speculative"), headers, "x-aurora-speculative"):
+    if not switch(fields.get("speculative"), headers, "x-aurora-speculative"):
         message = (
             "speculative=false is not supported with engine.name=sglang, which drafts for all requests: leave it out"
         )
         raise ApiError(400, message, param="speculative", code="unsupported_field")
-    if not switch(asked.get("learn"), headers, "x-aurora-learn"):
+    if not switch(fields.get("learn"), headers, "x-aurora-learn"):
         params = fields.get("custom_params") or {}
         if not isinstance(params, dict):
             raise ApiError(400, "custom_params must be an object", param="custom_params", code="invalid_value")
-        fields["custom_params"] = {**params, "aurora_rl": False}
-    elif not asked:
-        return body
-    return json.dumps(fields).encode()
+        passed["custom_params"] = {**params, "aurora_rl": False}
+    return passed

@@ -214,14 +214,26 @@ def test_our_front_passes_clients_on_to_sglang(deployment: Deployment) -> None:
             wait(listens)
             answer = clients.chat(7)
             whole, tokens = answer.choices[0].message.content, answer.usage.completion_tokens
-            pieces = [piece for piece in clients.chat(7, stream=True) if piece.choices]
+            pieces = list(clients.chat(7, stream=True))
+            assert all(piece.choices for piece in pieces)  # none that the client did not ask for
             assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole
+            for told in (answer.metrics, pieces[-1].metrics):
+                block = told["speculative_decoding"]
+                steps, accepted = block["num_spec_steps"], block["num_accepted_draft_tokens"]
+                assert block["num_spec_tokens"] == 3 and block["num_draft_tokens"] == 3 * steps > 0
+                # The first token comes from prefill, and the last pass may accept more than is wanted.
+                assert tokens <= 1 + steps + accepted <= tokens + 3
+                assert told["drafter_version"] == 0
+            assert deployment.engine.status()["slots"] == 4
             assert clients.chat(7, extra_body={"learn": False}).choices[0].message.content == whole
             with pytest.raises(openai.BadRequestError, match="speculative=false is not supported"):
                 clients.chat(7, extra_body={"speculative": False})
             wait(lambda: counted(folder) == 2)
             delivered = f"aurora_generation_tokens_total {float(2 * tokens)}\n"
-            wait(lambda: delivered in httpx.get(f"http://127.0.0.1:{port}/metrics").text)
+            url = f"http://127.0.0.1:{port}/metrics"
+            wait(lambda: delivered in httpx.get(url).text)
+            for sample in ("e2e_request_latency_seconds_count 3.0", "request_time_per_output_token_seconds_count 1.0"):
+                assert f"aurora_{sample}\n" in httpx.get(url).text
             assert deployment.engine.status()["skipped"] == {"opt_out": 1}
         finally:
             os.kill(os.getpid(), signal.SIGTERM)

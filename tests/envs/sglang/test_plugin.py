@@ -49,6 +49,7 @@ def engine(monkeypatch):
     plugin = Plugin("tcp://127.0.0.1:*")
     plugin._scheduler = SimpleNamespace(
         server_args=args,
+        max_running_requests=6,
         model_config=SimpleNamespace(context_len=512, dtype=torch.float32),
         draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=DRAFT_VOCAB)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
@@ -66,10 +67,12 @@ def test_a_fitting_engine_is_attached_to(engine):
 
 def test_the_server_says_what_it_serves_and_how_it_drafts(engine):
     status = engine._answer("status", {})
-    served = {name: status[name] for name in ("model", "dtype", "depth", "width", "num_nodes", "context", "device")}
+    served = {
+        name: status[name] for name in ("model", "dtype", "depth", "width", "num_nodes", "slots", "context", "device")
+    }
     assert served == {
-        "model": "org/model", "dtype": "float32", "depth": 3, "width": 1, "num_nodes": 3, "context": 512,
-        "device": "cpu",
+        "model": "org/model", "dtype": "float32", "depth": 3, "width": 1, "num_nodes": 3, "slots": 6,
+        "context": 512, "device": "cpu",
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A tiny model behind the real server, on a free port of this machine."""
+"""A tiny model, and a stand-in of SGLang, behind the real server on free ports of this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import openai
 import pytest
 import torch
 from driven_engine import LENGTH, ClientRig, driven
+from sglang_stand_in import Upstream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import load_target, stop_token_ids
 from aurora_rl.serving.http.app import create_app
+from aurora_rl.serving.http.proxy import create_proxy
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
@@ -113,3 +115,34 @@ def tokenizer(rig: Rig) -> PreTrainedTokenizerBase:
 def client(rig: Rig) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{rig.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def _upstream() -> Iterator[Upstream]:
+    upstream = Upstream()
+    yield upstream
+    upstream.stop()
+
+
+@pytest.fixture
+def upstream(_upstream: Upstream) -> Upstream:
+    _upstream.bodies.clear()
+    _upstream.paths.clear()
+    _upstream.left.clear()
+    return _upstream
+
+
+@pytest.fixture
+def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
+    """Starts a front with settings; returns where it is."""
+    usual = {"model": "m", "history": RunHistory(), "max_waiting": 8, "slots": lambda: 4}
+    servers: list[HttpServer] = []
+
+    def start(url: str = upstream.url, **settings: Any) -> str:
+        servers.append(HttpServer("127.0.0.1", 0))
+        servers[-1].start(create_proxy(url, **{**usual, "metrics": Exporter(), **settings}))
+        return servers[-1].url
+
+    yield start
+    for server in servers:
+        server.stop()

@@ -2,133 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-
-from aurora_rl.serving.http.proxy import create_proxy
-from aurora_rl.serving.http.server import HttpServer
-from aurora_rl.telemetry.history import RunHistory
-from aurora_rl.telemetry.prometheus import Exporter
-
-CHAT = "/v1/chat/completions"
-ANSWER = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-    {"index": 0, "message": {"role": "assistant", "content": "hällo"}, "finish_reason": "stop"}]}  # fmt: skip
-REFUSAL = {"object": "error", "message": "too long", "type": "BadRequestError", "param": None, "code": 400}
-
-
-class Upstream:
-    """Answers by the field `do` of a body, and notes what came.
-
-    Attributes:
-        bodies: Bodies, as bytes.
-        cookies: Cookies that came with each request.
-        paths: Paths that were asked for.
-        left: Set when a client has left before its answer was complete.
-    """
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        self.paths: list[str] = []
-        self.cookies: list[str | None] = []
-        self.left = threading.Event()
-        self._server = HttpServer("127.0.0.1", 0)
-        methods = ["GET", "POST"]
-        self._server.start(Starlette(routes=[Route("/{path:path}", self.answer, methods=methods)]))
-        self.url = self._server.url
-
-    async def answer(self, request: Request) -> Response:
-        self.paths.append(request.scope["path"])
-        self.cookies.append(request.headers.get("cookie"))
-        self.bodies.append(await request.body())
-        fields = json.loads(self.bodies[-1] or b"{}")
-        match fields.get("do"):
-            case "refuse":
-                return JSONResponse(REFUSAL, 400, headers={"Retry-After": "7"})
-            case "cookie":
-                return JSONResponse(ANSWER, headers={"Set-Cookie": "route=node1"})
-            case "hang":
-                while not await request.is_disconnected():
-                    await asyncio.sleep(0.01)
-                self.left.set()
-        if fields.get("stream"):
-            return StreamingResponse(self._events(fields), media_type="text/event-stream")
-        return JSONResponse(ANSWER)
-
-    async def _events(self, fields: dict[str, Any]) -> AsyncIterator[str]:
-        try:
-            for text in ("one", "two"):
-                chunk = ANSWER | {"choices": [{"index": 0, "delta": {"content": text}}]}
-                yield f"data: {json.dumps(chunk)}\n\n"
-                if fields.get("do") == "stall":
-                    await asyncio.sleep(30)
-                if fields.get("do") == "break":
-                    raise asyncio.CancelledError  # the connection is closed
-            yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
-            self.left.set()
-            raise
-
-    def stop(self) -> None:
-        self._server.stop()
-
-
-@pytest.fixture(scope="module")
-def _upstream() -> Iterator[Upstream]:
-    upstream = Upstream()
-    yield upstream
-    upstream.stop()
-
-
-@pytest.fixture
-def upstream(_upstream: Upstream) -> Upstream:
-    _upstream.bodies.clear()
-    _upstream.paths.clear()
-    _upstream.left.clear()
-    return _upstream
-
-
-@pytest.fixture
-def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
-    """Starts a front with settings; returns where it is."""
-    servers: list[HttpServer] = []
-
-    def start(url: str = upstream.url, **settings: Any) -> str:
-        servers.append(HttpServer("127.0.0.1", 0))
-        servers[-1].start(
-            create_proxy(url, **{"model": "m", "history": RunHistory(), "metrics": Exporter(), **settings})
-        )
-        return servers[-1].url
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
-def post(url: str, body: dict[str, Any], **headers: str) -> httpx.Response:
-    return httpx.post(url + CHAT, json=body, headers=headers, timeout=30)
-
+from processes import wait
+from sglang_stand_in import ANSWER, CHAT, REFUSAL, Upstream, post
 
 # ---- what goes on, and what comes back ------------------------------------------------------------------------------
 
 
-def test_a_body_goes_on_byte_for_byte_and_the_answer_comes_back(upstream: Upstream, serve: Callable[..., str]) -> None:
+def test_fields_and_bodies_go_on_and_the_answer_comes_back(upstream: Upstream, serve: Callable[..., str]) -> None:
     url, body = serve(), b'{ "model":"m", "temperature": 0.10, "unknown": [1e2], "cache_salt": "\\u00e4" }'
+    asked = {**json.loads(body), "return_spec_tokens_details": True}
     for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
         answer = httpx.post(url + path, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
-        assert (upstream.paths[-1], upstream.bodies[-1], answer.json()) == (path, body, ANSWER)
+        assert (upstream.paths[-1], answer.json()) == (path, ANSWER)
+        if path.startswith("/v1"):
+            assert json.loads(upstream.bodies[-1]) == asked
+        else:
+            assert upstream.bodies[-1] == body
 
 
 def test_an_unmodified_client_is_answered_whole_and_in_pieces(serve: Callable[..., str]) -> None:
@@ -154,7 +52,7 @@ def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
     upstream: Upstream, serve: Callable[..., str], fields: Any, headers: Any, expected: Any
 ) -> None:
     assert post(serve(), {"seed": 3, **fields}, **headers).status_code == 200
-    assert json.loads(upstream.bodies[-1]) == {"seed": 3, **expected}
+    assert json.loads(upstream.bodies[-1]) == {"seed": 3, "return_spec_tokens_details": True, **expected}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +128,7 @@ def test_health_and_info_are_our_own(upstream: Upstream, serve: Callable[..., st
     assert (info["model"], info["engine"], info["drafter_version"]) == ("m", "sglang", 7)
     assert "<html" in httpx.get(f"{url}/").text
     figures = httpx.get(f"{url}/history").json()
-    assert (figures["model"], figures["num_running"], figures["num_waiting"]) == ("m", 0, None)
+    assert (figures["model"], figures["num_running"], figures["num_waiting"]) == ("m", 0, 0)
     assert upstream.paths == ["/health"]
 
 
@@ -296,6 +194,27 @@ def test_a_client_that_leaves_ends_the_work_of_sglang(
         else:
             assert not upstream.left.wait(0.3)
     assert upstream.left.wait(5)
+
+
+def test_more_requests_than_may_wait_are_told_when_to_come_again(upstream: Upstream, serve: Callable[..., str]) -> None:
+    url, hangs = serve(slots=lambda: 1, max_waiting=1), {"do": "stall", "stream": True}
+    with (
+        httpx.stream("POST", url + CHAT, json=hangs, timeout=30),
+        httpx.stream("POST", url + CHAT, json=hangs, timeout=30),
+    ):
+        answer = post(url, {})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        message = "1 requests wait already, as many as http.max_waiting allows; try again later"
+        error = {"message": message, "type": "rate_limit_error", "param": None, "code": "queue_full"}
+        assert answer.json() == {"error": error} and len(upstream.bodies) == 2
+        assert httpx.post(f"{url}/tokenize", json={}).status_code == 200  # needs no slot
+        text = httpx.get(f"{url}/metrics").text
+        for sample in ("num_requests_running", "num_requests_waiting", 'request_failures_total{code="queue_full"}'):
+            assert f"aurora_{sample} 1.0\n" in text
+        figures = httpx.get(f"{url}/server_info").json()
+        assert (figures["num_running"], figures["num_waiting"]) == (1, 1)
+    assert upstream.left.wait(5)
+    wait(lambda: post(url, {}).status_code == 200, 5)
 
 
 def test_time_is_bounded(upstream: Upstream, serve: Callable[..., str]) -> None:
