@@ -47,17 +47,27 @@ class HttpFront:
         self.metrics = Exporter()
 
     @classmethod
-    def of(cls, config: Config) -> HttpFront | None:
-        """Return the front of ``aurora-rl serve``; None where clients talk to SGLang itself.
+    def of(cls, config: Config, *, replays: bool = False) -> HttpFront | None:
+        """Return the front of a run; None if ``http.port`` is null.
+
+        Args:
+            config: Configuration of the run.
+            replays: Whether traffic drives the server, so that it needs no clients.
 
         Raises:
-            ConfigError: The configuration leaves clients no port; or see the constructor.
+            ConfigError: The configuration leaves clients no port, or see the constructor.
         """
-        if config.http.port is None and config.engine.name == "sglang":
-            return None
+        needed = not replays and config.engine.name != "sglang"  # SGLang has a port of its own
         if config.http.port is None:
-            raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")
-        return cls(config)
+            if needed:
+                raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")
+            return None
+        try:
+            return cls(config)
+        except ValueError as error:
+            if needed:
+                raise
+            raise ConfigError(f"{error}; http.port=null opens none") from error
 
     def start(
         self,

@@ -57,6 +57,7 @@ class Round:
         seconds: Wall time, prefill excluded.
         request: Requests completed before it.
         count: Rounds that were added up; 0 for time that belongs to no round.
+        drafted: Slots for which drafts were asked, over all these rounds.
     """
 
     speculative: bool
@@ -65,6 +66,7 @@ class Round:
     seconds: float
     request: int
     count: int = 1
+    drafted: int = 0
 
 
 class Rounds:
@@ -81,12 +83,12 @@ class Rounds:
         >>> for tokens in (4, 3):
         ...     rounds.append(Round(True, 1, tokens, 1.0, request=0))
         >>> list(rounds)
-        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0, count=2)]
+        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0, count=2, drafted=0)]
     """
 
     def __init__(self, buckets: int = 1024) -> None:
         self._buckets, self._width = buckets, 1  # requests in a bucket
-        self._sums: dict[tuple[int, bool, int], tuple[int, float, int]] = {}  # tokens, seconds and rounds
+        self._sums: dict[tuple[int, bool, int], tuple[int, float, int, int]] = {}  # tokens, seconds, rounds, drafted
 
     def append(self, round_: Round) -> None:
         """Add a round."""
@@ -97,13 +99,14 @@ class Rounds:
                 self._width *= 2
         for each in rounds:
             key = each.request // self._width, each.speculative, each.occupied
-            tokens, seconds, count = self._sums.get(key, (0, 0.0, 0))
-            self._sums[key] = tokens + each.tokens, seconds + each.seconds, count + each.count
+            tokens, seconds, count, drafted = self._sums.get(key, (0, 0.0, 0, 0))
+            sums = tokens + each.tokens, seconds + each.seconds, count + each.count, drafted + each.drafted
+            self._sums[key] = sums
 
     def __iter__(self) -> Iterator[Round]:
         """Iterate over the sums; ``request`` is the first of their bucket."""
-        for (bucket, speculative, occupied), (tokens, seconds, count) in self._sums.items():
-            yield Round(speculative, occupied, tokens, seconds, bucket * self._width, count)
+        for (bucket, speculative, occupied), (tokens, seconds, count, drafted) in self._sums.items():
+            yield Round(speculative, occupied, tokens, seconds, bucket * self._width, count, drafted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,14 @@ class Rates:
         baseline: Those of plain decoding; None if it was not measured.
         speculative: Those of all other decoding; None if it was not measured.
         baseline_rounds: Plain rounds that the rates are made of.
+        break_even: Acceptance length at which speculation would have been as fast as plain decoding; None if nothing
+            was drafted, or the speedup is not known.
     """
 
     baseline: float | None
     speculative: float | None
     baseline_rounds: int = 0
+    break_even: float | None = None
 
     @property
     def too_short(self) -> bool:
@@ -144,29 +150,42 @@ def rates(rounds: Iterable[Round]) -> Rates:
         >>> rounds = [Round(True, 1, 400, 200.0, 0), plain, Round(True, 2, 9, 1.0, 0)]
         >>> rates(rounds).speedup
         2.0
+
+        A round of two slots that drafts for them takes 1.5 times as long as a plain one: 1.5 tokens a slot break even.
+
+        >>> plain = Round(False, 2, 200, 100.0, 0, count=100)
+        >>> rates([plain, Round(True, 2, 4, 1.5, 0, drafted=2)]).break_even
+        1.5
     """
     tokens: dict[tuple[bool, int], int] = defaultdict(int)
     seconds: dict[tuple[bool, int], float] = defaultdict(float)
-    plain: Counter[int] = Counter()
+    count: Counter[tuple[bool, int]] = Counter()
+    drafted: Counter[int] = Counter()
     for r in rounds:
         tokens[r.speculative, r.occupied] += r.tokens
         seconds[r.speculative, r.occupied] += r.seconds
-        plain[r.occupied] += 0 if r.speculative else r.count
+        count[r.speculative, r.occupied] += r.count
+        drafted[r.occupied] += r.drafted
 
     def rate(kind: bool, occupied: int) -> float:
         return tokens[kind, occupied] / seconds[kind, occupied]
 
     # Every decoded round delivers a token; time without any, such as for recording, is no measurement of its own.
-    measured = [key for key, count in tokens.items() if count]
+    measured = [key for key, delivered in tokens.items() if delivered]
     both = [o for kind, o in measured if kind and (False, o) in measured]
     if not both:
         overall: list[float | None] = []
         for kind in (False, True):
-            count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
-            overall.append(count / time if count else None)
+            delivered, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
+            overall.append(delivered / time if delivered else None)
         baseline, speculative = overall
-        return Rates(baseline, speculative, plain.total())
+        return Rates(baseline, speculative, sum(n for (kind, _), n in count.items() if not kind))
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
     means = [sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)]
-    return Rates(means[0], means[1], sum(plain[o] for o in both))
+    break_even, plain_rounds, drafts = None, sum(count[False, o] for o in both), sum(drafted[o] for o in both)
+    if drafts and plain_rounds >= MIN_BASELINE_ROUNDS:
+        # A slot gets one token a round without drafts. What plain decoding would have delivered above that in the same
+        # time is what the drafts had to bring.
+        break_even = 1 + (total * means[0] - sum(o * count[True, o] for o in both)) / drafts
+    return Rates(means[0], means[1], plain_rounds, break_even)

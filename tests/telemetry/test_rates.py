@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,28 @@ def test_a_speedup_is_told_from_three_windows_on() -> None:
 def test_time_without_tokens_is_charged() -> None:
     rounds = [Round(SPECULATIVE, 1, 4, 2.0, 0), Round(PLAIN, 1, 1, 1.0, 0)]
     assert rates([*rounds, Round(SPECULATIVE, 1, 0, 2.0, 0)]) == Rates(1.0, 1.0, baseline_rounds=1)
+
+
+@pytest.mark.parametrize("extra", [40, 80, 120])
+def test_speculation_is_faster_above_the_break_even(extra: int) -> None:
+    # Of 300 slot-rounds 185 were drafted for, and all took as long as 260 + 120 tokens of plain decoding.
+    plain = [Round(PLAIN, 1, 96, 96.0, 0, 96), Round(PLAIN, 2, 80, 20.0, 0, 40)]
+    alone, full = Round(SPECULATIVE, 1, 200 + extra, 260.0, 0, 200, 160), Round(SPECULATIVE, 2, 100, 30.0, 0, 50, 25)
+    elsewhere = Round(SPECULATIVE, 3, 9, 1.0, 0, 1, 3)  # no plain round to compare with
+    sums = Rounds()
+    for each in (*plain, alone, full, elsewhere):
+        sums.append(each)
+    measured = rates(sums)
+    assert measured.break_even == pytest.approx(1 + 80 / 185)
+    acceptance_length = 1 + extra / 185
+    assert measured.speedup == pytest.approx((300 + extra) / 380)
+    assert (measured.speedup > 1.001) == (acceptance_length > measured.break_even + 0.001)
+
+
+def test_without_drafts_or_enough_plain_rounds_there_is_no_break_even() -> None:
+    plain = Round(PLAIN, 1, MIN_BASELINE_ROUNDS, 10.0, 0, MIN_BASELINE_ROUNDS)
+    assert rates([plain, Round(SPECULATIVE, 1, 4, 4.0, 0, 4)]).break_even is None
+    assert rates([replace(plain, count=95), Round(SPECULATIVE, 1, 4, 4.0, 0, 4, 4)]).break_even is None
 
 
 def test_what_was_not_measured_is_none() -> None:
