@@ -71,8 +71,8 @@ EVENTS: dict[str, Event] = {
             "tokens_per_second": "Plain (baseline) and speculative throughput over the last quarter of the requests.",
             "speedup": "Speculative over plain; null if it was not measured, or over fewer than 96 plain rounds.",
             "baseline_rounds": "Plain rounds that were measured for it.",
-            "break_even": "Acceptance length at which speculation would have been as fast as plain decoding, over the "
-            "last quarter of the requests; null where the speedup is, and if nothing was drafted.",
+            "break_even": "Acceptance length at which the rounds that drafted would have been as fast as plain ones, "
+            "over the last quarter of the requests; null where the speedup is, and if nothing was drafted.",
             "drafted": "Rounds since the last status by what they drafted: tree, chain, ngrams, plain, baseline.",
             "depth": "Depth of the trees that are drafted.",
             "coverage": "Mean coverage of the requests since the last status.",

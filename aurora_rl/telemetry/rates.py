@@ -72,8 +72,8 @@ class Round:
 class Rounds:
     """The rounds of a run in bounded memory: sums over rounds that are alike and close to each other.
 
-    Rounds of one kind and number of occupied slots are added up while the same request is the next to complete. Once
-    more than ``buckets`` requests have completed, two neighbours share a bucket, then four, and so on.
+    Rounds of one kind and number of occupied slots, drafted or not, are added up while the same request is the next to
+    complete. Once more than ``buckets`` requests have completed, two neighbours share a bucket, then four, and so on.
 
     Args:
         buckets: The most parts of the run that are told apart; there are at least half as many in a long run.
@@ -88,7 +88,8 @@ class Rounds:
 
     def __init__(self, buckets: int = 1024) -> None:
         self._buckets, self._width = buckets, 1  # requests in a bucket
-        self._sums: dict[tuple[int, bool, int], tuple[int, float, int, int]] = {}  # tokens, seconds, rounds, drafted
+        # Tokens, seconds, rounds and drafted slots.
+        self._sums: dict[tuple[int, bool, int, bool], tuple[int, float, int, int]] = {}
 
     def append(self, round_: Round) -> None:
         """Add a round."""
@@ -98,14 +99,14 @@ class Rounds:
             while round_.request >= self._buckets * self._width:
                 self._width *= 2
         for each in rounds:
-            key = each.request // self._width, each.speculative, each.occupied
+            key = each.request // self._width, each.speculative, each.occupied, each.drafted > 0
             tokens, seconds, count, drafted = self._sums.get(key, (0, 0.0, 0, 0))
             sums = tokens + each.tokens, seconds + each.seconds, count + each.count, drafted + each.drafted
             self._sums[key] = sums
 
     def __iter__(self) -> Iterator[Round]:
         """Iterate over the sums; ``request`` is the first of their bucket."""
-        for (bucket, speculative, occupied), (tokens, seconds, count, drafted) in self._sums.items():
+        for (bucket, speculative, occupied, _), (tokens, seconds, count, drafted) in self._sums.items():
             yield Round(speculative, occupied, tokens, seconds, bucket * self._width, count, drafted)
 
 
@@ -117,8 +118,8 @@ class Rates:
         baseline: Those of plain decoding; None if it was not measured.
         speculative: Those of all other decoding; None if it was not measured.
         baseline_rounds: Plain rounds that the rates are made of.
-        break_even: Acceptance length at which speculation would have been as fast as plain decoding; None if nothing
-            was drafted, or the speedup is not known.
+        break_even: Acceptance length at which the rounds that drafted would have been as fast as plain decoding; None
+            if there were none, or the speedup is not known.
     """
 
     baseline: float | None
@@ -157,35 +158,37 @@ def rates(rounds: Iterable[Round]) -> Rates:
         >>> rates([plain, Round(True, 2, 4, 1.5, 0, drafted=2)]).break_even
         1.5
     """
+    rounds = list(rounds)
     tokens: dict[tuple[bool, int], int] = defaultdict(int)
     seconds: dict[tuple[bool, int], float] = defaultdict(float)
-    count: Counter[tuple[bool, int]] = Counter()
-    drafted: Counter[int] = Counter()
+    plain: Counter[int] = Counter()
     for r in rounds:
         tokens[r.speculative, r.occupied] += r.tokens
         seconds[r.speculative, r.occupied] += r.seconds
-        count[r.speculative, r.occupied] += r.count
-        drafted[r.occupied] += r.drafted
+        plain[r.occupied] += 0 if r.speculative else r.count
 
     def rate(kind: bool, occupied: int) -> float:
         return tokens[kind, occupied] / seconds[kind, occupied]
 
     # Every decoded round delivers a token; time without any, such as for recording, is no measurement of its own.
-    measured = [key for key, delivered in tokens.items() if delivered]
+    measured = [key for key, count in tokens.items() if count]
     both = [o for kind, o in measured if kind and (False, o) in measured]
     if not both:
         overall: list[float | None] = []
         for kind in (False, True):
-            delivered, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
-            overall.append(delivered / time if delivered else None)
+            count, time = (sum(v for (k, _), v in sums.items() if k == kind) for sums in (tokens, seconds))
+            overall.append(count / time if count else None)
         baseline, speculative = overall
-        return Rates(baseline, speculative, sum(n for (kind, _), n in count.items() if not kind))
+        return Rates(baseline, speculative, plain.total())
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
     means = [sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)]
-    break_even, plain_rounds, drafts = None, sum(count[False, o] for o in both), sum(drafted[o] for o in both)
-    if drafts and plain_rounds >= MIN_BASELINE_ROUNDS:
-        # A slot gets one token a round without drafts. What plain decoding would have delivered above that in the same
-        # time is what the drafts had to bring.
-        break_even = 1 + (total * means[0] - sum(o * count[True, o] for o in both)) / drafts
+    plain_rounds, drafting = sum(plain[o] for o in both), [r for r in rounds if r.drafted and r.occupied in both]
+    break_even = None
+    if drafting and plain_rounds >= MIN_BASELINE_ROUNDS:
+        # Without drafts each slot gets one token a round. What plain decoding would have delivered above that in the
+        # same time is what the drafts had to bring.
+        instead = sum(r.seconds * rate(False, r.occupied) for r in drafting)
+        slots = sum(r.count * r.occupied for r in drafting)
+        break_even = 1 + (instead - slots) / sum(r.drafted for r in drafting)
     return Rates(means[0], means[1], plain_rounds, break_even)

@@ -155,7 +155,7 @@ def _draw_acceptance(axis: Axes, history: RunHistory) -> None:
     if gates:
         axis.plot(
             [gate.requests for gate in gates], [gate.serving for gate in gates], "D", color=_GATE, markersize=4,
-            label="gate's replay of the serving weights",
+            label="gate's replay",
         )  # fmt: skip
     if history.swaps:
         axis.plot([], [], color=_SWAP, alpha=0.5, linewidth=0.8, label="weights swapped")

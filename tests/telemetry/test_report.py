@@ -140,7 +140,7 @@ def texts(axis: Axes) -> list[str]:
 
 def test_the_report_shows_what_was_served_and_what_the_gate_replayed(drawn: Callable) -> None:
     acceptance, *_ = drawn(whole_run())
-    served, replayed = "served, last tenth of the requests", "gate's replay of the serving weights"
+    served, replayed = "served, last tenth of the requests", "gate's replay"
     shown = lines(acceptance)
     assert shown[served] == ([5, 10, 15, 20, 25, 30, 35, 40], [2.0] * 8)
     assert shown[replayed] == ([15, 35], [2.5, 2.5])
