@@ -29,6 +29,7 @@ def main() -> None:
             f"max_new_tokens={options.max_new_tokens}",
             f"traffic.limit={options.limit}",
             f"device={options.device}",
+            "http.port=null",
             *([f"traffic.path={options.prompts}"] if options.prompts else []),
             *options.overrides,
         ]

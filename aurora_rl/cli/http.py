@@ -53,23 +53,34 @@ class HttpFront:
         self._load: Callable[[], Mapping[str, int]]
 
     @classmethod
-    def of(cls, config: Config) -> HttpFront | None:
-        """Return the front of a server; None where clients talk to SGLang itself.
+    def of(cls, config: Config, *, replays: bool = False) -> HttpFront | None:
+        """Return the front of a run; None if ``http.port`` is null.
+
+        Args:
+            config: Configuration of the run.
+            replays: Whether traffic drives the server, so that it needs no clients.
 
         Raises:
             ConfigError: The configuration leaves clients no port, or has a budget for SGLang's clients; or see the
                 constructor.
         """
-        if config.engine.name == "sglang" and config.max_new_tokens is not None:
+        sglang = config.engine.name == "sglang"
+        if sglang and not replays and config.max_new_tokens is not None:
             raise ConfigError(
                 f"max_new_tokens={config.max_new_tokens}: SGLang itself chooses the budget of requests "
                 "that name none; leave the key out"
             )
-        if config.http.port is None and config.engine.name == "sglang":
-            return None
+        needed = not replays and not sglang  # SGLang has a port of its own
         if config.http.port is None:
-            raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")
-        return cls(config)
+            if needed:
+                raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")
+            return None
+        try:
+            return cls(config)
+        except ValueError as error:
+            if needed:
+                raise
+            raise ConfigError(f"{error}; http.port=null opens none") from error
 
     def start(
         self,

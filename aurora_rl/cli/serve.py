@@ -113,7 +113,7 @@ class _Session:
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
             spec, prompts = resolve(config), [] if attached else traffic(config)
-            http = self._http = None if self._replays else HttpFront.of(config)
+            http = self._http = HttpFront.of(config, replays=self._replays)
             self._figures.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
@@ -122,7 +122,8 @@ class _Session:
             target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
             queue = request_queue(spec, target, prompts)
             built_in = self._replays and config.traffic.path is None
-            self._log.write("begin", unseen=unseen_from(len(prompts)) if built_in else None)
+            first_id = queue.total if self._replays else 0  # clients' requests are numbered from here on
+            self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
@@ -133,9 +134,7 @@ class _Session:
                 self._requests = queue
                 queue.answers = JsonLines(run_dir / "answers.jsonl")
             clients = self._clients = AsyncEngine(
-                max_waiting=config.http.max_waiting,
-                workload=self._requests,
-                first_id=queue.total if self._replays else 0,
+                max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id
             )
             step("engine")
             try:
@@ -168,15 +167,16 @@ class _Session:
         return address
 
     def serve(self) -> None:
-        """Go round after round, until the user asks for an end or the traffic is served."""
-        server, clients, console, stop = self._server, self._clients, self._console, self._stop
+        """Go round after round, until the user asks for an end or the traffic is served. Clients' answers end then."""
+        server, clients, requests = self._server, self._clients, self._requests
+        console, stop = self._console, self._stop
         assert server is not None and clients is not None, "call start first"
         view = self._view = LiveView(
             server,
             self._log,
             self._reader,
             self._history,
-            total=None if self._requests is None else self._requests.total,
+            traffic=self._requests,
             learner=self._learner_state,
             clients=dict if self._http is None else self._http.clients,
             followers=self._followers,
@@ -195,9 +195,9 @@ class _Session:
             if not console.is_terminal:
                 ticks.append(every(15.0, lambda: console.print(view.line(), soft_wrap=True)))
             try:
-                while not stop.requested:
+                while not (stop.requested or (requests is not None and requests.done)):
                     if not self._step():
-                        if self._http is None:  # no client is to come
+                        if requests is not None or self._http is None:  # no client is to come
                             break
                         clients.wait(_IDLE_S)
                     for tick in ticks:
@@ -210,8 +210,6 @@ class _Session:
 
     def _drain(self, clients: AsyncEngine) -> None:
         """Complete what clients have asked, for a few seconds, and take nothing new."""
-        if self._replays:
-            return
         clients.close("the server is shutting down")
         deadline = time.monotonic() + _DRAIN_S
         while clients.num_open and time.monotonic() < deadline:
@@ -266,8 +264,13 @@ class _Session:
         server, requests, outputs, run_dir = self._server, self._requests, self._outputs, self._run_dir
         stats = Stats() if server is None else server.stats
         drops = self._history.drops if server is None else server.drops + self._history.drops
-        failed, duration_s = [] if requests is None else requests.failed, time.monotonic() - self._began
-        summary = stats.summary(failed=len(failed), drops=drops, duration_s=duration_s)
+        failed, answered = ([], 0) if requests is None else (requests.failed, requests.answered)
+        summary = stats.summary(
+            client_requests=len(stats.finished) - answered,
+            failed=len(failed),
+            drops=drops,
+            duration_s=time.monotonic() - self._began,
+        )
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:

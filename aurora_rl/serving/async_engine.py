@@ -206,7 +206,7 @@ class AsyncEngine:
         return len(self._streams)
 
     def close(self, reason: str) -> None:
-        """Take no more requests, and tell those who ask why; the others go on."""
+        """Take no more requests, the workload's included, and tell those who ask why; the others go on."""
         with self._lock:
             self._closed = reason
 
@@ -226,7 +226,7 @@ class AsyncEngine:
                 if (stream := self._streams.get(request.id)) is not None:
                     stream.times.scheduled = time.monotonic()
                 return request
-        return None if self._workload is None else self._workload()
+        return None if self._workload is None or self._closed else self._workload()
 
     def completed(self, completion: Completion) -> str:
         """Hand a completion to its client or to the workload, and return its domain."""

@@ -77,6 +77,7 @@ class RequestQueue:
 
     Attributes:
         total: First turns and follow-ups, the requests that will be served if none fails.
+        answered: Requests that have completed.
         failed: Messages of requests that could not be asked.
         answers: File that gets a line for each completion; None, the default, writes none.
 
@@ -99,6 +100,7 @@ class RequestQueue:
         self._open: dict[int, _Turn] = {}
         self._next_id = len(prompts)
         self.total = sum(1 + len(prompt.follow_ups) for prompt in prompts)
+        self.answered = 0
         self.failed: list[str] = []
         self.answers: JsonLines | None = None
         for index, prompt in enumerate(prompts):
@@ -109,6 +111,11 @@ class RequestQueue:
     def first_prompts(self, count: int) -> list[list[int]]:
         """Return the token ids of the first prompts, for the day-0 draft vocabulary."""
         return [request.prompt.tolist() for _, request in list(self._waiting)[:count]]
+
+    @property
+    def done(self) -> bool:
+        """Whether every request was answered or has failed."""
+        return not (self._waiting or self._open)
 
     def __call__(self) -> Request | None:
         """Return the next request; None if none waits."""
@@ -121,6 +128,7 @@ class RequestQueue:
     def completed(self, completion: Completion) -> str:
         """Note an answer, queue the next turn of its conversation, and return the conversation's domain."""
         turn = self._open.pop(completion.request.id)
+        self.answered += 1
         prompt = turn.prompt
         text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)
         if self.answers is not None:

@@ -126,12 +126,13 @@ class InferenceServer:
         action = policy(self._td)
         # A drafter that failed its slots together leaves the trees of each alone, for the last time.
         asked = policy.drafted | policy.looked_up | action["draft", "mask"].any(1).cpu()
-        speculative = counted = False
+        speculative, counted, drafted = False, False, 0
         for slot in env.engine.store.occupied.tolist():
             request = env.request_of(slot)
             speculative |= request.speculative
             counted |= request.counted
             self._asked.setdefault(request.id, []).append(bool(asked[slot]))
+            drafted += bool(asked[slot])
         done, self._td = env.step_and_maybe_reset(action)
         # Recording is a cost of speculation, in whichever round it happens.
         recording = self._recording + env.recording_seconds - recorded
@@ -145,7 +146,7 @@ class InferenceServer:
             seconds -= recording
             self.stats.rounds.append(Round(True, occupied, 0, recording, completed, count=0))
         if baseline or speculative:  # what nobody may draft for says nothing of speculation
-            self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed))
+            self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed, drafted=drafted))
         self.stats.drafted["baseline" if baseline else self._drafted()] += 1
         self._windows.spent(seconds)
         return True

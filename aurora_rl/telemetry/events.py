@@ -71,6 +71,8 @@ EVENTS: dict[str, Event] = {
             "tokens_per_second": "Plain (baseline) and speculative throughput over the last quarter of the requests.",
             "speedup": "Speculative over plain; null if it was not measured, or over fewer than 96 plain rounds.",
             "baseline_rounds": "Plain rounds that were measured for it.",
+            "break_even": "Acceptance length at which the rounds that drafted would have been as fast as plain ones, "
+            "over the last quarter of the requests; null where the speedup is, and if nothing was drafted.",
             "drafted": "Rounds since the last status by what they drafted: tree, chain, ngrams, plain, baseline.",
             "depth": "Depth of the trees that are drafted.",
             "coverage": "Mean coverage of the requests since the last status.",
@@ -100,7 +102,11 @@ EVENTS: dict[str, Event] = {
     ),
     "begin": Event(
         "The server begins; a run that was resumed has several.",
-        {"unseen": "Requests after which templates come that were not seen before; null if there are none."},
+        {
+            "traffic": "Requests of the traffic, 0 without; clients' requests are numbered from there on.",
+            "unseen": "Requests of the traffic after which templates come that were not seen before; null if there are "
+            "none.",
+        },
     ),
     "swap": Event(
         "New weights draft from now on.",

@@ -176,6 +176,7 @@ class RunHistory:
 
     def __init__(self, most: int = 1000) -> None:
         self._most, self._lock = most, threading.Lock()
+        self._traffic = 0  # requests of the traffic; those of clients have higher numbers
         self.requests = 0
         self.version: int | None = None
         self.published: int | None = None
@@ -196,6 +197,7 @@ class RunHistory:
         with self._lock:
             match event["event"]:
                 case "begin":
+                    self._traffic = event["traffic"]
                     if event["unseen"] is not None:
                         self.mark(event["unseen"], "unseen templates")
                 case "request" | "requests":
@@ -239,6 +241,8 @@ class RunHistory:
         if name not in self.domains and len(self.domains) >= _MOST_DOMAINS:
             name = _OTHERS
         domain = self.domains.setdefault(name, DomainFigures(self.requests))
+        if event.get("request", self._traffic) >= self._traffic:  # of a client: what the traffic has ahead comes later
+            self.marks = [(at + requests if at > self.requests else at, text) for at, text in self.marks]
         self.requests += requests
         domain.requests += requests
         domain.tokens += event["tokens"]
@@ -247,7 +251,7 @@ class RunHistory:
 
     def _add_point(self, event: dict[str, Any]) -> None:
         speed = event["tokens_per_second"]
-        rates = Rates(speed["baseline"], speed["speculative"], event["baseline_rounds"])
+        rates = Rates(speed["baseline"], speed["speculative"], event["baseline_rounds"], event["break_even"])
         self.drafted, points = Counter(event["drafted"]), self.points
         point = Point(event["time"], event["requests"], event["acceptance_length"], rates, self.drafted.copy())
         self.version, self.learner.state = event["version"], event["learner"]

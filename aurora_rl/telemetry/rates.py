@@ -57,6 +57,7 @@ class Round:
         seconds: Wall time, prefill excluded.
         request: Requests completed before it.
         count: Rounds that were added up; 0 for time that belongs to no round.
+        drafted: Slots for which drafts were asked, over all these rounds.
     """
 
     speculative: bool
@@ -65,13 +66,14 @@ class Round:
     seconds: float
     request: int
     count: int = 1
+    drafted: int = 0
 
 
 class Rounds:
     """The rounds of a run in bounded memory: sums over rounds that are alike and close to each other.
 
-    Rounds of one kind and number of occupied slots are added up while the same request is the next to complete. Once
-    more than ``buckets`` requests have completed, two neighbours share a bucket, then four, and so on.
+    Rounds of one kind and number of occupied slots, drafted or not, are added up while the same request is the next to
+    complete. Once more than ``buckets`` requests have completed, two neighbours share a bucket, then four, and so on.
 
     Args:
         buckets: The most parts of the run that are told apart; there are at least half as many in a long run.
@@ -81,12 +83,13 @@ class Rounds:
         >>> for tokens in (4, 3):
         ...     rounds.append(Round(True, 1, tokens, 1.0, request=0))
         >>> list(rounds)
-        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0, count=2)]
+        [Round(speculative=True, occupied=1, tokens=7, seconds=2.0, request=0, count=2, drafted=0)]
     """
 
     def __init__(self, buckets: int = 1024) -> None:
         self._buckets, self._width = buckets, 1  # requests in a bucket
-        self._sums: dict[tuple[int, bool, int], tuple[int, float, int]] = {}  # tokens, seconds and rounds
+        # Tokens, seconds, rounds and drafted slots.
+        self._sums: dict[tuple[int, bool, int, bool], tuple[int, float, int, int]] = {}
 
     def append(self, round_: Round) -> None:
         """Add a round."""
@@ -96,14 +99,15 @@ class Rounds:
             while round_.request >= self._buckets * self._width:
                 self._width *= 2
         for each in rounds:
-            key = each.request // self._width, each.speculative, each.occupied
-            tokens, seconds, count = self._sums.get(key, (0, 0.0, 0))
-            self._sums[key] = tokens + each.tokens, seconds + each.seconds, count + each.count
+            key = each.request // self._width, each.speculative, each.occupied, each.drafted > 0
+            tokens, seconds, count, drafted = self._sums.get(key, (0, 0.0, 0, 0))
+            sums = tokens + each.tokens, seconds + each.seconds, count + each.count, drafted + each.drafted
+            self._sums[key] = sums
 
     def __iter__(self) -> Iterator[Round]:
         """Iterate over the sums; ``request`` is the first of their bucket."""
-        for (bucket, speculative, occupied), (tokens, seconds, count) in self._sums.items():
-            yield Round(speculative, occupied, tokens, seconds, bucket * self._width, count)
+        for (bucket, speculative, occupied, _), (tokens, seconds, count, drafted) in self._sums.items():
+            yield Round(speculative, occupied, tokens, seconds, bucket * self._width, count, drafted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,14 @@ class Rates:
         baseline: Those of plain decoding; None if it was not measured.
         speculative: Those of all other decoding; None if it was not measured.
         baseline_rounds: Plain rounds that the rates are made of.
+        break_even: Acceptance length at which the rounds that drafted would have been as fast as plain decoding; None
+            if there were none, or the speedup is not known.
     """
 
     baseline: float | None
     speculative: float | None
     baseline_rounds: int = 0
+    break_even: float | None = None
 
     @property
     def too_short(self) -> bool:
@@ -144,7 +151,14 @@ def rates(rounds: Iterable[Round]) -> Rates:
         >>> rounds = [Round(True, 1, 400, 200.0, 0), plain, Round(True, 2, 9, 1.0, 0)]
         >>> rates(rounds).speedup
         2.0
+
+        A round of two slots that drafts for them takes 1.5 times as long as a plain one: 1.5 tokens a slot break even.
+
+        >>> plain = Round(False, 2, 200, 100.0, 0, count=100)
+        >>> rates([plain, Round(True, 2, 4, 1.5, 0, drafted=2)]).break_even
+        1.5
     """
+    rounds = list(rounds)
     tokens: dict[tuple[bool, int], int] = defaultdict(int)
     seconds: dict[tuple[bool, int], float] = defaultdict(float)
     plain: Counter[int] = Counter()
@@ -169,4 +183,12 @@ def rates(rounds: Iterable[Round]) -> Rates:
     weight = {o: seconds[True, o] for o in both}
     total = sum(weight.values())
     means = [sum(w * rate(kind, o) for o, w in weight.items()) / total for kind in (False, True)]
-    return Rates(means[0], means[1], sum(plain[o] for o in both))
+    plain_rounds, drafting = sum(plain[o] for o in both), [r for r in rounds if r.drafted and r.occupied in both]
+    break_even = None
+    if drafting and plain_rounds >= MIN_BASELINE_ROUNDS:
+        # Without drafts each slot gets one token a round. What plain decoding would have delivered above that in the
+        # same time is what the drafts had to bring.
+        instead = sum(r.seconds * rate(False, r.occupied) for r in drafting)
+        slots = sum(r.count * r.occupied for r in drafting)
+        break_even = 1 + (instead - slots) / sum(r.drafted for r in drafting)
+    return Rates(means[0], means[1], plain_rounds, break_even)

@@ -48,7 +48,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_column()
 
     length, speed, swap = summary["acceptance_length"], summary["tokens_per_second"], summary["swap_ms"]
-    table.add_row("requests", f"{summary['requests']} ({summary['failed']} failed)")
+    requests, clients = summary["requests"], summary["client_requests"]
+    asked = f", {clients} of clients" if 0 < clients < requests else ""
+    table.add_row("requests", f"{requests} ({summary['failed']} failed{asked})")
     table.add_row("acceptance length, first → last tenth", f"{show(length['first'])} → {show(length['last'])}")
     if domains := summary["domains"]:
         lengths = (f"{name or 'none'} {show(figures['acceptance_length'])}" for name, figures in domains.items())
@@ -147,10 +149,13 @@ def _draw_acceptance(axis: Axes, history: RunHistory) -> None:
     points, gates = history.points, history.gates
     served = [point.acceptance for point in points]
     _course(axis, points, served, color=_SERVED, label="served, last tenth of the requests")
+    break_even = [point.rates.break_even for point in points]
+    if any(length is not None for length in break_even):
+        _course(axis, points, break_even, color="grey", linewidth=0.9, label="break-even, last quarter")
     if gates:
         axis.plot(
             [gate.requests for gate in gates], [gate.serving for gate in gates], "D", color=_GATE, markersize=4,
-            label="gate's replay of the serving weights",
+            label="gate's replay",
         )  # fmt: skip
     if history.swaps:
         axis.plot([], [], color=_SWAP, alpha=0.5, linewidth=0.8, label="weights swapped")
@@ -188,7 +193,10 @@ def _draw_speed(axis: Axes, points: list[Point]) -> None:
 
 def _draw_marks(axes: list[Axes], history: RunHistory) -> None:
     """Draw where something new begins: what was marked, and domains that the first twentieth did not have."""
-    late = [(figures.first, f"domain {_short(name)}") for name, figures in _largest_domains(history)]
+    late = [
+        (figures.first, f"domain {_short(name)}" if name else "requests without a domain")
+        for name, figures in _largest_domains(history)
+    ]
     marks = sorted([*history.marks, *(mark for mark in late if mark[0] > history.requests / 20)])
     for level, (at, text) in enumerate(marks):
         if at >= history.requests:

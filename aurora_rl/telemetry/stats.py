@@ -73,10 +73,18 @@ class Stats:
             requests=requests, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
         )
 
-    def summary(self, *, failed: int = 0, drops: Counter[str] | None = None, duration_s: float = 0.0) -> dict[str, Any]:
+    def summary(
+        self,
+        *,
+        client_requests: int = 0,
+        failed: int = 0,
+        drops: Counter[str] | None = None,
+        duration_s: float = 0.0,
+    ) -> dict[str, Any]:
         """Return what ``summary.json`` holds; null stands for what was not measured.
 
         Args:
+            client_requests: Completed requests that clients asked, and no traffic.
             failed: Requests that could not be served.
             drops: Trajectories that were lost, by reason; None if there are none.
             duration_s: Seconds of the run.
@@ -94,6 +102,7 @@ class Stats:
         }
         return {
             "requests": count,
+            "client_requests": client_requests,
             "failed": failed,
             "swaps": len(self.swap_ms),
             "swap_ms": {

@@ -57,6 +57,18 @@ class Server(Protocol):
         """Send the trajectories that can still be sent, and close."""
 
 
+class Traffic(Protocol):
+    """Requests that a run brings itself.
+
+    Attributes:
+        total: Requests to serve.
+        answered: Those that have completed.
+    """
+
+    total: int
+    answered: int
+
+
 class LiveView:
     """Follows a run: a table for a terminal, a line elsewhere, and "status" events in the log.
 
@@ -65,7 +77,7 @@ class LiveView:
         log: Gets "status", and "refused" and "learner_died" if that happens.
         reader: Follows the run's metrics, where the learner's events are too.
         history: Gets every event; what the view shows of them.
-        total: Requests to serve; None if there is no end to them.
+        traffic: Requests of the run itself; None if clients alone ask, without an end.
         learner: Says how the learner is: "running", or that it died.
         clients: Returns how clients fare, the last fields of "status"; without a front for them there are none.
         followers: Further callables that get every event, in order.
@@ -81,13 +93,13 @@ class LiveView:
         reader: MetricsReader,
         history: RunHistory,
         *,
-        total: int | None,
+        traffic: Traffic | None,
         learner: Callable[[], str],
         clients: Callable[[], dict[str, Any]] = dict,
         followers: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self._server, self._log, self._reader, self._history = server, log, reader, history
-        self._total, self._learner, self._clients = total, learner, clients
+        self._traffic, self._learner, self._clients = traffic, learner, clients
         self._followers = [history.follow, *followers]
         self._began = time.monotonic()
         self._died = False
@@ -155,6 +167,7 @@ class LiveView:
             tokens_per_second={"baseline": speed.baseline, "speculative": speed.speculative},
             speedup=speed.speedup,
             baseline_rounds=speed.baseline_rounds,
+            break_even=speed.break_even,
             drafted=dict(stats.drafted - self._drafted),
             depth=server.depth,
             coverage=sum(coverage) / len(coverage) if coverage else None,
@@ -177,19 +190,26 @@ class LiveView:
         count = len(stats.finished)
         return stats.acceptance(max(count - max(count // 10, 8), 0), count)
 
+    def _progress(self) -> list[tuple[str, str]]:
+        """Return how many requests are done and for how long the run goes; of traffic also how long it still takes."""
+        traffic, done, elapsed = self._traffic, len(self._server.stats.finished), time.monotonic() - self._began
+        if traffic is None:
+            return [("requests", str(done)), ("elapsed", show_time(elapsed))]
+        answered, of_clients = traffic.answered, done - traffic.answered
+        requests = f"{answered}/{traffic.total}" + (f" · {of_clients} of clients" if of_clients else "")
+        left = f" · {show_time(elapsed / answered * (traffic.total - answered))}" if answered else ""
+        return [("requests", requests), ("elapsed · left", show_time(elapsed) + left)]
+
     def _rows(self) -> list[tuple[str, str]]:
         server, stats, history = self._server, self._server.stats, self._history
-        speed, done = stats.rates(0.25), len(stats.finished)
-        elapsed = time.monotonic() - self._began
-        left = "" if self._total is None or not done else f" · {show_time(elapsed / done * (self._total - done))}"
+        speed = stats.rates(0.25)
         gate = "–"
         if history.gates:
             last = history.gates[-1]
             gate = f"{last.difference:+.3f} {'published' if last.publish else 'refused'}"
         drafted = " · ".join(f"{DRAFTED[name]} {share:.0%}" for name, share in shares(history.drafted).items())
         return [
-            ("requests", str(done) + (f"/{self._total}" if self._total is not None else "")),
-            ("elapsed" if self._total is None else "elapsed · left", show_time(elapsed) + left),
+            *self._progress(),
             ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
             ("drafted", drafted or "–"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),

@@ -27,7 +27,7 @@ def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
         *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
         *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0"),
-        *("max_new_tokens=8", "traffic.requests=6", f"run_dir={tmp_path / 'run'}"),
+        *("max_new_tokens=8", "traffic.requests=6", "http.port=null", f"run_dir={tmp_path / 'run'}"),
         *(f"wire.trajectories={trajectories}", f"wire.weights={weights}"),
     ]
 

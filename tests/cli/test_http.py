@@ -30,6 +30,15 @@ def test_a_port_in_use_is_named() -> None:
             HttpFront.of(load_config(overrides=[f"http.port={port}"]))
 
 
+def test_a_run_that_needs_no_clients_is_told_how_to_do_without() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=f"http.port={port}: Address already in use; .*; http.port=null opens none"
+        ):
+            HttpFront.of(load_config(overrides=[f"http.port={port}"]), replays=True)
+
+
 def test_keys_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"cannot read the API keys: .*{tmp_path}/none"):
         HttpFront.of(load_config(overrides=["http.port=0", f"http.api_keys={tmp_path}/none"]))
@@ -47,6 +56,7 @@ def test_a_server_without_a_port_is_refused_and_sglang_has_its_own() -> None:
         HttpFront.of(load_config(overrides=["http.port=null"]))
     sglang = ["engine.name=sglang", "drafter.name=eagle3"]
     assert HttpFront.of(load_config(overrides=[*sglang, "http.port=null"])) is None
+    assert HttpFront.of(load_config(overrides=["http.port=null"]), replays=True) is None
     for pairs in ([], sglang):
         front = HttpFront.of(load_config(overrides=[*pairs, "http.port=0"]))
         assert front is not None and front.url.startswith("http://127.0.0.1:")

@@ -19,7 +19,7 @@ def test_the_last_part_of_a_run_is_drawn_from_its_events(
 ) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl", "server")
     log.write("swap", version=1, ms=2.5, requests=8)
-    log.write("begin", unseen=6)
+    log.write("begin", traffic=8, unseen=6)
     log.write("swap", version=2, ms=1.5, requests=4)
     drawn: list[RunHistory] = []
     monkeypatch.setattr(

@@ -113,6 +113,7 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
         "learner.spawn=false",
         "drafter.adaptive=false",
         "traffic.requests=2",
+        "http.port=null",
         f"run_dir={tmp_path / 'served'}",
     ]
     assert cli.main(served) == 0

@@ -105,6 +105,19 @@ def test_without_a_swap_better_traffic_is_found_too() -> None:
     assert serving.drafted[-1] == 3
 
 
+def test_in_every_phase_the_choice_is_within_three_percent_of_the_best_fixed_shape() -> None:
+    table = costs(1.0, 1.15, 1.3, 1.45, 1.6)
+    serving = simulation(table)
+    for likeliest in (0.0, 0.2, 0.4, 0.6, 0.8, 0.3, 0.9, 0.05):
+        serving.likeliest = likeliest
+        serving.controller.swapped()
+        chosen = serving.run(2000)
+        tokens = {shape: sum(likeliest**d for d in range(shape.depth + 1)) for shape in table[1]}
+        best = max(tokens[shape] / table[1][shape] for shape in table[1])
+        spent = sum(count * table[1][shape] for shape, count in chosen.items())
+        assert sum(count * tokens[shape] for shape, count in chosen.items()) / spent > 0.97 * best, likeliest
+
+
 def test_an_improving_drafter_is_drafted_deeper_up_to_what_pays() -> None:
     serving = simulation(costs(1.0, 1.15, 1.3, 1.45, 2.4))
     usual = []

@@ -13,8 +13,8 @@ import torch
 from driven_engine import LENGTH, ClientRig, driven
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import SamplingParams
-from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, RefusedError, Update
+from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, QueueFullError, RefusedError, Update
 from aurora_rl.telemetry.prometheus import METRICS
 from aurora_rl.testing import tiny_target
 
@@ -220,6 +220,16 @@ def test_an_engine_that_closes_completes_what_it_has(rig: Rig) -> None:
         return tokens + sum([len(update.tokens) async for update in running])
 
     assert rig.run(close_in_the_middle()) == 24 and rig.clients.num_open == 0
+
+
+def test_an_engine_that_closes_begins_no_more_of_its_workload() -> None:
+    waiting = iter(Request(number, torch.tensor([3]), SamplingParams(max_tokens=4)) for number in range(9))
+    workload: Any = waiting.__next__
+    engine = AsyncEngine(max_waiting=1, workload=workload, first_id=9)
+    first = engine()
+    assert first is not None and first.id == 0
+    engine.close("the traffic has ended")
+    assert engine() is None and next(waiting).id == 1
 
 
 def test_waits_are_observed_and_requests_counted(rig: Rig) -> None:

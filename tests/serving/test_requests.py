@@ -71,19 +71,19 @@ def test_first_turns_in_order() -> None:
 
 def test_follow_ups_come_after_the_answers_they_follow() -> None:
     source = queue_of(prompt("p", "one", "more", "enough"), prompt("q", "two"))
-    assert source.total == 4
+    assert source.total == 4 and not source.done
     first, second = source(), source()
     assert source() is None  # the second turn cannot be asked yet
     source.completed(answer(first, "yes"))
     third = source()
     assert read(third) == "<u>one<a>yes<u>more<a>" and third.id == 2
     source.completed(answer(second, "no"))
-    assert source() is None  # q has no further turn
+    assert source() is None and not source.done  # q has no further turn, and p waits for an answer
     source.completed(answer(third, "ok"))
     fourth = source()
     assert read(fourth) == "<u>one<a>yes<u>more<a>ok<u>enough<a>"
     source.completed(answer(fourth, "bye"))
-    assert source() is None and source.failed == []
+    assert source() is None and source.failed == [] and source.done and source.answered == 4
 
 
 def fails_alone(fourth: Prompt, reason: str, **options: object) -> None:
@@ -144,7 +144,10 @@ def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
     source = queue_of(prompt("p", "one", "more"), prompt("q", "two"))
     source.refused(source(), "request 0: no room")
     assert source.failed == ["prompt 'p', turn 1: request 0: no room"] * 2
-    assert read(source()) == "<u>two<a>" and source() is None
+    last = source()
+    assert read(last) == "<u>two<a>" and source() is None and not source.done
+    source.refused(last, "request 1: no room")
+    assert source.done and source.answered == 0
 
 
 def test_the_largest_seed_is_served() -> None:

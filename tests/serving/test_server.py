@@ -31,6 +31,7 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     serving.check_texts()
     # 24 tokens are six rounds of three drafted tokens and the bonus token.
     assert server.stats.finished == [(24, 6)] * 5 and server.stats.acceptance(0, 5) == DEPTH + 1
+    assert all(r.drafted == r.occupied for r in server.stats.rounds)
     assert all(r.speculative for r in server.stats.rounds) and sum(r.tokens for r in server.stats.rounds) == 5 * 24
     assert [r.request for r in server.stats.rounds][:7] == [0] * 6 + [2]
     assert {r.occupied for r in server.stats.rounds[:12]} == {2} and {r.occupied for r in server.stats.rounds[12:]} == {
@@ -121,7 +122,7 @@ def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:
     server = serving.run()
     serving.check_texts()
     plain = [r for r in server.stats.rounds if not r.speculative]
-    assert plain and all(r.tokens == r.occupied for r in plain)  # every slot, one token each
+    assert plain and all((r.tokens, r.drafted) == (r.occupied, 0) for r in plain)  # every slot, one token each
     assert sum(r.tokens for r in server.stats.rounds) == 6 * 24
     # Plain rounds are no rounds of the acceptance length.
     assert all(tokens <= 4 * rounds for tokens, rounds in server.stats.finished)
@@ -177,7 +178,7 @@ def test_prefill_is_charged_to_nobody(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_summary(tmp_path: Path) -> None:
     server = Serving(tmp_path, [], eagle()).server
     assert server.stats.summary(failed=0, duration_s=0.0) == {
-        "requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
+        "requests": 0, "client_requests": 0, "failed": 0, "swaps": 0, "swap_ms": {"p50": None, "max": None},
         "acceptance_length": {"first": None, "last": None}, "domains": {},
         "tokens_per_second": {"baseline": None, "speculative": None}, "speedup": None, "baseline_rounds": 0,
         "dropped_trajectories": 0, "dropped_by_reason": {}, "drafter_faults": 0,
@@ -193,7 +194,7 @@ def test_summary(tmp_path: Path) -> None:
         server.stats.rounds.append(each)
     server.stats.swap_ms, server.stats.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
     assert server.stats.summary(failed=3, duration_s=7.5) == {
-        "requests": 20, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
+        "requests": 20, "client_requests": 0, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
         "acceptance_length": {"first": 9 / 6, "last": 15 / 5}, "domains": {},
         "tokens_per_second": {"baseline": 2.0, "speculative": 3.0}, "speedup": 1.5, "baseline_rounds": 96,
         "dropped_trajectories": 0, "dropped_by_reason": {}, "drafter_faults": 0,

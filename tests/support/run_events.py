@@ -7,8 +7,9 @@ from typing import Any
 
 def request(domain: str = "", tokens: int = 8, speculative: tuple[int, int] = (6, 3), **fields: Any) -> dict[str, Any]:
     usual = {
-        "event": "request", "time": 1.0, "domain": domain, "tokens": tokens, "speculative_tokens": speculative[0],
-        "speculative_rounds": speculative[1], "accepted": {"1": 3}, "coverage": 0.5,
+        "event": "request", "time": 1.0, "request": 0, "domain": domain, "tokens": tokens,
+        "speculative_tokens": speculative[0], "speculative_rounds": speculative[1], "accepted": {"1": 3},
+        "coverage": 0.5,
     }  # fmt: skip
     return usual | fields
 
@@ -26,7 +27,7 @@ def status(requests: int, **fields: Any) -> dict[str, Any]:
     usual = {
         "event": "status", "time": 100.0 + requests, "requests": requests, "version": 0, "acceptance_length": 2.0,
         "tokens_per_second": {"baseline": 10.0, "speculative": 15.0}, "speedup": 1.5, "baseline_rounds": 96,
-        "drafted": {"tree": 3, "baseline": 1}, "learner": "running",
+        "break_even": 1.25, "drafted": {"tree": 3, "baseline": 1}, "learner": "running",
     }  # fmt: skip
     return usual | fields
 

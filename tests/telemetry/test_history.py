@@ -33,7 +33,7 @@ def test_a_run_is_what_its_events_say() -> None:
         {"event": "step_skipped", "time": 1.0, "reason": "loss is nan", "steps": 40, "skipped": 2},
     )
     assert (history.requests, history.version) == (3, 1)
-    assert history.points == [Point(103.0, 3, 2.0, Rates(10.0, 15.0, 96), Counter(tree=3, baseline=1))]
+    assert history.points == [Point(103.0, 3, 2.0, Rates(10.0, 15.0, 96, 1.25), Counter(tree=3, baseline=1))]
     assert history.swaps == [Swap(103.0, 3, 1, 2.5)]
     assert history.gates == [GateDecision(100.0, 3, True, 0.0711, (0.01, 0.13), 2.1, 2.03, 1)]
     assert history.learner == LearnerFigures("running", steps=40, seen=32, waiting=2, loss=1.2345, skipped=2)
@@ -47,6 +47,15 @@ def test_requests_of_which_only_sums_are_known_count_as_many() -> None:
     assert history.requests == 5 and history.domains["code"].first == 4
     unnamed = history.domains[""]
     assert (unnamed.requests, unnamed.tokens, unnamed.acceptance) == (4, 8 + 24, 20 / 11)
+
+
+def test_clients_requests_move_the_place_where_the_traffic_has_something_new() -> None:
+    begin = {"event": "begin", "time": 1.0, "traffic": 4, "unseen": 3}
+    history = history_of(begin, request(request=1), request(request=4), request(request=0), requests(1))
+    assert history.marks == [(5, "unseen templates")]
+    for number in (5, 2, 6, 3):  # the fifth to complete is the last before
+        history.follow(request(request=number))
+    assert history.marks == [(6, "unseen templates")] and history.requests == 8
 
 
 def test_a_learner_that_died_and_was_started_again() -> None:

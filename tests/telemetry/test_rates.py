@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,28 @@ def test_a_speedup_is_told_from_three_windows_on() -> None:
 def test_time_without_tokens_is_charged() -> None:
     rounds = [Round(SPECULATIVE, 1, 4, 2.0, 0), Round(PLAIN, 1, 1, 1.0, 0)]
     assert rates([*rounds, Round(SPECULATIVE, 1, 0, 2.0, 0)]) == Rates(1.0, 1.0, baseline_rounds=1)
+
+
+@pytest.mark.parametrize("extra", [40, 80, 120])
+def test_rounds_that_draft_are_faster_than_plain_ones_above_the_break_even(extra: int) -> None:
+    # 185 of 300 slots were drafted for, in rounds that took as long as 260 + 120 tokens of plain decoding.
+    plain = [Round(PLAIN, 1, 96, 96.0, 0, 96), Round(PLAIN, 2, 80, 20.0, 0, 40)]
+    alone, full = Round(SPECULATIVE, 1, 200 + extra, 260.0, 0, 200, 160), Round(SPECULATIVE, 2, 100, 30.0, 0, 50, 25)
+    drafting, sums = rates([*plain, alone, full]), Rounds()
+    assert drafting.break_even == pytest.approx(1 + 80 / 185)
+    assert drafting.speedup == pytest.approx((300 + extra) / 380)
+    acceptance_length = 1 + extra / 185
+    assert (drafting.speedup > 1.001) == (acceptance_length > drafting.break_even + 0.001)
+    # What other rounds cost is another matter: here some that drafted nothing, and slots without a plain round.
+    for each in (*plain, alone, Round(SPECULATIVE, 1, 50, 90.0, 0, 50), full, Round(SPECULATIVE, 3, 9, 1.0, 0, 1, 3)):
+        sums.append(each)
+    assert rates(sums).break_even == pytest.approx(drafting.break_even) and rates(sums).speedup < drafting.speedup
+
+
+def test_without_drafts_or_enough_plain_rounds_there_is_no_break_even() -> None:
+    plain = Round(PLAIN, 1, MIN_BASELINE_ROUNDS, 10.0, 0, MIN_BASELINE_ROUNDS)
+    assert rates([plain, Round(SPECULATIVE, 1, 4, 4.0, 0, 4)]).break_even is None
+    assert rates([replace(plain, count=95), Round(SPECULATIVE, 1, 4, 4.0, 0, 4, 4)]).break_even is None
 
 
 def test_what_was_not_measured_is_none() -> None:

@@ -19,6 +19,7 @@ from aurora_rl.telemetry.stats import Stats
 EMPTY_SUMMARY = Stats().summary()
 SUMMARY = {
     "requests": 40,
+    "client_requests": 0,
     "failed": 1,
     "swaps": 2,
     "swap_ms": {"p50": 1.23456789, "max": 2.0},
@@ -67,6 +68,11 @@ def test_domains_have_a_row_where_there_are_any() -> None:
 def test_dropped_trajectories_are_told_by_reason() -> None:
     assert "7 (no_learner 5, malformed 2)" in render(SUMMARY | {"dropped_by_reason": {"no_learner": 5, "malformed": 2}})
     assert "(" not in next(line for line in render(SUMMARY).splitlines() if "dropped trajectories" in line)
+
+
+def test_clients_of_a_run_with_traffic_are_counted_apart() -> None:
+    assert "40 (1 failed, 3 of clients)" in render(SUMMARY | {"client_requests": 3})
+    assert "of clients" not in render(SUMMARY) + render(SUMMARY | {"client_requests": 40})
 
 
 def test_what_was_not_measured_is_null_and_a_dash(tmp_path: Path) -> None:
@@ -135,7 +141,7 @@ def texts(axis: Axes) -> list[str]:
 
 def test_the_report_shows_what_was_served_and_what_the_gate_replayed(drawn: Callable) -> None:
     acceptance, *_ = drawn(whole_run())
-    served, replayed = "served, last tenth of the requests", "gate's replay of the serving weights"
+    served, replayed = "served, last tenth of the requests", "gate's replay"
     shown = lines(acceptance)
     assert shown[served] == ([5, 10, 15, 20, 25, 30, 35, 40], [2.0] * 8)
     assert shown[replayed] == ([15, 35], [2.5, 2.5])
@@ -144,7 +150,24 @@ def test_the_report_shows_what_was_served_and_what_the_gate_replayed(drawn: Call
     ]
     assert swaps == [15, 35]
     legend = [text.get_text() for text in acceptance.get_legend().get_texts()]
-    assert legend == [served, replayed, "weights swapped"]
+    assert legend == [served, BREAK_EVEN, replayed, "weights swapped"]
+
+
+BREAK_EVEN = "break-even, last quarter"
+
+
+def test_the_report_shows_the_acceptance_that_breaks_even(drawn: Callable) -> None:
+    at = [status(5, break_even=None, speedup=None, baseline_rounds=32), status(9), status(12, break_even=1.5)]
+    acceptance, *_ = drawn(history_of(*at))
+    requests, lengths = lines(acceptance)[BREAK_EVEN]
+    assert requests == [5, 9, 12] and math.isnan(lengths[0]) and lengths[1:] == [1.25, 1.5]
+    acceptance, *_ = drawn(history_of(at[0]))  # not measured, hence no line and no word of it
+    assert BREAK_EVEN not in lines(acceptance)
+
+
+def test_the_first_request_without_a_domain_is_marked_in_words(drawn: Callable) -> None:
+    acceptance, *_ = drawn(history_of(*[request("code")] * 5, request(), request("code"), status(7)))
+    assert texts(acceptance) == ["requests without a domain"]
 
 
 def test_the_report_marks_where_something_new_begins(drawn: Callable) -> None:

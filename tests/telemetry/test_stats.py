@@ -21,8 +21,9 @@ def test_a_summary_of_twenty_requests() -> None:
     stats.swap_ms, stats.drafter_faults = [5.0, 1.0, 3.0, 9.0], 2
     stats.versions.append(4)
     assert stats.version == 4
-    assert stats.summary(failed=1, drops=Counter(no_learner=5, malformed=2), duration_s=60.5) == {
+    assert stats.summary(client_requests=2, failed=1, drops=Counter(no_learner=5, malformed=2), duration_s=60.5) == {
         "requests": 20,
+        "client_requests": 2,
         "failed": 1,
         "swaps": 4,
         "swap_ms": {"p50": 4.0, "max": 9.0},

@@ -24,7 +24,7 @@ def serving() -> Any:
         finished=[(10, 5)] * 20,
         version=3,
         swap_ms=[1.0, 2.0],
-        rates=lambda share: Rates(10.0, 15.0, 96),
+        rates=lambda share: Rates(10.0, 15.0, 96, 1.25),
         drafted=Counter(tree=3, baseline=1),
         acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
     )
@@ -35,8 +35,9 @@ def serving() -> Any:
 def run(tmp_path: Path) -> SimpleNamespace:
     log, half = MetricsLog(tmp_path / "m.jsonl", "server"), serving()
     run = SimpleNamespace(log=log, serving=half, learner="running", reader=MetricsReader(tmp_path / "m.jsonl"))
+    run.traffic = SimpleNamespace(answered=20, total=40)
     run.view = LiveView(
-        half, log, MetricsReader(tmp_path / "m.jsonl"), RunHistory(), total=40, learner=lambda: run.learner
+        half, log, MetricsReader(tmp_path / "m.jsonl"), RunHistory(), traffic=run.traffic, learner=lambda: run.learner
     )
     return run
 
@@ -66,7 +67,7 @@ def test_the_view_shows_the_run(run: SimpleNamespace) -> None:
 
 
 def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:
-    run.serving.stats.finished = []
+    run.serving.stats.finished, run.traffic.answered = [], 0
     run.serving.stats.rates = lambda share: Rates(None, None)
     assert run.view.line().startswith(
         "requests 0/40 | elapsed · left 0:00:00 | acceptance length – at depth 2 | drafted – | tokens/s plain · "
@@ -100,6 +101,7 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
         "tokens_per_second": {"baseline": 10.0, "speculative": 15.0},
         "speedup": 1.5,
         "baseline_rounds": 96,
+        "break_even": 1.25,
         "drafted": {"tree": 3, "baseline": 1},
         "depth": 2,
         "staleness": None,
@@ -219,7 +221,7 @@ def test_a_speedup_over_one_window_is_too_short(run: SimpleNamespace) -> None:
 def test_followers_get_every_event_of_both_processes(run: SimpleNamespace) -> None:
     seen: list[str] = []
     view = LiveView(
-        run.serving, run.log, run.reader, RunHistory(), total=None, learner=lambda: "running",
+        run.serving, run.log, run.reader, RunHistory(), traffic=None, learner=lambda: "running",
         followers=[lambda event: seen.append(event["event"])],
     )  # fmt: skip
     run.log.write("swap", version=1, ms=1.0, requests=3)
@@ -232,7 +234,9 @@ def test_elapsed_and_remaining_time(run: SimpleNamespace, monkeypatch: pytest.Mo
     began = time.monotonic()
     monkeypatch.setattr(view.time, "monotonic", lambda: began + 90.4)
     assert "| elapsed · left 0:01:30 · 0:01:30 |" in run.view.line()  # 20 of 40
-    endless = LiveView(run.serving, run.log, run.reader, RunHistory(), total=None, learner=lambda: "running")
+    run.traffic.answered = 15  # five were of clients, who are no part of what is left
+    assert run.view.line().startswith("requests 15/40 · 5 of clients | elapsed · left 0:01:30 · 0:02:31 |")
+    endless = LiveView(run.serving, run.log, run.reader, RunHistory(), traffic=None, learner=lambda: "running")
     monkeypatch.setattr(view.time, "monotonic", lambda: began + 3815.4)
     assert "requests 20 | elapsed 1:02:05 |" in endless.line()
 

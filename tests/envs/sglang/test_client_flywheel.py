@@ -31,7 +31,7 @@ def command(chain, sglang_models, tmp_path, *pairs):
             *("drafter.depth=3", "drafter.width=1", "drafter.num_nodes=3", f"traffic.path={traffic}"),
             *("max_new_tokens=24", "learner.publish_every=4", "learner.replay=1", "gate.requests=2", "gate.margin=10"),
             *(f"wire.trajectories=tcp://127.0.0.1:{trajectories}", f"wire.weights=tcp://127.0.0.1:{weights}"),
-            *(f"run_dir={tmp_path / 'run'}", *pairs),
+            *("http.port=0", f"run_dir={tmp_path / 'run'}", *pairs),
         ],
         capture_output=True,
         text=True,
@@ -44,6 +44,7 @@ def test_the_flywheel_serves_and_learns_on_a_server_that_is_there(
 ):
     done = command(chain, sglang_models, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "live page at http://127.0.0.1:" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["requests"] == 24 and summary["failed"] == 0 and summary["dropped_trajectories"] == 0
     assert summary["acceptance_length"]["first"] > 1 and summary["tokens_per_second"]["speculative"] > 0

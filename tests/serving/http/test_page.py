@@ -23,7 +23,7 @@ from aurora_rl.telemetry.view import LiveView
 def view(rig: Any) -> LiveView:
     """What follows the engine's events, as the command line does."""
     reader = MetricsReader(rig.log.path, from_now=True)
-    return LiveView(rig.server, rig.log, reader, rig.history, total=None, learner=lambda: "running")
+    return LiveView(rig.server, rig.log, reader, rig.history, traffic=None, learner=lambda: "running")
 
 
 @pytest.fixture(scope="module")

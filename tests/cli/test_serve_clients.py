@@ -1,0 +1,104 @@
+"""Clients of `aurora-rl flywheel`, next to the traffic that drives it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from processes import wait
+
+from aurora_rl.cli import main as cli
+from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.log import MetricsReader
+
+FLYWHEEL = ["flywheel", "learner.spawn=false", "drafter.adaptive=false"]
+TOKENS = 150  # of the client's request, which one of two slots decodes plainly while the other serves all the traffic
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A client that asks before the first round of a run: `answer`, and what it saw of the server meanwhile."""
+    run, start, step = SimpleNamespace(url="", answer=None, rounds=0), HttpServer.start, AsyncEngine.step
+    run.before_round = lambda: None
+
+    def started(server: HttpServer, app: Any) -> None:
+        start(server, app)
+        run.url = server.url
+
+    def ask() -> dict[str, Any]:
+        run.page = httpx.get(run.url).text
+        run.metrics = httpx.get(f"{run.url}/metrics").text
+        chat = [{"role": "user", "content": "Go on."}]
+        body = {"messages": chat, "max_tokens": TOKENS, "speculative": False}
+        return httpx.post(f"{run.url}/v1/chat/completions", json=body, timeout=60).json()
+
+    def stepped(engine: AsyncEngine) -> bool:
+        if run.answer is None:
+            run.answer = pool.submit(ask)
+            wait(lambda: engine.num_waiting or run.answer.done())
+        run.rounds += 1
+        run.before_round()
+        return step(engine)
+
+    monkeypatch.setattr(HttpServer, "start", started)
+    monkeypatch.setattr(AsyncEngine, "step", stepped)
+    with ThreadPoolExecutor(1) as pool:
+        yield run
+
+
+def check_answer(future: Future[dict[str, Any]]) -> None:
+    answer = future.result(10)
+    assert answer["usage"]["completion_tokens"] == TOKENS and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_client_joins_the_rounds_and_is_no_part_of_the_traffic(
+    run: SimpleNamespace, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*FLYWHEEL, *arguments, "http.port=0"]) == 0
+    check_answer(run.answer)  # completed, though the traffic had ended before
+    assert "<html" in run.page and "aurora_num_requests_running" in run.metrics
+    told = capsys.readouterr().out
+    assert f"listening at {run.url}/v1 · live page at {run.url}/" in told and "7 (0 failed, 1 of clients)" in told
+
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (figures["requests"], figures["client_requests"], figures["failed"]) == (7, 1, 0)
+    assert figures["dropped_trajectories"] == 7  # learned from like any other, if there were a learner
+    events = list(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
+    (begin,) = (event for event in events if event["event"] == "begin")
+    assert (begin["traffic"], begin["unseen"]) == (6, 5)
+    requests = [event for event in events if event["event"] == "request"]
+    assert sorted(event["request"] for event in requests) == list(range(7)) and requests[-1]["request"] == 6
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert sorted(answer["request"] for answer in answers) == list(range(6))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(run.url)
+
+
+def test_an_end_in_the_middle_completes_what_a_client_has_asked_and_no_traffic(
+    run: SimpleNamespace, arguments: list[str], tmp_path: Path
+) -> None:
+    run.before_round = lambda: run.rounds == 12 and signal.raise_signal(signal.SIGINT)
+    assert cli.main([*FLYWHEEL, *arguments, "http.port=0"]) == 130
+    check_answer(run.answer)
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert figures["client_requests"] == 1 and figures["requests"] < 7
+
+
+def test_a_port_in_use_is_told_before_anything_begins(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main([*FLYWHEEL, *arguments, f"http.port={port}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"http.port={port}: Address already in use" in line and line.endswith("http.port=null opens none")
+    assert not (tmp_path / "run").exists()
