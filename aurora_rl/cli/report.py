@@ -37,7 +37,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         for event in MetricsReader(folder / "metrics.jsonl"):
             if event["event"] == "begin":  # of a run that was resumed the last part is drawn, as at its end
                 history = RunHistory()
-            history.follow(event)
+            try:
+                history.follow(event)
+            except KeyError as error:
+                raise ConfigError(
+                    f"{folder}/metrics.jsonl: event {event['event']!r} has no {error}; another release wrote it"
+                ) from error
         draw_report(folder / "report.png", history)
         print(f"written to {folder}: report.png")
     else:

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,11 +53,34 @@ class Update:
     completion: Completion | None = None
 
 
-@dataclass(slots=True)
-class _Stream:
-    """The client's end of a request: its queue, the event loop that reads it, and its times."""
+@dataclass(frozen=True)
+class Job:
+    """One completion that a client wants.
 
-    queue: asyncio.Queue[Update | Exception]
+    Attributes:
+        prompt: ``[P]`` int64 tokens.
+        sampling: Its parameters.
+        speculative: Whether drafts are verified for it.
+        learn: Whether the learner may see it.
+        counted: Whether statistics and metrics count it.
+        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
+    """
+
+    prompt: Tensor
+    sampling: SamplingParams
+    speculative: bool = True
+    learn: bool = True
+    counted: bool = True
+    cache_salt: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """The client's end of a request: its place among the jobs, their queue, and the event loop that reads it."""
+
+    request: Request
+    index: int
+    queue: asyncio.Queue[tuple[_Stream, Update | Exception]]
     loop: asyncio.AbstractEventLoop
     times: RequestTimes
 
@@ -121,58 +144,46 @@ class AsyncEngine:
             "prefix_cache_hits_total": 0 if server is None else server.prefix_cache_hits,
         }
 
-    async def generate(
-        self,
-        prompt: Tensor,
-        sampling: SamplingParams,
-        *,
-        speculative: bool = True,
-        learn: bool = True,
-        counted: bool = True,
-        cache_salt: str | None = None,
-    ) -> AsyncIterator[Update]:
-        """Complete a prompt, and yield what each round added. Closing the iterator cancels the request.
+    async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Update], None]:
+        """Complete prompts, and yield what each round added to one, with its index. Closing it cancels what is open.
 
         Args:
-            prompt: ``[P]`` int64 tokens.
-            sampling: Parameters of the request.
-            speculative: Whether drafts are verified for it.
-            learn: Whether its trajectory may go to the learner.
-            counted: Whether statistics and metrics count it.
-            cache_salt: Salt of its prefix and of its answer, see :class:`~aurora_rl.envs.Request`.
+            jobs: What to generate; all are taken, or none.
 
         Raises:
-            QueueFullError: ``max_waiting`` requests wait already.
-            RefusedError: The engine cannot serve the request.
+            QueueFullError: More requests would wait than ``max_waiting``.
+            RefusedError: The engine cannot serve one of the requests.
             EngineDeadError: Rounds have ended.
         """
-        request = Request(next(self._ids), prompt, sampling, speculative, learn, counted, cache_salt)
-        times = RequestTimes(self.observe if counted else lambda wait, seconds: None)
-        stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), times)
+        queue: asyncio.Queue[tuple[_Stream, Update | Exception]] = asyncio.Queue()
+        loop, left = asyncio.get_running_loop(), []
+        for index, job in enumerate(jobs):
+            request = Request(next(self._ids), **vars(job))
+            left.append(_Stream(request, index, queue, loop, RequestTimes(self.observe if job.counted else _unseen)))
         with self._lock:
             if not self.alive:
                 raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
-            if len(self._waiting) >= self._max_waiting:
+            if len(self._waiting) + len(jobs) > self._max_waiting:
                 raise QueueFullError(len(self._waiting))
-            self._streams[request.id] = stream
-            self._waiting.append(request)
+            for stream in left:
+                self._streams[stream.request.id] = stream
+                self._waiting.append(stream.request)
         self._arrived.set()
-        ended = False
         try:
-            while not ended:
-                update = await stream.queue.get()
+            while left:
+                stream, update = await queue.get()
                 if isinstance(update, Exception):
-                    ended = True
+                    left.remove(stream)
                     raise update
                 if update.tokens:
                     stream.times.delivered(len(update.tokens))
                 if update.completion is not None:
-                    ended = True
+                    left.remove(stream)
                     stream.times.completed()
-                yield update
-        finally:
-            if not ended:
-                self._cancel(request)
+                yield stream.index, update
+        finally:  # nothing is awaited here, so that what is cancelled ends at once
+            for stream in left:
+                self._cancel(stream.request)
 
     def _cancel(self, request: Request) -> None:
         with self._lock:
@@ -272,4 +283,8 @@ class AsyncEngine:
 
 def _put(updates: list[tuple[_Stream, Update | Exception]]) -> None:
     for stream, update in updates:
-        stream.queue.put_nowait(update)
+        stream.queue.put_nowait((stream, update))
+
+
+def _unseen(wait: Wait, seconds: float) -> None:
+    """Times of a request that is not counted."""

@@ -41,3 +41,9 @@ def test_a_folder_with_nothing_to_tell_is_named(
     assert main(["report", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert str(tmp_path) in told and ("no arm of the scenario has a result" if scenario else "has neither") in told
+
+
+def test_events_of_another_release_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl", "server").write("gate", version=1)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "metrics.jsonl: event 'gate' has no " in capsys.readouterr().err

@@ -14,7 +14,7 @@ from driven_engine import LENGTH, ClientRig, driven
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, QueueFullError, RefusedError, Update
+from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, Job, QueueFullError, RefusedError, Update
 from aurora_rl.telemetry.prometheus import METRICS
 from aurora_rl.testing import tiny_target
 
@@ -40,7 +40,8 @@ class Rig(ClientRig):
         return asyncio.run(timed())
 
     async def complete(self, prompt: list[int], sampling: SamplingParams, **options: bool) -> list[Update]:
-        return [update async for update in self.clients.generate(torch.tensor(prompt), sampling, **options)]
+        jobs = [Job(torch.tensor(prompt), sampling, **options)]
+        return [update async for _, update in self.clients.generate(jobs)]
 
 
 @pytest.fixture
@@ -78,11 +79,11 @@ def test_each_client_gets_plain_decodings_text_in_pieces(rig: Rig, target: PreTr
 
 def test_a_client_that_leaves_frees_its_slot_within_a_round(rig: Rig, target: PreTrainedModel) -> None:
     async def leave_and_stay() -> list[int]:
-        leaving = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400))
+        leaving = rig.clients.generate([Job(torch.tensor([3]), SamplingParams(max_tokens=400))])
         staying = asyncio.create_task(rig.complete([4, 5], SamplingParams(max_tokens=40)))
         await anext(leaving)
         assert rig.clients.num_running >= 1
-        await leaving.aclose()  # type: ignore[attr-defined]
+        await leaving.aclose()
         updates = await staying
         while rig.clients.num_running:
             await asyncio.sleep(0.01)
@@ -95,9 +96,9 @@ def test_a_client_that_leaves_frees_its_slot_within_a_round(rig: Rig, target: Pr
 
 def test_the_only_client_leaves_and_the_next_is_served(rig: Rig, target: PreTrainedModel) -> None:
     async def one_after_the_next() -> list[int]:
-        first = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400))
+        first = rig.clients.generate([Job(torch.tensor([3]), SamplingParams(max_tokens=400))])
         await anext(first)
-        await first.aclose()  # type: ignore[attr-defined]
+        await first.aclose()
         return tokens_of(await rig.complete([4, 5], SamplingParams(max_tokens=20)))
 
     assert rig.run(one_after_the_next()) == plain(target, [4, 5], 20)
@@ -175,11 +176,34 @@ def test_a_full_queue_says_so_and_what_waits_is_served(target: PreTrainedModel, 
     assert "http.max_waiting" in str(full[0])
 
 
+def test_jobs_that_are_asked_together_are_all_taken_or_none(rig: Rig, target: PreTrainedModel) -> None:
+    jobs = [Job(torch.tensor([3 + place]), SamplingParams(max_tokens=8 + place)) for place in range(5)]
+
+    async def together(count: int) -> dict[int, list[Update]]:
+        found: dict[int, list[Update]] = {}
+        async for index, update in rig.clients.generate(jobs[:count]):
+            found.setdefault(index, []).append(update)
+        return found
+
+    async def three_times() -> None:
+        found = await together(5)
+        assert {index: tokens_of(updates) for index, updates in found.items()} == {
+            place: plain(target, [3 + place], 8 + place) for place in range(5)
+        }
+        rig.clients._max_waiting = 4
+        with pytest.raises(QueueFullError):
+            await together(5)
+        assert (rig.clients.num_waiting, rig.clients.num_open, rig.clients.cancelled) == (0, 0, 0)
+        assert len(await together(4)) == 4
+
+    rig.run(three_times())
+
+
 def test_waiting_requests_are_served_in_the_order_they_came(rig: Rig) -> None:
     began: list[int] = []
 
     async def note(prompt: int) -> None:
-        async for _ in rig.clients.generate(torch.tensor([prompt]), SamplingParams(max_tokens=6)):
+        async for _ in rig.clients.generate([Job(torch.tensor([prompt]), SamplingParams(max_tokens=6))]):
             if prompt not in began:
                 began.append(prompt)
 
@@ -211,13 +235,13 @@ def test_an_engine_that_fails_tells_every_client(rig: Rig, monkeypatch: pytest.M
 
 def test_an_engine_that_closes_completes_what_it_has(rig: Rig) -> None:
     async def close_in_the_middle() -> int:
-        running = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=24))
-        tokens = len((await anext(running)).tokens)
+        running = rig.clients.generate([Job(torch.tensor([3]), SamplingParams(max_tokens=24))])
+        tokens = len((await anext(running))[1].tokens)
         rig.clients.close("the server is shutting down")
         assert not rig.clients.alive and rig.clients.num_open == 1
         with pytest.raises(EngineDeadError, match="shutting down"):
             await rig.complete([3], SamplingParams(max_tokens=8))
-        return tokens + sum([len(update.tokens) async for update in running])
+        return tokens + sum([len(update.tokens) async for _, update in running])
 
     assert rig.run(close_in_the_middle()) == 24 and rig.clients.num_open == 0
 
@@ -242,14 +266,14 @@ def test_waits_are_observed_and_requests_counted(rig: Rig) -> None:
     async def two_and_one_that_leaves() -> dict[str, float]:
         sampling = SamplingParams(max_tokens=24)
         await asyncio.gather(*(rig.complete([3, 4], sampling) for _ in range(2)))
-        leaving = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400))
+        leaving = rig.clients.generate([Job(torch.tensor([3]), SamplingParams(max_tokens=400))])
         await anext(leaving)
         running = rig.clients.counts()
-        await leaving.aclose()  # type: ignore[attr-defined]
+        await leaving.aclose()
         await rig.complete([3], sampling, counted=False)
-        unseen = rig.clients.generate(torch.tensor([3]), SamplingParams(max_tokens=400), counted=False)
+        unseen = rig.clients.generate([Job(torch.tensor([3]), SamplingParams(max_tokens=400), counted=False)])
         await anext(unseen)
-        await unseen.aclose()  # type: ignore[attr-defined]
+        await unseen.aclose()
         return running
 
     rig.clients.observe = observe

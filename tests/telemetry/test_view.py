@@ -114,7 +114,7 @@ def test_a_status_is_about_the_time_since_the_last_one(run: SimpleNamespace) -> 
 def test_a_status_says_how_clients_fare_what_is_stale_and_what_was_lost(run: SimpleNamespace) -> None:
     waits = [{"time_to_first_token": 0.25}, {}]
     run.view = LiveView(
-        run.serving, run.log, MetricsReader(run.log.path), RunHistory(), total=None, learner=lambda: run.learner,
+        run.serving, run.log, MetricsReader(run.log.path), RunHistory(), traffic=None, learner=lambda: run.learner,
         clients=lambda: {"running": 2, "waiting": 1, "waits": waits.pop(0)},
     )  # fmt: skip
     write(run.log, gate(version=5), {"event": "drops", "reasons": {"malformed": 2, "no_learner": 1}, "steps": 0})

@@ -14,7 +14,7 @@ from typing_extensions import override
 from aurora_rl.envs import Completion
 from aurora_rl.envs.logprobs import TokenLogprobs
 from aurora_rl.models.detokenizer import decode
-from aurora_rl.serving.http.prompts import Job
+from aurora_rl.serving.async_engine import Job
 
 _LEAST = -9999.0  # what OpenAI writes for log-probabilities that JSON has no number for
 

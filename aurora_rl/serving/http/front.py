@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 import aurora_rl
 from aurora_rl.envs import SamplingParams
-from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.async_engine import AsyncEngine, Job
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import GONE, ApiError, of_engine
 from aurora_rl.serving.http.generation import ClientGoneError, complete, generate, while_connected
-from aurora_rl.serving.http.prompts import Encoder, Job
+from aurora_rl.serving.http.prompts import Encoder
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, events

@@ -8,9 +8,8 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from aurora_rl.envs import Completion
-from aurora_rl.serving.async_engine import AsyncEngine, Update
+from aurora_rl.serving.async_engine import AsyncEngine, Job, Update
 from aurora_rl.serving.http.errors import timed_out
-from aurora_rl.serving.http.prompts import Job
 
 T = TypeVar("T")
 
@@ -33,40 +32,16 @@ async def generate(
         ApiError: Status 504, the deadline has passed.
         Exception: The first error of the engine at one of the jobs.
     """
-    updates: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
-
-    async def run(index: int, job: Job) -> None:
-        stream: Any = engine.generate(
-            job.prompt,
-            job.sampling,
-            speculative=job.speculative,
-            learn=job.learn,
-            counted=job.counted,
-            cache_salt=job.cache_salt,
-        )
-        try:
-            async with aclosing(stream):
-                async for update in stream:
-                    updates.put_nowait((index, update))
-        except Exception as error:
-            updates.put_nowait((index, error))
-
-    tasks = [asyncio.create_task(run(index, job)) for index, job in enumerate(jobs)]
-    left = len(tasks)
-    try:
-        while left:
+    async with aclosing(engine.generate(jobs)) as updates:
+        while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    index, update = await updates.get()
+                    update = await anext(updates, None)
             except TimeoutError:
                 raise timed_out() from None
-            if isinstance(update, Exception):
-                raise update
-            left -= update.completion is not None
-            yield index, update
-    finally:  # nothing is awaited here, so that a cancelled request ends at once
-        for task in tasks:
-            task.cancel()
+            if update is None:
+                return
+            yield update
 
 
 async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) -> list[Completion]:

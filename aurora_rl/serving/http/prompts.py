@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.loading import encode_chat
+from aurora_rl.serving.async_engine import Job
 from aurora_rl.serving.http.errors import ApiError
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Tokenize
 from aurora_rl.workload.request_values import Message
 
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One completion to be generated, a choice of the answer.
-
-    Attributes:
-        prompt: ``[P]`` int64 tokens.
-        sampling: Its parameters.
-        speculative: Whether drafts are verified for it.
-        learn: Whether the learner may see it.
-        counted: Whether statistics and metrics count it.
-        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
-    """
-
-    prompt: Tensor
-    sampling: SamplingParams
-    speculative: bool
-    learn: bool
-    counted: bool = True
-    cache_salt: str | None = None
 
 
 class Encoder:

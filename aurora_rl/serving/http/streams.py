@@ -15,10 +15,9 @@ from typing_extensions import override
 
 from aurora_rl.envs import Completion
 from aurora_rl.models.detokenizer import Detokenizer
-from aurora_rl.serving.async_engine import Update
+from aurora_rl.serving.async_engine import Job, Update
 from aurora_rl.serving.http.bodies import Bodies
 from aurora_rl.serving.http.errors import ApiError
-from aurora_rl.serving.http.prompts import Job
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 # Some clients take these for the ends of lines, which JSON does not.
