@@ -137,7 +137,9 @@ class AsyncEngine:
             RefusedError: The engine cannot serve the request.
             EngineDeadError: Rounds have ended.
         """
-        request = Request(next(self._ids), prompt, sampling, speculative, learn, cache_salt)
+        request = Request(
+            next(self._ids), prompt, sampling, speculative=speculative, learn=learn, cache_salt=cache_salt
+        )
         stream = _Stream(asyncio.Queue(), asyncio.get_running_loop(), RequestTimes(self.observe))
         with self._lock:
             if not self.alive:

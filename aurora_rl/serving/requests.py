@@ -182,4 +182,6 @@ class RequestQueue:
         settings = {"seed": (self._sampling.seed + turn.index) % 2**63, **prompt.sampling}
         settings |= {"seed": turn_seed(settings["seed"], turn.number), "max_tokens": budget, "stop": prompt.stop}
         sampling = replace(self._sampling, **settings)
-        return Request(id, torch.tensor(tokens), sampling, prompt.speculative, prompt.learn, prompt.cache_salt)
+        return Request(
+            id, torch.tensor(tokens), sampling, prompt.speculative, prompt.learn, cache_salt=prompt.cache_salt
+        )

@@ -99,7 +99,7 @@ class Encoder:
             prompt = torch.tensor(tokens, dtype=torch.int64)
             for index in range(n):
                 seed = secrets.randbits(63) if body.seed is None else (body.seed + index) % 2**63
-                jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn, body.cache_salt))
+                jobs.append(Job(prompt, replace(sampling, seed=seed), speculative, learn, cache_salt=body.cache_salt))
         return jobs
 
     def tokenize(self, body: Tokenize) -> list[int]:

@@ -124,7 +124,7 @@ def post(url: str, body: dict[str, Any], **headers: str) -> httpx.Response:
 
 
 def test_a_body_goes_on_byte_for_byte_and_the_answer_comes_back(upstream: Upstream, serve: Callable[..., str]) -> None:
-    url, body = serve(), b'{ "model":"m", "temperature": 0.10, "unknown": [1e2], "cache_salt": "\\u00e4" }'
+    url, body = serve(), b'{ "model":"m", "temperature": 0.10, "unknown": [1e2], "text": "\\u00e4" }'
     for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
         answer = httpx.post(url + path, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
