@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -23,7 +24,6 @@ class HeadLogits(Tensor):
         weight: The head, ``[Vd, H]``.
 
     Example:
-        >>> import torch
         >>> logits = HeadLogits(torch.ones(2, 3), torch.ones(4, 3))
         >>> logits.shape, type(logits + 1) is Tensor
         (torch.Size([2, 4]), True)
@@ -31,6 +31,7 @@ class HeadLogits(Tensor):
 
     states: Tensor
     weight: Tensor
+    _learns: bool
 
     @staticmethod
     def __new__(cls, states: Tensor, weight: Tensor) -> HeadLogits:
@@ -38,13 +39,14 @@ class HeadLogits(Tensor):
         logits = Tensor._make_wrapper_subclass(
             cls, (*states.shape[:-1], len(weight)), dtype=weight.dtype, device=weight.device
         )
-        logits.states, logits.weight = states, weight
+        logits.states, logits.weight, logits._learns = states, weight, torch.is_grad_enabled()
         return logits
 
     @cached_property
     def product(self) -> Tensor:
         """The plain tensor."""
-        return F.linear(self.states, self.weight)
+        with torch.set_grad_enabled(self._learns):  # as if it had been computed at once; metrics may read it first
+            return F.linear(self.states, self.weight)
 
     @classmethod
     @override
@@ -60,5 +62,5 @@ class HeadLogits(Tensor):
 
     @classmethod
     @override
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return NotImplemented  # only reached where __torch_function__ was switched off

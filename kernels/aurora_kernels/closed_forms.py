@@ -86,16 +86,16 @@ def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Gradients:
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Gradients:
     """1 − α. Gradient: ``−q_i (1[q_i < p_i] − s)`` with ``s = Σ q 1[q < p]``."""
-    below = _below(log_p, log_q)
-    value = 1 - torch.minimum(log_p, log_q).exp_().sum(-1)
-    q = log_q.exp_()
-    return value, below.sub_(_expect(q, below)[:, None]).mul_(q).neg_()
+    p, q = log_p.exp(), log_q.exp_()
+    value = 1 - torch.minimum(p, q).sum(-1)
+    side = p.sub_(q).sign_().mul_(0.5)  # the indicator less a half, which is a constant: it has no gradient
+    return value, side.sub_(_expect(q, side)[:, None]).mul_(q).neg_()
 
 
 def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Gradients:
     """−log α. Gradient: that of total variation over α, in logarithms, so that a small α keeps it."""
     least = torch.minimum(log_p, log_q)
-    below = _below(log_p, log_q).mul_(least >= _NEVER)
+    below = (log_q < log_p).to(log_q.dtype).add_(log_q == log_p, alpha=0.5).mul_(least >= _NEVER)
     least.clamp_(min=_NEVER)
     log_overlap = least.logsumexp(-1)
     taken = least.sub_(log_overlap[:, None]).exp_().mul_(below)
@@ -130,11 +130,6 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Gradients:
     p, q = log_p.exp(), log_q.exp_()
     matched = _expect(p, q)
     return 1 - matched, p.sub_(matched[:, None]).mul_(q).neg_()
-
-
-def _below(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return 1 where ``q < p``, 0 where ``q > p``, and a half where they are equal."""
-    return (log_q < log_p).to(log_q.dtype).add_(log_q == log_p, alpha=0.5)
 
 
 CLOSED_FORMS: dict[str, Callable[..., Gradients]] = {

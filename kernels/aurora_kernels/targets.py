@@ -90,7 +90,7 @@ class HeadTarget:
             width = len(weight) if columns is None else len(columns)
             out = hidden.new_empty(len(hidden), width, dtype=row_dtype(dtype))
             # The vocabulary may be larger than the drafter's, and a chunk of its logits smaller.
-            size = chunk_rows(hidden.device, len(weight))
+            size = chunk_rows(hidden.device, len(weight), len(hidden))
             for few, part in zip(hidden.split(size), out.split(size), strict=True):
                 _log_probs(self._finish(F.linear(few, weight, bias)), columns, temperature, part)
             return out
@@ -191,5 +191,7 @@ def _log_probs(logits: Tensor, columns: Tensor | None, temperature: float, out: 
     """Write the log-softmax of a chunk ``[r, V]`` at some columns, or all, into ``out``, block by block."""
     for rows in blocks(logits):
         part = logits[rows] if temperature == 1.0 else logits[rows] / temperature
-        log_p = log_softmax(part)
-        out[rows] = log_p if columns is None else log_p[:, columns]
+        if columns is None:
+            torch.log_softmax(part, -1, out.dtype, out=out[rows])
+        else:
+            out[rows] = log_softmax(part)[:, columns]

@@ -95,7 +95,7 @@ def two_head_loss(
         temperature,
         dtype=product_dtype(weights[0]),
         head_of=tuple(head_of),
-        size=rows_per_chunk or chunk_rows(device, len(weights[0])),
+        size=rows_per_chunk or chunk_rows(device, len(weights[0]), count),
         sparse=row_weights is not None,
     )
     values, agreement = _TwoHeadLoss.apply(plan, torch.is_grad_enabled(), hint, *steps, *heads)

@@ -16,7 +16,8 @@ def test_blocks_cover_every_row_once(shape: tuple[int, int]) -> None:
 
 def test_a_chunk_has_rows_enough_for_a_product() -> None:
     cpu = torch.device("cpu")
-    assert chunk_rows(cpu, 8192) > chunk_rows(cpu, 152_000) >= 32
+    assert chunk_rows(cpu, 8192, 10_000) > chunk_rows(cpu, 152_000, 10_000) >= 64
+    assert [chunk_rows(cpu, 152_000, count) for count in (0, 1, 70)] == [1, 1, 70]
 
 
 @pytest.mark.parametrize(
