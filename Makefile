@@ -47,7 +47,7 @@ lint: $(STAMP)  ## ruff and mypy
 
 # Tiny models gain nothing from a second thread each, and two processes halve the time.
 unit: $(STAMP)  ## tests and doctests on tiny models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl kernels
 
 smollm2: $(STAMP)  ## tests on the embedded model
 	$(BIN)/python -m pytest -n 2 -m smollm2

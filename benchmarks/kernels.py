@@ -29,7 +29,8 @@ from aurora_kernels import HeadTarget, closed_form, two_head_loss
 from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_rl.objectives import get_divergence
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+WHOLE = {"naive": 8, "products of all rows": 1}  # tensors of rows times vocabulary, by way
 AGREE = 1e-3  # relative difference of losses and projections; 30 times that in bfloat16
 
 
@@ -128,9 +129,9 @@ WAYS: dict[str, Callable[[Problem], Tensor]] = {
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def memory(name: str) -> float | None:
+def memory(name: str, file: Path = STATUS) -> float | None:
     """A figure of this process in MiB, such as VmRSS, or VmHWM since it was cleared; None where there is none."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
@@ -174,8 +175,12 @@ def ways_of(divergence: str) -> list[str]:
     return [way for way in WAYS if way != "linear_cross_entropy" or divergence == "cross_entropy"]
 
 
-def in_process(way: str, cell: tuple[str, int, int], options: argparse.Namespace) -> dict[str, Any]:
+def in_process(way: str, cell: tuple[str, int, int], options: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure a way, or return None if its logits would not fit into memory."""
     divergence, rows, vocab = cell
+    needed, free = WHOLE.get(way, 0) * rows * vocab * 4, memory("MemAvailable", MEMINFO)
+    if free is not None and needed > free * 2**20:
+        return None
     arguments = [f"--rows={rows}", f"--vocabs={vocab}", f"--divergences={divergence}", f"--width={options.width}"]
     arguments += [f"--dtype={options.dtype}", f"--threads={options.threads}", f"--repeats={options.repeats}"]
     command = [sys.executable, __file__, f"--way={way}", *arguments]
@@ -191,7 +196,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576, help="hidden size of drafter and target")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help="measure this way of the first cell, in this process")
     parser.add_argument("--name", help="name of the result file")
     options = parser.parse_args()
@@ -207,7 +212,8 @@ def main() -> None:
         return
     results = []
     for cell in cells:
-        ways = {way: in_process(way, cell, options) for way in ways_of(cell[0])}
+        found_by = {way: in_process(way, cell, options) for way in ways_of(cell[0])}
+        ways = {way: found for way, found in found_by.items() if found is not None}
         agreed = agree(ways, AGREE * (1 if options.dtype == "float32" else 30))
         floor = min(ways[way]["ms"] for way in ways if way.startswith("products"))
         print(f"\n{cell[0]}, {cell[1]} rows, vocabulary {cell[2]}" + ("" if agreed else ": RESULTS DIFFER"))
@@ -216,7 +222,9 @@ def main() -> None:
             print(
                 f"  {way:30} {found['ms']:10.1f} ms {found['over_products']:6.2f}x {found['peak_mib']} MiB", flush=True
             )
-        results.append({"divergence": cell[0], "rows": cell[1], "vocab": cell[2], "agree": agreed, "ways": ways})
+        too_large = [way for way in found_by if way not in ways]
+        cell_result = {"divergence": cell[0], "rows": cell[1], "vocab": cell[2], "agree": agreed, "ways": ways}
+        results.append({**cell_result, "too_large_for_memory": too_large})
     figures = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats")}
     write_result(__file__, options, {**figures, "cells": results})
 
