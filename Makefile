@@ -49,7 +49,7 @@ lint: $(STAMP)  ## ruff and mypy
 IN_TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 unit: $(STAMP)  ## tests and doctests on tiny models
-	$(IN_TWO) -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl
+	$(IN_TWO) -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl kernels
 
 smollm2: $(STAMP)  ## tests on the embedded model
 	$(IN_TWO) -m smollm2

@@ -239,3 +239,18 @@ def test_growth_is_that_after_the_first_quarter(monkeypatch: pytest.MonkeyPatch)
     assert growth(warm_up) == pytest.approx(0.0, abs=1e-6)
     leak = [{"seconds": float(s), "rss_mib": 1000.0 + s} for s in range(0, 41)]
     assert growth(leak) == pytest.approx(30.0)
+
+
+# ---- benchmarks/kernels.py ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
+def test_all_ways_to_compute_a_loss_agree(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = imported("kernels", monkeypatch)
+    problem = kernels.problem(divergence, 40, 96, 8, "float32")
+    chosen = [way for way in kernels.ways_of(divergence) if way != "compiled chunks"]  # compiling takes a minute
+    ways = {way: kernels.measure(way, problem, 2) for way in chosen}
+    assert kernels.agree(ways, 1e-4) and all(way["ms"] > 0 for way in ways.values())
+    assert sum(len(way["found"]) == 3 for way in ways.values()) == (4 if divergence == "cross_entropy" else 3)
+    ways["naive"]["found"][2] += 0.01
+    assert not kernels.agree(ways, 1e-4)

@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 LONGEST = 450
-# Modules as `folder/name`; a module `_name.py` has its tests in `test_name.py`.
+# Modules as `folder/name`, those of `aurora_kernels` as `kernels/name`; `_name.py` has its tests in `test_name.py`.
 MODULES = {
     path.relative_to(ROOT / "aurora_rl").with_suffix("").as_posix().replace("/_", "/").lstrip("_")
     for path in (ROOT / "aurora_rl").rglob("*.py")
     if path.name != "__init__.py"
-}
+} | {f"kernels/{path.stem}" for path in (ROOT / "kernels" / "aurora_kernels").glob("*.py") if path.stem != "__init__"}
 FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
 # Tested as a whole, through a real server as its clients see it.
 WHOLE = "serving/http/"

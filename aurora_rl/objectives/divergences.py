@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from aurora_kernels import CLOSED_FORMS, ClosedForm, closed_form
 from aurora_rl.registry import Registry
 from aurora_rl.settings import check, settings_of
 
@@ -322,6 +323,20 @@ def get_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergen
     if shape != [2]:
         raise ValueError(f"{what} must give [...] of log-probabilities [..., Vd], got {shape} of [2, 1]")
     return chosen
+
+
+def with_gradient(divergence: Divergence) -> Divergence | ClosedForm:
+    """Return a divergence with its gradient written down, for ``two_head_loss``, or itself if it has no such form.
+
+    Example:
+        >>> type(with_gradient(get_divergence({"name": "jensen_shannon", "beta": 0.1}))).__name__
+        'ClosedForm'
+        >>> with_gradient(top_k_cross_entropy) is top_k_cross_entropy
+        True
+    """
+    whole = divergence if isinstance(divergence, partial) else partial(divergence)
+    name = next((name for name in CLOSED_FORMS if DIVERGENCES.get(name) is whole.func), None)
+    return divergence if name is None or whole.args else closed_form(name, **whole.keywords)
 
 
 def wants_renormalized(divergence: Divergence) -> bool:

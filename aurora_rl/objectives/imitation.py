@@ -12,14 +12,16 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels import two_head_loss
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.distillation import DistillationObjective
-from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized
+from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized, with_gradient
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target_rows import target_rows
+from aurora_rl.objectives.target_rows import row_target, target_rows
 from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
+from aurora_rl.policies.head_logits import HeadLogits
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
@@ -146,14 +148,38 @@ class ImitationLoss(DistillationObjective):
     @override
     def values(self, batch: TensorDictBase) -> Values:
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        log_p, covered = self.target_law(batch, rows, completion_requests(batch))
-        value, agrees = imitation(unroll, log_p, self.divergence)
-        valid = unroll.valid & covered
+        heads = [logits for logits in unroll.logits if isinstance(logits, HeadLogits)]
+        if len(heads) == len(unroll.logits) and self._weights_are_known:
+            valid, weight = unroll.valid, self._powers_of_decay(unroll)
+            value, agrees = self._in_chunks(heads, rows, torch.where(valid, weight, 0.0))
+        else:
+            log_p, covered = self.target_law(batch, rows, completion_requests(batch))
+            value, agrees = imitation(unroll, log_p, self.divergence)
+            valid, weight = unroll.valid & covered, self.position_weights(batch, unroll, log_p)
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
         agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
-        weight = self.position_weights(batch, unroll, log_p)
         return Values(value, weight, valid, {"agreement": agreement})
+
+    @property
+    def _weights_are_known(self) -> bool:
+        """Whether positions count by their step alone, whatever drafter and target say there."""
+        own = type(self).position_weights is not ImitationLoss.position_weights
+        return self.weighting == "decay" and not self.served and not own
+
+    def _in_chunks(self, heads: list[HeadLogits], rows: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what :func:`imitation` does, by chunks of rows; positions of weight 0 in ``[J, C]`` are left out."""
+        if self.reduction == "mean":
+            weight = weight / (weight != 0).sum(1, keepdim=True).clamp(min=1)
+        return two_head_loss(
+            [logits.states for logits in heads],
+            [logits.weight for logits in heads],
+            row_target(rows, self.head),
+            with_gradient(self.divergence),
+            draft_vocab=self.drafter.draft_vocab,
+            renormalize=self.renormalize,
+            row_weights=weight,
+        )
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
         """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.
@@ -163,6 +189,9 @@ class ImitationLoss(DistillationObjective):
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
+        return self._powers_of_decay(unroll)
+
+    def _powers_of_decay(self, unroll: Unroll) -> Tensor:
         return self.decay ** torch.arange(len(unroll.logits), device=unroll.valid.device)[:, None]
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_kernels import HeadTarget, Target, TopKTarget
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import draft_rows
 from aurora_rl.trajectories import TOPK_ENTRIES
@@ -115,3 +116,16 @@ def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None 
     place = ids if tokens is None else draft_rows(tokens, ids)
     logits = each[:, None].repeat(1, width + 1)
     return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(dtype))[:, :width]
+
+
+def row_target(rows: TensorDictBase, head: TargetHead) -> Target:
+    """Return the target's distribution at temperature 1, that of :func:`target_logits`, to be read by chunks of rows.
+
+    Args:
+        rows: Rows of :func:`target_rows` or :func:`context_rows`, ``[X]``.
+        head: Output head of the target.
+    """
+    if "hidden" in rows.keys():
+        return HeadTarget(rows["hidden"], head.weight, head.bias, head.scale, head.softcap)
+    ids, log_probs, tail = (rows[name] for name in TOPK_ENTRIES)
+    return TopKTarget(ids, log_probs.to(torch.promote_types(head.weight.dtype, torch.float32)), tail, len(head))

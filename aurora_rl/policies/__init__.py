@@ -7,6 +7,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
+from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
 from aurora_rl.policies.policy import DrafterPolicy
@@ -21,6 +22,7 @@ __all__ = [
     "DrafterPolicy",
     "Eagle3Drafter",
     "EagleDrafter",
+    "HeadLogits",
     "MedusaDrafter",
     "NgramDrafter",
     "Proposal",

@@ -25,6 +25,7 @@ from aurora_rl.policies.attention import KeysValues
 from aurora_rl.policies.block_layer import BlockLayer, Rotation
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.formats.dflash import read_dflash, write_dflash
+from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
@@ -270,7 +271,7 @@ class DFlashDrafter(Drafter):
         blocks = self._blocks(batch, request, root)
         states = [blocks[(place - step).clamp(min=0), step] for step in range(min(steps, self.block_size - 1))]
         valid = torch.stack([(column >= step) & (root >= step) for step in range(len(states))])
-        return Unroll([F.linear(state, self.head) for state in states], valid, states)
+        return Unroll([HeadLogits(state, self.head) for state in states], valid, states)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:

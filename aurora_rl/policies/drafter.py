@@ -49,7 +49,8 @@ class Unroll(NamedTuple):
 
     Attributes:
         logits: ``J`` tensors ``[C, Vd]``. Row ``c`` of step ``j`` predicts completion token ``c`` at depth ``j + 1``
-            of a chain of the true tokens. It belongs to row ``c`` of ("sequence", "hidden").
+            of a chain of the true tokens. It belongs to row ``c`` of ("sequence", "hidden"). If the head is one matrix,
+            make them :class:`~aurora_rl.policies.HeadLogits`, which objectives can go through without ``[C, Vd]``.
         valid: Whether a row counts, ``[J, C]`` bool: its anchor is at the last prompt token or later, with a feature.
         states: Inputs of the draft head, ``J`` tensors ``[C, H]``; None if they do not have the target's hidden size.
     """

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from typing_extensions import override
@@ -158,8 +157,9 @@ class EagleDrafter(RecurrentDrafter):
         fused = self.fc(torch.cat([embedding, carried], dim=-1))
         return fused, fused
 
-    def _head(self, states: Tensor) -> Tensor:
-        return F.linear(states, self.head)
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.head
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

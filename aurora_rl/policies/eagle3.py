@@ -140,8 +140,13 @@ class Eagle3Drafter(RecurrentDrafter):
     def _read_by_head(self, carried: Tensor) -> Tensor:
         return carried if self.norm_output else self.norm(carried)
 
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.lm_head.weight
+
+    @override
     def _head(self, states: Tensor) -> Tensor:
-        return self.lm_head(states)
+        return self.lm_head(states)  # serving may have replaced the module
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

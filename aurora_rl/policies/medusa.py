@@ -18,6 +18,7 @@ from typing_extensions import override
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
+from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
@@ -167,13 +168,12 @@ class MedusaDrafter(Drafter):
             search.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
         return search.proposal()
 
-    def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return states ``[..., H]`` and logits ``[..., Vd]`` of head ``head`` (from 0) at features ``[..., H]``."""
-        states = self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
-        return states, self.lm_heads[head](states)
+    def _states(self, head: int, features: Tensor) -> Tensor:
+        """Return the input ``[..., H]`` of head ``head`` (from 0) at features ``[..., H]``."""
+        return self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
 
     def _log_probs(self, head: int, features: Tensor) -> Tensor:
-        return log_softmax(self._predict(head, features)[1])
+        return log_softmax(self.lm_heads[head](self._states(head, features)))
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -185,12 +185,13 @@ class MedusaDrafter(Drafter):
         column = torch.arange(len(request), device=offset.device) - (count.cumsum(0) - count)[request]
         pair = prompt[request] - 2 + column  # the pair that predicts the token at step 0
         first, features = _first_pair(batch)[request], batch["sequence", "features"]
-        predicted, valid = [], []
+        logits: list[Tensor] = []
+        states, valid = [], []
         for step in range(min(steps, self.num_heads)):
-            predicted.append(self._predict(step, features[first + (pair - step).clamp(min=0)]))
+            states.append(self._states(step, features[first + (pair - step).clamp(min=0)]))
+            logits.append(HeadLogits(states[-1], self.lm_heads[step].get_parameter("weight")))
             valid.append((column >= step) & (pair >= step))
-        states, logits = zip(*predicted, strict=True)
-        return Unroll(list(logits), torch.stack(valid), list(states))
+        return Unroll(logits, torch.stack(valid), states)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
@@ -200,7 +201,8 @@ class MedusaDrafter(Drafter):
         logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
         for head in range(self.num_heads):
             here = (depth == head).nonzero().flatten()
-            logits = logits.index_copy(0, here, self._predict(head, features[here])[1].to(logits.dtype))
+            predicted = self.lm_heads[head](self._states(head, features[here]))
+            logits = logits.index_copy(0, here, predicted.to(logits.dtype))
         return logits
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import Drafter, Proposal, Unroll, log_softmax
+from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import pad_rows
@@ -87,9 +88,14 @@ class RecurrentDrafter(Drafter):
     def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attention's input and the residual stream for a token's embedding and the carried state."""
 
+    @property
     @abstractmethod
+    def _head_weight(self) -> Tensor:
+        """The draft head, ``[Vd, H]``."""
+
     def _head(self, states: Tensor) -> Tensor:
         """Return the logits ``[..., Vd]`` of the head's input ``[..., H]``."""
+        return F.linear(states, self._head_weight)
 
     def _carried(self, hidden: Tensor) -> Tensor:
         """Return the state that the next depth carries; the layer's output, unless a subclass says otherwise."""
@@ -189,7 +195,8 @@ class RecurrentDrafter(Drafter):
         embedding = self._embed(tokens[every, inside])
         keep = column < count[:, None]
 
-        logits, states, valid, branch = [], [], [], None
+        logits: list[Tensor] = []
+        states, valid, branch = [], [], None
         x, residual = x[every, inside], residual[every, inside]
         carried = residual
         for step in range(steps):
@@ -202,7 +209,7 @@ class RecurrentDrafter(Drafter):
             mask = torch.arange(pairs, device=tokens.device) <= (inside - step)[:, :, None]
             carried = self._carried(self._layer(x, residual, inside, sequence, mask, branch))
             states.append(self._read_by_head(carried[keep]))
-            logits.append(self._head(states[-1]))
+            logits.append(HeadLogits(states[-1], self._head_weight))
             valid.append(((column >= step) & (pair >= step))[keep])
         return Unroll(logits, torch.stack(valid), states)
 

@@ -1,1 +1,19 @@
-"""A place for kernels of drafter training and tree attention. It holds none yet, and imports nothing of `aurora_rl`."""
+"""Kernels of drafter training, usable without `aurora_rl`: nothing of it is imported here.
+
+:func:`two_head_loss` compares a drafter with its target through both output heads, a chunk of rows at a time.
+"""
+
+from aurora_kernels.closed_forms import CLOSED_FORMS, ClosedForm, closed_form
+from aurora_kernels.targets import HeadTarget, LogProbTarget, Target, TopKTarget
+from aurora_kernels.two_head_loss import two_head_loss
+
+__all__ = [
+    "CLOSED_FORMS",
+    "ClosedForm",
+    "HeadTarget",
+    "LogProbTarget",
+    "Target",
+    "TopKTarget",
+    "closed_form",
+    "two_head_loss",
+]

@@ -52,8 +52,8 @@ class ReadsPadding(MedusaDrafter):
 
 
 class OneHeadForAll(MedusaDrafter):
-    def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        return super()._predict(0, features)
+    def _states(self, head: int, features: Tensor) -> Tensor:
+        return super()._states(0, features)
 
 
 class ScoresWithoutGradient(MedusaDrafter):

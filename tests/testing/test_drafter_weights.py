@@ -80,11 +80,11 @@ def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) ->
 class DraftsWithTheOldWeights(MedusaDrafter):
     """Serves with the heads that it began with, whatever is installed."""
 
-    def _predict(self, head: int, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, head: int, features: Tensor) -> Tensor:
         if torch.is_inference_mode_enabled():
             (first,) = self.__dict__.setdefault("_first", (copy.deepcopy(self.lm_heads),))  # in a tuple: no submodule
-            return features, first[head](features.to(first[head].weight.dtype))
-        return super()._predict(head, features)
+            return first[head](features.to(first[head].weight.dtype)).log_softmax(-1)
+        return super()._log_probs(head, features)
 
 
 def test_drafts_of_replaced_weights_are_caught() -> None:
