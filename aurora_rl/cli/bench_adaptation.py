@@ -102,6 +102,7 @@ class _Bench:
     ) -> None:
         self._scenario, self._wanted, self._out, self._console = scenario, wanted, out, console
         self._given = arguments.config, arguments.overrides
+        self._started: dict[str, Drafter] = {}
         self._specs = {}
         for name, arm in scenario.arms.items():
             with naming(f"arm {name!r}"):
@@ -150,7 +151,7 @@ class _Bench:
         target = load(self._base)
         with naming("the scenario"):
             first = request_queue(self._base, target, self._prompts[0]).first_prompts(_VOCAB_PROMPTS)
-        drafters = {name: start_drafter(spec, target, first) for name, spec in self._specs.items()}
+        drafters = {name: self._start(spec, target, first) for name, spec in self._specs.items()}
         layers = sorted({layer for drafter in drafters.values() for layer in drafter.feature_layers})
         stream = {f"phase-{number}": prompts for number, prompts in enumerate(self._prompts)}
         if self._training:
@@ -236,7 +237,7 @@ class _Bench:
                 raise ConfigError(f"{folder} has the result of another arm {name!r}; name another folder by --out")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        drafter = start_drafter(spec, target, first, seed=spec.config.seed + seed)
+        drafter = self._start(spec, target, first, seed)
         if arm.trained:
             drafter = self._trained(spec, drafter, target)
         stream, began = self._stream("phases", drafter), time.monotonic()
@@ -284,11 +285,17 @@ class _Bench:
         part.write_text(json.dumps(figures) + "\n")
         part.replace(folder / "result.json")
 
+    def _start(self, spec: RunSpec, target: Target, first: list[list[int]], seed: int = 0) -> Drafter:
+        """Return the drafter that arms of these settings start from."""
+        key = json.dumps([*_origin(spec), spec.tree.depth, seed])
+        if key not in self._started:
+            self._started[key] = start_drafter(spec, target, first, seed=spec.config.seed + seed)
+        return copy.deepcopy(self._started[key])
+
     def _trained(self, spec: RunSpec, drafter: Drafter, target: Target) -> Drafter:
         """Return a drafter that has learned from the training traffic, once for all arms of one configuration."""
-        drafts, learns = asdict(spec.config.drafter), asdict(spec.config.learner)
-        parts = [drafts[key] for key in ("name", "path", "options", "vocab_size", "trained_for", "feature_layers")]
-        parts += [learns[key] for key in ("muon_lr", "adam_lr", "replay", "batch_size")]
+        learns = asdict(spec.config.learner)
+        parts = [*_origin(spec), *(learns[key] for key in ("muon_lr", "adam_lr", "replay", "batch_size"))]
         parts += [spec.config.objectives, spec.config.seed]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         folder = self._out / "trained" / name[:12]
@@ -368,6 +375,12 @@ class _Bench:
         for place in range(point):
             sequence = stream[place]["sequence"]
             earlier.add(sequence["tokens"][int(sequence["prompt_length"]) :].numpy())
+
+
+def _origin(spec: RunSpec) -> list[Any]:
+    """Return the settings that say which drafter a run starts with."""
+    drafts = asdict(spec.config.drafter)
+    return [drafts[key] for key in ("name", "path", "options", "vocab_size", "trained_for", "feature_layers")]
 
 
 def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
