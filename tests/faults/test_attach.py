@@ -51,7 +51,8 @@ def test_a_learner_elsewhere_learns_from_an_sglang_that_is_attached_to_it(
         "tcp://127.0.0.1:5557": wire["wire.trajectories"], "tcp://127.0.0.1:5558": wire["wire.weights"],
         "tcp://127.0.0.1:5560": sglang.plugin_address, "http://127.0.0.1:30000": sglang.url,
     }  # fmt: skip
-    learner, attached = start(*words(LEARN, names)), start("sglang attach", *words(ATTACH, names)[2:], "http.port=0")
+    front_keys = ["http.port=0", "max_new_tokens=null"]  # SGLang chooses the budget of its clients
+    learner, attached = start(*words(LEARN, names)), start("sglang attach", *words(ATTACH, names)[2:], *front_keys)
     attached.wait_for("attached")
     wait(lambda: re.search(r"listening at (\S+)", attached.text))
     front = re.search(r"listening at (\S+)/v1", attached.text)[1]  # type: ignore[index]
@@ -62,8 +63,8 @@ def test_a_learner_elsewhere_learns_from_an_sglang_that_is_attached_to_it(
         assert httpx.post(f"{front}/v1/completions", json={"prompt": "a"}, timeout=30).status_code == 200
         asked += 1
         wait(lambda: sglang.session is not None and not sglang.session.sink.queued)
-    published = next(event for event in learner.wait_for("gate") if event["publish"])
-    assert attached.events("swap")[0]["version"] == published["version"]
+    published = {event["version"] for event in learner.wait_for("gate") if event["publish"]}
+    assert attached.events("swap")[0]["version"] in published  # the next may have come before the first was swapped
     assert learner.events("learner_ready") and learner.events("train") and not attached.events("learner_ready")
 
     def metrics() -> str:
