@@ -36,8 +36,12 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path, tiny_folder: Pat
     assert [run["arm"] for run in adaptation["runs"]] == ["scratch"] and len(adaptation["phases"]) == 2
 
 
-def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", SCENARIO="none", MODEL="none")
+def test_a_part_that_fails_is_named_and_the_next_runs(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in *rounds.py) echo "it is broken"; exit 3;; *) echo "fine";; esac\n')
+    python.chmod(0o755)
+    done = run(tmp_path / "out", PYTHON=str(python))
     assert done.returncode == 1
-    assert "rounds: failed" not in done.stdout and "there is no scenario 'none'" in done.stdout
-    assert done.stdout.splitlines()[-1] == "failed: adaptation"
+    assert "rounds: failed after 0 s" in done.stdout and "it is broken" in done.stdout
+    assert (tmp_path / "out" / "adaptation.log").read_text() == "fine\n"
+    assert done.stdout.splitlines()[-1] == "failed: rounds"
