@@ -42,6 +42,6 @@ def test_a_part_that_fails_is_named_and_the_next_runs(tmp_path: Path) -> None:
     python.chmod(0o755)
     done = run(tmp_path / "out", PYTHON=str(python))
     assert done.returncode == 1
-    assert "rounds: failed after 0 s" in done.stdout and "it is broken" in done.stdout
+    assert "rounds: failed after" in done.stdout and "it is broken" in done.stdout
     assert (tmp_path / "out" / "adaptation.log").read_text() == "fine\n"
     assert done.stdout.splitlines()[-1] == "failed: rounds"

@@ -20,14 +20,15 @@ from aurora_rl.serving.server import InferenceServer
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may.
+    """More requests would wait than may.
 
     Args:
         waiting: Requests that wait.
+        most: Requests that may wait.
     """
 
-    def __init__(self, waiting: int) -> None:
-        super().__init__(f"{waiting} requests wait already, as many as http.max_waiting allows")
+    def __init__(self, waiting: int, most: int) -> None:
+        super().__init__(f"{waiting} requests wait already, and http.max_waiting allows {most}")
 
 
 class EngineDeadError(RuntimeError):
@@ -164,7 +165,7 @@ class AsyncEngine:
             if not self.alive:
                 raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
             if len(self._waiting) + len(jobs) > self._max_waiting:
-                raise QueueFullError(len(self._waiting))
+                raise QueueFullError(len(self._waiting), self._max_waiting)
             for stream in left:
                 self._streams[stream.request.id] = stream
                 self._waiting.append(stream.request)

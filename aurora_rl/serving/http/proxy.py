@@ -244,7 +244,7 @@ class Proxy:
         """Yield SGLang's answer, complete unless it is a stream of tokens, and then the pieces of the stream."""
         headers = {"Accept-Encoding": "identity"} | ({} if body is None else {"Content-Type": "application/json"})
         if generates and (waiting := self.load()["num_waiting"]) >= self._max_waiting:
-            raise of_engine(QueueFullError(waiting))
+            raise of_engine(QueueFullError(waiting, self._max_waiting))
         self._open += generates
         try:
             async with self._http.stream(method, self._url + path, content=body, headers=headers) as reply:

@@ -204,7 +204,7 @@ def test_more_requests_than_may_wait_are_told_when_to_come_again(upstream: Upstr
     ):
         answer = post(url, {})
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        message = "1 requests wait already, as many as http.max_waiting allows; try again later"
+        message = "1 requests wait already, and http.max_waiting allows 1; try again later"
         error = {"message": message, "type": "rate_limit_error", "param": None, "code": "queue_full"}
         assert answer.json() == {"error": error} and len(upstream.bodies) == 2
         assert httpx.post(f"{url}/tokenize", json={}).status_code == 200  # needs no slot
