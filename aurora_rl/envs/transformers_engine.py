@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -32,6 +33,7 @@ from aurora_rl.envs.exactness import (
 from aurora_rl.envs.kv_shapes import kv_shapes, uniform_groups
 from aurora_rl.models.inference_modules import (
     GROUPED_ATTENTION,
+    FusedDecoderLayer,
     fuse_decoder_layers,
     grouped_mask,
     prepare_for_inference,
@@ -89,6 +91,7 @@ class TransformersEngine(Engine):
     _least_tolerance: ClassVar[float] = 0.0
     _feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
+    _packs: bool = False  # whether the layers take a pass without its padding
 
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
@@ -242,21 +245,23 @@ class TransformersEngine(Engine):
 
     def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
         """Change how attention is computed; return a function that undoes "fused", None if no layer can be fused."""
-        self._form = form
+        self._form, self._packs = form, False
         implementation = GROUPED_ATTENTION if form in ("fused", "grouped") else form
         if self._config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
         rotary = getattr(self._decoder, "rotary_emb", None)
         if form == "fused" and rotary is not None:
             # To the model's last position and not the engine's: another engine may serve the model further.
-            return fuse_decoder_layers(self._layers, rotary, max_length - 1 if self._last is None else self._last)
+            undo = fuse_decoder_layers(self._layers, rotary, max_length - 1 if self._last is None else self._last)
+            self._packs = all(isinstance(layer, FusedDecoderLayer) for layer in self._layers)
+            return undo
         return None
 
     def _disagreement(self, probe: Probe) -> float:
         """Return how far this engine's logits are from the model's own on the probe.
 
         Every row goes through all steps of a request: prefill, a tree with wrong nodes among the true ones, the move
-        of the accepted path, and a plain round. Slots of unequal length share each pass.
+        of the accepted path, and a plain round. Slots of unequal length, and trees of unequal size, share each pass.
         """
         length = max(len(text) for text in probe.texts)
         self._allocate(len(probe.texts), length, 0)
@@ -275,7 +280,9 @@ class TransformersEngine(Engine):
                 wrong = (following + 1) % self.vocab_size
                 tree = torch.stack([wrong[:, 0], following[:, 0], wrong[:, 1], following[:, 1], wrong[:, 2]], dim=1)
                 parents = torch.tensor([-1, -1, 1, 1, 0], device=tree.device).expand(len(slots), -1)
-                hidden = self.verify(slots, tree, parents, torch.ones_like(tree, dtype=torch.bool))
+                valid = torch.ones_like(tree, dtype=torch.bool)
+                valid[::2, 4] = False
+                hidden = self.verify(slots, tree, parents, valid)
                 path = torch.tensor([1, 3, -1, -1, -1], device=tree.device).expand(len(slots), -1)
                 delivered = torch.cat([following, following], dim=1)
                 self.commit(slots, path, delivered, torch.full((len(slots),), 3))
@@ -295,27 +302,36 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _forward(
-        self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor
+        self,
+        slots: Tensor,
+        past: Tensor,
+        tokens: Tensor,
+        depth: Tensor,
+        seen: Tensor,
+        present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 
-        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees.
+        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees, and
+        ``present`` ``[b, T]`` says which are no padding; None if none is. Padding is not computed if the model allows.
         """
         device, width = tokens.device, tokens.shape[1]
         end = int(past.max()) + width
         past = past.to(device)[:, None]
-        self._cache.aim(slots, past + torch.arange(width, device=device), end)
+        present = present if self._packs and present is not None and not bool(present.all()) else None
+        self._cache.aim(slots, past + torch.arange(width, device=device), end, present)
         arguments = {}
         if self._takes_positions:
             positions = past + depth
             if self._starts is not None:
                 positions = positions + self._starts[slots, None].to(device)
             # A node past the model's last position is never delivered, and a table of positions has no row for it.
-            arguments["position_ids"] = positions if self._last is None else positions.clamp(max=self._last)
+            positions = positions if self._last is None else positions.clamp(max=self._last)
+            arguments["position_ids"] = self._cache.pack(positions)
         if self._alibi is not None:
             self._alibi.aim(column_positions(depth, past, end))
         hidden = self._decoder(
-            input_ids=tokens,
+            input_ids=self._cache.pack(tokens),
             attention_mask=self._attention_mask(seen, depth, past, end),
             past_key_values=self._cache,
             use_cache=True,
@@ -323,7 +339,8 @@ class TransformersEngine(Engine):
         ).last_hidden_state
         self._captured[len(self._layers)] = hidden
         # Empty columns first: a drafter may read no features at all.
-        return hidden, torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
+        features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
+        return self._cache.unpack(hidden), self._cache.unpack(features)
 
     def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
@@ -384,7 +401,8 @@ class TransformersEngine(Engine):
         root = self.store.tokens[slots.to(tokens.device), past.to(tokens.device)]
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)
         rows = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
-        self._hidden, self._features = self._forward(slots, past, rows, depth, ancestor_mask(parents, valid))
+        present = F.pad(valid, (1, 0), value=True)
+        self._hidden, self._features = self._forward(slots, past, rows, depth, ancestor_mask(parents, valid), present)
         return self._hidden
 
     @override

@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 
+from aurora_rl.models.kv_cache import SlotCache
+
 GROUPED_ATTENTION = "aurora_rl_grouped"
 # Tensors that transformers hands to attention, and that are no terms of it.
 _NO_TERMS = ("position_ids", "cache_position")
@@ -200,7 +202,8 @@ class FusedDecoderLayer(nn.Module):
     """A pre-norm decoder layer with gated MLP (Llama, Qwen, Mistral, ...) in fewer operations.
 
     Queries, keys and values are one product and rotated together, gate and up another. It takes what transformers
-    passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache.
+    passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache. The pass may be
+    without padding (see :meth:`SlotCache.aim`): attention alone needs to know whose rows they are.
 
     Raises:
         AttributeError: The layer to replace has other parts than this form knows. Whether it computes the same is for
@@ -239,11 +242,15 @@ class FusedDecoderLayer(nn.Module):
         first, second = turned.chunk(2, dim=-1)
         # Some families have float32 cosines whatever the dtype.
         turned = (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(qkv.dtype)
-        key, value = turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
+        query, key, value = turned[:, :, :heads], turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._index)
-        query = turned[:, :, :heads].transpose(1, 2)
-        out, _ = grouped_attention(self, query, key, value, attention_mask, self._scaling)
+        packed = isinstance(past_key_values, SlotCache)
+        if packed:
+            query = past_key_values.unpack(query)
+        out, _ = grouped_attention(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
+        if packed:
+            out = past_key_values.pack(out)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(hidden_states)).chunk(2, dim=-1)
         return hidden_states + self.down_proj(self.act_fn(gate) * up)

@@ -58,6 +58,32 @@ def uniform_shapes(config: PretrainedConfig) -> dict[int, tuple[KVShape, KVShape
     return {layer: (shape, shape) for layer in range(config.num_hidden_layers)}
 
 
+class Packing:
+    """Takes the padding out of the rows of a pass, and puts it back.
+
+    Args:
+        present: Tokens that are no padding, ``[b, T]`` bool.
+
+    Example:
+        >>> packing = Packing(torch.tensor([[True, False], [True, True]]))
+        >>> packing.pack(torch.tensor([[1, 2], [3, 4]])), packing.unpack(torch.tensor([[1, 3, 4]]))
+        (tensor([[1, 3, 4]]), tensor([[1, 0],
+                [3, 4]]))
+    """
+
+    def __init__(self, present: Tensor) -> None:
+        self._shape, self._index = present.shape, present.flatten().nonzero().flatten()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return states ``[b, T, ...]`` as ``[1, R, ...]``."""
+        return x.flatten(0, 1)[self._index][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return states ``[1, R, ...]`` as ``[b, T, ...]``, with zeros for padding."""
+        rows = x.new_zeros(self._shape.numel(), *x.shape[2:])
+        return rows.index_copy_(0, self._index, x[0]).unflatten(0, self._shape)
+
+
 class SlotCache(_KeysAndValuesOnly):
     """Keys and values of every slot in one block for each shape, written at a place of our choosing.
 
@@ -105,9 +131,15 @@ class SlotCache(_KeysAndValuesOnly):
         if (more := columns - self.columns) > 0:
             self.blocks = {shape: F.pad(block, (0, 0, 0, 0, 0, more)) for shape, block in self.blocks.items()}
 
-    def aim(self, slots: Tensor, columns: Tensor, end: int) -> None:
-        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
-        self._flat = (slots[:, None].to(columns.device) * self.columns + columns).flatten()
+    def aim(self, slots: Tensor, columns: Tensor, end: int, present: Tensor | None = None) -> None:
+        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``).
+
+        Tokens that are not ``present`` ``[b, T]`` are padding, and the pass is over the ``R`` others in one row,
+        ``[1, R]``; None is a pass over all, ``[b, T]``.
+        """
+        flat = slots[:, None].to(columns.device) * self.columns + columns
+        self._flat = flat.flatten() if present is None else flat[present]
+        self._packing = None if present is None else Packing(present)
         first, last = int(slots[0]), int(slots[-1])
         # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
         run = slots.tolist() == list(range(first, last + 1))
@@ -125,6 +157,14 @@ class SlotCache(_KeysAndValuesOnly):
             held.view(-1, *shape).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
             read.append(held[self._rows, : self._end].transpose(1, 2))
         return read[0], read[1]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return the states ``[1, R, ...]`` of a pass as ``[b, T, ...]``, with zeros for padding."""
+        return x if self._packing is None else self._packing.unpack(x)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return states ``[b, T, ...]`` as the pass has them, without padding ``[1, R, ...]``."""
+        return x if self._packing is None else self._packing.pack(x)
 
     def rows(self, slot: int) -> list[Tensor]:
         """Return views of what a slot holds, a row for each column: ``[columns, layers, heads, d]`` of each shape."""

@@ -159,11 +159,13 @@ class Tree(NamedTuple):
         )
 
 
-def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.ndarray | None = None) -> Tree:
+def ngram_tree(
+    text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.ndarray | None = None, least: float = 0.0
+) -> Tree:
     """Return the likeliest nodes after a request's text so far, by :func:`continuations` of it and of each path.
 
     The nodes come by falling chance of their path, so that the first of a tree are the tree of fewer nodes. Paths with
-    a chance below 0.05 are left out.
+    a chance below ``least``, or below 0.05, are left out.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
@@ -172,7 +174,7 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.n
     tree = Tree([], [], [])
     # (negative joint log-probability, order of arrival, parent, token, log-probability, text before the token)
     open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
-    arrived, most = 0, -math.log(_LEAST)
+    arrived, most = 0, -math.log(max(least, _LEAST))
 
     def grow(parent: int, joint: float, before: np.ndarray) -> None:
         nonlocal arrived
@@ -195,15 +197,17 @@ def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.n
     return tree
 
 
-def merged(tree: Tree, found: Tree, num_nodes: int) -> Tree:
+def merged(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
     """Merge a tree that was looked up with a drafter's, sharing the nodes that both have.
 
-    The nodes with the likeliest paths are kept, whichever of the two says so.
+    The nodes with the likeliest paths are kept, whichever of the two says so, and those with a chance below ``least``
+    are left out.
 
     Args:
         tree: Tree of the drafter.
         found: Tree that was looked up.
         num_nodes: Most nodes of the result.
+        least: Chance below which a path is left out.
 
     Returns:
         The new tree, the drafter's nodes first. Nodes that were only looked up have a log-probability of −inf.
@@ -228,8 +232,9 @@ def merged(tree: Tree, found: Tree, num_nodes: int) -> Tree:
         else:
             joint[place[node]] = max(joint[place[node]], chance)
     # A node is no likelier than its parent and comes after it, so what is kept is a tree.
-    best = sorted(range(len(both.tokens)), key=lambda node: -joint[node])
-    return both.kept(sorted(best[:num_nodes]))
+    best = sorted(range(len(both.tokens)), key=lambda node: -joint[node])[:num_nodes]
+    lowest = math.log(least) if least > 0 else -math.inf
+    return both.kept(sorted(node for node in best if joint[node] >= lowest))
 
 
 def _joint(tree: Tree) -> list[float]:

@@ -53,6 +53,8 @@ class DrafterPolicy(TensorDictModuleBase):
             goes on with lookup, or without speculation if the shape has none. None, the default, raises the drafter's
             own error instead.
         speculate: False emits empty trees: plain decoding.
+        least: Chance of a path below which its last node is left out of a tree, so that each node earns what its row
+            in the pass costs. 0, the default, leaves none out. Nodes that were drawn at random always stay.
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
             drafter failed their requests, or the shape is ``lookup_only``.
@@ -91,7 +93,7 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted = ("tokens", "parents", "mask", "log_probs", "mode")
         self.out_keys = [*(("draft", key) for key in drafted), "policy_version", "cache_version"]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
-        self.shape, self.speculate, self.rebuild_on_install = shape, True, True
+        self.shape, self.speculate, self.rebuild_on_install, self.least = shape, True, True, 0.0
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
@@ -216,7 +218,8 @@ class DrafterPolicy(TensorDictModuleBase):
                 self.drafted = ready & ~self._refused
             if self.shape.lookup:
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
-                self._look_up(draft)
+            if self.shape.lookup or (self.least and self.shape.mode == "topk"):
+                self._finish(draft)
         return TensorDict(draft, batch_size=shape[:1])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
@@ -236,16 +239,22 @@ class DrafterPolicy(TensorDictModuleBase):
                 # It fails only slots together, which would come again each round and cost all their caches.
                 self._refuse(slots, error)
 
-    def _look_up(self, draft: dict[str, Tensor]) -> None:
-        """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
+    def _look_up(self, slots: list[int]) -> dict[int, Tree]:
+        """Return what is looked up for slots."""
         shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
+        if not shape.lookup:
+            return dict.fromkeys(slots, Tree([], [], []))
         wanted = shape if shape.lookup_only else shape.without_drafter(min(shape.lookup, shape.num_nodes))
         found: dict[int, Tree] = {}
-        for slot in (self.drafted | self.looked_up).nonzero().flatten().tolist():
+        for slot in slots:
             earlier = None if self.earlier is None else self.earlier.tokens(self._store.cache_salts[slot])
-            tree = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier)
-            if tree.tokens:
-                found[slot] = tree
+            found[slot] = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier, self.least)
+        return found
+
+    def _finish(self, draft: dict[str, Tensor]) -> None:
+        """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
+        shape, slots = self.shape, (self.drafted | self.looked_up).nonzero().flatten().tolist()
+        found = {slot: tree for slot, tree in self._look_up(slots).items() if tree.tokens or self.least}
         if not found:
             return
         device = draft["tokens"].device
@@ -253,7 +262,7 @@ class DrafterPolicy(TensorDictModuleBase):
         held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
         for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
             drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
-            trees.append(merged(drafted, tree, shape.num_nodes))
+            trees.append(merged(drafted, tree, shape.num_nodes, self.least))
         both = padded(trees, self.num_nodes, device)
         for name in ("tokens", "parents", "log_probs", "mask"):
             draft[name][rows] = getattr(both, name)

@@ -119,6 +119,7 @@ class InferenceServer:
         shapes = self._shapes if occupied else None  # the last request may be cancelled while a prompt is read
         if shapes is not None and not baseline:
             self._reshape(shapes.choose(occupied), occupied)
+            policy.least = shapes.price(policy.shape, occupied)
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.stats.finished)
@@ -160,19 +161,19 @@ class InferenceServer:
     def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
         """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
         policy, shape, outcomes = self.policy, shapes.plain, []
-        found: list[list[int]] = []
+        found: list[list[bool]] = []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
         elif bool(policy.looked_up.any()):
             shape = policy.shape if policy.shape.lookup_only else shapes.without_drafter(policy.shape)
-            verifier = done["next", "verifier"].cpu()
+            verifier, mask = done["next", "verifier"].cpu(), done["draft", "mask"].cpu()
             # Where a request ended inside the path, nothing after its last token was judged.
-            accepted = verifier["accepted"][policy.looked_up & (verifier["bonus_token"] >= 0)]
-            found = [each.nonzero().flatten().tolist() for each in accepted]
+            judged_slots = policy.looked_up & (verifier["bonus_token"] >= 0)
+            found = [verifier["accepted"][slot][mask[slot]].tolist() for slot in judged_slots.nonzero().flatten()]
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
-        shapes.observe(shape, occupied, seconds, judged, below, found)
+        shapes.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
 
     def _reshape(self, shape: TreeShape, occupied: int) -> None:
         assert self._shapes is not None
@@ -288,7 +289,7 @@ class InferenceServer:
 
 
 def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
-    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool that has drafts."""
+    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool."""
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
@@ -299,7 +300,7 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
     # Where a request ended inside the path, nothing after its last token was judged.
     judged = (verifier["bonus_token"] >= 0).tolist()
     out = []
-    for slot in (mask.any(1) & slots.to(mask.device)).nonzero().flatten().tolist():
+    for slot in slots.nonzero().flatten().tolist():
         path = verifier["accepted"][slot].nonzero().flatten()
         outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
         if judged[slot]:
