@@ -20,7 +20,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.chances import Chances
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_shape import TreeShape
@@ -152,11 +151,6 @@ class Tree(NamedTuple):
     parents: list[int]
     log_probs: list[float]
 
-    @property
-    def stated(self) -> list[float]:
-        """Chance of each node given its path, as its drafter states it; rounding may lift a sure token a little."""
-        return [min(math.exp(log_prob), 1.0) for log_prob in self.log_probs]
-
     def kept(self, nodes: Sequence[int]) -> Tree:
         """Return the tree of some of the nodes, which rise and have their parents among them."""
         place = {-1: -1, **{node: i for i, node in enumerate(nodes)}}
@@ -166,54 +160,44 @@ class Tree(NamedTuple):
 
 
 def ngram_tree(
-    text: Sequence[int] | np.ndarray,
-    shape: TreeShape,
-    earlier: np.ndarray | None = None,
-    least: float = 0.0,
-    chances: Chances | None = None,
+    text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.ndarray | None = None, least: float = 0.0
 ) -> Tree:
     """Return the likeliest nodes after a request's text so far, by :func:`continuations` of it and of each path.
 
-    The nodes come by falling chance of their path, corrected by ``chances``, so that the first of a tree are the tree
-    of fewer nodes. Paths with a chance below ``least``, or below 0.05, are left out.
+    The nodes come by falling chance of their path, so that the first of a tree are the tree of fewer nodes. Paths with
+    a chance below ``least``, or below 0.05, are left out.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
         [3, 4, 1]
     """
     tree = Tree([], [], [])
-    # (negative chance of the path, order of arrival, parent, token, stated chance of the token, text before it)
+    # (negative joint log-probability, order of arrival, parent, token, log-probability, text before the token)
     open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
-    arrived, tokens = 0, np.asarray(text, dtype=np.int64)
+    arrived, most = 0, -math.log(max(least, _LEAST))
 
-    def grow(parent: int, path: float, before: np.ndarray) -> None:
+    def grow(parent: int, joint: float, before: np.ndarray) -> None:
         nonlocal arrived
-        depth = len(before) + 1 - len(tokens)
-        for token, stated in list(continuations(before, earlier).items())[: shape.width]:
-            chance = path * (stated if chances is None else chances.of(stated, depth))
-            if chance >= max(least, _LEAST):
-                heapq.heappush(open_nodes, (-chance, arrived, parent, token, stated, before))
+        for token, probability in list(continuations(before, earlier).items())[: shape.width]:
+            log_prob = math.log(probability)
+            if joint - log_prob <= most:
+                heapq.heappush(open_nodes, (joint - log_prob, arrived, parent, token, log_prob, before))
                 arrived += 1
 
+    tokens = np.asarray(text, dtype=np.int64)
     if shape.depth:
-        grow(-1, 1.0, tokens)
+        grow(-1, 0.0, tokens)
     while open_nodes and len(tree.tokens) < shape.num_nodes:
-        path, _, parent, token, stated, before = heapq.heappop(open_nodes)
+        joint, _, parent, token, log_prob, before = heapq.heappop(open_nodes)
         tree.tokens.append(token)
         tree.parents.append(parent)
-        tree.log_probs.append(math.log(stated))
+        tree.log_probs.append(log_prob)
         if len(before) + 1 - len(tokens) < shape.depth and len(tree.tokens) < shape.num_nodes:
-            grow(len(tree.tokens) - 1, -path, np.append(before, token))
+            grow(len(tree.tokens) - 1, joint, np.append(before, token))
     return tree
 
 
-def merged(
-    tree: Tree,
-    found: Tree,
-    num_nodes: int,
-    least: float = 0.0,
-    chances: tuple[Chances | None, Chances | None] = (None, None),
-) -> Tree:
+def merged(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
     """Merge a tree that was looked up with a drafter's, sharing the nodes that both have.
 
     The nodes with the likeliest paths are kept, whichever of the two says so, and those with a chance below ``least``
@@ -224,7 +208,6 @@ def merged(
         found: Tree that was looked up.
         num_nodes: Most nodes of the result.
         least: Chance below which a path is left out.
-        chances: What the chances that each of the two states are worth; None takes them as they are.
 
     Returns:
         The new tree, the drafter's nodes first. Nodes that were only looked up have a log-probability of −inf.
@@ -236,9 +219,9 @@ def merged(
     """
     both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())
     index = {pair: node for node, pair in enumerate(zip(both.parents, both.tokens, strict=True))}
-    joint = _joint(tree, chances[0])
+    joint = _joint(tree)
     place = {-1: -1}  # of each node that was looked up, in the result
-    for node, chance in enumerate(_joint(found, chances[1])):
+    for node, chance in enumerate(_joint(found)):
         pair = place[found.parents[node]], found.tokens[node]
         place[node] = index.setdefault(pair, len(both.tokens))
         if place[node] == len(both.tokens):
@@ -250,16 +233,16 @@ def merged(
             joint[place[node]] = max(joint[place[node]], chance)
     # A node is no likelier than its parent and comes after it, so what is kept is a tree.
     best = sorted(range(len(both.tokens)), key=lambda node: -joint[node])[:num_nodes]
-    return both.kept(sorted(node for node in best if joint[node] >= least))
+    lowest = math.log(least) if least > 0 else -math.inf
+    return both.kept(sorted(node for node in best if joint[node] >= lowest))
 
 
-def _joint(tree: Tree, chances: Chances | None) -> list[float]:
-    """Return the chance of the path to each node, which is no likelier than that to its parent."""
-    joint, depth = [], []
-    for parent, stated in zip(tree.parents, tree.stated, strict=True):
-        depth.append(1 + (depth[parent] if parent >= 0 else 0))
-        chance = stated if chances is None else chances.of(stated, depth[-1])
-        joint.append(chance * (joint[parent] if parent >= 0 else 1.0))
+def _joint(tree: Tree) -> list[float]:
+    """Return the log-probability of the path to each node."""
+    joint: list[float] = []
+    for parent, log_prob in zip(tree.parents, tree.log_probs, strict=True):
+        # Rounding may lift a sure token a little above 0, and a node is not to be likelier than its parent.
+        joint.append(min(log_prob, 0.0) + (joint[parent] if parent >= 0 else 0.0))
     return joint
 
 

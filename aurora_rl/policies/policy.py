@@ -12,8 +12,7 @@ from torch import Tensor
 from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal
-from aurora_rl.policies.lookup import EarlierAnswers
-from aurora_rl.policies.node_choice import NodeChoice
+from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, padded
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.trajectories import DRAFT_MODES
@@ -61,7 +60,6 @@ class DrafterPolicy(TensorDictModuleBase):
             drafter failed their requests, or the shape is ``lookup_only``.
         earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
             completions adds them. None, the default, has none.
-        choice: Chooses the nodes of what was drafted and looked up, and knows what stated chances are worth.
         prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request of
             the same salt begins alike. A swap empties it. None, the default, keeps none.
         rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
@@ -100,7 +98,6 @@ class DrafterPolicy(TensorDictModuleBase):
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
         self.earlier: EarlierAnswers | None = None
-        self.choice = NodeChoice(store, num_nodes)
         self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
         self._salts: list[str | None] = [None] * store.num_slots  # of the requests that it is of
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
@@ -137,7 +134,6 @@ class DrafterPolicy(TensorDictModuleBase):
         def install() -> None:
             put()
             self.version = version
-            self.choice.drafted.doubt()
             if self.prefix_cache is not None:
                 self.prefix_cache.clear()
             if self.rebuild_on_install:
@@ -196,7 +192,6 @@ class DrafterPolicy(TensorDictModuleBase):
         fresh = is_init.flatten().cpu()
         if self.prefix_cache is not None:
             self._save_rows(self.prefix_cache, self._unsaved & (fresh | (store.lengths == 0)))
-        self.choice.learn(fresh)
         if bool(fresh.any()):
             self._refused &= ~fresh
             self._forget(fresh.nonzero().flatten())
@@ -224,8 +219,7 @@ class DrafterPolicy(TensorDictModuleBase):
             if self.shape.lookup:
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
             if self.shape.lookup or (self.least and self.shape.mode == "topk"):
-                slots = (self.drafted | self.looked_up).nonzero().flatten()
-                self.choice(draft, slots.tolist(), self.shape, self.least, self.earlier)
+                self._finish(draft)
         return TensorDict(draft, batch_size=shape[:1])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
@@ -244,6 +238,34 @@ class DrafterPolicy(TensorDictModuleBase):
             if not bool(self._refused[slots].any()):
                 # It fails only slots together, which would come again each round and cost all their caches.
                 self._refuse(slots, error)
+
+    def _look_up(self, slots: list[int]) -> dict[int, Tree]:
+        """Return what is looked up for slots."""
+        shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
+        if not shape.lookup:
+            return dict.fromkeys(slots, Tree([], [], []))
+        wanted = shape if shape.lookup_only else shape.without_drafter(min(shape.lookup, shape.num_nodes))
+        found: dict[int, Tree] = {}
+        for slot in slots:
+            earlier = None if self.earlier is None else self.earlier.tokens(self._store.cache_salts[slot])
+            found[slot] = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier, self.least)
+        return found
+
+    def _finish(self, draft: dict[str, Tensor]) -> None:
+        """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
+        shape, slots = self.shape, (self.drafted | self.looked_up).nonzero().flatten().tolist()
+        found = {slot: tree for slot, tree in self._look_up(slots).items() if tree.tokens or self.least}
+        if not found:
+            return
+        device = draft["tokens"].device
+        rows, trees = torch.tensor(list(found), device=device), []
+        held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
+        for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
+            drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
+            trees.append(merged(drafted, tree, shape.num_nodes, self.least))
+        both = padded(trees, self.num_nodes, device)
+        for name in ("tokens", "parents", "log_probs", "mask"):
+            draft[name][rows] = getattr(both, name)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
         """Check the trees and write them to the rows of ``draft``.

@@ -15,7 +15,6 @@ from tensordict import TensorDict
 
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, NgramDrafter, TargetParts, TreeShape, get_drafter
-from aurora_rl.policies.chances import Chances
 from aurora_rl.policies.lookup import EarlierAnswers, Tree, continuations, merged, ngram_tree
 from aurora_rl.testing import tiny_target
 
@@ -169,45 +168,22 @@ def as_paths(tokens: Iterable[int], parents: Iterable[int], log_probs: Iterable[
     return dict(zip(paths, log_probs, strict=True))
 
 
-Worth = tuple[Chances | None, Chances | None]
-
-
-def merged_by_definition(
-    drafted: Paths, found: Paths, num_nodes: int, least: float = 0.0, worth: Worth = (None, None)
-) -> Paths:
+def merged_by_definition(drafted: Paths, found: Paths, num_nodes: int) -> Paths:
     """The likeliest paths of both, by the one of the two that makes a path likelier; of equal ones the drafter's."""
-
-    def chance(log_prob: float, depth: int, chances: Chances | None) -> float:
-        stated = min(math.exp(log_prob), 1.0)
-        return stated if chances is None else chances.of(stated, depth)
 
     def joint(path: tuple[int, ...]) -> float:
         return max(
-            math.prod(chance(tree[path[:end]], end, chances) for end in range(1, len(path) + 1))
-            for tree, chances in zip((drafted, found), worth, strict=True)
-            if path in tree
+            sum(tree[path[:end]] for end in range(1, len(path) + 1)) for tree in (drafted, found) if path in tree
         )
 
     every = [*drafted, *(path for path in found if path not in drafted)]
-    best = sorted(every, key=lambda path: -joint(path))[:num_nodes]
-    return {path: drafted.get(path, -math.inf) for path in best if joint(path) >= least}
+    return {path: drafted.get(path, -math.inf) for path in sorted(every, key=lambda path: -joint(path))[:num_nodes]}
 
 
-@st.composite
-def learned(draw: st.DrawFn) -> Chances:
-    chances = Chances()
-    for _ in range(draw(st.integers(0, 20))):
-        chances.observe(draw(st.floats(0.01, 1)), draw(st.integers(1, 4)), draw(st.booleans()))
-    return chances
-
-
-@given(trees(), trees(), st.integers(0, 12), st.sampled_from([0.0, 0.1, 0.4]), st.tuples(learned(), learned()))
-def test_the_likeliest_paths_of_both_are_kept(
-    drafted: Paths, found: Paths, num_nodes: int, least: float, worth: tuple[Chances, Chances]
-) -> None:
-    for chances in (worth, (None, None)):
-        both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes, least, chances))
-        assert both == merged_by_definition(drafted, found, num_nodes, least, chances)
+@given(trees(), trees(), st.integers(0, 12))
+def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_nodes: int) -> None:
+    both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes))
+    assert both == merged_by_definition(drafted, found, num_nodes)
 
 
 def test_a_drafter_s_rounding_makes_no_node_likelier_than_its_parent() -> None:
@@ -250,11 +226,9 @@ def test_the_policy_merges_lookup_into_any_drafters_tree(name: str, lookup: int)
                     )
                     for draft in pair
                 )
-                wanted, worth = TreeShape(6, 4, lookup=lookup).without_drafter(min(lookup, nodes)), policies[1].choice
-                found = ngram_tree(text, wanted, chances=worth.looked_up)
+                found = ngram_tree(text, TreeShape(6, 4, lookup=lookup).without_drafter(min(lookup, nodes)))
                 looked_up = as_paths(*found) if len(text) > 1 else {}
-                chances = worth.drafted, worth.looked_up
-                assert after == merged_by_definition(before, looked_up, nodes, worth=chances)
+                assert after == merged_by_definition(before, looked_up, nodes)
                 merges += after != before
         _, td = env.step_and_maybe_reset(policies[1](td))
     assert merges > 20 or name == "ngram"  # whose own trees hold most of it

@@ -56,7 +56,7 @@ class Simulation:
             paths = [self.path(shape) for _ in range(self.slots)] if shape.depth else []
             seconds = self.truth[self.slots][shape] * self.dice.uniform(0.9, 1.1)
             if shape.lookup_only:
-                found = [[outcome == "likeliest" for outcome in path] for path in paths]
+                found = [[node for node, outcome in enumerate(path) if outcome == "likeliest"] for path in paths]
                 self.controller.observe(shape, self.slots, seconds, found=found)
             else:
                 self.controller.observe(shape, self.slots, seconds, paths)
@@ -342,7 +342,7 @@ def test_a_drafter_or_a_lookup_that_improves_or_fails_takes_or_loses_its_turn() 
 
 def test_drafter_and_lookup_are_measured_apart() -> None:
     controller = TreeController({1: {NONE: 1.0, ALONE: 1.0, CHAIN: 2.0}}, memory=10**9)
-    controller.observe(ALONE, 1000, 3.0, found=[*[[True]] * 300, *[[]] * 700])
+    controller.observe(ALONE, 1000, 3.0, found=[*[[0]] * 300, *[[]] * 700])
     assert controller.acceptance(ALONE) == pytest.approx([(300 + 4 * 0.75) / 1004])
     assert controller.acceptance(CHAIN) == [0.25]  # the guess
     controller.observe(CHAIN, 1000, 1.0, [["likeliest"]] * 800 + [["refused"]] * 200)
@@ -362,9 +362,7 @@ def test_a_round_of_many_nodes_tells_what_fewer_would_have_delivered() -> None:
     shapes = {n: TreeShape(1, lookup=4).without_drafter(n) for n in (1, 2, 4)}
     table = {1: {NONE: 1.0, **dict.fromkeys(shapes.values(), 1.0)}}
     controller = TreeController(table, memory=10**9)
-    controller.observe(shapes[4], 1000, 1.0, found=[
-        *[[True, False, True, False]] * 400, *[[False, True]] * 300, *[[]] * 300,
-    ])  # fmt: skip
+    controller.observe(shapes[4], 1000, 1.0, found=[*[[0, 2]] * 400, *[[1]] * 300, *[[]] * 300])
     expected = [400, 300, 400, 0]
     guesses = [0.75]
     for hits in expected:
@@ -398,7 +396,7 @@ def test_the_price_keeps_the_nodes_that_make_the_most_of_a_round(row: float, slo
         shape = controller.choose(slots)
         least = controller.price(shape, slots)
         kept = [[chance for chance in each if chance >= least] if shape.depth else [] for each in chances]
-        found = [[dice.random() < chance for chance in reversed(each)] for each in kept]
+        found = [[node for node, chance in enumerate(reversed(each)) if dice.random() < chance] for each in kept]
         spent = 1 + row * sum(map(len, kept))
         controller.observe(shape, slots, spent, found=found if shape.depth else (), nodes=sum(map(len, kept)))
         if number >= 500:
