@@ -302,13 +302,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _forward(
-        self,
-        slots: Tensor,
-        past: Tensor,
-        tokens: Tensor,
-        depth: Tensor,
-        seen: Tensor,
-        present: Tensor | None = None,
+        self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor, present: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 

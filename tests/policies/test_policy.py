@@ -173,6 +173,30 @@ def test_the_shape_may_change_within_num_nodes() -> None:
     assert serving.policy.shape == TreeShape(0)
 
 
+def test_nodes_that_do_not_earn_their_rows_are_left_out() -> None:
+    serving = Serving([4, 7, 9])
+    serving.round()
+    init = serving.td["is_init"]
+    whole = serving.policy.draft(init)
+    joint = whole["log_probs"].exp() * 0.75
+    for node in range(1, 6):
+        parent = whole["parents"][:, node]
+        above = joint.gather(1, parent.clamp(min=0)[:, None])[:, 0]
+        joint[:, node] *= torch.where(parent >= 0, above, 1.0)
+    least = float(joint[whole["mask"]].median())
+    serving.policy.least = least
+    kept = serving.policy.draft(init)
+    for slot in range(3):
+        nodes = whole["mask"][slot] & (joint[slot] >= least)
+        assert kept["tokens"][slot][kept["mask"][slot]].tolist() == whole["tokens"][slot][nodes].tolist()
+        torch.testing.assert_close(kept["log_probs"][slot][kept["mask"][slot]], whole["log_probs"][slot][nodes])
+    assert 0 < int(kept["mask"].sum()) < int(whole["mask"].sum())
+    # Nodes that were drawn stay, or the law of the text would depend on what was drawn.
+    serving.policy.shape = TreeShape(3, 2, 6, mode="sampled")
+    serving.policy.least = 1.0
+    assert serving.policy.draft(init)["mask"].all()
+
+
 @pytest.mark.parametrize("mode", ["sampled", "sampled_without_replacement"])
 def test_sampled_drafts_carry_the_law_that_they_were_drawn_from(mode: str) -> None:
     serving = Serving([4, 2, 9])
