@@ -111,7 +111,7 @@ class DrafterConfig:
 class BaselineConfig:
     """Windows of plain decoding that speculation is compared with."""
 
-    share: float = 0.1
+    share: float = 0.05
     """Share of decode time; 0 turns the windows off."""
     window: int = 32
     """Rounds of a window."""
