@@ -245,12 +245,12 @@ class FusedDecoderLayer(nn.Module):
         query, key, value = turned[:, :, :heads], turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._index)
-        packed = isinstance(past_key_values, SlotCache)
-        if packed:
-            query = past_key_values.unpack(query)
+        slots = past_key_values if isinstance(past_key_values, SlotCache) else None
+        if slots is not None:
+            query = slots.unpack(query)
         out, _ = grouped_attention(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
-        if packed:
-            out = past_key_values.pack(out)
+        if slots is not None:
+            out = slots.pack(out)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(hidden_states)).chunk(2, dim=-1)
         return hidden_states + self.down_proj(self.act_fn(gate) * up)
