@@ -187,12 +187,7 @@ class DrafterPolicy(TensorDictModuleBase):
             is asked for. "mode" ``[B]`` int64 is an index into ``aurora_rl.trajectories.DRAFT_MODES``.
         """
         store, device = self._store, self._store.tokens.device
-        fresh = is_init.flatten().cpu()
-        if self.prefix_cache is not None:
-            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (store.lengths == 0)))
-        if bool(fresh.any()):
-            self._refused &= ~fresh
-            self._forget(fresh.nonzero().flatten())
+        self.renew(is_init.flatten().cpu())
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -218,6 +213,14 @@ class DrafterPolicy(TensorDictModuleBase):
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
                 self._look_up(draft)
         return TensorDict(draft, batch_size=shape[:1])
+
+    def renew(self, fresh: Tensor) -> None:
+        """Note which slots (``[B]`` bool, on the CPU) have another request than when the policy drafted last."""
+        if self.prefix_cache is not None:
+            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (self._store.lengths == 0)))
+        if bool(fresh.any()):
+            self._refused &= ~fresh
+            self._forget(fresh.nonzero().flatten())
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
         """Draft for the slots. Rows of slots that the drafter fails stay empty."""

@@ -99,6 +99,31 @@ class GateDecision:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class TrialVerdict:
+    """How the trial of new weights ended.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        version: Version of the new weights.
+        promote: Whether they draft from now on.
+        reason: What decided, in words.
+        rounds: Rounds of the trial.
+        acceptance_length: Acceptance length of the old and of the new weights.
+        tokens_per_second: Throughput of the old and of the new weights.
+    """
+
+    time: float
+    requests: int
+    version: int
+    promote: bool
+    reason: str
+    rounds: int
+    acceptance_length: tuple[float, float]
+    tokens_per_second: tuple[float, float]
+
+
 @dataclass(slots=True)
 class LearnerFigures:
     """The learner's side.
@@ -163,6 +188,8 @@ class RunHistory:
         drafted: Rounds of the last status by what they drafted.
         swaps: Swaps.
         gates: Decisions of the gate.
+        on_trial: Version that is on trial; None if none is.
+        verdicts: How trials ended.
         learner: The learner's side.
         domains: Figures by domain; those of later domains than the first 50 are added up.
         marks: Number of completed requests at which something new begins, and what.
@@ -187,6 +214,8 @@ class RunHistory:
         self.drafted: Counter[str] = Counter()
         self.swaps: list[Swap] = []
         self.gates: list[GateDecision] = []
+        self.on_trial: int | None = None
+        self.verdicts: list[TrialVerdict] = []
         self.learner = LearnerFigures()
         self.domains: dict[str, DomainFigures] = {}
         self.marks: list[tuple[int, str]] = []
@@ -217,6 +246,19 @@ class RunHistory:
                     )  # fmt: skip
                     _thin(self.gates, self._most)
                     self.published = event["version"]
+                case "trial":
+                    self.on_trial = event["version"]
+                case "verdict":
+                    self.on_trial = None
+                    self.verdicts.append(
+                        TrialVerdict(
+                            event["time"], event["requests"], event["version"], event["promote"], event["reason"],
+                            event["rounds"],
+                            *((event[name]["old"], event[name]["new"])
+                              for name in ("acceptance_length", "tokens_per_second")),
+                        )
+                    )  # fmt: skip
+                    _thin(self.verdicts, self._most)
                 case "learner_ready":
                     self._seen = event["seen"]
                 case "checkpoint":
@@ -291,6 +333,8 @@ class RunHistory:
                 "drafted": {DRAFTED[name]: round(share, 4) for name, share in shares(self.drafted).items()},
                 "swaps": _columns(swaps, Swap),
                 "gates": _columns(gates, GateDecision),
+                "on_trial": self.on_trial,
+                "verdicts": _columns(self.verdicts, TrialVerdict),
                 "learner": asdict(self.learner),
             }
 

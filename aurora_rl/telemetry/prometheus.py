@@ -100,6 +100,10 @@ METRICS: dict[str, Metric] = {
     "drafter_faults_total": Metric("counter", "Requests that went on without the drafter because it failed."),
     "swap_duration_seconds": Metric("histogram", "Time for which serving stood still at a swap of weights."),
     "swap_failures_total": Metric("counter", "Weights that the drafter could not load."),
+    "canary_version": Metric("gauge", "Version of the weights that are on trial; absent if none are."),
+    "canary_verdicts_total": Metric(
+        "counter", "Trials of new weights by how they ended.", "verdict", ("promoted", "rolled_back")
+    ),
     # Learning.
     "learner_up": Metric("gauge", "1 while the server's learner runs and takes what is served; absent without one."),
     "learner_restarts_total": Metric("counter", "Learners that were started again after their death."),
@@ -179,6 +183,11 @@ class Exporter(Collector):
                 self._set("drafter_version", event["version"])
             case "swap_failed":
                 self._add("swap_failures_total")
+            case "trial":
+                self._set("canary_version", event["version"])
+            case "verdict":
+                self._set("canary_version", None)
+                self._add("canary_verdicts_total", 1, "promoted" if event["promote"] else "rolled_back")
             case "drafter_fault":
                 self._add("drafter_faults_total")
             case "train":

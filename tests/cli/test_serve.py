@@ -83,7 +83,8 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
         assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["baseline"], rel=1e-3)
     assert 1 < figures["duration_s"] < 120
 
-    assert {path.name for path in run.iterdir()} == SERVED | {"drafter-day0", "learner", "learner.log", "learner.yaml"}
+    learned = {"drafter-day0", "learner", "learner.log", "learner.yaml", "versions"}
+    assert {path.name for path in run.iterdir()} == SERVED | learned
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in (run / "drafter").iterdir()} == {"config.json", "model.safetensors"}
     again = load_config(run / "config.yaml")
