@@ -127,6 +127,7 @@ def embedded_server(
         receiver=receiver,
         canary=canary,
         second=policies[-1],
+        watched=True,
         note=requests.completed,
     )
     if fault is not None:

@@ -101,6 +101,8 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
                     f"{event['reason']}; acceptance length {length['old']:.2f} to {length['new']:.2f}, tokens/s "
                     f"{speed['old']:.1f} to {speed['new']:.1f}"
                 )
+            case "watchdog":
+                of(event["version"]).outcome = f"{event['cause']} ({event['detail']}): {event['action']}"
             case "swap_failed":
                 of(event["version"]).outcome = f"not loaded: {event['reason']}"
             case "swap":

@@ -222,6 +222,14 @@ class DrafterPolicy(TensorDictModuleBase):
             self._refused &= ~fresh
             self._forget(fresh.nonzero().flatten())
 
+    def reset(self) -> None:
+        """Drop every row of the drafter's cache, kept ones too, and ask it again for requests that it failed."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        self._unsaved.zero_()
+        self._refused.zero_()
+        self._forget(self._store.occupied)  # the others are forgotten when they get a request
+
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
         """Draft for the slots. Rows of slots that the drafter fails stay empty."""
         try:

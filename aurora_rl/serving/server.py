@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from tensordict import TensorDictBase
@@ -20,6 +21,7 @@ from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
 from aurora_rl.serving.canary import Canary
 from aurora_rl.serving.versions import Versions
+from aurora_rl.serving.watchdog import Watchdog
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, Round
 from aurora_rl.telemetry.stats import Stats
@@ -41,6 +43,7 @@ class InferenceServer:
         receiver: Brings weights; None if nobody learns.
         canary: How new weights are tried before they draft every round; None swaps them in at once.
         second: Policy of another copy of the drafter on the same engine, for trials.
+        watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
 
     Attributes:
@@ -60,11 +63,19 @@ class InferenceServer:
         receiver: WeightReceiver | None = None,
         canary: Canary | None = None,
         second: DrafterPolicy | None = None,
+        watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
     ) -> None:
         self.env, self.stats = env, Stats(policy.version)
         self.versions = Versions(
-            policy, log=log, stats=self.stats, shapes=shapes, receiver=receiver, canary=canary, second=second
+            policy,
+            log=log,
+            stats=self.stats,
+            shapes=shapes,
+            receiver=receiver,
+            canary=canary,
+            second=second,
+            watch=partial(Watchdog, engine=env.engine, depth=policy.shape.depth) if watched else None,
         )
         env.on_completion = self.completed
         self._windows, self._log, self._sink, self._note = windows, log, sink, note
@@ -129,7 +140,7 @@ class InferenceServer:
         occupied, baseline = len(env.engine.store.occupied), not self._windows.speculate
         shapes = self.versions.shapes if occupied else None  # the last request may be cancelled while a prompt is read
         if shapes is not None and not baseline:
-            self._reshape(shapes, shapes.choose(occupied), occupied)
+            self._reshape(shapes, self.versions.rest(shapes.choose(occupied)), occupied)
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.stats.finished)

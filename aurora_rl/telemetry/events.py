@@ -143,6 +143,18 @@ EVENTS: dict[str, Event] = {
             "`canary.false_alarm_rate`.",
         },
     ),
+    "watchdog": Event(
+        "The drafter that serves is not what was published.",
+        {
+            "version": "Version that drafted.",
+            "cause": "corrupted (tensors are not those that were published), stale (they are those of an earlier "
+            "version), mismatched (what is not published is not what it was), cache (it does not follow from the "
+            "texts), or dead (it drafts nothing).",
+            "detail": "What was compared, and how it differs.",
+            "action": "What was done.",
+            "requests": "Completed requests.",
+        },
+    ),
     "drafter_fault": Event(
         "The drafter failed, and a request goes on without it.",
         {

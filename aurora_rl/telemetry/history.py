@@ -124,6 +124,27 @@ class TrialVerdict:
     tokens_per_second: tuple[float, float]
 
 
+@dataclass(frozen=True, slots=True)
+class WatchdogFault:
+    """A fault of the serving drafter.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        version: Version that drafted.
+        cause: Its kind.
+        detail: What was compared, and how it differs.
+        action: What was done.
+    """
+
+    time: float
+    requests: int
+    version: int
+    cause: str
+    detail: str
+    action: str
+
+
 @dataclass(slots=True)
 class LearnerFigures:
     """The learner's side.
@@ -190,6 +211,7 @@ class RunHistory:
         gates: Decisions of the gate.
         on_trial: Version that is on trial; None if none is.
         verdicts: How trials ended.
+        faults: Faults of the serving drafter.
         learner: The learner's side.
         domains: Figures by domain; those of later domains than the first 50 are added up.
         marks: Number of completed requests at which something new begins, and what.
@@ -216,6 +238,7 @@ class RunHistory:
         self.gates: list[GateDecision] = []
         self.on_trial: int | None = None
         self.verdicts: list[TrialVerdict] = []
+        self.faults: list[WatchdogFault] = []
         self.learner = LearnerFigures()
         self.domains: dict[str, DomainFigures] = {}
         self.marks: list[tuple[int, str]] = []
@@ -259,6 +282,9 @@ class RunHistory:
                         )
                     )  # fmt: skip
                     _thin(self.verdicts, self._most)
+                case "watchdog":
+                    self.faults.append(WatchdogFault(*(event[name] for name in WatchdogFault.__slots__)))
+                    _thin(self.faults, self._most)
                 case "learner_ready":
                     self._seen = event["seen"]
                 case "checkpoint":
@@ -335,6 +361,7 @@ class RunHistory:
                 "gates": _columns(gates, GateDecision),
                 "on_trial": self.on_trial,
                 "verdicts": _columns(self.verdicts, TrialVerdict),
+                "faults": _columns(self.faults, WatchdogFault),
                 "learner": asdict(self.learner),
             }
 

@@ -220,6 +220,7 @@ class LiveView:
             ("learner loss · skipped steps", f"{show(history.learner.loss, 3)} · {history.learner.skipped}"),
             ("gate", gate),
             ("trial", _trial(history)),
+            *[("drafter", f"{fault.cause}: {fault.action}") for fault in history.faults[-1:]],
         ]
 
     def table(self) -> Table:

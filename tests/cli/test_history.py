@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_events import gate, swap, verdict
+from run_events import gate, swap, verdict, watchdog
 
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.history import versions
@@ -28,8 +28,9 @@ def test_what_events_say_of_versions() -> None:
         verdict(version=2, promote=False),
         {"event": "swap_failed", "version": 3, "reason": "rolled back before"},
         {"event": "trial", "version": 4, "against": 1, "requests": 90},
+        watchdog(version=5, cause="dead", detail="it gives none", action="rolled back to version 1"),
     ])  # fmt: skip
-    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
     assert (found[0].published, found[0].served) == ("the first drafter", "0")
     assert found[1].published == "gate: +0.071 (+0.010 to +0.130) over 16 requests" and found[1].served == "48"
     assert found[1].outcome == (
@@ -37,6 +38,7 @@ def test_what_events_say_of_versions() -> None:
     )
     assert found[2].outcome.startswith("rolled back after") and found[2].served == ""
     assert found[3].outcome == "not loaded: rolled back before"
+    assert found[5].outcome == "dead (it gives none): rolled back to version 1"
     assert found[4].outcome == "on trial against version 1"
 
 

@@ -203,8 +203,8 @@ class Serving:
         )
         if second is not None:
             options["second"] = DrafterPolicy(second, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth))
-        self._path = folder / "metrics.jsonl"
-        log = MetricsLog(self._path, "serve")
+        log = MetricsLog(folder / "metrics.jsonl", "serve")
+        self._reader, self._events = MetricsReader(log.path), list[dict]()
         self.server = InferenceServer(
             env, self.policy, windows=windows or NO_WINDOWS(), log=log, note=self._completed, **options
         )
@@ -231,7 +231,8 @@ class Serving:
         raise AssertionError(f"it did not happen in {most} rounds")
 
     def events(self, kind: str) -> list[dict]:
-        return [event for event in MetricsReader(self._path) if event["event"] == kind]
+        self._events += self._reader
+        return [event for event in self._events if event["event"] == kind]
 
     def check_texts(self) -> None:
         for completion in self.completions:

@@ -57,3 +57,11 @@ def verdict(**fields: Any) -> dict[str, Any]:
         "evidence": {"acceptance_length": 250.0, "tokens_per_second": 3.0},
     }  # fmt: skip
     return usual | fields
+
+
+def watchdog(**fields: Any) -> dict[str, Any]:
+    usual = {
+        "event": "watchdog", "time": 100.0, "version": 1, "cause": "corrupted",
+        "detail": "tensor 'fc.weight' is all zero", "action": "its weights were loaded again", "requests": 40,
+    }  # fmt: skip
+    return usual | fields

@@ -7,9 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from run_events import gate, request, requests, status, swap, train, verdict
+from run_events import gate, request, requests, status, swap, train, verdict, watchdog
 
-from aurora_rl.telemetry.history import GateDecision, LearnerFigures, Point, RunHistory, Swap, TrialVerdict
+from aurora_rl.telemetry.history import (
+    GateDecision,
+    LearnerFigures,
+    Point,
+    RunHistory,
+    Swap,
+    TrialVerdict,
+    WatchdogFault,
+)
 from aurora_rl.telemetry.rates import Rates
 
 
@@ -32,6 +40,7 @@ def test_a_run_is_what_its_events_say() -> None:
         swap(3),
         {"event": "trial", "time": 1.0, "version": 2, "against": 1, "requests": 3},
         verdict(version=2),
+        watchdog(),
         {"event": "trial", "time": 1.0, "version": 3, "against": 1, "requests": 3},
         {"event": "step_skipped", "time": 1.0, "reason": "loss is nan", "steps": 40, "skipped": 2},
     )
@@ -42,6 +51,8 @@ def test_a_run_is_what_its_events_say() -> None:
     trial = TrialVerdict(100.0, 40, 2, False, "acceptance length fell", 176, (2.0, 2.5), (30.0, 35.0))
     assert (history.verdicts, history.on_trial) == ([trial], 3)
     assert history.as_json()["verdicts"]["acceptance_length"] == [(2.0, 2.5)]
+    found = "tensor 'fc.weight' is all zero"
+    assert history.faults == [WatchdogFault(100.0, 40, 1, "corrupted", found, "its weights were loaded again")]
     assert history.learner == LearnerFigures("running", steps=40, seen=32, waiting=2, loss=1.2345, skipped=2)
     code, sql = history.domains["code"], history.domains["sql"]
     assert (code.first, code.requests, code.tokens, code.acceptance) == (0, 2, 10, 2.5)

@@ -111,6 +111,7 @@ def test_swaps_faults_and_learning_are_counted() -> None:
         event("checkpoint", steps=2, version=2),
         event("trial", version=6),
         event("verdict", version=6, promote=False),
+        event("watchdog", cause="stale"),
         event("trial", version=7),
     ]:
         exporter.follow(each)
@@ -128,6 +129,8 @@ def test_swaps_faults_and_learning_are_counted() -> None:
     assert sample(exporter, "canary_verdicts_total", verdict="rolled_back") == 1
     assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 0
     assert sample(exporter, "canary_version") == 7
+    assert sample(exporter, "watchdog_faults_total", cause="stale") == 1
+    assert sample(exporter, "watchdog_faults_total", cause="dead") == 0
     exporter.follow(event("verdict", version=7, promote=True))
     assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 1
     assert sample(exporter, "canary_version") is None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from run_events import gate, request, requests, status, train, verdict
+from run_events import gate, request, requests, status, train, verdict, watchdog
 
 from aurora_rl.telemetry import view
 from aurora_rl.telemetry.history import RunHistory
@@ -73,6 +73,9 @@ def test_a_trial_and_its_end_are_shown(run: SimpleNamespace) -> None:
     write(run.log, verdict(version=4))
     run.view.follow()
     assert run.view.line().endswith(" | trial version 4 rolled back: acceptance length fell")
+    write(run.log, watchdog())
+    run.view.follow()
+    assert run.view.line().endswith(" | drafter corrupted: its weights were loaded again")
 
 
 def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from chromium import Page, chromium
-from run_events import gate, status, swap, train, verdict
+from run_events import gate, status, swap, train, verdict, watchdog
 
 from aurora_rl.serving.http.live_page import FILES
 from aurora_rl.telemetry.history import RunHistory
@@ -98,7 +98,7 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     assert rig.idle()
     view.log_status()
     log = MetricsLog(rig.log.path, "learner")
-    for event in (train(), gate(), verdict(version=6), swap(before + 1, version=7)):
+    for event in (train(), gate(), verdict(version=6), watchdog(), swap(before + 1, version=7)):
         log.write(**{name: value for name, value in event.items() if name != "time"})
     view.follow()
     page.wait_for(f"document.getElementById('requests').innerText === '{before + 1}'")
@@ -113,6 +113,9 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     ]  # fmt: skip
     assert page.evaluate("[...document.querySelector('#verdicts tbody').rows[0].cells].map((c) => c.innerText)") == [
         "6", "40", "2.00 → 2.50", "30.0 → 35.0", "rolled back: acceptance length fell"
+    ]  # fmt: skip
+    assert page.evaluate("[...document.querySelector('#faults tbody').rows[0].cells].map((c) => c.innerText)") == [
+        "1", "40", "corrupted", "tensor 'fc.weight' is all zero", "its weights were loaded again"
     ]  # fmt: skip
     assert page.text("on-trial") == "No weights are on trial now."
     (version, first, _, took) = page.evaluate(

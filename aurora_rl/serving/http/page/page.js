@@ -89,7 +89,7 @@ function show() {
   setText("skipped", count(learner.skipped));
   setText("restarts", count(learner.restarts));
 
-  const { gates, swaps, verdicts } = run;
+  const { gates, swaps, verdicts, faults } = run;
   rows("gates", gates.time.map((_, i) => [
     count(gates.requests[i]),
     signed(gates.difference[i]),
@@ -105,6 +105,14 @@ function show() {
   ]).slice(-ROWS).reverse());
   const none = verdicts.time.length ? "No weights are on trial now." : "No weights were tried yet.";
   setText("on-trial", run.on_trial === null ? none : `Version ${run.on_trial} is on trial.`);
+  at("faulty").hidden = faults.time.length === 0;
+  rows("faults", faults.time.map((_, i) => [
+    String(faults.version[i]),
+    count(faults.requests[i]),
+    faults.cause[i],
+    faults.detail[i],
+    faults.action[i],
+  ]).slice(-ROWS).reverse());
   rows("swaps", swaps.time.map((time, i) => [
     String(swaps.version[i]),
     count(swaps.requests[i]),
