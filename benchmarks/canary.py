@@ -140,6 +140,10 @@ def main() -> None:
             "seconds": round(time.perf_counter() - began, 1),
         },
     )
+    for null in nulls:
+        rate = null["rate"]
+        if null["false_alarms"] > rate + 3 * math.sqrt(rate * (1 - rate) / options.streams):
+            raise SystemExit(f"{null['stream']}: {null['false_alarms']:.4f} false alarms, and {rate} are allowed")
 
 
 if __name__ == "__main__":

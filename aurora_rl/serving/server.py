@@ -75,7 +75,7 @@ class InferenceServer:
             receiver=receiver,
             canary=canary,
             second=second,
-            watch=partial(Watchdog, engine=env.engine, depth=policy.shape.depth) if watched else None,
+            watch=partial(Watchdog, engine=env.engine) if watched else None,
         )
         env.on_completion = self.completed
         self._windows, self._log, self._sink, self._note = windows, log, sink, note
@@ -264,9 +264,9 @@ class InferenceServer:
             logger.warning("%s: %s", outcome, fault)
 
     def save_drafter(self, folder: str | os.PathLike[str]) -> None:
-        """Save the drafter that serves now, if it has weights."""
-        if self.policy.drafter.formats:
-            save_drafter(self.policy.drafter, folder)
+        """Save the drafter that is served, if it has weights; what is on trial is not."""
+        if (drafter := self.versions.served.drafter).formats:
+            save_drafter(drafter, folder)
 
     def close(self) -> None:
         """Send the trajectories that can still be sent, and close the wire."""

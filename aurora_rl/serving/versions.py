@@ -112,6 +112,11 @@ class Versions:
         return self._seat.shapes
 
     @property
+    def served(self) -> DrafterPolicy:
+        """Policy of the version that is served; another may draft the next round, on trial."""
+        return next(policy for policy in self.policies if policy.version == self._stats.version)
+
+    @property
     def policies(self) -> list[DrafterPolicy]:
         """Every policy that may draft."""
         return [seat.policy for seat in (self._seat, self._other) if seat is not None]

@@ -23,6 +23,8 @@ EVERY = 12
 _PORTIONS = 3
 _PAIRS, _FEWEST = 32, 4  # pairs that are replayed, at most and at least
 _SAMPLE = 1 << 16  # numbers that are compared of a large tensor that never changes
+_ASKED = TreeShape(1)
+_SAME = 1e-2  # difference of log-probabilities that some device may give to the same operations
 # Rounding depends on how many pairs an engine appends at a time. Rows that differ by more, in relation to their size,
 # are of other inputs.
 _ROUNDING = 0.25
@@ -53,7 +55,6 @@ class _Question(NamedTuple):
     version: int
     tokens: Tensor
     features: Tensor
-    tree_tokens: Tensor
     log_probs: Tensor
 
 
@@ -61,17 +62,14 @@ class Watchdog:
     """Checks the drafter of one policy every few rounds.
 
     Args:
-        policy: The policy.
+        policy: The policy. A shallow copy of its drafter is asked, of the same weights and with a cache of its own:
+            ``Drafter.allocate`` keeps caches in attributes of the drafter, not in its modules.
         engine: Engine that it drafts for.
-        depth: Depth of the drafts that are asked for.
 
-    Example:
-        See ``tests/serving/test_watchdog.py``, which breaks a drafter in each way.
     """
 
-    def __init__(self, policy: DrafterPolicy, engine: Engine, depth: int) -> None:
+    def __init__(self, policy: DrafterPolicy, engine: Engine) -> None:
         self._policy, self._engine, self._store = policy, engine, engine.store
-        self._shape = TreeShape(int(max(min(depth, policy.drafter.max_depth), 1)))
         self._frozen: dict[str, Tensor] = {}  # of the version of the question
         self._question: _Question | None = None
         self._turn = 0
@@ -143,7 +141,7 @@ class Watchdog:
     def _probe(self, tokens: Tensor, features: Tensor) -> Drafter:
         """Return the drafter with a cache of its own, of one slot that holds these pairs."""
         probe = copy.copy(self._policy.drafter)  # of the same weights
-        probe.allocate(1, len(tokens) + self._shape.depth + 1)
+        probe.allocate(1, len(tokens) + _ASKED.depth + 1)
         probe.extend(torch.tensor([0]), tokens[None], features[None], torch.tensor([len(features)]))
         return probe
 
@@ -154,24 +152,24 @@ class Watchdog:
             if (fault := self._tensors(weights, earlier, list(weights))) is not None:
                 return fault
             if (pairs := self._pairs(_PAIRS)) is not None:
-                self._question = _Question(self._policy.version, *pairs, *self._ask(*pairs))
+                self._question = _Question(self._policy.version, *pairs, self._ask(*pairs))
                 self._frozen = {name: _sample(tensor).clone() for name, tensor in self._fixed()}
             return None
-        version, tokens, features, *before = self._question
+        version, tokens, features, before = self._question
         now = self._ask(tokens, features)
-        if not now[0].numel():
-            return Fault("dead", "asked for a draft, it gives none")
-        if all(torch.equal(first, second) for first, second in zip(before, now, strict=True)):
+        if now.shape == before.shape and torch.allclose(now, before, rtol=0, atol=_SAME):
             return None
+        if not now.numel():
+            return Fault("dead", "asked for a draft, it gives none")
         return self._tensors(weights, earlier, list(weights)) or Fault(
             "mismatched",
             f"the same text and features give other drafts than when version {version} was new, and its tensors are "
             "those that were published",
         )
 
-    def _ask(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        proposal = self._probe(tokens, features).propose(torch.tensor([0]), self._shape)
-        return proposal.tokens, proposal.log_probs
+    def _ask(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """Return the log-probability of the likeliest token after these pairs, ``[1, 1]``; ``[1, 0]`` without any."""
+        return self._probe(tokens, features).propose(torch.tensor([0]), _ASKED).log_probs.float()
 
     @torch.inference_mode()
     def _cache(self) -> Fault | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle_server import DEPTH, Inbox, Oracle, Serving, Wrong, eagle, requests
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
@@ -137,6 +138,15 @@ def test_baseline_windows_are_no_part_of_a_trial(tmp_path: Path) -> None:
     serving.run_until(lambda: bool(inbox.rejected), known)
     (verdict,) = serving.events("verdict")
     assert verdict["acceptance_length"]["old"] > DEPTH and verdict["acceptance_length"]["new"] == 1
+
+
+def test_what_is_on_trial_is_not_saved(tmp_path: Path) -> None:
+    known, inbox = requests(5), Inbox((1, eagle(1).published()))
+    serving = Serving(tmp_path, [], eagle(0), second=eagle(0), receiver=inbox, canary=RULES)
+    serving.run_until(lambda: serving.server.policy.version == 1, known)
+    serving.server.save_drafter(tmp_path / "drafter")
+    saved, served = load_file(tmp_path / "drafter" / "model.safetensors"), eagle(0).published()
+    assert torch.equal(saved["lm_head.weight"], served["lm_head.weight"])
 
 
 def test_a_canary_without_a_second_policy_is_refused(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_a_healthy_drafter_gives_no_alarm_in_ten_thousand_rounds_through_a_domai
     )
     store = engine.store
     policy = DrafterPolicy(drafter, store, num_nodes=DEPTH, shape=TreeShape(DEPTH))
-    watchdog = Watchdog(policy, engine, DEPTH)
+    watchdog = Watchdog(policy, engine)
     kept = {0: {name: tensor.clone() for name, tensor in drafter.published().items()}}
     slots, checked, size = torch.arange(2), 0, store.features.shape[2]
     for turn in range(10_000 // EVERY):  # the tokens of as many rounds at once, since nothing is looked at meanwhile
