@@ -59,7 +59,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     console = plain_console()
     console.print(table)
     if kept:
-        path = kept[max(kept)]
+        path = kept[max((number for number in kept if found[number].served), default=max(kept))]
         command = shlex.join(["aurora-rl", "serve", "--config", str(folder / "config.yaml"), f"drafter.path={path}"])
         console.print(f"a kept version is served again by drafter.path, such as\n{command}", soft_wrap=True)
     return 0
