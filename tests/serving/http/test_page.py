@@ -231,4 +231,4 @@ def test_the_page_fits_a_phone_and_a_dark_room(rig: Any, page: Page, view: LiveV
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert (light, back()) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
     headings = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((h) => h.tagName).join(' ')")
-    assert headings == "H1 H2 H2 H3 H3 H2 H2 H2"
+    assert headings == "H1 H2 H2 H3 H3 H2 H2 H2 H2 H2"
