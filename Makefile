@@ -74,6 +74,7 @@ stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times wi
 		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
 		$(BIN)/python -m pytest -q -m faults || exit 1; \
 	done
+	$(BIN)/python benchmarks/canary.py --name canary_stress
 	$(BIN)/python benchmarks/soak.py --minutes 5 --name soak_stress
 
 $(VENV)/.docs: $(STAMP)

@@ -63,6 +63,10 @@ class LocalTarget:
         """Keep weights to be taken."""
         self.newest, self.next_version = (version, dict(tensors)), version + 1
 
+    def rejection(self, version: int) -> str | None:
+        """Return None: what is published is taken."""
+        return None
+
     def close(self) -> None:
         """Forget what was published."""
         self.newest = None

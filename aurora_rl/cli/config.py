@@ -177,6 +177,9 @@ class LearnerConfig:
     """New requests between two candidates."""
     max_skipped: int = 20
     """Steps in a row whose loss or gradient is not finite before the learner stops."""
+    keep: int = 5
+    """Published drafters that are kept in ``versions`` of the run's folder, the newest; those that were rolled back are
+    removed."""
     resume: str | None = None
     """A training checkpoint to continue."""
     record: str | None = None
@@ -191,6 +194,25 @@ class GateConfig:
     """Arrivals held back for each decision."""
     margin: float = 0.02
     """Loss of acceptance length that is tolerated: publish if the mean paired difference is above minus this."""
+
+
+@dataclass
+class CanaryConfig:
+    """How weights that passed the gate are tried before they draft every round; with the embedded engine."""
+
+    share: float = 0.5
+    """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
+    `aurora-rl flywheel`."""
+    window: int = 8
+    """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
+    false_alarm_rate: float = 0.01
+    """Chance that weights as good as the old ones are rolled back, at most."""
+    margin: float = 0.05
+    """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
+    ruled out."""
+    most_rounds: int | None = 512
+    """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
+    proven or ruled out."""
 
 
 @dataclass
@@ -239,6 +261,7 @@ class Config:
     """Name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""

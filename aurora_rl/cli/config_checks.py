@@ -27,6 +27,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(
         ("traffic.limit", "max_new_tokens"), ("be at least 1 or null", lambda value: value is None or value >= 1)
     ),
+    "canary.share": ("lie in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    "canary.window": ("be at least 2, as the first round of a window is not measured", lambda value: value >= 2),
+    **dict.fromkeys(("canary.false_alarm_rate", "canary.margin"), ("lie between 0 and 1", lambda value: 0 < value < 1)),
     "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),
     "engine.capture_rate": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
     "http.host": ("not be empty", bool),
@@ -41,7 +44,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
         ("learner.muon_lr", "learner.adam_lr", "learner.replay"),
         ("not be negative", lambda value: 0 <= value < math.inf),
     ),
-    **dict.fromkeys(("engine.prefix_cache_tokens", "drafter.history"), ("not be negative", lambda value: value >= 0)),
+    **dict.fromkeys(
+        ("engine.prefix_cache_tokens", "drafter.history", "learner.keep"), ("not be negative", lambda value: value >= 0)
+    ),
     "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
     "drafter.trained_for": ("be target or any", ("target", "any").__contains__),
     "dtype": (
@@ -79,6 +84,12 @@ def check(config: Config) -> None:
     layers = drafter.feature_layers or []
     if sorted(set(layers)) != list(layers):
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
+    most, window = config.canary.most_rounds, config.canary.window
+    if most is not None and most < window:
+        raise ConfigError(
+            f"canary.most_rounds={most} is less than a window of canary.window={window} rounds; set it to {window} or "
+            "more, or to null"
+        )
     _check_engine(config)
     for key, address in (("wire.trajectories", config.wire.trajectories), ("wire.weights", config.wire.weights)):
         if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:

@@ -28,6 +28,7 @@ from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
+from aurora_rl.serving.canary import Canary
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer
@@ -69,14 +70,18 @@ def embedded_server(
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
     )
-    served = drafter.serving_copy(spec.dtype, spec.device)
-    policy = DrafterPolicy(
-        served,
-        engine.store,
-        num_nodes=tree.max_nodes,
-        shape=tree,
-        generator=torch.Generator(spec.device).manual_seed(config.seed),
-    )
+
+    def new_policy() -> DrafterPolicy:
+        return DrafterPolicy(
+            drafter.serving_copy(spec.dtype, spec.device),
+            engine.store,
+            num_nodes=tree.max_nodes,
+            shape=tree,
+            generator=torch.Generator(spec.device).manual_seed(config.seed),
+        )
+
+    policy, canary = new_policy(), _canary(config)
+    policies = [policy] if canary is None else [policy, new_policy()]
     shapes, fault = None, None
     if config.drafter.adaptive:
         candidates = TreeController.candidates(tree)
@@ -92,9 +97,10 @@ def embedded_server(
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
         engine.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
-        policy.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
+        for each in policies:
+            each.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
     if tree.lookup and config.drafter.history:  # nor are they to find answers
-        policy.earlier = EarlierAnswers(config.drafter.history)
+        policies[-1].earlier = policy.earlier = EarlierAnswers(config.drafter.history)
     env = SpecDecodeEnv(
         engine,
         requests,
@@ -112,11 +118,36 @@ def embedded_server(
         receiver = WeightReceiver(config.wire.weights, handshake=greeting)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
-        env, policy, windows=windows, log=log, shapes=shapes, sink=sink, receiver=receiver, note=requests.completed
+        env,
+        policy,
+        windows=windows,
+        log=log,
+        shapes=shapes,
+        sink=sink,
+        receiver=receiver,
+        canary=canary,
+        second=policies[-1],
+        watched=True,
+        note=requests.completed,
     )
     if fault is not None:
         server.note_fault(str(fault), None, "every request is served without the drafter")
     return server
+
+
+def _canary(config: Config) -> Canary | None:
+    """Return how new weights are tried; None swaps them in at once."""
+    settings = config.canary
+    if not settings.share:
+        return None
+    return Canary(
+        settings.share,
+        settings.window,
+        settings.false_alarm_rate,
+        settings.margin,
+        settings.most_rounds,
+        config.seed,
+    )
 
 
 def sglang_server(

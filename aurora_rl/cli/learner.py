@@ -116,5 +116,6 @@ def assembled(
         publish_every=settings.publish_every,
         max_skipped=settings.max_skipped,
         checkpoint=checkpoint,
+        keep=settings.keep,
         outputs=outputs,
     )

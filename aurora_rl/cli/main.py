@@ -44,6 +44,7 @@ COMMANDS = {
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
     "bench": Command("how fast drafters learn, on a scenario or by several objectives", "bench", learns=True),
     "report": Command("write the report of a run, or of a bench, again from what is in its folder", "report"),
+    "history": Command("the versions of a run, why each was published, promoted or rolled back", "history"),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
     "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "sglang"),
 }

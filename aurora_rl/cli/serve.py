@@ -42,6 +42,8 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands' arguments."""
     add_resume_argument(parser)
     add_config_arguments(parser)
+    if parser.prog.endswith(" flywheel"):  # its traffic is nobody's, and it shows how fast weights are learned
+        parser.set_defaults(usual=["canary.share=0"])
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:

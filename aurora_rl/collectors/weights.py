@@ -168,6 +168,12 @@ class WeightPublisher:
             self._changed.wait_for(lambda: acknowledged() or rejected(), timeout)
             return acknowledged()
 
+    def rejection(self, version: int) -> str | None:
+        """Return why an engine did not load a version, or rolled it back; None if none did."""
+        with self._changed:
+            rejected = [status.rejected for status in self._engines.values() if status.rejected is not None]
+        return next((reason for rejected_version, reason in rejected if rejected_version == version), None)
+
     def close(self, timeout: float = 1.0) -> None:
         """End; messages on their way get at most ``timeout`` seconds. Idempotent."""
         self._thread.close(timeout)

@@ -71,6 +71,7 @@ class TransformersEngine(Engine):
 
     Attributes:
         exactness: Form in which the model is run, and the distance of its logits from the model's own.
+        feature_layers: Layers whose inputs are the features.
 
     Raises:
         ValueError: A layer id, ``num_slots`` or ``max_length`` is out of range.
@@ -89,7 +90,7 @@ class TransformersEngine(Engine):
     """
 
     _least_tolerance: ClassVar[float] = 0.0
-    _feature_layers: tuple[int, ...] = ()
+    feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
     _packs: bool = False  # whether the layers take a pass without its padding
 
@@ -104,7 +105,7 @@ class TransformersEngine(Engine):
             raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
         with quiet_transformers():  # which warns of each form of attention that it does not know of a family
             self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe)
-        self._feature_layers = tuple(feature_layers)
+        self.feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
             self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
         self._allocate(num_slots, max_length, self._feature_size())
@@ -156,7 +157,7 @@ class TransformersEngine(Engine):
             _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, zero[None] == 0)
         except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no features at layers {self._feature_layers} that a drafter could "
+                f"{type(self.model).__name__} has no features at layers {self.feature_layers} that a drafter could "
                 f"read ({reason_of(error)}); take a drafter that reads none: drafter.name=ngram or standalone"
             ) from error
         return features.shape[-1]
@@ -333,7 +334,7 @@ class TransformersEngine(Engine):
         ).last_hidden_state
         self._captured[len(self._layers)] = hidden
         # Empty columns first: a drafter may read no features at all.
-        features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
+        features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self.feature_layers)], dim=-1)
         return self._cache.unpack(hidden), self._cache.unpack(features)
 
     def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:

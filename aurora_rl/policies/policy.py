@@ -189,12 +189,7 @@ class DrafterPolicy(TensorDictModuleBase):
             is asked for. "mode" ``[B]`` int64 is an index into ``aurora_rl.trajectories.DRAFT_MODES``.
         """
         store, device = self._store, self._store.tokens.device
-        fresh = is_init.flatten().cpu()
-        if self.prefix_cache is not None:
-            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (store.lengths == 0)))
-        if bool(fresh.any()):
-            self._refused &= ~fresh
-            self._forget(fresh.nonzero().flatten())
+        self.renew(is_init.flatten().cpu())
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -221,6 +216,22 @@ class DrafterPolicy(TensorDictModuleBase):
             if self.shape.lookup or (self.least and self.shape.mode == "topk"):
                 self._finish(draft)
         return TensorDict(draft, batch_size=shape[:1])
+
+    def renew(self, fresh: Tensor) -> None:
+        """Note which slots (``[B]`` bool, on the CPU) have another request than when the policy drafted last."""
+        if self.prefix_cache is not None:
+            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (self._store.lengths == 0)))
+        if bool(fresh.any()):
+            self._refused &= ~fresh
+            self._forget(fresh.nonzero().flatten())
+
+    def reset(self) -> None:
+        """Drop every row of the drafter's cache, kept ones too, and ask it again for requests that it failed."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        self._unsaved.zero_()
+        self._refused.zero_()
+        self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
         """Draft for the slots. Rows of slots that the drafter fails stay empty."""

@@ -119,6 +119,42 @@ EVENTS: dict[str, Event] = {
     "swap_failed": Event(
         "The drafter could not load new weights, and the old ones go on.", {"version": "Version refused.", **_REASON}
     ),
+    "trial": Event(
+        "New weights draft a share of the rounds from now on, in turns with those that are served.",
+        {
+            "version": "Version of the new weights.",
+            "against": "Version that is served.",
+            "requests": "Completed requests.",
+        },
+    ),
+    "verdict": Event(
+        "The trial of new weights has ended. `swap` follows if they were promoted.",
+        {
+            "version": "Version of the new weights.",
+            "against": "Version that was served meanwhile.",
+            "requests": "Completed requests.",
+            "promote": "True if the new weights draft from now on, false if they were rolled back.",
+            "reason": "What decided, in words.",
+            "rounds": "Rounds of the trial.",
+            "pairs": "Pairs of windows that were compared.",
+            "acceptance_length": "Tokens per round and slot in these windows, of the old and of the new weights.",
+            "tokens_per_second": "Throughput in them, of the old and of the new weights.",
+            "evidence": "Evidence of a loss of either figure: 1 is none; weights are rolled back at 2 over "
+            "`canary.false_alarm_rate`.",
+        },
+    ),
+    "watchdog": Event(
+        "The drafter that serves is not what was published.",
+        {
+            "version": "Version that drafted.",
+            "cause": "corrupted (tensors are not those that were published), stale (they are those of an earlier "
+            "version), mismatched (what is not published is not what it was), cache (it does not follow from the "
+            "texts), or dead (it drafts nothing).",
+            "detail": "What was compared, and how it differs.",
+            "action": "What was done.",
+            "requests": "Completed requests.",
+        },
+    ),
     "drafter_fault": Event(
         "The drafter failed, and a request goes on without it.",
         {
@@ -185,6 +221,10 @@ EVENTS: dict[str, Event] = {
             "seconds": "Time of the decision.",
             **_SEEN,
         },
+    ),
+    "rejected": Event(
+        "An engine did not load the newest weights, or rolled them back; the gate compares with those before again.",
+        {"version": "Version of these weights.", **_REASON, **_SEEN},
     ),
     "served": Event(
         "Once per version: whether the engine drafts with the weights that it reports.",

@@ -219,6 +219,8 @@ class LiveView:
             ("learner", server.refused or self._learner()),
             ("learner loss · skipped steps", f"{show(history.learner.loss, 3)} · {history.learner.skipped}"),
             ("gate", gate),
+            ("trial", _trial(history)),
+            *[("drafter", f"{fault.cause}: {fault.action}") for fault in history.faults[-1:]],
         ]
 
     def table(self) -> Table:
@@ -240,6 +242,16 @@ class LiveView:
     def line(self) -> str:
         """Format the view for output that is not a terminal."""
         return " | ".join(f"{name} {value}" for name, value in self._rows())
+
+
+def _trial(history: RunHistory) -> str:
+    """Return which weights are on trial, or how the last trial ended."""
+    if history.on_trial is not None:
+        return f"version {history.on_trial}"
+    if not history.verdicts:
+        return "–"
+    last = history.verdicts[-1]
+    return f"version {last.version} {'promoted' if last.promote else 'rolled back'}: {last.reason}"
 
 
 def show_time(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.policies.tree_shape import TreeShape
+from aurora_rl.statistics import mean_interval
 from aurora_rl.trajectories import check_features
 from aurora_rl.trees import depths, walk
 
@@ -190,10 +192,9 @@ class Gate:
         old = replay(self._drafter, self._held, self._shape)
         if new is None:
             new = Replay(old.tokens, old.tokens)
-        paired = new.acceptance - old.acceptance
-        mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
-        publish, interval = reason is None and mean > -self._margin, (mean - half, mean + half)
-        lengths = new.acceptance_length, old.acceptance_length
-        decision = Decision(publish, mean, interval, *lengths, len(paired), reason)
+        paired = (new.acceptance - old.acceptance).tolist()
+        mean, lengths = fmean(paired), (new.acceptance_length, old.acceptance_length)
+        publish = reason is None and mean > -self._margin
+        decision = Decision(publish, mean, mean_interval(paired), *lengths, len(paired), reason)
         released, self._held, self.candidate = self._held, [], None
         return decision, released

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,9 @@ class WeightTarget(Protocol):
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
         """Hand weights on."""
 
+    def rejection(self, version: int) -> str | None:
+        """Return why an engine did not load a version, or rolled it back; None if none did."""
+
     def close(self) -> None:
         """Hand nothing on any more."""
 
@@ -84,7 +88,8 @@ class Learner:
         replay: Replayed batches for each batch of new trajectories.
         publish_every: New trajectories between two candidates.
         max_skipped: Steps in a row that may come out without a finite loss and gradient.
-        checkpoint: Folder of the training state.
+        checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
+        keep: Published drafters that are kept.
         outputs: Writes the training state.
 
     Attributes:
@@ -111,6 +116,7 @@ class Learner:
         publish_every: int,
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
+        keep: int = 5,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
@@ -118,13 +124,14 @@ class Learner:
         self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
-        self.outputs = outputs
+        self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = self._offered_steps = 0
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
         self._serving = self._frozen()
+        self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
 
@@ -155,6 +162,7 @@ class Learner:
         self._note_refusal()
         if time.monotonic() >= self._next_note:
             self._note_drops()
+        self._note_rejection()
         if self._gate.ready:
             self._decide()
         learned = self.steps > self._offered_steps  # a swap of what nobody changed would cost every cache
@@ -184,6 +192,16 @@ class Learner:
             self._new = new[-len(self._buffer) :]
             self._unlearned += len(new) - len(self._new)
             self._since_candidate += len(trajectories)
+
+    def _note_rejection(self) -> None:
+        """Take the weights before the newest for those that are served, if an engine rejects the newest."""
+        if self._replaced is None or (reason := self._publisher.rejection(self.version)) is None:
+            return
+        self._serving, self._replaced = self._replaced, None
+        self._audit.withdrawn(self._serving)
+        shutil.rmtree(self._versions / str(self.version), ignore_errors=True)
+        self._log.write("rejected", version=self.version, reason=reason, seen=self.seen, steps=self.steps)
+        self.outputs.write(_STATE, self.save)
 
     def _note_refusal(self) -> None:
         refusal = self._collector.handshake_error or self._publisher.error
@@ -258,10 +276,23 @@ class Learner:
     def _publish(self, weights: dict[str, Tensor]) -> None:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
-        self._serving = weights
+        self._replaced, self._serving = self._serving, weights
         self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
         self.outputs.write(_STATE, self.save)
+        self.outputs.write("the version", self._save_version)
+
+    def _save_version(self) -> None:
+        """Keep the drafter that was published last, and the newest before it."""
+        if self._keep:
+            self._save_drafter(self._versions / str(self.version))
+            folders = sorted(self._versions.glob("[0-9]*"), key=lambda folder: int(folder.name))
+            for folder in folders[: -self._keep]:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.outputs.failures.pop("the version", None)
+
+    def _save_drafter(self, folder: Path) -> None:
+        save_drafter(with_weights(self._drafter, self._serving, self._dtype), folder)
 
     def save(self) -> None:
         """Write the training state, and the drafter that was published last.
@@ -271,7 +302,7 @@ class Learner:
         """
         progress = {"seen": self.seen, "steps": self.steps, "version": self.version, "draft_vocab": self._draft_vocab()}
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
+        self._save_drafter(self._checkpoint / "drafter")
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
 

@@ -44,8 +44,9 @@ def test_the_keys_are_frozen() -> None:
         "objectives",
         *("learner.spawn", "learner.threads", "learner.nice", "learner.batch_size", "learner.replay", "learner.buffer"),
         *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
-        *("learner.resume", "learner.record"),
+        *("learner.keep", "learner.resume", "learner.record"),
         *("gate.requests", "gate.margin"),
+        *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),
         "telemetry.logger",
         "run_dir",
     ]

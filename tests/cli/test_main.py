@@ -16,9 +16,13 @@ from aurora_rl.cli.config import load_config
 def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text("engine: {slots: 3}\n")
     pairs = ["seed=5", "drafter.feature_layers=[1,2]"]
-    assert cli.main(["flywheel", "--config", str(tmp_path / "mine.yaml"), "--print-config", *pairs]) == 0
+    assert cli.main(["serve", "--config", str(tmp_path / "mine.yaml"), "--print-config", *pairs]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "printed.yaml") == load_config(tmp_path / "mine.yaml", pairs)
+    for words, share in (([], 0.0), (["canary.share=0.25"], 0.25)):  # a flywheel swaps at once, unless it is told
+        assert cli.main(["flywheel", "--print-config", *words]) == 0
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        assert load_config(tmp_path / "printed.yaml").canary.share == share
 
 
 @pytest.mark.parametrize("command", ["flywheel", "serve"])
@@ -69,7 +73,7 @@ def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]
             cli.main([name, *parts.get(name, []), "--help"])
         assert error.value.code == 0
         text = capsys.readouterr().out
-        assert ("key=value" in text) == (name != "report")  # which has no configuration
+        assert ("key=value" in text) == (name not in ("report", "history"))  # which have no configuration
         assert name in parts or command.help.split()[0] in text
 
 

@@ -83,12 +83,13 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
         assert figures["speedup"] == pytest.approx(rates["speculative"] / rates["baseline"], rel=1e-3)
     assert 1 < figures["duration_s"] < 120
 
-    assert {path.name for path in run.iterdir()} == SERVED | {"drafter-day0", "learner", "learner.log", "learner.yaml"}
+    learned = {"drafter-day0", "learner", "learner.log", "learner.yaml", "versions"}
+    assert {path.name for path in run.iterdir()} == SERVED | learned
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in (run / "drafter").iterdir()} == {"config.json", "model.safetensors"}
     again = load_config(run / "config.yaml")
     # The saved configuration starts another run, in a folder of its own.
-    assert again == replace(load_config(overrides=[*arguments, *pairs]), run_dir=None)
+    assert again == replace(load_config(overrides=[*arguments, *pairs, "canary.share=0"]), run_dir=None)
     assert not any("run_dir" in (run / name).read_text() for name in ("config.yaml", "learner.yaml"))
 
     (ready,) = events(run, "learner_ready")

@@ -110,6 +110,19 @@ def test_publish_load_acknowledge() -> None:
     publisher.close()
 
 
+def test_the_learner_hears_why_a_version_was_rolled_back() -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    receiver = engine(publisher.address)
+    publisher.publish(3, weights(1.0))
+    version, _ = take(receiver)
+    assert publisher.rejection(3) is None
+    receiver.reject(version, "rolled back")
+    until(lambda: publisher.rejection(3))
+    assert publisher.rejection(3) == "rolled back" and publisher.rejection(2) is None
+    receiver.close()
+    publisher.close()
+
+
 def test_engine_first_then_learner_then_a_restarted_learner() -> None:
     address = free_address()
     receiver = engine(address)

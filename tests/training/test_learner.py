@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from learner_loops import HANDSHAKE, SHAPE, TARGET, Make, day0, drain, send, step_until, wait
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -167,6 +169,60 @@ def test_versions_rise_above_what_engines_serve(make: Make, served: list[TensorD
     step_until(loop, lambda: loop.events("gate"))
     assert loop.learner.version == 8
     wait(lambda: (latest := loop.receiver.latest()) is not None and latest[0] == 8)
+
+
+def publish_one(loop: SimpleNamespace, trajectories: list[TensorDict]) -> None:
+    """Send two requests to learn from and two for the gate, and step until the candidate is published."""
+    before = len(loop.events("gate"))
+    send(loop, trajectories[:2])
+    step_until(loop, lambda: len(loop.events("candidate")) > before)
+    send(loop, trajectories[2:4])
+    step_until(loop, lambda: len(loop.events("gate")) > before)
+
+
+def test_after_a_rollback_the_next_candidate_is_gated_against_what_is_served(
+    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared_with: list[dict[str, Tensor]] = []
+    decide = Gate.decide
+
+    def noted(self: Gate, serving: dict[str, Tensor]) -> Any:
+        compared_with.append(serving)
+        return decide(self, serving)
+
+    monkeypatch.setattr(Gate, "decide", noted)
+    loop = make(gate=2, publish_every=2)
+    kept = loop.checkpoint.parent / "versions"
+    publish_one(loop, served[:4])
+    wait(loop.receiver.latest)
+    assert (kept / "1" / "config.json").is_file()
+    loop.receiver.reject(1, "rolled back after 80 rounds")
+    step_until(loop, lambda: loop.events("rejected"))
+    (event,) = loop.events("rejected")
+    assert (event["version"], event["reason"]) == (1, "rolled back after 80 rounds")
+    assert not (kept / "1").exists()
+    saved = load_file(loop.checkpoint / "drafter" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in compared_with[0].items())
+
+    publish_one(loop, served[4:8])
+    first, second = compared_with
+    assert all(torch.equal(first[name], second[name]) for name in first)  # those of day 0 both times
+    assert loop.learner.version == 2 and (kept / "2").is_dir()
+    loop.receiver.acknowledge(2, checksum(dict(loop.learner._serving)), 1.0)
+    wait(lambda: loop.publisher.wait_ack(2, 0))
+    publish_one(loop, served[8:12])
+    assert any(not torch.equal(second[name], compared_with[2][name]) for name in second)
+    assert len(loop.events("rejected")) == 1
+
+
+def test_the_newest_published_drafters_are_kept(make: Make) -> None:
+    loop = make(keep=2)
+    for _ in range(3):
+        loop.learner._publish(loop.learner._frozen())
+    kept = loop.checkpoint.parent / "versions"
+    assert sorted(path.name for path in kept.iterdir()) == ["2", "3"]
+    tensors, published = load_file(kept / "3" / "model.safetensors"), loop.learner._serving
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in published.items())
 
 
 def test_another_engine_is_refused_told_and_not_learned_from(make: Make, served: list[TensorDict]) -> None:
