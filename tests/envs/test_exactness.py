@@ -13,9 +13,10 @@ from served_models import FAMILIES, HEADS, SIZES, engine_of, generated, model_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from aurora_kernels import TreeMask
 from aurora_rl.envs import exactness, transformers_engine
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.models import inference_modules
+from aurora_rl.models import attention, inference_modules
 from aurora_rl.models import kv_cache as slot_cache
 from aurora_rl.models.target_head import decoder_layers
 
@@ -39,13 +40,13 @@ def test_greedy_text_is_that_of_generate(family: str) -> None:
 
 def _patched_grouped(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
     """Our attention, told other arguments."""
-    right = inference_modules.grouped_attention
+    right = attention.grouped_attention
 
     def wrong(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any):
         change(kwargs)
         return right(module, query, key, value, mask, *args, **kwargs)
 
-    monkeypatch.setitem(hf.AttentionInterface._global_mapping, inference_modules.GROUPED_ATTENTION, wrong)
+    monkeypatch.setitem(hf.AttentionInterface._global_mapping, attention.GROUPED_ATTENTION, wrong)
 
 
 @pytest.mark.parametrize(
@@ -339,14 +340,14 @@ def test_a_model_that_depends_on_more_than_its_text_is_refused(
 
 def test_a_text_is_compared_beyond_its_first_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that hides what is more than 30 columns back."""
-    right = transformers_engine.cache_mask
 
-    def wrong(seen: Tensor, past: Tensor, end: int) -> Tensor:
-        mask = right(seen, past, end).clone()
-        mask[..., : max(end - 30, 0)] = False
-        return mask
+    class Short(TreeMask):
+        def dense(self, length: int, columns: int) -> Tensor:
+            mask = super().dense(length, columns).clone()
+            mask[..., : max(columns - 30, 0)] = False
+            return mask
 
-    monkeypatch.setattr(transformers_engine, "cache_mask", wrong)
+    monkeypatch.setattr(transformers_engine, "TreeMask", Short)
     with pytest.raises(UnsupportedModelError, match="not served exactly"):
         engine_of(model_of(FAMILIES["llama"][1]()))
 

@@ -145,7 +145,7 @@ def test_prompts_read_in_chunks_are_read_the_same(family: str, monkeypatch: pyte
     results = []
     for scores, rows in ((2**24, 512), (2**24, 16), (2**24, 23), (2**24, 59), (1, 512), (4 * 61 * 31, 512)):
         monkeypatch.setattr(transformers_engine, "_PREFILL_SCORES", scores)
-        monkeypatch.setattr(transformers_engine, "_PREFILL_ROWS", rows)
+        monkeypatch.setattr(engine, "_prefill_rows", rows)
         engine.prefill([0], [prompt])
         results.append((engine.store.features[0, :60].clone(), engine.verify(slots, none, none, none.bool())))
         engine.release(0)
