@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from aurora_kernels import TreeMask
 from aurora_rl.envs import exactness, transformers_engine
+from aurora_rl.envs.attention_span import First
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models import attention, inference_modules
 from aurora_rl.models import kv_cache as slot_cache
@@ -126,14 +128,22 @@ def test_a_norm_that_drops_eps_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         engine_of(model_of(hf.LlamaConfig(**HEADS, rms_norm_eps=1e-2)))
 
 
-def _longer_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def _with_windows(monkeypatch: pytest.MonkeyPatch, change: Callable[[First, Tensor], Tensor]) -> None:
     kinds = transformers_engine.mask_kinds
 
     def wrong(config: PretrainedConfig, name: str, max_length: int):
         right = kinds(config, name, max_length)
-        return {kind: lambda query, key, sees=sees: sees(query, key + 1) for kind, sees in right.items()}
+        return {kind: None if first is None else partial(change, first) for kind, first in right.items()}
 
     monkeypatch.setattr(transformers_engine, "mask_kinds", wrong)
+
+
+def _longer_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_windows(monkeypatch, lambda first, position: (first(position) - 1).clamp(min=0))
+
+
+def _windows_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_windows(monkeypatch, lambda first, position: first(position[:, :1] + torch.arange(position.shape[1])))
 
 
 def _positions_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +173,8 @@ def _wrong_column(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gemma 3", _longer_window),
         ("llama 4", _longer_window),
         ("bloom", _positions_by_column),
-        ("llama 4", _positions_by_column),
+        ("mistral", _windows_by_column),
+        ("llama 4", _windows_by_column),
         ("llama", _positions_shifted),
         ("gpt-2", _wrong_column),
         ("llama", _wrong_column),

@@ -191,10 +191,10 @@ def test_half_precision(attend: Any) -> None:
     assert_same(out, reference(*half, mask), tolerance=2e-3)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize("splits", [1, 2, 3])
 def test_ranges_of_columns_add_up(splits: int) -> None:
-    query, key, value, mask = problem([700, 3, 126], 5)
-    first = torch.tensor([600, 0, 120])[:, None].repeat(1, 6)
+    query, key, value, mask = problem([260, 3, 126], 5)
+    first = torch.tensor([200, 0, 120])[:, None].repeat(1, 6)
     for each in (mask, TreeMask(mask.prefix), TreeMask(mask.prefix, mask.seen, first)):
         sinks = torch.randn(4)
         out = kernel(query, key, value, each, splits=splits, sinks=sinks)
