@@ -335,14 +335,14 @@ class TransformersEngine(Engine):
                 own = depth[:, :, None] >= depth[:, None] if seen is None else seen
                 start = first(position)
                 mask = TreeMask(past[:, 0], own & (position[:, None] >= start[:, :, None]), start)
-            masks[kind] = self._formed(mask, depth.shape[1], end)
+            masks[kind] = self._formed(mask, depth, end)
         return masks[None] if None in masks else masks
 
-    def _formed(self, mask: TreeMask, length: int, end: int) -> Tensor:
-        """Return the mask of ``length`` tokens as attention of the engine's form reads it."""
+    def _formed(self, mask: TreeMask, tokens: Tensor, end: int) -> Tensor:
+        """Return the mask of ``tokens`` ``[b, T]`` as attention of the engine's form reads it."""
         if self._form in ("fused", "grouped"):
-            return PassMask.of(mask, length)
-        dense = mask.dense(length, end)[:, None]
+            return PassMask.of(mask, tokens)
+        dense = mask.dense(tokens.shape[1], end)[:, None]
         if self._form == "sdpa":
             return dense
         zero = torch.zeros((), dtype=self.model.dtype, device=dense.device)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_kernels import TreeMask
-from aurora_rl.models.attention import GROUPED_ATTENTION, PassMask
+from aurora_rl.models.attention import GROUPED_ATTENTION, PassMask, TextAndTrees
 from aurora_rl.models.kv_cache import SlotCache, uniform_shapes
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
@@ -52,8 +52,7 @@ class Branches(NamedTuple):
         nodes: Wanted contexts off the text and those above them, ``[m]`` int64.
         place: Place of each of these among those of its request, ``[R + M]`` int64.
         offset: Start of each request in ``nodes``, ``[n + 1]`` int64.
-        ancestors: Places of the nodes on each path that are off the text, the last first, padded by −1, ``[m, J]``
-            int64.
+        ends: One past the place of the last of these in the subtree of each, ``[m]`` int64.
     """
 
     on_text: Tensor
@@ -62,7 +61,7 @@ class Branches(NamedTuple):
     nodes: Tensor
     place: Tensor
     offset: Tensor
-    ancestors: Tensor
+    ends: Tensor
 
     @classmethod
     def of(cls, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Branches:
@@ -87,11 +86,9 @@ class Branches(NamedTuple):
         start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         place = torch.full_like(position, -1)
         place[nodes] = torch.arange(len(nodes), device=nodes.device) - start[request]
-        path, at = [place[nodes]], above[nodes]
-        while not bool(on_text[at].all()):
-            path.append(place[at])  # −1 of a context on the text
-            at = above[at]
-        return cls(on_text, position, leaves, nodes, place, start, torch.stack(path, dim=1))
+        among_all = nodes - len(rounds)
+        ends = torch.searchsorted(among_all, trees.ends[among_all]) - start[request]
+        return cls(on_text, position, leaves, nodes, place, start, ends)
 
 
 @register_drafter("standalone")
@@ -214,7 +211,7 @@ class StandaloneDrafter(Drafter):
         return self.model(
             input_ids=tokens,
             position_ids=position,
-            attention_mask=PassMask.of(mask, tokens.shape[1]),
+            attention_mask=PassMask.of(mask, tokens),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
@@ -282,14 +279,14 @@ class StandaloneDrafter(Drafter):
         branches = Branches.of(batch, trees, wanted)
         nodes, offset = branches.nodes, branches.offset
         text = pad_rows(batch["sequence", "tokens"], batch["sequence", "offset"])
-        column = torch.arange(text.shape[1], device=text.device)
         drafted = pad_rows(batch["nodes", "tokens"][nodes - trees.num_rounds], offset)
-        seen = column <= pad_rows(branches.leaves[nodes], offset)[:, :, None]
+        column, place = (torch.arange(part.shape[1], device=part.device) for part in (text, drafted))
+        ends = pad_rows(branches.ends, offset).maximum(place + 1)  # padding sees itself
+        tokens = torch.cat([text, drafted], dim=1)
         hidden = self.model(
-            input_ids=torch.cat([text, drafted], dim=1),
+            input_ids=tokens,
             position_ids=torch.cat([column.expand_as(text), pad_rows(branches.position[nodes], offset)], dim=1),
-            attention_mask=seen[:, None],
-            ancestors=pad_rows(branches.ancestors, offset),
+            attention_mask=PassMask.of(TextAndTrees(pad_rows(branches.leaves[nodes] + 1, offset), ends), tokens),
             use_cache=False,
         ).last_hidden_state
         at = torch.where(branches.on_text, branches.position, text.shape[1] + branches.place)
@@ -341,12 +338,12 @@ def _check_served(lm: Any) -> None:
         cache, slot, served = SlotCache(uniform_shapes(lm.config), 1, 4, lm.dtype, lm.device), torch.tensor([0]), []
         for columns in (tokens[:, :1], tokens[:, 1:]):
             cache.aim(slot, columns, int(columns.max()) + 1)
-            mask = PassMask.of(TreeMask(columns[:, 0]), columns.shape[1])
+            mask = PassMask.of(TreeMask(columns[:, 0]), columns)
             out = decoder(columns, mask, columns, past_key_values=cache, use_cache=True)
             served.append(F.linear(out.last_hidden_state, lm.lm_head.weight))
         # The first two as text, the others as a path that leaves it.
-        ancestors, seen = torch.tensor([[[0, -1], [1, 0]]]), torch.ones(1, 1, 2, 2, dtype=torch.bool)
-        out = decoder(tokens, seen.to(lm.device), tokens, ancestors=ancestors.to(lm.device), use_cache=False)
+        two = torch.full((1, 2), 2, device=lm.device)
+        out = decoder(tokens, PassMask.of(TextAndTrees(two, two), tokens), tokens, use_cache=False)
         forms = {"serving": torch.cat(served, dim=1), "training": F.linear(out.last_hidden_state, lm.lm_head.weight)}
     except Exception as error:  # a model of other parts, or one that is called in another way
         raise ValueError(f"{name} has no layers that a standalone drafter could serve: {error}") from error

@@ -154,8 +154,7 @@ def _check(
     rows = [part.shape[1] for part in (mask.seen, mask.first) if part is not None]
     if any(count != length for count in rows):
         raise ValueError(f"query has {length} rows, and the mask's seen and first have {rows}")
-    width = length if mask.seen is None else mask.seen.shape[2]
-    if width > columns:
-        raise ValueError(f"a tree of {width} keys does not fit into {columns} columns of keys")
+    if mask.seen is not None and mask.seen.shape[2] > columns:
+        raise ValueError(f"a tree of {mask.seen.shape[2]} keys does not fit into {columns} columns of keys")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [h] = [{heads}], got {list(sinks.shape)}")

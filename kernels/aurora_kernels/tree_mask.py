@@ -21,7 +21,7 @@ class TreeMask:
     Attributes:
         prefix: Number of tokens of each slot's text, ``[b]`` int64.
         seen: Whether a query sees a key of its tree, ``[b, T, W]`` bool. None if the queries are the keys of the tree,
-            and each sees those up to itself: a chain, or a chunk of a prompt.
+            and each sees those up to itself: a chain, or a chunk of a prompt. Queries that pad a chunk need no keys.
         first: First column of the text that a query sees, ``[b, T]`` int64, of attention with a window; None for the
             whole text. It bounds the text alone, ``seen`` the tree.
 

@@ -117,10 +117,11 @@ def test_a_chunk_of_a_prompt_sees_the_text_and_itself_causally(attend: Any, pref
 
 
 @both
-def test_padded_rows_of_a_chunk_have_no_columns(attend: Any) -> None:
-    query, key, value, _ = problem([20, 3], 5)
-    key, value = key[:, :, :22], value[:, :, :22]  # two of the first slot's six rows are there
-    mask = TreeMask(torch.tensor([20, 3]))
+@pytest.mark.parametrize("prefixes", [[20, 3], [20], [0]])
+def test_padded_rows_of_a_chunk_have_no_columns(attend: Any, prefixes: list[int]) -> None:
+    query, key, value, _ = problem(prefixes, 5)
+    columns = prefixes[0] + 2  # two of the first slot's six rows are there
+    key, value, mask = key[:, :, :columns], value[:, :, :columns], TreeMask(torch.tensor(prefixes))
     expected = reference(query[:, :, :2], key, value, mask)
     assert_same(attend(query, key, value, mask)[:, :, :2], expected)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from aurora_kernels import TreeMask
-from aurora_rl.models.attention import PassMask, grouped_attention, text_and_trees
+from aurora_rl.models.attention import PassMask, TextAndTrees, grouped_attention
 
 
 def normal(*shape: int) -> Tensor:
@@ -18,14 +18,14 @@ def test_a_pass_mask_a_dense_mask_and_none_are_the_same_attention() -> None:
     query, key, value = normal(2, 4, 3, 8), normal(2, 2, 9, 8), normal(2, 2, 9, 8)
     mask = TreeMask(torch.tensor([6, 6]))
     expected, _ = grouped_attention(nn.Module(), query, key, value, mask.dense(3, 9)[:, None])
-    for form in (PassMask.of(mask, 3), None):
+    for form in (PassMask.of(mask, query[:, 0, :, 0]), None):
         torch.testing.assert_close(grouped_attention(nn.Module(), query, key, value, form)[0], expected)
 
 
 def test_a_pass_mask_that_a_model_cut_is_refused() -> None:
     query, key = normal(1, 2, 3, 8), normal(1, 2, 9, 8)
-    mask = PassMask.of(TreeMask(torch.tensor([6])), 3)
-    with pytest.raises(AttributeError, match="tree_mask"):
+    mask = PassMask.of(TreeMask(torch.tensor([6])), query[:, 0, :, 0])
+    with pytest.raises(AttributeError, match="seen"):
         grouped_attention(nn.Module(), query, key, key, mask[:, :, :2])
 
 
@@ -47,19 +47,14 @@ def test_grouped_attention_is_attention_head_by_head(heads: int, groups: int) ->
                 torch.testing.assert_close(out[i, row, head], chance @ v[seen])
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3)])
-def test_text_and_trees_are_attention_under_a_dense_mask(heads: int, groups: int) -> None:
-    size, d = 4, 4
-    query = torch.randn(2, heads, size + 3, d, dtype=torch.float64)
-    key, value = (torch.randn(2, groups, size + 3, d, dtype=torch.float64) for _ in range(2))
+def test_a_pass_over_a_text_and_trees_is_attention_under_a_dense_mask() -> None:
+    query, key, value = normal(2, 6, 7, 4), normal(2, 2, 7, 4), normal(2, 2, 7, 4)
     # Nodes 0 and 2 leave the text after its second and its last token, node 1 is below node 0.
-    seen = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool().expand(2, -1, -1)
-    ancestors = torch.tensor([[0, -1], [1, 0], [2, -1]]).expand(2, -1, -1)
-    dense = torch.zeros(2, size + 3, size + 3, dtype=torch.bool)
-    dense[:, :size, :size] = torch.ones(size, size).tril()
-    dense[:, size:, :size] = seen
-    dense[:, size:, size:] = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
-    expected, _ = grouped_attention(nn.Module(), query, key, value, dense[:, None], scaling=0.3)
-    torch.testing.assert_close(text_and_trees(query, key, value, seen, ancestors, 0.3), expected)
-    none = text_and_trees(*(part[:, :, :size] for part in (query, key, value)), seen[:, :0], ancestors[:, :0], 0.3)
-    torch.testing.assert_close(none, expected[:, :size])
+    seen = TextAndTrees(torch.tensor([[2, 2, 4]]).expand(2, -1), torch.tensor([[2, 2, 3]]).expand(2, -1))
+    dense = torch.zeros(7, 7, dtype=torch.bool)
+    dense[:4, :4] = torch.ones(4, 4).tril()
+    dense[4:, :4] = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    dense[4:, 4:] = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+    expected, _ = grouped_attention(nn.Module(), query, key, value, dense.expand(2, 1, -1, -1), scaling=0.3)
+    out, _ = grouped_attention(nn.Module(), query, key, value, PassMask.of(seen, query[:, 0, :, 0]), scaling=0.3)
+    torch.testing.assert_close(out, expected)

@@ -178,7 +178,7 @@ def small_model(model_type: str, **settings: object) -> PreTrainedModel:
 
 
 def grouped_pass(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    mask = PassMask.of(TreeMask(torch.tensor([0])), tokens.shape[1])
+    mask = PassMask.of(TreeMask(torch.tensor([0])), tokens)
     return model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
 
 
