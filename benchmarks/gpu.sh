@@ -10,7 +10,8 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=$(realpath -m "${1:-benchmarks/results/gpu}")
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SIZE=${SIZE:-8b} SCENARIO=${SCENARIO:-gpu} MODEL=${MODEL:-smollm2}
-REPEATS=${REPEATS:-7} SLOTS=${SLOTS:-1,8,16,32} CONTEXT=${CONTEXT:-1024} TEXTS=${TEXTS:-2048,8192,32768}
+REPEATS=${REPEATS:-7} SLOTS=${SLOTS:-1,8,16,32} CONTEXT=${CONTEXT:-1024}
+TEXTS=${TEXTS:-2048,8192,32768} NODES=${NODES:-16,64}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 failed=""
@@ -31,8 +32,8 @@ part() {  # name, seconds, command
 part rounds 150 "$PYTHON" benchmarks/rounds.py --device "$DEVICE" --size "$SIZE" --slots "$SLOTS" --context "$CONTEXT" \
     --repeats "$REPEATS" --out "$OUT"
 # Attention of trees alone, against its peers and against the bandwidth of this GPU.
-part tree_attention 120 "$PYTHON" benchmarks/tree_attention.py --device "$DEVICE" --slots 1,8 --nodes 16,64 \
-    --texts "$TEXTS" --out "$OUT"
+part tree_attention 120 "$PYTHON" benchmarks/tree_attention.py --device "$DEVICE" --slots 1,8 --nodes "$NODES" \
+    --texts "$TEXTS" --repeats $((REPEATS * 5)) --out "$OUT"
 # Day 0, a shift, and the paper's table by number of slots, on a target that says something.
 part adaptation 300 "$PYTHON" -m aurora_rl.cli.main bench adaptation --scenario "$SCENARIO" --out "$OUT/adaptation" \
     model="$MODEL" device="$DEVICE"
