@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from aurora_kernels import TreeMask
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
@@ -30,23 +31,19 @@ from aurora_rl.envs.exactness import (
     takes_positions,
     with_larger_products,
 )
-from aurora_rl.envs.kv_shapes import kv_shapes, uniform_groups
-from aurora_rl.models.inference_modules import (
-    GROUPED_ATTENTION,
-    FusedDecoderLayer,
-    fuse_decoder_layers,
-    grouped_mask,
-    prepare_for_inference,
-)
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, column_positions
+from aurora_rl.envs.kv_shapes import kv_shapes
+from aurora_rl.models.attention import GROUPED_ATTENTION, mask_for
+from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_layers, prepare_for_inference
+from aurora_rl.models.kv_cache import SlotCache, column_positions
 from aurora_rl.models.loading import quiet_transformers
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trees import ancestor_mask, depths
 
 logger = logging.getLogger(__name__)
 
-# A prompt is read in chunks of so many scores (rows x heads x columns), so that memory stays linear in its length.
-_PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
+# A prompt is read in chunks of so many rows. In transformers' forms of attention a chunk also has at most so many
+# scores (rows x heads x columns), so that memory stays linear in its length.
+_PREFILL_ROWS, _PREFILL_SCORES = 512, 2**24
 # The fastest first; a form that computes something else than the model is switched off.
 _FORMS = ("fused", "grouped", "sdpa", "eager")
 # By which the products of the float32 probe are multiplied: 1 shows what a token attends to, and 4, which makes
@@ -135,7 +132,6 @@ class TransformersEngine(Engine):
                 str(error) if own else f"{name} does not run on a plain text ({reason_of(error)}); {ELSEWHERE}"
             ) from error
         self._shapes = kv_shapes(model)
-        self._groups = uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
         self._alibi = AlibiPositions.of(model, max_length + self.max_nodes, takes_positions=self._takes_positions)
@@ -154,7 +150,7 @@ class TransformersEngine(Engine):
         self._allocate(1, 2, 0)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
-            _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, zero[None] == 0)
+            _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, None)
         except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no features at layers {self.feature_layers} that a drafter could "
@@ -303,12 +299,19 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _forward(
-        self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor, present: Tensor | None = None
+        self,
+        slots: Tensor,
+        past: Tensor,
+        tokens: Tensor,
+        depth: Tensor,
+        seen: Tensor | None,
+        present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 
-        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees, and
-        ``present`` ``[b, T]`` says which are no padding; None if none is. Padding is not computed if the model allows.
+        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees (None:
+        those up to itself), and ``present`` ``[b, T]`` says which are no padding (None: all). Padding is not computed
+        if the model allows.
         """
         device, width = tokens.device, tokens.shape[1]
         end = int(past.max()) + width
@@ -337,22 +340,20 @@ class TransformersEngine(Engine):
         features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self.feature_layers)], dim=-1)
         return self._cache.unpack(hidden), self._cache.unpack(features)
 
-    def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:
+    def _attention_mask(
+        self, seen: Tensor | None, depth: Tensor, past: Tensor, end: int
+    ) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
-        mask = cache_mask(seen, past, end)
-        if not self._mask_kinds:
-            return self._formed(mask)
-        query, key = (past + depth)[:, :, None], column_positions(depth, past, end)[:, None]
-        masks = {kind: self._formed(mask & sees(query, key)) for kind, sees in self._mask_kinds.items()}
+        position, masks = past + depth, {}
+        for kind, first in (self._mask_kinds or {None: None}).items():
+            if first is None:
+                mask = TreeMask(past[:, 0], seen)
+            else:
+                own = depth[:, :, None] >= depth[:, None] if seen is None else seen
+                start = first(position)
+                mask = TreeMask(past[:, 0], own & (position[:, None] >= start[:, :, None]), start)
+            masks[kind] = mask_for(self._config._attn_implementation, mask, depth, end, self.model.dtype)
         return masks[None] if None in masks else masks
-
-    def _formed(self, mask: Tensor) -> Tensor:
-        """Return a mask ``[b, T, L]`` bool as attention of the engine's form reads it."""
-        if self._form == "eager":
-            dtype = self.model.dtype
-            zero = torch.zeros((), dtype=dtype, device=mask.device)
-            return torch.where(mask, zero, torch.finfo(dtype).min)[:, None]
-        return mask[:, None] if self._form == "sdpa" else grouped_mask(mask, self._groups)
 
     @override
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
@@ -371,12 +372,13 @@ class TransformersEngine(Engine):
             done = 0 if cache is None else cache.load(prompt[:-1], self._rows(slot), salt)
             self.store.cached_lengths[slot] = done
         where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
-        rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
-        for start in range(done, stop, size := max(16, min(rows, self._prefill_rows))):
+        size = self._prefill_rows
+        if self._form in ("sdpa", "eager"):
+            size = max(16, min(size, _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))))
+        for start in range(done, stop, size):
             part = prompt[start : min(start + size, stop)]
             depth = torch.arange(len(part), device=prompt.device)[None]
-            causal = depth[:, :, None] >= depth[:, None, :]
-            _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
+            _, features = self._forward(where, torch.tensor([start]), part[None], depth, None)
             self.store.features[slot, start : start + len(part)] = features[0]
         if stop == len(prompt) - 1:
             self.store.start(slot, prompt)

@@ -1,4 +1,4 @@
-"""A static KV cache for requests of unequal length, and the masks by which text and draft trees are read from it.
+"""A static KV cache for requests of unequal length.
 
 Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass, ``L`` columns that the pass reads.
 """
@@ -184,26 +184,6 @@ class SlotCache(_KeysAndValuesOnly):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return key length and offset of the mask. transformers gets a finished mask."""
         return self._end, 0
-
-
-def cache_mask(seen: Tensor, past: Tensor, end: int) -> Tensor:
-    """Return which of their slots' columns the tokens of a pass may read, ``[b, T, L]`` bool: all before ``past``.
-
-    Args:
-        seen: Whether a token also sees each of the ``W`` columns from ``past`` on, ``[b, T, W]`` bool.
-        past: First column that the pass writes, ``[b, 1]`` int64.
-        end: Number of columns ``L`` that the pass reads.
-
-    Example:
-        >>> cache_mask(torch.tensor([[[True, False], [False, True]]]), torch.tensor([[1]]), 4).int()
-        tensor([[[1, 1, 0, 0],
-                 [1, 0, 1, 0]]], dtype=torch.int32)
-    """
-    width = seen.shape[2]
-    column = torch.arange(end, device=past.device) - past
-    inside = (column >= 0) & (column < width)
-    index = column.clamp(0, width - 1)[:, None, :].expand(-1, seen.shape[1], -1)
-    return torch.where(inside[:, None, :], seen.gather(2, index), (column < 0)[:, None, :])
 
 
 def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
