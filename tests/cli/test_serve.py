@@ -382,7 +382,7 @@ def test_ctrl_c_while_serving(
         return step(server)
 
     monkeypatch.setattr(InferenceServer, "step", stepped)
-    assert cli.main([*ALONE, *arguments]) == 130
+    assert cli.main([*ALONE, *arguments, *QUICK]) == 130
     assert 0 < summary(tmp_path / "run")["requests"] < 6
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
@@ -398,7 +398,7 @@ def test_an_error_of_the_program_is_not_hidden_and_loses_nothing(
         return step(server)
 
     monkeypatch.setattr(InferenceServer, "step", stepped)
-    assert cli.main([*ALONE, *arguments]) == 1
+    assert cli.main([*ALONE, *arguments, *QUICK]) == 1
     run = tmp_path / "run"
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
