@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
+# Tests start the command dozens of times: where no bytecode may be written, each start compiles the library anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install flywheel bench test lint unit smollm2 faults sglang docs vllm stress
 

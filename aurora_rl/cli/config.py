@@ -320,7 +320,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged.merge_with(values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
             if "objectives" in values:
                 raise ConfigError(

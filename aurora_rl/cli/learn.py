@@ -15,6 +15,7 @@ from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
+from aurora_rl.memory import importing
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import one_line
@@ -41,10 +42,11 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     run_dir = Path(config.run_dir or "")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner")
 
-    import torch
+    with importing():
+        import torch
 
-    from aurora_rl.cli.learner import build_learner
-    from aurora_rl.cli.spec import resolve
+        from aurora_rl.cli.learner import build_learner
+        from aurora_rl.cli.spec import resolve
 
     torch.set_num_threads(config.learner.threads)
     with contextlib.nullcontext() if folder is None else folder.undone_if_refused():

@@ -17,6 +17,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
+from aurora_rl.memory import importing
 from aurora_rl.telemetry.outputs import one_line
 
 
@@ -84,7 +85,8 @@ def _main(words: list[str]) -> int:
         command = COMMANDS.get(name)
         if command is not None and command.learns:
             _limit_caches()
-        module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
+        with importing():
+            module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
         arguments = _parse(words, name, module)
         usual = getattr(arguments, "usual", ())
         if (folder := getattr(arguments, "resume", None)) is None:

@@ -20,6 +20,7 @@ from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import timed_steps
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
+from aurora_rl.memory import importing, return_freed_memory
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
 from aurora_rl.telemetry.loggers import check_installed, logged
@@ -50,7 +51,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
     check_installed(config.telemetry.logger)
     if config.engine.attaches:
-        from aurora_rl.cli.engines import take_served
+        with importing():
+            from aurora_rl.cli.engines import take_served
 
         take_served(config)
     session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
@@ -100,15 +102,15 @@ class _Session:
 
     def _open(self, step: Callable[[str], None]) -> str:
         """Open what a run needs, step by step; return the line that says where clients are answered."""
-        import torch
+        with importing():
+            import torch
 
-        from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
-        from aurora_rl.cli.engines import embedded_server, sglang_server
-        from aurora_rl.cli.http import HttpFront
-        from aurora_rl.cli.spec import resolve
-        from aurora_rl.memory import return_freed_memory
-        from aurora_rl.serving.async_engine import AsyncEngine
-        from aurora_rl.workload.traffic import unseen_from
+            from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
+            from aurora_rl.cli.engines import embedded_server, sglang_server
+            from aurora_rl.cli.http import HttpFront
+            from aurora_rl.cli.spec import resolve
+            from aurora_rl.serving.async_engine import AsyncEngine
+            from aurora_rl.workload.traffic import unseen_from
 
         config, run_dir, say = self._config, self._run_dir, partial(self._console.print, soft_wrap=True)
         torch.set_num_threads(config.engine.threads)

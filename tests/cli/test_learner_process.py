@@ -40,22 +40,6 @@ def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path, learner_of: Han
             learner_of(child, tmp_path).wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
 
 
-def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "profile.py").write_text("raise SystemExit('shadowed')")
-    (tmp_path / "aurora_rl").mkdir()
-    (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
-    monkeypatch.chdir(tmp_path)
-    learner = LearnerProcess(load_config(overrides=arguments), tmp_path / "run")
-    try:
-        learner.wait_ready(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
-    finally:
-        learner.end()
-    assert learner.child.returncode == 0
-
-
 def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, learner_of: Handle) -> None:
     monkeypatch.setattr(learner_process, "_END_S", 0.2)
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"

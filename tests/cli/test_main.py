@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +59,26 @@ def test_errors_are_one_line_and_status_2(
     assert wrong in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp_path: Path) -> None:
+    code = f"""if True:
+        import contextlib, gc, sys
+        from aurora_rl.cli.main import main
+        for words in (["--version"], ["serve", "--help"], ["flywheel", "--print-config"], ["learn", "--help"]):
+            with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+                main(words)
+        print(*{{"torch", "transformers", "huggingface_hub", "matplotlib", "zmq"}} & sys.modules.keys())
+        for command in ("learn", "flywheel"):
+            assert main([command, "drafter.name=no_such", "http.port=null", "run_dir={tmp_path / "run"}"]) == 2
+        print(*{{"matplotlib", "starlette", "uvicorn", "prometheus_client", "openai", "tensorboard", "sglang", "scipy",
+                 "sklearn", "pandas", "gymnasium", "torchvision", "torchrl.collectors"}} & sys.modules.keys())
+        print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["", "", "True True True"]
+    assert [line.partition("drafter.name")[0] for line in done.stderr.splitlines()] == ["aurora-rl: "] * 2
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

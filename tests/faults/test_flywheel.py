@@ -56,7 +56,7 @@ def test_ctrl_c_while_both_processes_start(start: Start) -> None:
 
 
 def test_ctrl_c_while_serving_and_again_and_again_while_it_ends(start: Start) -> None:
-    flywheel = start("flywheel", ENDLESS)
+    flywheel = start("flywheel", ENDLESS, "drafter.adaptive=true")
     flywheel.wait_for("train")
     while flywheel.process.poll() is None:
         flywheel.interrupt()

@@ -65,7 +65,7 @@ def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], l
 
 
 def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None:
-    server = start("serve", "http.port=0")
+    server = start("serve", "http.port=0", "drafter.adaptive=true")
     api = client(server)
     first = ask(api, "Number 0?")
     assert first.usage.completion_tokens == 8  # max_new_tokens
@@ -92,7 +92,7 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
 
 
 def test_a_learner_that_dies_is_started_again_and_goes_on_from_its_checkpoint(start: Start) -> None:
-    server = start("serve", "http.port=0")
+    server = start("serve", "http.port=0", "drafter.adaptive=true")
     api = client(server)
 
     ask_until(server, api, lambda: server.events("swap") and server.events("checkpoint"))
