@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,23 @@ def test_json_lines_are_requests(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "json"):
         (tmp_path / "traffic.jsonl").write_text(block)
         assert len(read_jsonl(tmp_path / "traffic.jsonl")) == len(block.splitlines())
+
+
+def test_docstrings_are_read_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """`make docs` takes a warning for an error; it reads them by griffe, too."""
+    griffe = pytest.importorskip("griffe", reason="griffelib is not installed; `make install` brings it")
+
+    def parse(part: Any) -> None:
+        for member in part.members.values():
+            if not member.is_alias:
+                if member.docstring is not None:
+                    member.docstring.parse("google")
+                parse(member)
+
+    extensions = griffe.load_extensions(DOCS / "docstrings.py")
+    for package in ("aurora_rl", "aurora_kernels"):
+        parse(griffe.load(package, search_paths=[ROOT, ROOT / "kernels"], extensions=extensions))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 API = re.findall(r"^::: (.+)$", (DOCS / "reference" / "api.md").read_text(), re.M)
