@@ -229,7 +229,7 @@ class Learner:
         if self._skipped_in_a_row > self._max_skipped:
             # A step that was finite itself may have led to weights that are not.
             finite = all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values())
-            written = not finite or self.outputs.write(_STATE, self.save)
+            written = not finite or self.try_save()
             there = self._checkpoint.exists()
             kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
             if not written:
@@ -261,7 +261,11 @@ class Learner:
         self._serving = weights
         self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
-        self.outputs.write(_STATE, self.save)
+        self.try_save()
+
+    def try_save(self) -> bool:
+        """Save; a failure is told, is among the failures of ``outputs``, and ends nothing. False if it failed."""
+        return self.outputs.write(_STATE, self.save)
 
     def save(self) -> None:
         """Write the training state, and the drafter that was published last.
