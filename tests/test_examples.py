@@ -82,6 +82,9 @@ def test_chains_have_nothing_to_discard(
     monkeypatch.setattr(sys, "argv", ["train_imitation.py", *common])
     runpy.run_path(str(EXAMPLES / "train_imitation.py"), run_name="__main__")  # records chains
     monkeypatch.setattr(sys, "argv", ["train_discard.py", *common])
+    with pytest.raises(SystemExit, match=f"--out {tmp_path / 'drafter'} holds a drafter already; name another folder"):
+        runpy.run_path(str(EXAMPLES / "train_discard.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["train_discard.py", *common, "--overwrite"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "train_discard.py"), run_name="__main__")
     assert f"there is nothing to discard: {tmp_path / 'stream'} holds chains alone" in capsys.readouterr().err
