@@ -97,7 +97,7 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     out = capsys.readouterr()
     assert out.err == "" and "epoch 0: acceptance length" in out.out and "epoch 2: acceptance length" in out.out
     assert {path.name for path in run.iterdir()} == FILES | {"logs"}
-    logged = (run / "logs" / "run" / "scalars" / "train" / "loss.csv").read_text().splitlines()
+    logged = (run / "logs" / "first run" / "scalars" / "train" / "loss.csv").read_text().splitlines()
     assert [int(line.split(",")[0]) for line in logged] == [1, 2, 3, 4]
     assert len(TrajectoryDataset(run / "recording")) == 6
     figures = summary(run)
