@@ -30,7 +30,8 @@ from aurora_rl.workload.traffic import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+FURTHER = [ROOT / "deploy" / "README.md", ROOT / "tests" / "sglang_cpu" / "README.md"]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *FURTHER])
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what was
 GENERATED = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
 
@@ -218,8 +219,14 @@ METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGL
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_in_the_text_exist(page: Path) -> None:
-    """Paths are relative to the repository or to the package; results may be named by their file alone."""
-    homes = [ROOT, ROOT / "aurora_rl", ROOT / "benchmarks" / "results", ROOT / "tests" / "envs" / "verification"]
+    """Paths are relative to the page, the repository or the package; results may be named by their file alone."""
+    homes = [
+        page.parent,
+        ROOT,
+        ROOT / "aurora_rl",
+        ROOT / "benchmarks" / "results",
+        ROOT / "tests" / "envs" / "verification",
+    ]
     for path in re.findall(r"`([\w./]+\.(?:py|json|yaml|toml))`", prose(page)):
         if path not in RUN and "/" in path or path.endswith(".json") and path not in RUN:
             assert any((home / path).exists() for home in homes), path
@@ -294,6 +301,7 @@ def test_the_walks_name_at_most_six_files() -> None:
     ]
     for question, walk in walks:
         assert 2 <= len(set(re.findall(r"`([\w/]+\.py)`", walk))) <= 6, question
+        assert not re.findall(r"`[\w/]+/`", walk), f"{question} a folder may be any number of files"
 
 
 def test_the_tree_of_the_design_page_is_the_package() -> None:
