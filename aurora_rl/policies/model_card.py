@@ -52,7 +52,7 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
         start = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", algorithm]
         commands["sglang"] = shlex.join([*start, "--speculative-draft-model-path", drafter])
-    # Of EAGLE-3's layers vLLM wants the ids at the top level; without any, it takes the authors' defaults.
+    # vLLM wants the ids of EAGLE-3's layers at the top level; without any, it takes the authors' defaults.
     stated = name == "LlamaForCausalLMEagle3" and (_LAYER_IDS in config or not nested)
     method = "draft_model" if standalone else "medusa" if name == "MedusaModel" else "eagle3" if stated else None
     if method is not None:

@@ -109,7 +109,7 @@ class LiveView:
         self._skipped = False
         self._unwritten: set[str] = set()  # told already
         self.unsaved: str | None = None
-        # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
+        # Rounds by accepted drafts, and shares of known tokens, of the requests completed since the last status.
         self._accepted: Counter[int] = Counter()
         self._coverage: list[float] = []
         self._drafted: Counter[str] = Counter()  # at the last status
