@@ -29,6 +29,6 @@ def kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
 
 
 def uniform_groups(config: PretrainedConfig, shapes: dict[int, tuple[KVShape, KVShape]]) -> int:
-    """Return how many query heads share a key head. It is 1 where layers differ: attention then repeats the mask."""
+    """Return how many query heads share a key head; 1, where layers differ, lets attention repeat the mask itself."""
     heads = {keys.heads for keys, _ in shapes.values()}
     return config.num_attention_heads // heads.pop() if len(heads) == 1 else 1

@@ -26,12 +26,12 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
     "trajectories": str,  # address of the learner's collector
     "weights": str,  # address of its publisher
     "handshake": dict,
-    "version": int,  # version of the weights that the server started with
+    "version": int,  # of the weights that the server was started with
     "capture_rate": (int, float),  # share of requests to record
     "queue": int,  # trajectories that wait for an absent learner
-    "top_k": int,  # entries of the target's distribution, where its head's input cannot be reached
+    "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
     "max_bytes": int,  # that requests on their way may hold
-    "store_bytes": int,  # memory for features of earlier texts, for prompts with a cached prefix
+    "store_bytes": int,  # of features of earlier texts, for prompts with a cached prefix
 }
 """Fields of an ``attach`` request and their types."""
 
