@@ -116,7 +116,7 @@ def make_trajectory(
     )
 
 
-_Layout = dict[tuple[str, ...], tuple[str, str]]  # of every entry: shape, dtype
+_Layout = dict[tuple[str, ...], tuple[str, str]]  # shape and dtype of every entry
 
 _LAYOUT: _Layout = {
     ("request",): ("", "int64"),

@@ -96,8 +96,10 @@ def test_chains_have_nothing_to_discard(
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "6"]
     common += ["--max-new-tokens", "8", "--out", str(tmp_path / "drafter")]
     run_here("train_imitation.py", *common)  # records chains
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=f"--out {tmp_path / 'drafter'} holds a drafter already; name another folder"):
         run_here("train_discard.py", *common)
+    with pytest.raises(SystemExit):
+        run_here("train_discard.py", *common, "--overwrite")
     assert f"there is nothing to discard: {tmp_path / 'stream'} holds chains alone" in capsys.readouterr().err
 
 

@@ -364,10 +364,10 @@ class _Bench:
                     pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
                     learners[name] = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
 
-            def beside(name: str) -> AbstractContextManager[object]:
+            def company(name: str) -> AbstractContextManager[object]:
                 return learners[name].running() if name in learners else nullcontext()
 
-            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, beside)]
+            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, company)]
 
     def _fill(self, earlier: EarlierAnswers, drafter: Drafter, point: int) -> None:
         """Add the answers that an arm had served by then."""

@@ -38,7 +38,15 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # A server's own learner shares its folder, where its configuration is already.
     resume = arguments.resume is not None
-    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume) if parent is None else None
+    if parent is not None:
+        return _learn(config, stop, figures, contextlib.nullcontext())
+    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume)
+    with contextlib.closing(folder):
+        return _learn(config, stop, figures, folder.undone_if_refused())
+
+
+def _learn(config: Config, stop: Stop, figures: str | None, refused: contextlib.AbstractContextManager[None]) -> int:
+    """Learn in the folder of a run until a signal comes. Returns the exit status."""
     run_dir = Path(config.run_dir or "")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner")
 
@@ -49,7 +57,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         from aurora_rl.cli.spec import resolve
 
     torch.set_num_threads(config.learner.threads)
-    with contextlib.nullcontext() if folder is None else folder.undone_if_refused():
+    with refused:
         learner = build_learner(resolve(config), log, run_dir)
     stop.working = True
     log.write("learner_ready", pid=os.getpid(), seen=learner.seen)
@@ -58,10 +66,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         try:
             while not stop.requested:
                 learner.step()
-        except (ValueError, OSError) as error:  # of the program, not of its input: show where
+        except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
             raise RuntimeError(f"learning stopped: {type(error).__name__}: {one_line(error)}") from error
         stop.ignore()
-        learner.save()
+        learner.try_save()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
     for failure in learner.outputs.failures.values():
         print(f"aurora-rl: {failure}", file=sys.stderr)

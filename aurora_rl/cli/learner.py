@@ -37,7 +37,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     drafter = start_drafter(spec, target, [])
     greeting = Handshake.of(parts, drafter, spec.drafter_name)
     drafter.to(spec.device)
-    # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
+    # The head alone stays of the target, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
     head = copy.deepcopy(parts.head)
     if spec.dtype != torch.bfloat16:

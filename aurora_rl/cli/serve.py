@@ -207,7 +207,7 @@ class _Session:
                     for tick in ticks:
                         tick()
                 self._drain(clients)
-            except (ValueError, OSError) as error:  # of the program, not of its input: show where
+            except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
                 raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
             view.log_status()
             live.update(view.table())  # a terminal keeps the last state on its screen
@@ -261,6 +261,7 @@ class _Session:
             self._report()
         for failure in outputs.failures.values():
             print(f"aurora-rl: {failure}", file=sys.stderr)
+        self._folder.close()
         return 1 if outputs.failures else 130 if interrupted else 0
 
     def _report(self) -> None:

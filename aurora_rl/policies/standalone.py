@@ -143,6 +143,7 @@ class StandaloneDrafter(Drafter):
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls,
         parts: TargetParts,

@@ -112,7 +112,7 @@ class AsyncEngine:
         self._waiting: deque[Request] = deque()
         self._cancelled: set[int] = set()
         self._streams: dict[int, _Stream] = {}
-        self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
+        self._updates: list[tuple[_Stream, Update | Exception]] = []  # from the round that runs
         self._arrived = threading.Event()
         self._closed = ""  # why no more requests are taken
         self._server: InferenceServer | None = None

@@ -26,7 +26,7 @@ _REASON = {"reason": "What happened, in words."}
 _SEEN = {"seen": "Requests learned from so far.", "steps": "Optimizer steps so far."}
 
 EVENTS: dict[str, Event] = {
-    # Of the inference server.
+    # Events of the inference server.
     "costs": Event(
         "The tree controller has timed rounds before serving.",
         {"round_ms": "Milliseconds of a round, by number of occupied slots and by depth x width."},
@@ -178,7 +178,7 @@ EVENTS: dict[str, Event] = {
     ),
     "learner_died": Event("The server's learner has ended; serving goes on.", _REASON),
     "failed": Event("At the end of a run, for each request that was not served.", _REASON),
-    # Of the learner; `refused` is of both.
+    # Events of the learner; both write `refused`.
     "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),
     "learner_ready": Event("The learner listens.", {"pid": "Its process.", "seen": _SEEN["seen"]}),
     "train": Event(

@@ -1,4 +1,4 @@
-"""What the events of a run come to: the live page, the terminal and the report show this."""
+"""The history of a run, from its events: what the live page, the terminal and the report show."""
 
 from __future__ import annotations
 
@@ -305,11 +305,11 @@ class RunHistory:
                     learner.state = event["reason"].removeprefix("the learner ")
 
     def _count(self, event: dict[str, Any]) -> None:
-        name, requests = event.get("domain", ""), event.get("requests", 1)  # of several the sums are known
+        name, requests = event.get("domain", ""), event.get("requests", 1)  # several requests come as sums
         if name not in self.domains and len(self.domains) >= _MOST_DOMAINS:
             name = _OTHERS
         domain = self.domains.setdefault(name, DomainFigures(self.requests))
-        if event.get("request", self._traffic) >= self._traffic:  # of a client: what the traffic has ahead comes later
+        if event.get("request", self._traffic) >= self._traffic:  # a client's; the requests of the traffic come later
             self.marks = [(at + requests if at > self.requests else at, text) for at, text in self.marks]
         self.requests += requests
         domain.requests += requests

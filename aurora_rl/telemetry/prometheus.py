@@ -219,7 +219,7 @@ class Exporter(Collector):
         self._set("drafter_staleness", staleness(published, drafts))
 
     def _requests(self, event: Mapping[str, Any]) -> None:
-        terminated = int(event["terminated"])  # of one request a truth value, of several their number
+        terminated = int(event["terminated"])  # a truth value for one request, a number for several
         self._add("request_success_total", terminated, "stop")
         self._add("request_success_total", event.get("requests", 1) - terminated, "length")
         self._add("prompt_tokens_total", event["prompt_tokens"])

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.context import ContextStore
+from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
@@ -62,10 +63,12 @@ def replay(
         earlier: Answers in which lookup searches; those of the requests are added, in order, when all have ended.
 
     Raises:
-        ValueError: The features were recorded for another drafter.
+        ValueError: The features were recorded for another drafter, or a request was served under a rule whose text
+            depends on what was drafted.
     """
     n = len(trajectories)
     for trajectory in trajectories:
+        require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
         if (hidden := trajectory.get(("sequence", "hidden"), None)) is not None:
             check_features(trajectory, drafter.feature_layers, hidden.shape[-1])
     longest = max(len(t["sequence", "tokens"]) for t in trajectories)

@@ -247,7 +247,7 @@ class Learner:
         if self._skipped_in_a_row > self._max_skipped:
             # A step that was finite itself may have led to weights that are not.
             finite = all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values())
-            written = not finite or self.outputs.write(_STATE, self.save)
+            written = not finite or self.try_save()
             there = self._checkpoint.exists()
             kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
             if not written:
@@ -279,8 +279,12 @@ class Learner:
         self._replaced, self._serving = self._serving, weights
         self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
-        self.outputs.write(_STATE, self.save)
+        self.try_save()
         self.outputs.write("the version", self._save_version)
+
+    def try_save(self) -> bool:
+        """Save; a failure is told, is among the failures of ``outputs``, and ends nothing. False if it failed."""
+        return self.outputs.write(_STATE, self.save)
 
     def _save_version(self) -> None:
         """Keep the drafter that was published last, and the newest before it."""

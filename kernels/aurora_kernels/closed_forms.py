@@ -120,7 +120,7 @@ def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Gradient
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Gradients:
     """−log q(argmax p). Gradient: ``q_i − 1[i = argmax p]``."""
     best = log_p.max(-1, keepdim=True)
-    # Of what is not a number there is no largest.
+    # Values that are not numbers have no largest.
     value = torch.where(best.values.isnan(), torch.nan, -log_q.gather(-1, best.indices))
     return value[:, 0], log_q.exp_().scatter_add_(-1, best.indices, torch.full_like(value, -1.0))
 

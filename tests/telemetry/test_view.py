@@ -179,6 +179,17 @@ def test_what_the_learner_cannot_write_is_told_once(run: SimpleNamespace) -> Non
     assert run.view.follow() == ["the learner could not write the training state, and goes on: No space left on device"]
 
 
+def test_each_thing_that_the_learner_cannot_write_is_told(run: SimpleNamespace) -> None:
+    for what in ("a trajectory", "the training state", "a trajectory", "the training state"):
+        run.log.write("not_written", what=what, reason="full")
+    state = "the learner could not write the training state, and goes on: full"
+    assert run.view.follow() == ["the learner could not write a trajectory, and goes on: full", state]
+    run.log.write("checkpoint", seen=8, steps=3, version=1)
+    for what in ("a trajectory", "the training state"):
+        run.log.write("not_written", what=what, reason="full")
+    assert run.view.follow() == [state]  # the next failure after one that was written is news
+
+
 def test_a_training_state_that_was_not_written_is_remembered_until_one_is(run: SimpleNamespace) -> None:
     run.log.write("not_written", what="a trajectory", reason="full")
     run.view.follow()

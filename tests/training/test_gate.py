@@ -77,6 +77,18 @@ def test_replay_names_features_of_another_drafter_without_hidden_states(drafters
         replay(copy.deepcopy(eagle), likeliest, TreeShape(2))
 
 
+def test_replay_refuses_text_that_depends_on_the_drafts(drafters: dict) -> None:
+    medusa, target = drafters[MedusaDrafter, torch.float64], tiny_target()
+    chain = TreeShape(2, mode="sampled")
+    served = [
+        serve(medusa, target, PROMPTS[:1], shape=chain, max_new_tokens=4, sampling=COLD, rule=rule)[0]
+        for rule in ("sample_and_match", "rejection")
+    ]
+    assert replay(copy.deepcopy(medusa), served[:1], chain).tokens.tolist() == [4]
+    with pytest.raises(ValueError, match="the rule 'rejection' is not replayable: its text depends on what was draf"):
+        replay(copy.deepcopy(medusa), served, chain)
+
+
 def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None:
     """The text is fixed, so a stream that one drafter served gives the other's rounds."""
     served_by, replayed, target = (

@@ -52,12 +52,12 @@ class Plugin:
         self._last_session = ""
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
-        # Of the forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
+        # The forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
         self._head: tuple[Tensor, Tensor] | None = None
         self._draft_logits: list[Tensor] = []
         self._path_scores: Tensor | None = None
         self._joint_log_probs: Tensor | None = None
-        # Of the round that is verified now: requests to record, by their row, and the target's distributions.
+        # The round that is verified now: requests to record, by their row, and the target's distributions.
         self._wanted: list[tuple[int, str]] = []
         self._rows: TargetRows | None = None
 
