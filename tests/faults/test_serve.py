@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -144,4 +147,19 @@ def test_an_end_in_the_middle_completes_what_was_asked(start: Start) -> None:
         server.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line.startswith("data: ")]
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in "".join(rest)
+    assert server.ended() == 0, server.text
+
+
+def test_silent_connections_take_no_descriptor_that_the_server_needs(start: Start) -> None:
+    server = start("serve", "http.port=0", "learner.spawn=false")
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (200, 200))
+    api = client(server)
+    with ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(socket.create_connection((api.base_url.host, api.base_url.port), timeout=10))
+        statuses = len(server.events("status"))
+        server.wait_for("status", statuses + 1)
+    wait(lambda: httpx.get(api.base_url.join("/health")).status_code == 200)
+    assert ask(api, "Still there?", max_tokens=8).usage.completion_tokens == 8
+    server.interrupt()
     assert server.ended() == 0, server.text

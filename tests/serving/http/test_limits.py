@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import resource
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import openai
 import pytest
 from processes import wait
 
+from aurora_rl.serving.http import server as http_server
 from aurora_rl.serving.http.keys import ENVIRONMENT, read_api_keys
 from aurora_rl.serving.http.prompts import Encoder
 from aurora_rl.serving.http.schemas import Tokenize
@@ -143,6 +145,44 @@ def test_a_body_that_does_not_come_is_given_up(rig: Any) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def test_connections_are_bounded_by_the_files_that_may_be_open(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = rig.serve()
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8, 8))
+    with contextlib.ExitStack() as clients:
+        for _ in range(4):
+            clients.enter_context(connect(url)).sendall(b"GET")  # and no more of the head
+        with connect(url) as connection:
+            told = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert told.startswith(b"HTTP/1.1 503") and b"too_many_connections" in told and b"4 connections" in told
+    wait(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+def test_a_connection_without_the_head_of_a_request_is_closed(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_HEAD_S", 0.2)
+    url = rig.serve()
+    with connect(url) as silent, connect(url) as slow, connect(url) as asked:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost:")
+        asked.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert asked.recv(1000).startswith(b"HTTP/1.1 200")
+        assert silent.recv(10) == b"" and slow.recv(10) == b""
+        time.sleep(0.3)
+        asked.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # a connection is kept between two requests
+        assert asked.recv(1000).startswith(b"HTTP/1.1 200")
+        asked.sendall(b"GET /health HTTP/1.1\r\n")
+        assert asked.recv(10) == b""
+
+
+def test_an_answer_may_take_longer_than_a_head(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_HEAD_S", 0.1)
+    answer = httpx.post(f"{slow.serve()}/v1/completions", json=LONG | {"max_tokens": 40}, timeout=30)
+    assert answer.status_code == 200 and answer.elapsed.total_seconds() > 0.2
 
 
 def test_bodies_are_bounded_before_they_are_parsed(rig: Any) -> None:
