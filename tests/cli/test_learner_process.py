@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -104,6 +105,33 @@ def test_a_learner_that_dies_is_started_again_after_a_wait_that_grows(
     assert waits == [1.0, 2.125, 4.125]  # one, two and four seconds, to the next look
     assert [resume for _, resume in started] == [None, None, str(tmp_path / "learner"), str(tmp_path / "learner")]
     assert learner.restarts == 3 and not learner.tend() and learner.state == "running"
+
+
+def test_a_learner_that_cannot_be_started_again_is_tried_again_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, learner_of: Handle
+) -> None:
+    dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
+    run, clock, started = tmp_path / "run", [100.0], []
+    learner = learner_of(dead, run)  # whose folder is gone
+    monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(clock[0])
+        if len(started) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")  # fork
+        return SimpleNamespace(poll=lambda: None)
+
+    monkeypatch.setattr(learner_process.subprocess, "Popen", start)
+    while not learner.tend():
+        clock[0] += 0.125
+        if clock[0] == 106.0:
+            run.mkdir()
+        assert not started or "cannot be started again (Resource temporarily unavailable), serving" in learner.state
+        assert clock[0] < 130
+    # A second, two and four after the looks that found it dead: two starts without a folder, one without memory.
+    assert started == [107.25, 115.375] and learner.restarts == 1 and learner.state == "running"
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1 and "cannot be started again, serving goes on without it: [Errno 2]" in told[0]
 
 
 def test_the_state_of_the_learner(learner_of: Handle) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -134,6 +135,19 @@ def test_what_a_dead_learner_missed_is_counted_and_what_waited_for_the_next_is_n
     assert server.summary["dropped_by_reason"] == {"no_learner": 6, "learner_died": 2}
     told = f"{again['missed']} trajectories were dropped without one, and 2 were lost with the last"
     assert told in " ".join(server.text.split())
+
+
+def test_a_learner_whose_folder_is_gone_ends_no_server(start: Start) -> None:
+    server = start("serve", "http.port=0")
+    api = client(server)
+    (pid,) = server.children
+    shutil.rmtree(server.run)
+    os.kill(pid, signal.SIGKILL)
+    wait(lambda: "the learner cannot be started again" in server.text)
+    assert ask(api, "Still there?", max_tokens=8).usage.completion_tokens == 8
+    server.interrupt()
+    assert server.ended() == 0, server.text
+    assert server.text.count("cannot be started again") == 1 and server.summary["requests"] == 1
 
 
 def test_an_end_in_the_middle_completes_what_was_asked(start: Start) -> None:
