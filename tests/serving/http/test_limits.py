@@ -21,11 +21,13 @@ import openai
 import pytest
 from processes import wait
 
+from aurora_rl.serving.http import front
 from aurora_rl.serving.http import server as http_server
 from aurora_rl.serving.http.keys import ENVIRONMENT, read_api_keys
 from aurora_rl.serving.http.prompts import Encoder
 from aurora_rl.serving.http.schemas import Tokenize
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.prometheus import Exporter
 
 LONG = {"prompt": "Once", "max_tokens": 500, "stop": ["never there"]}
 
@@ -107,6 +109,32 @@ def test_a_full_queue_asks_to_come_again(slow: Any) -> None:
             client.completions.create(model="tiny/model", prompt="a")
         assert httpx.get(f"{slow.url}/health").status_code == 200
     assert slow.idle(2.0)
+
+
+def test_a_busy_server_is_in_good_health(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_HEALTH_S", 2.0)
+    with contextlib.ExitStack() as clients:
+        clients.enter_context(left_open(slow.url, LONG | {"n": 8}))
+        wait(lambda: slow.clients.num_waiting == 6)
+        assert httpx.get(f"{slow.url}/health_generate", timeout=30).status_code == 200  # while its own token waits
+        wait(lambda: slow.clients.num_waiting == 6)  # and is given up
+        clients.enter_context(left_open(slow.url, LONG | {"n": 2}))
+        wait(lambda: slow.clients.num_waiting == 8)
+        assert httpx.get(f"{slow.url}/health_generate", timeout=30).status_code == 200  # nor is there room for it
+        began, verify = threading.Event(), slow.env.engine.verify
+
+        def stuck(*args: Any, **kwargs: Any) -> Any:
+            began.set()
+            time.sleep(3.0)
+            return verify(*args, **kwargs)
+
+        monkeypatch.setattr(slow.env.engine, "verify", stuck)
+        assert began.wait(10)
+        monkeypatch.setattr(slow.env.engine, "verify", verify)
+        answer = httpx.get(f"{slow.url}/health_generate", timeout=30)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_token"
+        assert "within 2 s" in answer.json()["error"]["message"]
+    assert slow.idle(4.0)
 
 
 def test_part_of_a_request_that_finds_the_queue_full_is_cancelled(slow: Any) -> None:
