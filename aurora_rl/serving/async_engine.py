@@ -185,13 +185,16 @@ class AsyncEngine:
                 yield stream.index, update
         finally:  # nothing is awaited here, so that what is cancelled ends at once
             for stream in left:
-                self._cancel(stream.request)
+                self._cancel(stream)
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, stream: _Stream) -> None:
+        request = stream.request
         with self._lock:
             self._streams.pop(request.id, None)
             self._cancelled.add(request.id)
             self.cancelled += request.counted
+            waiting = any(each is request for each in self._waiting)
+        stream.times.abandoned(waiting=waiting)
         self._arrived.set()
 
     # ---- called by the thread that drives the rounds ----------------------------------------------------------------
