@@ -83,6 +83,7 @@ def create_proxy(
     return application(
         [*proxy.routes(), *page_routes(proxy.load, history, model)],
         load=proxy.load,
+        failed=metrics.failed,
         api_keys=api_keys,
         cors_origins=cors_origins,
     )

@@ -277,6 +277,15 @@ def test_keys_open_the_server(rig: Any) -> None:
         assert len(client.with_options(api_key="first").models.list().data) == 1
 
 
+def test_a_wrong_key_is_counted(rig: Any) -> None:
+    metrics = Exporter()
+    url = rig.serve(api_keys=["key"], metrics=metrics)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert httpx.post(f"{url}{path}", json={}).status_code == 401
+    assert httpx.get(f"{url}/metrics").status_code == 401  # which asks for no completion
+    assert b'aurora_request_failures_total{code="invalid_api_key"} 2.0' in metrics.expose({})
+
+
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the team\none\n\n  two \n")
