@@ -37,9 +37,9 @@ class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. While requests decode, it
-    takes about as many rows a round as are read in the time of a round, and a slot gets no draft of the drafter's before
-    its cache is level. Lookup is merged into the drafter's tree if the shape asks for it.
+    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. While requests decode,
+    it takes about as many rows a round as are read in the time of a round, and a slot gets no draft of the drafter's
+    before its cache is level. Lookup is merged into the drafter's tree if the shape asks for it.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.

@@ -14,8 +14,8 @@ _ROUNDS = 8  # whose median time counts
 class RowBudget:
     """Bounds the rows of the drafter's cache that are read next to a round, by the time that they take.
 
-    They are to take about as long as the round, as chunks of a prompt do (``envs.chunked_prefill``). That is hundreds of
-    rows for one layer and a few for a model of its own, so the number follows from what is measured.
+    They are to take about as long as the round, as chunks of a prompt do (``envs.chunked_prefill``). That is hundreds
+    of rows for one layer and a few for a model of its own, so the number follows from what is measured.
 
     Attributes:
         rows: Rows of the next call.
@@ -56,5 +56,5 @@ class RowBudget:
             usual = statistics.median(self._rounds)
             if seconds > usual:
                 self.rows = max(self.rows * 4 // 5, _LEAST)
-            elif seconds < usual / 2:
+            elif seconds < usual / 4:  # a row costs more in a longer text
                 self.rows = min(self.rows * 2, _MOST)

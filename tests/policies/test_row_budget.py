@@ -31,7 +31,7 @@ def test_rows_take_about_the_time_of_a_round(clock: list[float], per_row: float)
     budget = RowBudget()
     took = serve(budget, clock, per_row, 40)[20:]
     assert max(took) <= 0.0501 if budget.rows < 2048 else budget.rows == 2048 and per_row == 1e-5
-    assert min(took) >= 0.02  # and what was read is not counted as a part of the round
+    assert min(took) >= 0.0124  # and what was read is not counted as a part of the round
 
 
 def test_a_slow_drafter_still_gets_on(clock: list[float]) -> None:
