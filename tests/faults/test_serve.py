@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -148,6 +152,22 @@ def test_a_learner_whose_folder_is_gone_ends_no_server(start: Start) -> None:
     server.interrupt()
     assert server.ended() == 0, server.text
     assert server.text.count("cannot be started again") == 1 and server.summary["requests"] == 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_chat_of_the_quickstart(start: Start) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^curl .*", page, re.M)
+    assert ".venv/bin/aurora-rl serve\n" in page
+    server = start("serve", "http.port=0", "learner.spawn=false")
+    url = str(client(server).base_url).removesuffix("/v1/")
+    words = shlex.split(command.replace("http://127.0.0.1:8000", url))
+    assert words[1].startswith(url)
+    out = subprocess.run([*words, "-s", "--max-time", "60"], capture_output=True, timeout=90, check=True).stdout
+    (choice,) = json.loads(out)["choices"]
+    assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("length", "stop")
+    server.interrupt()
+    assert server.ended() == 0, server.text
 
 
 def test_an_end_in_the_middle_completes_what_was_asked(start: Start) -> None:
