@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import TEMPORARY, ConfigError
 from aurora_rl.cli.run_dir import continued
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.outputs import one_line
@@ -67,8 +67,8 @@ class LearnerProcess:
         """Start the learner again if it died, from its last checkpoint; return whether that was done.
 
         It waits before each start: a second the first time, then twice as long each time up to a minute, until a
-        learner has lived for longer than that. A start that fails, as without memory or without the run's folder, counts
-        as a learner that died at once.
+        learner has lived for longer than that. A start that fails, as without memory or without the run's folder,
+        counts as a learner that died at once.
         """
         now = time.monotonic()
         if self.child.poll() is None:
@@ -102,7 +102,9 @@ class LearnerProcess:
         deadline = time.monotonic() + _READY_S
         while not any(event["event"] == "learner_ready" for event in events):
             if self.child.poll() is not None or time.monotonic() > deadline:
-                raise ConfigError(f"the learner did not start: {self._last_line()}")
+                passes = self.child.poll() in (None, TEMPORARY)
+                reason = TimeoutError("the learner may start another time") if passes else None
+                raise ConfigError(f"the learner did not start: {self._last_line()}") from reason
             time.sleep(0.05)
 
     @property

@@ -15,7 +15,7 @@ import pytest
 
 from aurora_rl.cli import learner_process
 from aurora_rl.cli.config import Config, load_config
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import ConfigError, may_pass
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.telemetry.log import MetricsReader
 
@@ -39,6 +39,22 @@ def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path, learner_of: Han
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"]) as child:
         with pytest.raises(ConfigError, match="^the learner did not start: tcp://here is in use$"):
             learner_of(child, tmp_path).wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("code", "passes"), [("raise SystemExit(75)", True), ("raise SystemExit(2)", False), ("", None)]
+)
+def test_a_learner_that_may_start_another_time_is_told_apart(
+    tmp_path: Path, learner_of: Handle, monkeypatch: pytest.MonkeyPatch, code: str, passes: bool | None
+) -> None:
+    """By its own status; and one that lives and does not listen in time may listen another time."""
+    monkeypatch.setattr(learner_process, "_READY_S", 0.1 if passes is None else 30.0)
+    (tmp_path / "learner.log").write_text("aurora-rl: not now\n")
+    with subprocess.Popen([sys.executable, "-c", code or "import time; time.sleep(60)"]) as child:
+        with pytest.raises(ConfigError, match="^the learner did not start: not now$") as caught:
+            learner_of(child, tmp_path).wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
+        child.kill()
+    assert may_pass(caught.value) is (passes is not False)
 
 
 def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
