@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from aurora_rl.models.target_head import context_length
 from aurora_rl.policies import Drafter, TargetParts, token_prior
 from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
 from aurora_rl.policies.registry import start_untrained
-from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 
@@ -67,6 +67,15 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
         max_length=config.engine.max_length,
         sampling=spec.sampling,
     )
+
+
+def encoded_prompts(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the token ids of prompts that nobody serves, for the day-0 draft vocabulary: without those that fail."""
+    encoded = []
+    for prompt in prompts:
+        with suppress(ValueError):
+            encoded.append(prompt_tokens(target.tokenizer, prompt.messages, target.parts.config.vocab_size))
+    return encoded
 
 
 def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int | None = None) -> Drafter:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
+from aurora_rl.cli.assembly import Target, encoded_prompts, load, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
@@ -75,7 +75,7 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
         )
     prompts = traffic(config)
     target = load(spec)
-    drafter = start_drafter(spec, target, request_queue(spec, target, prompts).first_prompts(_PROMPTS))
+    drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:_PROMPTS]))
     layout = layout or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
     drafter.to(spec.dtype).save_pretrained(out.resolve(), layout=layout)
     print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({layout})")

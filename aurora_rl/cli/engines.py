@@ -55,6 +55,7 @@ def embedded_server(
     greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
+    usual = usual[: config.engine.max_length // 2]
     budget = min(spec.sampling.max_tokens, config.engine.max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling, max_tokens=budget))
     processors = None

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from aurora_rl.cli.config import Config, load_config, make_absolute, nearest_key, to_yaml
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import TEMPORARY, ConfigError, may_pass
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
-        written; 2 for an error of the user's; 130 if interrupted before all was done.
+        written; 2 for an error of the user's; 75 for what may pass by itself, such as a port in use; 130 if
+        interrupted before all was done.
     """
     # For parts by their import path, such as objectives=[{name: my_file:plain}]. The working directory comes last, so
     # that no file in it takes the place of an installed module.
@@ -102,7 +103,7 @@ def _main(words: list[str]) -> int:
         return status
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"aurora-rl: {one_line(error)}", file=sys.stderr)
-        return 2
+        return TEMPORARY if may_pass(error) else 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:

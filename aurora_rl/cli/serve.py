@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aurora_rl.serving.async_engine import AsyncEngine
     from aurora_rl.serving.requests import RequestQueue
 
+_VOCAB_PROMPTS = 64  # whose tokens choose the vocabulary of a day-0 drafter
 _DRAIN_S = 5.0  # for what clients have asked before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
@@ -105,10 +106,13 @@ class _Session:
         with importing():
             import torch
 
-            from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
+            from aurora_rl.cli.assembly import (
+                check_context, encoded_prompts, first_drafter, load, request_queue, traffic,
+            )  # fmt: skip
             from aurora_rl.cli.engines import embedded_server, sglang_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.spec import resolve
+            from aurora_rl.memory import return_freed_memory
             from aurora_rl.serving.async_engine import AsyncEngine
             from aurora_rl.workload.traffic import unseen_from
 
@@ -124,19 +128,23 @@ class _Session:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
             step("model")
             target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
-            queue = request_queue(spec, target, prompts)
-            built_in = self._replays and config.traffic.path is None
-            first_id = queue.total if self._replays else 0  # clients' requests are numbered from here on
+            check_context(config, target)
+            first_id, built_in = 0, self._replays and config.traffic.path is None
+            if self._replays:
+                queue = self._requests = request_queue(spec, target, prompts)
+                first_id = queue.total  # clients' requests are numbered from here on
+                firsts = queue.first_prompts(_VOCAB_PROMPTS)
+            else:
+                firsts = encoded_prompts(target, prompts[:_VOCAB_PROMPTS])
             self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
-            drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
+            drafter, learner_config = first_drafter(spec, target, firsts, day0)
             if config.learner.spawn:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
-            if self._replays:
-                self._requests = queue
-                queue.answers = JsonLines(run_dir / "answers.jsonl")
+            if self._requests is not None:
+                self._requests.answers = JsonLines(run_dir / "answers.jsonl")
             clients = self._clients = AsyncEngine(
                 max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id
             )
@@ -147,7 +155,7 @@ class _Session:
                     self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
                     self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}/v1"
                 else:
-                    usual = queue.first_prompts(1)[0]
+                    usual = firsts[0] if firsts else [0, 0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log)
                     clients.attach(embedded)
                     self._step, address = clients.step, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, padded
+from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.trajectories import DRAFT_MODES
@@ -35,8 +37,9 @@ class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. Lookup is merged
-    into the drafter's tree if the shape asks for it.
+    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. While requests decode,
+    it takes about as many rows a round as are read in the time of a round, and a slot gets no draft of the drafter's
+    before its cache is level. Lookup is merged into the drafter's tree if the shape asks for it.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
@@ -57,7 +60,7 @@ class DrafterPolicy(TensorDictModuleBase):
             in the pass costs. 0, the default, leaves none out. Nodes that were drawn at random always stay.
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
-            drafter failed their requests, or the shape is ``lookup_only``.
+            drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
         earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
             completions adds them. None, the default, has none.
         prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request of
@@ -98,6 +101,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
         self.earlier: EarlierAnswers | None = None
+        self._budget = RowBudget()
         self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
         self._salts: list[str | None] = [None] * store.num_slots  # of the requests that it is of
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
@@ -189,7 +193,10 @@ class DrafterPolicy(TensorDictModuleBase):
             is asked for. "mode" ``[B]`` int64 is an index into ``aurora_rl.trajectories.DRAFT_MODES``.
         """
         store, device = self._store, self._store.tokens.device
-        self.renew(is_init.flatten().cpu())
+        fresh = is_init.flatten().cpu()
+        waits = not bool(fresh[store.occupied].all())  # where every request is new, none has had tokens yet
+        rows = self._budget.begin(waits=waits)
+        self.renew(fresh)
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -209,8 +216,8 @@ class DrafterPolicy(TensorDictModuleBase):
         if self.speculate and self.shape.depth:
             slots = (ready & ~self._refused).nonzero().flatten()
             if len(slots) and not self.shape.lookup_only:
-                self._fill(draft, slots)
-                self.drafted = ready & ~self._refused
+                self._fill(draft, slots, rows if waits else None)
+                self.drafted = ready & ~self._refused & (self.drafter.cached == store.lengths - 1)
             if self.shape.lookup:
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
             if self.shape.lookup or (self.least and self.shape.mode == "topk"):
@@ -233,11 +240,15 @@ class DrafterPolicy(TensorDictModuleBase):
         self._refused.zero_()
         self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
-    def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
-        """Draft for the slots. Rows of slots that the drafter fails stay empty."""
+    def _fill(self, draft: dict[str, Tensor], slots: Tensor, rows: int | None = None) -> None:
+        """Draft for the slots, and read about so many ``rows`` of long texts for it; None reads all.
+
+        Rows of the draft stay empty for slots that the drafter fails or has not read to the end.
+        """
         try:
-            self._catch_up(slots)
-            self._write(draft, slots, self.drafter.propose(slots, self.shape, self._generator))
+            level = self._catch_up(slots, rows)
+            if len(level):
+                self._write(draft, level, self.drafter.propose(level, self.shape, self._generator))
         except Exception as error:  # whatever a drafter does, the requests are served
             if len(slots) == 1 or self.on_fault is None:
                 self._refuse(slots, error)
@@ -338,21 +349,39 @@ class DrafterPolicy(TensorDictModuleBase):
         for slot in slots.tolist():
             self.on_fault(slot, f"{type(self.drafter).__name__} failed: {error!r}")
 
-    def _catch_up(self, slots: Tensor) -> None:
-        """Append to the drafter's cache the pairs of the store that it lacks."""
+    def _catch_up(self, slots: Tensor, rows: int | None) -> Tensor:
+        """Append to the drafter's cache the pairs of the store that it lacks, and return the slots that lack none.
+
+        Of long texts at most ``rows`` pairs are read, the nearest to their end first; None reads all.
+        """
         store, drafter = self._store, self.drafter
         if self.prefix_cache is not None:
             self._load_rows(self.prefix_cache, slots[drafter.cached[slots] == 0])
         missing = store.lengths[slots] - 1 - drafter.cached[slots]
-        long = missing > _SHORT
-        for group in filter(len, (slots[~long & (missing > 0)], *slots[long].split(1))):
-            start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]
-            column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
-            column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]
-            tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
-            drafter.extend(group, tokens, store.features[rows, column], count)
+        short = slots[(missing > 0) & (missing <= _SHORT)]
+        if len(short):
+            self._extend(short, store.lengths[short] - 1 - drafter.cached[short])
+        began, budget = time.perf_counter(), self._budget.rows
+        left = total = int(missing[missing > _SHORT].sum()) if rows is None else rows
+        for index in missing.argsort(stable=True).tolist():
+            lacks = int(missing[index]) if missing[index] > _SHORT else 0
+            while lacks and left:
+                # Memory of a call is its rows times the length of the text, whoever waits.
+                count = min(lacks, left, budget)
+                self._extend(slots[index : index + 1], torch.tensor([count]))
+                lacks, left = lacks - count, left - count
+        self._budget.spent(total - left, time.perf_counter() - began)
         if self.prefix_cache is not None:
             self._read[slots], self._unsaved[slots] = store.tokens[slots], True
+        return slots[drafter.cached[slots] == store.lengths[slots] - 1]
+
+    def _extend(self, slots: Tensor, count: Tensor) -> None:
+        """Append the next ``count`` pairs of each slot, ``[b]`` int64, to the drafter's cache."""
+        store, start = self._store, self.drafter.cached[slots]
+        column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
+        column, rows = column.to(store.tokens.device), slots.to(store.tokens.device)[:, None]
+        tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
+        self.drafter.extend(slots, tokens, store.features[rows, column], count)
 
     def _save_rows(self, cache: PrefixCache, ended: Tensor) -> None:
         """Save the drafter's rows of requests that ended, ``[B]`` bool, if all are of its present weights."""

@@ -81,11 +81,12 @@ class MetricsReader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Read the events since the last one that was read. One line of the file is in memory at a time.
 
-        A line still being written waits for the next call, a broken one is left out.
+        A line still being written waits for the next call, a broken one is left out. A file that cannot be opened, as
+        when the process has no descriptor left, has nothing new: showing a run is no reason to end it.
         """
         try:
             file = open(self._path, "rb")
-        except FileNotFoundError:
+        except OSError:
             return
         with file:
             if os.fstat(file.fileno()).st_size < self._offset:  # cut, as by a rotation that copies and truncates

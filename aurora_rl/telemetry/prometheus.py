@@ -264,11 +264,11 @@ class Exporter(Collector):
         """Count a request that was answered by an error of this code."""
         self._add("request_failures_total", 1, code)
 
-    def expose(self, counts: Mapping[str, float]) -> bytes:
+    def expose(self, counts: Mapping[str, float | None]) -> bytes:
         """Return all metrics in Prometheus' text format.
 
         Args:
-            counts: Numbers of this moment, by name.
+            counts: Numbers of this moment, by name; None leaves a metric without a sample.
         """
         for name, number in counts.items():
             self._set(name, number)

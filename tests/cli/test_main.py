@@ -38,7 +38,6 @@ def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("traffic.path=/no/file", "cannot read requests from /no/file: No such file or directory"),
         ("traffic.path={lines}", "line 2: not valid JSON: Expecting value at character 15"),
         ("traffic.path={blank}", "line 1: empty prompt: the content of messages[0], the last, is empty"),
-        ("engine.max_length=50", "that exceeds engine.max_length=50"),
         ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
         ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),
         ("run_dir={lines}", "cannot be used: File exists"),
@@ -79,6 +78,15 @@ def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["", "", "True True True"]
     assert [line.partition("drafter.name")[0] for line in done.stderr.splitlines()] == ["aurora-rl: "] * 2
+
+
+def test_traffic_without_room_is_refused_by_the_command_that_serves_it(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["flywheel", *arguments, "http.port=0", "engine.max_length=50"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aurora-rl: ") and "that exceeds engine.max_length=50" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

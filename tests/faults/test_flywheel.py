@@ -127,7 +127,7 @@ def test_a_port_in_use_is_told_before_a_request_is_served(
     run = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as holder:
         address = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
-        assert cli.main(["flywheel", *arguments, f"wire.trajectories={address}", f"run_dir={run}"]) == 2
+        assert cli.main(["flywheel", *arguments, f"wire.trajectories={address}", f"run_dir={run}"]) == 75
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"aurora-rl: the learner did not start: {address} is in use;")
     assert "set wire.trajectories to another address" in error

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def test_a_reader_follows(tmp_path: Path) -> None:
     assert list(reader) == []
     log.write("three")
     assert [event["event"] for event in reader] == ["three"]
+
+
+def test_a_file_that_cannot_be_opened_has_nothing_new(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", "server")
+    log.write("one")
+    reader, limit = MetricsReader(log.path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))  # as where clients' connections took all descriptors
+    try:
+        assert list(reader) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert [event["event"] for event in reader] == ["one"]
 
 
 def test_a_long_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
