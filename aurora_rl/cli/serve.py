@@ -107,12 +107,16 @@ class _Session:
             import torch
 
             from aurora_rl.cli.assembly import (
-                check_context, encoded_prompts, first_drafter, load, request_queue, traffic,
+                check_context,
+                encoded_prompts,
+                first_drafter,
+                load,
+                request_queue,
+                traffic,
             )  # fmt: skip
             from aurora_rl.cli.engines import embedded_server, sglang_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.spec import resolve
-            from aurora_rl.memory import return_freed_memory
             from aurora_rl.serving.async_engine import AsyncEngine
             from aurora_rl.workload.traffic import unseen_from
 

@@ -24,7 +24,6 @@ from aurora_rl.cli.config import load_config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
-from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.stats import Stats
@@ -305,23 +304,6 @@ def test_a_run_that_the_engine_refuses_leaves_no_folder(
     assert cli.main(["flywheel", *arguments, *QUICK, "engine.name=refusing_engine:Refusing"]) == 2
     assert capsys.readouterr().err == "aurora-rl: no such model here\n"
     assert learners[0].child.poll() is not None and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("pairs", [["max_new_tokens=250"], ["max_new_tokens=8", "drafter.adaptive=true"]])
-def test_clients_are_served_whatever_becomes_of_prompts_that_nobody_serves(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pairs: list[str]
-) -> None:
-    """The built-in traffic shapes a vocabulary alone: its budgets do not count, and a template may refuse it."""
-
-    def refused(*args: object) -> list[int]:
-        raise ValueError("no roles here")
-
-    if "drafter.adaptive=true" in pairs:
-        monkeypatch.setattr("aurora_rl.serving.requests.encode_chat", refused)
-    monkeypatch.setattr(AsyncEngine, "wait", lambda engine, seconds: signal.raise_signal(signal.SIGTERM))
-    alone = ["serve", "learner.spawn=false", "drafter.adaptive=false", "drafter.depth=1"]
-    assert cli.main([*alone, *arguments, "http.port=0", *pairs]) == 0
-    assert "listening at" in capsys.readouterr().out
 
 
 # ---- what is printed, and where -------------------------------------------------------------------------------------
