@@ -187,7 +187,7 @@ class LearnerConfig:
 class GateConfig:
     """What a candidate has to show before it is served."""
 
-    requests: int = 16
+    requests: int = 8
     """Arrivals held back for each decision."""
     margin: float = 0.02
     """Loss of acceptance length that is tolerated: publish if the mean paired difference is above minus this."""
