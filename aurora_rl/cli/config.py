@@ -166,7 +166,7 @@ class LearnerConfig:
     batch_size: int = 4
     """Requests of an optimizer step."""
     replay: int = 10
-    """Replayed batches for each batch of new requests."""
+    """Most replayed batches for each batch of new requests. They are taken while no new request waits."""
     buffer: int = 2000
     """Requests kept for replay."""
     muon_lr: float = 0.02
@@ -190,7 +190,7 @@ class LearnerConfig:
 class GateConfig:
     """What a candidate has to show before it is served."""
 
-    requests: int = 16
+    requests: int = 8
     """Arrivals held back for each decision."""
     margin: float = 0.02
     """Loss of acceptance length that is tolerated: publish if the mean paired difference is above minus this."""

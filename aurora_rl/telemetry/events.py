@@ -206,7 +206,7 @@ EVENTS: dict[str, Event] = {
         "The learner dropped trajectories since the last such line; once a second at most.",
         {"reasons": "Trajectories by reason; see `dropped` in `status`.", "steps": _SEEN["steps"]},
     ),
-    "candidate": Event("Weights were frozen for the gate.", _SEEN),
+    "candidate": Event("The gate holds back the next requests, to decide about a candidate.", _SEEN),
     "gate": Event(
         "The gate has decided about a candidate.",
         {

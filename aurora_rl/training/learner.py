@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
@@ -32,6 +32,7 @@ from aurora_rl.trajectories import pack
 
 _STATE = "the training state"
 _NOTE_S = 1.0  # a peer may send junk without an end
+_COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps _unlearned".split()
 
 
 class TrajectorySource(Protocol):
@@ -85,7 +86,7 @@ class Learner:
         log: Log of steps, candidates and decisions.
         serving_dtype: Dtype of published weights.
         batch_size: New trajectories of an optimizer step.
-        replay: Replayed batches for each batch of new trajectories.
+        replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
         max_skipped: Steps in a row that may come out without a finite loss and gradient.
         checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
@@ -127,7 +128,7 @@ class Learner:
         self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
         self._new: list[TensorDictBase] = []
         self._credit = 0
-        self._since_candidate = self._offered_steps = 0
+        self._since_candidate = self._decided_steps = 0
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
         self._serving = self._frozen()
@@ -150,7 +151,7 @@ class Learner:
                 f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
             )
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
-        self._offered_steps = self.steps
+        self._decided_steps = self.steps
         self._publish(self._frozen())
 
     def step(self, wait_s: float = 0.2) -> bool:
@@ -165,10 +166,10 @@ class Learner:
         self._note_rejection()
         if self._gate.ready:
             self._decide()
-        learned = self.steps > self._offered_steps  # a swap of what nobody changed would cost every cache
-        if learned and self._gate.candidate is None and self._since_candidate >= self._publish_every:
-            self._since_candidate, self._offered_steps = 0, self.steps
-            self._gate.offer(self._frozen())
+        learned = self.steps > self._decided_steps  # a swap of what nobody changed would cost every cache
+        if learned and not self._gate.holding and self._since_candidate >= self._publish_every:
+            self._since_candidate = 0
+            self._gate.hold()
             self._log.write("candidate", seen=self.seen, steps=self.steps)
         if len(self._new) >= self._batch_size:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
@@ -258,9 +259,9 @@ class Learner:
             )
 
     def _decide(self) -> None:
-        began, candidate = time.perf_counter(), self._gate.candidate
-        assert candidate is not None
-        decision, released = self._gate.decide(self._serving)
+        began, candidate = time.perf_counter(), self._frozen()
+        self._decided_steps = self.steps
+        decision, released = self._gate.decide(candidate, self._serving)
         if decision.publish:
             self._publish(candidate)
         self._log.write(
@@ -309,6 +310,34 @@ class Learner:
         self._save_drafter(self._checkpoint / "drafter")
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides what it does next: other than a training state, with replay buffer and gate.
+
+        Tensors are its own, to be written before its next step.
+        """
+        return {
+            "drafter": self._drafter.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "serving": self._serving,
+            "buffer": self._buffer.state_dict(),
+            "gate": self._gate.state_dict(),
+            "new": [trajectory.state_dict() for trajectory in self._new],
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where a learner of the same settings was, whose :meth:`state_dict` this is."""
+        self._drafter.load_state_dict(state["drafter"])
+        for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        self._serving = state["serving"]
+        self._buffer.load_state_dict(state["buffer"])
+        self._gate.load_state_dict(state["gate"])
+        self._new = [TensorDict().load_state_dict(trajectory, strict=False) for trajectory in state["new"]]
+        for name, value in state["counts"].items():
+            setattr(self, name, value)
+        self._audit.published(self.version, self._serving)
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

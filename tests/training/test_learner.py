@@ -90,12 +90,11 @@ def test_the_candidate_reaches_an_engine_bit_for_bit(make: Make, served: list[Te
     send(loop, served[:8])
     frozen: dict[str, Tensor] = {}
     while not loop.events("gate"):
-        # Frozen at the beginning of the step that logs it; learning goes on afterwards.
+        # Frozen at the beginning of the step that decides; learning goes on afterwards.
         now = {name: t.clone() for name, t in loop.drafter.published().items()}
+        frozen = {n: t.to(dtype) if t.is_floating_point() else t for n, t in now.items()}
         loop.learner.step(wait_s=0.01)
-        if loop.events("candidate") and not frozen:
-            frozen = {n: t.to(dtype) if t.is_floating_point() else t for n, t in now.items()}
-        if frozen and loop.sink.sent == 8:
+        if loop.events("candidate") and loop.sink.sent == 8:
             send(loop, served[8:10])
     received: list[tuple[int, TensorDict]] = []
     wait(lambda: received or received.extend(filter(None, [loop.receiver.latest()])))
@@ -115,7 +114,7 @@ def test_a_refused_candidate_is_not_published(
 ) -> None:
     loop = make(gate=2, publish_every=2)
     decide = Gate.decide
-    monkeypatch.setattr(Gate, "decide", lambda self, weights: _refuse(*decide(self, weights)))
+    monkeypatch.setattr(Gate, "decide", lambda self, *weights: _refuse(*decide(self, *weights)))
     send(loop, served[:2])
     step_until(loop, lambda: loop.events("candidate"))
     send(loop, served[2:4])
@@ -158,6 +157,18 @@ def test_arrivals_that_outrun_learning_do_not_pile_up(make: Make, served: list[T
     drain(loop)
     assert loop.learner.seen == 6  # what the buffer still held
     assert {request for batch in loop.loss.batches for request in batch} == set(range(24, 30))
+
+
+def test_neither_new_requests_nor_a_decision_wait_for_replay(make: Make, served: list[TensorDict]) -> None:
+    loop = make(gate=2, publish_every=4, batch_size=2, replay=1000)
+    send(loop, served[:4])
+    step_until(loop, lambda: len(loop.loss.batches) == 12)
+    assert loop.events("candidate")
+    send(loop, served[4:6])
+    step_until(loop, lambda: loop.events("gate"))
+    # What was held back is learned from in the very step that decided.
+    assert sorted(loop.loss.batches[-1]) == [4, 5] and loop.learner.steps < 30
+    assert loop.events("gate")[0]["steps"] == loop.learner.steps - 1 >= 12  # replay goes on while requests are held
 
 
 def test_versions_rise_above_what_engines_serve(make: Make, served: list[TensorDict]) -> None:
