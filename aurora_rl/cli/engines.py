@@ -68,6 +68,7 @@ def embedded_server(
         num_slots=config.engine.slots,
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
+        **({"batch_invariant": True} if config.engine.batch_invariant else {}),  # engines of others have no such option
     )
     served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(

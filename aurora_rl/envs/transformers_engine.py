@@ -16,6 +16,7 @@ from typing_extensions import override
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
+from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
@@ -30,13 +31,14 @@ from aurora_rl.envs.exactness import (
     with_larger_products,
 )
 from aurora_rl.envs.kv_shapes import kv_shapes, uniform_groups
+from aurora_rl.models.batch_invariant import make_batch_invariant, whole_blocks
 from aurora_rl.models.inference_modules import (
     GROUPED_ATTENTION,
     fuse_decoder_layers,
     grouped_mask,
     prepare_for_inference,
 )
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, column_positions
+from aurora_rl.models.kv_cache import SlotCache, cache_mask, column_positions, path_order
 from aurora_rl.models.loading import quiet_transformers
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trees import ancestor_mask, depths
@@ -66,6 +68,8 @@ class TransformersEngine(Engine):
         max_length: Most tokens of a slot, prompt, completion and tree; at most the model's context.
         feature_layers: Layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
             enters decoder layer ``l``, and ``num_hidden_layers`` the input of the output head.
+        batch_invariant: Whether a token's logits are the same, bit for bit, whatever else is in the pass: a tree, other
+            slots, more of a prompt. It costs time; a model that is not served in the form "fused" is refused.
 
     Attributes:
         exactness: Form in which the model is run, and the distance of its logits from the model's own.
@@ -89,10 +93,12 @@ class TransformersEngine(Engine):
     _least_tolerance: ClassVar[float] = 0.0
     _feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
+    _batch_invariant: bool = False
 
     def __init__(
-        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
-    ) -> None:
+        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int],
+        batch_invariant: bool = False,
+    ) -> None:  # fmt: skip
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         probe = self._set_up(model, max_length)
@@ -100,11 +106,13 @@ class TransformersEngine(Engine):
         if not all(0 <= layer <= count for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
         with quiet_transformers():  # which warns of each form of attention that it does not know of a family
-            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe)
+            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe, batch_invariant)
         self._feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
             self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
         self._allocate(num_slots, max_length, self._feature_size())
+        if batch_invariant:
+            check_batch_invariance(self, probe.texts[-1][:max_length])
         self.prefill_seconds = 0.0
 
     def _set_up(self, model: PreTrainedModel, max_length: int) -> Probe:
@@ -143,7 +151,8 @@ class TransformersEngine(Engine):
         width = self._output.weight.shape[1]
         self.store = ContextStore(num_slots, max_length, feature_size, width, dtype, device)
         # A tree is written after the committed tokens before any of it is accepted.
-        self._cache = SlotCache(self._shapes, num_slots, max_length + self.max_nodes, dtype, device)
+        columns = whole_blocks(max_length + self.max_nodes, self._batch_invariant)
+        self._cache = SlotCache(self._shapes, num_slots, columns, dtype, device)
 
     def _feature_size(self) -> int:
         """Return the width of the captured features, found by capturing some."""
@@ -194,9 +203,12 @@ class TransformersEngine(Engine):
             )
         return Exactness(form, error, tolerance, switched_off)
 
-    def _in_inference_form(self, exactness: Exactness, probe: Probe) -> Exactness:
+    def _in_inference_form(self, exactness: Exactness, probe: Probe, batch_invariant: bool) -> Exactness:
         """Replace norms and linear layers by faster ones, for good, and compare once more."""
+        self._batch_invariant = batch_invariant and require_fused(self._layers, exactness)
         prepare_for_inference(self.model)
+        if batch_invariant:
+            make_batch_invariant(self.model)
         try:
             error = self._disagreement(probe)
             reason = f"its logits differ by {error:.2g} of their spread"
@@ -302,9 +314,10 @@ class TransformersEngine(Engine):
         ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees.
         """
         device, width = tokens.device, tokens.shape[1]
-        end = int(past.max()) + width
+        end = whole_blocks(int(past.max()) + width, self._batch_invariant)
         past = past.to(device)[:, None]
-        self._cache.aim(slots, past + torch.arange(width, device=device), end)
+        order = path_order(seen, depth, past, end) if self._batch_invariant else None
+        self._cache.aim(slots, past + torch.arange(width, device=device), end, order)
         arguments = {}
         if self._takes_positions:
             positions = past + depth
@@ -327,19 +340,21 @@ class TransformersEngine(Engine):
 
     def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
-        mask = cache_mask(seen, past, end)
+        columns, query = torch.arange(end, device=depth.device)[None, None], (past + depth)[:, :, None]
+        mask = columns <= query if self._batch_invariant else cache_mask(seen, past, end)
         if not self._mask_kinds:
             return self._formed(mask)
-        query, key = (past + depth)[:, :, None], column_positions(depth, past, end)[:, None]
+        key = columns if self._batch_invariant else column_positions(depth, past, end)[:, None]
         masks = {kind: self._formed(mask & sees(query, key)) for kind, sees in self._mask_kinds.items()}
         return masks[None] if None in masks else masks
 
     def _formed(self, mask: Tensor) -> Tensor:
         """Return a mask ``[b, T, L]`` bool as attention of the engine's form reads it."""
+        if self._batch_invariant:
+            return mask.flatten(0, 1)[:, None, None]
         if self._form == "eager":
             dtype = self.model.dtype
-            zero = torch.zeros((), dtype=dtype, device=mask.device)
-            return torch.where(mask, zero, torch.finfo(dtype).min)[:, None]
+            return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
         return mask[:, None] if self._form == "sdpa" else grouped_mask(mask, self._groups)
 
     @override

@@ -202,6 +202,9 @@ class FusedDecoderLayer(nn.Module):
     Queries, keys and values are one product and rotated together, gate and up another. It takes what transformers
     passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache.
 
+    Attributes:
+        attend: Attention, :func:`grouped_attention` unless it is replaced.
+
     Raises:
         AttributeError: The layer to replace has other parts than this form knows. Whether it computes the same is for
             the caller to check, as :func:`fuse_decoder_layers` does.
@@ -219,6 +222,7 @@ class FusedDecoderLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm: Any = getattr(attention, "q_norm", None)
         self.k_norm: Any = getattr(attention, "k_norm", None)
+        self.attend: Callable[..., tuple[Tensor, None]] = grouped_attention
 
     def forward(
         self,
@@ -243,7 +247,7 @@ class FusedDecoderLayer(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._index)
         query = turned[:, :, :heads].transpose(1, 2)
-        out, _ = grouped_attention(self, query, key, value, attention_mask, self._scaling)
+        out, _ = self.attend(self, query, key, value, attention_mask, self._scaling)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(hidden_states)).chunk(2, dim=-1)
         return hidden_states + self.down_proj(self.act_fn(gate) * up)

@@ -1,8 +1,10 @@
-"""Kernels of drafter training, usable without `aurora_rl`: nothing of it is imported here.
+"""Kernels of drafter training and of serving, usable without `aurora_rl`: nothing of it is imported here.
 
 :func:`two_head_loss` compares a drafter with its target through both output heads, a chunk of rows at a time.
+:func:`invariant_linear` and :func:`invariant_attention` compute a row to the same bits whatever else is in the call.
 """
 
+from aurora_kernels.batch_invariant import invariant_attention, invariant_elementwise, invariant_linear
 from aurora_kernels.closed_forms import CLOSED_FORMS, ClosedForm, closed_form
 from aurora_kernels.targets import HeadTarget, LogProbTarget, Target, TopKTarget
 from aurora_kernels.two_head_loss import two_head_loss
@@ -15,5 +17,8 @@ __all__ = [
     "Target",
     "TopKTarget",
     "closed_form",
+    "invariant_attention",
+    "invariant_elementwise",
+    "invariant_linear",
     "two_head_loss",
 ]

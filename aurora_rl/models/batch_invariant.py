@@ -1,0 +1,96 @@
+"""A model in inference form whose logits for a token do not depend, bit for bit, on what else is in the pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aurora_kernels.batch_invariant import (
+    KEY_BLOCK,
+    Product,
+    in_sizes,
+    invariant_attention,
+    invariant_elementwise,
+    invariant_sizes,
+)
+from aurora_rl.models.inference_modules import FusedDecoderLayer, PackedLinear
+
+
+class BatchInvariantLinear(nn.Module):
+    """A linear layer that is called with numbers of rows which it computes alike.
+
+    Args:
+        linear: The layer, packed or not.
+    """
+
+    def __init__(self, linear: nn.Linear | PackedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+        weight, bias, threads = linear.weight, linear.bias is not None, torch.get_num_threads()
+        self.sizes = _sizes(type(linear), weight.shape, weight.dtype, str(weight.device), bias, threads)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``."""
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``."""
+        return in_sizes(self.linear, x, self.sizes)
+
+
+@functools.lru_cache
+def _sizes(
+    kind: type[nn.Module], shape: torch.Size, dtype: torch.dtype, device: str, bias: bool, threads: int
+) -> tuple[int, ...]:
+    def product_of(weight: Tensor) -> Product:
+        with torch.device("meta"):
+            linear = nn.Linear(*reversed(shape), bias=bias)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias:
+            linear.bias = nn.Parameter(weight.new_zeros(shape[0]), requires_grad=False)
+        return PackedLinear(linear, keep_weight=False) if kind is PackedLinear else linear
+
+    with torch.inference_mode():
+        return invariant_sizes(product_of, *shape, dtype, device)
+
+
+class _Activation(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return invariant_elementwise(self.function, x)
+
+
+def whole_blocks(columns: int, batch_invariant: bool) -> int:
+    """Return how many columns a pass reads that needs so many: whole blocks where it is to be batch-invariant."""
+    return -(-columns // KEY_BLOCK) * KEY_BLOCK if batch_invariant else columns
+
+
+def make_batch_invariant(model: nn.Module) -> None:
+    """Replace, in place, what rounds by the number of rows: products, activations and the attention of fused layers.
+
+    Args:
+        model: Model in inference form (see :func:`aurora_rl.models.inference_modules.prepare_for_inference`), all of
+            whose decoder layers are fused. Norms, embeddings and rotary embeddings treat rows alone as they are.
+    """
+    for name, child in list(model.named_children()):
+        if type(child) in (nn.Linear, PackedLinear):
+            setattr(model, name, BatchInvariantLinear(child))
+        elif not isinstance(child, BatchInvariantLinear):
+            make_batch_invariant(child)
+    if isinstance(model, FusedDecoderLayer) and not isinstance(model.act_fn, _Activation):
+        model.act_fn, model.attend = _Activation(model.act_fn), _attend
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, None]:
+    """Attend as :func:`aurora_rl.models.inference_modules.grouped_attention` does, each token by itself."""
+    assert mask is not None
+    return invariant_attention(query, key, value, mask, scaling), None
