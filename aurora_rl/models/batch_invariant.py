@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class BatchInvariantLinear(nn.Module):
         super().__init__()
         self.linear = linear
         weight, bias, threads = linear.weight, linear.bias is not None, torch.get_num_threads()
-        self.sizes = _sizes(type(linear), weight.shape, weight.dtype, str(weight.device), bias, threads)
+        packed = isinstance(linear, PackedLinear)
+        self.sizes = _sizes(packed, weight.shape, weight.dtype, str(weight.device), bias, threads)
 
     @property
     def weight(self) -> Tensor:
@@ -44,18 +45,18 @@ class BatchInvariantLinear(nn.Module):
 
 @functools.lru_cache
 def _sizes(
-    kind: type[nn.Module], shape: torch.Size, dtype: torch.dtype, device: str, bias: bool, threads: int
+    packed: bool, shape: torch.Size, dtype: torch.dtype, device: str, bias: bool, threads: int
 ) -> tuple[int, ...]:
     def product_of(weight: Tensor) -> Product:
         with torch.device("meta"):
-            linear = nn.Linear(*reversed(shape), bias=bias)
+            linear = nn.Linear(shape[1], shape[0], bias=bias)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if bias:
             linear.bias = nn.Parameter(weight.new_zeros(shape[0]), requires_grad=False)
-        return PackedLinear(linear, keep_weight=False) if kind is PackedLinear else linear
+        return PackedLinear(linear, keep_weight=False) if packed else linear
 
     with torch.inference_mode():
-        return invariant_sizes(product_of, *shape, dtype, device)
+        return invariant_sizes(product_of, shape[0], shape[1], dtype, device)
 
 
 class _Activation(nn.Module):
@@ -80,8 +81,8 @@ def make_batch_invariant(model: nn.Module) -> None:
             whose decoder layers are fused. Norms, embeddings and rotary embeddings treat rows alone as they are.
     """
     for name, child in list(model.named_children()):
-        if type(child) in (nn.Linear, PackedLinear):
-            setattr(model, name, BatchInvariantLinear(child))
+        if isinstance(child, PackedLinear) or type(child) is nn.Linear:
+            setattr(model, name, BatchInvariantLinear(cast(nn.Linear, child)))
         elif not isinstance(child, BatchInvariantLinear):
             make_batch_invariant(child)
     if isinstance(model, FusedDecoderLayer) and not isinstance(model.act_fn, _Activation):

@@ -93,7 +93,7 @@ def _linear_sizes(shape: torch.Size, dtype: torch.dtype, device: str, bias: bool
         added = weight.new_zeros(len(weight)) if bias else None
         return lambda rows: F.linear(rows, weight, added)
 
-    return invariant_sizes(product_of, *shape, dtype, device)
+    return invariant_sizes(product_of, shape[0], shape[1], dtype, device)
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
