@@ -2,7 +2,8 @@
 # Every measurement of this project that needs a GPU, in at most eleven minutes, into one folder of JSON.
 #
 #   benchmarks/gpu.sh [FOLDER]
-#   DEVICE=cpu SIZE=tiny SCENARIO=smoke MODEL=FOLDER benchmarks/gpu.sh /tmp/check    # a check on a CPU, two minutes
+#   DEVICE=cpu SIZE=tiny SCENARIO=smoke MODEL=FOLDER KERNELS="--rows 256 --vocabs 8192 --no-compile" \
+#       benchmarks/gpu.sh /tmp/check                  # a check on a CPU, three minutes
 #
 # Nothing is installed: PYTHON (python3) has the project's packages. Each part has its own limit, and one that fails or
 # runs into it is named at the end and does not keep the others from running. Exit status 1 says that one did.

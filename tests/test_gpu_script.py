@@ -22,7 +22,7 @@ def run(out: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "SIZE": "tiny", "SLOTS": "1,2", **settings}
     environment |= {"CONTEXT": "16", "REPEATS": "3"}
     environment |= {"KERNELS": "--width 8 --rows 40 --vocabs 96 --divergences cross_entropy --no-compile"}
-    return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_every_part_runs_and_leaves_its_figures(tmp_path: Path, tiny_folder: Path) -> None:

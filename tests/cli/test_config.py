@@ -152,7 +152,6 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
         ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
         ("drafter.trained_for=mine", "drafter.trained_for must be target or any, got 'mine'"),
-        ("engine.batch_invariant=true engine.name=sglang", "needs engine.name=transformers, got 'sglang'; SGLang has"),
         ("engine.capture_rate=2", r"engine.capture_rate must lie in \[0, 1\], got 2"),
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
@@ -175,6 +174,11 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
 def test_one_clear_error(pair: str, wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):
         load_config(overrides=[pair])
+
+
+def test_batch_invariance_is_of_the_embedded_engine() -> None:
+    with pytest.raises(ConfigError, match="needs engine.name=transformers, got 'sglang'; SGLang has engine.arguments="):
+        load_config(overrides=["engine.batch_invariant=true", "engine.name=sglang"])
 
 
 @pytest.mark.parametrize(
