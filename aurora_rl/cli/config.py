@@ -50,6 +50,10 @@ class EngineConfig:
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
     """Share of SGLang's requests that are recorded."""
+    batch_invariant: bool = False
+    """Compute a token's logits to the same bits whatever else is in the pass, so that speculative text is plain text in
+    bfloat16 too. It takes time (docs/kernels.md). For the embedded engine; SGLang has an option of its own,
+    ``engine.arguments=[--enable-deterministic-inference]``."""
 
     @property
     def attaches(self) -> bool:

@@ -105,6 +105,11 @@ def check(config: Config) -> None:
 
 def _check_engine(config: Config) -> None:
     engine = config.engine
+    if engine.batch_invariant and engine.name != "transformers":
+        raise ConfigError(
+            f"engine.batch_invariant=true needs engine.name=transformers, got {engine.name!r}; SGLang has "
+            "engine.arguments=[--enable-deterministic-inference]"
+        )
     if engine.name != "sglang":
         return
     if config.rule is not None:

@@ -70,6 +70,7 @@ def embedded_server(
         num_slots=config.engine.slots,
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
+        **({"batch_invariant": True} if config.engine.batch_invariant else {}),  # engines of others have no such option
     )
 
     def new_policy() -> DrafterPolicy:

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from aurora_kernels import TreeMask
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
+from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
@@ -32,9 +33,10 @@ from aurora_rl.envs.exactness import (
     with_larger_products,
 )
 from aurora_rl.envs.kv_shapes import kv_shapes
-from aurora_rl.models.attention import GROUPED_ATTENTION, mask_for
+from aurora_rl.models.attention import GROUPED_ATTENTION, pass_mask
+from aurora_rl.models.batch_invariant import invariant_mask, make_batch_invariant, whole_blocks
 from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_layers, prepare_for_inference
-from aurora_rl.models.kv_cache import SlotCache, column_positions
+from aurora_rl.models.kv_cache import SlotCache, column_positions, path_order
 from aurora_rl.models.loading import quiet_transformers
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trees import ancestor_mask, depths
@@ -65,6 +67,8 @@ class TransformersEngine(Engine):
         max_length: Most tokens of a slot, prompt, completion and tree; at most the model's context.
         feature_layers: Layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
             enters decoder layer ``l``, and ``num_hidden_layers`` the input of the output head.
+        batch_invariant: Whether a token's logits are the same, bit for bit, whatever else is in the pass: a tree, other
+            slots, more of a prompt. It costs time; a model that is not served in the form "fused" is refused.
 
     Attributes:
         exactness: Form in which the model is run, and the distance of its logits from the model's own.
@@ -90,10 +94,12 @@ class TransformersEngine(Engine):
     feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
     _packs: bool = False  # whether the layers take a pass without its padding
+    _batch_invariant: bool = False
 
     def __init__(
-        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
-    ) -> None:
+        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int],
+        batch_invariant: bool = False,
+    ) -> None:  # fmt: skip
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         probe = self._set_up(model, max_length)
@@ -101,11 +107,13 @@ class TransformersEngine(Engine):
         if not all(0 <= layer <= count for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
         with quiet_transformers():  # which warns of each form of attention that it does not know of a family
-            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe)
+            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe, batch_invariant)
         self.feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
-            self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
+            self._layers[layer].register_forward_pre_hook(partial(self._capture, layer), with_kwargs=True)
         self._allocate(num_slots, max_length, self._feature_size())
+        if batch_invariant:
+            check_batch_invariance(self, probe.texts[-1][:max_length])
         self.prefill_seconds = 0.0
 
     def _set_up(self, model: PreTrainedModel, max_length: int) -> Probe:
@@ -143,7 +151,8 @@ class TransformersEngine(Engine):
         width = self._output.weight.shape[1]
         self.store = ContextStore(num_slots, max_length, feature_size, width, dtype, device)
         # A tree is written after the committed tokens before any of it is accepted.
-        self._cache = SlotCache(self._shapes, num_slots, max_length + self.max_nodes, dtype, device)
+        columns = whole_blocks(max_length + self.max_nodes, self._batch_invariant)
+        self._cache = SlotCache(self._shapes, num_slots, columns, dtype, device)
 
     def _feature_size(self) -> int:
         """Return the width of the captured features, found by capturing some."""
@@ -194,9 +203,13 @@ class TransformersEngine(Engine):
             )
         return Exactness(form, error, tolerance, switched_off)
 
-    def _in_inference_form(self, exactness: Exactness, probe: Probe) -> Exactness:
+    def _in_inference_form(self, exactness: Exactness, probe: Probe, batch_invariant: bool) -> Exactness:
         """Replace norms and linear layers by faster ones, for good, and compare once more."""
+        self._batch_invariant = batch_invariant and require_fused(self._layers, exactness)
         prepare_for_inference(self.model)
+        if batch_invariant:
+            self._packs = False
+            make_batch_invariant(self.model)
         try:
             error = self._disagreement(probe)
             reason = f"its logits differ by {error:.2g} of their spread"
@@ -291,11 +304,8 @@ class TransformersEngine(Engine):
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
-    def _capture(self, layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._captured[layer] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
+    def _capture(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._captured[layer] = args[0] if args else kwargs["hidden_states"]
 
     @torch.inference_mode()
     def _forward(
@@ -314,15 +324,14 @@ class TransformersEngine(Engine):
         if the model allows.
         """
         device, width = tokens.device, tokens.shape[1]
-        end = int(past.max()) + width
+        end = whole_blocks(int(past.max()) + width, self._batch_invariant)
         past = past.to(device)[:, None]
         present = present if self._packs and present is not None and not bool(present.all()) else None
-        self._cache.aim(slots, past + torch.arange(width, device=device), end, present)
+        order = path_order(seen, depth, past, end) if self._batch_invariant else None
+        self._cache.aim(slots, past + torch.arange(width, device=device), end, present, order)
         arguments = {}
         if self._takes_positions:
-            positions = past + depth
-            if self._starts is not None:
-                positions = positions + self._starts[slots, None].to(device)
+            positions = past + depth + (0 if self._starts is None else self._starts[slots, None].to(device))
             # A node past the model's last position is never delivered, and a table of positions has no row for it.
             positions = positions if self._last is None else positions.clamp(max=self._last)
             arguments["position_ids"] = self._cache.pack(positions)
@@ -344,15 +353,9 @@ class TransformersEngine(Engine):
         self, seen: Tensor | None, depth: Tensor, past: Tensor, end: int
     ) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
-        position, masks = past + depth, {}
-        for kind, first in (self._mask_kinds or {None: None}).items():
-            if first is None:
-                mask = TreeMask(past[:, 0], seen)
-            else:
-                own = depth[:, :, None] >= depth[:, None] if seen is None else seen
-                start = first(position)
-                mask = TreeMask(past[:, 0], own & (position[:, None] >= start[:, :, None]), start)
-            masks[kind] = mask_for(self._config._attn_implementation, mask, depth, end, self.model.dtype)
+        form: Any = {"implementation": self._config._attn_implementation, "seen": seen, "dtype": self.model.dtype}
+        mask: Callable[..., Tensor] = invariant_mask if self._batch_invariant else partial(pass_mask, **form)
+        masks = {kind: mask(depth, past, end, first) for kind, first in (self._mask_kinds or {None: None}).items()}
         return masks[None] if None in masks else masks
 
     @override
@@ -418,11 +421,7 @@ class TransformersEngine(Engine):
             row, index = moved.nonzero(as_tuple=True)
             base = self.store.lengths[slots].to(device)[row]
             self._cache.move(slots.to(device)[row], base + path[row, index], base + index)
-        columns = (
-            torch.cat([torch.zeros_like(path[:, :1]), path.clamp(min=-1) + 1], dim=1)
-            if path.shape[1]
-            else (torch.zeros(len(slots), 1, dtype=torch.int64, device=device))
-        )
+        columns = F.pad(path.clamp(min=-1) + 1, (1, 0))
         rows = torch.arange(len(slots), device=device)[:, None]
         features = self._features[rows, columns]
         self.store.append(slots, tokens, num_new, features, self._hidden[rows, columns])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -44,19 +45,36 @@ class PassMask(Tensor):
         return carrier
 
 
-def mask_for(implementation: str, mask: TreeMask, tokens: Tensor, end: int, dtype: torch.dtype) -> Tensor:
-    """Return the mask of ``tokens`` ``[b, T]``, which see ``end`` columns, as an implementation of attention reads it.
+def pass_mask(
+    depth: Tensor,
+    past: Tensor,
+    end: int,
+    first: Callable[[Tensor], Tensor] | None,
+    *,
+    seen: Tensor | None,
+    implementation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the mask of a pass as an implementation of attention reads it.
 
     Args:
-        implementation: :data:`GROUPED_ATTENTION`, "sdpa" or "eager".
-        mask: What the tokens see.
-        tokens: Tokens of the pass.
+        depth: A token's distance from ``past``, ``[b, T]`` int64.
+        past: First column that the pass writes, ``[b, 1]`` int64.
         end: Columns that the pass reads.
+        first: Returns the first position that tokens at some positions see; None if they see the whole text.
+        seen: Which tokens of the pass a token sees, ``[b, T, T]`` bool; None if those up to itself.
+        implementation: :data:`GROUPED_ATTENTION`, "sdpa" or "eager".
         dtype: Dtype of the model's scores.
     """
+    if first is None:
+        mask = TreeMask(past[:, 0], seen)
+    else:
+        own = depth[:, :, None] >= depth[:, None] if seen is None else seen
+        start = first(past + depth)
+        mask = TreeMask(past[:, 0], own & ((past + depth)[:, None] >= start[:, :, None]), start)
     if implementation == GROUPED_ATTENTION:
-        return PassMask.of(mask, tokens)
-    dense = mask.dense(tokens.shape[1], end)[:, None]
+        return PassMask.of(mask, depth)
+    dense = mask.dense(depth.shape[1], end)[:, None]
     if implementation == "sdpa":
         return dense
     zero = torch.zeros((), dtype=dtype, device=dense.device)

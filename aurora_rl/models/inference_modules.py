@@ -84,6 +84,9 @@ class FusedDecoderLayer(nn.Module):
     passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache. The pass may be
     without padding (see :meth:`SlotCache.aim`): attention alone needs to know whose rows they are.
 
+    Attributes:
+        attend: Attention, :func:`grouped_attention` unless it is replaced.
+
     Raises:
         AttributeError: The layer to replace has other parts than this form knows. Whether it computes the same is for
             the caller to check, as :func:`fuse_decoder_layers` does.
@@ -101,6 +104,7 @@ class FusedDecoderLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm: Any = getattr(attention, "q_norm", None)
         self.k_norm: Any = getattr(attention, "k_norm", None)
+        self.attend: Callable[..., tuple[Tensor, None]] = grouped_attention
 
     def forward(
         self,
@@ -127,7 +131,7 @@ class FusedDecoderLayer(nn.Module):
         slots = past_key_values if isinstance(past_key_values, SlotCache) else None
         if slots is not None:
             query = slots.unpack(query)
-        out, _ = grouped_attention(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
+        out, _ = self.attend(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
         if slots is not None:
             out = slots.pack(out)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))

@@ -24,6 +24,7 @@ def test_the_keys_are_frozen() -> None:
         *("model", "device", "dtype"),
         *("engine.name", "engine.slots", "engine.max_length", "engine.prefix_cache_tokens", "engine.threads"),
         *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
+        "engine.batch_invariant",
         *("http.host", "http.port", "http.api_keys", "http.max_body", "http.max_waiting", "http.timeout"),
         "http.cors_origins",
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
@@ -174,6 +175,11 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
 def test_one_clear_error(pair: str, wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):
         load_config(overrides=[pair])
+
+
+def test_batch_invariance_is_of_the_embedded_engine() -> None:
+    with pytest.raises(ConfigError, match="needs engine.name=transformers, got 'sglang'; SGLang has engine.arguments="):
+        load_config(overrides=["engine.batch_invariant=true", "engine.name=sglang"])
 
 
 @pytest.mark.parametrize(
