@@ -39,7 +39,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     resume = arguments.resume is not None
     folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume) if parent is None else None
     run_dir = Path(config.run_dir or "")
-    log = MetricsLog(run_dir / "metrics.jsonl", "learner")
+    log = MetricsLog(run_dir / "metrics.jsonl", "learner", config.telemetry.max_log)
 
     import torch
 

@@ -45,6 +45,7 @@ COMMANDS = {
     "bench": Command("how fast drafters learn, on a scenario or by several objectives", "bench", learns=True),
     "report": Command("write the report of a run, or of a bench, again from what is in its folder", "report"),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
+    "keys": Command("make the keys of a learner and its engines, for a wire between hosts", "keys"),
     "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "sglang"),
 }
 _MOVED = {"export": "drafter export"}

@@ -148,6 +148,8 @@ def test_of_many_unfinished_messages_the_largest_goes(collector: ZMQCollector, m
 def test_no_more_connections_than_are_looked_after(collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_MAX_CONNECTIONS", 1)
     first = peer(collector.address, b"PUSH")
+    first.sendall(part(b"x", more=False))
+    until(lambda: collector.poll(0.05) or collector.rejected)
     host, port = collector.address.removeprefix("tcp://").rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=10) as second:
         assert second.recv(1) == b""  # closed before ZeroMQ greets
