@@ -103,7 +103,7 @@ def _check_wire(config: Config) -> None:
     if config.engine.plugin_address is not None:
         addresses["engine.plugin_address"] = config.engine.plugin_address
     for key, address in addresses.items():
-        if wire.keys is None and not is_local(address):
+        if wire.keys is None and address.startswith("tcp://") and not is_local(address):
             raise ConfigError(
                 f"{key}={address}: other hosts can reach it, which needs keys; make them with `aurora-rl keys FOLDER` "
                 "and set wire.keys=FOLDER on both sides, or take an address of this host, such as tcp://127.0.0.1:5557"

@@ -12,6 +12,7 @@ import zmq
 from tensordict import TensorDict, TensorDictBase
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
+from aurora_rl.collectors.gatekeeper import KEY_NAME
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ServerKeys
 from aurora_rl.collectors.sink import TRAJECTORY
@@ -128,7 +129,7 @@ class ZMQCollector:
                 return None
 
     def _accept(self, frames: list[zmq.Frame]) -> TensorDict | None:
-        source = source_of(frames, "User-Id")  # the name of its key; without keys what it says
+        source = source_of(frames, KEY_NAME)  # without keys, what it says
         try:
             message = decode(frames, limits=self._limits)
             if message.kind != TRAJECTORY:

@@ -15,6 +15,8 @@ from aurora_rl.collectors.keys import KeyFault, ServerKeys
 from aurora_rl.telemetry.throttle import Throttle
 
 _ADDRESS = "inproc://zeromq.zap.01"  # where libzmq asks, by the ZeroMQ Authentication Protocol (RFC 27)
+KEY_NAME = "Key-Name"
+"""Property of every message: the name of its sender's key."""
 
 
 class Gatekeeper:
@@ -72,9 +74,15 @@ class Gatekeeper:
         if name is None:
             peer = f"a peer from {self._peer_of(address.decode())}"
             self._refuse(peer, f"its public key {public.decode()} is not in {self._keys.admitted}")
-        status = [b"400", b"", b""] if name is None else [b"200", b"", name.encode()]
-        self._questions.send_multipart([version, request, *status, b""])
+        # Not as the user id: libzmq puts that before the first message, and a poll takes it for one.
+        status, metadata = (b"400", b"") if name is None else (b"200", _property(KEY_NAME, name))
+        self._questions.send_multipart([version, request, status, b"", b"", metadata])
 
     def _refuse(self, peer: str, reason: str) -> None:
         self.refused += 1
         self._log.warning("refused", "%s is refused at %s (%d so far): %s", peer, self._name, self.refused, reason)
+
+
+def _property(name: str, value: str) -> bytes:
+    """Return metadata as ZMTP has it."""
+    return bytes([len(name)]) + name.encode() + len(value).to_bytes(4) + value.encode()

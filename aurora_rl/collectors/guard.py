@@ -269,10 +269,13 @@ class Guard:
                 if meter.spoken:
                     self._silent.pop((network, inside), None)
                 self._bound((network, inside), meter.held)
-                inside.sendall(chunk[:count])
                 now = time.monotonic()
-                self._await_reader(key, passed, int(_PING_COST_PER_S * (now - since)) if self._sealed else 0)
+                pings = int(_PING_COST_PER_S * (now - since)) if self._sealed else 0
+                with self._lock:  # before the reader can have it
+                    self._inside[key] = max(self._inside[key] + passed - pings, 0)
                 since = now
+                inside.sendall(chunk[:count])
+                self._await_reader(key)
         except TooLong as error:
             self._warn(network, str(error))
             _shut(network, inside)
@@ -292,14 +295,13 @@ class Guard:
         self._warn(largest[0], f"unfinished messages exceed {self._total} bytes, and it holds most of them")
         _shut(*largest)
 
-    def _await_reader(self, key: str, passed: int, pings: int) -> None:
-        """Count what was relayed, and wait while the reader has too much to take.
+    def _await_reader(self, key: str) -> None:
+        """Wait while the reader has too much to take.
 
         Raises:
             TooLong: It can take nothing, and the most of what it has are unfinished messages of this connection.
         """
         with self._moved:
-            self._inside[key] = max(self._inside[key] + passed - pings, 0)
             while self._inside.total() > self._total and not self._closing:
                 takes, vain = self._takes, self._vain
                 self._moved.wait(_STALL_S)

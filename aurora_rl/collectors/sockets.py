@@ -239,7 +239,7 @@ def source_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
 
     Args:
         frames: Frames of the message.
-        field: "Peer-Address", as the socket sees it, or "User-Id", the name of its key.
+        field: "Peer-Address", as the socket sees it, or `gatekeeper.KEY_NAME`.
     """
     try:
         return cast("str", frames[-1].get(field))

@@ -339,5 +339,5 @@ class WeightReceiver:
             return f"version {version} leaves no room for later ones"
         for name, tensor in tensors.flatten_keys(".").items():
             if (fault := implausible(tensor)) is not None:
-                return f"tensor {name!r} {fault}"
+                return f"tensor {name!r} {fault}; lower the learning rate"
         return None

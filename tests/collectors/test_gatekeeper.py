@@ -78,7 +78,10 @@ def test_a_known_engine_is_heard_and_no_other(
     (line,) = caplog.messages
     assert "a peer from 127.0.0.1:" in line and f"{stranger.public.decode()} is not in {folder}/engines" in line
     assert not arrives(collector, None, 0.5)  # without keys
-    assert arrives(collector, engine_keys(folder))
+    with closing(TrajectorySink(collector.address, handshake=HANDSHAKE, keys=engine_keys(folder), name="x")) as sink:
+        sink.extend(TensorDict({"x": torch.arange(200_000)}, batch_size=[]))
+        (trajectory,) = collector.poll(5.0)
+    assert trajectory["source"] == "engine"  # by its key, whatever it calls itself
 
 
 def test_an_engine_pins_the_learner(folder: Path, tmp_path: Path) -> None:
