@@ -34,6 +34,7 @@ class LocalSource:
     """
 
     handshake_error: str | None = None
+    refused = 0  # nobody connects
 
     def __init__(self) -> None:
         self.waiting: list[TensorDictBase] = []
@@ -57,6 +58,7 @@ class LocalTarget:
     """
 
     error: str | None = None
+    refused = 0
 
     def __init__(self) -> None:
         self.next_version = 1

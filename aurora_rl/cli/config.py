@@ -131,6 +131,13 @@ class WireConfig:
     """Address that hands out weights."""
     queue: int = 256
     """Trajectories that wait for an absent learner before the oldest is dropped."""
+    queue_bytes: int = 536870912
+    """Most bytes of them."""
+    max_message: int = 1073741824
+    """Most bytes of a trajectory, and of a drafter's weights, on the wire; the same on both sides."""
+    keys: str | None = None
+    """Folder of CurveZMQ keys, as ``aurora-rl keys`` makes it. Addresses that other hosts can reach need keys, those of
+    this host do not. SGLang takes its folder from AURORA_RL_SGLANG_KEYS in its environment."""
 
 
 @dataclass
@@ -173,6 +180,8 @@ class LearnerConfig:
     """Most replayed batches for each batch of new requests. They are taken while no new request waits."""
     buffer: int = 2000
     """Requests kept for replay."""
+    buffer_bytes: int = 4294967296
+    """Most bytes of them: beyond it the oldest goes first."""
     muon_lr: float = 0.02
     """Learning rate of the matrices (Muon)."""
     adam_lr: float = 5e-4
@@ -226,6 +235,8 @@ class TelemetryConfig:
     logger: str | None = None
     """TorchRL's logger of the figures: csv, tensorboard, wandb or mlflow, into ``logs`` in the run's folder; null for
     none. All but csv are packages of their own."""
+    max_log: int = 268435456
+    """Most bytes of ``metrics.jsonl``. Once it has so many it replaces ``metrics.1.jsonl``, and is begun anew."""
 
 
 @dataclass
@@ -342,7 +353,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
 
 def make_absolute(config: Config) -> None:
     """Make paths absolute, so that a saved configuration means the same in every folder."""
-    for part, name in ((config.traffic, "path"), (config.learner, "record"), (config.learner, "resume")):
+    learner = config.learner
+    for part, name in ((config.traffic, "path"), (learner, "record"), (learner, "resume"), (config.wire, "keys")):
         if (path := getattr(part, name)) is not None:
             setattr(part, name, os.path.abspath(path))
     if config.model != Config.model and os.path.exists(config.model):  # else a name, or an id of the hub

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from aurora_rl.addresses import is_local
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.telemetry.loggers import LOGGERS
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 _POSITIVE = """
     engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width
-    baseline.window wire.queue learner.threads learner.batch_size learner.buffer learner.max_skipped
-    learner.publish_every gate.requests traffic.requests
+    baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
+    learner.max_skipped learner.publish_every gate.requests traffic.requests
 """
 
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
@@ -32,6 +33,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(("canary.false_alarm_rate", "canary.margin"), ("lie between 0 and 1", lambda value: 0 < value < 1)),
     "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),
     "engine.capture_rate": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
+    **dict.fromkeys(
+        ("wire.max_message", "telemetry.max_log"), ("be at least 65536 bytes", lambda value: value >= 1 << 16)
+    ),
     "http.host": ("not be empty", bool),
     "http.port": ("lie in 0..65535 or be null", lambda value: value is None or 0 <= value <= 65535),
     "http.timeout": ("be a number of seconds above 0", lambda value: 0 < value < math.inf),
@@ -91,16 +95,30 @@ def check(config: Config) -> None:
             "more, or to null"
         )
     _check_engine(config)
-    for key, address in (("wire.trajectories", config.wire.trajectories), ("wire.weights", config.wire.weights)):
-        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
-            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
-    if config.wire.trajectories == config.wire.weights:
-        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
+    _check_wire(config)
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
         raise ConfigError(
             "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
             f"{config.temperature}, {config.top_k}, {config.top_p}"
         )
+
+
+def _check_wire(config: Config) -> None:
+    wire = config.wire
+    addresses = {"wire.trajectories": wire.trajectories, "wire.weights": wire.weights}
+    for key, address in addresses.items():
+        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
+            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
+    if wire.trajectories == wire.weights:
+        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {wire.weights!r}")
+    if config.engine.plugin_address is not None:
+        addresses["engine.plugin_address"] = config.engine.plugin_address
+    for key, address in addresses.items():
+        if wire.keys is None and address.startswith("tcp://") and not is_local(address):
+            raise ConfigError(
+                f"{key}={address}: other hosts can reach it, which needs keys; make them with `aurora-rl keys FOLDER` "
+                "and set wire.keys=FOLDER on both sides, or take an address of this host, such as tcp://127.0.0.1:5557"
+            )
 
 
 def _check_engine(config: Config) -> None:

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 
-from aurora_rl.cli.assembly import Target, opening
+from aurora_rl.cli.assembly import Target, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import control_client_keys, engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
@@ -114,10 +116,18 @@ def embedded_server(
         processors=processors,
         on_refused=requests.refused,
     )
+    keys, limits = wire_keys(config, engine_keys), Limits(max_bytes=config.wire.max_message)
     with opening("wire.trajectories", config.wire.trajectories):
-        sink = TrajectorySink(config.wire.trajectories, handshake=greeting, capacity=config.wire.queue)
+        sink = TrajectorySink(
+            config.wire.trajectories,
+            handshake=greeting,
+            keys=keys,
+            capacity=config.wire.queue,
+            max_bytes=config.wire.queue_bytes,
+            limits=limits,
+        )
     with opening("wire.weights", config.wire.weights):
-        receiver = WeightReceiver(config.wire.weights, handshake=greeting)
+        receiver = WeightReceiver(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
         env,
@@ -188,7 +198,7 @@ def sglang_server(
         if settings.url is None:
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
-            client = SGLangClient(settings.url, settings.plugin_address)
+            client = SGLangClient(settings.url, settings.plugin_address, keys=config.wire.keys)
 
         def attach() -> dict[str, Any]:
             return client.attach(
@@ -197,6 +207,8 @@ def sglang_server(
                 weights=config.wire.weights,
                 capture_rate=settings.capture_rate,
                 queue=config.wire.queue,
+                queue_bytes=config.wire.queue_bytes,
+                max_message=config.wire.max_message,
             )
 
         published = run_dir / "learner" / "drafter"
@@ -233,7 +245,7 @@ def take_served(config: Config) -> None:
         ConfigError: The plugin does not answer.
     """
     with naming("engine.plugin_address", (PluginError, OSError)):
-        status = ask(str(config.engine.plugin_address), "status")
+        status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, control_client_keys))
     shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
     if config.model == Config.model:
         config.model = status["model"]
@@ -264,5 +276,6 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGL
         dtype=str(spec.dtype).removeprefix("torch."),
         device=spec.device.type,
         log=run_dir / "sglang.log",
+        keys=config.wire.keys,
         arguments=config.engine.arguments,
     )

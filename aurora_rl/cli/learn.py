@@ -48,7 +48,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 def _learn(config: Config, stop: Stop, figures: str | None, refused: contextlib.AbstractContextManager[None]) -> int:
     """Learn in the folder of a run until a signal comes. Returns the exit status."""
     run_dir = Path(config.run_dir or "")
-    log = MetricsLog(run_dir / "metrics.jsonl", "learner")
+    log = MetricsLog(run_dir / "metrics.jsonl", "learner", config.telemetry.max_log)
 
     with importing():
         import torch

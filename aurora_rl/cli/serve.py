@@ -82,7 +82,7 @@ class _Session:
         self._began, self._console = time.monotonic(), plain_console()
         self._folder = RunDir(config, _DOCUMENTS, resume=resume)
         self._run_dir = self._folder.path
-        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
+        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", config.telemetry.max_log)
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
         self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
@@ -113,10 +113,12 @@ class _Session:
                 load,
                 request_queue,
                 traffic,
+                wire_keys,
             )  # fmt: skip
             from aurora_rl.cli.engines import embedded_server, sglang_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.spec import resolve
+            from aurora_rl.collectors.keys import engine_keys
             from aurora_rl.serving.async_engine import AsyncEngine
             from aurora_rl.workload.traffic import unseen_from
 
@@ -125,6 +127,7 @@ class _Session:
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
             spec, prompts = resolve(config), [] if attached else traffic(config)
+            wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._figures.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
+from aurora_rl.plausible import implausible
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, padded
 from aurora_rl.policies.row_budget import RowBudget
@@ -25,11 +26,10 @@ _SHORT = 32
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """Return a message about the first tensor that is not finite; None if all are finite."""
+    """Return a message about the first tensor that is not finite or far too large; None if there is none."""
     for name, tensor in weights.items():
-        wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no isfinite
-        if tensor.is_floating_point() and (bad := int((~wide.isfinite()).sum())):
-            return f"tensor {name!r} has {bad} values that are infinite or not a number; lower the learning rate"
+        if (fault := implausible(tensor)) is not None:
+            return f"tensor {name!r} {fault}; lower the learning rate"
     return None
 
 

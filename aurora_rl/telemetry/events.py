@@ -79,8 +79,9 @@ EVENTS: dict[str, Event] = {
             "staleness": "Versions that were published after the one that drafts; null if that is not known.",
             "queue": "Trajectories that wait for the learner.",
             "dropped": "Trajectories lost so far, by reason. Given up here: no_learner while none was connected, "
-            "slow_learner while one was, not_encodable. By the server's own learner: malformed, handshake (of another "
-            "deployment), invalid, buffer_full (its full buffer let go of what it had not learned from), and "
+            "slow_learner while one was, not_encodable, too_large (for `wire.queue_bytes` or `wire.max_message`). By "
+            "the server's own learner: malformed, handshake (of another deployment), invalid, buffer_full (its full "
+            "buffer let go of what it had not learned from), quarantined (no step could be taken on it), and "
             "learner_died (sent to one that died, and in none of its checkpoints).",
             "learner": "State of the learner.",
             "running": "Clients' requests that are decoded now; like the next two only with a front at `http.port`.",
@@ -201,6 +202,19 @@ EVENTS: dict[str, Event] = {
             "skipped": "Steps left out so far.",
             "batches": "Batches so far; only of `aurora-rl train`.",
         },
+    ),
+    "quarantined": Event(
+        "No step could be taken on a batch for the sake of some of its trajectories, which the learner has dropped.",
+        {
+            "requests": "Their requests.",
+            "sources": "Engines that sent them: names of their keys or, without keys, what they call themselves.",
+            **_REASON,
+            "steps": _SEEN["steps"],
+        },
+    ),
+    "peers_refused": Event(
+        "Connections were refused for their keys since the last such line; once a second at most. The log says why.",
+        {"peers": "Connections refused so far.", "steps": _SEEN["steps"]},
     ),
     "drops": Event(
         "The learner dropped trajectories since the last such line; once a second at most.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -26,9 +27,12 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
+from aurora_rl.training.replay import NewestTrajectories
 from aurora_rl.training.served_weights import WeightAudit, with_weights
-from aurora_rl.training.steps import train_step
+from aurora_rl.training.steps import has_finite_step, train_step
 from aurora_rl.trajectories import pack
+
+logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _NOTE_S = 1.0  # a peer may send junk without an end
@@ -46,6 +50,10 @@ class TrajectorySource(Protocol):
     handshake_error: str | None
     rejections: Counter[str]
 
+    @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
+
     def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
         """Take the trajectories that have arrived, oldest first."""
 
@@ -57,6 +65,10 @@ class WeightTarget(Protocol):
     """Where weights go, such as :class:`~aurora_rl.collectors.weights.WeightPublisher`."""
 
     error: str | None
+
+    @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
 
     @property
     def next_version(self) -> int:
@@ -79,7 +91,7 @@ class Learner:
         drafter: Drafter in training, float32.
         loss: Objective on packed batches.
         optimizers: Optimizers of the drafter's parameters.
-        buffer: Replay buffer whose samples are packed batches.
+        buffer: Replay buffer from :func:`~aurora_rl.training.replay.trajectory_buffer`.
         collector: Brings trajectories.
         publisher: Takes weights.
         gate: Decides about candidates.
@@ -88,7 +100,7 @@ class Learner:
         batch_size: New trajectories of an optimizer step.
         replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
-        max_skipped: Steps in a row that may come out without a finite loss and gradient.
+        max_skipped: Steps in a row that may come out without a finite loss and gradient, for no trajectory's sake.
         checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
         outputs: Writes the training state.
@@ -122,6 +134,7 @@ class Learner:
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
+        self._replayed = cast("NewestTrajectories", buffer.storage)
         self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
@@ -131,6 +144,8 @@ class Learner:
         self._since_candidate = self._decided_steps = 0
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
+        self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
+        self._quarantined = self._refused = 0
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
@@ -174,7 +189,8 @@ class Learner:
         if len(self._new) >= self._batch_size:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
             self._credit = min(self._credit + self._replay, 4 * self._replay)
-            self._train(pack(batch), new=len(batch))
+            if self._train(pack(batch), new=len(batch)):
+                self._sound = batch[-1]
             return_freed_memory()
         elif self._credit > 0:
             self._credit -= 1
@@ -211,21 +227,26 @@ class Learner:
             self._log.write("refused", reason=refusal)
 
     def _note_drops(self) -> None:
-        """Log what was dropped since the last such event."""
+        """Log what was dropped, and who was refused, since the last such events."""
         self._next_note = time.monotonic() + _NOTE_S
-        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned)
+        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned, quarantined=self._quarantined)
         if dropped != self._noted:
             self._log.write("drops", reasons=dict(dropped - self._noted), steps=self.steps)
             self._noted = dropped
+        if (refused := self._collector.refused + self._publisher.refused) != self._refused:
+            self._refused = refused
+            self._log.write("peers_refused", peers=refused, steps=self.steps)
 
-    def _train(self, batch: TensorDictBase, *, new: int) -> None:
+    def _train(self, batch: TensorDictBase, *, new: int) -> bool:
+        """Take a step, and return whether it was taken."""
         began = time.perf_counter()
         batch = batch.to(self._drafter.draft_vocab.device)
         try:
             loss, out = train_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
         except FloatingPointError as error:
-            self._skip(str(error))
-            return
+            if not self._quarantine(batch["request"].tolist(), str(error)):
+                self._skip(str(error))
+            return False
         self._skipped_in_a_row = 0
         self.steps += 1
         self.seen += new
@@ -239,6 +260,30 @@ class Learner:
             seconds=round(time.perf_counter() - began, 3),
             waiting=len(self._new),
         )
+        return True
+
+    def _quarantine(self, requests: list[int], reason: str) -> bool:
+        """Remove trajectories of a batch for whose sake no step can be taken. Return whether there were any.
+
+        Where not even a trajectory that was learned from before gives a step, the weights are the cause.
+        """
+        if self._sound is None or not self._has_step(self._sound):
+            return False
+        found = [each for each in self._replayed.of_requests(requests) if not self._has_step(each)]
+        if found:
+            self._replayed.remove(found)
+            self._quarantined += len(found)
+            sources = sorted({each.get_non_tensor("source", default="") for each in found})
+            names = [int(each["request"]) for each in found]
+            logger.warning(
+                "requests %s of %s are dropped, as no step could be taken with them: %s", names, sources, reason
+            )
+            self._log.write("quarantined", requests=names, sources=sources, reason=reason, steps=self.steps)
+        return bool(found)
+
+    def _has_step(self, trajectory: TensorDictBase) -> bool:
+        batch = pack([trajectory]).to(self._drafter.draft_vocab.device)
+        return has_finite_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
 
     def _skip(self, reason: str) -> None:
         """Leave a step out. After too many in a row, save what was learned before them and raise FloatingPointError."""
