@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
 from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.run_dir import continued
+from aurora_rl.cli.run_dir import go_on
 from aurora_rl.telemetry.log import MetricsReader
 
 _READY_S = 300.0
@@ -76,7 +77,8 @@ class LearnerProcess:
         if now < self._due:
             return False
         self._due, self.restarts = 0.0, self.restarts + 1
-        config = continued(self._config, self._run_dir)
+        config = replace(self._config)
+        go_on(config, self._run_dir)
         self.resumed = config.learner.resume is not None
         self.child = self._start(config)
         return True

@@ -68,8 +68,7 @@ class RunDir:
                 with open(self.path / documents[0], "x", encoding="utf-8") as file:
                     file.write(to_yaml(config, run_dir=False))
             if resume:
-                later = continued(config, self.path)
-                config.drafter, config.learner = later.drafter, later.learner
+                go_on(config, self.path)
             else:
                 self._lock = _locked(self.path)
         except OSError as error:
@@ -162,14 +161,14 @@ def resumed_config(
     return replace(config, run_dir=folder)
 
 
-def continued(config: Config, run: Path) -> Config:
-    """Return the configuration of a run that goes on from the drafter and the checkpoint in its folder."""
+def go_on(config: Config, run: Path) -> None:
+    """Set the drafter and the checkpoint in the folder of a run as those to start from."""
     drafters = [run / name for name in _DRAFTERS if (run / name / "config.json").is_file()]
-    started = replace(config.drafter, path=str(drafters[0])) if drafters else config.drafter
+    if drafters:
+        config.drafter = replace(config.drafter, path=str(drafters[0]))
     # The second is where a learner that was killed while it wrote left its last state.
-    learned = (run / "learner").is_dir() or (run / ".learner-old").is_dir()
-    learner = replace(config.learner, resume=str(run / "learner")) if learned else config.learner
-    return replace(config, drafter=started, learner=learner)
+    if (run / "learner").is_dir() or (run / ".learner-old").is_dir():
+        config.learner = replace(config.learner, resume=str(run / "learner"))
 
 
 def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:

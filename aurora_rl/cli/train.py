@@ -29,7 +29,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
-from aurora_rl.cli.run_dir import RunDir, continued
+from aurora_rl.cli.run_dir import RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -74,7 +74,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
     _settle(arguments)
     if arguments.resume is not None:
-        config = continued(config, Path(arguments.resume))
+        go_on(config, Path(arguments.resume))
     check_installed(config.telemetry.logger)
     spec, began = resolve(config), time.monotonic()
     prompts = [] if arguments.recording else questions(traffic(config))

@@ -10,7 +10,7 @@ from aurora_rl.cli import run_dir
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.main import main
-from aurora_rl.cli.run_dir import RunDir, continued, resumed_config
+from aurora_rl.cli.run_dir import RunDir, go_on, resumed_config
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
     assert (saved.gate.requests, saved.run_dir, saved.drafter.path, saved.learner.resume) == (5, None, None, None)
     (earlier / "learner").rename(earlier / ".learner-old")  # killed while it wrote
     config = resumed_config("serve", str(earlier), None, [])
-    config = continued(config, earlier)
+    go_on(config, earlier)
     assert (config.drafter.path, config.learner.resume) == (str(earlier / "drafter-day0"), str(earlier / "learner"))
 
 
