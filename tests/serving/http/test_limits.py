@@ -79,6 +79,21 @@ def test_a_waiting_client_that_leaves_is_not_served(slow: Any) -> None:
     assert slow.idle(2.0)
 
 
+def test_the_wait_of_a_client_that_leaves_the_queue_is_observed(slow: Any) -> None:
+    def observed() -> int:
+        lines = slow.metrics.expose({}).decode().splitlines()
+        name = "aurora_request_queue_time_seconds_count"
+        return next(round(float(line.split()[1])) for line in lines if line.startswith(name))
+
+    before = observed()
+    with left_open(slow.url, LONG | {"n": 2}):
+        wait(lambda: observed() == before + 2)  # with their first tokens
+        with left_open(slow.url, LONG):
+            wait(lambda: slow.clients.num_waiting == 1)
+        wait(lambda: observed() == before + 3)
+    assert slow.idle(2.0)
+
+
 def test_an_async_client_that_stops_reading_frees_its_slot(slow: Any) -> None:
     async def leave() -> None:
         async with openai.AsyncOpenAI(base_url=f"{slow.url}/v1", api_key="none") as client:
