@@ -2,4 +2,11 @@
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("triton") else ["aurora_kernels/tree_attention_triton.py"]
+collect_ignore = (
+    []
+    if importlib.util.find_spec("triton")
+    else [
+        "aurora_kernels/row_kernel.py",
+        "aurora_kernels/tree_attention_triton.py",
+    ]
+)

@@ -18,7 +18,6 @@ from aurora_kernels.closed_forms import ClosedForm
 
 # Columns that a program reads at a time.
 _BLOCK = 4096
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As in closed_forms: exp of it is 0, and so is 0 times it.
 _NEVER = tl.constexpr(-1e4)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -26,19 +25,12 @@ _LOWEST = tl.constexpr(-1e30)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
-def takes(divergence: object, logits: Tensor) -> bool:
-    """Return whether the kernel computes a divergence: a named closed form, on a GPU, not in float64.
-
-    With ``TRITON_INTERPRET=1`` in the environment when this module is imported, it runs on a CPU as well.
-    """
-    named = isinstance(divergence, ClosedForm) and divergence.name is not None
-    return named and (logits.is_cuda or triton.knobs.runtime.interpret) and logits.dtype in _DTYPES
-
-
 def row_values(
     form: ClosedForm, log_p: Tensor, best: Tensor, logits: Tensor, *, temperature: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute a divergence of each row, and overwrite the logits with its gradient.
+
+    With ``TRITON_INTERPRET=1`` in the environment when this module is imported, it runs on a CPU, too.
 
     Args:
         form: A named closed form.

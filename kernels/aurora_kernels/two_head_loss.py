@@ -13,6 +13,7 @@ once, in the forward pass, so that nothing is computed twice:
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,11 +25,6 @@ from torch.autograd.function import once_differentiable
 from aurora_kernels.closed_forms import ClosedForm
 from aurora_kernels.rows import Rows, blocks, chunk_rows, log_softmax, product_dtype, row_dtype
 from aurora_kernels.targets import Reader, Target
-
-try:
-    from aurora_kernels import row_kernel
-except ModuleNotFoundError:  # Triton is not installed
-    row_kernel = None  # type: ignore[assignment]
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -260,11 +256,11 @@ def _row_values(plan: _Plan, log_p: Tensor, best: Tensor, logits: Tensor, *, gra
     The gradient is that in the logits after the temperature. Log-probabilities of the target are ``log_p`` ``[r, Vd]``,
     its likeliest rows ``best`` ``[r]``.
     """
-    if row_kernel is not None and row_kernel.takes(plan.divergence, logits):
+    if _has_row_kernel(plan.divergence, logits):
+        from aurora_kernels.row_kernel import row_values  # imports Triton, which takes a second
+
         assert isinstance(plan.divergence, ClosedForm)
-        return row_kernel.row_values(
-            plan.divergence, log_p, best, logits, temperature=plan.temperature, gradient=gradient
-        )
+        return row_values(plan.divergence, log_p, best, logits, temperature=plan.temperature, gradient=gradient)
     values, agreement = [], []
     for rows in blocks(logits):
         part, target = logits[rows], log_p[rows]
@@ -279,6 +275,13 @@ def _row_values(plan: _Plan, log_p: Tensor, best: Tensor, logits: Tensor, *, gra
             part.copy_(slope)
         values.append(value)
     return torch.cat(values), torch.cat(agreement)
+
+
+def _has_row_kernel(divergence: Divergence | ClosedForm, logits: Tensor) -> bool:
+    """Return whether Triton's kernel computes a divergence: a named closed form, on a GPU, not in float64."""
+    named = isinstance(divergence, ClosedForm) and divergence.name is not None
+    there = logits.is_cuda and importlib.util.find_spec("triton") is not None
+    return named and there and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _differentiated(divergence: Divergence, log_p: Tensor, logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
