@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
+# Tests start the command dozens of times: where no bytecode may be written, each start compiles the library anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install flywheel bench test lint unit smollm2 faults sglang docs vllm stress
 
@@ -69,11 +72,13 @@ vllm: $(STAMP) $(VLLM)/.installed  ## tests that run vLLM on the CPU; not in CI,
 
 ROUNDS ?= 20
 
-stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times with other random numbers, and a soak; not in CI
+stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times with other random numbers, a million messages, and a soak; not in CI
 	for round in $$(seq $(ROUNDS)); do \
 		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
 		$(BIN)/python -m pytest -q -m faults || exit 1; \
 	done
+	$(BIN)/python benchmarks/canary.py --name canary_stress
+	AURORA_RL_FRAMES=1000000 $(BIN)/python -m pytest -q tests/collectors/test_codec_fuzz.py
 	$(BIN)/python benchmarks/soak.py --minutes 5 --name soak_stress
 
 $(VENV)/.docs: $(STAMP)

@@ -43,6 +43,8 @@ MOVED = {
     "training.offline.train_on": "training.steps.train_on",
     **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in (
         "load_drafter", "save_drafter", "written")},
+    "envs.exactness.quiet": "models.loading.quiet_transformers", "trees.depth_first": "trees.reorder_depth_first",
+    "policies.eagle3.Eagle3Layer": "policies.recurrent.DraftLayer",
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
         "first_drafter", "load", "request_queue", "start_drafter", "traffic")},
@@ -54,7 +56,24 @@ MOVED = {
         "RULES", "Greedy", "SampleAndMatch", "Verdict", "VerificationRule", "check_shapes", "descend", "get_rule",
         "register_rule", "settle")},
 }  # fmt: skip
-_OLD_HOMES = {old.rpartition(".")[0] for old in MOVED}
+# Names without a successor, and what to do.
+GONE = {
+    "objectives.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
+    "objectives.imitation.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
+    "models.is_embedded_model_installed": "models.loading.load_target says what to install",
+    "trees.chain_parents": "a chain of n nodes has the parents torch.arange(-1, n - 1)",
+    "testing.drafter_serving.check_from_text": "testing.check_drafter checks whatever is drafted",
+    "testing.families.page": "docs/generate.py writes the page",
+}
+_FUNCTION = "cli.main"  # was one, and is a module
+_OLD_HOMES = {_FUNCTION, *(old.rpartition(".")[0] for old in (*MOVED, *GONE))}
+
+
+class _FormerFunction(ModuleType):
+    """A module whose name was a function's."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        raise TypeError(f"{self.__name__} is a module now; call {self.__name__}.main")
 
 
 class MovedModules(MetaPathFinder):
@@ -89,6 +108,8 @@ class MovedModules(MetaPathFinder):
 
                 vars(module)["__getattr__"] = missing
                 execute(module)
+                if name == _FUNCTION:
+                    module.__class__ = _FormerFunction
 
             spec.loader.exec_module = prepared  # type: ignore[method-assign]
         return spec
@@ -98,3 +119,5 @@ def _refuse(name: str) -> None:
     if name in MOVED:
         # Without the error's `name`, by which `from aurora_rl import ...` would take it for a missing attribute.
         raise ModuleNotFoundError(f"aurora_rl.{name} is aurora_rl.{MOVED[name]} now")
+    if name in GONE:
+        raise ModuleNotFoundError(f"aurora_rl.{name} is gone; {GONE[name]}")

@@ -100,6 +100,8 @@ class Registry(Generic[P]):
                     f"package.module:{'Class' if self._base else 'function'}"
                 )
             point = found[name]
+        if EntryPoint.pattern.match(point.value) is None:
+            raise ValueError(f"the {self._seam} {name!r} is no import path; write package.module:Thing")
         try:
             part = point.load()
         except Exception as error:  # whatever a module does when it is imported
@@ -113,8 +115,9 @@ class Registry(Generic[P]):
             own = str(getattr(part, "__dict__", {}).get("name") or getattr(part, "__name__", name))
             part = self._prepare(own if ":" in name else name, part)
         if base is None:
-            if not callable(part) or isinstance(part, type):
-                raise ValueError(f"{lead} is no function")
+            # An object that can be called, as a partial, has no types of its settings to read.
+            if not callable(part) or isinstance(part, type) or not hasattr(part, "__qualname__"):
+                raise ValueError(f"{lead} is no function; write one by def")
         elif not (isinstance(part, type) and issubclass(part, base)):
             raise ValueError(f"{lead} is no subclass of {base.__module__}.{base.__name__}")
         elif missing := sorted(getattr(part, "__abstractmethods__", ())):
@@ -124,4 +127,6 @@ class Registry(Generic[P]):
 
 
 def _path(part: Any) -> str:
-    return f"{part.__module__}:{part.__qualname__}"
+    """Return the import path of a class or a function; of what has none, as a partial, that of its class."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"

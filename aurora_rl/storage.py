@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -41,19 +42,22 @@ def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     """
     folder = Path(folder)
     new, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by a call that was killed
     try:
         new.mkdir(parents=True)
         save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / "model.safetensors")
         for name, document in documents.items():
             (new / name).write_text(json.dumps(document, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(new, folder)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            with contextlib.suppress(OSError):  # read_folder finds it there too
+                os.replace(old, folder)
         raise OSError(f"{folder} cannot be written: {error}") from error
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

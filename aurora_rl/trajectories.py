@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_rl.plausible import implausible
 from aurora_rl.sampling_params import SamplingParams
 
 RULE_CODES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
@@ -116,7 +117,7 @@ def make_trajectory(
     )
 
 
-_Layout = dict[tuple[str, ...], tuple[str, str]]  # of every entry: shape, dtype
+_Layout = dict[tuple[str, ...], tuple[str, str]]  # shape and dtype of every entry
 
 _LAYOUT: _Layout = {
     ("request",): ("", "int64"),
@@ -202,14 +203,15 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
         "H": hidden_size,
         "K": topk_ids.shape[-1] if topk_ids is not None and topk_ids.ndim else 0,
     }
-    for key, (shape, kind) in layout.items():
+    for key, (shape, _) in layout.items():
         value, name = get(key), ".".join(key)
         expected = tuple(sizes[s] for s in shape.split(",")) if shape else ()
         if tuple(value.shape) != expected:
             raise ValueError(f"{name} must have shape [{shape}] = {expected}, got {tuple(value.shape)}")
         may_be_infinite = key == _LOG_PROBS or key[-1] == "tail_log_prob"
-        if kind == "float" and not may_be_infinite and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} holds a value that is not finite")
+        if not may_be_infinite and (fault := implausible(value)) is not None:
+            finite = bool(torch.isfinite(value).all())
+            raise ValueError(f"{name} {fault}" if finite else f"{name} holds a value that is not finite")
     for key in (("sequence", "tokens"), ("nodes", "tokens"), *(k for k in layout if k[-1] == "topk_ids")):
         ids = get(key)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
@@ -248,6 +250,11 @@ def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None
             f"{part}.topk_log_probs and {part}.tail_log_prob must have a mass of 1 in every row, got "
             f"{float(mass.min()):.4g}..{float(mass.max()):.4g}; give the softmax of all tokens at temperature 1"
         )
+
+
+def size_of(trajectory: TensorDictBase) -> int:
+    """Return the bytes of a trajectory's tensors."""
+    return sum(tensor.nbytes for tensor in trajectory.values(include_nested=True, leaves_only=True))
 
 
 def accepted_per_round(trajectory: TensorDictBase) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,7 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
     length = (first + count[request] - place).clamp(max=steps)
     start = torch.cat([length.new_zeros(1), length.cumsum(0)])
     step = torch.arange(int(start[-1]), device=device) - torch.repeat_interleave(start[:-1], length)
-    token = offset[request] + prompt[request] + place - first  # of each completion token in the packed sequence
+    token = offset[request] + prompt[request] + place - first  # place of each completion token in the packed sequence
     tokens = batch["sequence", "tokens"][token[torch.repeat_interleave(place, length) + step]]
     request_offset = torch.cat([count.new_zeros(1), count.cumsum(0)])
     chains = TensorDict(

@@ -4,6 +4,7 @@ Each measurement is a forward and a backward pass with gradients in states and h
 the peak above inputs and gradients. All ways of a cell must agree on the loss and on a projection of its gradients.
 
     python benchmarks/kernels.py --rows 256,1024 --vocabs 8192 --threads 2
+    python benchmarks/kernels.py --device cuda --dtype bfloat16 --width 4096 --rows 1024,8192 --vocabs 32768,152064
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import write_result
+from common import RESULTS, write_result
 from torch import Tensor
 
-from aurora_kernels import HeadTarget, closed_form, two_head_loss
+from aurora_kernels import ClosedForm, HeadTarget, closed_form, two_head_loss
 from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_rl.objectives import get_divergence
 
@@ -48,10 +49,10 @@ class Problem(NamedTuple):
         return chunk_rows(self.states.device, len(self.head), len(self.states))
 
 
-def problem(divergence: str, rows: int, vocab: int, width: int, dtype: str) -> Problem:
+def problem(divergence: str, rows: int, vocab: int, width: int, dtype: str, device: str = "cpu") -> Problem:
     torch.manual_seed(0)
     sizes = [rows, vocab, rows, vocab]
-    drawn = [torch.randn(size, width, dtype=getattr(torch, dtype)) for size in sizes]
+    drawn = [torch.randn(size, width, dtype=getattr(torch, dtype), device=device) for size in sizes]
     for weight in (drawn[1], drawn[3]):
         weight.mul_(width**-0.5)
     return Problem(divergence, drawn[0].requires_grad_(), drawn[1].requires_grad_(), *drawn[2:])
@@ -60,8 +61,11 @@ def problem(divergence: str, rows: int, vocab: int, width: int, dtype: str) -> P
 # ---- ways to compute it: each returns the loss and leaves the gradients in states and head -----------------------
 
 
-def two_heads(p: Problem, closed: bool) -> Tensor:
-    divergence = closed_form(p.divergence) if closed else get_divergence(p.divergence)
+def two_heads(p: Problem, rows: str) -> Tensor:
+    """Compute the rows by "form" (on a GPU by its kernel), by its "pytorch" operations, or by "autograd"."""
+    form = closed_form(p.divergence)
+    ways = {"form": form, "pytorch": ClosedForm(form.function), "autograd": get_divergence(p.divergence)}
+    divergence = ways[rows]
     values, _ = two_head_loss(p.states, p.head, HeadTarget(p.hidden, p.weight), divergence)
     loss = values.mean()
     loss.backward()
@@ -84,7 +88,7 @@ def compiled(p: Problem) -> Tensor:
         log_p, log_q = log_softmax(F.linear(hidden, weight)), log_softmax(F.linear(states, head))
         return divergence(log_p, log_q).sum()
 
-    total = torch.zeros(())
+    total = torch.zeros((), device=p.states.device)
     for states, hidden in zip(p.states.split(p.chunk), p.hidden.split(p.chunk), strict=True):
         loss = part(states, p.head, hidden, p.weight) / len(p.states)
         loss.backward()
@@ -118,8 +122,9 @@ def products(p: Problem, chunk: int) -> Tensor:
 WAYS: dict[str, Callable[[Problem], Tensor]] = {
     "products in chunks": lambda p: products(p, p.chunk),
     "products of all rows": lambda p: products(p, len(p.states)),
-    "two_head_loss": partial(two_heads, closed=True),
-    "two_head_loss, any function": partial(two_heads, closed=False),
+    "two_head_loss": partial(two_heads, rows="form"),
+    "two_head_loss, no kernel": partial(two_heads, rows="pytorch"),
+    "two_head_loss, any function": partial(two_heads, rows="autograd"),
     "naive": naive,
     "compiled chunks": compiled,
     "linear_cross_entropy": linear_cross_entropy,
@@ -137,26 +142,32 @@ def memory(name: str, file: Path = STATUS) -> float | None:
 
 def measure(way: str, p: Problem, repeats: int) -> dict[str, Any]:
     """Time and peak memory of a way, and what it computed."""
-    run, learned = WAYS[way], [p.states, p.head]
+    run, learned, cuda = WAYS[way], [p.states, p.head], p.states.is_cuda
 
     def once() -> float:
         p.states.grad = p.head.grad = None
+        if cuda:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         run(p)
+        if cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     p.states.grad = p.head.grad = None
     found = [float(run(p))]  # compiles, and fills the caches of the matrix kernels
     if p.head.grad is not None:
         direction = torch.Generator().manual_seed(1)
-        found += [float((x.grad.float() * torch.randn(x.shape, generator=direction)).sum()) for x in learned]
+        found += [float((x.grad.float().cpu() * torch.randn(x.shape, generator=direction)).sum()) for x in learned]
     p.states.grad = p.head.grad = None
     if CLEAR.exists():
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to count as there before
         CLEAR.write_text("5")
-    before = memory("VmRSS")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() / 2**20 if cuda else memory("VmRSS")
     seconds = [once()]
-    peak = memory("VmHWM")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory("VmHWM")
     seconds += [once() for _ in range(repeats - 1)]
     gradients = sum(x.numel() * x.element_size() for x in learned) / 2**20
     above = None if peak is None or before is None else round(peak - before - gradients, 1)
@@ -171,18 +182,24 @@ def agree(ways: dict[str, dict[str, Any]], tolerance: float) -> bool:
     )
 
 
-def ways_of(divergence: str) -> list[str]:
-    return [way for way in WAYS if way != "linear_cross_entropy" or divergence == "cross_entropy"]
+def ways_of(divergence: str, device: str = "cpu", compiling: bool = True) -> list[str]:
+    without = {"linear_cross_entropy"} if divergence != "cross_entropy" else set()
+    without |= set() if device.startswith("cuda") else {"two_head_loss, no kernel"}  # a CPU has none
+    without |= set() if compiling else {"compiled chunks"}
+    return [way for way in WAYS if way not in without]
 
 
 def in_process(way: str, cell: tuple[str, int, int], options: argparse.Namespace) -> dict[str, Any] | None:
     """Measure a way, or return None if its logits would not fit into memory."""
     divergence, rows, vocab = cell
     needed, free = WHOLE.get(way, 0) * rows * vocab * 4, memory("MemAvailable", MEMINFO)
+    if options.device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(options.device)[0] / 2**20
     if free is not None and needed > free * 2**20:
         return None
     arguments = [f"--rows={rows}", f"--vocabs={vocab}", f"--divergences={divergence}", f"--width={options.width}"]
     arguments += [f"--dtype={options.dtype}", f"--threads={options.threads}", f"--repeats={options.repeats}"]
+    arguments += [f"--device={options.device}"]
     command = [sys.executable, __file__, f"--way={way}", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -197,8 +214,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute a cell"
+    )
     parser.add_argument("--way", choices=WAYS, help="measure this way of the first cell, in this process")
     parser.add_argument("--name", help="name of the result file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cells = [
@@ -208,11 +230,14 @@ def main() -> None:
         for rows in options.rows.split(",")
     ]
     if options.way:
-        print(json.dumps(measure(options.way, problem(*cells[0], options.width, options.dtype), options.repeats)))
+        first = problem(*cells[0], options.width, options.dtype, options.device)
+        print(json.dumps(measure(options.way, first, options.repeats)))
         return
     results = []
     for cell in cells:
-        found_by = {way: in_process(way, cell, options) for way in ways_of(cell[0])}
+        found_by = {
+            way: in_process(way, cell, options) for way in ways_of(cell[0], options.device, not options.no_compile)
+        }
         ways = {way: found for way, found in found_by.items() if found is not None}
         agreed = agree(ways, AGREE * (1 if options.dtype == "float32" else 30))
         floor = min(ways[way]["ms"] for way in ways if way.startswith("products"))
@@ -225,7 +250,7 @@ def main() -> None:
         too_large = [way for way in found_by if way not in ways]
         cell_result = {"divergence": cell[0], "rows": cell[1], "vocab": cell[2], "agree": agreed, "ways": ways}
         results.append({**cell_result, "too_large_for_memory": too_large})
-    figures = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats")}
+    figures = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats", "device")}
     write_result(__file__, options, {**figures, "cells": results})
 
 

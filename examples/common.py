@@ -15,7 +15,7 @@ from aurora_rl.envs import Request, SamplingParams, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.policies.formats.files import holds_drafter, save_drafter
 from aurora_rl.serving.recording import record
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -23,14 +23,17 @@ from aurora_rl.training.steps import train_on
 from aurora_rl.workload.traffic import generate
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Options of every script."""
+def arguments(description: str | None, *, saves: bool = True) -> argparse.ArgumentParser:
+    """Options of every script; of one that saves no drafter without the folder."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub id, or a folder")
     parser.add_argument("--recording", type=Path, required=True, help="folder of trajectories; filled if it is empty")
     parser.add_argument("--requests", type=int, default=120, help="of the recording; the last fifth is held out")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("drafter"), help="folder of the trained drafter")
+    parser.set_defaults(out=None)
+    if saves:
+        parser.add_argument("--out", type=Path, default=Path("drafter"), help="folder of the trained drafter")
+        parser.add_argument("--overwrite", action="store_true", help="replace the drafter that --out holds")
     return parser
 
 
@@ -70,6 +73,8 @@ def open_stream(
     options: argparse.Namespace, shape: TreeShape, kind: type[Drafter] = Eagle3Drafter, *, temperature: float = 0.0
 ) -> Stream:
     """The recording that the options name, served first by an untrained drafter where it is not complete."""
+    if options.out is not None and not options.overwrite and holds_drafter(options.out):
+        raise SystemExit(f"--out {options.out} holds a drafter already; name another folder, or add --overwrite")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_target(options.model, dtype=default_dtype(device), device=device)
     parts = TargetParts.of(model)

@@ -32,7 +32,7 @@ def reach_kl(log_p: Tensor, log_q: Tensor, windows: Windows, *, floor: float = 0
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, saves=False)
     parser.add_argument("--floor", type=float, default=0.1)
     parser.add_argument("--plot", type=Path, default=Path("objective.png"))
     options = parser.parse_args()

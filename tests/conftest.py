@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -10,6 +11,12 @@ from pathlib import Path
 # Before torch and transformers read them. Children of a test inherit them too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the model hub
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, where triton is installed
+
+# Imports and the collection of tests make a million objects that live to the end. Nothing looks for garbage among them:
+# not now, and not in the tests (`pytest_collection_finish`), where that takes a fifth of a second each time.
+gc.disable()
 
 import numpy as np
 import pytest
@@ -25,6 +32,11 @@ pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / 
 def pytest_configure() -> None:
     # Here and not in a fixture, so that the doctests of the package run under it as well.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,8 @@ from aurora_rl.workload.traffic import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+FURTHER = [ROOT / "deploy" / "README.md", ROOT / "tests" / "sglang_cpu" / "README.md"]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *FURTHER])
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what was
 GENERATED = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
 
@@ -113,6 +115,23 @@ def test_json_lines_are_requests(page: Path, tmp_path: Path) -> None:
         assert len(read_jsonl(tmp_path / "traffic.jsonl")) == len(block.splitlines())
 
 
+def test_docstrings_are_read_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """`make docs` takes a warning for an error; it reads them by griffe, too."""
+    griffe = pytest.importorskip("griffe", reason="griffelib is not installed; `make install` brings it")
+
+    def parse(part: Any) -> None:
+        for member in part.members.values():
+            if not member.is_alias:
+                if member.docstring is not None:
+                    member.docstring.parse("google")
+                parse(member)
+
+    extensions = griffe.load_extensions(DOCS / "docstrings.py")
+    for package in ("aurora_rl", "aurora_kernels"):
+        parse(griffe.load(package, search_paths=[ROOT, ROOT / "kernels"], extensions=extensions))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 API = re.findall(r"^::: (.+)$", (DOCS / "reference" / "api.md").read_text(), re.M)
 
 
@@ -192,7 +211,9 @@ SECTIONS = "|".join(key for key, value in vars(Config()).items() if hasattr(valu
 def test_keys_in_the_text_exist(page: Path) -> None:
     known = {f"{section}.{key}" for section in SECTIONS.split("|") for key in vars(getattr(Config(), section))}
     found = re.findall(rf"(?<![\w.])((?:{SECTIONS})\.\w+)(?![\w.(])", " ".join(re.findall(r"`([^`]+)`", prose(page))))
-    assert {key for key in found if not key.endswith((".py", ".md", ".log", ".yaml", ".png"))} <= known | METHODS
+    assert {
+        key for key in found if not key.endswith((".py", ".md", ".log", ".yaml", ".png", ".key", ".key_secret"))
+    } <= known | METHODS
 
 
 METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
@@ -200,8 +221,14 @@ METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGL
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_in_the_text_exist(page: Path) -> None:
-    """Paths are relative to the repository or to the package; results may be named by their file alone."""
-    homes = [ROOT, ROOT / "aurora_rl", ROOT / "benchmarks" / "results", ROOT / "tests" / "envs" / "verification"]
+    """Paths are relative to the page, the repository or the package; results may be named by their file alone."""
+    homes = [
+        page.parent,
+        ROOT,
+        ROOT / "aurora_rl",
+        ROOT / "benchmarks" / "results",
+        ROOT / "tests" / "envs" / "verification",
+    ]
     for path in re.findall(r"`([\w./]+\.(?:py|json|yaml|toml))`", prose(page)):
         if path not in RUN and "/" in path or path.endswith(".json") and path not in RUN:
             assert any((home / path).exists() for home in homes), path
@@ -276,6 +303,7 @@ def test_the_walks_name_at_most_six_files() -> None:
     ]
     for question, walk in walks:
         assert 2 <= len(set(re.findall(r"`([\w/]+\.py)`", walk))) <= 6, question
+        assert not re.findall(r"`[\w/]+/`", walk), f"{question} a folder may be any number of files"
 
 
 def test_the_tree_of_the_design_page_is_the_package() -> None:

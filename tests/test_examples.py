@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,29 @@ def run(name: str, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a script in this process: starting another one takes longer than most scripts. Returns what it prints."""
+
+    def run_here(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.syspath_prepend(EXAMPLES)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
+@pytest.fixture
+def own_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script registers is forgotten after the test."""
+    for table in ("_parts", "_sources"):
+        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_collector_delivers_what_it_was_asked_for(processes: int) -> None:
-    lines = run("collector.py", "--processes", str(processes)).splitlines()
+def test_collector_delivers_what_it_was_asked_for(processes: int, run_here: Callable[..., str]) -> None:
+    lines = (run if processes > 1 else run_here)("collector.py", "--processes", str(processes)).splitlines()
     assert [line.split()[0] for line in lines] == [str(16 * processes)] * 3
     delivered = [float(re.search(r"and ([\d.]+) tokens", line).group(1)) for line in lines]
     assert all(1 <= value <= 4 for value in delivered)  # a bonus token, and at most the three accepted ones
@@ -55,15 +76,11 @@ TRAINING = {
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_scripts_go_from_a_recording_to_a_checkpoint(
-    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_folder: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
     folder = ["--max-new-tokens", "8", "--out", str(tmp_path / "drafter")]
-    # In this process: starting another one for each takes longer than the script.
-    monkeypatch.setattr(sys, "argv", [name, *common, *folder, *TRAINING[name]])
-    monkeypatch.syspath_prepend(EXAMPLES)
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    out = capsys.readouterr().out
+    out = run_here(name, *common, *folder, *TRAINING[name])
     assert re.search(r"^before: acceptance length [\d.]+ on 2 unseen requests$", out, re.MULTILINE)
     assert re.search(r"^8 requests: loss -?[\d.]+ ", out, re.MULTILINE)
     assert re.search(r"^after: acceptance length [\d.]+$", out, re.MULTILINE)
@@ -74,22 +91,21 @@ def test_training_scripts_go_from_a_recording_to_a_checkpoint(
 
 
 def test_chains_have_nothing_to_discard(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, run_here: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "6"]
     common += ["--max-new-tokens", "8", "--out", str(tmp_path / "drafter")]
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["train_imitation.py", *common])
-    runpy.run_path(str(EXAMPLES / "train_imitation.py"), run_name="__main__")  # records chains
-    monkeypatch.setattr(sys, "argv", ["train_discard.py", *common])
+    run_here("train_imitation.py", *common)  # records chains
+    with pytest.raises(SystemExit, match=f"--out {tmp_path / 'drafter'} holds a drafter already; name another folder"):
+        run_here("train_discard.py", *common)
     with pytest.raises(SystemExit):
-        runpy.run_path(str(EXAMPLES / "train_discard.py"), run_name="__main__")
+        run_here("train_discard.py", *common, "--overwrite")
     assert f"there is nothing to discard: {tmp_path / 'stream'} holds chains alone" in capsys.readouterr().err
 
 
-def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path, run_here: Callable[..., str]) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
-    out = run("new_drafter.py", *common, "--max-new-tokens", "8", "--out", str(tmp_path / "drafter"))
+    out = run_here("new_drafter.py", *common, "--max-new-tokens", "8", "--out", str(tmp_path / "drafter"))
     assert out.startswith("the drafter keeps the promises of the seam\nbefore: acceptance length ")
     assert re.search(r"^after: acceptance length [\d.]+$", out, re.MULTILINE)
     assert json.loads((tmp_path / "drafter" / "config.json").read_text())["architectures"] == ["RecurrentDrafter"]
@@ -97,9 +113,12 @@ def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path)
     assert lines.count("\n") < 60
 
 
-def test_a_new_objective_is_checked_trained_and_plotted(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_objectives")
+def test_a_new_objective_is_checked_trained_and_plotted(
+    tiny_folder: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     common = ["--model", str(tiny_folder), "--recording", str(tmp_path / "stream"), "--requests", "10"]
-    out = run("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))
+    out = run_here("new_objective.py", *common, "--max-new-tokens", "8", "--plot", str(tmp_path / "plot.png"))
     assert re.findall(r"^(\w+): 8 requests", out, re.MULTILINE) == ["imitation", "reach_kl"]
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
@@ -111,9 +130,8 @@ def test_the_documented_objective_is_that_of_the_example() -> None:
     assert lines.count("\n") < 20
 
 
+@pytest.mark.usefixtures("own_objectives")
 def test_the_new_objective_weights_by_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in ("_parts", "_sources"):
-        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / "new_objective.py"))
     parts = TargetParts.of(tiny_target())

@@ -20,8 +20,9 @@ live: {requests: 0}
 
 def run(out: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "SIZE": "tiny", "SLOTS": "1,2", **settings}
-    environment |= {"CONTEXT": "16", "REPEATS": "3"}
-    return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    environment |= {"CONTEXT": "16", "REPEATS": "3", "TEXTS": "32", "NODES": "4"}
+    environment |= {"KERNELS": "--width 8 --rows 40 --vocabs 96 --divergences cross_entropy --no-compile"}
+    return subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_every_part_runs_and_leaves_its_figures(tmp_path: Path, tiny_folder: Path) -> None:
@@ -32,6 +33,11 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path, tiny_folder: Pat
     assert [cell["slots"] for cell in rounds["cells"]] == [1, 2]
     assert all(ratio > 0 for cell in rounds["cells"] for ratio in cell["break_even"].values())
     assert rounds["hardware"] and rounds["versions"]["torch"]
+    attention = json.loads((tmp_path / "out" / "tree_attention.json").read_text())
+    assert [(cell["slots"], cell["nodes"]) for cell in attention["cells"]] == [(1, 4), (8, 4)]
+    assert all("tree_attention" in cell["us"] and not cell["failed"] for cell in attention["cells"])
+    (cell,) = json.loads((tmp_path / "out" / "kernels.json").read_text())["cells"]
+    assert cell["agree"] and "two_head_loss" in cell["ways"]
     adaptation = json.loads((tmp_path / "out" / "adaptation.json").read_text())
     assert [run["arm"] for run in adaptation["runs"]] == ["scratch"] and len(adaptation["phases"]) == 2
 

@@ -33,9 +33,9 @@ def place(path: str) -> int:
 
 
 def imported(file: Path) -> set[str]:
-    """Paths of the modules and packages of this library that are imported when a file is."""
+    """Paths of the modules and packages of this library that a file imports, in its functions too."""
     paths = set()
-    for node in ast.parse(file.read_text()).body:
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("aurora_rl."):
             for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
                 path = name.removeprefix("aurora_rl.").replace(".", "/")

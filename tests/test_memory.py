@@ -1,7 +1,8 @@
-"""Memory that was freed goes back to the system."""
+"""Memory that was freed goes back to the system; what is imported is exempt from the search for garbage."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,11 @@ def test_freed_tensors_next_to_one_that_lives_go_back_to_the_system() -> None:
     memory.return_freed_memory()
     assert before - resident() > 60
     assert last.sum() == 25_000
+
+
+def test_a_process_that_has_torch_already_searches_its_objects_as_before() -> None:
+    # tests/cli/test_main.py has a process that has not.
+    before = gc.get_freeze_count()
+    with memory.importing():
+        assert gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == before

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from aurora_rl._moved import MOVED
+from aurora_rl._moved import GONE, MOVED
 
 # ---- names of the flat tree that the rooms replaced -----------------------------------------------------------------
 
@@ -98,7 +98,10 @@ def test_what_moved_names_the_new_place(old: str) -> None:
     room, _, name = f"aurora_rl.{old}".rpartition(".")
     with pytest.raises(ModuleNotFoundError, match=told):
         exec(f"from {room} import {name}")
-    of_modules = ("cli.spec.", "collectors.dataset.", "trajectories.", "training.offline.", "objectives.objective.")
+    of_modules = (
+        *("cli.spec.", "collectors.dataset.", "trajectories.", "training.offline.", "objectives.objective."),
+        *("envs.exactness.", "policies.eagle3.", "trees."),
+    )
     if not old.startswith(of_modules):  # modules, which have no modules
         with pytest.raises(ModuleNotFoundError, match=told):
             importlib.import_module(f"aurora_rl.{old}")
@@ -109,3 +112,17 @@ def test_an_old_name_is_where_it_was_or_names_its_new_place(room: str) -> None:
     for name in OLD_NAMES[room].split():
         if f"{room}.{name}" not in MOVED:
             exec(f"from aurora_rl.{room} import {name}")
+
+
+@pytest.mark.parametrize("old", GONE)
+def test_what_is_gone_says_what_to_do(old: str) -> None:
+    room, _, name = f"aurora_rl.{old}".rpartition(".")
+    with pytest.raises(ModuleNotFoundError, match=rf"^aurora_rl\.{old} is gone; {re.escape(GONE[old])}$"):
+        exec(f"from {room} import {name}")
+
+
+def test_the_command_s_old_function_names_the_new_one() -> None:
+    from aurora_rl.cli import main
+
+    with pytest.raises(TypeError, match=r"^aurora_rl\.cli\.main is a module now; call aurora_rl\.cli\.main\.main$"):
+        main(["check"])  # type: ignore[operator]

@@ -22,12 +22,10 @@ def test_the_import_alone_is_fast_and_loads_no_torch() -> None:
         seconds = time.process_time() - began
         names = dir(aurora_rl)
         print(seconds, "torch" in sys.modules, set(aurora_rl.__all__) <= set(names))
-        aurora_rl.LLM
-        print("torch" in sys.modules)
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
-    seconds, torch, listed, torch_later = out.split()
-    assert float(seconds) < 0.3 and torch == "False" and listed == "True" and torch_later == "True"
+    seconds, torch, listed = out.split()
+    assert float(seconds) < 0.3 and torch == "False" and listed == "True"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,8 @@ def test_the_three_ways_to_a_part(parts: Registry[type[Part]]) -> None:
         ("counter", "the part 'counter' is collections:Counter, which is no subclass of .*.Part"),
         ("ghost", "the part 'ghost' cannot be imported: No module named 'no_such_module'"),
         (f"{MODULE}:Other", f"'{MODULE}:Other' cannot be imported: .*has no attribute 'Other'"),
+        ("a:b:c", "the part 'a:b:c' is no import path; write package.module:Thing"),
+        ("my-file:Own", "the part 'my-file:Own' is no import path; write package.module:Thing"),
         ("math:pi", "the part 'math:pi' is math:pi, which is no subclass of .*.Part"),
     ],
 )
@@ -78,3 +82,12 @@ def test_functions(parts: Registry[type[Part]]) -> None:
         functions.get("math:pi")
     with pytest.raises(ValueError, match="'collections:Counter' is collections:Counter, which is no function"):
         functions.get("collections:Counter")
+
+
+def test_what_is_called_like_a_function_and_is_none_is_refused() -> None:
+    functions: Registry[Any] = Registry("function", "tests.functions")
+    with pytest.raises(
+        ValueError, match="the function 'squares' is functools:partial, which is no function; write one"
+    ):
+        functions.register("squares")(functools.partial(pow, exp=2))
+    assert functions.register("pow")(pow) is pow

@@ -13,9 +13,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl import testing
+from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.models import loading as models
 from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.training.gate import replay
 from aurora_rl.trajectories import accepted_per_round, pack
@@ -85,18 +87,14 @@ def serve(
 ) -> dict[int, Completion]:
     """Serve prompts with a drafter, compare every answer, and return the completions by number."""
     waiting = [Request(i, world.prompts[i], SamplingParams(max_tokens=NEW)) for i in numbers]
-    engine = TransformersEngine(world.model, num_slots=slots, max_length=192, feature_layers=LAYERS)
     done: dict[int, Completion] = {}
-    env = SpecDecodeEnv(
-        engine, lambda: waiting.pop(0) if waiting else None, num_nodes=shape.num_nodes, stop_tokens=world.stop,
+    decoder = SpeculativeDecoder(
+        world.model, drafter, waiting, shape=shape, max_length=192, num_slots=slots, stop_tokens=world.stop,
         rule="greedy", on_completion=lambda completion: done.update({completion.request.id: completion}),
     )  # fmt: skip
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
-    td, number = env.reset(), 0
-    while env.num_active:
-        each(policy, number)
-        _, td = env.step_and_maybe_reset(policy(td))
-        number += 1
+    assert decoder.policy is not None
+    for number, _ in enumerate(decoder.rounds()):
+        each(decoder.policy, number)
     assert sorted(done) == sorted(numbers)
     for i, completion in done.items():
         assert completion.tokens.tolist() == world.answers[i], f"prompt {i}"
@@ -209,16 +207,15 @@ def test_swaps_in_mid_request(world: World) -> None:
 
 def test_recorded_streams_replay_exactly_and_score_as_served(world: World) -> None:
     drafter, shape = eagle(world.parts), TreeShape(3, 2, 5, lookup=2)
-    again = copy.deepcopy(drafter)
     done = serve(world, REPLAY, drafter, shape, slots=2)
     trajectories = [completion.trajectory for completion in done.values()]
-    replayed = replay(copy.deepcopy(again), trajectories, shape)
+    replayed = replay(copy.deepcopy(drafter), trajectories, shape)
     assert replayed.tokens.tolist() == [len(c.tokens) for c in done.values()]
     assert replayed.rounds.tolist() == [len(t["rounds", "anchor"]) for t in trajectories]
     assert replayed.acceptance_length > 1  # an untrained drafter is right at times
     batch = pack(trajectories)
     # fp32: served with a cache round by round, scored in one pass per depth: sums in another order.
-    scores, recorded = again.score(batch), batch["nodes", "log_probs"]
+    scores, recorded = drafter.score(batch), batch["nodes", "log_probs"]
     drafted = recorded.isfinite()
     torch.testing.assert_close(scores[drafted], recorded[drafted], rtol=0, atol=1e-4)
     assert bool(batch["nodes", "accepted"][~drafted].any())  # lookup was right at times
@@ -229,18 +226,9 @@ def test_scores_in_bf16(smollm2_path: Path) -> None:
         pytest.skip("this CPU does not compute in bf16")
     model, parts, _, prompts = load(smollm2_path, torch.bfloat16, 2)
     drafter = eagle(parts, torch.bfloat16)
-    again = copy.deepcopy(drafter)
-    engine = TransformersEngine(model, num_slots=2, max_length=192, feature_layers=LAYERS)
-    waiting = [Request(i, prompt, SamplingParams(max_tokens=24)) for i, prompt in enumerate(prompts)]
-    done: list[Completion] = []
-    env = SpecDecodeEnv(
-        engine, lambda: waiting.pop() if waiting else None, num_nodes=5, rule="greedy", on_completion=done.append
+    batch = pack(
+        testing.serve(drafter, model, prompts, shape=TreeShape(3, 2, 5), max_new_tokens=24, num_slots=2, rule="greedy")
     )
-    policy = DrafterPolicy(drafter, engine.store, num_nodes=5, shape=TreeShape(3, 2, 5))
-    td = env.reset()
-    while env.num_active:
-        _, td = env.step_and_maybe_reset(policy(td))
-    batch = pack([completion.trajectory for completion in done])
-    error = (again.score(batch) - batch["nodes", "log_probs"]).abs()
+    error = (drafter.score(batch) - batch["nodes", "log_probs"]).abs()
     # bf16 has 8 bits: logits of size 16 are known to 1/16, and what is fed from depth to depth is rounded again.
     assert bool(error.isfinite().all()) and float(error.max()) < 0.5 and float(error.mean()) < 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import resource
@@ -68,6 +70,24 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(
     write_folder(folder, NEW, {"d.json": {"n": 2}})
     assert read_folder(folder, "d.json")[1] == {"n": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("rename", [0, 1])
+def test_a_folder_that_cannot_be_renamed_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+) -> None:
+    folder, real, calls = tmp_path / "state", os.replace, itertools.count()
+    write_folder(folder, OLD, {"d.json": {"n": 0}})
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == rename:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match=f"^{folder} cannot be written: .*Input/output error"):
+        write_folder(folder, NEW, {"d.json": {"n": 1}})
+    assert read_folder(folder, "d.json")[1] == {"n": 0} and [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_folder_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:

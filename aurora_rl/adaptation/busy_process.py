@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
+
+from aurora_rl.memory import importing
 
 
 class BusyProcess:
@@ -26,7 +29,8 @@ class BusyProcess:
     def __init__(self, begin: Callable[..., Callable[[], object]], *arguments: object) -> None:
         context = multiprocessing.get_context("spawn")
         self._ready, end = context.Pipe(duplex=False)
-        self._process = context.Process(target=_repeat, args=(end, begin, arguments), daemon=True)
+        work = pickle.dumps((begin, arguments))
+        self._process = context.Process(target=_repeat, args=(end, work), daemon=True)
         self._end = end
 
     def __enter__(self) -> Self:
@@ -61,8 +65,10 @@ class BusyProcess:
         os.kill(self._process.pid, number)
 
 
-def _repeat(ready: Connection, begin: Callable[..., Callable[[], object]], arguments: tuple[object, ...]) -> None:
+def _repeat(ready: Connection, work: bytes) -> None:
     os.nice(19)
+    with importing():  # the module of `begin`
+        begin, arguments = pickle.loads(work)
     task = begin(*arguments)
     task()
     ready.send(True)

@@ -19,7 +19,7 @@ class TimedRequests:
 
     Attributes:
         waiting: Requests to be taken, in order.
-        ended: Of each request that ended: its tokens and its seconds.
+        ended: Tokens and seconds of each request that ended.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def measure_in_turns(
     servers: Mapping[str, tuple[InferenceServer, TimedRequests]],
     requests: Mapping[str, Sequence[Request]],
     turns: int,
-    beside: Callable[[str], AbstractContextManager[object]],
+    company: Callable[[str], AbstractContextManager[object]],
 ) -> Iterator[Sample]:
     """Measure arms in turns on the same requests, so that a machine whose speed drifts treats them alike.
 
@@ -94,14 +94,14 @@ def measure_in_turns(
         servers: Server and source of each arm.
         requests: Requests of each arm's sample.
         turns: Measured turns.
-        beside: Called with the name of an arm; what shares the machine with it runs in the block.
+        company: Called with the name of an arm; what shares the machine with it runs in the block.
     """
     names = list(servers)
     for turn in range(-1, turns):
         for place in range(len(names)):
             arm = names[(place + turn) % len(names)]
             server, source = servers[arm]
-            with beside(arm):
+            with company(arm):
                 seconds, tokens = serve_sample(server, source, requests[arm])
             if turn >= 0:
                 yield Sample(arm, turn, tokens, seconds, [count / spent for count, spent in source.ended])

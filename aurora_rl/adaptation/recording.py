@@ -27,7 +27,7 @@ class RecordedPhase(Dataset[TensorDict]):
 
     def __init__(self, folder: Path, recorded: Sequence[int], wanted: Sequence[int]) -> None:
         self._dataset = TrajectoryDataset(folder, recorded)
-        ids = self._dataset.request_ids()  # those that end early are recorded early
+        ids = self._dataset.numbers("request")  # those that end early are recorded early
         self._order = sorted(range(len(ids)), key=ids.__getitem__)
         self._recorded = len(recorded)
         self._places = [list(recorded).index(layer) for layer in wanted]

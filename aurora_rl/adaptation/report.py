@@ -27,7 +27,7 @@ from aurora_rl.adaptation.plots import draw
 from aurora_rl.adaptation.scenario import PLAIN, Scenario
 
 LEVELS = (1.5, 1.75, 2.0)
-"""Acceptance lengths, the way to which is measured."""
+"""Acceptance lengths; the report has how many requests an arm took to reach each."""
 
 
 def collect(out: Path, scenario: Scenario) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class Scenario:
     """Runs of each arm that learns."""
     window: int = 20
     """Requests of a point of a curve."""
+    pace: float = 4.0
+    """Optimizer steps that a learner takes in the time of a request: those that one next to the server affords."""
     live: Live = field(default_factory=Live)
 
 
@@ -163,6 +165,8 @@ def _check(scenario: Scenario, name: str) -> None:
     for key, least in (("seeds", 1), ("window", 1)):
         if getattr(scenario, key) < least:
             raise ValueError(f"scenario {name}: {key} must be at least {least}, got {getattr(scenario, key)}")
+    if not scenario.pace > 0:
+        raise ValueError(f"scenario {name}: pace must be above 0, got {scenario.pace}")
     live = scenario.live
     if live.requests < 0 or live.repeats < 1 or not all(slots >= 1 for slots in live.slots):
         raise ValueError(f"scenario {name}: live has a number that is too small: {live}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from aurora_rl.training.learner import Learner
 from aurora_rl.training.offline import Trajectories
 
 _AT_ONCE = 16  # requests replayed together where none depends on another, while no weights change
+_SAVED_EVERY = 40  # requests
 
 
 class LocalSource:
@@ -31,6 +34,7 @@ class LocalSource:
     """
 
     handshake_error: str | None = None
+    refused = 0  # nobody connects
 
     def __init__(self) -> None:
         self.waiting: list[TensorDictBase] = []
@@ -54,6 +58,7 @@ class LocalTarget:
     """
 
     error: str | None = None
+    refused = 0
 
     def __init__(self) -> None:
         self.next_version = 1
@@ -62,6 +67,10 @@ class LocalTarget:
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> None:
         """Keep weights to be taken."""
         self.newest, self.next_version = (version, dict(tensors)), version + 1
+
+    def rejection(self, version: int) -> str | None:
+        """Return None: what is published is taken."""
+        return None
 
     def close(self) -> None:
         """Forget what was published."""
@@ -105,16 +114,19 @@ def simulate(
     source: LocalSource | None = None,
     target: LocalTarget | None = None,
     earlier: EarlierAnswers | None = None,
+    pace: float = math.inf,
     at_once: int = 1,
     points: Collection[int] = (),
     keep: Callable[[int, dict[str, Tensor]], None] = lambda request, weights: None,
     tell: Callable[[int, ArmRun], None] = lambda done, run: None,
+    save: Callable[[dict[str, Any]], None] = lambda state: None,
+    state: Mapping[str, Any] | None = None,
 ) -> ArmRun:
     """Serve a stream with an arm, exactly in what its drafts would have had accepted.
 
     The text of a request does not depend on the drafter (see :func:`~aurora_rl.training.gate.replay`), so that one
-    recording serves every arm. The learner gets each request as it ends, takes all its steps before the next request
-    ends, and swaps as it would live: one that is slower than serving swaps later.
+    recording serves every arm. The learner gets each request as it ends, takes its steps before the next request ends,
+    and swaps as it would live.
 
     Args:
         stream: Recorded requests, in order.
@@ -124,12 +136,24 @@ def simulate(
         source: Where the learner takes trajectories from.
         target: Where it puts weights.
         earlier: Answers in which lookup searches, at first empty.
+        pace: Optimizer steps that the learner takes in the time of a request. What it does not use is lost.
         at_once: Requests that are served side by side, hence do not find each other's answers.
         points: Numbers of served requests after which the weights are kept.
         keep: Called with such a number and the weights that serve then.
         tell: Called now and then with the number of requests done, and the run so far.
+        save: Called every 40 requests with what is needed to go on from there, to be written at once.
+        state: What ``save`` got, if the arm goes on; all other arguments are as at its start.
     """
-    run, version = ArmRun(), 0
+    run, version, owed = ArmRun(), 0, 0.0
+    if state is not None:
+        run, version, owed = ArmRun(**state["run"]), state["version"], state["owed"]
+        torch.set_rng_state(state["random"])
+        if learner is not None:
+            learner.load_state_dict(state["learner"])
+            serving.install(state["learner"]["serving"])
+        if earlier is not None:
+            add_answers(earlier, stream, len(run.tokens))
+    saved = len(run.tokens)
     pending: list[TensorDictBase] = []
 
     def flush() -> None:
@@ -140,7 +164,7 @@ def simulate(
         run.rounds += replayed.rounds.tolist()
         pending.clear()
 
-    for done in range(1, len(stream) + 1):
+    for done in range(saved + 1, len(stream) + 1):
         trajectory = stream[done - 1]
         pending.append(trajectory)
         run.version.append(version)
@@ -148,8 +172,7 @@ def simulate(
             assert source is not None and target is not None, "a learner needs both ends of its wire"
             source.waiting.append(trajectory)
             began = time.process_time()
-            while learner.step(wait_s=0.0):
-                pass
+            owed = _learn(learner, owed + pace)
             run.learner_seconds += time.process_time() - began
             if target.newest is not None:
                 flush()
@@ -161,6 +184,34 @@ def simulate(
             tell(done, run)
         if done in points:
             keep(done, serving.published())
+        if done - saved >= _SAVED_EVERY and not pending:  # a flush of its own would change what lookup finds
+            saved, learned = done, None if learner is None else learner.state_dict()
+            save(
+                {
+                    "run": run.as_dict(),
+                    "version": version,
+                    "owed": owed,
+                    "random": torch.get_rng_state(),
+                    "learner": learned,
+                }
+            )
     flush()
     tell(len(stream), run)
     return run
+
+
+def _learn(learner: Learner, owed: float) -> float:
+    """Let a learner take so many optimizer steps if it has use for them; return what is owed on."""
+    while owed >= 1:
+        before = learner.steps + learner.skipped
+        if not learner.step(wait_s=0.0):
+            return 0.0
+        owed -= learner.steps + learner.skipped - before
+    return owed
+
+
+def add_answers(earlier: EarlierAnswers, stream: Trajectories, count: int) -> None:
+    """Add the answers to the first ``count`` requests of a stream."""
+    for place in range(count):
+        sequence = stream[place]["sequence"]
+        earlier.add(sequence["tokens"][int(sequence["prompt_length"]) :].numpy())

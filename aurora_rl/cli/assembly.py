@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,13 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.models.loading import load_target
 from aurora_rl.models.target_head import context_length
 from aurora_rl.policies import Drafter, TargetParts, token_prior
 from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
 from aurora_rl.policies.registry import start_untrained
-from aurora_rl.serving.requests import RequestQueue
+from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
+
+Keys = TypeVar("Keys", ServerKeys, ClientKeys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,15 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
         max_length=config.engine.max_length,
         sampling=spec.sampling,
     )
+
+
+def encoded_prompts(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the token ids of prompts that nobody serves, for the day-0 draft vocabulary: without those that fail."""
+    encoded = []
+    for prompt in prompts:
+        with suppress(ValueError):
+            encoded.append(prompt_tokens(target.tokenizer, prompt.messages, target.parts.config.vocab_size))
+    return encoded
 
 
 def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int | None = None) -> Drafter:
@@ -146,3 +159,9 @@ def opening(key: str, address: str) -> Iterator[None]:
                 f"{address} is in use; stop the process that holds it, or set {key} to another address on both sides"
             ) from error
         raise ConfigError(f"{key}: {error.strerror}") from error
+
+
+def wire_keys(config: Config, read: Callable[[str], Keys]) -> Keys | None:
+    """Return the keys that a function such as `learner_keys` reads from the folder ``wire.keys``; None without it."""
+    with naming("wire.keys"):
+        return None if config.wire.keys is None else read(config.wire.keys)

@@ -25,7 +25,7 @@ from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
 from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
-from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, simulate
+from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
@@ -227,14 +227,16 @@ class _Bench:
     # ---- arms -------------------------------------------------------------------------------------------------------
 
     def _arm(self, name: str, arm: Arm, seed: int, target: Target, first: list[list[int]]) -> None:
-        """Let an arm have the stream, unless there is a result."""
+        """Let an arm have the stream, from where it was interrupted, unless there is a result."""
         folder = self._out / "arms" / f"{name}-{seed}"
         spec = self._specs[name]
         settings = {"arm": asdict(arm), "configuration": asdict(replace(spec.config, run_dir=None))}
-        if (folder / "result.json").exists():
-            earlier = json.loads((folder / "result.json").read_text())["settings"]
-            if earlier != settings:
+        done, begun, state = folder / "result.json", folder / "state.pt", None
+        if done.exists() or begun.exists():
+            state = json.loads(done.read_text()) if done.exists() else torch.load(begun, weights_only=True)
+            if state["settings"] != settings:
                 raise ConfigError(f"{folder} has the result of another arm {name!r}; name another folder by --out")
+        if done.exists():
             return
         folder.mkdir(parents=True, exist_ok=True)
         drafter = self._start(spec, target, first, seed)
@@ -256,7 +258,8 @@ class _Bench:
             )
         history = spec.config.drafter.history if spec.tree.lookup else 0
         earlier = EarlierAnswers(history) if history else None
-        with watch(self._console, f"arm {name}, seed {seed}", len(stream), 0) as shown:
+        at = 0 if state is None else len(state["run"]["tokens"])
+        with watch(self._console, f"arm {name}, seed {seed}", len(stream), at) as shown:
 
             def tell(done: int, run: ArmRun) -> None:
                 recent = run.served.part(max(done - 40, 0), done)
@@ -267,9 +270,14 @@ class _Bench:
                     {key: value.contiguous() for key, value in tensors.items()}, folder / f"at-{request}.safetensors"
                 )
 
+            def save(so_far: dict[str, Any]) -> None:
+                torch.save({"settings": settings, **so_far}, folder / "state.part")
+                (folder / "state.part").replace(begun)
+
             result = simulate(
                 stream, serving, _shape(spec, arm), learner=learner, source=source, target=weights, earlier=earlier,
-                at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
+                pace=self._scenario.pace, at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
+                save=save, state=state,
             )  # fmt: skip
         figures = {
             "arm": name,
@@ -283,7 +291,8 @@ class _Bench:
         }
         part = folder / "result.part"
         part.write_text(json.dumps(figures) + "\n")
-        part.replace(folder / "result.json")
+        part.replace(done)
+        begun.unlink(missing_ok=True)
 
     def _start(self, spec: RunSpec, target: Target, first: list[list[int]], seed: int = 0) -> Drafter:
         """Return the drafter that arms of these settings start from."""
@@ -294,19 +303,21 @@ class _Bench:
 
     def _trained(self, spec: RunSpec, drafter: Drafter, target: Target) -> Drafter:
         """Return a drafter that has learned from the training traffic, once for all arms of one configuration."""
-        learns = asdict(spec.config.learner)
-        parts = [*_origin(spec), *(learns[key] for key in ("muon_lr", "adam_lr", "replay", "batch_size"))]
+        settings = spec.config.learner
+        # As many steps for a request as arms get that learn.
+        replay = min(settings.replay, max(int(self._scenario.pace * settings.batch_size) - 1, 0))
+        parts = [*_origin(spec), settings.muon_lr, settings.adam_lr, replay, settings.batch_size]
         parts += [spec.config.objectives, spec.config.seed]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         folder = self._out / "trained" / name[:12]
         if folder.exists():
             return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
-        stream, settings = self._stream("training", drafter), spec.config.learner
+        stream = self._stream("training", drafter)
         loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
         with watch(self._console, "training", len(stream), 0) as shown:
             steps = train_on(
                 [stream[index] for index in range(len(stream))], loss, optimizers, batch_size=settings.batch_size,
-                replay=settings.replay, autocast=spec.dtype == torch.bfloat16, seed=spec.config.seed,
+                replay=replay, autocast=spec.dtype == torch.bfloat16, seed=spec.config.seed,
             )  # fmt: skip
             for seen, value, _ in steps:
                 shown.tell(seen, f"loss {value:.3f}")
@@ -357,24 +368,17 @@ class _Bench:
                 if name != PLAIN and self._scenario.arms[name].lookup_only:
                     server.policy.shape = _shape(spec, self._scenario.arms[name])
                 if server.policy.earlier is not None:
-                    self._fill(server.policy.earlier, drafter, point)
+                    add_answers(server.policy.earlier, self._stream("phases", drafter), point)
                 stack.callback(server.close)
                 servers[name], requests[name] = (server, source), list(iter(queue, None))
                 if name != PLAIN and self._scenario.arms[name].learns:
                     pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
                     learners[name] = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
 
-            def beside(name: str) -> AbstractContextManager[object]:
+            def company(name: str) -> AbstractContextManager[object]:
                 return learners[name].running() if name in learners else nullcontext()
 
-            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, beside)]
-
-    def _fill(self, earlier: EarlierAnswers, drafter: Drafter, point: int) -> None:
-        """Add the answers that an arm had served by then."""
-        stream = self._stream("phases", drafter)
-        for place in range(point):
-            sequence = stream[place]["sequence"]
-            earlier.add(sequence["tokens"][int(sequence["prompt_length"]) :].numpy())
+            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, company)]
 
 
 def _origin(spec: RunSpec) -> list[Any]:

@@ -18,6 +18,7 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.recording import open_recording
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -101,7 +102,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         stream = [dataset[index] for index in range(count)]
         target = load(spec)
         # Another drafter's features may be as wide as this one's.
-        TrajectoryDataset(recording, start_drafter(spec, target, []).feature_layers)
+        open_recording(recording, target, start_drafter(spec, target, []))
     for path, variant, seed in missing:
         began, spent = time.monotonic(), time.process_time()
         with naming(f"variant {variant!r} on {recording}"):

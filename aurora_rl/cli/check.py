@@ -62,6 +62,7 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
             num_slots=config.engine.slots,
             max_length=config.engine.max_length,
             feature_layers=drafter.feature_layers if drafter is not None else (),
+            batch_invariant=config.engine.batch_invariant,
         )
     except ValueError as error:
         say(f"engine       refused: {error}")

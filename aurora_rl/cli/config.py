@@ -50,6 +50,10 @@ class EngineConfig:
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
     """Share of SGLang's requests that are recorded."""
+    batch_invariant: bool = False
+    """Compute a token's logits to the same bits whatever else is in the pass, so that speculative text is plain text in
+    bfloat16 too. It takes time (docs/kernels.md). For the embedded engine; SGLang has an option of its own,
+    ``engine.arguments=[--enable-deterministic-inference]``."""
 
     @property
     def attaches(self) -> bool:
@@ -111,7 +115,7 @@ class DrafterConfig:
 class BaselineConfig:
     """Windows of plain decoding that speculation is compared with."""
 
-    share: float = 0.1
+    share: float = 0.05
     """Share of decode time; 0 turns the windows off."""
     window: int = 32
     """Rounds of a window."""
@@ -127,6 +131,13 @@ class WireConfig:
     """Address that hands out weights."""
     queue: int = 256
     """Trajectories that wait for an absent learner before the oldest is dropped."""
+    queue_bytes: int = 536870912
+    """Most bytes of them."""
+    max_message: int = 1073741824
+    """Most bytes of a trajectory, and of a drafter's weights, on the wire; the same on both sides."""
+    keys: str | None = None
+    """Folder of CurveZMQ keys, as ``aurora-rl keys`` makes it. Addresses that other hosts can reach need keys, those of
+    this host do not. SGLang takes its folder from AURORA_RL_SGLANG_KEYS in its environment."""
 
 
 @dataclass
@@ -166,9 +177,11 @@ class LearnerConfig:
     batch_size: int = 4
     """Requests of an optimizer step."""
     replay: int = 10
-    """Replayed batches for each batch of new requests."""
+    """Most replayed batches for each batch of new requests. They are taken while no new request waits."""
     buffer: int = 2000
     """Requests kept for replay."""
+    buffer_bytes: int = 4294967296
+    """Most bytes of them: beyond it the oldest goes first."""
     muon_lr: float = 0.02
     """Learning rate of the matrices (Muon)."""
     adam_lr: float = 5e-4
@@ -177,6 +190,9 @@ class LearnerConfig:
     """New requests between two candidates."""
     max_skipped: int = 20
     """Steps in a row whose loss or gradient is not finite before the learner stops."""
+    keep: int = 5
+    """Published drafters that are kept in ``versions`` of the run's folder, the newest; those that were rolled back are
+    removed."""
     resume: str | None = None
     """A training checkpoint to continue."""
     record: str | None = None
@@ -187,10 +203,29 @@ class LearnerConfig:
 class GateConfig:
     """What a candidate has to show before it is served."""
 
-    requests: int = 16
+    requests: int = 8
     """Arrivals held back for each decision."""
     margin: float = 0.02
     """Loss of acceptance length that is tolerated: publish if the mean paired difference is above minus this."""
+
+
+@dataclass
+class CanaryConfig:
+    """How weights that passed the gate are tried before they draft every round; with the embedded engine."""
+
+    share: float = 0.5
+    """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
+    `aurora-rl flywheel`."""
+    window: int = 8
+    """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
+    false_alarm_rate: float = 0.01
+    """Chance that weights as good as the old ones are rolled back, at most."""
+    margin: float = 0.05
+    """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
+    ruled out."""
+    most_rounds: int | None = 512
+    """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
+    proven or ruled out."""
 
 
 @dataclass
@@ -200,6 +235,8 @@ class TelemetryConfig:
     logger: str | None = None
     """TorchRL's logger of the figures: csv, tensorboard, wandb or mlflow, into ``logs`` in the run's folder; null for
     none. All but csv are packages of their own."""
+    max_log: int = 268435456
+    """Most bytes of ``metrics.jsonl``. Once it has so many it replaces ``metrics.1.jsonl``, and is begun anew."""
 
 
 @dataclass
@@ -239,6 +276,7 @@ class Config:
     """Name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
@@ -297,7 +335,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged.merge_with(values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
             if "objectives" in values:
                 raise ConfigError(
@@ -315,7 +353,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
 
 def make_absolute(config: Config) -> None:
     """Make paths absolute, so that a saved configuration means the same in every folder."""
-    for part, name in ((config.traffic, "path"), (config.learner, "record"), (config.learner, "resume")):
+    learner = config.learner
+    for part, name in ((config.traffic, "path"), (learner, "record"), (learner, "resume"), (config.wire, "keys")):
         if (path := getattr(part, name)) is not None:
             setattr(part, name, os.path.abspath(path))
     if config.model != Config.model and os.path.exists(config.model):  # else a name, or an id of the hub

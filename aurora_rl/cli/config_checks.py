@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from aurora_rl.addresses import is_local
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.telemetry.loggers import LOGGERS
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 _POSITIVE = """
     engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width
-    baseline.window wire.queue learner.threads learner.batch_size learner.buffer learner.max_skipped
-    learner.publish_every gate.requests traffic.requests
+    baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
+    learner.max_skipped learner.publish_every gate.requests traffic.requests
 """
 
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
@@ -27,8 +28,14 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(
         ("traffic.limit", "max_new_tokens"), ("be at least 1 or null", lambda value: value is None or value >= 1)
     ),
+    "canary.share": ("lie in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    "canary.window": ("be at least 2, as the first round of a window is not measured", lambda value: value >= 2),
+    **dict.fromkeys(("canary.false_alarm_rate", "canary.margin"), ("lie between 0 and 1", lambda value: 0 < value < 1)),
     "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),
     "engine.capture_rate": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
+    **dict.fromkeys(
+        ("wire.max_message", "telemetry.max_log"), ("be at least 65536 bytes", lambda value: value >= 1 << 16)
+    ),
     "http.host": ("not be empty", bool),
     "http.port": ("lie in 0..65535 or be null", lambda value: value is None or 0 <= value <= 65535),
     "http.timeout": ("be a number of seconds above 0", lambda value: 0 < value < math.inf),
@@ -41,7 +48,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
         ("learner.muon_lr", "learner.adam_lr", "learner.replay"),
         ("not be negative", lambda value: 0 <= value < math.inf),
     ),
-    **dict.fromkeys(("engine.prefix_cache_tokens", "drafter.history"), ("not be negative", lambda value: value >= 0)),
+    **dict.fromkeys(
+        ("engine.prefix_cache_tokens", "drafter.history", "learner.keep"), ("not be negative", lambda value: value >= 0)
+    ),
     "drafter.lookup": ("not be negative", lambda value: value is None or value >= 0),
     "drafter.trained_for": ("be target or any", ("target", "any").__contains__),
     "dtype": (
@@ -79,12 +88,14 @@ def check(config: Config) -> None:
     layers = drafter.feature_layers or []
     if sorted(set(layers)) != list(layers):
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
+    most, window = config.canary.most_rounds, config.canary.window
+    if most is not None and most < window:
+        raise ConfigError(
+            f"canary.most_rounds={most} is less than a window of canary.window={window} rounds; set it to {window} or "
+            "more, or to null"
+        )
     _check_engine(config)
-    for key, address in (("wire.trajectories", config.wire.trajectories), ("wire.weights", config.wire.weights)):
-        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
-            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
-    if config.wire.trajectories == config.wire.weights:
-        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {config.wire.weights!r}")
+    _check_wire(config)
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
         raise ConfigError(
             "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
@@ -92,8 +103,31 @@ def check(config: Config) -> None:
         )
 
 
+def _check_wire(config: Config) -> None:
+    wire = config.wire
+    addresses = {"wire.trajectories": wire.trajectories, "wire.weights": wire.weights}
+    for key, address in addresses.items():
+        if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
+            raise ConfigError(f"{key}={address}: a port lies in 1..65535")
+    if wire.trajectories == wire.weights:
+        raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {wire.weights!r}")
+    if config.engine.plugin_address is not None:
+        addresses["engine.plugin_address"] = config.engine.plugin_address
+    for key, address in addresses.items():
+        if wire.keys is None and address.startswith("tcp://") and not is_local(address):
+            raise ConfigError(
+                f"{key}={address}: other hosts can reach it, which needs keys; make them with `aurora-rl keys FOLDER` "
+                "and set wire.keys=FOLDER on both sides, or take an address of this host, such as tcp://127.0.0.1:5557"
+            )
+
+
 def _check_engine(config: Config) -> None:
     engine = config.engine
+    if engine.batch_invariant and engine.name != "transformers":
+        raise ConfigError(
+            f"engine.batch_invariant=true needs engine.name=transformers, got {engine.name!r}; SGLang has "
+            "engine.arguments=[--enable-deterministic-inference]"
+        )
     if engine.name != "sglang":
         return
     if config.rule is not None:

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
+from aurora_rl.cli.assembly import Target, encoded_prompts, load, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
-from aurora_rl.policies.formats.files import drafter_class, local_folder
+from aurora_rl.policies.formats.files import drafter_class, holds_drafter, local_folder
 from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder
 
@@ -31,14 +31,14 @@ def register(parser: argparse.ArgumentParser) -> None:
 
     text = "write an untrained drafter for a target, which serve and the engines load"
     init = commands.add_parser("init", help=text, description=text)
-    init.add_argument("--out", type=Path, required=True, help="folder to write; a drafter in it is replaced")
+    _add_out(init)
     init.add_argument("--to", help=f"{_FORMATS}; vllm by default if the drafter has it, else its first")
     add_config_arguments(init, "drafter.name=eagle3 traffic.path=chats.jsonl, whose tokens the drafter knows")
 
     text = "write a drafter as an engine loads it"
     export = commands.add_parser("export", help=text, description=text)
     export.add_argument("--drafter", required=True, help="folder such as RUN_DIR/drafter, or hub id")
-    export.add_argument("--out", type=Path, required=True, help="folder to write; a drafter in it is replaced")
+    _add_out(export)
     export.add_argument("--to", required=True, help=_FORMATS)
     export.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
     add_config_arguments(export, "model=..., the target")
@@ -49,8 +49,15 @@ def register(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(inspect, "model=..., the target that it is checked against")
 
 
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace the drafter that --out holds")
+
+
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Run one of the three. Returns the exit status."""
+    if arguments.what != "inspect" and not arguments.overwrite and holds_drafter(arguments.out):
+        raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")
     if arguments.what == "init":
         return _init(config, arguments.out, arguments.to)
     if arguments.what == "export":
@@ -68,7 +75,7 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
         )
     prompts = traffic(config)
     target = load(spec)
-    drafter = start_drafter(spec, target, request_queue(spec, target, prompts).first_prompts(_PROMPTS))
+    drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:_PROMPTS]))
     layout = layout or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
     drafter.to(spec.dtype).save_pretrained(out.resolve(), layout=layout)
     print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({layout})")

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 
-from aurora_rl.cli.assembly import Target, opening
+from aurora_rl.cli.assembly import Target, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import control_client_keys, engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
@@ -28,6 +30,7 @@ from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
+from aurora_rl.serving.canary import Canary
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer
@@ -54,6 +57,7 @@ def embedded_server(
     greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
+    usual = usual[: config.engine.max_length // 2]
     budget = min(spec.sampling.max_tokens, config.engine.max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling, max_tokens=budget))
     processors = None
@@ -68,15 +72,20 @@ def embedded_server(
         num_slots=config.engine.slots,
         max_length=config.engine.max_length,
         feature_layers=drafter.feature_layers,
+        **({"batch_invariant": True} if config.engine.batch_invariant else {}),  # engines of others have no such option
     )
-    served = drafter.serving_copy(spec.dtype, spec.device)
-    policy = DrafterPolicy(
-        served,
-        engine.store,
-        num_nodes=tree.max_nodes,
-        shape=tree,
-        generator=torch.Generator(spec.device).manual_seed(config.seed),
-    )
+
+    def new_policy() -> DrafterPolicy:
+        return DrafterPolicy(
+            drafter.serving_copy(spec.dtype, spec.device),
+            engine.store,
+            num_nodes=tree.max_nodes,
+            shape=tree,
+            generator=torch.Generator(spec.device).manual_seed(config.seed),
+        )
+
+    policy, canary = new_policy(), _canary(config)
+    policies = [policy] if canary is None else [policy, new_policy()]
     shapes, fault = None, None
     if config.drafter.adaptive:
         candidates = TreeController.candidates(tree)
@@ -92,9 +101,10 @@ def embedded_server(
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
         engine.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
-        policy.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
+        for each in policies:
+            each.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
     if tree.lookup and config.drafter.history:  # nor are they to find answers
-        policy.earlier = EarlierAnswers(config.drafter.history)
+        policies[-1].earlier = policy.earlier = EarlierAnswers(config.drafter.history)
     env = SpecDecodeEnv(
         engine,
         requests,
@@ -106,17 +116,50 @@ def embedded_server(
         processors=processors,
         on_refused=requests.refused,
     )
+    keys, limits = wire_keys(config, engine_keys), Limits(max_bytes=config.wire.max_message)
     with opening("wire.trajectories", config.wire.trajectories):
-        sink = TrajectorySink(config.wire.trajectories, handshake=greeting, capacity=config.wire.queue)
+        sink = TrajectorySink(
+            config.wire.trajectories,
+            handshake=greeting,
+            keys=keys,
+            capacity=config.wire.queue,
+            max_bytes=config.wire.queue_bytes,
+            limits=limits,
+        )
     with opening("wire.weights", config.wire.weights):
-        receiver = WeightReceiver(config.wire.weights, handshake=greeting)
+        receiver = WeightReceiver(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
-        env, policy, windows=windows, log=log, shapes=shapes, sink=sink, receiver=receiver, note=requests.completed
+        env,
+        policy,
+        windows=windows,
+        log=log,
+        shapes=shapes,
+        sink=sink,
+        receiver=receiver,
+        canary=canary,
+        second=policies[-1],
+        watched=True,
+        note=requests.completed,
     )
     if fault is not None:
         server.note_fault(str(fault), None, "every request is served without the drafter")
     return server
+
+
+def _canary(config: Config) -> Canary | None:
+    """Return how new weights are tried; None swaps them in at once."""
+    settings = config.canary
+    if not settings.share:
+        return None
+    return Canary(
+        settings.share,
+        settings.window,
+        settings.false_alarm_rate,
+        settings.margin,
+        settings.most_rounds,
+        config.seed,
+    )
 
 
 def sglang_server(
@@ -155,7 +198,7 @@ def sglang_server(
         if settings.url is None:
             client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
         else:
-            client = SGLangClient(settings.url, settings.plugin_address)
+            client = SGLangClient(settings.url, settings.plugin_address, keys=config.wire.keys)
 
         def attach() -> dict[str, Any]:
             return client.attach(
@@ -164,6 +207,8 @@ def sglang_server(
                 weights=config.wire.weights,
                 capture_rate=settings.capture_rate,
                 queue=config.wire.queue,
+                queue_bytes=config.wire.queue_bytes,
+                max_message=config.wire.max_message,
             )
 
         published = run_dir / "learner" / "drafter"
@@ -200,7 +245,7 @@ def take_served(config: Config) -> None:
         ConfigError: The plugin does not answer.
     """
     with naming("engine.plugin_address", (PluginError, OSError)):
-        status = ask(str(config.engine.plugin_address), "status")
+        status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, control_client_keys))
     shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
     if config.model == Config.model:
         config.model = status["model"]
@@ -231,5 +276,6 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGL
         dtype=str(spec.dtype).removeprefix("torch."),
         device=spec.device.type,
         log=run_dir / "sglang.log",
+        keys=config.wire.keys,
         arguments=config.engine.arguments,
     )

@@ -37,7 +37,7 @@ class HttpFront:
     """
 
     def __init__(self, config: Config) -> None:
-        packages = ("starlette", "uvicorn", "prometheus_client")
+        packages = ("starlette", "uvicorn", "httptools", "prometheus_client")
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(f"the HTTP server needs {' and '.join(missing)}: pip install 'aurora-rl[serve]'")

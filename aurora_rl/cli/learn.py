@@ -15,6 +15,7 @@ from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
+from aurora_rl.memory import importing
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import one_line
@@ -37,17 +38,26 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # A server's own learner shares its folder, where its configuration is already.
     resume = arguments.resume is not None
-    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume) if parent is None else None
+    if parent is not None:
+        return _learn(config, stop, figures, contextlib.nullcontext())
+    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume)
+    with contextlib.closing(folder):
+        return _learn(config, stop, figures, folder.undone_if_refused())
+
+
+def _learn(config: Config, stop: Stop, figures: str | None, refused: contextlib.AbstractContextManager[None]) -> int:
+    """Learn in the folder of a run until a signal comes. Returns the exit status."""
     run_dir = Path(config.run_dir or "")
-    log = MetricsLog(run_dir / "metrics.jsonl", "learner")
+    log = MetricsLog(run_dir / "metrics.jsonl", "learner", config.telemetry.max_log)
 
-    import torch
+    with importing():
+        import torch
 
-    from aurora_rl.cli.learner import build_learner
-    from aurora_rl.cli.spec import resolve
+        from aurora_rl.cli.learner import build_learner
+        from aurora_rl.cli.spec import resolve
 
     torch.set_num_threads(config.learner.threads)
-    with contextlib.nullcontext() if folder is None else folder.undone_if_refused():
+    with refused:
         learner = build_learner(resolve(config), log, run_dir)
     stop.working = True
     log.write("learner_ready", pid=os.getpid(), seen=learner.seen)
@@ -56,10 +66,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         try:
             while not stop.requested:
                 learner.step()
-        except (ValueError, OSError) as error:  # of the program, not of its input: show where
+        except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
             raise RuntimeError(f"learning stopped: {type(error).__name__}: {one_line(error)}") from error
         stop.ignore()
-        learner.save()
+        learner.try_save()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
     for failure in learner.outputs.failures.values():
         print(f"aurora-rl: {failure}", file=sys.stderr)

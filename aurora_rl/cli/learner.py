@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli.assembly import load, opening, start_drafter
+from aurora_rl.cli.assembly import load, opening, start_drafter, wire_keys
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import learner_keys
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
@@ -32,12 +34,14 @@ from aurora_rl.trajectories import validate
 
 def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     """Build the training half of the run in ``run_dir``, whose metrics go to ``log``."""
-    config, settings, target = spec.config, spec.config.learner, load(spec)
+    config, settings = spec.config, spec.config.learner
+    keys = wire_keys(config, learner_keys)  # what is wrong with them is told before a model is loaded
+    target = load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
     greeting = Handshake.of(parts, drafter, spec.drafter_name)
     drafter.to(spec.device)
-    # Of the target the head alone stays, as a copy: a view would keep the whole file of weights in memory. Autocast
+    # The head alone stays of the target, as a copy: a view would keep the whole file of weights in memory. Autocast
     # multiplies it in bfloat16, whatever it is kept in.
     head = copy.deepcopy(parts.head)
     if spec.dtype != torch.bfloat16:
@@ -63,14 +67,20 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         if recording is not None:
             outputs.write("a trajectory", lambda: recording.append(trajectory))
 
+    limits = Limits(max_bytes=config.wire.max_message)
     with ExitStack() as opened:  # closed again if what follows fails
         with opening("wire.trajectories", config.wire.trajectories):
             collector = ZMQCollector(
-                config.wire.trajectories, handshake=greeting, validate=check_one, on_trajectory=save_trajectory
+                config.wire.trajectories,
+                handshake=greeting,
+                keys=keys,
+                validate=check_one,
+                on_trajectory=save_trajectory,
+                limits=limits,
             )
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
-            publisher = WeightPublisher(config.wire.weights, handshake=greeting)
+            publisher = WeightPublisher(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
         opened.callback(publisher.close)
         result = assembled(spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner")
         if settings.resume is not None:
@@ -105,7 +115,7 @@ def assembled(
         drafter=drafter,
         loss=loss,
         optimizers=optimizers,
-        buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed),
+        buffer=trajectory_buffer(settings.buffer, settings.batch_size, config.seed, settings.buffer_bytes),
         collector=collector,
         publisher=publisher,
         gate=Gate(config.gate.requests, config.gate.margin, spec.tree, drafter.serving_copy(spec.dtype)),
@@ -116,5 +126,6 @@ def assembled(
         publish_every=settings.publish_every,
         max_skipped=settings.max_skipped,
         checkpoint=checkpoint,
+        keep=settings.keep,
         outputs=outputs,
     )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
-from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.run_dir import continued
+from aurora_rl.cli.errors import TEMPORARY, ConfigError
+from aurora_rl.cli.run_dir import go_on
 from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.telemetry.outputs import one_line
+
+logger = logging.getLogger(__name__)
 
 _READY_S = 300.0
 _END_S = 60.0
@@ -39,6 +44,7 @@ class LearnerProcess:
         self._logged_before = self._log.stat().st_size if self._log.exists() else 0
         self.restarts, self._failures, self._due, self._started = 0, 0, 0.0, time.monotonic()
         self.resumed = config.learner.resume is not None
+        self._obstacle = ""  # why it could not be started again
         self.child = self._start(config)
 
     def _start(self, config: Config) -> subprocess.Popen:
@@ -62,7 +68,8 @@ class LearnerProcess:
         """Start the learner again if it died, from its last checkpoint; return whether that was done.
 
         It waits before each start: a second the first time, then twice as long each time up to a minute, until a
-        learner has lived for longer than that.
+        learner has lived for longer than that. A start that fails, as without memory or without the run's folder,
+        counts as a learner that died at once.
         """
         now = time.monotonic()
         if self.child.poll() is None:
@@ -75,10 +82,17 @@ class LearnerProcess:
             self._failures += 1
         if now < self._due:
             return False
-        self._due, self.restarts = 0.0, self.restarts + 1
-        config = continued(self._config, self._run_dir)
-        self.resumed = config.learner.resume is not None
-        self.child = self._start(config)
+        self._due = 0.0
+        try:
+            config = replace(self._config)
+            go_on(config, self._run_dir)
+            self.child = self._start(config)
+        except (OSError, ValueError) as error:
+            if not self._obstacle:
+                logger.warning("the learner cannot be started again, serving goes on without it: %s", one_line(error))
+            self._obstacle = one_line(error)
+            return False
+        self.restarts, self.resumed, self._obstacle = self.restarts + 1, config.learner.resume is not None, ""
         return True
 
     def wait_ready(self, events: MetricsReader) -> None:
@@ -90,7 +104,9 @@ class LearnerProcess:
         deadline = time.monotonic() + _READY_S
         while not any(event["event"] == "learner_ready" for event in events):
             if self.child.poll() is not None or time.monotonic() > deadline:
-                raise ConfigError(f"the learner did not start: {self._last_line()}")
+                passes = self.child.poll() in (None, TEMPORARY)
+                reason = TimeoutError("the learner may start another time") if passes else None
+                raise ConfigError(f"the learner did not start: {self._last_line()}") from reason
             time.sleep(0.05)
 
     @property
@@ -98,7 +114,8 @@ class LearnerProcess:
         """Say that the learner runs, or that it died."""
         if self.child.poll() is None:
             return "running"
-        return f"died with status {self.child.returncode}, serving goes on; see {self._log}"
+        reason = f" and cannot be started again ({self._obstacle})" if self._obstacle else ""
+        return f"died with status {self.child.returncode}{reason}, serving goes on; see {self._log}"
 
     def end(self) -> str | None:
         """End the learner. Return what went wrong with its end; an earlier death was told already."""
@@ -124,5 +141,5 @@ class LearnerProcess:
             os.truncate(self._log, self._logged_before)
 
     def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
         return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"

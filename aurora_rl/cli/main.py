@@ -13,10 +13,11 @@ from importlib.metadata import version
 from typing import Any
 
 from aurora_rl.cli.config import Config, load_config, make_absolute, nearest_key, to_yaml
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import TEMPORARY, ConfigError, may_pass
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
+from aurora_rl.memory import importing
 from aurora_rl.telemetry.outputs import one_line
 
 
@@ -44,7 +45,9 @@ COMMANDS = {
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
     "bench": Command("how fast drafters learn, on a scenario or by several objectives", "bench", learns=True),
     "report": Command("write the report of a run, or of a bench, again from what is in its folder", "report"),
+    "history": Command("the versions of a run, why each was published, promoted or rolled back", "history"),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
+    "keys": Command("make the keys of a learner and its engines, for a wire between hosts", "keys"),
     "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "sglang"),
 }
 _MOVED = {"export": "drafter export"}
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
-        written; 2 for an error of the user's; 130 if interrupted before all was done.
+        written; 2 for an error of the user's; 75 for what may pass by itself, such as a port in use; 130 if
+        interrupted before all was done.
     """
     # For parts by their import path, such as objectives=[{name: my_file:plain}]. The working directory comes last, so
     # that no file in it takes the place of an installed module.
@@ -83,7 +87,8 @@ def _main(words: list[str]) -> int:
         command = COMMANDS.get(name)
         if command is not None and command.learns:
             _limit_caches()
-        module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
+        with importing():
+            module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
         arguments = _parse(words, name, module)
         usual = getattr(arguments, "usual", ())
         if (folder := getattr(arguments, "resume", None)) is None:
@@ -99,7 +104,7 @@ def _main(words: list[str]) -> int:
         return status
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"aurora-rl: {one_line(error)}", file=sys.stderr)
-        return 2
+        return TEMPORARY if may_pass(error) else 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -16,7 +16,7 @@ from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import generation_processors
-from aurora_rl.envs.verification.rules import rule_of_code
+from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter
 from aurora_rl.serving.recording import record
@@ -62,14 +62,15 @@ def recorded_prompts(folders: Sequence[Path], count: int) -> list[list[int]]:
 
 
 def open_recording(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
-    """Open a recording, and check that its first trajectory fits the target and the drafter."""
+    """Open a recording, and check that it can be replayed and that its first trajectory fits target and drafter."""
     vocab_size, width = target.parts.head.weight.shape
     with naming(f"--recording {folder}"):
         recording = TrajectoryDataset(folder, drafter.feature_layers)
         feature_size = width * len(drafter.feature_layers)
         first = recording[0]
-        rule_of_code(int(first["sampling", "rule"]))
         validate(first, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
+        for code in set(recording.numbers("sampling.rule")):
+            require_replayable(rule_of_code(code))
     return recording
 
 

@@ -35,7 +35,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     elif (folder / "metrics.jsonl").is_file():
         history = RunHistory()
         for event in MetricsReader(folder / "metrics.jsonl"):
-            if event["event"] == "begin":  # of a run that was resumed the last part is drawn, as at its end
+            if event["event"] == "begin":  # the last part of a resumed run is drawn, as at its end
                 history = RunHistory()
             try:
                 history.follow(event)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
+import os
 import shutil
 import tempfile
 import time
@@ -21,12 +23,15 @@ _DRAFTERS = ("learner/drafter", "drafter", "drafter-day0")  # newest first
 class RunDir:
     """The folder of a run, with its configuration in it, and noted in the configuration.
 
+    No other process can resume the run until this one closes the folder or ends.
+
     A run that resumes appends to the lines of the earlier one. What it writes anew is kept in ``part-1``, the next time
     in ``part-2``, and so on.
 
     Args:
-        config: Configuration of the run; its ``run_dir`` is set.
-        documents: Files that this command writes anew; the first gets the configuration.
+        config: Configuration of the run; its ``run_dir`` is set. Of a run that resumes, the drafter and the checkpoint
+            to go on from are set once it is saved: a saved configuration starts another run elsewhere.
+        documents: Files that this command writes anew; the first gets the configuration. Without any nothing is saved.
         suffix: End of the name of a folder that is named by the time.
         resume: Whether ``config.run_dir`` holds an earlier run to continue.
 
@@ -34,15 +39,19 @@ class RunDir:
         path: The folder.
 
     Raises:
-        ConfigError: The folder cannot be made, or it holds something already and is not resumed.
+        ConfigError: The folder cannot be made, it holds something already and is not resumed, or its run still goes on.
     """
 
-    def __init__(self, config: Config, documents: Sequence[str], *, suffix: str = "", resume: bool = False) -> None:
-        self.path, self._part = Path(config.run_dir or "runs"), None
+    def __init__(
+        self, config: Config, documents: Sequence[str] = (), *, suffix: str = "", resume: bool = False
+    ) -> None:
+        self.path, self._part, self._resumed = Path(config.run_dir or "runs"), None, resume
         self._new_folders = [folder for folder in self.path.parents if not folder.exists()]
         try:
             if resume:
-                self._part = self._keep(documents)
+                self._lock = _locked(self.path)
+                if documents:
+                    self._part = self._keep(documents)
             elif config.run_dir:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if any(self.path.iterdir()):
@@ -54,9 +63,14 @@ class RunDir:
                 self._new_folders = [] if self.path.exists() else [self.path]
                 self.path = _folder_of_now(self.path, suffix)
             config.run_dir = str(self.path)
-            # "x": of two runs that find the folder empty at the same time, one is refused here.
-            with open(self.path / documents[0], "x", encoding="utf-8") as file:
-                file.write(to_yaml(config, run_dir=False))
+            if documents:
+                # "x": of two runs that find the folder empty at the same time, one is refused here.
+                with open(self.path / documents[0], "x", encoding="utf-8") as file:
+                    file.write(to_yaml(config, run_dir=False))
+            if resume:
+                go_on(config, self.path)
+            else:
+                self._lock = _locked(self.path)
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.path)!r} cannot be used: {error.strerror}") from error
 
@@ -80,12 +94,36 @@ class RunDir:
                 for path in self._part.iterdir():
                     path.replace(self.path / path.name)
                 self._part.rmdir()
-            elif not any(log.stat().st_size for log in self.path.glob("*.log")):
+            elif not self._resumed and not any(log.stat().st_size for log in self.path.glob("*.log")):
                 shutil.rmtree(self.path, ignore_errors=True)
                 with contextlib.suppress(OSError):  # something else is in there by now
                     for folder in self._new_folders:
                         folder.rmdir()
             raise
+
+    def close(self) -> None:
+        """Let other processes resume the run."""
+        os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    """Return the descriptor of a run's log, which this process has locked until it closes that or ends.
+
+    Raises:
+        ConfigError: Another process has.
+    """
+    file = os.open(folder / "metrics.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise ConfigError(
+            f"--resume {folder}: the run in this folder still goes on, and two would write over each other; wait for "
+            "its end or stop it first"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def _folder_of_now(parent: Path, suffix: str) -> Path:
@@ -102,7 +140,7 @@ def _folder_of_now(parent: Path, suffix: str) -> Path:
 def resumed_config(
     command: str, folder: str, path: str | None, overrides: Sequence[str], usual: Sequence[str] = ()
 ) -> Config:
-    """Read the configuration of the run in ``folder``: its learner goes on from its checkpoint, with its last drafter.
+    """Read the configuration that the run in ``folder`` was started with.
 
     A YAML file at ``path`` takes the place of the saved configuration.
 
@@ -120,17 +158,17 @@ def resumed_config(
     config = load_config(path or run / document, overrides, usual)
     if config.run_dir not in (None, folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
-    return replace(continued(config, run), run_dir=folder)
+    return replace(config, run_dir=folder)
 
 
-def continued(config: Config, run: Path) -> Config:
-    """Return the configuration of a run that goes on from the drafter and the checkpoint in its folder."""
+def go_on(config: Config, run: Path) -> None:
+    """Set the drafter and the checkpoint in the folder of a run as those to start from."""
     drafters = [run / name for name in _DRAFTERS if (run / name / "config.json").is_file()]
-    started = replace(config.drafter, path=str(drafters[0])) if drafters else config.drafter
+    if drafters:
+        config.drafter = replace(config.drafter, path=str(drafters[0]))
     # The second is where a learner that was killed while it wrote left its last state.
-    learned = (run / "learner").is_dir() or (run / ".learner-old").is_dir()
-    learner = replace(config.learner, resume=str(run / "learner")) if learned else config.learner
-    return replace(config, drafter=started, learner=learner)
+    if (run / "learner").is_dir() or (run / ".learner-old").is_dir():
+        config.learner = replace(config.learner, resume=str(run / "learner"))
 
 
 def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:

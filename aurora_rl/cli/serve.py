@@ -20,6 +20,7 @@ from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import timed_steps
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
+from aurora_rl.memory import importing, return_freed_memory
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
 from aurora_rl.telemetry.loggers import check_installed, logged
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from aurora_rl.serving.async_engine import AsyncEngine
     from aurora_rl.serving.requests import RequestQueue
 
+_VOCAB_PROMPTS = 64  # whose tokens choose the vocabulary of a day-0 drafter
 _DRAIN_S = 5.0  # for what clients have asked before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
@@ -42,13 +44,16 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands' arguments."""
     add_resume_argument(parser)
     add_config_arguments(parser)
+    if parser.prog.endswith(" flywheel"):  # its traffic is nobody's, and it shows how fast weights are learned
+        parser.set_defaults(usual=["canary.share=0"])
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
     check_installed(config.telemetry.logger)
     if config.engine.attaches:
-        from aurora_rl.cli.engines import take_served
+        with importing():
+            from aurora_rl.cli.engines import take_served
 
         take_served(config)
     session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
@@ -77,7 +82,7 @@ class _Session:
         self._began, self._console = time.monotonic(), plain_console()
         self._folder = RunDir(config, _DOCUMENTS, resume=resume)
         self._run_dir = self._folder.path
-        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server")
+        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", config.telemetry.max_log)
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
         self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
@@ -98,21 +103,31 @@ class _Session:
 
     def _open(self, step: Callable[[str], None]) -> str:
         """Open what a run needs, step by step; return the line that says where clients are answered."""
-        import torch
+        with importing():
+            import torch
 
-        from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
-        from aurora_rl.cli.engines import embedded_server, sglang_server
-        from aurora_rl.cli.http import HttpFront
-        from aurora_rl.cli.spec import resolve
-        from aurora_rl.memory import return_freed_memory
-        from aurora_rl.serving.async_engine import AsyncEngine
-        from aurora_rl.workload.traffic import unseen_from
+            from aurora_rl.cli.assembly import (
+                check_context,
+                encoded_prompts,
+                first_drafter,
+                load,
+                request_queue,
+                traffic,
+                wire_keys,
+            )  # fmt: skip
+            from aurora_rl.cli.engines import embedded_server, sglang_server
+            from aurora_rl.cli.http import HttpFront
+            from aurora_rl.cli.spec import resolve
+            from aurora_rl.collectors.keys import engine_keys
+            from aurora_rl.serving.async_engine import AsyncEngine
+            from aurora_rl.workload.traffic import unseen_from
 
         config, run_dir, say = self._config, self._run_dir, partial(self._console.print, soft_wrap=True)
         torch.set_num_threads(config.engine.threads)
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
             spec, prompts = resolve(config), [] if attached else traffic(config)
+            wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._figures.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")
@@ -120,19 +135,23 @@ class _Session:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
             step("model")
             target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
-            queue = request_queue(spec, target, prompts)
-            built_in = self._replays and config.traffic.path is None
-            first_id = queue.total if self._replays else 0  # clients' requests are numbered from here on
+            check_context(config, target)
+            first_id, built_in = 0, self._replays and config.traffic.path is None
+            if self._replays:
+                queue = self._requests = request_queue(spec, target, prompts)
+                first_id = queue.total  # clients' requests are numbered from here on
+                firsts = queue.first_prompts(_VOCAB_PROMPTS)
+            else:
+                firsts = encoded_prompts(target, prompts[:_VOCAB_PROMPTS])
             self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
-            drafter, learner_config = first_drafter(spec, target, queue.first_prompts(64), day0)
+            drafter, learner_config = first_drafter(spec, target, firsts, day0)
             if config.learner.spawn:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
-            if self._replays:
-                self._requests = queue
-                queue.answers = JsonLines(run_dir / "answers.jsonl")
+            if self._requests is not None:
+                self._requests.answers = JsonLines(run_dir / "answers.jsonl")
             clients = self._clients = AsyncEngine(
                 max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id
             )
@@ -143,7 +162,7 @@ class _Session:
                     self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
                     self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}/v1"
                 else:
-                    usual = queue.first_prompts(1)[0]
+                    usual = firsts[0] if firsts else [0, 0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log)
                     clients.attach(embedded)
                     self._step, address = clients.step, ""
@@ -203,7 +222,7 @@ class _Session:
                     for tick in ticks:
                         tick()
                 self._drain(clients)
-            except (ValueError, OSError) as error:  # of the program, not of its input: show where
+            except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
                 raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
             view.log_status()
             live.update(view.table())  # a terminal keeps the last state on its screen
@@ -257,6 +276,7 @@ class _Session:
             self._report()
         for failure in outputs.failures.values():
             print(f"aurora-rl: {failure}", file=sys.stderr)
+        self._folder.close()
         return 1 if outputs.failures else 130 if interrupted else 0
 
     def _report(self) -> None:

@@ -40,7 +40,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             "engine.plugin_address is missing: set it to the value of AURORA_RL_SGLANG in SGLang's environment"
         )
     if arguments.what != "attach":
-        return _ask(engine.plugin_address, arguments.what)
+        return _ask(engine.plugin_address, arguments.what, config)
     if engine.url is None:
         raise ConfigError("engine.url is missing: set it to SGLang's own, such as engine.url=http://127.0.0.1:30000")
     engine.name = "sglang"
@@ -48,12 +48,14 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     return serve.run(config, arguments, stop)
 
 
-def _ask(address: str, kind: str) -> int:
+def _ask(address: str, kind: str, config: Config) -> int:
     """Ask the plugin, and print its status."""
+    from aurora_rl.cli.assembly import wire_keys
+    from aurora_rl.collectors.keys import control_client_keys
     from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 
     try:
-        status = ask(address, kind)
+        status = ask(address, kind, keys=wire_keys(config, control_client_keys))
     except PluginError as error:
         print(f"aurora-rl: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ from aurora_rl.policies import Drafter, TreeShape, get_drafter
 from aurora_rl.policies.formats.files import drafter_class
 from aurora_rl.policies.registry import drafter_name
 
-_MAX_NEW_TOKENS = 96  # of traffic that names no budget
+_MAX_NEW_TOKENS = 96  # budget of traffic that names none
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ import contextlib
 import copy
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
-from aurora_rl.cli.run_dir import RunDir
+from aurora_rl.cli.run_dir import RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -72,11 +73,12 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
     _settle(arguments)
+    if arguments.resume is not None:
+        go_on(config, Path(arguments.resume))
     check_installed(config.telemetry.logger)
     spec, began = resolve(config), time.monotonic()
     prompts = [] if arguments.recording else questions(traffic(config))
     data = _fingerprint(arguments.recording or [], prompts)
-    folder = None
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
         chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
@@ -88,13 +90,21 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 f"--resume {arguments.resume}: what it learns from ({_sources(config, arguments)}) was changed or "
                 "reordered since it was started; restore that, or start in another folder"
             )
-    run_dir = Path(config.run_dir or "")
+        folder = RunDir(config, resume=True)
+    with contextlib.closing(folder):
+        return _run(spec, arguments, prompts, folder, stop, began)
+
+
+def _run(
+    spec: RunSpec, arguments: argparse.Namespace, prompts: Sequence[Prompt], folder: RunDir, stop: Stop, began: float
+) -> int:
+    """Learn in the folder of a run. Returns the exit status."""
+    config, run_dir = spec.config, folder.path
     torch.set_num_threads(config.engine.threads)
     console, training = plain_console(), None
     try:
-        refused = contextlib.nullcontext() if folder is None else folder.undone_if_refused()
         with logged(config.telemetry.logger, run_dir):
-            training = _start(spec, arguments, prompts, run_dir, console, refused)
+            training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused())
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -103,7 +113,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         training.report(time.monotonic() - began)
     else:
         stop.ignore()
-        console.print(f"interrupted; aurora-rl train --resume {run_dir} goes on", soft_wrap=True)
+        resume = shlex.join(["aurora-rl", "train", "--resume", str(run_dir)])
+        console.print(f"interrupted; {resume} goes on", soft_wrap=True)
     failures = [] if training is None else training.failures()
     for failure in failures:
         print(f"aurora-rl: {failure}", file=sys.stderr)
@@ -358,14 +369,21 @@ class _Training:
         )
         self._first = self._first or found
         better = not self._best or found["all"] >= self._best["all"]
-        if better and self._outputs.write("drafter", lambda: self._served.save_pretrained(self.run_dir / "drafter")):
+        if better and self._replace("drafter", lambda: self._served.save_pretrained(self.run_dir / "drafter")):
             self._best = found
         self._save()
         return_freed_memory()
 
     def _save(self) -> None:
         progress = {"recorded": self._recorded(), "first": self._first, "best": self._best}
-        self._outputs.write("learner", lambda: self.trainer.save(self.run_dir / "learner", **progress))
+        self._replace("learner", lambda: self.trainer.save(self.run_dir / "learner", **progress))
+
+    def _replace(self, name: str, write: Callable[[], None]) -> bool:
+        """Write an output that makes good for an earlier one that failed. False if it failed."""
+        written = self._outputs.write(name, write)
+        if written:
+            self._outputs.failures.pop(name, None)
+        return written
 
     def failures(self) -> list[str]:
         """Return a line for each output that could not be written."""
@@ -375,7 +393,7 @@ class _Training:
     def report(self, duration_s: float) -> None:
         """Write ``summary.json`` and say how to serve the result."""
         first, best = self._first, self._best or self._first
-        command = f"--config {self.run_dir / 'config.yaml'} drafter.path={self.run_dir / 'drafter'}"
+        pairs = ["--config", str(self.run_dir / "config.yaml"), f"drafter.path={self.run_dir / 'drafter'}"]
         domains = {
             group: {"requests": len(stream), "acceptance_length": {"first": first[group], "last": best[group]}}
             for group, stream in self.held_out.items()
@@ -392,5 +410,5 @@ class _Training:
         self._outputs.write("summary.json", lambda: write_summary(self.run_dir, summary))
         text = f"acceptance length {first['all']:.3f} → {best['all']:.3f}"
         if self._best:  # the drafter was written
-            text += f"; serve it by\naurora-rl serve {command}"
+            text += f"; serve it by\n{shlex.join(['aurora-rl', 'serve', *pairs])}"
         self.console.print(text, soft_wrap=True)

@@ -298,6 +298,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def field(meta: Mapping[str, Any], name: str, *types: type) -> Any:
+    """Return a field of a peer's meta, which must be of one of these types (no bool for an int) and within 64 bits.
+
+    Raises:
+        CodecError: It is missing, or something else.
+    """
+    value = meta.get(name)
+    if type(value) not in types or (isinstance(value, int | float) and not abs(value) < 2**63):
+        raise CodecError(f"the field {name} is not a {' or '.join(kind.__name__ for kind in types)}")
+    return value
+
+
 def short(value: object) -> str:
     """Format a peer's value for an error message: escaped, and too short to flood a log."""
     text = str(value) if isinstance(value, Exception) else repr(value)

@@ -12,13 +12,15 @@ import zmq
 from tensordict import TensorDict, TensorDictBase
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
+from aurora_rl.collectors.gatekeeper import KEY_NAME
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import ServerKeys
 from aurora_rl.collectors.sink import TRAJECTORY
-from aurora_rl.collectors.sockets import bind, open_socket
-
-logger = logging.getLogger(__name__)
+from aurora_rl.collectors.sockets import bind, open_socket, source_of
+from aurora_rl.telemetry.throttle import Throttle
 
 _TURN_S = 0.1
+_MAX_NAME = 64
 
 
 class ZMQCollector:
@@ -33,6 +35,7 @@ class ZMQCollector:
         address: Address to bind, such as ``tcp://0.0.0.0:5555``; ``tcp://127.0.0.1:*`` takes a free port, see
             `address`.
         handshake: What an engine's handshake must equal.
+        keys: Keys for CurveZMQ, needed where other hosts can reach the address.
         validate: Raises ValueError for a trajectory whose contents do not fit together.
         on_trajectory: Called with each trajectory that is accepted, before :meth:`poll` returns it.
         limits: Limits of a message.
@@ -48,6 +51,7 @@ class ZMQCollector:
         address: str,
         *,
         handshake: Handshake,
+        keys: ServerKeys | None = None,
         validate: Callable[[TensorDictBase], None] | None = None,
         on_trajectory: Callable[[TensorDictBase], None] | None = None,
         limits: Limits = DEFAULT_LIMITS,
@@ -65,11 +69,17 @@ class ZMQCollector:
         self._limits = limits
         self._high_water = high_water
         self._closed = False
+        self._log = Throttle(logging.getLogger(__name__))
         self._lock = threading.Lock()  # shutdown may come from another thread than poll
         self._socket = open_socket(zmq.PULL)
         self._socket.rcvhwm = high_water
         self._socket.maxmsgsize = limits.max_bytes  # of one frame: refused before it is received
-        self.address = bind(self._socket, address, limits=limits)
+        self.address = bind(self._socket, address, limits=limits, keys=keys)
+
+    @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
+        return self._socket.refused
 
     @property
     def rejected(self) -> int:
@@ -83,7 +93,8 @@ class ZMQCollector:
             timeout_s: Seconds to wait for the first one; the others are not waited for.
 
         Returns:
-            Valid trajectories that own their memory; empty if none arrived, or after `shutdown`.
+            Valid trajectories that own their memory; empty if none arrived, or after `shutdown`. "source" of each is
+            the name of its engine's key or, without keys, the name that the engine gives itself.
         """
         deadline = time.monotonic() + timeout_s
         trajectories: list[TensorDict] = []
@@ -118,32 +129,38 @@ class ZMQCollector:
                 return None
 
     def _accept(self, frames: list[zmq.Frame]) -> TensorDict | None:
+        source = source_of(frames, KEY_NAME)  # without keys, what it says
         try:
             message = decode(frames, limits=self._limits)
             if message.kind != TRAJECTORY:
                 raise CodecError(f"expected a {TRAJECTORY!r} message, got {message.kind!r}")
             # Equal JSON spares parsing the same handshake with every trajectory.
             meta = message.meta.get("handshake")
+            source = source or _name(message.meta.get("engine"))
             engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
         except CodecError as error:
-            self._reject("malformed", error)
+            self._reject("malformed", source, error)
             return None
         mismatch = self._handshake.mismatch(engine)
         if mismatch is not None:
             self.handshake_error = mismatch
-            self._reject("handshake", mismatch)
+            self._reject("handshake", source, mismatch)
             return None
         if self._validate is not None:
             try:
                 self._validate(message.tensors)
             except (ValueError, TypeError, LookupError, RuntimeError) as error:  # no message may end the learner
-                self._reject("invalid", error)
+                self._reject("invalid", source, error)
                 return None
         if self._on_trajectory is not None:
             self._on_trajectory(message.tensors)
+        message.tensors.set_non_tensor("source", source)
         return message.tensors
 
-    def _reject(self, kind: str, reason: object) -> None:
+    def _reject(self, kind: str, source: str, reason: object) -> None:
         self.rejections[kind] += 1
-        if self.rejections[kind] == 1:
-            logger.warning("a trajectory is dropped (later ones of this kind are only counted), %s: %s", kind, reason)
+        self._log.warning(kind, "a trajectory of %s is dropped, %s: %s", source or "a peer", kind, reason)
+
+
+def _name(claimed: object) -> str:
+    return claimed[:_MAX_NAME] if isinstance(claimed, str) and claimed.isprintable() else ""

@@ -102,13 +102,23 @@ class TrajectoryDataset(Dataset[TensorDict]):
             )
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
-    def request_ids(self) -> list[int]:
-        """Return the id of each trajectory's request, and read nothing else of them."""
-        ids = []
+    def numbers(self, name: str) -> list[int]:
+        """Return one integer of each trajectory, and read nothing else of them.
+
+        Args:
+            name: Where it stands, such as "request" or "sampling.rule".
+
+        Raises:
+            ValueError: A file is broken or lacks it.
+        """
+        found = []
         for index in range(self._count):
-            with safe_open(self._path(index), "pt") as file:
-                ids.append(int(file.get_tensor("request")))
-        return ids
+            try:
+                with safe_open(self._path(index), "pt") as file:
+                    found.append(int(file.get_tensor(name)))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
+        return found
 
     def digest(self, count: int) -> str:
         """Return a checksum of the first ``count`` trajectories. It tells recordings of the same name apart."""

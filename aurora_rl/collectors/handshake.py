@@ -93,15 +93,16 @@ class Handshake:
                 )
         return cls(**{**meta, "feature_layers": tuple(layers)})
 
-    def mismatch(self, engine: Handshake) -> str | None:
+    def mismatch(self, engine: Handshake, *, values: bool = True) -> str | None:
         """Compare the learner's handshake (``self``) with an engine's; None if they agree.
 
-        The sentence names the first field that differs, both values and what to do. The learner sends it to the engine,
-        so both sides show the same.
+        The sentence names the first field that differs, both values if they are asked for, and what to do.
         """
         for field in fields(self):
             here, there = getattr(self, field.name), getattr(engine, field.name)
             if here != there:
-                found = f"handshake mismatch: {field.name} is {here!r} at the learner and {there!r} at the engine"
-                return f"{found}; {_CURES[field.name]}"
+                found = f"{field.name} differs from the learner's, whose log has both values"
+                if values:
+                    found = f"{field.name} is {here!r} at the learner and {there!r} at the engine"
+                return f"handshake mismatch: {found}; {_CURES[field.name]}"
         return None

@@ -9,9 +9,11 @@ from collections import Counter, deque
 import zmq
 from tensordict import TensorDictBase
 
-from aurora_rl.collectors.codec import encode
+from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits, encode
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.sockets import SocketThread, connect, open_socket
+from aurora_rl.collectors.keys import ClientKeys
+from aurora_rl.collectors.sockets import SocketThread, connect, engine_name, open_socket
+from aurora_rl.trajectories import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,47 +21,63 @@ TRAJECTORY = "trajectory"
 # Messages that ZeroMQ may hold for a connected learner; they are lost with the connection, so there are few.
 _SEND_HIGH_WATER = 4
 _TURN_MS, _IDLE_S = 50, 1.0
+_HEADER = 1 << 14  # bytes that a header has at most
 
 
 class TrajectorySink:
     """Sends packed trajectories to a learner that may be late, slow, dead or restarted.
 
-    Serving calls `extend`, which only appends to a queue of ``capacity`` trajectories; when it is full the oldest is
-    dropped, because a learner wants the newest data. A thread owns the socket, encodes, and takes a trajectory from the
-    queue only when a connected learner has room for it, so nothing piles up anywhere else. `extend` is also all that
-    TorchRL's collectors ask of a ``replay_buffer=``.
+    Serving calls `extend`, which only appends to a queue; when that is full the oldest is dropped, because a learner
+    wants the newest data. A thread owns the socket, encodes, and takes a trajectory from the queue only when a
+    connected learner has room for it, so nothing piles up anywhere else. `extend` is also all that TorchRL's collectors
+    ask of a ``replay_buffer=``.
 
     Args:
         address: Address of the learner's collector, such as ``tcp://127.0.0.1:5555``. The learner binds, the sink
             connects.
         handshake: Sent with every trajectory, since a learner may be replaced at any time.
+        keys: Keys for CurveZMQ, if the learner has keys.
         capacity: Trajectories held while no learner takes them.
+        max_bytes: Bytes of them.
+        limits: Limits of a message. A trajectory beyond them, or beyond ``max_bytes`` by itself, is dropped.
+        name: Name of this engine at the learner.
 
     Raises:
         ValueError: ``capacity`` is not positive.
         OSError: ``address`` is malformed. An absent learner is no error.
     """
 
-    def __init__(self, address: str, *, handshake: Handshake, capacity: int = 256) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        handshake: Handshake,
+        keys: ClientKeys | None = None,
+        capacity: int = 256,
+        max_bytes: int = 1 << 29,
+        limits: Limits = DEFAULT_LIMITS,
+        name: str | None = None,
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 trajectory, got {capacity}")
-        self._meta = {"handshake": handshake.to_meta()}
-        self._capacity = capacity
+        self._meta = {"handshake": handshake.to_meta(), "engine": name or engine_name()}
+        self._capacity, self._max_bytes, self._bytes = capacity, max_bytes, 0
+        self._most = min(max_bytes, limits.max_bytes - _HEADER)
         self._queue: deque[TensorDictBase] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._logged_refusal = False
         self.sent = 0
         """Trajectories handed to a connected learner; those on their way when it dies are lost with it."""
-        self.drops = Counter(no_learner=0, slow_learner=0, not_encodable=0)
-        """Trajectories given up, by reason: ``not_encodable``, or displaced by newer ones or left over at `close` while
-        a learner was connected (``slow_learner``) or none was (``no_learner``)."""
+        self.drops = Counter(no_learner=0, slow_learner=0, not_encodable=0, too_large=0)
+        """Trajectories given up, by reason: ``not_encodable``, ``too_large``, or displaced by newer ones or left over
+        at `close` while a learner was connected (``slow_learner``) or none was (``no_learner``)."""
         self._connected = False
         self._socket = open_socket(zmq.PUSH)
         self._socket.sndhwm = _SEND_HIGH_WATER
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for a learner that has completed its handshake
         self._socket.watch_peer()
-        connect(self._socket, address)
+        connect(self._socket, address, keys=keys)
         self._thread = SocketThread(self._socket, self._step, name="trajectory-sink")
         self._thread.start()
 
@@ -77,10 +95,15 @@ class TrajectorySink:
             if self._closed:
                 self._drop(1)
                 return
-            if len(self._queue) >= self._capacity:
-                self._queue.popleft()
+            size = size_of(trajectory)
+            if size > self._most:
+                self.drops["too_large"] += 1
+                return
+            while self._queue and (len(self._queue) >= self._capacity or self._bytes + size > self._max_bytes):
+                self._take_oldest()
                 self._drop(1)
             self._queue.append(trajectory)
+            self._bytes += size
             self._changed.notify()
 
     def close(self, timeout: float = 1.0) -> None:
@@ -92,6 +115,12 @@ class TrajectorySink:
         with self._changed:
             self._drop(len(self._queue))
             self._queue.clear()
+            self._bytes = 0
+
+    def _take_oldest(self) -> TensorDictBase:
+        trajectory = self._queue.popleft()
+        self._bytes -= size_of(trajectory)
+        return trajectory
 
     def _drop(self, count: int) -> None:
         """Count trajectories that are given up; called with the lock held."""
@@ -115,7 +144,7 @@ class TrajectorySink:
         with self._changed:
             if not self._queue:
                 return
-            trajectory = self._queue.popleft()
+            trajectory = self._take_oldest()
         try:
             frames = encode(TRAJECTORY, self._meta, trajectory)
         except (ValueError, RuntimeError) as error:  # a RuntimeError is a failed copy from another device
@@ -131,6 +160,7 @@ class TrajectorySink:
             with self._changed:
                 if len(self._queue) < self._capacity:
                     self._queue.appendleft(trajectory)
+                    self._bytes += size_of(trajectory)
                 else:
                     self._drop(1)
         else:

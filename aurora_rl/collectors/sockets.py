@@ -13,15 +13,19 @@ import stat
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import zmq
 from typing_extensions import override
 from zmq.utils.monitor import recv_monitor_message
 
+from aurora_rl.addresses import is_local
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits
-from aurora_rl.collectors.guard import Guard
+from aurora_rl.collectors.gatekeeper import Gatekeeper
+from aurora_rl.collectors.guard import Guard, near_address
+from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +38,50 @@ _RECONNECT_MAX_MS = 2_000
 
 
 class Socket(zmq.Socket[bytes]):
-    """A socket that takes its guard and its context along when it closes."""
+    """A socket that takes its guard, its gatekeeper and its context along when it closes."""
 
     guard: Guard | None = None
+    gatekeeper: Gatekeeper | None = None
     folder: str | None = None  # of the address between the two
+    key_refused = False
+    """Whether the watched peer has refused our key at the last attempt."""
     _handshakes: zmq.Socket[bytes] | None = None
     _connected = False
 
     def watch_peer(self) -> None:
-        """Let :attr:`connected` follow the one peer that this socket will connect to."""
-        self._handshakes = self.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        """Let :attr:`connected` and :attr:`key_refused` follow the one peer that this socket will connect to."""
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        self._handshakes = self.get_monitor_socket(events)
 
     @property
     def connected(self) -> bool:
         """Whether the watched peer is there: it has completed its handshake, and its connection is open."""
         while self._handshakes is not None and self._handshakes.poll(0):
-            self._connected = recv_monitor_message(self._handshakes)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            event = recv_monitor_message(self._handshakes)["event"]
+            self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if event != zmq.EVENT_DISCONNECTED:
+                self.key_refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
         return self._connected
+
+    @property
+    def refused(self) -> int:
+        """Connections that were refused for their keys."""
+        return 0 if self.gatekeeper is None else self.gatekeeper.refused
+
+    @override
+    def poll(self, timeout: int | None = None, flags: int = zmq.POLLIN) -> int:
+        ready = super().poll(timeout, flags)
+        if self.guard is not None and flags & zmq.POLLIN and not ready:
+            self.guard.asked_in_vain()
+        return ready
+
+    @override
+    def recv_multipart(self, flags: int = 0, copy: bool = True, track: bool = False) -> Any:
+        frames = cast("list[zmq.Frame]", super().recv_multipart(flags, copy=False, track=track))
+        if self.guard is not None:
+            body = frames[self.type == zmq.ROUTER :]  # what a ROUTER puts before them did not come over the network
+            self.guard.taken(source_of(body), [len(frame) for frame in body])
+        return [frame.bytes for frame in frames] if copy else frames
 
     @override
     def close(self, linger: int | None = None) -> None:
@@ -61,6 +92,9 @@ class Socket(zmq.Socket[bytes]):
         guard, self.guard = self.guard, None
         if guard is not None:
             guard.close((linger or 0) / 1000)
+        gatekeeper, self.gatekeeper = self.gatekeeper, None
+        if gatekeeper is not None:
+            gatekeeper.close()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.context.term()  # once messages have left
@@ -69,6 +103,11 @@ class Socket(zmq.Socket[bytes]):
         """Return a path that only this user can reach."""
         self.folder = tempfile.mkdtemp(prefix="aurora-rl-")
         return f"{self.folder}/s"
+
+
+def engine_name() -> str:
+    """Return a name for an engine of this process, which no other has."""
+    return f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def open_socket(kind: int) -> Socket:
@@ -82,19 +121,23 @@ def open_socket(kind: int) -> Socket:
     return socket
 
 
-def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS) -> str:
+def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS, keys: ServerKeys | None = None) -> str:
     """Bind, guarded against peers whose messages never end, and return the address with the real port.
 
     Args:
         socket: Socket from `open_socket`, with all its options set.
         address: ``tcp://host:port`` (port ``*`` or 0: any free one) or ``ipc://path``.
         limits: Limits of a message; a peer that exceeds them loses its connection.
+        keys: Keys for CurveZMQ, which encrypts, and admits peers by their keys. None is for addresses of this host.
 
     Raises:
-        OSError: The address is taken, malformed or a file that is no socket; the socket is closed then.
+        OSError: The address is taken, malformed, a file that is no socket, or can be reached from elsewhere and has no
+            keys; the socket is closed then.
     """
     try:
         _check(address, binds=True)
+        if keys is None and not is_local(address):
+            raise OSError(errno.EACCES, "other hosts can reach it, which needs keys: `aurora-rl keys` makes them")
         if address.startswith("ipc://") and _has_listener(address.removeprefix("ipc://")):
             # ZeroMQ unlinks the file and takes over, which leaves the first process listening to nobody.
             raise zmq.ZMQError(errno.EADDRINUSE)
@@ -106,12 +149,18 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS) -> st
             bound = probe.getsockopt_string(zmq.LAST_ENDPOINT)
         listener = _listen(bound)
         try:
-            path = socket.private_path()
-            socket.bind(f"ipc://{path}")
+            inside = _bind_inside(socket, keys, bound)
         except BaseException:
             listener.close()
             raise
-        socket.guard = Guard(listener, lambda: _dial(f"ipc://{path}"), limits=limits, accepts=True, name=bound)
+        socket.guard = Guard(
+            listener,
+            lambda number: _dial(inside, None if keys is None else number),
+            limits=limits,
+            accepts=True,
+            sealed=keys is not None,
+            name=bound,
+        )
     except (zmq.ZMQError, OSError) as error:
         socket.close()
         if error.errno == errno.EADDRINUSE:
@@ -126,7 +175,27 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS) -> st
     return bound
 
 
-def connect(socket: Socket, address: str, *, limits: Limits | None = None) -> None:
+def _bind_inside(socket: Socket, keys: ServerKeys | None, name: str) -> str:
+    """Bind where the guard relays to, and return the address."""
+    if keys is None:
+        address = f"ipc://{socket.private_path()}"
+        socket.bind(address)
+        return address
+    socket.curve_server = True
+    socket.curve_secretkey = keys.secret
+    socket.zap_domain = b"aurora-rl"
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody is let in while nobody answers libzmq
+    socket.gatekeeper = Gatekeeper(socket, keys, lambda peer: _network_address(socket, peer), name)
+    # The address of a peer names its connection, which takes TCP. Who gets there past the guard needs a key as well.
+    socket.bind("tcp://127.0.0.1:*")
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def _network_address(socket: Socket, address: str) -> str:
+    return address if socket.guard is None else socket.guard.peer_of(address)
+
+
+def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys: ClientKeys | None = None) -> None:
     """Connect in the background; the peer need not exist yet.
 
     Args:
@@ -134,24 +203,48 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None) -> No
         address: Address as for `bind`.
         limits: Limits of a message from the peer, which loses the connection if it exceeds them; None if nothing is
             received, or not for long.
+        keys: Keys for CurveZMQ: only the peer with the server key of them is talked to, encrypted.
 
     Raises:
         OSError: The address is malformed; the socket is closed then.
     """
     try:
         _check(address, binds=False)
+        if keys is not None:
+            socket.curve_serverkey, socket.curve_publickey = keys.server, keys.public
+            socket.curve_secretkey = keys.secret
         if limits is None:
             socket.connect(address)
             return
         path = socket.private_path()
         listener = _listen(f"ipc://{path}")
-        socket.guard = Guard(listener, lambda: _dial(address), limits=limits, accepts=False, name=address)
+        socket.guard = Guard(
+            listener,
+            lambda number: _dial(address),
+            limits=limits,
+            accepts=False,
+            sealed=keys is not None,
+            name=address,
+        )
         socket.connect(f"ipc://{path}")
     except (zmq.ZMQError, OSError) as error:
         socket.close()
         raise OSError(
             error.errno, f"cannot connect to {address!r}: {error}; expected tcp://host:port or ipc://path"
         ) from None
+
+
+def source_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
+    """Return what libzmq knows of the peer that a message came from, or an empty string.
+
+    Args:
+        frames: Frames of the message.
+        field: "Peer-Address", as the socket sees it, or `gatekeeper.KEY_NAME`.
+    """
+    try:
+        return cast("str", frames[-1].get(field))
+    except (zmq.ZMQError, IndexError):
+        return ""
 
 
 def _check(address: str, *, binds: bool) -> None:
@@ -199,10 +292,13 @@ def _listen(address: str) -> plain.socket:
     return listener
 
 
-def _dial(address: str) -> plain.socket:
+def _dial(address: str, number: int | None = None) -> plain.socket:
+    """Connect, from the near address of a connection if its number is known."""
     family, where = _endpoint(address)
     dialed = plain.socket(family)
     try:
+        if number is not None:
+            dialed.bind((near_address(number), 0))
         if family != plain.AF_UNIX:
             dialed.setsockopt(plain.IPPROTO_TCP, plain.TCP_NODELAY, 1)
         dialed.connect(where)

@@ -17,12 +17,12 @@ _LENGTHS = ("window_size", "keep_window_size")
 # Kinds of layers, in a configuration's `layer_types`, that attend to keys and values or keep nothing.
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 
-Sees = Callable[[Tensor, Tensor], Tensor | bool]
-"""Whether a query at a position sees a key at a position, from tensors of both that broadcast."""
+First = Callable[[Tensor], Tensor]
+"""First position that queries at some positions see."""
 
 
-def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, Sees]:
-    """Return what the layers of each kind see of the text before a token, by query and key positions.
+def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, First | None]:
+    """Return from which position on the layers of each kind see the text before a token; None for the whole text.
 
     It is empty if all layers see the whole text; the key is None if all layers are of one kind that does not.
 
@@ -36,18 +36,14 @@ def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str
             f"accepted node of a tree, or choose their keys themselves; {SGLANG}"
         )
     window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
-    kinds: dict[str | None, Sees] = {}
+    kinds: dict[str | None, First | None] = {}
     if window is not None and window < max_length:
-        kinds["sliding_attention"] = lambda query, key: query - key < window
+        kinds["sliding_attention"] = lambda position: (position - window + 1).clamp(min=0)
     if chunk and chunk < max_length and "chunked_attention" in (types or ()):
-        kinds["chunked_attention"] = lambda query, key: query // chunk == key // chunk
+        kinds["chunked_attention"] = lambda position: position // chunk * chunk
     if not kinds or types is None:
-        return dict.fromkeys([None] * len(kinds), next(iter(kinds.values()), _everything))
-    return {kind: kinds.get(kind, _everything) for kind in set(types)}
-
-
-def _everything(query: Tensor, key: Tensor) -> bool:
-    return True
+        return dict.fromkeys([None] * len(kinds), next(iter(kinds.values()), None))
+    return {kind: kinds.get(kind) for kind in set(types)}
 
 
 def make_independent_of_length(model: PreTrainedModel, max_length: int) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from aurora_rl.models.inference_modules import GROUPED_ATTENTION, layer_kind
+from aurora_rl.models.attention import GROUPED_ATTENTION
+from aurora_rl.models.inference_modules import layer_kind
 from aurora_rl.models.target_head import context_length, decoder_layers, decoder_of
 
 # Tokens of the first row and of the others, and most rows of the probe: they bound the time of the check.

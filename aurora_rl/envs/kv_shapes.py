@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from aurora_rl.envs.exactness import ELSEWHERE, SGLANG, UnsupportedModelError, reason_of
 from aurora_rl.models.kv_cache import KVShape, RecurrentStateError, ShapeRecorder
@@ -26,9 +26,3 @@ def kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
             f"{name} does not run with a cache of keys and values ({reason_of(error)}); {ELSEWHERE}"
         ) from error
     return recorder.shapes
-
-
-def uniform_groups(config: PretrainedConfig, shapes: dict[int, tuple[KVShape, KVShape]]) -> int:
-    """Return how many query heads share a key head; 1, where layers differ, lets attention repeat the mask itself."""
-    heads = {keys.heads for keys, _ in shapes.values()}
-    return config.num_attention_heads // heads.pop() if len(heads) == 1 else 1

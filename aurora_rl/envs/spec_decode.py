@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Composite, Unbounded
@@ -24,6 +25,7 @@ from aurora_rl.envs.request import Completion, Drafts, Request
 from aurora_rl.envs.specs import specs
 from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.models.detokenizer import StopStrings
+from aurora_rl.models.kv_cache import Packing
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.trees import accepted_path, valid_nodes
@@ -281,7 +283,8 @@ class SpecDecodeEnv(EnvBase):
         q = None
         if self.rule.needs_q:  # rounds that are decoded plainly may come without
             q = draft["q"][rows, :width] if width else hidden.new_zeros(len(slots), 0, engine.vocab_size)
-        logits = engine.logits(hidden)
+        packing = Packing(F.pad(valid, (1, 0), value=True))  # what is padding is not multiplied with the head
+        logits = packing.unpack(engine.logits(packing.pack(hidden)))
         occupied = slots.tolist()
         raw, held = logits, [self._active[slot] for slot in occupied]
         if any(each.processors for each in held):

@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -16,6 +18,7 @@ from typing_extensions import override
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
+from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
@@ -29,22 +32,20 @@ from aurora_rl.envs.exactness import (
     takes_positions,
     with_larger_products,
 )
-from aurora_rl.envs.kv_shapes import kv_shapes, uniform_groups
-from aurora_rl.models.inference_modules import (
-    GROUPED_ATTENTION,
-    fuse_decoder_layers,
-    grouped_mask,
-    prepare_for_inference,
-)
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, column_positions
+from aurora_rl.envs.kv_shapes import kv_shapes
+from aurora_rl.models.attention import GROUPED_ATTENTION, pass_mask
+from aurora_rl.models.batch_invariant import invariant_mask, make_batch_invariant, whole_blocks
+from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_layers, prepare_for_inference
+from aurora_rl.models.kv_cache import SlotCache, column_positions, path_order
 from aurora_rl.models.loading import quiet_transformers
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
 from aurora_rl.trees import ancestor_mask, depths
 
 logger = logging.getLogger(__name__)
 
-# A prompt is read in chunks of so many scores (rows x heads x columns), so that memory stays linear in its length.
-_PREFILL_SCORES, _PREFILL_ROWS = 2**24, 512
+# A prompt is read in chunks of so many rows. In transformers' forms of attention a chunk also has at most so many
+# scores (rows x heads x columns), so that memory stays linear in its length.
+_PREFILL_ROWS, _PREFILL_SCORES = 512, 2**24
 # The fastest first; a form that computes something else than the model is switched off.
 _FORMS = ("fused", "grouped", "sdpa", "eager")
 # By which the products of the float32 probe are multiplied: 1 shows what a token attends to, and 4, which makes
@@ -66,9 +67,12 @@ class TransformersEngine(Engine):
         max_length: Most tokens of a slot, prompt, completion and tree; at most the model's context.
         feature_layers: Layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
             enters decoder layer ``l``, and ``num_hidden_layers`` the input of the output head.
+        batch_invariant: Whether a token's logits are the same, bit for bit, whatever else is in the pass: a tree, other
+            slots, more of a prompt. It costs time; a model that is not served in the form "fused" is refused.
 
     Attributes:
         exactness: Form in which the model is run, and the distance of its logits from the model's own.
+        feature_layers: Layers whose inputs are the features.
 
     Raises:
         ValueError: A layer id, ``num_slots`` or ``max_length`` is out of range.
@@ -87,12 +91,15 @@ class TransformersEngine(Engine):
     """
 
     _least_tolerance: ClassVar[float] = 0.0
-    _feature_layers: tuple[int, ...] = ()
+    feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
+    _packs: bool = False  # whether the layers take a pass without its padding
+    _batch_invariant: bool = False
 
     def __init__(
-        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int]
-    ) -> None:
+        self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int],
+        batch_invariant: bool = False,
+    ) -> None:  # fmt: skip
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         probe = self._set_up(model, max_length)
@@ -100,11 +107,13 @@ class TransformersEngine(Engine):
         if not all(0 <= layer <= count for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
         with quiet_transformers():  # which warns of each form of attention that it does not know of a family
-            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe)
-        self._feature_layers = tuple(feature_layers)
+            self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe, batch_invariant)
+        self.feature_layers = tuple(feature_layers)
         for layer in set(feature_layers) - {count}:
-            self._layers[layer].register_forward_pre_hook(self._capture(layer), with_kwargs=True)
+            self._layers[layer].register_forward_pre_hook(partial(self._capture, layer), with_kwargs=True)
         self._allocate(num_slots, max_length, self._feature_size())
+        if batch_invariant:
+            check_batch_invariance(self, probe.texts[-1][:max_length])
         self.prefill_seconds = 0.0
 
     def _set_up(self, model: PreTrainedModel, max_length: int) -> Probe:
@@ -131,7 +140,6 @@ class TransformersEngine(Engine):
                 str(error) if own else f"{name} does not run on a plain text ({reason_of(error)}); {ELSEWHERE}"
             ) from error
         self._shapes = kv_shapes(model)
-        self._groups = uniform_groups(config, self._shapes)
         self._captured: dict[int, Tensor] = {}
         self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
         self._alibi = AlibiPositions.of(model, max_length + self.max_nodes, takes_positions=self._takes_positions)
@@ -143,17 +151,18 @@ class TransformersEngine(Engine):
         width = self._output.weight.shape[1]
         self.store = ContextStore(num_slots, max_length, feature_size, width, dtype, device)
         # A tree is written after the committed tokens before any of it is accepted.
-        self._cache = SlotCache(self._shapes, num_slots, max_length + self.max_nodes, dtype, device)
+        columns = whole_blocks(max_length + self.max_nodes, self._batch_invariant)
+        self._cache = SlotCache(self._shapes, num_slots, columns, dtype, device)
 
     def _feature_size(self) -> int:
         """Return the width of the captured features, found by capturing some."""
         self._allocate(1, 2, 0)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
-            _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, zero[None] == 0)
+            _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, None)
         except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no features at layers {self._feature_layers} that a drafter could "
+                f"{type(self.model).__name__} has no features at layers {self.feature_layers} that a drafter could "
                 f"read ({reason_of(error)}); take a drafter that reads none: drafter.name=ngram or standalone"
             ) from error
         return features.shape[-1]
@@ -194,9 +203,13 @@ class TransformersEngine(Engine):
             )
         return Exactness(form, error, tolerance, switched_off)
 
-    def _in_inference_form(self, exactness: Exactness, probe: Probe) -> Exactness:
+    def _in_inference_form(self, exactness: Exactness, probe: Probe, batch_invariant: bool) -> Exactness:
         """Replace norms and linear layers by faster ones, for good, and compare once more."""
+        self._batch_invariant = batch_invariant and require_fused(self._layers, exactness)
         prepare_for_inference(self.model)
+        if batch_invariant:
+            self._packs = False
+            make_batch_invariant(self.model)
         try:
             error = self._disagreement(probe)
             reason = f"its logits differ by {error:.2g} of their spread"
@@ -242,21 +255,23 @@ class TransformersEngine(Engine):
 
     def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
         """Change how attention is computed; return a function that undoes "fused", None if no layer can be fused."""
-        self._form = form
+        self._form, self._packs = form, False
         implementation = GROUPED_ATTENTION if form in ("fused", "grouped") else form
         if self._config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
         rotary = getattr(self._decoder, "rotary_emb", None)
         if form == "fused" and rotary is not None:
             # To the model's last position and not the engine's: another engine may serve the model further.
-            return fuse_decoder_layers(self._layers, rotary, max_length - 1 if self._last is None else self._last)
+            undo = fuse_decoder_layers(self._layers, rotary, max_length - 1 if self._last is None else self._last)
+            self._packs = all(isinstance(layer, FusedDecoderLayer) for layer in self._layers)
+            return undo
         return None
 
     def _disagreement(self, probe: Probe) -> float:
         """Return how far this engine's logits are from the model's own on the probe.
 
         Every row goes through all steps of a request: prefill, a tree with wrong nodes among the true ones, the move
-        of the accepted path, and a plain round. Slots of unequal length share each pass.
+        of the accepted path, and a plain round. Slots of unequal length, and trees of unequal size, share each pass.
         """
         length = max(len(text) for text in probe.texts)
         self._allocate(len(probe.texts), length, 0)
@@ -275,7 +290,9 @@ class TransformersEngine(Engine):
                 wrong = (following + 1) % self.vocab_size
                 tree = torch.stack([wrong[:, 0], following[:, 0], wrong[:, 1], following[:, 1], wrong[:, 2]], dim=1)
                 parents = torch.tensor([-1, -1, 1, 1, 0], device=tree.device).expand(len(slots), -1)
-                hidden = self.verify(slots, tree, parents, torch.ones_like(tree, dtype=torch.bool))
+                valid = torch.ones_like(tree, dtype=torch.bool)
+                valid[::2, 4] = False
+                hidden = self.verify(slots, tree, parents, valid)
                 path = torch.tensor([1, 3, -1, -1, -1], device=tree.device).expand(len(slots), -1)
                 delivered = torch.cat([following, following], dim=1)
                 self.commit(slots, path, delivered, torch.full((len(slots),), 3))
@@ -287,35 +304,41 @@ class TransformersEngine(Engine):
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
-    def _capture(self, layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._captured[layer] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
+    def _capture(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._captured[layer] = args[0] if args else kwargs["hidden_states"]
 
     @torch.inference_mode()
     def _forward(
-        self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor
+        self,
+        slots: Tensor,
+        past: Tensor,
+        tokens: Tensor,
+        depth: Tensor,
+        seen: Tensor | None,
+        present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 
-        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees.
+        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees (None:
+        those up to itself), and ``present`` ``[b, T]`` says which are no padding (None: all). Padding is not computed
+        if the model allows.
         """
         device, width = tokens.device, tokens.shape[1]
-        end = int(past.max()) + width
+        end = whole_blocks(int(past.max()) + width, self._batch_invariant)
         past = past.to(device)[:, None]
-        self._cache.aim(slots, past + torch.arange(width, device=device), end)
+        present = present if self._packs and present is not None and not bool(present.all()) else None
+        order = path_order(seen, depth, past, end) if self._batch_invariant else None
+        self._cache.aim(slots, past + torch.arange(width, device=device), end, present, order)
         arguments = {}
         if self._takes_positions:
-            positions = past + depth
-            if self._starts is not None:
-                positions = positions + self._starts[slots, None].to(device)
+            positions = past + depth + (0 if self._starts is None else self._starts[slots, None].to(device))
             # A node past the model's last position is never delivered, and a table of positions has no row for it.
-            arguments["position_ids"] = positions if self._last is None else positions.clamp(max=self._last)
+            positions = positions if self._last is None else positions.clamp(max=self._last)
+            arguments["position_ids"] = self._cache.pack(positions)
         if self._alibi is not None:
             self._alibi.aim(column_positions(depth, past, end))
         hidden = self._decoder(
-            input_ids=tokens,
+            input_ids=self._cache.pack(tokens),
             attention_mask=self._attention_mask(seen, depth, past, end),
             past_key_values=self._cache,
             use_cache=True,
@@ -323,24 +346,17 @@ class TransformersEngine(Engine):
         ).last_hidden_state
         self._captured[len(self._layers)] = hidden
         # Empty columns first: a drafter may read no features at all.
-        return hidden, torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
+        features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self.feature_layers)], dim=-1)
+        return self._cache.unpack(hidden), self._cache.unpack(features)
 
-    def _attention_mask(self, seen: Tensor, depth: Tensor, past: Tensor, end: int) -> Tensor | dict[str | None, Tensor]:
+    def _attention_mask(
+        self, seen: Tensor | None, depth: Tensor, past: Tensor, end: int
+    ) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
-        mask = cache_mask(seen, past, end)
-        if not self._mask_kinds:
-            return self._formed(mask)
-        query, key = (past + depth)[:, :, None], column_positions(depth, past, end)[:, None]
-        masks = {kind: self._formed(mask & sees(query, key)) for kind, sees in self._mask_kinds.items()}
+        form: Any = {"implementation": self._config._attn_implementation, "seen": seen, "dtype": self.model.dtype}
+        mask: Callable[..., Tensor] = invariant_mask if self._batch_invariant else partial(pass_mask, **form)
+        masks = {kind: mask(depth, past, end, first) for kind, first in (self._mask_kinds or {None: None}).items()}
         return masks[None] if None in masks else masks
-
-    def _formed(self, mask: Tensor) -> Tensor:
-        """Return a mask ``[b, T, L]`` bool as attention of the engine's form reads it."""
-        if self._form == "eager":
-            dtype = self.model.dtype
-            zero = torch.zeros((), dtype=dtype, device=mask.device)
-            return torch.where(mask, zero, torch.finfo(dtype).min)[:, None]
-        return mask[:, None] if self._form == "sdpa" else grouped_mask(mask, self._groups)
 
     @override
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
@@ -359,12 +375,13 @@ class TransformersEngine(Engine):
             done = 0 if cache is None else cache.load(prompt[:-1], self._rows(slot), salt)
             self.store.cached_lengths[slot] = done
         where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
-        rows = _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))
-        for start in range(done, stop, size := max(16, min(rows, self._prefill_rows))):
+        size = self._prefill_rows
+        if self._form in ("sdpa", "eager"):
+            size = max(16, min(size, _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))))
+        for start in range(done, stop, size):
             part = prompt[start : min(start + size, stop)]
             depth = torch.arange(len(part), device=prompt.device)[None]
-            causal = depth[:, :, None] >= depth[:, None, :]
-            _, features = self._forward(where, torch.tensor([start]), part[None], depth, causal)
+            _, features = self._forward(where, torch.tensor([start]), part[None], depth, None)
             self.store.features[slot, start : start + len(part)] = features[0]
         if stop == len(prompt) - 1:
             self.store.start(slot, prompt)
@@ -384,7 +401,8 @@ class TransformersEngine(Engine):
         root = self.store.tokens[slots.to(tokens.device), past.to(tokens.device)]
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)
         rows = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
-        self._hidden, self._features = self._forward(slots, past, rows, depth, ancestor_mask(parents, valid))
+        present = F.pad(valid, (1, 0), value=True)
+        self._hidden, self._features = self._forward(slots, past, rows, depth, ancestor_mask(parents, valid), present)
         return self._hidden
 
     @override
@@ -403,11 +421,7 @@ class TransformersEngine(Engine):
             row, index = moved.nonzero(as_tuple=True)
             base = self.store.lengths[slots].to(device)[row]
             self._cache.move(slots.to(device)[row], base + path[row, index], base + index)
-        columns = (
-            torch.cat([torch.zeros_like(path[:, :1]), path.clamp(min=-1) + 1], dim=1)
-            if path.shape[1]
-            else (torch.zeros(len(slots), 1, dtype=torch.int64, device=device))
-        )
+        columns = F.pad(path.clamp(min=-1) + 1, (1, 0))
         rows = torch.arange(len(slots), device=device)[:, None]
         features = self._features[rows, columns]
         self.store.append(slots, tokens, num_new, features, self._hidden[rows, columns])

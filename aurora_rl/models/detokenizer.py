@@ -25,13 +25,17 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequ
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:
     """Return the text of one token, special ones included, and its bytes: None if they are not known.
 
-    A token may be a part of a character: its text is then the replacement character, and its bytes are that part.
+    A token may be a part of a character: its text is then the replacement character, and its bytes are that part. A
+    space that it begins with is part of it, also where the tokenizer strips the space that a whole text begins with.
 
     Args:
         tokenizer: Tokenizer of the target.
         token: Token id.
     """
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    twice = str(tokenizer.decode([token, token], clean_up_tokenization_spaces=False))
+    if twice.startswith(text):  # a decoder that strips the beginning of a text leaves the second alone
+        text = twice[len(text) :]
     if "\ufffd" not in text:
         return text, list(text.encode())
     piece = str(tokenizer.convert_ids_to_tokens(token))

@@ -11,130 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import sdpa_mask
 
-GROUPED_ATTENTION = "aurora_rl_grouped"
-# Tensors that transformers hands to attention, and that are no terms of it.
-_NO_TERMS = ("position_ids", "cache_position")
-
-
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    ancestors: Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend with grouped queries without repeating keys and values: the queries of a group share rows of one head.
-
-    Args:
-        module: The attention module; unused, transformers passes it.
-        query: Queries, ``[b, heads, T, d]``.
-        key: Keys, ``[b, groups, L, d]``.
-        value: Values, ``[b, groups, L, dv]``.
-        attention_mask: ``[b, 1, T, L]`` bool, or with the ``T`` rows repeated for each head of a group (see
-            :func:`grouped_mask`), which saves every layer that copy. None is a causal mask.
-        scaling: Factor on the scores; None is ``d ** -0.5``.
-        ancestors: Nodes that a node sees, if the pass is a text with trees after it; this and the mask then are as of
-            :func:`text_and_trees`.
-        softcap: Bound on the absolute value of a score (Gemma 2), or None.
-        s_aux: Score of nothing for each head, ``[heads]``, that the softmax counts too (gpt-oss's sinks), or None.
-        **kwargs: Further arguments that transformers passes.
-
-    Returns:
-        ``[b, T, heads, dv]`` and no weights.
-
-    Raises:
-        TypeError: Tensors are passed that this attention does not know, which would be left out of it.
-    """
-    if unknown := [name for name, term in kwargs.items() if isinstance(term, Tensor) and name not in _NO_TERMS]:
-        raise TypeError(f"attention has terms that {GROUPED_ATTENTION} does not know: {', '.join(unknown)}")
-    if ancestors is not None:
-        assert attention_mask is not None and scaling is not None
-        return text_and_trees(query, key, value, attention_mask[:, 0], ancestors, scaling), None
-    b, heads, length, d = query.shape
-    per_group = heads // key.shape[1]
-    if attention_mask is None:
-        rows = torch.arange(key.shape[2], device=query.device)
-        attention_mask = (rows <= rows[-length:, None])[None, None].expand(b, -1, -1, -1)
-    if attention_mask.shape[2] != per_group * length:
-        attention_mask = grouped_mask(attention_mask[:, 0], per_group)
-    grouped = query.reshape(b, key.shape[1], -1, d)
-    if softcap is None and s_aux is None:
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    else:
-        scores = grouped @ key.transpose(2, 3) * (d**-0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        if s_aux is not None:
-            sinks = s_aux.to(scores.dtype).view(1, key.shape[1], per_group, 1).expand(b, -1, -1, length)
-            scores = torch.cat([scores, sinks.reshape(b, key.shape[1], -1, 1)], dim=-1)
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.softmax(-1, dtype=precise)[..., : key.shape[2]]
-        out = weights.to(value.dtype) @ value
-    # Some layers take a view of it, and the others would copy it themselves.
-    return out.reshape(b, heads, length, -1).transpose(1, 2).contiguous(), None
-
-
-def text_and_trees(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, ancestors: Tensor, scaling: float
-) -> Tensor:
-    """Attend from ``S`` tokens of a text, causally, and from ``N`` nodes of trees that leave the text.
-
-    A node sees the text up to where its path leaves it, and its path. Scores of nodes are ``[N, S + J]`` and not
-    ``[N, S + N]``: training has thousands of nodes, with paths of a few.
-
-    Args:
-        query: Queries, ``[b, heads, S + N, d]``.
-        key: Keys, ``[b, groups, S + N, d]``.
-        value: Values, ``[b, groups, S + N, d]``.
-        seen: Tokens of the text that a node sees, ``[b, N, S]`` bool.
-        ancestors: Nodes that a node sees, itself included, padded by −1, ``[b, N, J]`` int64.
-        scaling: Factor on the scores.
-
-    Returns:
-        ``[b, S + N, heads, d]``.
-    """
-    (b, heads, _, d), (_, nodes, path), groups = query.shape, ancestors.shape, key.shape[1]
-    size = seen.shape[2]
-    text_query, text_key, text_value = (part[:, :, :size] for part in (query, key, value))
-    text = F.scaled_dot_product_attention(
-        text_query, text_key, text_value, is_causal=True, scale=scaling, enable_gqa=heads > groups
-    )
-    asks = query[:, :, size:].reshape(b, groups, heads // groups, nodes, d) * scaling
-    at = ancestors.clamp(min=0).flatten(1)[:, None, :, None].expand(-1, groups, -1, d)
-    keys, values = (part[:, :, size:].gather(2, at).view(b, groups, nodes, path, d) for part in (key, value))
-    scores = torch.cat(
-        [
-            torch.einsum("bgrnd,bgsd->bgrns", asks, text_key).masked_fill(~seen[:, None, None], -torch.inf),
-            torch.einsum("bgrnd,bgnjd->bgrnj", asks, keys).masked_fill(ancestors[:, None, None] < 0, -torch.inf),
-        ],
-        dim=-1,
-    )
-    to_text, to_path = scores.softmax(-1).to(value.dtype).split([size, path], dim=-1)
-    tree = torch.einsum("bgrns,bgsd->bgrnd", to_text, text_value)
-    tree = tree + torch.einsum("bgrnj,bgnjd->bgrnd", to_path, values)
-    return torch.cat([text, tree.reshape(b, heads, nodes, d).to(text.dtype)], dim=2).transpose(1, 2)
-
-
-AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
-# So that a model in this form still takes what transformers' own code gives it: no mask, or one of padding.
-AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
-
-
-def grouped_mask(mask: Tensor, groups: int) -> Tensor:
-    """Return a mask ``[b, T, L]`` as :func:`grouped_attention` reads it if ``groups`` heads share a key head."""
-    return mask.repeat(1, groups, 1)[:, None]
+from aurora_rl.models.attention import grouped_attention
+from aurora_rl.models.kv_cache import SlotCache
 
 
 class PackedLinear(nn.Module):
@@ -200,7 +81,11 @@ class FusedDecoderLayer(nn.Module):
     """A pre-norm decoder layer with gated MLP (Llama, Qwen, Mistral, ...) in fewer operations.
 
     Queries, keys and values are one product and rotated together, gate and up another. It takes what transformers
-    passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache.
+    passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache. The pass may be
+    without padding (see :meth:`SlotCache.aim`): attention alone needs to know whose rows they are.
+
+    Attributes:
+        attend: Attention, :func:`grouped_attention` unless it is replaced.
 
     Raises:
         AttributeError: The layer to replace has other parts than this form knows. Whether it computes the same is for
@@ -219,6 +104,7 @@ class FusedDecoderLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm: Any = getattr(attention, "q_norm", None)
         self.k_norm: Any = getattr(attention, "k_norm", None)
+        self.attend: Callable[..., tuple[Tensor, None]] = grouped_attention
 
     def forward(
         self,
@@ -239,11 +125,15 @@ class FusedDecoderLayer(nn.Module):
         first, second = turned.chunk(2, dim=-1)
         # Some families have float32 cosines whatever the dtype.
         turned = (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(qkv.dtype)
-        key, value = turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
+        query, key, value = turned[:, :, :heads], turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._index)
-        query = turned[:, :, :heads].transpose(1, 2)
-        out, _ = grouped_attention(self, query, key, value, attention_mask, self._scaling)
+        slots = past_key_values if isinstance(past_key_values, SlotCache) else None
+        if slots is not None:
+            query = slots.unpack(query)
+        out, _ = self.attend(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
+        if slots is not None:
+            out = slots.pack(out)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(hidden_states)).chunk(2, dim=-1)
         return hidden_states + self.down_proj(self.act_fn(gate) * up)

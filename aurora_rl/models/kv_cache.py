@@ -1,4 +1,4 @@
-"""A static KV cache for requests of unequal length, and the masks by which text and draft trees are read from it.
+"""A static KV cache for requests of unequal length.
 
 Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass, ``L`` columns that the pass reads.
 """
@@ -58,6 +58,32 @@ def uniform_shapes(config: PretrainedConfig) -> dict[int, tuple[KVShape, KVShape
     return {layer: (shape, shape) for layer in range(config.num_hidden_layers)}
 
 
+class Packing:
+    """Takes the padding out of the rows of a pass, and puts it back.
+
+    Args:
+        present: Tokens that are no padding, ``[b, T]`` bool.
+
+    Example:
+        >>> packing = Packing(torch.tensor([[True, False], [True, True]]))
+        >>> packing.pack(torch.tensor([[1, 2], [3, 4]])), packing.unpack(torch.tensor([[1, 3, 4]]))
+        (tensor([[1, 3, 4]]), tensor([[1, 0],
+                [3, 4]]))
+    """
+
+    def __init__(self, present: Tensor) -> None:
+        self._shape, self._index = present.shape, present.flatten().nonzero().flatten()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return states ``[b, T, ...]`` as ``[1, R, ...]``."""
+        return x.flatten(0, 1)[self._index][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return states ``[1, R, ...]`` as ``[b, T, ...]``, with zeros for padding."""
+        rows = x.new_zeros(self._shape.numel(), *x.shape[2:])
+        return rows.index_copy_(0, self._index, x[0]).unflatten(0, self._shape)
+
+
 class SlotCache(_KeysAndValuesOnly):
     """Keys and values of every slot in one block for each shape, written at a place of our choosing.
 
@@ -105,9 +131,19 @@ class SlotCache(_KeysAndValuesOnly):
         if (more := columns - self.columns) > 0:
             self.blocks = {shape: F.pad(block, (0, 0, 0, 0, 0, more)) for shape, block in self.blocks.items()}
 
-    def aim(self, slots: Tensor, columns: Tensor, end: int) -> None:
-        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``)."""
-        self._flat = (slots[:, None].to(columns.device) * self.columns + columns).flatten()
+    def aim(
+        self, slots: Tensor, columns: Tensor, end: int, present: Tensor | None = None, order: Tensor | None = None
+    ) -> None:
+        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``).
+
+        Tokens that are not ``present`` ``[b, T]`` are padding, and the pass is over the ``R`` others in one row,
+        ``[1, R]``; None is a pass over all, ``[b, T]``. ``order``, of :func:`path_order`, makes a copy of the columns
+        for each token of such a pass; None is a view for all.
+        """
+        flat = slots[:, None].to(columns.device) * self.columns + columns
+        self._flat = flat.flatten() if present is None else flat[present]
+        self._packing = None if present is None else Packing(present)
+        self._order = None if order is None else order + slots[:, None, None].to(order.device) * self.columns
         first, last = int(slots[0]), int(slots[-1])
         # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
         run = slots.tolist() == list(range(first, last + 1))
@@ -118,13 +154,28 @@ class SlotCache(_KeysAndValuesOnly):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values, ``[b, heads, T, d]``, and return what the pass may read, ``[b, heads, end, d]``."""
+        """Write keys and values, ``[b, heads, T, d]``, and return what the pass may read, ``[b, heads, end, d]``.
+
+        With an order it is ``[b * T, heads, end, d]``, a copy for each token.
+        """
         read = []
         for (shape, index), states in zip(self._places[layer_idx], (key_states, value_states), strict=True):
             held = self.blocks[shape][index]
             held.view(-1, *shape).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
-            read.append(held[self._rows, : self._end].transpose(1, 2))
+            if self._order is None:
+                read.append(held[self._rows, : self._end].transpose(1, 2))
+            else:
+                own = held.view(-1, shape.heads * shape.head_dim).index_select(0, self._order.flatten())
+                read.append(own.view(-1, self._end, *shape).transpose(1, 2))
         return read[0], read[1]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return the states ``[1, R, ...]`` of a pass as ``[b, T, ...]``, with zeros for padding."""
+        return x if self._packing is None else self._packing.unpack(x)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return states ``[b, T, ...]`` as the pass has them, without padding ``[1, R, ...]``."""
+        return x if self._packing is None else self._packing.pack(x)
 
     def rows(self, slot: int) -> list[Tensor]:
         """Return views of what a slot holds, a row for each column: ``[columns, layers, heads, d]`` of each shape."""
@@ -146,26 +197,6 @@ class SlotCache(_KeysAndValuesOnly):
         return self._end, 0
 
 
-def cache_mask(seen: Tensor, past: Tensor, end: int) -> Tensor:
-    """Return which of their slots' columns the tokens of a pass may read, ``[b, T, L]`` bool: all before ``past``.
-
-    Args:
-        seen: Whether a token also sees each of the ``W`` columns from ``past`` on, ``[b, T, W]`` bool.
-        past: First column that the pass writes, ``[b, 1]`` int64.
-        end: Number of columns ``L`` that the pass reads.
-
-    Example:
-        >>> cache_mask(torch.tensor([[[True, False], [False, True]]]), torch.tensor([[1]]), 4).int()
-        tensor([[[1, 1, 0, 0],
-                 [1, 0, 1, 0]]], dtype=torch.int32)
-    """
-    width = seen.shape[2]
-    column = torch.arange(end, device=past.device) - past
-    inside = (column >= 0) & (column < width)
-    index = column.clamp(0, width - 1)[:, None, :].expand(-1, seen.shape[1], -1)
-    return torch.where(inside[:, None, :], seen.gather(2, index), (column < 0)[:, None, :])
-
-
 def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
     """Return the position of the token in each column, ``[b, L]`` int64: a text lies in order, a tree by its depths.
 
@@ -183,6 +214,37 @@ def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
     column = torch.arange(end, device=past.device) - past
     index = column.clamp(0, depth.shape[1] - 1)
     return past + torch.where(column < 0, column, depth.gather(1, index))
+
+
+def path_order(seen: Tensor | None, depth: Tensor, past: Tensor, end: int) -> Tensor | None:
+    """Return the column of each position on a token's path, ``[b, T, L]`` int64; None if every column is its position.
+
+    Positions after the token have some column.
+
+    Args:
+        seen: Whether a token of the pass sees another, ``[b, T, T]`` bool: itself and its ancestors. None is a text.
+        depth: Depth of each token, ``[b, T]`` int64.
+        past: First column that the pass writes, ``[b, 1]`` int64.
+        end: Number of columns ``L`` that the pass reads.
+
+    Example:
+        >>> seen = torch.tensor([[[True, False, False], [True, True, False], [True, False, True]]])
+        >>> path_order(seen, torch.tensor([[0, 1, 1]]), torch.tensor([[2]]), 5)
+        tensor([[[0, 1, 2, 2, 2],
+                 [0, 1, 2, 3, 2],
+                 [0, 1, 2, 4, 2]]])
+    """
+    if seen is None:
+        return None
+    b, length, _ = seen.shape
+    token = torch.arange(length, device=seen.device)
+    at = depth[:, None].expand(b, length, length)
+    path = torch.zeros_like(at).scatter_reduce_(2, at, torch.where(seen, token, 0), "amax")
+    if bool(((path == token) | (token > depth[:, :, None])).all()):
+        return None
+    position = torch.arange(end, device=seen.device)
+    after = (position - past)[:, None].expand(b, length, end)
+    return torch.where(after < 0, position, past[:, None] + path.gather(2, after.clamp(0, length - 1)))
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:

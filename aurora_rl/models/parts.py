@@ -21,7 +21,7 @@ _PROJECTIONS = tuple(
     for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 )
 _OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-# Of the probe of a norm: far above every epsilon, and float16 holds its outliers.
+# Scale of the probe of a norm: far above every epsilon, and float16 holds its outliers.
 _PROBE_SIZE = 4096.0
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -183,7 +183,7 @@ def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None
         (tensor([1., 1.]), None)
     """
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
-    # Of mean 0 and root mean square 1, so that both kinds of norm divide by the factor, which dwarfs epsilon.
+    # Mean 0 and root mean square 1, so that both kinds of norm divide by the factor, which dwarfs epsilon.
     sign = torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(size // 2)
     probe = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(sign)
     try:

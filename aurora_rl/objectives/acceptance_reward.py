@@ -45,8 +45,8 @@ class AcceptanceRewardLoss(Objective):
     """Policy gradient on the number of accepted nodes of a tree, right for the rule that was served.
 
     Let ``R`` be the expected number given the tree, and ``q`` the law of the tree. The derivative of the expectation
-    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what hangs on
-    its draw: the nodes below it, and its later siblings with those below them.
+    is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what
+    depends on its draw: the nodes below it, and its later siblings with those below them.
 
     ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
     may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
@@ -55,7 +55,7 @@ class AcceptanceRewardLoss(Objective):
     with the current weights.
 
     Trees may be drawn with older weights, as replayed ones are. What a node has accepted is then weighted by an
-    importance ratio: the chance of the draws that it hangs on under the current weights, over the recorded chance.
+    importance ratio: the probability of the draws that it depends on under the current weights, over the recorded one.
     So the gradient is that of the current weights for every rule and tree. If the weights are the same, all ratios
     are 1.
 
@@ -150,7 +150,7 @@ class AcceptanceRewardLoss(Objective):
         reach = trees.path_products(acceptance)
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
-        # Of the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
+        # For the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
         behaviour = law.condition_on_siblings(batch[self.tensor_keys.log_probs].to(reach.dtype))
         ratio = (law.log_q.detach() - behaviour).exp()
         joint = law.joint(ratio)
@@ -276,7 +276,7 @@ class AcceptanceRewardLoss(Objective):
 
 
 def _hanging(trees: TreeIndex, context: Tensor, values: Tensor) -> Tensor:
-    """Sum of a value over what hangs on each node's draw: it, its later siblings, and all below them."""
+    """Sum a value over what depends on each node's draw: it, its later siblings, and all below them."""
     below = trees.subtree_sums(values)[trees.num_rounds :]
     of_context = below.new_zeros(int(context.max()) + 1 if len(context) else 0).index_add(0, context, below)
     return of_context[context] - before(context, below)

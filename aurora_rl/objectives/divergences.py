@@ -38,7 +38,7 @@ _D = TypeVar("_D", bound=Divergence)
 DIVERGENCES: Registry[Divergence] = Registry("divergence", "aurora_rl.divergences")
 """Divergences by name, see :func:`register_divergence` and :func:`get_divergence`."""
 
-_ACCEPTANCE: set[Divergence] = set()  # those that mean a chance of acceptance
+_ACCEPTANCE: set[Divergence] = set()  # those that mean a probability of acceptance
 
 # exp of it is 0 in every dtype, and 0 times it is 0.
 _NEVER = -1e4
@@ -50,7 +50,7 @@ def register_divergence(name: str, *, renormalize: bool = True) -> Callable[[_D]
     Args:
         name: Name in configurations.
         renormalize: Whether ``log_p`` is renormalised over the draft vocabulary if an objective's ``renormalize`` is
-            null. False for a divergence that means a chance of acceptance.
+            null. False for a divergence that means a probability of acceptance.
 
     Raises:
         ValueError: Another function has the name.
@@ -159,7 +159,7 @@ def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
 
 
 def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """α = Σ min(p, q), the chance that rejection sampling accepts a draft from ``q`` where p is not renormalised.
+    """α = Σ min(p, q), the probability that rejection sampling accepts a draft from ``q`` where p is not renormalised.
 
     A metric, not to minimise.
 
@@ -177,7 +177,7 @@ def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @register_divergence("total_variation", renormalize=False)
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1 − α: the chance of a rejection; for two distributions half their L1 distance.
+    """1 − α: the probability of a rejection; for two distributions half their L1 distance.
 
     Gradient: ``−q_i (1[q_i < p_i] − s)``. No entry exceeds α: where supports hardly meet it teaches next to nothing.
     What ``q`` has on tokens that top-k or top-p exclude is rejected, and moves to those that are left.
@@ -247,7 +247,7 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
         2.0
     """
     best = log_p.max(-1, keepdim=True)
-    # Of what is not a number there is no largest.
+    # Values that are not numbers have no largest.
     return torch.where(best.values.isnan(), torch.nan, -log_q.gather(-1, best.indices))[..., 0]
 
 
@@ -276,7 +276,7 @@ def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
 
 @register_divergence("missed_probability", renormalize=False)
 def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1 − Σ p q: the chance that a draft sampled from ``q`` is not the token that the target draws.
+    """1 − Σ p q: the probability that a draft sampled from ``q`` is not the token that the target draws.
 
     What sample-and-match and target-only verification reject, where p is not renormalised; renormalised, given that the
     target draws a token that has a row. Its optimum is all mass on argmax p: calibration is worth nothing under these
@@ -340,7 +340,7 @@ def with_gradient(divergence: Divergence) -> Divergence | ClosedForm:
 
 
 def wants_renormalized(divergence: Divergence) -> bool:
-    """Return whether ``log_p`` is renormalised by default: not for divergences that mean a chance of acceptance.
+    """Return whether ``log_p`` is renormalised by default: not for divergences that mean a probability of acceptance.
 
     Example:
         >>> wants_renormalized(forward_kl), wants_renormalized(get_divergence({"name": "hybrid_overlap", "decay": 1.0}))

@@ -26,7 +26,7 @@ from aurora_rl.tree_index import SEQUENCE_KEYS, TREE_KEYS, TreeIndex
 class ExpectedLengthLoss(Objective):
     """Minus the expected number of accepted drafts, without sampling.
 
-    A context accepts a draft from ``q`` with chance ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
+    A context accepts a draft from ``q`` with probability ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
     sample-and-match, ``q(argmax p)`` under greedy verification, with ``p`` as it was served. A path of contexts then
     has ``Σ over depths of the product of α`` accepted on average, given that what was accepted are the tokens of the
     path. For deterministic top-k drafting it is a relaxation. A metric reports the exact value, which has no gradient.
@@ -128,7 +128,7 @@ class ExpectedLengthLoss(Objective):
         # Where the drafter predicts nothing (below its depth, before the first pair) nothing is accepted of it.
         predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]
         chance = torch.where(predicted, self._acceptance(batch, log_p, log_q, request), 0.0)
-        # A node counts with the chance that all contexts before it accept, on the paths that lead through it.
+        # A node counts with the probability that all contexts before it accept, on the paths that lead through it.
         passed = trees.path_products(chance[context]) * self._share_of_leaves(batch, trees, rows, context)
         relaxed = trees.subtree_sums(passed)[rounds]
         accepted = trees.subtree_sums(batch[keys.accepted].to(relaxed.dtype))[rounds]
@@ -140,7 +140,7 @@ class ExpectedLengthLoss(Objective):
     ) -> Tensor:
         """Return the share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
         log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]
-        # In float64: the product of many small chances of a path must not vanish.
+        # In float64: the product of many small probabilities of a path must not vanish.
         reach = trees.path_products(log_p.double().exp())
         leaf = torch.ones_like(trees.depth, dtype=torch.bool)
         leaf[trees.parent] = False
@@ -149,7 +149,7 @@ class ExpectedLengthLoss(Objective):
         return (below[trees.num_rounds :] / below[tree].clamp(min=torch.finfo(below.dtype).tiny)).to(log_p.dtype)
 
     def _acceptance(self, batch: TensorDictBase, log_p: Tensor, log_q: Tensor, request: Tensor) -> Tensor:
-        """Return the chance that each context accepts a draft from ``q``, ``[X]``."""
+        """Return the probability that each context accepts a draft from ``q``, ``[X]``."""
         matched = torch.linalg.vecdot(log_p.exp().to(log_q.dtype), log_q.exp())
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)

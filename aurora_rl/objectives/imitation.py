@@ -86,8 +86,8 @@ class ImitationLoss(DistillationObjective):
             ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
         renormalize: Whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
-            asks the divergence: false for those of a chance of acceptance (total variation, the two overlaps and the
-            missed probability), true for the others.
+            asks the divergence: false for probabilities of acceptance (total variation, the two overlaps and the missed
+            probability), true for the others.
         target: Distribution to imitate: "model", the target's at temperature 1; or "served", the target's after the
             request's temperature, top-k and top-p (a point mass if it was decoded greedily). With "served", positions
             where the draft vocabulary has none of the mass do not count.

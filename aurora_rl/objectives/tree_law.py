@@ -1,4 +1,4 @@
-"""The nodes of recorded trees as draws from the drafter: their chances now and as recorded, and what hangs on them."""
+"""The nodes of recorded trees as draws from the drafter: their probabilities, now and as recorded, and their ratios."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aurora_rl.envs.verification.rules import VerificationRule, rule_of_code
 from aurora_rl.tree_index import TreeIndex
 from aurora_rl.trees import sibling_ranks
 
-# Of a sum of recorded float32 probabilities: less than this is lost to their rounding.
+# A sum of recorded float32 probabilities loses less than this to rounding.
 _RESOLVED = 1e-5
 
 

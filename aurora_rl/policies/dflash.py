@@ -115,6 +115,7 @@ class DFlashDrafter(Drafter):
         self.register_buffer("head", self._head_rows(draft_vocab), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls,
         parts: TargetParts,
@@ -267,7 +268,7 @@ class DFlashDrafter(Drafter):
         request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
         place = torch.arange(len(request), device=offset.device)
         column = place - (count.cumsum(0) - count)[request]
-        root = prompt[request] - 2 + column  # of the block whose first mask is this completion token
+        root = prompt[request] - 2 + column  # root of the block whose first mask is this token
         blocks = self._blocks(batch, request, root)
         states = [blocks[(place - step).clamp(min=0), step] for step in range(min(steps, self.block_size - 1))]
         valid = torch.stack([(column >= step) & (root >= step) for step in range(len(states))])

@@ -134,7 +134,10 @@ class Drafter(HubMixin, nn.Module, ABC):
 
     @abstractmethod
     def allocate(self, num_slots: int, max_length: int) -> None:
-        """Allocate the cache of ``num_slots`` requests of at most ``max_length`` tokens, every slot empty."""
+        """Allocate the cache of ``num_slots`` requests of at most ``max_length`` tokens, every slot empty.
+
+        Keep it in attributes of the drafter and not in its modules, which a shallow copy of the drafter shares.
+        """
 
     def forget(self, slots: Tensor) -> None:
         """Drop the pairs of the slots (``[b]`` int64)."""

@@ -85,6 +85,7 @@ class EagleDrafter(RecurrentDrafter):
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls,
         parts: TargetParts,
@@ -144,20 +145,24 @@ class EagleDrafter(RecurrentDrafter):
         nn.init.zeros_(layer.mlp.down_proj.weight)
 
     @property
+    @override
     def _layer(self) -> DraftLayer:
         layer = self.layers[0]
         assert isinstance(layer, DraftLayer)
         return layer
 
+    @override
     def _fuse(self, features: Tensor) -> Tensor:
         return features
 
+    @override
     def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         # The layer has no norm before its attention, which reads the residual stream itself.
         fused = self.fc(torch.cat([embedding, carried], dim=-1))
         return fused, fused
 
     @property
+    @override
     def _head_weight(self) -> Tensor:
         return self.head
 

@@ -73,6 +73,7 @@ class Eagle3Drafter(RecurrentDrafter):
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls,
         parts: TargetParts,
@@ -120,27 +121,33 @@ class Eagle3Drafter(RecurrentDrafter):
             self.midlayer.hidden_norm.weight.copy_(parts.last_layer["input_layernorm.weight"])
 
     @property
+    @override
     def _layer(self) -> DraftLayer:
         return self.midlayer
 
+    @override
     def _fuse(self, features: Tensor) -> Tensor:
         if self.fc_norm is not None:
             parts = features.chunk(len(self.fc_norm), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
 
+    @override
     def _enter(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         # Attention reads embedding and feature, each normalised; the residual stream is the feature's.
         normed = (self.midlayer.input_layernorm(embedding), self.midlayer.hidden_norm(carried))
         return torch.cat(normed, dim=-1), carried
 
+    @override
     def _carried(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.norm_output else hidden
 
+    @override
     def _read_by_head(self, carried: Tensor) -> Tensor:
         return carried if self.norm_output else self.norm(carried)
 
     @property
+    @override
     def _head_weight(self) -> Tensor:
         return self.lm_head.weight
 

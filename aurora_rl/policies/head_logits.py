@@ -19,10 +19,6 @@ class HeadLogits(Tensor):
     ``Drafter.unroll`` returns its logits so. An objective that can go through the head in chunks of rows takes
     ``states`` and ``weight`` in their place; all others see a plain tensor.
 
-    Args:
-        states: Inputs of the head, ``[..., H]``.
-        weight: The head, ``[Vd, H]``.
-
     Example:
         >>> logits = HeadLogits(torch.ones(2, 3), torch.ones(4, 3))
         >>> logits.shape, type(logits + 1) is Tensor
@@ -33,9 +29,13 @@ class HeadLogits(Tensor):
     weight: Tensor
     _learns: bool
 
-    @staticmethod
     def __new__(cls, states: Tensor, weight: Tensor) -> HeadLogits:
-        """Make a tensor of the product's shape and without memory."""
+        """Make a tensor of the product's shape and without memory.
+
+        Args:
+            states: Inputs of the head, ``[..., H]``.
+            weight: The head, ``[Vd, H]``.
+        """
         logits = Tensor._make_wrapper_subclass(
             cls, (*states.shape[:-1], len(weight)), dtype=weight.dtype, device=weight.device
         )

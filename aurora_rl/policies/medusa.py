@@ -95,6 +95,7 @@ class MedusaDrafter(Drafter):
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls,
         parts: TargetParts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -44,20 +45,19 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     nested = (config.get("eagle_config") or {}).get(_LAYER_IDS) or ()
     left = nested or (config.get("dflash_config") or {}).get("target_layer_ids") or ()  # layers that states leave
     standalone = issubclass(kind, StandaloneDrafter)
-    commands = {"aurora_rl": f"aurora-rl serve model={target} drafter.name={drafter_name(kind)} drafter.path={drafter}"}
+    pairs = (f"model={target}", f"drafter.name={drafter_name(kind)}", f"drafter.path={drafter}")
+    commands = {"aurora_rl": shlex.join(["aurora-rl", "serve", *pairs])}
     target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
     algorithm = "STANDALONE" if standalone else _SGLANG.get(name)
     if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
-        commands["sglang"] = (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} "
-            f"--speculative-draft-model-path {drafter}"
-        )
-    # Of EAGLE-3's layers vLLM wants the ids at the top level; without any, it takes the authors' defaults.
+        start = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", algorithm]
+        commands["sglang"] = shlex.join([*start, "--speculative-draft-model-path", drafter])
+    # vLLM wants the ids of EAGLE-3's layers at the top level; without any, it takes the authors' defaults.
     stated = name == "LlamaForCausalLMEagle3" and (_LAYER_IDS in config or not nested)
     method = "draft_model" if standalone else "medusa" if name == "MedusaModel" else "eagle3" if stated else None
     if method is not None:
         settings = json.dumps({"method": method, "model": drafter, "num_speculative_tokens": 3})
-        commands["vllm"] = f"vllm serve {target} --speculative-config '{settings}'"
+        commands["vllm"] = shlex.join(["vllm", "serve", target, "--speculative-config", settings])
     return commands
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
+from aurora_rl.plausible import implausible
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, padded
+from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.trajectories import DRAFT_MODES
@@ -23,11 +26,10 @@ _SHORT = 32
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """Return a message about the first tensor that is not finite; None if all are finite."""
+    """Return a message about the first tensor that is not finite or far too large; None if there is none."""
     for name, tensor in weights.items():
-        wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no isfinite
-        if tensor.is_floating_point() and (bad := int((~wide.isfinite()).sum())):
-            return f"tensor {name!r} has {bad} values that are infinite or not a number; lower the learning rate"
+        if (fault := implausible(tensor)) is not None:
+            return f"tensor {name!r} {fault}; lower the learning rate"
     return None
 
 
@@ -35,8 +37,9 @@ class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. Lookup is merged
-    into the drafter's tree if the shape asks for it.
+    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. While requests decode,
+    it takes about as many rows a round as are read in the time of a round, and a slot gets no draft of the drafter's
+    before its cache is level. Lookup is merged into the drafter's tree if the shape asks for it.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
@@ -53,9 +56,11 @@ class DrafterPolicy(TensorDictModuleBase):
             goes on with lookup, or without speculation if the shape has none. None, the default, raises the drafter's
             own error instead.
         speculate: False emits empty trees: plain decoding.
+        least: Chance of a path below which its last node is left out of a tree, so that each node earns what its row
+            in the pass costs. 0, the default, leaves none out. Nodes that were drawn at random always stay.
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
-            drafter failed their requests, or the shape is ``lookup_only``.
+            drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
         earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
             completions adds them. None, the default, has none.
         prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request of
@@ -91,11 +96,12 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted = ("tokens", "parents", "mask", "log_probs", "mode")
         self.out_keys = [*(("draft", key) for key in drafted), "policy_version", "cache_version"]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
-        self.shape, self.speculate, self.rebuild_on_install = shape, True, True
+        self.shape, self.speculate, self.rebuild_on_install, self.least = shape, True, True, 0.0
         self._store, self._vocab_size, self._generator = store, vocab_size, generator
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
         self.earlier: EarlierAnswers | None = None
+        self._budget = RowBudget()
         self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
         self._salts: list[str | None] = [None] * store.num_slots  # of the requests that it is of
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
@@ -188,11 +194,9 @@ class DrafterPolicy(TensorDictModuleBase):
         """
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
-        if self.prefix_cache is not None:
-            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (store.lengths == 0)))
-        if bool(fresh.any()):
-            self._refused &= ~fresh
-            self._forget(fresh.nonzero().flatten())
+        waits = not bool(fresh[store.occupied].all())  # where every request is new, none has had tokens yet
+        rows = self._budget.begin(waits=waits)
+        self.renew(fresh)
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -212,18 +216,39 @@ class DrafterPolicy(TensorDictModuleBase):
         if self.speculate and self.shape.depth:
             slots = (ready & ~self._refused).nonzero().flatten()
             if len(slots) and not self.shape.lookup_only:
-                self._fill(draft, slots)
-                self.drafted = ready & ~self._refused
+                self._fill(draft, slots, rows if waits else None)
+                self.drafted = ready & ~self._refused & (self.drafter.cached == store.lengths - 1)
             if self.shape.lookup:
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
-                self._look_up(draft)
+            if self.shape.lookup or (self.least and self.shape.mode == "topk"):
+                self._finish(draft)
         return TensorDict(draft, batch_size=shape[:1])
 
-    def _fill(self, draft: dict[str, Tensor], slots: Tensor) -> None:
-        """Draft for the slots. Rows of slots that the drafter fails stay empty."""
+    def renew(self, fresh: Tensor) -> None:
+        """Note which slots (``[B]`` bool, on the CPU) have another request than when the policy drafted last."""
+        if self.prefix_cache is not None:
+            self._save_rows(self.prefix_cache, self._unsaved & (fresh | (self._store.lengths == 0)))
+        if bool(fresh.any()):
+            self._refused &= ~fresh
+            self._forget(fresh.nonzero().flatten())
+
+    def reset(self) -> None:
+        """Drop every row of the drafter's cache, kept ones too, and ask it again for requests that it failed."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        self._unsaved.zero_()
+        self._refused.zero_()
+        self._forget(self._store.occupied)  # the others are forgotten when they get a request
+
+    def _fill(self, draft: dict[str, Tensor], slots: Tensor, rows: int | None = None) -> None:
+        """Draft for the slots, and read about so many ``rows`` of long texts for it; None reads all.
+
+        Rows of the draft stay empty for slots that the drafter fails or has not read to the end.
+        """
         try:
-            self._catch_up(slots)
-            self._write(draft, slots, self.drafter.propose(slots, self.shape, self._generator))
+            level = self._catch_up(slots, rows)
+            if len(level):
+                self._write(draft, level, self.drafter.propose(level, self.shape, self._generator))
         except Exception as error:  # whatever a drafter does, the requests are served
             if len(slots) == 1 or self.on_fault is None:
                 self._refuse(slots, error)
@@ -236,16 +261,22 @@ class DrafterPolicy(TensorDictModuleBase):
                 # It fails only slots together, which would come again each round and cost all their caches.
                 self._refuse(slots, error)
 
-    def _look_up(self, draft: dict[str, Tensor]) -> None:
-        """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
+    def _look_up(self, slots: list[int]) -> dict[int, Tree]:
+        """Return what is looked up for slots."""
         shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
+        if not shape.lookup:
+            return dict.fromkeys(slots, Tree([], [], []))
         wanted = shape if shape.lookup_only else shape.without_drafter(min(shape.lookup, shape.num_nodes))
         found: dict[int, Tree] = {}
-        for slot in (self.drafted | self.looked_up).nonzero().flatten().tolist():
+        for slot in slots:
             earlier = None if self.earlier is None else self.earlier.tokens(self._store.cache_salts[slot])
-            tree = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier)
-            if tree.tokens:
-                found[slot] = tree
+            found[slot] = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier, self.least)
+        return found
+
+    def _finish(self, draft: dict[str, Tensor]) -> None:
+        """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
+        shape, slots = self.shape, (self.drafted | self.looked_up).nonzero().flatten().tolist()
+        found = {slot: tree for slot, tree in self._look_up(slots).items() if tree.tokens or self.least}
         if not found:
             return
         device = draft["tokens"].device
@@ -253,7 +284,7 @@ class DrafterPolicy(TensorDictModuleBase):
         held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
         for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
             drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
-            trees.append(merged(drafted, tree, shape.num_nodes))
+            trees.append(merged(drafted, tree, shape.num_nodes, self.least))
         both = padded(trees, self.num_nodes, device)
         for name in ("tokens", "parents", "log_probs", "mask"):
             draft[name][rows] = getattr(both, name)
@@ -318,21 +349,39 @@ class DrafterPolicy(TensorDictModuleBase):
         for slot in slots.tolist():
             self.on_fault(slot, f"{type(self.drafter).__name__} failed: {error!r}")
 
-    def _catch_up(self, slots: Tensor) -> None:
-        """Append to the drafter's cache the pairs of the store that it lacks."""
+    def _catch_up(self, slots: Tensor, rows: int | None) -> Tensor:
+        """Append to the drafter's cache the pairs of the store that it lacks, and return the slots that lack none.
+
+        Of long texts at most ``rows`` pairs are read, the nearest to their end first; None reads all.
+        """
         store, drafter = self._store, self.drafter
         if self.prefix_cache is not None:
             self._load_rows(self.prefix_cache, slots[drafter.cached[slots] == 0])
         missing = store.lengths[slots] - 1 - drafter.cached[slots]
-        long = missing > _SHORT
-        for group in filter(len, (slots[~long & (missing > 0)], *slots[long].split(1))):
-            start, count = drafter.cached[group], store.lengths[group] - 1 - drafter.cached[group]
-            column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
-            column, rows = column.to(store.tokens.device), group.to(store.tokens.device)[:, None]
-            tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
-            drafter.extend(group, tokens, store.features[rows, column], count)
+        short = slots[(missing > 0) & (missing <= _SHORT)]
+        if len(short):
+            self._extend(short, store.lengths[short] - 1 - drafter.cached[short])
+        began, budget = time.perf_counter(), self._budget.rows
+        left = total = int(missing[missing > _SHORT].sum()) if rows is None else rows
+        for index in missing.argsort(stable=True).tolist():
+            lacks = int(missing[index]) if missing[index] > _SHORT else 0
+            while lacks and left:
+                # Memory of a call is its rows times the length of the text, whoever waits.
+                count = min(lacks, left, budget)
+                self._extend(slots[index : index + 1], torch.tensor([count]))
+                lacks, left = lacks - count, left - count
+        self._budget.spent(total - left, time.perf_counter() - began)
         if self.prefix_cache is not None:
             self._read[slots], self._unsaved[slots] = store.tokens[slots], True
+        return slots[drafter.cached[slots] == store.lengths[slots] - 1]
+
+    def _extend(self, slots: Tensor, count: Tensor) -> None:
+        """Append the next ``count`` pairs of each slot, ``[b]`` int64, to the drafter's cache."""
+        store, start = self._store, self.drafter.cached[slots]
+        column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
+        column, rows = column.to(store.tokens.device), slots.to(store.tokens.device)[:, None]
+        tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
+        self.drafter.extend(slots, tokens, store.features[rows, column], count)
 
     def _save_rows(self, cache: PrefixCache, ended: Tensor) -> None:
         """Save the drafter's rows of requests that ended, ``[B]`` bool, if all are of its present weights."""

@@ -231,10 +231,10 @@ class RecurrentDrafter(Drafter):
         requests = len(batch["sequence", "offset"]) - 1
         _, x, residual, sequence = self._read_sequence(batch)
         every = torch.arange(x.shape[1], device=x.device)
-        place = torch.zeros_like(trees.depth)  # of a context among those of its depth
+        place = torch.zeros_like(trees.depth)  # place of a context among those of its depth
         of_request = batch["rounds", "offset"][batch["rounds", "request_offset"]]
         first = of_request[trees.request[trees.num_rounds :]]
-        column = torch.arange(len(first), device=x.device) - first  # of a node among those of its request
+        column = torch.arange(len(first), device=x.device) - first  # place of a node among those of its request
         end = pad_rows(trees.ends - first, of_request)[:, None]
         columns = torch.arange(end.shape[2], device=x.device)
         keys = tuple(torch.cat([s, s.new_zeros(requests, len(columns), *s.shape[2:])], dim=1) for s in sequence)

@@ -100,7 +100,7 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
     for name in [own] if own in names else names:
         try:
             kind = get_drafter(name)
-        except ValueError as error:  # of some installed package, which need not be the drafter that is asked for
+        except ValueError as error:  # some installed package's, perhaps not that of the drafter asked for
             logger.warning("%s; its checkpoints are not recognized", error)
             continue
         if kind.formats and kind.recognizes(config):

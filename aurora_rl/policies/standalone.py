@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from aurora_rl.models.inference_modules import GROUPED_ATTENTION, grouped_mask
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, uniform_shapes
+from aurora_kernels import TreeMask
+from aurora_rl.models.attention import GROUPED_ATTENTION, PassMask, TextAndTrees
+from aurora_rl.models.kv_cache import SlotCache, uniform_shapes
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
 from aurora_rl.policies.formats.causal_lm import (
@@ -51,8 +52,7 @@ class Branches(NamedTuple):
         nodes: Wanted contexts off the text and those above them, ``[m]`` int64.
         place: Place of each of these among those of its request, ``[R + M]`` int64.
         offset: Start of each request in ``nodes``, ``[n + 1]`` int64.
-        ancestors: Places of the nodes on each path that are off the text, the last first, padded by −1, ``[m, J]``
-            int64.
+        ends: One past the place of the last of these in the subtree of each, ``[m]`` int64.
     """
 
     on_text: Tensor
@@ -61,7 +61,7 @@ class Branches(NamedTuple):
     nodes: Tensor
     place: Tensor
     offset: Tensor
-    ancestors: Tensor
+    ends: Tensor
 
     @classmethod
     def of(cls, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Branches:
@@ -86,11 +86,9 @@ class Branches(NamedTuple):
         start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         place = torch.full_like(position, -1)
         place[nodes] = torch.arange(len(nodes), device=nodes.device) - start[request]
-        path, at = [place[nodes]], above[nodes]
-        while not bool(on_text[at].all()):
-            path.append(place[at])  # −1 of a context on the text
-            at = above[at]
-        return cls(on_text, position, leaves, nodes, place, start, torch.stack(path, dim=1))
+        among_all = nodes - len(rounds)
+        ends = torch.searchsorted(among_all, trees.ends[among_all]) - start[request]
+        return cls(on_text, position, leaves, nodes, place, start, ends)
 
 
 @register_drafter("standalone")
@@ -142,10 +140,10 @@ class StandaloneDrafter(Drafter):
         with torch.no_grad():
             self.lm_head.weight.copy_(head[draft_vocab])
         self.whole_head = head  # no buffer: it is needed for checkpoints alone, in the target's memory
-        self._groups = self.config.num_attention_heads // self.config.num_key_value_heads
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
     @classmethod
+    @override
     def from_target(
         cls,
         parts: TargetParts,
@@ -206,13 +204,15 @@ class StandaloneDrafter(Drafter):
         self._state = weight.new_zeros(num_slots, weight.shape[1])
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
 
-    def _read(self, slots: Tensor, tokens: Tensor, position: Tensor, columns: Tensor, mask: Tensor) -> Tensor:
-        """Run one pass over ``tokens`` ``[b, T]``, with a mask ``[b, T, end]`` over the columns: ``[b, T, H]``."""
-        self._cache.aim(slots, columns, mask.shape[2])
+    def _read(
+        self, slots: Tensor, tokens: Tensor, position: Tensor, columns: Tensor, mask: TreeMask, end: int
+    ) -> Tensor:
+        """Run one pass over ``tokens`` ``[b, T]`` that reads the columns before ``end``: ``[b, T, H]``."""
+        self._cache.aim(slots, columns, end)
         return self.model(
             input_ids=tokens,
             position_ids=position,
-            attention_mask=grouped_mask(mask, self._groups),
+            attention_mask=PassMask.of(mask, tokens),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
@@ -223,11 +223,10 @@ class StandaloneDrafter(Drafter):
         # If a slot holds pairs, its first column is read again: a row more here saves `propose` a pass of its own.
         (b, width), device = tokens.shape, tokens.device
         held, row = self.cached[slots].to(device)[:, None], torch.arange(width, device=device)
-        causal = (row[:, None] >= row).expand(b, -1, -1)
         end = int((self.cached[slots] + num_new).max()) + 1
         # Padding goes after the text, where the next pass writes; the last column of all is never read.
         columns = (held + row).clamp(max=self._cache.columns - 1)
-        hidden = self._read(slots, tokens, held + row, columns, cache_mask(causal, held, end))
+        hidden = self._read(slots, tokens, held + row, columns, TreeMask(held[:, 0]), end)
         self._state[slots.to(device)] = hidden[torch.arange(b, device=device), num_new.to(device)]
         self.cached[slots] += num_new
 
@@ -253,8 +252,9 @@ class StandaloneDrafter(Drafter):
             itself = torch.eye(width, dtype=torch.bool, device=rows.device).expand(len(rows), -1, -1)
             seen = torch.cat([seen[every, parent], itself], dim=2)
             columns = past + used + torch.arange(width, device=rows.device)
-            mask = cache_mask(seen, past, int(self.cached[slots].max()) + 1 + used + width)
-            hidden = self._read(slots, tokens, (past + depth - 1).expand_as(tokens), columns, mask)
+            end = int(self.cached[slots].max()) + 1 + used + width
+            position = (past + depth - 1).expand_as(tokens)
+            hidden = self._read(slots, tokens, position, columns, TreeMask(past[:, 0], seen), end)
             search.add(log_softmax(self.lm_head(hidden)))
         return search.proposal()
 
@@ -280,14 +280,14 @@ class StandaloneDrafter(Drafter):
         branches = Branches.of(batch, trees, wanted)
         nodes, offset = branches.nodes, branches.offset
         text = pad_rows(batch["sequence", "tokens"], batch["sequence", "offset"])
-        column = torch.arange(text.shape[1], device=text.device)
         drafted = pad_rows(batch["nodes", "tokens"][nodes - trees.num_rounds], offset)
-        seen = column <= pad_rows(branches.leaves[nodes], offset)[:, :, None]
+        column, place = (torch.arange(part.shape[1], device=part.device) for part in (text, drafted))
+        ends = pad_rows(branches.ends, offset).maximum(place + 1)  # padding sees itself
+        tokens = torch.cat([text, drafted], dim=1)
         hidden = self.model(
-            input_ids=torch.cat([text, drafted], dim=1),
+            input_ids=tokens,
             position_ids=torch.cat([column.expand_as(text), pad_rows(branches.position[nodes], offset)], dim=1),
-            attention_mask=seen[:, None],
-            ancestors=pad_rows(branches.ancestors, offset),
+            attention_mask=PassMask.of(TextAndTrees(pad_rows(branches.leaves[nodes] + 1, offset), ends), tokens),
             use_cache=False,
         ).last_hidden_state
         at = torch.where(branches.on_text, branches.position, text.shape[1] + branches.place)
@@ -333,20 +333,18 @@ def _check_served(lm: Any) -> None:
     """
     name, tokens = type(lm).__name__, torch.arange(4, device=lm.device)[None]
     try:
-        decoder, groups = lm.model, lm.config.num_attention_heads // lm.config.num_key_value_heads
+        decoder = lm.model
         own = lm.eval()(tokens).logits
         lm.set_attn_implementation(GROUPED_ATTENTION)
         cache, slot, served = SlotCache(uniform_shapes(lm.config), 1, 4, lm.dtype, lm.device), torch.tensor([0]), []
         for columns in (tokens[:, :1], tokens[:, 1:]):
-            past = columns[:, :1]
             cache.aim(slot, columns, int(columns.max()) + 1)
-            causal = columns[:, :, None] >= columns[:, None, :]
-            mask = grouped_mask(cache_mask(causal, past, int(columns.max()) + 1), groups)
+            mask = PassMask.of(TreeMask(columns[:, 0]), columns)
             out = decoder(columns, mask, columns, past_key_values=cache, use_cache=True)
             served.append(F.linear(out.last_hidden_state, lm.lm_head.weight))
         # The first two as text, the others as a path that leaves it.
-        ancestors, seen = torch.tensor([[[0, -1], [1, 0]]]), torch.ones(1, 1, 2, 2, dtype=torch.bool)
-        out = decoder(tokens, seen.to(lm.device), tokens, ancestors=ancestors.to(lm.device), use_cache=False)
+        two = torch.full((1, 2), 2, device=lm.device)
+        out = decoder(tokens, PassMask.of(TextAndTrees(two, two), tokens), tokens, use_cache=False)
         forms = {"serving": torch.cat(served, dim=1), "training": F.linear(out.last_hidden_state, lm.lm_head.weight)}
     except Exception as error:  # a model of other parts, or one that is called in another way
         raise ValueError(f"{name} has no layers that a standalone drafter could serve: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
@@ -36,19 +36,23 @@ class TreeController:
     """Chooses the shape with the most expected tokens per second, no speculation being one of them.
 
     At the end of an accepted path, the drafter's likeliest child is accepted with chance ``f``. If it is not, one of
-    its siblings is accepted with chance ``o``. A tree has drafted any child with chance ``c``. All are measured by
-    depth. A depth is passed with chance ``a = f`` in a chain and ``c (f + (1 - f) o)`` in a tree, so that trees tell
-    what chains would have had. A round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
-    untried depth counts as good as the one before it, and is tried if that would pay.
+    its siblings is accepted with chance ``o``. Any child is drafted with chance ``c``, which trees and chains have
+    apart. All are measured by depth. A depth is passed with chance ``a = c f`` in a chain and ``c (f + (1 - f) o)`` in
+    a tree. A round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An untried depth counts
+    as good as the one before it, and is tried if that would pay.
 
-    Shapes of ``lookup_only`` have chances of their own: that the first node is accepted, the second, and so on, which
-    come by falling chance. A round of ``n`` nodes delivers one token and the sum of the first ``n`` chances, and tells
-    what fewer nodes would have delivered. A node that was not found counts as refused. The chances fade in every round,
-    the first towards an optimistic guess and the others towards the one before, so that lookup is tried first, and
-    again now and then. The best of these shapes takes the place of no speculation in what follows, if it is faster.
+    The shape of ``lookup_only`` has chances of its own: that the first node is accepted, the second, and so on, which
+    come by falling chance, and that it is verified at all. A round of the first ``n`` nodes delivers one token and the
+    sum of their chances, and the best ``n`` counts. A node that was not found, or left out, counts as refused. The
+    chances fade in every round, the first towards an optimistic guess and the others towards the one before, so that
+    lookup is tried first, and again now and then. It takes the place of no speculation in what follows, if it is
+    faster.
 
-    A round takes the time measured for its shape and number of occupied slots, times the pace of live rounds of its
-    kind: plain, drafter's or lookup's. Context lengths and the machine's other work change the pace.
+    A round takes the time measured for its shape and number of occupied slots, less that of the nodes that are left
+    out, times the pace of live rounds of its kind: plain, drafter's or lookup's. Context lengths and the machine's
+    other work change the pace.
+
+    Within the shape that was chosen, :meth:`price` says which nodes are verified.
 
     No speculation, once best, stays until the number of occupied slots changes or a probe finds a drafter that
     improved. A probe drafts for a few rounds. Probes come soon after :meth:`swapped`, otherwise at growing intervals.
@@ -77,22 +81,27 @@ class TreeController:
 
     def __init__(self, costs: Mapping[int, Mapping[TreeShape, float]], *, memory: int = 400) -> None:
         self._costs, self._occupancies, self._memory = costs, sorted(costs), memory
-        self._shapes = list(costs[self._occupancies[0]]) if costs else []
-        plain = [shape for shape in self._shapes if not shape.depth]
-        if len(plain) != 1 or any(set(by_shape) != set(self._shapes) for by_shape in costs.values()):
+        measured = list(costs[self._occupancies[0]]) if costs else []
+        plain = [shape for shape in measured if not shape.depth]
+        if len(plain) != 1 or any(set(by_shape) != set(measured) for by_shape in costs.values()):
             found = {occupied: [(s.depth, s.width) for s in by_shape] for occupied, by_shape in costs.items()}
             raise ValueError(
                 "costs name the same shapes for every number of slots, one of them of depth 0; got (depth, width) "
                 f"by number of slots: {found}"
             )
         self.plain = plain[0]
-        deepest = max(shape.depth for shape in self._shapes)
-        # [hits, trials] by depth.
-        self._likeliest, self._siblings, self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(3))
-        most = max((shape.num_nodes for shape in self._shapes if shape.lookup_only), default=0)
-        self._found = [[0.0, 0.0] for _ in range(most)]  # the same by node of lookup alone
+        self._node_seconds = {count: _node_seconds(by_shape) / count for count, by_shape in costs.items()}
+        alone = [shape for shape in measured if shape.lookup_only]
+        most = max(alone, key=lambda shape: shape.num_nodes, default=self.plain)
+        self._shapes = [shape for shape in measured if not shape.lookup_only or shape == most]
+        deepest = max(shape.depth for shape in measured)
+        # [hits, trials] by depth; whether any child was drafted, of chains and of trees.
+        self._likeliest, self._siblings, *self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(4))
+        # The same by node of lookup alone, and whether it was verified.
+        self._found, self._verified = ([[0.0, 0.0] for _ in range(most.num_nodes)] for _ in range(2))
         # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
+        self._kept = 1.0  # share of the nodes of the drafter's shapes that are verified
         self._kind, self._run = -1, 0  # which of the three ran last, and for how many rounds
         self._resting = 0  # the number of occupied slots at which it was best to leave the drafter alone
         self._probing = 0  # trials that the probe still wants
@@ -104,9 +113,10 @@ class TreeController:
 
     @staticmethod
     def candidates(most: TreeShape) -> list[TreeShape]:
-        """Return the shapes to choose from: none, and every depth up to that of ``most``, in its width and as a chain.
+        """Return the shapes to measure: none, and every depth up to that of ``most``, in its width and as a chain.
 
-        With lookup there are no bare chains: nodes are looked up in their place, 1, 2, 3, 4, 6, 8, 12 and so on.
+        With lookup there are no bare chains: nodes are looked up in their place, as many as may be, and a single one,
+        which is never chosen. The difference tells what a node costs.
 
         Example:
             >>> [(s.depth, s.width, s.num_nodes) for s in TreeController.candidates(TreeShape(2, width=4, num_nodes=5))]
@@ -118,9 +128,7 @@ class TreeController:
             if most.width > 1 and most.mode == "topk" and not most.lookup:
                 shapes.append(replace(most, depth=depth, width=1, num_nodes=depth))
             shapes.append(replace(most, depth=depth))
-        powers = [2**power for power in range(most.lookup.bit_length())]
-        counts = {*powers, *(3 * power for power in powers), most.lookup}
-        return shapes + [most.without_drafter(count) for count in sorted(counts) if 0 < count <= most.lookup]
+        return shapes + [most.without_drafter(count) for count in sorted({1, most.lookup}) if most.lookup]
 
     def acceptance(self, shape: TreeShape) -> list[float]:
         """Estimate the chances ``a[1], a[2], ...`` of a shape, or those of its nodes if they are looked up."""
@@ -131,16 +139,24 @@ class TreeController:
         for d in range(shape.depth):
             likeliest = _estimate(self._likeliest[d], likeliest)
             sibling = _estimate(self._siblings[d], sibling)
-            drafted = _estimate(self._drafted[d], drafted)
-            passed.append(drafted * (likeliest + (1 - likeliest) * sibling) if shape.width > 1 else likeliest)
+            drafted = _estimate(self._drafted[shape.width > 1][d], drafted)
+            passed.append(drafted * (likeliest + (1 - likeliest) * sibling if shape.width > 1 else likeliest))
         return passed
+
+    def price(self, shape: TreeShape, occupied: int) -> float:
+        """Return the chance of being accepted below which a node of a shape costs more than it brings.
+
+        A node takes the time of its row in the pass, in which the best shape delivers tokens at its rate. Rate times
+        time is what it has to bring: that is where the ratio of tokens and seconds, over all slots together, is largest
+        (Dinkelbach, "On Nonlinear Fractional Programming", 1967).
+        """
+        node = self._pace[_kind(shape)] * self._interpolated(self._node_seconds, occupied)
+        return occupied * max(self._rate(each, occupied) for each in self._shapes) * node
 
     def without_drafter(self, shape: TreeShape) -> TreeShape:
         """Return the shape of a round in which the drafter failed every slot: lookup alone, or plain without it."""
-        if not shape.lookup:
-            return self.plain
-        fitting = [each for each in self._shapes if each.lookup_only and each.num_nodes <= shape.num_nodes]
-        return max(fitting, key=lambda each: each.num_nodes, default=self.plain)
+        alone = [each for each in self._shapes if each.lookup_only]
+        return alone[0] if shape.lookup and alone else self.plain
 
     def choose(self, occupied: int) -> TreeShape:
         """Choose the shape of the next round, for a number of occupied slots."""
@@ -159,7 +175,7 @@ class TreeController:
                 return rest  # a guess, which a few rounds confirm or not
             self._resting = occupied
         if not self._probing:
-            if self._since * _SHARE < max(self._lost, self._seconds(self.plain, occupied)) * self._patience:
+            if self._since * _SHARE < max(self._lost, self._seconds(self.plain, occupied, 0)) * self._patience:
                 return rest
             self._resting, self._probing, self._lost = 0, _PROBE, 0.0
             self._patience = min(2 * self._patience, _PATIENCE)
@@ -173,7 +189,8 @@ class TreeController:
         seconds: float,
         outcomes: Sequence[Sequence[Outcome]] = (),
         below: int = 0,
-        found: Sequence[Collection[int]] = (),
+        found: Sequence[Sequence[bool]] = (),
+        nodes: int | None = None,
     ) -> None:
         """Take in a round.
 
@@ -184,22 +201,27 @@ class TreeController:
             outcomes: Outcomes by depth, as far as drafts were verified, of each slot that was drafted for. Slots that
                 the drafter failed are left out; without any other slot the shape is that of :meth:`without_drafter`.
             below: Lookup's nodes that were accepted below the shape's depth, over all slots.
-            found: Of each slot, if the shape is ``lookup_only``, the nodes that were accepted, counted from 0.
+            found: Whether each node that was verified was accepted, for each slot, if the shape is ``lookup_only``.
+            nodes: Nodes that were verified, over all slots; None if all of the shape's were.
         """
-        self._keep_pace(shape, occupied, seconds)
-        _fade(self._found, self._memory)
+        whole = occupied * shape.num_nodes
+        self._keep_pace(shape, occupied, seconds, whole if nodes is None else nodes)
+        _fade((*self._found, *self._verified), self._memory)
         if _kind(shape) != _DRAFTER:
             self._since += seconds
             for accepted_nodes in found:
                 for node in range(shape.num_nodes):
-                    _count(self._found[node], node in accepted_nodes)
+                    _count(self._verified[node], node < len(accepted_nodes))
+                    _count(self._found[node], node < len(accepted_nodes) and accepted_nodes[node])
             return
-        plain = self._seconds(self.plain, occupied)
+        if nodes is not None and whole:
+            self._kept += (nodes / whole - self._kept) / min(self._timed[_DRAFTER] + 1, _RECENT)
+        plain = self._seconds(self.plain, occupied, 0)
         accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
         tokens = 1 + accepted / occupied
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
         # Each kind at its pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
-        spent = seconds if self._run == 1 else self._seconds(shape, occupied)
+        spent = seconds if self._run == 1 else self._seconds(shape, occupied, whole if nodes is None else nodes)
         # Time that the best shape without the drafter would have taken for as many tokens. A profit is not saved up,
         # and a long loss is not held for ever against weights to come.
         instead = tokens / self._rate(self._rest(occupied), occupied)
@@ -215,11 +237,11 @@ class TreeController:
         self._probing = max(self._probing - len(outcomes), 0)
         if not self._probing and not self._lost:
             self._patience = 1
-        _fade((*self._likeliest, *self._siblings, *self._drafted), self._memory)
+        chains, trees = self._drafted
+        _fade((*self._likeliest, *self._siblings, *chains, *trees), self._memory)
         for path in outcomes:
             for d, outcome in enumerate(path):
-                if shape.width > 1:
-                    _count(self._drafted[d], outcome != "undrafted")
+                _count(self._drafted[shape.width > 1][d], outcome != "undrafted")
                 if outcome != "undrafted":
                     _count(self._likeliest[d], outcome == "likeliest")
                 if shape.width > 1 and outcome in ("sibling", "refused"):
@@ -242,11 +264,17 @@ class TreeController:
         return self.plain if enough else best
 
     def _rate(self, shape: TreeShape, occupied: int) -> float:
-        return self._tokens(shape) / self._seconds(shape, occupied)
+        if shape.lookup_only:
+            shares = [_estimate(counts, 1.0) for counts in self._verified]
+            tokens, nodes = accumulate(self.acceptance(shape), initial=1.0), accumulate(shares, initial=0.0)
+            return max(
+                each / self._seconds(shape, occupied, count * occupied)
+                for each, count in zip(tokens, nodes, strict=True)
+            )
+        nodes_each = self._kept * shape.num_nodes
+        return self._tokens(shape) / self._seconds(shape, occupied, nodes_each * occupied)
 
     def _tokens(self, shape: TreeShape) -> float:
-        if shape.lookup_only:
-            return 1 + sum(self.acceptance(shape))
         reach = tokens = 1.0
         for passed in self.acceptance(shape):
             reach *= passed
@@ -254,18 +282,23 @@ class TreeController:
         # What lookup adds below the tree is taken to be the same for every depth of it.
         return tokens + self._below if _kind(shape) == _DRAFTER else tokens
 
-    def _seconds(self, shape: TreeShape, occupied: int) -> float:
-        return self._pace[_kind(shape)] * self._measured(shape, occupied)
+    def _seconds(self, shape: TreeShape, occupied: int, nodes: float) -> float:
+        return self._pace[_kind(shape)] * self._measured(shape, occupied, nodes)
 
-    def _measured(self, shape: TreeShape, occupied: int) -> float:
-        """Return the seconds measured at start, interpolated linearly between two measured numbers of slots."""
+    def _measured(self, shape: TreeShape, occupied: int, nodes: float) -> float:
+        """Return the seconds measured at start, of a round of which so many nodes over all slots are verified."""
+        whole = self._interpolated({count: by_shape[shape] for count, by_shape in self._costs.items()}, occupied)
+        return whole - self._interpolated(self._node_seconds, occupied) * (occupied * shape.num_nodes - nodes)
+
+    def _interpolated(self, by_occupied: Mapping[int, float], occupied: int) -> float:
+        """Interpolate linearly between two measured numbers of slots."""
         known = self._occupancies
         above = min(bisect_left(known, occupied), len(known) - 1)
         low, high = known[max(above - 1, 0)], known[above]
         share = min((occupied - low) / (high - low), 1.0) if high > low else 0.0
-        return self._costs[low][shape] * (1 - share) + self._costs[high][shape] * share
+        return by_occupied[low] * (1 - share) + by_occupied[high] * share
 
-    def _keep_pace(self, shape: TreeShape, occupied: int, seconds: float) -> None:
+    def _keep_pace(self, shape: TreeShape, occupied: int, seconds: float, nodes: int) -> None:
         kind = _kind(shape)
         if kind != self._kind:
             self._kind, self._run = kind, 0
@@ -273,10 +306,10 @@ class TreeController:
         if kind == _DRAFTER and self._run == 1:
             return  # the drafter's cache caught up, as it does in no round that follows
         self._timed[kind] += 1
-        old = self._pace[kind]
+        old, weight = self._pace[kind], 1 / min(self._timed[kind] + _WORTH, _RECENT)
         # Clipped: one round that the machine held up says little about the others.
-        live = min(seconds / self._measured(shape, occupied), 4 * old)
-        self._pace[kind] += (live - old) / min(self._timed[kind] + _WORTH, _RECENT)
+        live = min(seconds / self._measured(shape, occupied, nodes), 4 * old)
+        self._pace[kind] += (live - old) * weight
         for rest, timed in enumerate(self._timed):
             if rest != kind and (self._run > _RECENT or not timed):
                 # A pace that changes soon after the kind did tells the kinds apart; one that changes later changes all.
@@ -287,6 +320,17 @@ def _kind(shape: TreeShape) -> int:
     if not shape.depth:
         return _PLAIN
     return _LOOKUP if shape.lookup_only else _DRAFTER
+
+
+def _node_seconds(by_shape: Mapping[TreeShape, float]) -> float:
+    """Return the seconds that another node of every slot's tree takes; 0 if no shapes differ in their nodes alone."""
+    alike: dict[int, list[tuple[int, float]]] = {}
+    for shape, seconds in by_shape.items():
+        if shape.depth:
+            alike.setdefault(0 if shape.lookup_only else shape.depth, []).append((shape.num_nodes, seconds))
+    ends = [(min(each), max(each)) for each in alike.values()]
+    slopes = [(high[1] - low[1]) / (high[0] - low[0]) for low, high in ends if high[0] > low[0]]
+    return max(sum(slopes) / len(slopes), 0.0) if slopes else 0.0
 
 
 def _fade(table: Sequence[list[float]], memory: int) -> None:

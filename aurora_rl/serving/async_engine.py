@@ -101,18 +101,19 @@ class AsyncEngine:
     Attributes:
         observe: Called with what a client has waited for and how many seconds, in the thread of its event loop.
         cancelled: Requests that were given up: the client left, or its time ran out.
+        delivered: Tokens that rounds have delivered, to clients and to the workload.
     """
 
     def __init__(self, *, max_waiting: int, workload: RequestSource | None = None, first_id: int = 0) -> None:
         self.observe: Callable[[Wait, float], None] = lambda wait, seconds: None
-        self.cancelled = 0
+        self.cancelled = self.delivered = 0
         self._max_waiting, self._workload = max_waiting, workload
         self._first_id, self._ids = first_id, itertools.count(first_id)
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._cancelled: set[int] = set()
         self._streams: dict[int, _Stream] = {}
-        self._updates: list[tuple[_Stream, Update | Exception]] = []  # of the round that runs
+        self._updates: list[tuple[_Stream, Update | Exception]] = []  # from the round that runs
         self._arrived = threading.Event()
         self._closed = ""  # why no more requests are taken
         self._server: InferenceServer | None = None
@@ -184,13 +185,16 @@ class AsyncEngine:
                 yield stream.index, update
         finally:  # nothing is awaited here, so that what is cancelled ends at once
             for stream in left:
-                self._cancel(stream.request)
+                self._cancel(stream)
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, stream: _Stream) -> None:
+        request = stream.request
         with self._lock:
             self._streams.pop(request.id, None)
             self._cancelled.add(request.id)
             self.cancelled += request.counted
+            waiting = any(each is request for each in self._waiting)
+        stream.times.abandoned(waiting=waiting)
         self._arrived.set()
 
     # ---- called by the thread that drives the rounds ----------------------------------------------------------------
@@ -258,6 +262,7 @@ class AsyncEngine:
             self._workload.refused(request, reason)
 
     def _tokens(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        self.delivered += len(tokens)
         if (stream := self._streams.get(request.id)) is not None:
             self._updates.append((stream, Update(tokens, logprobs)))
 

@@ -57,6 +57,11 @@ class RequestTimes:
             self._observe("inter_token_latency", now - self._last)
         self._last = now
 
+    def abandoned(self, *, waiting: bool) -> None:
+        """Note that the client is gone; ``waiting`` if the request still had no slot."""
+        if self._first is None and self.scheduled is not None:
+            self._observe("request_queue_time", (time.monotonic() if waiting else self.scheduled) - self._arrived)
+
     def completed(self, more_tokens: int = 0) -> None:
         """Note the end of the request, and that later deliveries had so many tokens more than was said."""
         later = self._later_tokens + more_tokens

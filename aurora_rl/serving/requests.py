@@ -47,6 +47,34 @@ class _Turn:
     messages: Sequence[Message]
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], vocab_size: int) -> list[int]:
+    """Return the token ids of a conversation, as the model is asked to go on with it.
+
+    Args:
+        tokenizer: Tokenizer of the target.
+        messages: The conversation.
+        vocab_size: Tokens that the target knows.
+
+    Raises:
+        ValueError: The chat template refuses the conversation, it has no tokens, or one that the target lacks.
+    """
+    try:
+        tokens = encode_chat(tokenizer, messages)
+    except Exception as error:  # a template is a program of the model's, which may fail in any way
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        name = tokenizer.name_or_path
+        raise ValueError(f"the chat template of model {name!r} refuses the conversation: {reason}") from error
+    if not tokens:
+        raise ValueError("the prompt has no tokens; say something in its messages")
+    outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise ValueError(
+            f"the tokenizer gives token {outside}, and the model knows 0..{vocab_size - 1}; take the model's "
+            "own tokenizer, or leave out the text that it has no token for"
+        )
+    return tokens
+
+
 class RequestSource(Protocol):
     """Where a server's requests come from, and what becomes of them goes."""
 
@@ -166,20 +194,7 @@ class RequestQueue:
     def _request(self, turn: _Turn, id: int) -> Request:
         """Return the request of a turn; raise ValueError with what is wrong with it."""
         prompt = turn.prompt
-        try:
-            tokens = encode_chat(self._tokenizer, turn.messages)
-        except Exception as error:  # a template is a program of the model's, which may fail in any way
-            reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            name = self._tokenizer.name_or_path
-            raise ValueError(f"the chat template of model {name!r} refuses the conversation: {reason}") from error
-        if not tokens:
-            raise ValueError("the prompt has no tokens; say something in its messages")
-        outside = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
-        if outside is not None:
-            raise ValueError(
-                f"the tokenizer gives token {outside}, and the model knows 0..{self._vocab_size - 1}; take the model's "
-                "own tokenizer, or leave out the text that it has no token for"
-            )
+        tokens = prompt_tokens(self._tokenizer, turn.messages, self._vocab_size)
         budget = self._sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens
         if len(tokens) + budget > self._max_length:
             key = "max_new_tokens" if prompt.max_tokens is None else "max_tokens"

@@ -7,20 +7,21 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, SpecDecodeEnv
-from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
+from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.versions import Versions
+from aurora_rl.serving.watchdog import Watchdog
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, Round
 from aurora_rl.telemetry.stats import Stats
@@ -40,10 +41,14 @@ class InferenceServer:
         shapes: Chooses the shape of every round's drafts; None keeps the policy's.
         sink: Takes trajectories; None if nobody learns.
         receiver: Brings weights; None if nobody learns.
+        canary: How new weights are tried before they draft every round; None swaps them in at once.
+        second: Policy of another copy of the drafter on the same engine, for trials.
+        watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
 
     Attributes:
         stats: Statistics of the run so far.
+        versions: Which of the drafter's versions drafts now.
     """
 
     def __init__(
@@ -56,19 +61,34 @@ class InferenceServer:
         shapes: TreeController | None = None,
         sink: TrajectorySink | None = None,
         receiver: WeightReceiver | None = None,
+        canary: Canary | None = None,
+        second: DrafterPolicy | None = None,
+        watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
     ) -> None:
-        self.env, self.policy, self.stats = env, policy, Stats(policy.version)
+        self.env, self.stats = env, Stats(policy.version)
+        self.versions = Versions(
+            policy,
+            log=log,
+            stats=self.stats,
+            shapes=shapes,
+            receiver=receiver,
+            canary=canary,
+            second=second,
+            watch=partial(Watchdog, engine=env.engine) if watched else None,
+        )
         env.on_completion = self.completed
-        self._windows, self._log, self._shapes = windows, log, shapes
-        self._sink, self._receiver, self._note = sink, receiver, note
-        self._td = None
+        self._windows, self._log, self._sink, self._note = windows, log, sink, note
+        self._td: TensorDictBase | None = None
         self._recording = 0.0
         self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
-        policy.on_fault = self._fault
-        # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._staged: tuple[int, Future[Callable[[], None]]] | None = None
+        for each in self.versions.policies:
+            each.on_fault = self._fault
+
+    @property
+    def policy(self) -> DrafterPolicy:
+        """Policy that drafts the next round."""
+        return self.versions.policy
 
     @property
     def depth(self) -> int:
@@ -105,20 +125,23 @@ class InferenceServer:
     @property
     def refused(self) -> str | None:
         """Why the learner refuses this server; None if it does not."""
-        return self._receiver.error if self._receiver is not None else None
+        return self.versions.refused
 
     def step(self) -> bool:
         """Run one round. Return False if there was nothing to decode."""
-        self._swap()
-        env, policy = self.env, self.policy
+        self.versions.take()
+        env = self.env
         if self._td is None or not env.num_active:
             self._td = env.reset()
             if not env.num_active:
                 return False
+        self.versions.next_round(self._td["is_init"])
+        policy = self.policy
         occupied, baseline = len(env.engine.store.occupied), not self._windows.speculate
-        shapes = self._shapes if occupied else None  # the last request may be cancelled while a prompt is read
+        shapes = self.versions.shapes if occupied else None  # the last request may be cancelled while a prompt is read
         if shapes is not None and not baseline:
-            self._reshape(shapes.choose(occupied), occupied)
+            self._reshape(shapes, self.versions.rest(shapes.choose(occupied)), occupied)
+            policy.least = shapes.price(policy.shape, occupied)
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.stats.finished)
@@ -149,6 +172,8 @@ class InferenceServer:
             self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed, drafted=drafted))
         self.stats.drafted["baseline" if baseline else self._drafted()] += 1
         self._windows.spent(seconds)
+        if speculative and not baseline:
+            self.versions.observe(tokens, occupied, seconds)
         return True
 
     def _drafted(self) -> str:
@@ -160,25 +185,24 @@ class InferenceServer:
     def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
         """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
         policy, shape, outcomes = self.policy, shapes.plain, []
-        found: list[list[int]] = []
+        found: list[list[bool]] = []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
         elif bool(policy.looked_up.any()):
             shape = policy.shape if policy.shape.lookup_only else shapes.without_drafter(policy.shape)
-            verifier = done["next", "verifier"].cpu()
+            verifier, mask = done["next", "verifier"].cpu(), done["draft", "mask"].cpu()
             # Where a request ended inside the path, nothing after its last token was judged.
-            accepted = verifier["accepted"][policy.looked_up & (verifier["bonus_token"] >= 0)]
-            found = [each.nonzero().flatten().tolist() for each in accepted]
+            judged_slots = policy.looked_up & (verifier["bonus_token"] >= 0)
+            found = [verifier["accepted"][slot][mask[slot]].tolist() for slot in judged_slots.nonzero().flatten()]
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
-        shapes.observe(shape, occupied, seconds, judged, below, found)
+        shapes.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
 
-    def _reshape(self, shape: TreeShape, occupied: int) -> None:
-        assert self._shapes is not None
+    def _reshape(self, shapes: TreeController, shape: TreeShape, occupied: int) -> None:
         if shape != self.policy.shape:
             self.policy.shape = shape
-            acceptance = [round(passed, 4) for passed in self._shapes.acceptance(shape)]
+            acceptance = [round(passed, 4) for passed in shapes.acceptance(shape)]
             self._log.write(
                 "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes, lookup_only=shape.lookup_only,
                 acceptance=acceptance, occupied=occupied,
@@ -236,59 +260,24 @@ class InferenceServer:
         ``request`` is the id of the request that it failed; None if there was none yet.
         """
         self.stats.drafter_faults += 1
-        self._log.write("drafter_fault", request=request, version=self.stats.version, fault=fault)
+        self._log.write("drafter_fault", request=request, version=self.policy.version, fault=fault)
         if self.stats.drafter_faults == 1:
             logger.warning("%s: %s", outcome, fault)
 
-    def _swap(self) -> None:
-        """Swap in the newest weights between two rounds, once they are ready."""
-        if self._receiver is None:
-            return
-        if self._staged is None and (received := self._receiver.latest()) is not None:
-            version, weights = received
-            named = dict(weights.flatten_keys(".").items())
-            self._staged = version, self._background.submit(self.policy.stage, named, version)
-        if self._staged is None or not self._staged[1].done():
-            return
-        (version, staged), self._staged = self._staged, None
-        began = time.perf_counter()
-        try:
-            staged.result()()
-        except Exception as error:  # whatever a drafter does, the requests are served
-            reason = str(error) if isinstance(error, ValueError) else repr(error)
-            self._receiver.reject(version, reason)
-            self._log.write("swap_failed", version=version, reason=reason)
-            return
-        milliseconds = (time.perf_counter() - began) * 1e3
-        self.stats.swap_ms.append(milliseconds)
-        self.stats.versions.append(version)
-        self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self.stats.finished))
-        if self._shapes is not None:
-            self._shapes.swapped()
-        # These tensors stay what they are: the next swap puts others in their place.
-        self._background.submit(self._acknowledge, version, self.policy.drafter.published(), milliseconds)
-
     def save_drafter(self, folder: str | os.PathLike[str]) -> None:
-        """Save the drafter that serves now, if it has weights."""
-        if self.policy.drafter.formats:
-            save_drafter(self.policy.drafter, folder)
+        """Save the drafter that is served, if it has weights; what is on trial is not."""
+        if (drafter := self.versions.served.drafter).formats:
+            save_drafter(drafter, folder)
 
     def close(self) -> None:
         """Send the trajectories that can still be sent, and close the wire."""
-        self._background.shutdown()
         if self._sink is not None:
             self._sink.close(timeout=2.0)
-        if self._receiver is not None:
-            self._receiver.close()
-
-    def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
-        assert self._receiver is not None
-        self._receiver.acknowledge(version, checksum(loaded), milliseconds)
-        return_freed_memory()  # of the weights that these replace, and of the message
+        self.versions.close()
 
 
 def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
-    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool that has drafts."""
+    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool."""
     draft, verifier = done["draft"], done["next", "verifier"]
     parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
     siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
@@ -299,7 +288,7 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
     # Where a request ended inside the path, nothing after its last token was judged.
     judged = (verifier["bonus_token"] >= 0).tolist()
     out = []
-    for slot in (mask.any(1) & slots.to(mask.device)).nonzero().flatten().tolist():
+    for slot in slots.nonzero().flatten().tolist():
         path = verifier["accepted"][slot].nonzero().flatten()
         outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
         if judged[slot]:

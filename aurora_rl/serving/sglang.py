@@ -57,7 +57,7 @@ class AttachedServer:
         self.stats, self.engine, self.detached = Stats(0), engine, False
         self._attach, self._log, self._published = attach, log, published
         self._next_watch, self._unreachable = 0.0, ""
-        self._drops_before, self._sent_before = Counter[str](), 0  # of servers before this one
+        self._drops_before, self._sent_before = Counter[str](), 0  # counts of servers before this one
         self.status: dict[str, Any] = {}
         self._begin()
 
@@ -224,7 +224,7 @@ class SGLangServer(AttachedServer):
         domain = self._note(Completion(completion.request, completion.tokens, completion.terminated))
         drafted = sum((count + 1) * rounds for count, rounds in completion.accepted.items())
         now, count = time.perf_counter(), len(self.stats.finished)
-        # Of a remote engine only what is answered is seen: between two answers all slots together made this one.
+        # A remote engine shows only what is answered: between two answers all slots together made this one.
         self.stats.rounds.append(Round(True, occupied, len(completion.tokens), now - self._last_completion, count))
         self._last_completion = now
         self.stats.finish(domain, len(completion.tokens), drafted, completion.rounds)

@@ -26,7 +26,7 @@ _REASON = {"reason": "What happened, in words."}
 _SEEN = {"seen": "Requests learned from so far.", "steps": "Optimizer steps so far."}
 
 EVENTS: dict[str, Event] = {
-    # Of the inference server.
+    # Events of the inference server.
     "costs": Event(
         "The tree controller has timed rounds before serving.",
         {"round_ms": "Milliseconds of a round, by number of occupied slots and by depth x width."},
@@ -79,8 +79,9 @@ EVENTS: dict[str, Event] = {
             "staleness": "Versions that were published after the one that drafts; null if that is not known.",
             "queue": "Trajectories that wait for the learner.",
             "dropped": "Trajectories lost so far, by reason. Given up here: no_learner while none was connected, "
-            "slow_learner while one was, not_encodable. By the server's own learner: malformed, handshake (of another "
-            "deployment), invalid, buffer_full (its full buffer let go of what it had not learned from), and "
+            "slow_learner while one was, not_encodable, too_large (for `wire.queue_bytes` or `wire.max_message`). By "
+            "the server's own learner: malformed, handshake (of another deployment), invalid, buffer_full (its full "
+            "buffer let go of what it had not learned from), quarantined (no step could be taken on it), and "
             "learner_died (sent to one that died, and in none of its checkpoints).",
             "learner": "State of the learner.",
             "running": "Clients' requests that are decoded now; like the next two only with a front at `http.port`.",
@@ -119,6 +120,42 @@ EVENTS: dict[str, Event] = {
     "swap_failed": Event(
         "The drafter could not load new weights, and the old ones go on.", {"version": "Version refused.", **_REASON}
     ),
+    "trial": Event(
+        "New weights draft a share of the rounds from now on, in turns with those that are served.",
+        {
+            "version": "Version of the new weights.",
+            "against": "Version that is served.",
+            "requests": "Completed requests.",
+        },
+    ),
+    "verdict": Event(
+        "The trial of new weights has ended. `swap` follows if they were promoted.",
+        {
+            "version": "Version of the new weights.",
+            "against": "Version that was served meanwhile.",
+            "requests": "Completed requests.",
+            "promote": "True if the new weights draft from now on, false if they were rolled back.",
+            "reason": "What decided, in words.",
+            "rounds": "Rounds of the trial.",
+            "pairs": "Pairs of windows that were compared.",
+            "acceptance_length": "Tokens per round and slot in these windows, of the old and of the new weights.",
+            "tokens_per_second": "Throughput in them, of the old and of the new weights.",
+            "evidence": "Evidence of a loss of either figure: 1 is none; weights are rolled back at 2 over "
+            "`canary.false_alarm_rate`.",
+        },
+    ),
+    "watchdog": Event(
+        "The drafter that serves is not what was published.",
+        {
+            "version": "Version that drafted.",
+            "cause": "corrupted (tensors are not those that were published), stale (they are those of an earlier "
+            "version), mismatched (what is not published is not what it was), cache (it does not follow from the "
+            "texts), or dead (it drafts nothing).",
+            "detail": "What was compared, and how it differs.",
+            "action": "What was done.",
+            "requests": "Completed requests.",
+        },
+    ),
     "drafter_fault": Event(
         "The drafter failed, and a request goes on without it.",
         {
@@ -142,7 +179,7 @@ EVENTS: dict[str, Event] = {
     ),
     "learner_died": Event("The server's learner has ended; serving goes on.", _REASON),
     "failed": Event("At the end of a run, for each request that was not served.", _REASON),
-    # Of the learner; `refused` is of both.
+    # Events of the learner; both write `refused`.
     "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),
     "learner_ready": Event("The learner listens.", {"pid": "Its process.", "seen": _SEEN["seen"]}),
     "train": Event(
@@ -166,11 +203,24 @@ EVENTS: dict[str, Event] = {
             "batches": "Batches so far; only of `aurora-rl train`.",
         },
     ),
+    "quarantined": Event(
+        "No step could be taken on a batch for the sake of some of its trajectories, which the learner has dropped.",
+        {
+            "requests": "Their requests.",
+            "sources": "Engines that sent them: names of their keys or, without keys, what they call themselves.",
+            **_REASON,
+            "steps": _SEEN["steps"],
+        },
+    ),
+    "peers_refused": Event(
+        "Connections were refused for their keys since the last such line; once a second at most. The log says why.",
+        {"peers": "Connections refused so far.", "steps": _SEEN["steps"]},
+    ),
     "drops": Event(
         "The learner dropped trajectories since the last such line; once a second at most.",
         {"reasons": "Trajectories by reason; see `dropped` in `status`.", "steps": _SEEN["steps"]},
     ),
-    "candidate": Event("Weights were frozen for the gate.", _SEEN),
+    "candidate": Event("The gate holds back the next requests, to decide about a candidate.", _SEEN),
     "gate": Event(
         "The gate has decided about a candidate.",
         {
@@ -185,6 +235,10 @@ EVENTS: dict[str, Event] = {
             "seconds": "Time of the decision.",
             **_SEEN,
         },
+    ),
+    "rejected": Event(
+        "An engine did not load the newest weights, or rolled them back; the gate compares with those before again.",
+        {"version": "Version of these weights.", **_REASON, **_SEEN},
     ),
     "served": Event(
         "Once per version: whether the engine drafts with the weights that it reports.",

@@ -1,4 +1,4 @@
-"""What the events of a run come to: the live page, the terminal and the report show this."""
+"""The history of a run, from its events: what the live page, the terminal and the report show."""
 
 from __future__ import annotations
 
@@ -99,6 +99,52 @@ class GateDecision:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class TrialVerdict:
+    """How the trial of new weights ended.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        version: Version of the new weights.
+        promote: Whether they draft from now on.
+        reason: What decided, in words.
+        rounds: Rounds of the trial.
+        acceptance_length: Acceptance length of the old and of the new weights.
+        tokens_per_second: Throughput of the old and of the new weights.
+    """
+
+    time: float
+    requests: int
+    version: int
+    promote: bool
+    reason: str
+    rounds: int
+    acceptance_length: tuple[float, float]
+    tokens_per_second: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchdogFault:
+    """A fault of the serving drafter.
+
+    Attributes:
+        time: Seconds since the epoch.
+        requests: Completed requests.
+        version: Version that drafted.
+        cause: Its kind.
+        detail: What was compared, and how it differs.
+        action: What was done.
+    """
+
+    time: float
+    requests: int
+    version: int
+    cause: str
+    detail: str
+    action: str
+
+
 @dataclass(slots=True)
 class LearnerFigures:
     """The learner's side.
@@ -163,6 +209,9 @@ class RunHistory:
         drafted: Rounds of the last status by what they drafted.
         swaps: Swaps.
         gates: Decisions of the gate.
+        on_trial: Version that is on trial; None if none is.
+        verdicts: How trials ended.
+        faults: Faults of the serving drafter.
         learner: The learner's side.
         domains: Figures by domain; those of later domains than the first 50 are added up.
         marks: Number of completed requests at which something new begins, and what.
@@ -187,6 +236,9 @@ class RunHistory:
         self.drafted: Counter[str] = Counter()
         self.swaps: list[Swap] = []
         self.gates: list[GateDecision] = []
+        self.on_trial: int | None = None
+        self.verdicts: list[TrialVerdict] = []
+        self.faults: list[WatchdogFault] = []
         self.learner = LearnerFigures()
         self.domains: dict[str, DomainFigures] = {}
         self.marks: list[tuple[int, str]] = []
@@ -217,6 +269,22 @@ class RunHistory:
                     )  # fmt: skip
                     _thin(self.gates, self._most)
                     self.published = event["version"]
+                case "trial":
+                    self.on_trial = event["version"]
+                case "verdict":
+                    self.on_trial = None
+                    self.verdicts.append(
+                        TrialVerdict(
+                            event["time"], event["requests"], event["version"], event["promote"], event["reason"],
+                            event["rounds"],
+                            *((event[name]["old"], event[name]["new"])
+                              for name in ("acceptance_length", "tokens_per_second")),
+                        )
+                    )  # fmt: skip
+                    _thin(self.verdicts, self._most)
+                case "watchdog":
+                    self.faults.append(WatchdogFault(*(event[name] for name in WatchdogFault.__slots__)))
+                    _thin(self.faults, self._most)
                 case "learner_ready":
                     self._seen = event["seen"]
                 case "checkpoint":
@@ -237,11 +305,11 @@ class RunHistory:
                     learner.state = event["reason"].removeprefix("the learner ")
 
     def _count(self, event: dict[str, Any]) -> None:
-        name, requests = event.get("domain", ""), event.get("requests", 1)  # of several the sums are known
+        name, requests = event.get("domain", ""), event.get("requests", 1)  # several requests come as sums
         if name not in self.domains and len(self.domains) >= _MOST_DOMAINS:
             name = _OTHERS
         domain = self.domains.setdefault(name, DomainFigures(self.requests))
-        if event.get("request", self._traffic) >= self._traffic:  # of a client: what the traffic has ahead comes later
+        if event.get("request", self._traffic) >= self._traffic:  # a client's; the requests of the traffic come later
             self.marks = [(at + requests if at > self.requests else at, text) for at, text in self.marks]
         self.requests += requests
         domain.requests += requests
@@ -291,6 +359,9 @@ class RunHistory:
                 "drafted": {DRAFTED[name]: round(share, 4) for name, share in shares(self.drafted).items()},
                 "swaps": _columns(swaps, Swap),
                 "gates": _columns(gates, GateDecision),
+                "on_trial": self.on_trial,
+                "verdicts": _columns(self.verdicts, TrialVerdict),
+                "faults": _columns(self.faults, WatchdogFault),
                 "learner": asdict(self.learner),
             }
 

@@ -98,8 +98,18 @@ METRICS: dict[str, Metric] = {
     "draft_depth": Metric("gauge", "Depth of the trees that are drafted; 0 is plain decoding."),
     "drafter_version": Metric("gauge", "Version of the weights that draft."),
     "drafter_faults_total": Metric("counter", "Requests that went on without the drafter because it failed."),
+    "watchdog_faults_total": Metric(
+        "counter",
+        "Faults that checks of the serving drafter found, by their cause; see the event `watchdog`.",
+        "cause",
+        ("corrupted", "stale", "mismatched", "cache", "dead"),
+    ),
     "swap_duration_seconds": Metric("histogram", "Time for which serving stood still at a swap of weights."),
     "swap_failures_total": Metric("counter", "Weights that the drafter could not load."),
+    "canary_version": Metric("gauge", "Version of the weights that are on trial; absent if none are."),
+    "canary_verdicts_total": Metric(
+        "counter", "Trials of new weights by how they ended.", "verdict", ("promoted", "rolled_back")
+    ),
     # Learning.
     "learner_up": Metric("gauge", "1 while the server's learner runs and takes what is served; absent without one."),
     "learner_restarts_total": Metric("counter", "Learners that were started again after their death."),
@@ -124,10 +134,12 @@ METRICS: dict[str, Metric] = {
             "no_learner",
             "slow_learner",
             "not_encodable",
+            "too_large",
             "malformed",
             "handshake",
             "invalid",
             "buffer_full",
+            "quarantined",
             "learner_died",
         ),
     ),
@@ -179,6 +191,13 @@ class Exporter(Collector):
                 self._set("drafter_version", event["version"])
             case "swap_failed":
                 self._add("swap_failures_total")
+            case "trial":
+                self._set("canary_version", event["version"])
+            case "verdict":
+                self._set("canary_version", None)
+                self._add("canary_verdicts_total", 1, "promoted" if event["promote"] else "rolled_back")
+            case "watchdog":
+                self._add("watchdog_faults_total", 1, event["cause"])
             case "drafter_fault":
                 self._add("drafter_faults_total")
             case "train":
@@ -202,7 +221,7 @@ class Exporter(Collector):
         self._set("drafter_staleness", staleness(published, drafts))
 
     def _requests(self, event: Mapping[str, Any]) -> None:
-        terminated = int(event["terminated"])  # of one request a truth value, of several their number
+        terminated = int(event["terminated"])  # a truth value for one request, a number for several
         self._add("request_success_total", terminated, "stop")
         self._add("request_success_total", event.get("requests", 1) - terminated, "length")
         self._add("prompt_tokens_total", event["prompt_tokens"])
@@ -247,11 +266,11 @@ class Exporter(Collector):
         """Count a request that was answered by an error of this code."""
         self._add("request_failures_total", 1, code)
 
-    def expose(self, counts: Mapping[str, float]) -> bytes:
+    def expose(self, counts: Mapping[str, float | None]) -> bytes:
         """Return all metrics in Prometheus' text format.
 
         Args:
-            counts: Numbers of this moment, by name.
+            counts: Numbers of this moment, by name; None leaves a metric without a sample.
         """
         for name, number in counts.items():
             self._set(name, number)

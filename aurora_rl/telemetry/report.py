@@ -124,7 +124,7 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
         _draw_domains(axes["domains"], domains)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of characters in names of domains that the font lacks
+            warnings.simplefilter("ignore")  # about characters of domain names that the font lacks
             figure.savefig(path, dpi=120)
     except OSError:
         Path(path).unlink(missing_ok=True)  # half a picture

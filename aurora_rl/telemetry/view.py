@@ -17,6 +17,8 @@ from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.report import show, show_speedup
 from aurora_rl.telemetry.stats import Stats
 
+_STATE = "the training state"  # as the learner calls it, which saves it again and again
+
 
 class Server(Protocol):
     """The serving half of a run, whatever its engine.
@@ -104,9 +106,10 @@ class LiveView:
         self._began = time.monotonic()
         self._died = False
         self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
-        self._skipped = self._unwritten = False
+        self._skipped = False
+        self._unwritten: set[str] = set()  # told already
         self.unsaved: str | None = None
-        # Of the requests completed since the last status: rounds by accepted drafts, and the shares of known tokens.
+        # Rounds by accepted drafts, and shares of known tokens, of the requests completed since the last status.
         self._accepted: Counter[int] = Counter()
         self._coverage: list[float] = []
         self._drafted: Counter[str] = Counter()  # at the last status
@@ -123,12 +126,13 @@ class LiveView:
                 self._skipped = True
             elif event["event"] == "checkpoint":
                 self.unsaved = None
+                self._unwritten.discard(_STATE)
             elif event["event"] == "not_written":
-                if event["what"] == "the training state":
+                if event["what"] == _STATE:
                     self.unsaved = event["reason"]
-                if not self._unwritten:
+                if event["what"] not in self._unwritten:
                     told.append(f"the learner could not write {event['what']}, and goes on: {event['reason']}")
-                self._unwritten = True
+                self._unwritten.add(event["what"])
             elif event["event"] in ("request", "requests"):
                 self._accepted.update({int(count): rounds for count, rounds in event["accepted"].items()})
                 if event.get("coverage") is not None:
@@ -219,6 +223,8 @@ class LiveView:
             ("learner", server.refused or self._learner()),
             ("learner loss · skipped steps", f"{show(history.learner.loss, 3)} · {history.learner.skipped}"),
             ("gate", gate),
+            ("trial", _trial(history)),
+            *[("drafter", f"{fault.cause}: {fault.action}") for fault in history.faults[-1:]],
         ]
 
     def table(self) -> Table:
@@ -240,6 +246,16 @@ class LiveView:
     def line(self) -> str:
         """Format the view for output that is not a terminal."""
         return " | ".join(f"{name} {value}" for name, value in self._rows())
+
+
+def _trial(history: RunHistory) -> str:
+    """Return which weights are on trial, or how the last trial ended."""
+    if history.on_trial is not None:
+        return f"version {history.on_trial}"
+    if not history.verdicts:
+        return "–"
+    last = history.verdicts[-1]
+    return f"version {last.version} {'promoted' if last.promote else 'rolled back'}: {last.reason}"
 
 
 def show_time(seconds: float) -> str:

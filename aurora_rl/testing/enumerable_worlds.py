@@ -130,7 +130,7 @@ def log_probs_of(drafter: EnumerableDrafter, tree: DrawnTree) -> list[float]:
 
 
 def reach_of(drafter: EnumerableDrafter, target: EnumerableTarget, tree: DrawnTree, rule: str) -> list[Tensor]:
-    """Return the chance that each node is accepted, by the rule's definition and not our code, with its gradient."""
+    """Return the probability that each node is accepted, by the rule's definition, with its gradient."""
     out: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * len(tree.tokens)
 
     def descend(parent: int, arrived: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The expected gradient of an objective that learns from draws: over all that can be drawn, and all that can follow."""
+"""Check the expected gradient of an objective on draws, by summing over every draw and every outcome."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SERVED = (
 _PARENTS = ((-1, 0), (-1, -1, 0))
 # Sums of a few hundred terms in float64 differ by less.
 _SAME = 1 - 1e-9
-# Of a direction that may be biased: more than what rounding leaves of a gradient of zero.
+# A direction that may be biased must exceed this, which is more than what rounding leaves of a zero gradient.
 _LEADS = 1e-3
 
 

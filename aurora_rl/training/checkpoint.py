@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.plausible import implausible
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
+
+_CHECKSUM = "checksum"  # in the document
 
 
 def save_training_state(
@@ -18,12 +22,12 @@ def save_training_state(
     optimizers: list[torch.optim.Optimizer],
     progress: Mapping[str, Any],
 ) -> None:
-    """Write what a learner needs to go on: weights, optimizer states and its counters."""
+    """Write what a learner needs to go on: weights, optimizer states, and its counters, with a checksum."""
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{i}.{index}.{name}": torch.as_tensor(v) for name, v in state.items()})
-    write_folder(folder, tensors, {"progress.json": dict(progress)})
+    write_folder(folder, tensors, {"progress.json": {**progress, _CHECKSUM: checksum(tensors)}})
 
 
 def load_training_state(
@@ -35,6 +39,12 @@ def load_training_state(
         CheckpointError: The folder is missing or broken, or was written for another drafter; names the first tensor.
     """
     tensors, progress = read_folder(folder, "progress.json")
+    written = progress.pop(_CHECKSUM, None)  # earlier releases wrote none
+    if written is not None and written != checksum(tensors):
+        raise CheckpointError(f"{folder}: the tensors are not those that were written; take an older checkpoint")
+    for name, tensor in tensors.items():
+        if (fault := implausible(tensor)) is not None:
+            raise CheckpointError(f"{folder}: tensor {name!r} {fault}; take an older checkpoint")
     weights = {name[len("module.") :]: t for name, t in tensors.items() if name.startswith("module.")}
     for name, value in module.state_dict().items():
         if name not in weights or weights[name].shape != value.shape:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.context import ContextStore
+from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.policies.tree_shape import TreeShape
+from aurora_rl.statistics import mean_interval
 from aurora_rl.trajectories import check_features
 from aurora_rl.trees import depths, walk
 
@@ -60,10 +63,12 @@ def replay(
         earlier: Answers in which lookup searches; those of the requests are added, in order, when all have ended.
 
     Raises:
-        ValueError: The features were recorded for another drafter.
+        ValueError: The features were recorded for another drafter, or a request was served under a rule whose text
+            depends on what was drafted.
     """
     n = len(trajectories)
     for trajectory in trajectories:
+        require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
         if (hidden := trajectory.get(("sequence", "hidden"), None)) is not None:
             check_features(trajectory, drafter.feature_layers, hidden.shape[-1])
     longest = max(len(t["sequence", "tokens"]) for t in trajectories)
@@ -135,53 +140,57 @@ class Decision:
 
 
 class Gate:
-    """Holds back arrivals while a candidate waits, and compares it with the serving weights on them.
+    """Holds back arrivals, and compares a candidate with the serving weights on them.
 
-    What decides was seen by neither: the candidate is frozen before the arrivals come, and they are learned from only
-    after the decision.
+    What decides was seen by neither: arrivals that are held back are learned from only after the decision.
 
     Args:
         requests: ``K``, arrivals of a decision.
         margin: Publish if the mean paired difference in acceptance is above minus this.
         shape: The tree of the replays.
         drafter: A drafter of the served kind and dtype, used as scratch.
+
+    Attributes:
+        holding: Whether arrivals are held back.
     """
 
     def __init__(self, requests: int, margin: float, shape: TreeShape, drafter: Drafter) -> None:
         self._requests, self._margin, self._shape, self._drafter = requests, margin, shape, drafter
         self._held: list[TensorDictBase] = []
-        self.candidate: dict[str, Tensor] | None = None
+        self.holding = False
 
-    def offer(self, candidate: dict[str, Tensor]) -> None:
-        """Freeze a candidate; arrivals are held back from now on."""
-        if self.candidate is not None:
-            raise RuntimeError("the gate already holds a candidate; call decide() before you offer the next")
-        self.candidate = candidate
+    def hold(self) -> None:
+        """Hold back the next arrivals, for a decision."""
+        self.holding = True
 
     def admit(self, arrivals: Sequence[TensorDictBase]) -> list[TensorDictBase]:
         """Take arrivals; return those that may be learned from now."""
-        wanted = self._requests - len(self._held) if self.candidate is not None else 0
+        wanted = self._requests - len(self._held) if self.holding else 0
         self._held += arrivals[:wanted]
         return list(arrivals[wanted:])
 
     @property
     def ready(self) -> bool:
         """Whether enough arrivals are held to decide."""
-        return self.candidate is not None and len(self._held) >= self._requests
+        return self.holding and len(self._held) >= self._requests
 
-    def decide(self, serving: dict[str, Tensor]) -> tuple[Decision, list[TensorDictBase]]:
-        """Replay the candidate and the weights that are served on the held-back requests.
+    def decide(self, candidate: dict[str, Tensor], serving: dict[str, Tensor]) -> tuple[Decision, list[TensorDictBase]]:
+        """Replay a candidate and the weights that are served on the held-back requests.
 
         Returns:
             The decision, and the requests, which may be learned from now.
 
         Raises:
+            RuntimeError: Too few requests are held back, see ``ready``.
             ValueError: These are not weights of this drafter, see ``Drafter.stage``.
         """
-        assert self.candidate is not None
-        new, reason = None, not_finite(self.candidate)
+        if not self.ready:
+            raise RuntimeError(
+                f"the gate holds back {len(self._held)} requests of {self._requests}; call hold(), and admit() more"
+            )
+        new, reason = None, not_finite(candidate)
         if reason is None:
-            self._drafter.install(self.candidate)
+            self._drafter.install(candidate)
             try:
                 new = replay(self._drafter, self._held, self._shape)
             except Exception as error:  # finite weights, too, may make a drafter fail: the served ones stay
@@ -190,10 +199,18 @@ class Gate:
         old = replay(self._drafter, self._held, self._shape)
         if new is None:
             new = Replay(old.tokens, old.tokens)
-        paired = new.acceptance - old.acceptance
-        mean, half = float(paired.mean()), 1.96 * float(paired.std(correction=0)) / len(paired) ** 0.5
-        publish, interval = reason is None and mean > -self._margin, (mean - half, mean + half)
-        lengths = new.acceptance_length, old.acceptance_length
-        decision = Decision(publish, mean, interval, *lengths, len(paired), reason)
-        released, self._held, self.candidate = self._held, [], None
+        paired = (new.acceptance - old.acceptance).tolist()
+        mean, lengths = fmean(paired), (new.acceptance_length, old.acceptance_length)
+        publish = reason is None and mean > -self._margin
+        decision = Decision(publish, mean, mean_interval(paired), *lengths, len(paired), reason)
+        released, self._held, self.holding = self._held, [], False
         return decision, released
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it holds back."""
+        return {"holding": self.holding, "held": [trajectory.state_dict() for trajectory in self._held]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold back what :meth:`state_dict` returned."""
+        self.holding = state["holding"]
+        self._held = [TensorDict().load_state_dict(trajectory, strict=False) for trajectory in state["held"]]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
@@ -25,12 +27,16 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
+from aurora_rl.training.replay import NewestTrajectories
 from aurora_rl.training.served_weights import WeightAudit, with_weights
-from aurora_rl.training.steps import train_step
+from aurora_rl.training.steps import has_finite_step, train_step
 from aurora_rl.trajectories import pack
+
+logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _NOTE_S = 1.0  # a peer may send junk without an end
+_COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps _unlearned".split()
 
 
 class TrajectorySource(Protocol):
@@ -43,6 +49,10 @@ class TrajectorySource(Protocol):
 
     handshake_error: str | None
     rejections: Counter[str]
+
+    @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
 
     def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
         """Take the trajectories that have arrived, oldest first."""
@@ -57,11 +67,18 @@ class WeightTarget(Protocol):
     error: str | None
 
     @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
+
+    @property
     def next_version(self) -> int:
         """The least version that may be published next."""
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
         """Hand weights on."""
+
+    def rejection(self, version: int) -> str | None:
+        """Return why an engine did not load a version, or rolled it back; None if none did."""
 
     def close(self) -> None:
         """Hand nothing on any more."""
@@ -74,17 +91,18 @@ class Learner:
         drafter: Drafter in training, float32.
         loss: Objective on packed batches.
         optimizers: Optimizers of the drafter's parameters.
-        buffer: Replay buffer whose samples are packed batches.
+        buffer: Replay buffer from :func:`~aurora_rl.training.replay.trajectory_buffer`.
         collector: Brings trajectories.
         publisher: Takes weights.
         gate: Decides about candidates.
         log: Log of steps, candidates and decisions.
         serving_dtype: Dtype of published weights.
         batch_size: New trajectories of an optimizer step.
-        replay: Replayed batches for each batch of new trajectories.
+        replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
-        max_skipped: Steps in a row that may come out without a finite loss and gradient.
-        checkpoint: Folder of the training state.
+        max_skipped: Steps in a row that may come out without a finite loss and gradient, for no trajectory's sake.
+        checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
+        keep: Published drafters that are kept.
         outputs: Writes the training state.
 
     Attributes:
@@ -111,20 +129,25 @@ class Learner:
         publish_every: int,
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
+        keep: int = 5,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
+        self._replayed = cast("NewestTrajectories", buffer.storage)
         self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
-        self.outputs = outputs
+        self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
         self._new: list[TensorDictBase] = []
         self._credit = 0
-        self._since_candidate = self._offered_steps = 0
+        self._since_candidate = self._decided_steps = 0
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
+        self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
+        self._quarantined = self._refused = 0
         self._serving = self._frozen()
+        self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
 
@@ -143,7 +166,7 @@ class Learner:
                 f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
             )
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
-        self._offered_steps = self.steps
+        self._decided_steps = self.steps
         self._publish(self._frozen())
 
     def step(self, wait_s: float = 0.2) -> bool:
@@ -155,17 +178,19 @@ class Learner:
         self._note_refusal()
         if time.monotonic() >= self._next_note:
             self._note_drops()
+        self._note_rejection()
         if self._gate.ready:
             self._decide()
-        learned = self.steps > self._offered_steps  # a swap of what nobody changed would cost every cache
-        if learned and self._gate.candidate is None and self._since_candidate >= self._publish_every:
-            self._since_candidate, self._offered_steps = 0, self.steps
-            self._gate.offer(self._frozen())
+        learned = self.steps > self._decided_steps  # a swap of what nobody changed would cost every cache
+        if learned and not self._gate.holding and self._since_candidate >= self._publish_every:
+            self._since_candidate = 0
+            self._gate.hold()
             self._log.write("candidate", seen=self.seen, steps=self.steps)
         if len(self._new) >= self._batch_size:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
             self._credit = min(self._credit + self._replay, 4 * self._replay)
-            self._train(pack(batch), new=len(batch))
+            if self._train(pack(batch), new=len(batch)):
+                self._sound = batch[-1]
             return_freed_memory()
         elif self._credit > 0:
             self._credit -= 1
@@ -185,6 +210,16 @@ class Learner:
             self._unlearned += len(new) - len(self._new)
             self._since_candidate += len(trajectories)
 
+    def _note_rejection(self) -> None:
+        """Take the weights before the newest for those that are served, if an engine rejects the newest."""
+        if self._replaced is None or (reason := self._publisher.rejection(self.version)) is None:
+            return
+        self._serving, self._replaced = self._replaced, None
+        self._audit.withdrawn(self._serving)
+        shutil.rmtree(self._versions / str(self.version), ignore_errors=True)
+        self._log.write("rejected", version=self.version, reason=reason, seen=self.seen, steps=self.steps)
+        self.outputs.write(_STATE, self.save)
+
     def _note_refusal(self) -> None:
         refusal = self._collector.handshake_error or self._publisher.error
         if refusal != self._refusal:
@@ -192,21 +227,26 @@ class Learner:
             self._log.write("refused", reason=refusal)
 
     def _note_drops(self) -> None:
-        """Log what was dropped since the last such event."""
+        """Log what was dropped, and who was refused, since the last such events."""
         self._next_note = time.monotonic() + _NOTE_S
-        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned)
+        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned, quarantined=self._quarantined)
         if dropped != self._noted:
             self._log.write("drops", reasons=dict(dropped - self._noted), steps=self.steps)
             self._noted = dropped
+        if (refused := self._collector.refused + self._publisher.refused) != self._refused:
+            self._refused = refused
+            self._log.write("peers_refused", peers=refused, steps=self.steps)
 
-    def _train(self, batch: TensorDictBase, *, new: int) -> None:
+    def _train(self, batch: TensorDictBase, *, new: int) -> bool:
+        """Take a step, and return whether it was taken."""
         began = time.perf_counter()
         batch = batch.to(self._drafter.draft_vocab.device)
         try:
             loss, out = train_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
         except FloatingPointError as error:
-            self._skip(str(error))
-            return
+            if not self._quarantine(batch["request"].tolist(), str(error)):
+                self._skip(str(error))
+            return False
         self._skipped_in_a_row = 0
         self.steps += 1
         self.seen += new
@@ -220,6 +260,30 @@ class Learner:
             seconds=round(time.perf_counter() - began, 3),
             waiting=len(self._new),
         )
+        return True
+
+    def _quarantine(self, requests: list[int], reason: str) -> bool:
+        """Remove trajectories of a batch for whose sake no step can be taken. Return whether there were any.
+
+        Where not even a trajectory that was learned from before gives a step, the weights are the cause.
+        """
+        if self._sound is None or not self._has_step(self._sound):
+            return False
+        found = [each for each in self._replayed.of_requests(requests) if not self._has_step(each)]
+        if found:
+            self._replayed.remove(found)
+            self._quarantined += len(found)
+            sources = sorted({each.get_non_tensor("source", default="") for each in found})
+            names = [int(each["request"]) for each in found]
+            logger.warning(
+                "requests %s of %s are dropped, as no step could be taken with them: %s", names, sources, reason
+            )
+            self._log.write("quarantined", requests=names, sources=sources, reason=reason, steps=self.steps)
+        return bool(found)
+
+    def _has_step(self, trajectory: TensorDictBase) -> bool:
+        batch = pack([trajectory]).to(self._drafter.draft_vocab.device)
+        return has_finite_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
 
     def _skip(self, reason: str) -> None:
         """Leave a step out. After too many in a row, save what was learned before them and raise FloatingPointError."""
@@ -229,7 +293,7 @@ class Learner:
         if self._skipped_in_a_row > self._max_skipped:
             # A step that was finite itself may have led to weights that are not.
             finite = all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values())
-            written = not finite or self.outputs.write(_STATE, self.save)
+            written = not finite or self.try_save()
             there = self._checkpoint.exists()
             kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
             if not written:
@@ -240,9 +304,9 @@ class Learner:
             )
 
     def _decide(self) -> None:
-        began, candidate = time.perf_counter(), self._gate.candidate
-        assert candidate is not None
-        decision, released = self._gate.decide(self._serving)
+        began, candidate = time.perf_counter(), self._frozen()
+        self._decided_steps = self.steps
+        decision, released = self._gate.decide(candidate, self._serving)
         if decision.publish:
             self._publish(candidate)
         self._log.write(
@@ -258,10 +322,27 @@ class Learner:
     def _publish(self, weights: dict[str, Tensor]) -> None:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
-        self._serving = weights
+        self._replaced, self._serving = self._serving, weights
         self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
-        self.outputs.write(_STATE, self.save)
+        self.try_save()
+        self.outputs.write("the version", self._save_version)
+
+    def try_save(self) -> bool:
+        """Save; a failure is told, is among the failures of ``outputs``, and ends nothing. False if it failed."""
+        return self.outputs.write(_STATE, self.save)
+
+    def _save_version(self) -> None:
+        """Keep the drafter that was published last, and the newest before it."""
+        if self._keep:
+            self._save_drafter(self._versions / str(self.version))
+            folders = sorted(self._versions.glob("[0-9]*"), key=lambda folder: int(folder.name))
+            for folder in folders[: -self._keep]:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.outputs.failures.pop("the version", None)
+
+    def _save_drafter(self, folder: Path) -> None:
+        save_drafter(with_weights(self._drafter, self._serving, self._dtype), folder)
 
     def save(self) -> None:
         """Write the training state, and the drafter that was published last.
@@ -271,9 +352,37 @@ class Learner:
         """
         progress = {"seen": self.seen, "steps": self.steps, "version": self.version, "draft_vocab": self._draft_vocab()}
         save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        save_drafter(with_weights(self._drafter, self._serving, self._dtype), self._checkpoint / "drafter")
+        self._save_drafter(self._checkpoint / "drafter")
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides what it does next: other than a training state, with replay buffer and gate.
+
+        Tensors are its own, to be written before its next step.
+        """
+        return {
+            "drafter": self._drafter.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "serving": self._serving,
+            "buffer": self._buffer.state_dict(),
+            "gate": self._gate.state_dict(),
+            "new": [trajectory.state_dict() for trajectory in self._new],
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where a learner of the same settings was, whose :meth:`state_dict` this is."""
+        self._drafter.load_state_dict(state["drafter"])
+        for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        self._serving = state["serving"]
+        self._buffer.load_state_dict(state["buffer"])
+        self._gate.load_state_dict(state["gate"])
+        self._new = [TensorDict().load_state_dict(trajectory, strict=False) for trajectory in state["new"]]
+        for name, value in state["counts"].items():
+            setattr(self, name, value)
+        self._audit.published(self.version, self._serving)
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

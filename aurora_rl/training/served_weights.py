@@ -49,6 +49,10 @@ class WeightAudit:
         self._replaced, self._weights = self._weights, weights
         self._version, self._drafted, self._own, self._old = version, 0, 0, 0
 
+    def withdrawn(self, weights: dict[str, Tensor]) -> None:
+        """Leave the version unchecked: the weights that it replaced are served again."""
+        self._replaced, self._weights = None, weights
+
     def check(self, arrivals: Sequence[TensorDictBase]) -> None:
         """Compare the drafts of the newest version among trajectories that arrived, until there were enough."""
         if self._replaced is None:

@@ -37,6 +37,32 @@ def train_step(
     Raises:
         FloatingPointError: The sum or its gradient is not finite; no step was taken.
     """
+    try:
+        value, out = _gradient(loss, optimizers, batch, autocast=autocast)
+        for optimizer in optimizers:
+            optimizer.step()
+    finally:
+        _forget_gradient(optimizers)
+    return value, out
+
+
+def has_finite_step(
+    loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
+) -> bool:
+    """Return whether `train_step` could take a step on a batch. Takes none."""
+    try:
+        _gradient(loss, optimizers, batch, autocast=autocast)
+    except FloatingPointError:
+        return False
+    finally:
+        _forget_gradient(optimizers)
+    return True
+
+
+def _gradient(
+    loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
+) -> tuple[float, TensorDictBase]:
+    """Compute the loss and its clipped gradient; see `train_step`."""
     device = batch["sequence", "tokens"].device
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         # RMSNorm of a bfloat16 input by float32 weights is not fused, which follows from autocast.
@@ -44,19 +70,18 @@ def train_step(
         out = loss(batch)
     total: Tensor = torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum()
     value = float(total.detach())
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    _forget_gradient(optimizers)
     total.backward()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-    finite = math.isfinite(value) and math.isfinite(norm)
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # it would take memory next to what the next forward keeps
-    if not finite:
+    if not (math.isfinite(value) and math.isfinite(norm)):
         raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
     return value, out
+
+
+def _forget_gradient(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)  # it would take memory next to what the next forward keeps
 
 
 def train_on(

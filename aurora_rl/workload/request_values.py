@@ -16,7 +16,7 @@ Message = Mapping[str, str]
 
 BUDGETS = ("max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
-_MAX_STOPS = 16
+_MAX_STOPS, _LONGEST_STOP = 16, 1000
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # What clients send back of an answer that they got; templates are not given it.
 _EMPTY_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
@@ -70,11 +70,11 @@ def missing(place: str) -> FieldError:
     return FieldError(f"{place} is missing", place, "missing_field")
 
 
-def boolean_field(fields: Mapping[str, Any], name: str) -> bool | None:
+def boolean_field(fields: Mapping[str, Any], name: str, where: str = "") -> bool | None:
     """Return a field that is true or false; None if it is null or left out."""
     value = fields.get(name)
     if value is not None and not isinstance(value, bool):
-        raise wrong(name, value, "give true or false")
+        raise wrong(f"{where}{name}", value, "give true or false")
     return value
 
 
@@ -121,6 +121,10 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise wrong("stop", stop, "give a string, or a list of strings")
     if isinstance(stop, list) and len(stop) > _MAX_STOPS:
         raise FieldError(f"stop has {len(stop)} strings; give at most {_MAX_STOPS}", "stop")
+    stops = [stop] if isinstance(stop, str) else stop or []
+    longest = max((len(each) for each in stops if isinstance(each, str)), default=0)
+    if longest > _LONGEST_STOP:  # it is looked for at every token
+        raise FieldError(f"stop has a string of {longest} characters; give at most {_LONGEST_STOP}", "stop")
     if type(top_k) is int and top_k == -1:  # vLLM's and SGLang's word for all tokens
         named["top_k"] = 0
     if type(seed) is int and -(2**63) <= seed < 0:

@@ -31,9 +31,13 @@ class ClosedForm:
 
     Attributes:
         function: ``function(log_p, log_q)`` returns values ``[r]`` and their gradient in the logits, ``[r, Vd]``.
+        name: Name in :data:`CLOSED_FORMS`, by which a GPU's kernel computes it. None for any other function.
+        setting: Value of its keyword, such as ``beta``; 0.0 if it has none.
     """
 
     function: Callable[[Tensor, Tensor], Gradients]
+    name: str | None = None
+    setting: float = 0.0
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Gradients:
@@ -120,7 +124,7 @@ def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Gradient
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Gradients:
     """−log q(argmax p). Gradient: ``q_i − 1[i = argmax p]``."""
     best = log_p.max(-1, keepdim=True)
-    # Of what is not a number there is no largest.
+    # Values that are not numbers have no largest.
     value = torch.where(best.values.isnan(), torch.nan, -log_q.gather(-1, best.indices))
     return value[:, 0], log_q.exp_().scatter_add_(-1, best.indices, torch.full_like(value, -1.0))
 
@@ -150,7 +154,7 @@ def closed_form(name: str, **settings: float) -> ClosedForm:
         settings: Its keywords, such as ``beta`` of ``jensen_shannon``.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or a setting is out of range.
 
     Example:
         >>> half = torch.tensor([[0.5, 0.5]]).log()
@@ -160,4 +164,8 @@ def closed_form(name: str, **settings: float) -> ClosedForm:
     """
     if name not in CLOSED_FORMS:
         raise ValueError(f"no closed form is called {name!r}; there are {', '.join(CLOSED_FORMS)}")
-    return ClosedForm(partial(CLOSED_FORMS[name], **settings))
+    function = CLOSED_FORMS[name]
+    bound = partial(function, **settings)
+    bound(torch.zeros(1, 1), torch.zeros(1, 1))  # checks the settings
+    (setting,) = settings.values() or getattr(function, "__defaults__", None) or (0.0,)
+    return ClosedForm(bound, name, setting)

@@ -25,6 +25,11 @@ from aurora_kernels.closed_forms import ClosedForm
 from aurora_kernels.rows import Rows, blocks, chunk_rows, log_softmax, product_dtype, row_dtype
 from aurora_kernels.targets import Reader, Target
 
+try:
+    from aurora_kernels import row_kernel
+except ModuleNotFoundError:  # Triton is not installed
+    row_kernel = None  # type: ignore[assignment]
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -255,6 +260,11 @@ def _row_values(plan: _Plan, log_p: Tensor, best: Tensor, logits: Tensor, *, gra
     The gradient is that in the logits after the temperature. Log-probabilities of the target are ``log_p`` ``[r, Vd]``,
     its likeliest rows ``best`` ``[r]``.
     """
+    if row_kernel is not None and row_kernel.takes(plan.divergence, logits):
+        assert isinstance(plan.divergence, ClosedForm)
+        return row_kernel.row_values(
+            plan.divergence, log_p, best, logits, temperature=plan.temperature, gradient=gradient
+        )
     values, agreement = [], []
     for rows in blocks(logits):
         part, target = logits[rows], log_p[rows]

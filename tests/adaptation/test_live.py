@@ -41,7 +41,7 @@ def test_arms_take_turns_and_the_first_turn_is_not_measured() -> None:
     events: list[str] = []
 
     @contextlib.contextmanager
-    def beside(arm: str) -> Iterator[None]:
+    def company(arm: str) -> Iterator[None]:
         events.append(f"{arm} begins")
         yield
         events.append(f"{arm} ends")
@@ -51,7 +51,7 @@ def test_arms_take_turns_and_the_first_turn_is_not_measured() -> None:
         source = TimedRequests()
         servers[arm] = Clerk(source), source
     asked = {arm: requests() for arm in servers}
-    samples = list(measure_in_turns(servers, asked, 3, beside))  # type: ignore[arg-type]
+    samples = list(measure_in_turns(servers, asked, 3, company))  # type: ignore[arg-type]
     assert [(s.arm, s.turn) for s in samples] == [
         (arm, turn) for turn, order in enumerate(("abc", "bca", "cab")) for arm in order
     ]

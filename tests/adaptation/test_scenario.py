@@ -37,6 +37,7 @@ def test_a_scenario_of_the_package_has_its_prompts(name: str, tmp_path: Path) ->
         (PHASES + "arms: {a: {learn: true}}\n", "learn"),
         (PHASES + "seeds: many\n" + ARMS, "many"),
         (PHASES + "seeds: 0\n" + ARMS, "seeds must be at least 1, got 0"),
+        (PHASES + "pace: 0\n" + ARMS, "pace must be above 0, got 0"),
         (PHASES.replace("[sql]", "[cooking]") + ARMS, "unknown domain 'cooking'; there are code, sql"),
         (PHASES.replace("domains: [sql]", "path: a.jsonl, domains: [sql]") + ARMS, "give domains, or the path"),
         (PHASES.replace(", domains: [sql]", "") + ARMS, "give domains, or the path"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from tensordict import TensorDict
 from tiny_streams import drafter_and_loss, stream
 from torch import Tensor
 
+from aurora_rl.adaptation import simulation
 from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, simulate
 from aurora_rl.policies import Eagle3Drafter, TreeShape
+from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.gate import Gate, replay
@@ -23,7 +27,7 @@ SHAPE = TreeShape(3)
 
 
 def learner(
-    folder: Path, source: LocalSource, target: LocalTarget, margin: float = 9.0
+    folder: Path, source: LocalSource, target: LocalTarget, margin: float = 9.0, replay: int = 2
 ) -> tuple[Learner, Eagle3Drafter]:
     torch.manual_seed(0)
     drafter, loss = drafter_and_loss()
@@ -39,7 +43,7 @@ def learner(
         log=log,
         serving_dtype=torch.float32,
         batch_size=2,
-        replay=2,
+        replay=replay,
         publish_every=3,
         max_skipped=3,
         checkpoint=folder / "learner",
@@ -108,3 +112,53 @@ def test_a_gate_that_lets_nothing_pass_leaves_the_arm_as_it_is(requests: list[Te
     frozen = simulate(requests, drafter_and_loss()[0].serving_copy(torch.float32), SHAPE)
     assert set(run.version) == {0} and run.steps[-1] > 0
     assert run.rounds == frozen.rounds
+
+
+def test_a_learner_takes_the_steps_that_its_pace_allows(requests: list[TensorDict], tmp_path: Path) -> None:
+    source, target = LocalSource(), LocalTarget()
+    made, drafter = learner(tmp_path, source, target, replay=100)
+    serving = drafter.serving_copy(torch.float32)
+    run = simulate(requests, serving, SHAPE, learner=made, source=source, target=target, pace=1.5)
+    # The first batch is of two requests, and time before it is lost; after it replay fills all time.
+    assert run.steps[:5] == [0, 1, 3, 4, 6]
+    assert run.steps[-1] == run.steps[1] + 33
+
+
+@pytest.mark.parametrize("pace", [float("inf"), 1.5])
+def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
+    requests: list[TensorDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: float
+) -> None:
+    monkeypatch.setattr(simulation, "_SAVED_EVERY", 5)
+    kept: list[bytes] = []
+
+    def arm(folder: str, stop_after: int | None, state: dict[str, Any] | None = None) -> tuple[ArmRun, Eagle3Drafter]:
+        source, target = LocalSource(), LocalTarget()
+        arms_learner, drafter = learner(tmp_path / folder, source, target)
+
+        def save(so_far: dict[str, Any]) -> None:
+            file = io.BytesIO()
+            torch.save(so_far, file)
+            kept.append(file.getvalue())
+
+        def tell(done: int, run: ArmRun) -> None:
+            if stop_after is not None and done >= stop_after:
+                raise KeyboardInterrupt
+
+        run = simulate(
+            requests, drafter.serving_copy(torch.float32), SHAPE, learner=arms_learner, source=source, target=target,
+            earlier=EarlierAnswers(60), pace=pace, at_once=2, tell=tell, save=save, state=state,
+        )  # fmt: skip
+        return run, drafter
+
+    whole, learned = arm("whole", None)
+    assert whole.version[-1] >= 3
+    kept.clear()
+    with pytest.raises(KeyboardInterrupt):
+        arm("first", 18)
+    state = torch.load(io.BytesIO(kept[-1]), weights_only=True)
+    assert 10 <= len(state["run"]["tokens"]) < 18 and len(kept) >= 2
+    torch.manual_seed(99)
+    rest, relearned = arm("rest", None, state)
+    assert rest == whole
+    for name, tensor in learned.state_dict().items():
+        assert torch.equal(relearned.state_dict()[name], tensor), name

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aurora_rl.adaptation import simulation
+from aurora_rl.adaptation.simulation import ArmRun
+from aurora_rl.cli import bench_adaptation
 from aurora_rl.cli.main import main
 
 PAIRS = ["device=cpu", "dtype=float32", "drafter.vocab_size=64", "drafter.name=eagle3", "engine.max_length=512"]
@@ -54,6 +59,35 @@ def test_what_is_done_is_not_done_again(finished: Path, tiny_folder: Path) -> No
     assert changed == {"static-0"}
     table = [line for line in (finished / "report.md").read_text().splitlines() if line.startswith("| static | 1 ")]
     assert table == [line for line in report.splitlines() if line.startswith("| static | 1 ")]
+
+
+def test_an_interrupted_arm_goes_on_from_where_it_was_saved(
+    finished: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, state = finished / "arms" / "scratch-0" / "result.json", finished / "arms" / "scratch-0" / "state.pt"
+    before = json.loads(result.read_text())
+    result.unlink()
+    monkeypatch.setattr(simulation, "_SAVED_EVERY", 8)
+    simulate, started_at = bench_adaptation.simulate, []
+
+    def interrupted(*arguments: Any, save: Callable[[dict[str, Any]], None], **options: Any) -> ArmRun:
+        started_at.append(options["state"] and len(options["state"]["run"]["tokens"]))
+
+        def save_and_stop(so_far: dict[str, Any]) -> None:
+            save(so_far)
+            if len(so_far["run"]["tokens"]) >= 16 and len(started_at) == 1:
+                raise KeyboardInterrupt
+
+        return simulate(*arguments, save=save_and_stop, **options)
+
+    monkeypatch.setattr(bench_adaptation, "simulate", interrupted)
+    assert bench(tiny_folder, finished) == 130
+    assert state.exists() and not result.exists()
+    assert bench(tiny_folder, finished) == 0
+    assert started_at[0] is None and started_at[1] >= 16 and not state.exists()
+    after = json.loads(result.read_text())
+    clocks = {"learner_seconds": 0, "seconds": 0}
+    assert after | clocks == before | clocks
 
 
 def test_the_report_is_written_again(finished: Path) -> None:

@@ -23,6 +23,7 @@ from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.serving.recording import record
 from aurora_rl.training import steps as training
+from aurora_rl.trajectories import rule_code
 
 PAIRS = ["dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3", "learner.replay=1"]
 
@@ -187,6 +188,11 @@ def test_what_cannot_be_measured_is_an_error(
 ) -> None:  # fmt: skip
     assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "policy_gradient") == 2
     assert "serve with drafter.mode=sampled" in capsys.readouterr().err
+    rejected = TrajectoryDataset(tmp_path / "rejected")
+    for trajectory in TrajectoryDataset(streams["topk"]):
+        rejected.append(trajectory.set(("sampling", "rule"), torch.tensor(rule_code("rejection"))))
+    assert bench(tiny_folder, rejected.folder, tmp_path) == 2
+    assert f"--recording {rejected.folder}: the rule 'rejection' is not replayable: " in capsys.readouterr().err
     monkeypatch.setattr(assembly, "load", lambda config: pytest.fail("nothing is loaded for these"))
     for more, message in (
         (["--variants", "forward_lk"], "unknown 'forward_lk'; there are forward_kl"),

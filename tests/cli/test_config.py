@@ -24,6 +24,7 @@ def test_the_keys_are_frozen() -> None:
         *("model", "device", "dtype"),
         *("engine.name", "engine.slots", "engine.max_length", "engine.prefix_cache_tokens", "engine.threads"),
         *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
+        "engine.batch_invariant",
         *("http.host", "http.port", "http.api_keys", "http.max_body", "http.max_waiting", "http.timeout"),
         "http.cors_origins",
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
@@ -40,13 +41,23 @@ def test_the_keys_are_frozen() -> None:
             "drafter.adaptive",
         ),
         *("baseline.share", "baseline.window"),
-        *("wire.trajectories", "wire.weights", "wire.queue"),
+        *("wire.trajectories", "wire.weights", "wire.queue", "wire.queue_bytes", "wire.max_message", "wire.keys"),
         "objectives",
-        *("learner.spawn", "learner.threads", "learner.nice", "learner.batch_size", "learner.replay", "learner.buffer"),
+        *(
+            "learner.spawn",
+            "learner.threads",
+            "learner.nice",
+            "learner.batch_size",
+            "learner.replay",
+            "learner.buffer",
+            "learner.buffer_bytes",
+        ),
         *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
-        *("learner.resume", "learner.record"),
+        *("learner.keep", "learner.resume", "learner.record"),
         *("gate.requests", "gate.margin"),
+        *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),
         "telemetry.logger",
+        "telemetry.max_log",
         "run_dir",
     ]
 
@@ -173,6 +184,11 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
 def test_one_clear_error(pair: str, wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):
         load_config(overrides=[pair])
+
+
+def test_batch_invariance_is_of_the_embedded_engine() -> None:
+    with pytest.raises(ConfigError, match="needs engine.name=transformers, got 'sglang'; SGLang has engine.arguments="):
+        load_config(overrides=["engine.batch_invariant=true", "engine.name=sglang"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from aurora_rl.cli.config import load_config
@@ -36,3 +39,15 @@ def test_what_is_at_its_limit_is_taken() -> None:
         0,
     )
     assert load_config(overrides=["http.port=null"]).http.port is None
+
+
+@pytest.mark.parametrize(
+    "pair",
+    ["wire.trajectories=tcp://0.0.0.0:5557", "wire.weights=tcp://learner:5558", "engine.plugin_address=tcp://*:5560"],
+)
+def test_an_address_that_other_hosts_can_reach_needs_keys(pair: str, tmp_path: Path) -> None:
+    key, address = pair.split("=")
+    more = [] if key.startswith("wire") else ["engine.url=http://h:1", "engine.name=sglang", "drafter.path=d"]
+    with pytest.raises(ConfigError, match=rf"^{key}={re.escape(address)}: other hosts can reach it, .* `aurora-rl"):
+        load_config(overrides=[pair, *more])
+    assert load_config(overrides=[pair, *more, f"wire.keys={tmp_path}"]).wire.keys == str(tmp_path)

@@ -69,6 +69,21 @@ def test_init_refuses_what_has_no_folder(target: list[str], tmp_path: Path, caps
     assert sorted(path.name for path in model.iterdir()) == before
 
 
+def test_a_drafter_is_replaced_only_if_that_is_said(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    assert init(out, *target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]") == 0
+    trained = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    refusal = f"aurora-rl: --out {out} holds a drafter already; name another folder, or add --overwrite\n"
+    assert init(out, *target, "drafter.name=medusa") == 2 and capsys.readouterr().err == refusal
+    assert export(out, out, "--to", "sglang", *target[:3]) == 2 and capsys.readouterr().err == refusal
+    assert (out / "model.safetensors").read_bytes() == trained
+    assert init(out, "--overwrite", *target, "drafter.name=medusa") == 0
+    assert "Medusa" in json.loads((out / "config.json").read_text())["architectures"][0]
+
+
 # ---- inspect --------------------------------------------------------------------------------------------------------
 
 

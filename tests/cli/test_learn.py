@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 
 from aurora_rl.cli import main as cli
+from aurora_rl.training.learner import Learner
 
 
 def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     address = next(a.partition("=")[2] for a in arguments if a.startswith("wire.weights"))
     with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
-        assert cli.main(["learn", *arguments]) == 2
+        assert cli.main(["learn", *arguments]) == 75
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"aurora-rl: {address} is in use;")
     assert "set wire.weights to another address" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_last_training_state_that_is_not_written_is_no_error_of_the_users(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("aurora_rl.training.learner.save_training_state", full)
+    monkeypatch.setattr(Learner, "step", lambda learner: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(["learn", *arguments]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "aurora-rl: the training state could not be written: the disk is full"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from aurora_rl.cli import learner_process
 from aurora_rl.cli.config import Config, load_config
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import ConfigError, may_pass
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.telemetry.log import MetricsReader
 
@@ -40,20 +41,20 @@ def test_a_learner_that_does_not_start_is_quoted(tmp_path: Path, learner_of: Han
             learner_of(child, tmp_path).wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
 
 
-def test_a_file_of_the_working_directory_does_not_shadow_a_module_in_the_learner(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "passes"), [("raise SystemExit(75)", True), ("raise SystemExit(2)", False), ("", None)]
+)
+def test_a_learner_that_may_start_another_time_is_told_apart(
+    tmp_path: Path, learner_of: Handle, monkeypatch: pytest.MonkeyPatch, code: str, passes: bool | None
 ) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "profile.py").write_text("raise SystemExit('shadowed')")
-    (tmp_path / "aurora_rl").mkdir()
-    (tmp_path / "aurora_rl" / "__init__.py").write_text("raise SystemExit('shadowed')")
-    monkeypatch.chdir(tmp_path)
-    learner = LearnerProcess(load_config(overrides=arguments), tmp_path / "run")
-    try:
-        learner.wait_ready(MetricsReader(tmp_path / "run" / "metrics.jsonl"))
-    finally:
-        learner.end()
-    assert learner.child.returncode == 0
+    """By its own status; and one that lives and does not listen in time may listen another time."""
+    monkeypatch.setattr(learner_process, "_READY_S", 0.1 if passes is None else 30.0)
+    (tmp_path / "learner.log").write_text("aurora-rl: not now\n")
+    with subprocess.Popen([sys.executable, "-c", code or "import time; time.sleep(60)"]) as child:
+        with pytest.raises(ConfigError, match="^the learner did not start: not now$") as caught:
+            learner_of(child, tmp_path).wait_ready(MetricsReader(tmp_path / "metrics.jsonl"))
+        child.kill()
+    assert may_pass(caught.value) is (passes is not False)
 
 
 def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, learner_of: Handle) -> None:
@@ -104,6 +105,33 @@ def test_a_learner_that_dies_is_started_again_after_a_wait_that_grows(
     assert waits == [1.0, 2.125, 4.125]  # one, two and four seconds, to the next look
     assert [resume for _, resume in started] == [None, None, str(tmp_path / "learner"), str(tmp_path / "learner")]
     assert learner.restarts == 3 and not learner.tend() and learner.state == "running"
+
+
+def test_a_learner_that_cannot_be_started_again_is_tried_again_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, learner_of: Handle
+) -> None:
+    dead: Any = SimpleNamespace(poll=lambda: -9, returncode=-9)
+    run, clock, started = tmp_path / "run", [100.0], []
+    learner = learner_of(dead, run)  # whose folder is gone
+    monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(clock[0])
+        if len(started) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")  # fork
+        return SimpleNamespace(poll=lambda: None)
+
+    monkeypatch.setattr(learner_process.subprocess, "Popen", start)
+    while not learner.tend():
+        clock[0] += 0.125
+        if clock[0] == 106.0:
+            run.mkdir()
+        assert not started or "cannot be started again (Resource temporarily unavailable), serving" in learner.state
+        assert clock[0] < 130
+    # A second, two and four after the looks that found it dead: two starts without a folder, one without memory.
+    assert started == [107.25, 115.375] and learner.restarts == 1 and learner.state == "running"
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1 and "cannot be started again, serving goes on without it: [Errno 2]" in told[0]
 
 
 def test_the_state_of_the_learner(learner_of: Handle) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +18,13 @@ from aurora_rl.cli.config import load_config
 def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text("engine: {slots: 3}\n")
     pairs = ["seed=5", "drafter.feature_layers=[1,2]"]
-    assert cli.main(["flywheel", "--config", str(tmp_path / "mine.yaml"), "--print-config", *pairs]) == 0
+    assert cli.main(["serve", "--config", str(tmp_path / "mine.yaml"), "--print-config", *pairs]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "printed.yaml") == load_config(tmp_path / "mine.yaml", pairs)
+    for words, share in (([], 0.0), (["canary.share=0.25"], 0.25)):  # a flywheel swaps at once, unless it is told
+        assert cli.main(["flywheel", "--print-config", *words]) == 0
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        assert load_config(tmp_path / "printed.yaml").canary.share == share
 
 
 @pytest.mark.parametrize("command", ["flywheel", "serve"])
@@ -32,7 +38,6 @@ def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("traffic.path=/no/file", "cannot read requests from /no/file: No such file or directory"),
         ("traffic.path={lines}", "line 2: not valid JSON: Expecting value at character 15"),
         ("traffic.path={blank}", "line 1: empty prompt: the content of messages[0], the last, is empty"),
-        ("engine.max_length=50", "that exceeds engine.max_length=50"),
         ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
         ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),
         ("run_dir={lines}", "cannot be used: File exists"),
@@ -55,6 +60,35 @@ def test_errors_are_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp_path: Path) -> None:
+    code = f"""if True:
+        import contextlib, gc, sys
+        from aurora_rl.cli.main import main
+        for words in (["--version"], ["serve", "--help"], ["flywheel", "--print-config"], ["learn", "--help"]):
+            with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+                main(words)
+        print(*{{"torch", "transformers", "huggingface_hub", "matplotlib", "zmq"}} & sys.modules.keys())
+        for command in ("learn", "flywheel"):
+            assert main([command, "drafter.name=no_such", "http.port=null", "run_dir={tmp_path / "run"}"]) == 2
+        print(*{{"matplotlib", "starlette", "uvicorn", "prometheus_client", "openai", "tensorboard", "sglang", "scipy",
+                 "sklearn", "pandas", "gymnasium", "torchvision", "torchrl.collectors"}} & sys.modules.keys())
+        print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["", "", "True True True"]
+    assert [line.partition("drafter.name")[0] for line in done.stderr.splitlines()] == ["aurora-rl: "] * 2
+
+
+def test_traffic_without_room_is_refused_by_the_command_that_serves_it(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["flywheel", *arguments, "http.port=0", "engine.max_length=50"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aurora-rl: ") and "that exceeds engine.max_length=50" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(["--version"])
@@ -69,7 +103,7 @@ def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]
             cli.main([name, *parts.get(name, []), "--help"])
         assert error.value.code == 0
         text = capsys.readouterr().out
-        assert ("key=value" in text) == (name != "report")  # which has no configuration
+        assert ("key=value" in text) == (name not in ("report", "history"))  # which have no configuration
         assert name in parts or command.help.split()[0] in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.recording import open_recording, questions, recorded_prompts
 from aurora_rl.collectors.dataset import TrajectoryDataset
-from aurora_rl.policies import MedusaDrafter
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.trajectories import rule_code
 from aurora_rl.workload.traffic import Prompt
 
 
@@ -73,3 +75,15 @@ def test_a_recording_of_another_target_is_refused(config: Config, tmp_path: Path
     drafter.feature_layers = (0, 1)
     with pytest.raises(ConfigError, match=f"^--recording {tmp_path}/tiny: .*this one reads 0,1"):
         open_recording(tmp_path / "tiny", target, drafter)
+
+
+def test_a_recording_with_a_request_that_cannot_be_replayed_is_refused(config: Config, tmp_path: Path) -> None:
+    model = tiny_target()
+    target = replace(assembly.load(spec.resolve(config)), model=model, parts=TargetParts.of(model))
+    drafter = drafter_for(Eagle3Drafter, model)
+    recording = TrajectoryDataset(tmp_path / "mixed", drafter.feature_layers)
+    recording.append(tiny_trajectory(drafter))
+    assert len(open_recording(recording.folder, target, drafter)) == 1
+    recording.append(tiny_trajectory(drafter).set(("sampling", "rule"), torch.tensor(rule_code("rejection"))))
+    with pytest.raises(ConfigError, match=f"^--recording {tmp_path}/mixed: the rule 'rejection' is not replayable: "):
+        open_recording(recording.folder, target, drafter)

@@ -9,7 +9,8 @@ import pytest
 from aurora_rl.cli import run_dir
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.run_dir import RunDir, resumed_config
+from aurora_rl.cli.main import main
+from aurora_rl.cli.run_dir import RunDir, go_on, resumed_config
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,9 @@ def test_the_log_of_a_process_that_says_why_is_kept(tmp_path: Path) -> None:
 def earlier(tmp_path: Path) -> Path:
     """The folder of a run that was killed after it had published."""
     config = load_config(overrides=[f"run_dir={tmp_path / 'run'}", "engine.slots=3"])
-    folder = RunDir(config, ["config.yaml"]).path
+    run = RunDir(config, ["config.yaml"])
+    run.close()
+    folder = run.path
     for name in ("drafter-day0", "learner/drafter"):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text("{}")
@@ -62,11 +65,29 @@ def earlier(tmp_path: Path) -> Path:
 def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
     config = resumed_config("serve", str(earlier), None, ["gate.requests=5"])
     assert (config.engine.slots, config.gate.requests, config.run_dir) == (3, 5, str(earlier))
+    RunDir(config, ["config.yaml"], resume=True).close()
     assert config.drafter.path == str(earlier / "learner" / "drafter")
     assert config.learner.resume == str(earlier / "learner")
+    # What is saved starts another run elsewhere: it names nothing of this one.
+    saved = load_config(earlier / "config.yaml")
+    assert (saved.gate.requests, saved.run_dir, saved.drafter.path, saved.learner.resume) == (5, None, None, None)
     (earlier / "learner").rename(earlier / ".learner-old")  # killed while it wrote
     config = resumed_config("serve", str(earlier), None, [])
+    go_on(config, earlier)
     assert (config.drafter.path, config.learner.resume) == (str(earlier / "drafter-day0"), str(earlier / "learner"))
+
+
+@pytest.mark.parametrize("command", ["serve", "flywheel", "learn"])
+def test_a_run_that_goes_on_is_not_joined(earlier: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    (earlier / "learner.yaml").write_text("learner: {nice: 0}")
+    going_on = RunDir(Config(run_dir=str(earlier)), resume=True)
+    before = sorted(earlier.iterdir())
+    assert main([command, "--resume", str(earlier)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aurora-rl: --resume {earlier}: the run in this folder still goes on, and two would")
+    assert sorted(earlier.iterdir()) == before
+    going_on.close()
+    RunDir(Config(run_dir=str(earlier)), ["config.yaml"], resume=True).close()
 
 
 def test_each_part_keeps_its_documents(earlier: Path) -> None:
@@ -75,6 +96,7 @@ def test_each_part_keeps_its_documents(earlier: Path) -> None:
         folder = RunDir(Config(run_dir=str(earlier), seed=number), ["config.yaml", "summary.json"], resume=True)
         assert (earlier / f"part-{number}" / "summary.json").read_text() == f"of part {number}"
         assert load_config(folder.path / "config.yaml").seed == number
+        folder.close()
     with pytest.raises(ConfigError), folder.undone_if_refused():
         raise ConfigError("refused")
     assert load_config(earlier / "config.yaml").seed == 1 and not (earlier / "part-2").exists()

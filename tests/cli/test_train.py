@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from aurora_rl.cli import main as cli
 from aurora_rl.cli import train as train_command
 from aurora_rl.cli.assembly import load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import load_config
+from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.spec import resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.policies import Eagle3Drafter
@@ -89,12 +92,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: i
 def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "first run"
     assert train("--held-out", "0.3", "--epochs", "2", *pairs, f"run_dir={run}", "telemetry.logger=csv") == 0
     out = capsys.readouterr()
     assert out.err == "" and "epoch 0: acceptance length" in out.out and "epoch 2: acceptance length" in out.out
     assert {path.name for path in run.iterdir()} == FILES | {"logs"}
-    logged = (run / "logs" / "run" / "scalars" / "train" / "loss.csv").read_text().splitlines()
+    logged = (run / "logs" / "first run" / "scalars" / "train" / "loss.csv").read_text().splitlines()
     assert [int(line.split(",")[0]) for line in logged] == [1, 2, 3, 4]
     assert len(TrajectoryDataset(run / "recording")) == 6
     figures = summary(run)
@@ -106,7 +109,7 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     assert set(figures["domains"]) <= {"code", "sql", "math", "finance", "chat"}
     losses = [e["loss"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "train"]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    (serve,) = (line.split() for line in out.out.splitlines() if line.startswith("aurora-rl serve "))
+    (serve,) = (shlex.split(line) for line in out.out.splitlines() if line.startswith("aurora-rl serve "))
     served = [
         "flywheel",
         *serve[2:],
@@ -194,7 +197,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [*pairs, "engine.slots=1"]  # requests are recorded in their order
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts = tmp_path / "whole", tmp_path / "its parts"
     assert train("--epochs", "2", *pairs, f"run_dir={whole}") == 0
     for owner, method, call in ((TrajectoryDataset, "append", 3), (OfflineTrainer, "step", 3)):
         with monkeypatch.context() as patch:
@@ -202,7 +205,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
             words = ["--resume", str(parts)] if parts.exists() else ["--epochs", "2", *pairs, f"run_dir={parts}"]
             assert train(*words) == 130
         out = capsys.readouterr().out
-        assert f"interrupted; aurora-rl train --resume {parts} goes on" in out
+        assert f"interrupted; aurora-rl train --resume '{parts}' goes on" in out
         assert not (parts / "summary.json").exists()
     assert json.loads((parts / "learner" / "progress.json").read_text())["batches"] == 3
     assert train("--resume", str(parts)) == 0
@@ -215,6 +218,10 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     assert summary(parts) | duration == summary(whole) | duration
     # More epochs go on from there.
     assert train("--epochs", "3", "--resume", str(parts)) == 0
+    assert summary(parts)["steps"] == 6
+    with contextlib.closing(RunDir(load_config(overrides=[f"run_dir={parts}"]), resume=True)):  # still goes on
+        assert train("--epochs", "4", "--resume", str(parts)) == 2
+    assert f"aurora-rl: --resume {parts}: the run in this folder still goes on" in capsys.readouterr().err
     assert summary(parts)["steps"] == 6
 
 
@@ -273,8 +280,7 @@ def test_a_save_that_fails_ends_no_training(
     monkeypatch.setattr(train_command, "write_summary", full)
     assert train("--epochs", "3", *pairs, f"run_dir={run}") == 1
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("aurora-rl: ")] == [
-        "aurora-rl: learner could not be written: No space left on device",
-        "aurora-rl: summary.json could not be written: No space left on device",
+        "aurora-rl: summary.json could not be written: No space left on device",  # the learner was written in the end
     ]
     assert {path.name for path in run.iterdir()} == FILES - {"summary.json"}
     assert json.loads((run / "learner" / "progress.json").read_text())["batches"] == 6

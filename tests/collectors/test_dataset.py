@@ -37,7 +37,7 @@ def test_a_stream_comes_back(tmp_path: Path) -> None:
     again = TrajectoryDataset(tmp_path / "new" / "folder")  # as a restarted learner opens it
     again.append(written[2])
     assert len(again) == 3
-    assert again.request_ids() == [0, 1, 2]
+    assert again.numbers("request") == [0, 1, 2]
     assert all(same(a, b) for a, b in zip(written, again, strict=True))
 
 
@@ -50,6 +50,8 @@ def test_what_is_not_there_or_broken_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="000000.safetensors is no trajectory"):
         recording[0]
+    with pytest.raises(ValueError, match="000000.safetensors is no trajectory"):
+        recording.numbers("request")
     (tmp_path / "000001.part").write_bytes(b"")  # of a process that was killed
     assert len(TrajectoryDataset(tmp_path)) == 1
 

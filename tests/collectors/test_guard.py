@@ -9,12 +9,13 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 import zmq
 from tensordict import TensorDict
+from zmtp_peers import GREETING, PING, part, peer, shake_hands, until
 
 from aurora_rl.collectors import guard
 from aurora_rl.collectors.codec import Limits, encode
@@ -29,29 +30,6 @@ from aurora_rl.envs.sglang.plugin_server import PluginServer, ask
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
 MIB = 1 << 20
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-PING = b"\x04\x07\x04PING\x00\x00"
-
-
-def part(body: bytes, *, more: bool = True) -> bytes:
-    return bytes([2 | more]) + struct.pack(">Q", len(body)) + body
-
-
-def shake_hands(raw: socket.socket, kind: bytes) -> None:
-    ready = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", len(kind)) + kind
-    raw.sendall(GREETING + b"\x04" + bytes([len(ready)]) + ready)
-    answer = b""  # ZeroMQ takes no messages before it has sent its own READY
-    while b"READY" not in answer:
-        received = raw.recv(4096)
-        assert received, "no handshake"
-        answer += received
-
-
-def peer(address: str, kind: bytes) -> socket.socket:
-    host, port = address.removeprefix("tcp://").rsplit(":", 1)
-    raw = socket.create_connection((host, int(port)), timeout=10)
-    shake_hands(raw, kind)
-    return raw
 
 
 def sends(raw: socket.socket, data: bytes, times: int) -> bool:
@@ -63,13 +41,6 @@ def sends(raw: socket.socket, data: bytes, times: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -148,6 +119,8 @@ def test_of_many_unfinished_messages_the_largest_goes(collector: ZMQCollector, m
 def test_no_more_connections_than_are_looked_after(collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_MAX_CONNECTIONS", 1)
     first = peer(collector.address, b"PUSH")
+    first.sendall(part(b"x", more=False))
+    until(lambda: collector.poll(0.05) or collector.rejected)
     host, port = collector.address.removeprefix("tcp://").rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=10) as second:
         assert second.recv(1) == b""  # closed before ZeroMQ greets

@@ -13,7 +13,7 @@ from tensordict import NonTensorData, TensorDict
 from torchrl.collectors import Collector
 from torchrl.testing.mocking_classes import CountingEnv
 
-from aurora_rl.collectors.codec import decode
+from aurora_rl.collectors.codec import Limits, decode
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
@@ -193,3 +193,27 @@ def test_it_serves_as_a_replay_buffer_of_a_torchrl_collector() -> None:
             assert learner.socket.poll(10_000)
             assert decode(learner.socket.recv_multipart()).tensors["next", "reward"].shape == (10, 1)
     learner.close()
+
+
+def test_the_queue_is_bounded_in_bytes_and_one_that_is_too_large_displaces_nobody(free: str) -> None:
+    sink = TrajectorySink(free, handshake=HANDSHAKE, max_bytes=8_000, limits=Limits(max_bytes=1 << 16))
+    for number in range(10):
+        sink.extend(item(number, 250))  # 2,000 bytes
+        assert sink.queued <= 4
+    sink.extend(item(10, 1_001))
+    assert (sink.queued, sink.drops["no_learner"], sink.drops["too_large"]) == (4, 6, 1)
+    learner = Learner(free)
+    assert learner.receive(4) == [6, 7, 8, 9]
+    until(lambda: sink.sent == 4)
+    sink.extend(item(11, 1_000))  # they have left room
+    assert learner.receive(1) == [11]
+    sink.close()
+    learner.close()
+
+
+def test_a_trajectory_that_no_message_can_hold_is_dropped_here(free: str) -> None:
+    sink = TrajectorySink(free, handshake=HANDSHAKE, limits=Limits(max_bytes=1 << 16))
+    sink.extend(item(0, 8_000))
+    sink.extend(item(1, 6_000))
+    assert (sink.queued, sink.drops["too_large"]) == (1, 1)
+    sink.close()

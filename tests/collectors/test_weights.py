@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import zmq
+from processes import wait as until
 from tensordict import TensorDict
 
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
@@ -22,13 +23,6 @@ LOCAL = "tcp://127.0.0.1:*"
 
 def weights(value: float) -> TensorDict:
     return TensorDict({"layer": {"w": torch.full((2, 3), value)}}, batch_size=[])
-
-
-def until(condition: Callable[[], object], timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.002)
 
 
 def engine(address: str, **options: object) -> WeightReceiver:
@@ -106,6 +100,19 @@ def test_publish_load_acknowledge() -> None:
     assert (status.serving, status.acknowledged, status.swap_ms, status.rejected) == (3, 3, 2.5, None)
     assert receiver.latest() is None
     assert publisher.next_version == 4
+    receiver.close()
+    publisher.close()
+
+
+def test_the_learner_hears_why_a_version_was_rolled_back() -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    receiver = engine(publisher.address)
+    publisher.publish(3, weights(1.0))
+    version, _ = take(receiver)
+    assert publisher.rejection(3) is None
+    receiver.reject(version, "rolled back")
+    until(lambda: publisher.rejection(3))
+    assert publisher.rejection(3) == "rolled back" and publisher.rejection(2) is None
     receiver.close()
     publisher.close()
 
@@ -217,9 +224,11 @@ def test_handshake_mismatch_is_one_sentence_on_both_sides_and_heals() -> None:
     publisher.publish(1, weights(1.0))
     receiver = engine(publisher.address, handshake=replace(HANDSHAKE, head_checksum="other"))
     until(lambda: receiver.error)
-    mismatch = "handshake mismatch: head_checksum is 'head' at the learner and 'other' at the engine; "
-    assert receiver.error is not None and receiver.error.startswith(mismatch)
-    assert publisher.error == receiver.error
+    cure = "set the same model and dtype on both sides"
+    mismatch = f"handshake mismatch: head_checksum is 'head' at the learner and 'other' at the engine; {cure}"
+    assert publisher.error == mismatch
+    told = f"handshake mismatch: head_checksum differs from the learner's, whose log has both values; {cure}"
+    assert receiver.error == told
     assert receiver.latest() is None and publisher.engines == {}
     address = publisher.address
     publisher.close()
@@ -355,25 +364,65 @@ def test_hostile_messages_do_not_end_the_publisher() -> None:
     publisher.close()
 
 
-def test_the_books_are_bounded() -> None:
+def test_a_connection_is_one_engine_however_many_names_it_claims() -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    publisher.publish(1, weights(1.0))
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.connect(publisher.address)
-    for number in [*range(200), 0, *range(200, 300)]:  # the first one lives and is heard again
-        meta = {
-            "engine": f"{number}",
-            "version": 0,
-            "checksum": None,
-            "received": None,
-            "handshake": HANDSHAKE.to_meta(),
-        }
-        dealer.send_multipart(encode("serving", meta))
-    until(lambda: "299" in publisher.engines)
-    assert len(publisher.engines) == 256 and "0" in publisher.engines and "1" not in publisher.engines
+    for number in range(300):
+        dealer.send_multipart(encode("serving", serving(engine=f"{number}")))
+    kinds = [decode(dealer.recv_multipart()).kind for _ in range(301) if dealer.poll(5000)]
+    assert kinds.count("accepted") == 300 and kinds.count("weights") == 1
+    assert list(publisher.engines) == ["299"]
     dealer.close(0)
     context.term()
     publisher.close()
+
+
+@pytest.mark.parametrize("version", [2**63 - 1, 2**32 + 2, -1])
+def test_a_version_that_nobody_can_have_published_is_not_believed(version: int) -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    publisher.publish(1, weights(1.0))
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(publisher.address)
+    dealer.send_multipart(encode("serving", serving()))
+    dealer.send_multipart(encode("ack", {"engine": "x", "version": version, "checksum": "", "swap_ms": 1.0}))
+    dealer.send_multipart(encode("serving", serving(version=version)))
+    until(lambda: publisher.rejected == 2)
+    assert publisher.next_version == 2
+    dealer.close(0)
+    context.term()
+    publisher.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "value", "says"),
+    [
+        (1, math.nan, "tensor 'layer.w' has 6 values that are infinite or not a number"),
+        (1, 3e37, "tensor 'layer.w' has 6 values beyond 1e"),
+        (2**53, 1.0, "version 9007199254740992 leaves no room for later ones"),
+    ],
+)
+def test_weights_that_must_not_serve_are_refused_as_they_arrive(version: int, value: float, says: str) -> None:
+    learner = FakeLearner()
+    receiver = engine(learner.address)
+    identity, _ = learner.receive("serving")
+    tensors = weights(value)
+    meta = {"version": version, "checksum": checksum(tensors)}
+    learner.socket.send_multipart([identity, *encode("weights", meta, tensors)])
+    assert says in learner.receive("nack")[1]["reason"]
+    assert receiver.latest() is None and receiver.version == 0
+    learner.send(identity, 2)
+    assert load(receiver) == 2
+    receiver.close()
+    learner.close()
+
+
+def serving(**fields: object) -> dict[str, object]:
+    """What an engine says of itself."""
+    return {"engine": "x", "version": 0, "checksum": None, "received": None, "handshake": HANDSHAKE.to_meta()} | fields
 
 
 def test_errors_of_the_caller() -> None:

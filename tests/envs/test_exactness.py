@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from served_models import FAMILIES, HEADS, SIZES, engine_of, generated, model_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from aurora_kernels import TreeMask
 from aurora_rl.envs import exactness, transformers_engine
+from aurora_rl.envs.attention_span import First
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.models import inference_modules
+from aurora_rl.models import attention, inference_modules
 from aurora_rl.models import kv_cache as slot_cache
 from aurora_rl.models.target_head import decoder_layers
 
@@ -39,13 +42,13 @@ def test_greedy_text_is_that_of_generate(family: str) -> None:
 
 def _patched_grouped(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
     """Our attention, told other arguments."""
-    right = inference_modules.grouped_attention
+    right = attention.grouped_attention
 
     def wrong(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any):
         change(kwargs)
         return right(module, query, key, value, mask, *args, **kwargs)
 
-    monkeypatch.setitem(hf.AttentionInterface._global_mapping, inference_modules.GROUPED_ATTENTION, wrong)
+    monkeypatch.setitem(hf.AttentionInterface._global_mapping, attention.GROUPED_ATTENTION, wrong)
 
 
 @pytest.mark.parametrize(
@@ -125,14 +128,22 @@ def test_a_norm_that_drops_eps_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         engine_of(model_of(hf.LlamaConfig(**HEADS, rms_norm_eps=1e-2)))
 
 
-def _longer_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def _with_windows(monkeypatch: pytest.MonkeyPatch, change: Callable[[First, Tensor], Tensor]) -> None:
     kinds = transformers_engine.mask_kinds
 
     def wrong(config: PretrainedConfig, name: str, max_length: int):
         right = kinds(config, name, max_length)
-        return {kind: lambda query, key, sees=sees: sees(query, key + 1) for kind, sees in right.items()}
+        return {kind: None if first is None else partial(change, first) for kind, first in right.items()}
 
     monkeypatch.setattr(transformers_engine, "mask_kinds", wrong)
+
+
+def _longer_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_windows(monkeypatch, lambda first, position: (first(position) - 1).clamp(min=0))
+
+
+def _windows_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_windows(monkeypatch, lambda first, position: first(position[:, :1] + torch.arange(position.shape[1])))
 
 
 def _positions_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +173,8 @@ def _wrong_column(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gemma 3", _longer_window),
         ("llama 4", _longer_window),
         ("bloom", _positions_by_column),
-        ("llama 4", _positions_by_column),
+        ("mistral", _windows_by_column),
+        ("llama 4", _windows_by_column),
         ("llama", _positions_shifted),
         ("gpt-2", _wrong_column),
         ("llama", _wrong_column),
@@ -339,14 +351,14 @@ def test_a_model_that_depends_on_more_than_its_text_is_refused(
 
 def test_a_text_is_compared_beyond_its_first_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that hides what is more than 30 columns back."""
-    right = transformers_engine.cache_mask
 
-    def wrong(seen: Tensor, past: Tensor, end: int) -> Tensor:
-        mask = right(seen, past, end).clone()
-        mask[..., : max(end - 30, 0)] = False
-        return mask
+    class Short(TreeMask):
+        def dense(self, length: int, columns: int) -> Tensor:
+            mask = super().dense(length, columns).clone()
+            mask[..., : max(columns - 30, 0)] = False
+            return mask
 
-    monkeypatch.setattr(transformers_engine, "cache_mask", wrong)
+    monkeypatch.setattr(transformers_engine, "TreeMask", Short)
     with pytest.raises(UnsupportedModelError, match="not served exactly"):
         engine_of(model_of(FAMILIES["llama"][1]()))
 

@@ -8,7 +8,7 @@ import transformers as hf
 from served_models import FAMILIES, model_of
 
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.envs.kv_shapes import kv_shapes, uniform_groups
+from aurora_rl.envs.kv_shapes import kv_shapes
 from aurora_rl.models.kv_cache import KVShape
 
 
@@ -45,11 +45,3 @@ def test_a_model_that_does_not_run_with_a_cache_is_refused_with_the_reason() -> 
         match="LlamaForCausalLM does not run with a cache of keys and values .*no such cache.*; engine.name=sglang may",
     ):
         kv_shapes(model)
-
-
-@pytest.mark.parametrize(("key_heads", "groups"), [((4, 4), 2), ((8, 8), 1), ((2, 4), 1)])
-def test_groups_are_those_of_all_layers_or_one(key_heads: tuple[int, ...], groups: int) -> None:
-    config = hf.LlamaConfig(num_attention_heads=8)
-    # Sizes and the heads of values do not matter.
-    shapes = {number: (KVShape(heads, 3 + number), KVShape(1, 5)) for number, heads in enumerate(key_heads)}
-    assert uniform_groups(config, shapes) == groups

@@ -21,9 +21,9 @@ from aurora_rl.cli import main as cli
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("signal_handlers")]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "production.md").read_text().replace("\\\n", " ")
-INIT, LEARN, ATTACH = (
+KEYS, INIT, LEARN, ATTACH = (
     next(line for line in PAGE.splitlines() if line.startswith(f"aurora-rl {command}"))
-    for command in ("drafter init", "learn", "sglang attach")
+    for command in ("keys", "drafter init", "learn", "sglang attach")
 )
 
 
@@ -37,7 +37,8 @@ def sglang(tiny_folder: Path, tmp_path: Path) -> Iterator[RecordedSGLang]:
     init = words(INIT, {"DRAFTER": str(tmp_path / "drafter"), "Qwen/Qwen3-8B": str(tiny_folder)})
     small = ["drafter.feature_layers=[1,2]", "drafter.vocab_size=64", "engine.max_length=256", "dtype=float32"]
     assert cli.main([*init, *small]) == 0
-    stand_in = RecordedSGLang(tiny_folder, tmp_path / "drafter")
+    assert cli.main(words(KEYS, {"KEYS": str(tmp_path / "keys")})) == 0
+    stand_in = RecordedSGLang(tiny_folder, tmp_path / "drafter", str(tmp_path / "keys"))
     yield stand_in
     stand_in.close()
 
@@ -48,7 +49,9 @@ def test_a_learner_elsewhere_learns_from_an_sglang_that_is_attached_to_it(
     wire = dict(pair.split("=") for pair in arguments if pair.startswith("wire."))
     names = {
         "DRAFTER": str(tmp_path / "drafter"), "Qwen/Qwen3-8B": str(tiny_folder), "dtype=bfloat16": "dtype=float32",
-        "tcp://127.0.0.1:5557": wire["wire.trajectories"], "tcp://127.0.0.1:5558": wire["wire.weights"],
+        "tcp://0.0.0.0:5557": wire["wire.trajectories"], "tcp://0.0.0.0:5558": wire["wire.weights"],
+        "tcp://learner:5557": wire["wire.trajectories"], "tcp://learner:5558": wire["wire.weights"],
+        "wire.keys=KEYS": f"wire.keys={tmp_path / 'keys'}",
         "tcp://127.0.0.1:5560": sglang.plugin_address, "http://127.0.0.1:30000": sglang.url,
     }  # fmt: skip
     front_keys = ["http.port=0", "max_new_tokens=null"]  # SGLang chooses the budget of its clients

@@ -56,7 +56,7 @@ def test_ctrl_c_while_both_processes_start(start: Start) -> None:
 
 
 def test_ctrl_c_while_serving_and_again_and_again_while_it_ends(start: Start) -> None:
-    flywheel = start("flywheel", ENDLESS)
+    flywheel = start("flywheel", ENDLESS, "drafter.adaptive=true")
     flywheel.wait_for("train")
     while flywheel.process.poll() is None:
         flywheel.interrupt()
@@ -127,7 +127,7 @@ def test_a_port_in_use_is_told_before_a_request_is_served(
     run = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as holder:
         address = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
-        assert cli.main(["flywheel", *arguments, f"wire.trajectories={address}", f"run_dir={run}"]) == 2
+        assert cli.main(["flywheel", *arguments, f"wire.trajectories={address}", f"run_dir={run}"]) == 75
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"aurora-rl: the learner did not start: {address} is in use;")
     assert "set wire.trajectories to another address" in error
@@ -203,7 +203,7 @@ def test_a_learner_that_cannot_save_is_told_by_the_flywheel(start: Start) -> Non
     flywheel.interrupt()
     assert flywheel.ended() == 1, flywheel.text
     last = flywheel.text.splitlines()[-1]
-    assert last.startswith("aurora-rl: the learner ended with status 2: ")
+    assert last.startswith("aurora-rl: the learner ended with status 1: ")
     assert "learner cannot be written: " in last and last.endswith(f"see {flywheel.run / 'learner.log'}")
     assert not list(flywheel.run.glob(".*"))
     assert {path.name for path in flywheel.run.iterdir()} >= FILES | {"answers.jsonl", "drafter"}

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
+import shlex
+import shutil
 import signal
+import socket
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -65,7 +73,7 @@ def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], l
 
 
 def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None:
-    server = start("serve", "http.port=0")
+    server = start("serve", "http.port=0", "drafter.adaptive=true")
     api = client(server)
     first = ask(api, "Number 0?")
     assert first.usage.completion_tokens == 8  # max_new_tokens
@@ -92,7 +100,7 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
 
 
 def test_a_learner_that_dies_is_started_again_and_goes_on_from_its_checkpoint(start: Start) -> None:
-    server = start("serve", "http.port=0")
+    server = start("serve", "http.port=0", "drafter.adaptive=true")
     api = client(server)
 
     ask_until(server, api, lambda: server.events("swap") and server.events("checkpoint"))
@@ -133,6 +141,35 @@ def test_what_a_dead_learner_missed_is_counted_and_what_waited_for_the_next_is_n
     assert told in " ".join(server.text.split())
 
 
+def test_a_learner_whose_folder_is_gone_ends_no_server(start: Start) -> None:
+    server = start("serve", "http.port=0")
+    api = client(server)
+    (pid,) = server.children
+    shutil.rmtree(server.run)
+    os.kill(pid, signal.SIGKILL)
+    wait(lambda: "the learner cannot be started again" in server.text)
+    assert ask(api, "Still there?", max_tokens=8).usage.completion_tokens == 8
+    server.interrupt()
+    assert server.ended() == 0, server.text
+    assert server.text.count("cannot be started again") == 1 and server.summary["requests"] == 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_chat_of_the_quickstart(start: Start) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^curl .*", page, re.M)
+    assert ".venv/bin/aurora-rl serve\n" in page
+    server = start("serve", "http.port=0", "learner.spawn=false")
+    url = str(client(server).base_url).removesuffix("/v1/")
+    words = shlex.split(command.replace("http://127.0.0.1:8000", url))
+    assert words[1].startswith(url)
+    out = subprocess.run([*words, "-s", "--max-time", "60"], capture_output=True, timeout=90, check=True).stdout
+    (choice,) = json.loads(out)["choices"]
+    assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("length", "stop")
+    server.interrupt()
+    assert server.ended() == 0, server.text
+
+
 def test_an_end_in_the_middle_completes_what_was_asked(start: Start) -> None:
     server = start("serve", "http.port=0", "learner.spawn=false")
     api = client(server)
@@ -144,4 +181,19 @@ def test_an_end_in_the_middle_completes_what_was_asked(start: Start) -> None:
         server.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line.startswith("data: ")]
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in "".join(rest)
+    assert server.ended() == 0, server.text
+
+
+def test_silent_connections_take_no_descriptor_that_the_server_needs(start: Start) -> None:
+    server = start("serve", "http.port=0", "learner.spawn=false")
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (200, 200))
+    api = client(server)
+    with ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(socket.create_connection((api.base_url.host, api.base_url.port), timeout=10))
+        statuses = len(server.events("status"))
+        server.wait_for("status", statuses + 1)
+    wait(lambda: httpx.get(api.base_url.join("/health")).status_code == 200)
+    assert ask(api, "Still there?", max_tokens=8).usage.completion_tokens == 8
+    server.interrupt()
     assert server.ended() == 0, server.text

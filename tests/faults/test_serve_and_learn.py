@@ -20,7 +20,7 @@ SERVE = ("flywheel", "learner.spawn=false")
 
 
 def test_either_side_restarts(start: Start) -> None:
-    learner, server = start("learn"), start(*SERVE, ENDLESS)
+    learner, server = start("learn"), start(*SERVE, ENDLESS, "drafter.adaptive=true")
     server.wait_for("swap", 2)
     learner.process.kill()
     learner.ended()

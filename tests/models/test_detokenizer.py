@@ -140,6 +140,24 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "pieces", "texts"),
+    [
+        ("sentencepiece with bytes", ["▁a", "▁bc", "b", "▁", "▁a"], [" a", " bc", "b", " ", " a"]),
+        ("sentencepiece", ["▁a", "▁bc", "b", "▁a"], [" a", " bc", "b", " a"]),
+    ],
+)
+def test_a_token_keeps_the_space_that_begins_it(kind: str, pieces: list[str], texts: list[str]) -> None:
+    tokenizer = KINDS[kind]()
+    tokens = tokenizer.convert_tokens_to_ids(pieces)
+    spelt = [token_bytes(tokenizer, token) for token in tokens]
+    assert [text for text, _ in spelt] == texts
+    assert bytes(byte for _, each in spelt for byte in each or []).decode() == " " + decode(tokenizer, tokens)
+    assert token_bytes(tokenizer, 0) == ("<s>", list(b"<s>"))
+    if kind == "sentencepiece with bytes":
+        assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids("<0xE2>")) == ("\ufffd", [0xE2])
+
+
 @pytest.fixture(params=["of_bytes", *KINDS, pytest.param("smollm2", marks=pytest.mark.smollm2)], scope="module")
 def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return KINDS[request.param]() if request.param in KINDS else request.getfixturevalue(request.param)

@@ -10,16 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaFor
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from aurora_kernels import TreeMask
+from aurora_rl.models.attention import GROUPED_ATTENTION, PassMask
 from aurora_rl.models.inference_modules import (
-    GROUPED_ATTENTION,
     FusedDecoderLayer,
     PackedLinear,
     fuse_decoder_layers,
-    grouped_attention,
-    grouped_mask,
     prepare_for_inference,
     stage,
-    text_and_trees,
 )
 from aurora_rl.testing import tiny_target
 
@@ -180,7 +178,7 @@ def small_model(model_type: str, **settings: object) -> PreTrainedModel:
 
 
 def grouped_pass(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    mask = grouped_mask(torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril(), 2)
+    mask = PassMask.of(TreeMask(torch.tensor([0])), tokens)
     return model(tokens, attention_mask=mask, past_key_values=DynamicCache()).logits
 
 
@@ -210,45 +208,3 @@ def test_decoder_layers_are_fused_where_that_changes_nothing(
         undo()
         assert list(model.model.layers) == layers
         torch.testing.assert_close(grouped_pass(model, tokens), before)
-
-
-# ---- attention --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (3, 3)])
-def test_grouped_attention_is_attention_head_by_head(heads: int, groups: int) -> None:
-    b, length, columns, d = 2, 5, 9, 4
-    query = torch.randn(b, heads, length, d, dtype=torch.float64)
-    key, value = (torch.randn(b, groups, columns, d, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand(b, length, columns) < 0.4
-    mask[:, :, 0] = True  # no query without keys
-    out, weights = grouped_attention(
-        nn.Module(), query, key, value, mask.repeat(1, heads // groups, 1)[:, None], scaling=0.3
-    )
-    assert weights is None and out.shape == (b, length, heads, d)
-    for i in range(b):
-        for head in range(heads):
-            k, v = (part[i, head * groups // heads] for part in (key, value))  # repeat_kv: neighbours share a head
-            for row in range(length):
-                seen = mask[i, row].nonzero().flatten()
-                chance = (0.3 * k[seen] @ query[i, head, row]).softmax(0)
-                torch.testing.assert_close(out[i, row, head], chance @ v[seen])
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3)])
-def test_text_and_trees_are_attention_under_a_dense_mask(heads: int, groups: int) -> None:
-    size, d = 4, 4
-    query = torch.randn(2, heads, size + 3, d, dtype=torch.float64)
-    key, value = (torch.randn(2, groups, size + 3, d, dtype=torch.float64) for _ in range(2))
-    # Nodes 0 and 2 leave the text after its second and its last token, node 1 is below node 0.
-    seen = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool().expand(2, -1, -1)
-    ancestors = torch.tensor([[0, -1], [1, 0], [2, -1]]).expand(2, -1, -1)
-    dense = torch.zeros(2, size + 3, size + 3, dtype=torch.bool)
-    dense[:, :size, :size] = torch.ones(size, size).tril()
-    dense[:, size:, :size] = seen
-    dense[:, size:, size:] = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]])
-    mask = grouped_mask(dense, heads // groups)
-    expected, _ = grouped_attention(nn.Module(), query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(text_and_trees(query, key, value, seen, ancestors, 0.3), expected)
-    none = text_and_trees(*(part[:, :, :size] for part in (query, key, value)), seen[:, :0], ancestors[:, :0], 0.3)
-    torch.testing.assert_close(none, expected[:, :size])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from aurora_rl.models.kv_cache import SlotCache, cache_mask, sliding_window, uniform_shapes
+from aurora_rl.models.kv_cache import SlotCache, sliding_window, uniform_shapes
 
 
 def cache(columns: int = 3) -> SlotCache:
@@ -38,12 +38,6 @@ def test_widening_keeps_what_is_held() -> None:
     assert held.columns == 4 and block[0, :, 0, 0, 0].tolist() == [5.0, 6.0, 7.0, 8.0]
     held.widen(2)
     assert held.columns == 4
-
-
-def test_tokens_read_the_text_and_what_they_see_after_it() -> None:
-    seen = torch.tensor([[[True, False]], [[False, True]]])
-    mask = cache_mask(seen, torch.tensor([[0], [3]]), 5)
-    assert mask.int().tolist() == [[[1, 0, 0, 0, 0]], [[1, 1, 1, 0, 1]]]
 
 
 @pytest.mark.parametrize(

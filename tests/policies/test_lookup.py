@@ -103,9 +103,11 @@ def test_the_newest_answers_are_kept(answers: list[tuple[str | None, list[int]]]
         assert sum(map(len, arrays)) <= 2 * capacity
 
 
-@given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9))
-def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: int, num_nodes: int) -> None:
-    tree = ngram_tree(text, TreeShape(depth, width, num_nodes))
+@given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9), st.sampled_from([0.0, 0.3]))
+def test_the_tree_holds_the_likeliest_paths(
+    text: list[int], depth: int, width: int, num_nodes: int, least: float
+) -> None:
+    tree = ngram_tree(text, TreeShape(depth, width, num_nodes), least=least)
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -114,7 +116,8 @@ def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: 
     for length in range(depth):
         for path in [p for p in chance if len(p) == length]:
             best = sorted(search([*text, *path]).items(), key=lambda item: -item[1])[:width]
-            chance |= {(*path, token): chance[path] * p for token, p in best if chance[path] * p >= Fraction(1, 20)}
+            found = {(*path, token): chance[path] * p * Fraction(3, 4) for token, p in best}
+            chance |= {path: p for path, p in found.items() if p >= max(Fraction(1, 20), Fraction(least))}
     del chance[()]
     assert len(set(paths)) == len(paths) == min(len(chance), TreeShape(depth, width, num_nodes).num_nodes)
     # By falling chance, so that fewer nodes are the first of more; of equal ones any may be there.
@@ -168,22 +171,25 @@ def as_paths(tokens: Iterable[int], parents: Iterable[int], log_probs: Iterable[
     return dict(zip(paths, log_probs, strict=True))
 
 
-def merged_by_definition(drafted: Paths, found: Paths, num_nodes: int) -> Paths:
+def merged_by_definition(drafted: Paths, found: Paths, num_nodes: int, least: float = 0.0) -> Paths:
     """The likeliest paths of both, by the one of the two that makes a path likelier; of equal ones the drafter's."""
 
     def joint(path: tuple[int, ...]) -> float:
         return max(
-            sum(tree[path[:end]] for end in range(1, len(path) + 1)) for tree in (drafted, found) if path in tree
+            math.prod(0.75 * math.exp(tree[path[:end]]) for end in range(1, len(path) + 1))
+            for tree in (drafted, found)
+            if path in tree
         )
 
     every = [*drafted, *(path for path in found if path not in drafted)]
-    return {path: drafted.get(path, -math.inf) for path in sorted(every, key=lambda path: -joint(path))[:num_nodes]}
+    best = sorted(every, key=lambda path: -joint(path))[:num_nodes]
+    return {path: drafted.get(path, -math.inf) for path in best if joint(path) >= least}
 
 
-@given(trees(), trees(), st.integers(0, 12))
-def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_nodes: int) -> None:
-    both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes))
-    assert both == merged_by_definition(drafted, found, num_nodes)
+@given(trees(), trees(), st.integers(0, 12), st.sampled_from([0.0, 0.1, 0.4]))
+def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_nodes: int, least: float) -> None:
+    both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes, least))
+    assert both == merged_by_definition(drafted, found, num_nodes, least)
 
 
 def test_a_drafter_s_rounding_makes_no_node_likelier_than_its_parent() -> None:

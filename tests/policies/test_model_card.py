@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts
+from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, StandaloneDrafter, TargetParts
 from aurora_rl.policies.model_card import engine_commands, model_card
 from aurora_rl.testing import tiny_target
 
@@ -105,3 +107,16 @@ def test_engines_that_load_a_folder(
     parts = TargetParts.of(tiny_target())
     config = kind.from_target(parts, draft_vocab=torch.arange(16), feature_layers=layers).write(layout).config
     assert list(engine_commands(kind, config, "drafter", "target")) == engines
+
+
+def test_commands_are_quoted_for_a_shell() -> None:
+    config = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)).write("vllm").config
+    commands = engine_commands(MedusaDrafter, config, "a run's/drafter", "my target")
+    assert shlex.split(commands["aurora_rl"])[2:] == [
+        "model=my target", "drafter.name=medusa", "drafter.path=a run's/drafter"
+    ]  # fmt: skip
+    _, _, target, _, settings = shlex.split(commands["vllm"])
+    assert target == "my target" and json.loads(settings)["model"] == "a run's/drafter"
+    standalone = engine_commands(StandaloneDrafter, {"architectures": ["LlamaForCausalLM"]}, "a drafter", "my target")
+    words = shlex.split(standalone["sglang"])
+    assert words[4] == "my target" and words[-1] == "a drafter"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, Proposal, TargetParts, TreeShape
 from aurora_rl.policies.policy import not_finite
+from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.testing import tiny_target
 
 SHAPE = TreeShape(3, 2, 6)
@@ -48,7 +49,7 @@ class Serving:
         drafter = copy.deepcopy(self.drafter)
         drafter.install(self.policy.drafter.published())
         policy = DrafterPolicy(drafter, self.engine.store, num_nodes=6, shape=self.policy.shape)
-        return policy.draft(torch.zeros(3, 1, dtype=torch.bool))
+        return policy.draft(torch.ones(3, 1, dtype=torch.bool))  # new to it, so that it reads them whole
 
     def assert_up_to_date(self) -> None:
         got, expected = self.policy.draft(self.td["is_init"]), self.fresh()
@@ -173,6 +174,31 @@ def test_the_shape_may_change_within_num_nodes() -> None:
     assert serving.policy.shape == TreeShape(0)
 
 
+def test_nodes_that_do_not_earn_their_rows_are_left_out() -> None:
+    serving = Serving([4, 7, 9])
+    serving.round()
+    init = serving.td["is_init"]
+    whole = serving.policy.draft(init)
+    joint = whole["log_probs"].exp() * 0.75
+    for node in range(1, 6):
+        parent = whole["parents"][:, node]
+        above = joint.gather(1, parent.clamp(min=0)[:, None])[:, 0]
+        joint[:, node] *= torch.where(parent >= 0, above, 1.0)
+    chances = joint[whole["mask"]].sort().values
+    least = float(chances[8:10].mean())
+    serving.policy.least = least
+    kept = serving.policy.draft(init)
+    for slot in range(3):
+        nodes = whole["mask"][slot] & (joint[slot] >= least)
+        assert kept["tokens"][slot][kept["mask"][slot]].tolist() == whole["tokens"][slot][nodes].tolist()
+        torch.testing.assert_close(kept["log_probs"][slot][kept["mask"][slot]], whole["log_probs"][slot][nodes])
+    assert 0 < int(kept["mask"].sum()) < int(whole["mask"].sum())
+    # Nodes that were drawn stay, or the law of the text would depend on what was drawn.
+    serving.policy.shape = TreeShape(3, 2, 6, mode="sampled")
+    serving.policy.least = 1.0
+    assert serving.policy.draft(init)["mask"].all()
+
+
 @pytest.mark.parametrize("mode", ["sampled", "sampled_without_replacement"])
 def test_sampled_drafts_carry_the_law_that_they_were_drawn_from(mode: str) -> None:
     serving = Serving([4, 2, 9])
@@ -218,6 +244,85 @@ def test_a_distribution_that_verification_cannot_use_is_the_drafters_fault(
         policy.draft(torch.zeros(3, 1, dtype=torch.bool))
     policy.on_fault = lambda slot, fault: faults.append(slot)
     assert not policy.draft(torch.zeros(3, 1, dtype=torch.bool))["mask"].any() and faults == [0, 1, 2]
+
+
+# ---- long texts -----------------------------------------------------------------------------------------------------
+
+
+def with_rows(serving: Serving, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Let the drafter read so many rows of long texts a round, whatever time they take; returns those of each round."""
+    monkeypatch.setattr(RowBudget, "begin", lambda budget, waits: (read.append([]), rows)[1])
+    monkeypatch.setattr(RowBudget, "spent", lambda budget, rows, seconds: None)
+    serving.policy._budget.rows, drafter = rows, serving.policy.drafter
+    read: list[list[int]] = []
+    extend = drafter.extend
+
+    def noted(slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
+        read[-1].append(int(num_new.max()))
+        extend(slots, tokens, features, num_new)
+
+    drafter.extend = noted
+    return read
+
+
+def test_a_long_prompt_is_read_in_parts_and_gets_no_draft_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving([4, 2], new_tokens=90)
+    read = with_rows(serving, 40, monkeypatch)
+    serving.queue.append(Request(2, torch.arange(90) % 32, SamplingParams(max_tokens=20)))
+    while int(serving.engine.store.lengths[2]) < 90:
+        serving.round()
+    slot, read[:] = 2, []
+    drafted = []
+    for _ in range(4):
+        done = serving.round()
+        drafted.append(bool(done["draft", "mask"][slot].any()))
+        assert bool(serving.policy.drafted[slot]) == drafted[-1]
+        assert bool(done["draft", "mask"][:2].any(1).all())  # nobody else goes without
+    assert [max(parts) for parts in read[:3]] == [40, 40, 11]  # 89 pairs of the prompt, and one of each plain round
+    assert drafted == [False, False, True, True]
+    serving.assert_up_to_date()
+
+
+def test_caches_are_rebuilt_in_parts_after_a_swap_the_shortest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving([70, 3, 50])
+    serving.round()
+    read = with_rows(serving, 40, monkeypatch)
+    serving.policy.install(serving.moved(), version=3)
+    drafted = [serving.round()["draft", "mask"].any(1).tolist() for _ in range(5)]
+    assert all(sum(count for count in parts if count > 32) <= 40 for parts in read), read
+    assert [first for first, *_ in drafted] == [False] * 2 + [True] * 3
+    assert [second for _, second, _ in drafted] == [True] * 5
+    assert [third for *_, third in drafted] == [False] + [True] * 4
+    serving.assert_up_to_date()  # what was read in parts drafts as what was read whole
+
+
+def test_lookup_drafts_for_a_slot_whose_text_is_not_read_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving([70, 3, 50])
+    serving.round()
+    serving.policy.shape = TreeShape(3, 1, 6, lookup=3)
+    with_rows(serving, 40, monkeypatch)
+    serving.policy.install(serving.moved(), version=3)
+    serving.round()
+    assert serving.policy.drafted.tolist() == [False, True, False]
+    assert serving.policy.looked_up.tolist() == [True, False, True]
+
+
+def test_a_drafter_that_fails_is_found_among_slots_that_are_not_read_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving, faults = Serving([70, 3, 50]), []
+    serving.policy.on_fault = lambda slot, fault: faults.append(slot)
+    serving.round()
+    with_rows(serving, 40, monkeypatch)
+    serving.policy.install(serving.moved(), version=3)
+    propose = serving.policy.drafter.propose
+
+    def fails(slots: Tensor, *args: Any) -> Proposal:
+        if 1 in slots.tolist():
+            raise RuntimeError("no ideas")
+        return propose(slots, *args)
+
+    serving.policy.drafter.propose = fails
+    serving.round()
+    assert faults == [1] and serving.policy.drafted.tolist() == [True, False, True]
 
 
 # ---- environments ---------------------------------------------------------------------------------------------------

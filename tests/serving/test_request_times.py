@@ -54,6 +54,22 @@ def test_a_request_of_one_delivery_has_no_time_per_token(clock: Clock) -> None:
     assert told == ["request_queue_time", "time_to_first_token", "e2e_request_latency"]
 
 
+@pytest.mark.parametrize(("slot", "waited"), [(False, 5.0), (True, 2.0)])
+def test_a_client_that_leaves_without_a_token_has_waited_too(clock: Clock, slot: bool, waited: float) -> None:
+    told: list[tuple[Wait, float]] = []
+    times = RequestTimes(lambda wait, seconds: told.append((wait, seconds)))
+    clock.tick(2.0)
+    if slot:
+        times.scheduled = clock.now
+    clock.tick(3.0)
+    times.abandoned(waiting=not slot)
+    assert told == [("request_queue_time", waited)]
+    times.delivered(1)
+    del told[:]
+    times.abandoned(waiting=False)
+    assert told == []  # it was told with the first token
+
+
 def test_tokens_may_be_known_at_the_end_alone_and_the_queue_not_at_all(clock: Clock) -> None:
     told: dict[Wait, float] = {}
     times = RequestTimes(told.__setitem__)

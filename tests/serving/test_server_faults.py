@@ -212,7 +212,8 @@ def test_lookup_for_a_request_that_the_drafter_fails_is_no_trial_of_the_drafter(
     assert serving.policy.shape == tree and server.stats.drafter_faults == 3
     assert sum(r.tokens for r in server.stats.rounds) > len(server.stats.rounds)  # lookup was accepted
     assert {shape for shape, _ in books.booked} == {alone if arm else NONE}
-    assert books._likeliest == books._siblings == books._drafted == [[0.0, 0.0]] * DEPTH
+    chains, trees = books._drafted
+    assert books._likeliest == books._siblings == chains == trees == [[0.0, 0.0]] * DEPTH
     assert bool(books._found and books._found[0][0] > 0) == arm
 
 

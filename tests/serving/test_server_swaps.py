@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from oracle_server import HANDSHAKE, LOCAL, Oracle, Serving, eagle, requests
+from oracle_server import HANDSHAKE, LOCAL, Oracle, Serving, eagle, endless, requests
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -18,14 +18,6 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.envs import Request
-
-
-def endless(known: Sequence[Request]) -> Iterator[Request]:
-    number = 0
-    while True:
-        request = known[number % len(known)]
-        yield Request(number, request.prompt, request.sampling)
-        number += 1
 
 
 class Wire:
@@ -150,7 +142,7 @@ def test_acknowledgements_keep_the_order_of_the_swaps(tmp_path: Path, monkeypatc
             time.sleep(0.2)  # time enough to swap in the second and hash it
         return checksum(tensors)
 
-    monkeypatch.setattr("aurora_rl.serving.server.checksum", slow_at_first)
+    monkeypatch.setattr("aurora_rl.serving.versions.checksum", slow_at_first)
     receiver = Receiver()
     serving = Serving(tmp_path, [], eagle(), receiver=receiver)
     serve_until(serving, endless(requests(3)), lambda: len(receiver.acknowledged) == 2)

@@ -12,10 +12,13 @@ HANDSHAKE = Handshake(1, "t", checksum({"head": HEAD}), (2, 4), checksum({"draft
 FIELDS = {
     "trajectories": "tcp://127.0.0.1:1",
     "weights": "tcp://127.0.0.1:2",
+    "keys": False,
     "handshake": HANDSHAKE.to_meta(),
     "version": 0,
     "capture_rate": 1.0,
     "queue": 4,
+    "queue_bytes": 1 << 20,
+    "max_message": 1 << 20,
     "top_k": 8,
     "max_bytes": 1 << 20,
     "store_bytes": 1 << 20,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
@@ -127,6 +128,32 @@ def eagle(seed: int = 0) -> Eagle3Drafter:
 # ---- a server on a tiny target ----------------------------------------------------------------------------------
 
 
+class Inbox:
+    """In place of a receiver: brings the weights that are put into it, and keeps what is answered."""
+
+    error = None
+
+    def __init__(self, *waiting: tuple[int, dict[str, Tensor]]) -> None:
+        self.waiting = list(waiting)
+        self.acknowledged: list[tuple[int, str]] = []
+        self.rejected: list[tuple[int, str]] = []
+
+    def latest(self) -> tuple[int, TensorDict] | None:
+        if not self.waiting:
+            return None
+        version, weights = self.waiting.pop(0)
+        return version, TensorDict(weights, batch_size=[])
+
+    def acknowledge(self, version: int, checksum: str, swap_ms: float) -> None:
+        self.acknowledged.append((version, checksum))
+
+    def reject(self, version: int, reason: str) -> None:
+        self.rejected.append((version, reason))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Plain(BaselineWindows):
     """Never speculates."""
 
@@ -141,6 +168,13 @@ class Plain(BaselineWindows):
 NO_WINDOWS = functools.partial(BaselineWindows, 0.0, 32)
 
 
+def endless(known: Sequence[Request]) -> Iterator[Request]:
+    """The requests again and again, numbered on."""
+    for number in itertools.count():
+        request = known[number % len(known)]
+        yield Request(number, request.prompt, request.sampling)
+
+
 class Serving:
     def __init__(
         self,
@@ -152,6 +186,7 @@ class Serving:
         windows: BaselineWindows | None = None,
         note: Callable[[Completion], str] | None = None,
         depth: int = DEPTH,
+        second: Drafter | None = None,
         **options: object,
     ) -> None:
         self.queue = list(waiting)
@@ -166,8 +201,10 @@ class Serving:
             lambda: self.queue.pop(0) if self.queue else None,
             num_nodes=DEPTH,
         )
-        self._path = folder / "metrics.jsonl"
-        log = MetricsLog(self._path, "serve")
+        if second is not None:
+            options["second"] = DrafterPolicy(second, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth))
+        log = MetricsLog(folder / "metrics.jsonl", "serve")
+        self._reader, self._events = MetricsReader(log.path), list[dict]()
         self.server = InferenceServer(
             env, self.policy, windows=windows or NO_WINDOWS(), log=log, note=self._completed, **options
         )
@@ -182,8 +219,20 @@ class Serving:
             pass
         return self.server
 
+    def run_until(self, done: Callable[[], bool], known: Sequence[Request], most: int = 5000) -> int:
+        """Serve these requests again and again, and return after how many rounds what is waited for has happened."""
+        source = endless(known)
+        for number in range(most):
+            if done():
+                return number
+            while len(self.queue) < 2 * self.engine.num_slots:
+                self.queue.append(next(source))
+            assert self.server.step()
+        raise AssertionError(f"it did not happen in {most} rounds")
+
     def events(self, kind: str) -> list[dict]:
-        return [event for event in MetricsReader(self._path) if event["event"] == kind]
+        self._events += self._reader
+        return [event for event in self._events if event["event"] == kind]
 
     def check_texts(self) -> None:
         for completion in self.completions:

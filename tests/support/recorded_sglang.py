@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.keys import control_server_keys
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.models.loading import load_target
@@ -29,6 +30,7 @@ class RecordedSGLang:
     Args:
         model: Folder of the target.
         drafter: Folder of its drafter.
+        keys: Folder of its keys.
 
     Attributes:
         url: Where clients ask.
@@ -36,7 +38,7 @@ class RecordedSGLang:
         session: The session of the learner that is attached; None without one.
     """
 
-    def __init__(self, model: Path, drafter: Path) -> None:
+    def __init__(self, model: Path, drafter: Path, keys: str | None = None) -> None:
         target, _ = load_target(model, dtype=torch.float32, device="cpu")
         prompts = [torch.randint(3, 250, (6,)) for _ in range(TEXTS)]
         own = load_drafter(drafter, TargetParts.of(target))
@@ -46,8 +48,11 @@ class RecordedSGLang:
             "num_nodes": DEPTH, "slots": 2,
         }  # fmt: skip
         self.session: Session | None = None
+        self._keys = keys
         self._seen, self._served, self._last, self._lock = 0, 0, "", threading.Lock()
-        self._plugin = PluginServer("tcp://127.0.0.1:*", self._answer)
+        self._plugin = PluginServer(
+            "tcp://127.0.0.1:*", self._answer, keys=None if keys is None else control_server_keys(keys)
+        )
         self.plugin_address = self._plugin.address
         self._server = HttpServer("127.0.0.1", 0)
         self._server.start(
@@ -65,7 +70,7 @@ class RecordedSGLang:
             if kind == "attach":
                 if self.session is not None:
                     raise PluginError("a learner is attached already; detach first")
-                self.session = Session(fields, exact=True)
+                self.session = Session(fields, exact=True, keys=self._keys)
                 self._last = self.session.id
             elif kind == "detach" and self.session is not None:
                 over, self.session = self.session, None

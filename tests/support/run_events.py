@@ -47,3 +47,21 @@ def gate(**fields: Any) -> dict[str, Any]:
 
 def train(**fields: Any) -> dict[str, Any]:
     return {"event": "train", "time": 100.0, "loss": 1.2345, "steps": 40, "seen": 32, "waiting": 2} | fields
+
+
+def verdict(**fields: Any) -> dict[str, Any]:
+    usual = {
+        "event": "verdict", "time": 100.0, "version": 1, "against": 0, "requests": 40, "promote": False,
+        "reason": "acceptance length fell", "rounds": 176, "pairs": 11, "acceptance_length": {"old": 2.0, "new": 2.5},
+        "tokens_per_second": {"old": 30.0, "new": 35.0},
+        "evidence": {"acceptance_length": 250.0, "tokens_per_second": 3.0},
+    }  # fmt: skip
+    return usual | fields
+
+
+def watchdog(**fields: Any) -> dict[str, Any]:
+    usual = {
+        "event": "watchdog", "time": 100.0, "version": 1, "cause": "corrupted",
+        "detail": "tensor 'fc.weight' is all zero", "action": "its weights were loaded again", "requests": 40,
+    }  # fmt: skip
+    return usual | fields

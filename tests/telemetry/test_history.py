@@ -7,9 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from run_events import gate, request, requests, status, swap, train
+from run_events import gate, request, requests, status, swap, train, verdict, watchdog
 
-from aurora_rl.telemetry.history import GateDecision, LearnerFigures, Point, RunHistory, Swap
+from aurora_rl.telemetry.history import (
+    GateDecision,
+    LearnerFigures,
+    Point,
+    RunHistory,
+    Swap,
+    TrialVerdict,
+    WatchdogFault,
+)
 from aurora_rl.telemetry.rates import Rates
 
 
@@ -30,12 +38,21 @@ def test_a_run_is_what_its_events_say() -> None:
         train(),
         gate(),
         swap(3),
+        {"event": "trial", "time": 1.0, "version": 2, "against": 1, "requests": 3},
+        verdict(version=2),
+        watchdog(),
+        {"event": "trial", "time": 1.0, "version": 3, "against": 1, "requests": 3},
         {"event": "step_skipped", "time": 1.0, "reason": "loss is nan", "steps": 40, "skipped": 2},
     )
     assert (history.requests, history.version) == (3, 1)
     assert history.points == [Point(103.0, 3, 2.0, Rates(10.0, 15.0, 96, 1.25), Counter(tree=3, baseline=1))]
     assert history.swaps == [Swap(103.0, 3, 1, 2.5)]
     assert history.gates == [GateDecision(100.0, 3, True, 0.0711, (0.01, 0.13), 2.1, 2.03, 1)]
+    trial = TrialVerdict(100.0, 40, 2, False, "acceptance length fell", 176, (2.0, 2.5), (30.0, 35.0))
+    assert (history.verdicts, history.on_trial) == ([trial], 3)
+    assert history.as_json()["verdicts"]["acceptance_length"] == [(2.0, 2.5)]
+    found = "tensor 'fc.weight' is all zero"
+    assert history.faults == [WatchdogFault(100.0, 40, 1, "corrupted", found, "its weights were loaded again")]
     assert history.learner == LearnerFigures("running", steps=40, seen=32, waiting=2, loss=1.2345, skipped=2)
     code, sql = history.domains["code"], history.domains["sql"]
     assert (code.first, code.requests, code.tokens, code.acceptance) == (0, 2, 10, 2.5)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def test_a_reader_follows(tmp_path: Path) -> None:
     assert list(reader) == []
     log.write("three")
     assert [event["event"] for event in reader] == ["three"]
+
+
+def test_a_file_that_cannot_be_opened_has_nothing_new(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", "server")
+    log.write("one")
+    reader, limit = MetricsReader(log.path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))  # as where clients' connections took all descriptors
+    try:
+        assert list(reader) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert [event["event"] for event in reader] == ["one"]
 
 
 def test_a_long_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
@@ -118,3 +131,48 @@ def test_a_file_that_was_cut_is_read_from_its_new_beginning(tmp_path: Path) -> N
     os.truncate(tmp_path / "m.jsonl", 0)
     log.write("swap", version=3)
     assert [event["version"] for event in reader] == [3]
+
+
+def _write_much(path: Path, name: str) -> None:
+    log = MetricsLog(path, name, 1 << 16)
+    for i in range(400):
+        log.write("event", i=i, text="x" * 500)
+
+
+def test_a_log_that_is_full_is_begun_anew_and_nothing_is_lost_to_a_reader(tmp_path: Path) -> None:
+    path, older = tmp_path / "metrics.jsonl", tmp_path / "metrics.1.jsonl"
+    log, reader, read = MetricsLog(path, "server", 1 << 16), MetricsReader(path), []
+    for i in range(1000):
+        log.write("event", i=i, text="x" * 500)
+        assert path.stat().st_size <= 1 << 16 and (not older.exists() or older.stat().st_size <= 1 << 16)
+        if i % 37 == 0:
+            read += [event["i"] for event in reader]
+    assert read + [event["i"] for event in reader] == list(range(1000))
+    kept = [event["i"] for event in MetricsReader(path)]
+    assert kept == list(range(1000 - len(kept), 1000)) and 110 < len(kept) < 240
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.1.jsonl", "metrics.jsonl"]
+
+
+def test_two_processes_begin_a_full_log_anew_together(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_much, args=(path, name)) for name in "ab"]
+    reader, read = MetricsReader(path), []
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        read += [(event["source"], event["i"]) for event in reader]
+    read += [(event["source"], event["i"]) for event in reader]
+    for name in "ab":
+        mine = [i for source, i in read if source == name]
+        assert mine == sorted(set(mine)) and mine[-1] == 399  # a reader that is slow may miss a whole part
+    for writer in writers:
+        writer.join()
+    assert path.stat().st_size <= 1 << 16
+
+
+def test_a_line_longer_than_the_limit_is_still_a_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", "server", 100)
+    for number in range(3):
+        log.write("long", number=number, text="x" * 500)
+    assert [event["number"] for event in MetricsReader(tmp_path / "m.jsonl")] == [1, 2]

@@ -109,6 +109,10 @@ def test_swaps_faults_and_learning_are_counted() -> None:
         event("gate", publish=False, version=1),
         event("gate", publish=False, version=1),
         event("checkpoint", steps=2, version=2),
+        event("trial", version=6),
+        event("verdict", version=6, promote=False),
+        event("watchdog", cause="stale"),
+        event("trial", version=7),
     ]:
         exporter.follow(each)
     assert sample(exporter, "swap_duration_seconds_count") == 2
@@ -122,6 +126,14 @@ def test_swaps_faults_and_learning_are_counted() -> None:
     assert sample(exporter, "gate_decisions_total", decision="published") == 1
     assert sample(exporter, "gate_decisions_total", decision="refused") == 2
     assert sample(exporter, "learner_version") == 2
+    assert sample(exporter, "canary_verdicts_total", verdict="rolled_back") == 1
+    assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 0
+    assert sample(exporter, "canary_version") == 7
+    assert sample(exporter, "watchdog_faults_total", cause="stale") == 1
+    assert sample(exporter, "watchdog_faults_total", cause="dead") == 0
+    exporter.follow(event("verdict", version=7, promote=True))
+    assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 1
+    assert sample(exporter, "canary_version") is None
 
 
 def test_what_was_not_measured_has_no_sample() -> None:
@@ -209,7 +221,7 @@ def full() -> bytes:
     exporter = Exporter()
     for each in (
         request(tokens=3, accepted={"2": 1}), event("swap", version=1, ms=1.0), event("gate", publish=True, version=1),
-        event("train", loss=1.0, new=1, waiting=1),
+        event("train", loss=1.0, new=1, waiting=1), event("trial", version=2),
         status(speedup=1.5, acceptance_length=2.0, tokens_per_second={"baseline": 1.0, "speculative": 1.5}),
     ):  # fmt: skip
         exporter.follow(each)

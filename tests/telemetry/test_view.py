@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from run_events import gate, request, requests, status, train
+from run_events import gate, request, requests, status, train, verdict, watchdog
 
 from aurora_rl.telemetry import view
 from aurora_rl.telemetry.history import RunHistory
@@ -60,10 +60,22 @@ def test_the_view_shows_the_run(run: SimpleNamespace) -> None:
         "requests 20/40 | elapsed · left 0:00:00 · 0:00:00 | acceptance length 2.00 at depth 2"
         " | drafted tree 75% · baseline window 25% | tokens/s plain · speculative 10.0 · 15.0 | speedup 1.50"
         " | version · swaps 3 · 2 | queue · dropped 4 · 1 | learner running | learner loss · skipped steps 1.234 · 0"
-        " | gate +0.071 published"
+        " | gate +0.071 published | trial –"
     )
     text = shown(run)
     assert all(figure in text for figure in ("20/40", "10.0 · 15.0", "+0.071 published"))
+
+
+def test_a_trial_and_its_end_are_shown(run: SimpleNamespace) -> None:
+    write(run.log, {"event": "trial", "version": 4, "against": 3, "requests": 20})
+    run.view.follow()
+    assert run.view.line().endswith(" | trial version 4")
+    write(run.log, verdict(version=4))
+    run.view.follow()
+    assert run.view.line().endswith(" | trial version 4 rolled back: acceptance length fell")
+    write(run.log, watchdog())
+    run.view.follow()
+    assert run.view.line().endswith(" | drafter corrupted: its weights were loaded again")
 
 
 def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:
@@ -165,6 +177,17 @@ def test_what_the_learner_cannot_write_is_told_once(run: SimpleNamespace) -> Non
     for _ in range(2):
         run.log.write("not_written", what="the training state", reason="No space left on device")
     assert run.view.follow() == ["the learner could not write the training state, and goes on: No space left on device"]
+
+
+def test_each_thing_that_the_learner_cannot_write_is_told(run: SimpleNamespace) -> None:
+    for what in ("a trajectory", "the training state", "a trajectory", "the training state"):
+        run.log.write("not_written", what=what, reason="full")
+    state = "the learner could not write the training state, and goes on: full"
+    assert run.view.follow() == ["the learner could not write a trajectory, and goes on: full", state]
+    run.log.write("checkpoint", seen=8, steps=3, version=1)
+    for what in ("a trajectory", "the training state"):
+        run.log.write("not_written", what=what, reason="full")
+    assert run.view.follow() == [state]  # the next failure after one that was written is news
 
 
 def test_a_training_state_that_was_not_written_is_remembered_until_one_is(run: SimpleNamespace) -> None:

@@ -75,6 +75,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             adam_lr: float = 3e-3,
             engine: Handshake = HANDSHAKE,
             version: int = 0,
+            keep: int = 5,
         ) -> SimpleNamespace:
             drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
@@ -98,6 +99,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 publish_every=publish_every,
                 max_skipped=max_skipped,
                 checkpoint=tmp_path / "learner",
+                keep=keep,
                 outputs=Outputs(log),
             )
             for close in (sink.close, receiver.close, learner.close):

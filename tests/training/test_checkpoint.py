@@ -118,3 +118,26 @@ def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_summary("run", Stats().summary())
     draw_report("run/report.png", RunHistory())
     assert {path.name for path in Path("run").iterdir()} == {"metrics.jsonl", "summary.json", "report.png"}
+
+
+def test_two_flipped_bytes_are_found(tmp_path: Path) -> None:
+    drafter, optimizers = fresh(torch.float32)
+    save_training_state(tmp_path / "state", drafter, optimizers, {"steps": 4})
+    file = tmp_path / "state" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    for place in (-1, -100):
+        content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="state: the tensors are not those that were written; take an older"):
+        load_training_state(tmp_path / "state", drafter, optimizers)
+
+
+def test_a_state_that_is_not_finite_is_refused_and_one_without_a_checksum_is_not(tmp_path: Path) -> None:
+    drafter, optimizers = fresh(torch.float32)
+    tensors = {f"module.{name}": value.clone() for name, value in drafter.state_dict().items()}
+    write_folder(tmp_path / "earlier", tensors, {"progress.json": {"steps": 4}})
+    assert load_training_state(tmp_path / "earlier", drafter, optimizers) == {"steps": 4}
+    tensors["module.fc.weight"][0, 0] = torch.nan
+    write_folder(tmp_path / "bad", tensors, {"progress.json": {}})
+    with pytest.raises(CheckpointError, match="bad: tensor 'module.fc.weight' has 1 values that are infinite or not a"):
+        load_training_state(tmp_path / "bad", drafter, optimizers)

@@ -77,6 +77,18 @@ def test_replay_names_features_of_another_drafter_without_hidden_states(drafters
         replay(copy.deepcopy(eagle), likeliest, TreeShape(2))
 
 
+def test_replay_refuses_text_that_depends_on_the_drafts(drafters: dict) -> None:
+    medusa, target = drafters[MedusaDrafter, torch.float64], tiny_target()
+    chain = TreeShape(2, mode="sampled")
+    served = [
+        serve(medusa, target, PROMPTS[:1], shape=chain, max_new_tokens=4, sampling=COLD, rule=rule)[0]
+        for rule in ("sample_and_match", "rejection")
+    ]
+    assert replay(copy.deepcopy(medusa), served[:1], chain).tokens.tolist() == [4]
+    with pytest.raises(ValueError, match="the rule 'rejection' is not replayable: its text depends on what was draf"):
+        replay(copy.deepcopy(medusa), served, chain)
+
+
 def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None:
     """The text is fixed, so a stream that one drafter served gives the other's rounds."""
     served_by, replayed, target = (
@@ -125,16 +137,16 @@ def numbers(trajectories: Sequence[TensorDict]) -> list[int]:
     return [int(t["request"]) for t in trajectories]
 
 
-def test_arrivals_pass_until_a_candidate_is_offered() -> None:
+def test_arrivals_pass_until_the_gate_holds() -> None:
     gate = small_gate(requests=3)
     assert numbers(gate.admit(arrivals(1, 2))) == [1, 2] and not gate.ready
-    gate.offer({})
+    gate.hold()
     assert numbers(gate.admit(arrivals(3, 4))) == [] and not gate.ready
     assert numbers(gate.admit([])) == []
+    with pytest.raises(RuntimeError, match="the gate holds back 2 requests of 3; call hold"):
+        gate.decide({}, {})
     assert numbers(gate.admit(arrivals(5, 6, 7))) == [6, 7] and gate.ready
     assert numbers(gate.admit(arrivals(8))) == [8]
-    with pytest.raises(RuntimeError, match=r"already holds a candidate; call decide\(\)"):
-        gate.offer({})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +158,7 @@ def test_decision_on_literal_numbers(
 ) -> None:
     gate = small_gate(requests=2, margin=margin)
     weights = {name: tensor.clone() for name, tensor in gate._drafter.published().items()}
-    gate.offer(weights)
+    gate.hold()
     gate.admit(arrivals(1, 2))
     results = iter([candidate, [2.0, 2.0]])
 
@@ -155,7 +167,7 @@ def test_decision_on_literal_numbers(
         return Replay(torch.tensor(next(results)) * 4, torch.tensor([4, 4]))
 
     monkeypatch.setattr(gate_module, "replay", fake)
-    decision, released = gate.decide(weights)
+    decision, released = gate.decide(weights, weights)
     first, second = (c - 2 for c in candidate)
     mean, half = (first + second) / 2, 1.96 * (abs(first - second) / 2) / 2**0.5
     assert decision.publish is publish
@@ -164,7 +176,7 @@ def test_decision_on_literal_numbers(
     assert (decision.candidate, decision.serving) == pytest.approx((sum(candidate) / 2, 2.0))
     assert decision.requests == 2 and numbers(released) == [1, 2]
     # The gate is free again.
-    assert gate.candidate is None and not gate.ready
+    assert not gate.holding and not gate.ready
     assert numbers(gate.admit(arrivals(3))) == [3]
 
 
@@ -177,9 +189,9 @@ def test_a_better_drafter_is_published_and_a_destroyed_one_is_not(drafters: dict
     held = serve(drafter, tiny_target(), PROMPTS, shape=shape, max_new_tokens=16, num_slots=6, sampling=COLD)
     gate = Gate(6, 0.05, shape, copy.deepcopy(drafter))
     for candidate, serving, publish in ((bad, good, False), (good, bad, True), (good, good, True)):
-        gate.offer(candidate)
+        gate.hold()
         assert gate.admit(held) == [] and gate.ready
-        decision, released = gate.decide(serving)
+        decision, released = gate.decide(candidate, serving)
         assert decision.publish is publish
         assert len(released) == 6
         served = 96 / sum(len(t["rounds", "anchor"]) for t in held)
@@ -197,10 +209,10 @@ def test_a_candidate_that_cannot_draft_is_refused_with_the_reason_and_the_next_o
     gate = Gate(6, margin, shape, copy.deepcopy(drafter))
 
     def decide(candidate: dict[str, Tensor]) -> Decision:
-        gate.offer(candidate)
+        gate.hold()
         assert gate.admit(held) == []
-        decision, released = gate.decide(good)
-        assert len(released) == 6 and gate.candidate is None
+        decision, released = gate.decide(candidate, good)
+        assert len(released) == 6 and not gate.holding
         return decision
 
     refused = decide(bad)
@@ -226,7 +238,7 @@ def test_the_offered_weights_are_what_is_decided_on(drafters: dict) -> None:
     drafter = drafters[MedusaDrafter, torch.float64]
     gate = Gate(1, 0.0, TreeShape(2), copy.deepcopy(drafter))
     weights = drafter.published()
-    gate.offer({name: t for name, t in weights.items() if name != "lm_heads.0.weight"})
+    gate.hold()
     gate.admit(arrivals(1))
     with pytest.raises(ValueError, match="'lm_heads.0.weight' .* is missing"):
-        gate.decide(weights)
+        gate.decide({name: t for name, t in weights.items() if name != "lm_heads.0.weight"}, weights)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from learner_loops import HANDSHAKE, SHAPE, TARGET, Make, day0, drain, send, step_until, wait
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -88,12 +90,11 @@ def test_the_candidate_reaches_an_engine_bit_for_bit(make: Make, served: list[Te
     send(loop, served[:8])
     frozen: dict[str, Tensor] = {}
     while not loop.events("gate"):
-        # Frozen at the beginning of the step that logs it; learning goes on afterwards.
+        # Frozen at the beginning of the step that decides; learning goes on afterwards.
         now = {name: t.clone() for name, t in loop.drafter.published().items()}
+        frozen = {n: t.to(dtype) if t.is_floating_point() else t for n, t in now.items()}
         loop.learner.step(wait_s=0.01)
-        if loop.events("candidate") and not frozen:
-            frozen = {n: t.to(dtype) if t.is_floating_point() else t for n, t in now.items()}
-        if frozen and loop.sink.sent == 8:
+        if loop.events("candidate") and loop.sink.sent == 8:
             send(loop, served[8:10])
     received: list[tuple[int, TensorDict]] = []
     wait(lambda: received or received.extend(filter(None, [loop.receiver.latest()])))
@@ -113,7 +114,7 @@ def test_a_refused_candidate_is_not_published(
 ) -> None:
     loop = make(gate=2, publish_every=2)
     decide = Gate.decide
-    monkeypatch.setattr(Gate, "decide", lambda self, weights: _refuse(*decide(self, weights)))
+    monkeypatch.setattr(Gate, "decide", lambda self, *weights: _refuse(*decide(self, *weights)))
     send(loop, served[:2])
     step_until(loop, lambda: loop.events("candidate"))
     send(loop, served[2:4])
@@ -158,6 +159,18 @@ def test_arrivals_that_outrun_learning_do_not_pile_up(make: Make, served: list[T
     assert {request for batch in loop.loss.batches for request in batch} == set(range(24, 30))
 
 
+def test_neither_new_requests_nor_a_decision_wait_for_replay(make: Make, served: list[TensorDict]) -> None:
+    loop = make(gate=2, publish_every=4, batch_size=2, replay=1000)
+    send(loop, served[:4])
+    step_until(loop, lambda: len(loop.loss.batches) == 12)
+    assert loop.events("candidate")
+    send(loop, served[4:6])
+    step_until(loop, lambda: loop.events("gate"))
+    # What was held back is learned from in the very step that decided.
+    assert sorted(loop.loss.batches[-1]) == [4, 5] and loop.learner.steps < 30
+    assert loop.events("gate")[0]["steps"] == loop.learner.steps - 1 >= 12  # replay goes on while requests are held
+
+
 def test_versions_rise_above_what_engines_serve(make: Make, served: list[TensorDict]) -> None:
     loop = make(gate=2, publish_every=2, version=7)  # the engine got 7 from a learner that is gone
     wait(lambda: loop.publisher.engines)
@@ -169,6 +182,60 @@ def test_versions_rise_above_what_engines_serve(make: Make, served: list[TensorD
     wait(lambda: (latest := loop.receiver.latest()) is not None and latest[0] == 8)
 
 
+def publish_one(loop: SimpleNamespace, trajectories: list[TensorDict]) -> None:
+    """Send two requests to learn from and two for the gate, and step until the candidate is published."""
+    before = len(loop.events("gate"))
+    send(loop, trajectories[:2])
+    step_until(loop, lambda: len(loop.events("candidate")) > before)
+    send(loop, trajectories[2:4])
+    step_until(loop, lambda: len(loop.events("gate")) > before)
+
+
+def test_after_a_rollback_the_next_candidate_is_gated_against_what_is_served(
+    make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared_with: list[dict[str, Tensor]] = []
+    decide = Gate.decide
+
+    def noted(self: Gate, candidate: dict[str, Tensor], serving: dict[str, Tensor]) -> Any:
+        compared_with.append(serving)
+        return decide(self, candidate, serving)
+
+    monkeypatch.setattr(Gate, "decide", noted)
+    loop = make(gate=2, publish_every=2)
+    kept = loop.checkpoint.parent / "versions"
+    publish_one(loop, served[:4])
+    wait(loop.receiver.latest)
+    assert (kept / "1" / "config.json").is_file()
+    loop.receiver.reject(1, "rolled back after 80 rounds")
+    step_until(loop, lambda: loop.events("rejected"))
+    (event,) = loop.events("rejected")
+    assert (event["version"], event["reason"]) == (1, "rolled back after 80 rounds")
+    assert not (kept / "1").exists()
+    saved = load_file(loop.checkpoint / "drafter" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in compared_with[0].items())
+
+    publish_one(loop, served[4:8])
+    first, second = compared_with
+    assert all(torch.equal(first[name], second[name]) for name in first)  # those of day 0 both times
+    assert loop.learner.version == 2 and (kept / "2").is_dir()
+    loop.receiver.acknowledge(2, checksum(dict(loop.learner._serving)), 1.0)
+    wait(lambda: loop.publisher.wait_ack(2, 0))
+    publish_one(loop, served[8:12])
+    assert any(not torch.equal(second[name], compared_with[2][name]) for name in second)
+    assert len(loop.events("rejected")) == 1
+
+
+def test_the_newest_published_drafters_are_kept(make: Make) -> None:
+    loop = make(keep=2)
+    for _ in range(3):
+        loop.learner._publish(loop.learner._frozen())
+    kept = loop.checkpoint.parent / "versions"
+    assert sorted(path.name for path in kept.iterdir()) == ["2", "3"]
+    tensors, published = load_file(kept / "3" / "model.safetensors"), loop.learner._serving
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in published.items())
+
+
 def test_another_engine_is_refused_told_and_not_learned_from(make: Make, served: list[TensorDict]) -> None:
     loop = make(engine=replace(HANDSHAKE, draft_map_checksum="other"))
     send(loop, served[:4])
@@ -177,7 +244,10 @@ def test_another_engine_is_refused_told_and_not_learned_from(make: Make, served:
     drain(loop)
     (event,) = loop.events("refused")
     mismatch = "handshake mismatch: draft_map_checksum is '' at the learner and 'other' at the engine; "
-    assert event["reason"] == loop.receiver.error and event["reason"].startswith(mismatch)
+    assert event["reason"].startswith(mismatch)
+    assert (loop.receiver.error or "").startswith(
+        "handshake mismatch: draft_map_checksum differs from the learner's, whose log"
+    )
     assert loop.learner.seen == loop.learner.steps == 0
 
 

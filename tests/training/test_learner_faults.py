@@ -50,7 +50,7 @@ def test_a_good_step_between_them_starts_the_count_anew(make: Make, served: list
     for number in range(4):  # bad, good, bad, good
         loop.loss.poison = None if number % 2 else lambda drafter: drafter.fc.weight.sum() * math.nan
         send(loop, served[2 * number : 2 * number + 2])
-        step_until(loop, lambda wanted=number + 1: len(loop.loss.batches) == wanted)
+        step_until(loop, lambda wanted=number + 1: loop.learner.skipped + loop.learner.steps == wanted)
     assert loop.learner.skipped == 2 and loop.learner.steps == 2
 
 
@@ -62,6 +62,7 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     step_until(loop, lambda: loop.events("candidate"))
     send(loop, served[2:4])
     step_until(loop, lambda: loop.learner.version)
+    loop.learner._publish_every = 10_000  # what is learned from now on is not published
     drain(loop)
     send(loop, served[4:8])
     drain(loop)
@@ -183,3 +184,34 @@ def test_what_a_full_buffer_lets_go_of_before_its_turn_is_told(
     send(loop, served[:12])
     step_until(loop, lambda: loop.learner.seen + dropped(loop).total() == 12)
     assert set(dropped(loop)) == {"buffer_full"} and loop.learner.seen >= 4
+
+
+def test_a_trajectory_that_spoils_every_step_is_dropped_with_its_source_and_learning_goes_on(
+    make: Make, served: list[TensorDict], caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = make(max_skipped=0, batch_size=2, replay=3)
+    send(loop, served[:2])
+    step_until(loop, lambda: loop.learner.steps)  # there is a trajectory that a step was taken on
+    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * (math.nan if 3 in loop.loss.batches[-1] else 1.0)
+    send(loop, served[2:6])
+    drain(loop)
+    (event,) = loop.events("quarantined")
+    source = loop.sink._meta["engine"]
+    assert event["requests"] == [3] and event["sources"] == [source] and "loss is nan" in event["reason"]
+    assert f"requests [3] of ['{source}'] are dropped" in caplog.text
+    assert not loop.events("step_skipped") and loop.learner.skipped == 0 and loop.learner.seen == 4
+    found = next(i for i, batch in enumerate(loop.loss.batches) if batch == [3])
+    assert not any(3 in batch for batch in loop.loss.batches[found + 1 :])
+    assert any(2 in batch for batch in loop.loss.batches[found + 1 :])  # its neighbour is replayed
+    loop.learner.close()
+    assert dropped(loop) == {"quarantined": 1}
+
+
+def test_where_no_trajectory_gives_a_step_none_is_dropped(make: Make, served: list[TensorDict]) -> None:
+    loop = make(max_skipped=9, batch_size=2)
+    send(loop, served[:2])
+    step_until(loop, lambda: loop.learner.steps)
+    loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
+    send(loop, served[2:4])
+    step_until(loop, lambda: loop.learner.skipped)
+    assert not loop.events("quarantined") and len(loop.learner._replayed.of_requests(range(4))) == 4

@@ -6,7 +6,8 @@ from tensordict import TensorDict
 
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
-from aurora_rl.training.replay import trajectory_buffer
+from aurora_rl.training.replay import NewestTrajectories, trajectory_buffer
+from aurora_rl.trajectories import size_of
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +45,28 @@ def test_the_seed_decides(trajectories: list[TensorDict]) -> None:
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
+
+
+def test_the_size_is_bounded_in_bytes_too(trajectories: list[TensorDict]) -> None:
+    room = size_of(trajectories[4]) + size_of(trajectories[5])
+    buffer = trajectory_buffer(10, 32, max_bytes=room)
+    buffer.extend(trajectories)
+    assert len(buffer) == 2 and set(buffer.sample()["request"].tolist()) == {4, 5}
+    tight = trajectory_buffer(10, 32, max_bytes=1)
+    for trajectory in trajectories:
+        tight.extend([trajectory])
+        assert len(tight) == 1  # the newest, whatever its size
+    tight.add(trajectories[0])
+    assert set(tight.sample()["request"].tolist()) == {0}
+
+
+def test_what_is_removed_leaves_room(trajectories: list[TensorDict]) -> None:
+    buffer = trajectory_buffer(10, 32, max_bytes=sum(map(size_of, trajectories)))
+    buffer.extend(trajectories)
+    storage = buffer.storage
+    assert isinstance(storage, NewestTrajectories)
+    assert storage.of_requests({1, 3, 9}) == [trajectories[1], trajectories[3]]
+    storage.remove([trajectories[1], trajectories[3]])
+    assert set(buffer.sample()["request"].tolist()) == {0, 2, 4, 5}
+    buffer.extend([trajectories[1]])
+    assert len(buffer) == 5

@@ -35,6 +35,8 @@ def test_clients_words_become_ours() -> None:
         ({"stop": {}}, "stop", "stop is {}; give a string, or a list of strings"),
         ({"stop": ["a", ""]}, "stop", "stop has ''; give strings that are not empty"),
         ({"stop": ["a"] * 17}, "stop", "stop has 17 strings; give at most 16"),
+        ({"stop": "x" * 1001}, "stop", "stop has a string of 1001 characters; give at most 1000"),
+        ({"stop": ["a", "x" * 1001]}, "stop", "stop has a string of 1001 characters; give at most 1000"),
         ({"ignore_eos": 1}, "ignore_eos", "ignore_eos is 1; give true or false"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens is 0; give an integer >= 1"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens", "differ; give one of them"),

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 
-__all__ = ["ENVIRONMENT", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
+__all__ = ["ENVIRONMENT", "KEYS_ENVIRONMENT", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
 
 ENVIRONMENT = "AURORA_RL_SGLANG"
 """Environment variable of SGLang's processes: the address at which the plugin answers requests."""
+KEYS_ENVIRONMENT = "AURORA_RL_SGLANG_KEYS"
+"""And the folder with the keys of this engine, as ``aurora-rl keys`` makes it; without, all is on this host."""
 
 
 def register() -> None:
@@ -31,7 +33,7 @@ def register() -> None:
 
     from aurora_rl.envs.sglang.plugin import Plugin
 
-    for target, hook in Plugin(address).hooks().items():
+    for target, hook in Plugin(address, os.environ.get(KEYS_ENVIRONMENT)).hooks().items():
         HookRegistry.register(target, hook, HookType.AROUND)
 
 

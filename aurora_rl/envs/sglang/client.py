@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import control_client_keys
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang import ENVIRONMENT
+from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT
 from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
@@ -73,6 +74,7 @@ class SGLangClient:
     Args:
         url: URL of the server, such as ``http://127.0.0.1:30000``.
         plugin_address: Address of the plugin; None if nothing is recorded or swapped.
+        keys: Folder of the engine's keys, as ``aurora-rl keys`` makes it; None if the plugin and the learner have none.
         process: The server, if it was launched here; ended by :meth:`close`.
         log: File to which the process prints.
     """
@@ -82,12 +84,14 @@ class SGLangClient:
         url: str,
         plugin_address: str | None = None,
         *,
+        keys: str | None = None,
         process: subprocess.Popen | None = None,
         log: str | os.PathLike[str] | None = None,
     ) -> None:
         self.url, self.plugin_address = url.rstrip("/"), plugin_address
         self._process, self._log = process, None if log is None else Path(log)
         self._argmax = False
+        self._keys = None if keys is None else control_client_keys(keys)
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         # And not through a proxy that the environment names.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -107,6 +111,7 @@ class SGLangClient:
         dtype: str = "auto",
         device: str = "cpu",
         log: str | os.PathLike[str] | None = None,
+        keys: str | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> SGLangClient:
@@ -124,6 +129,7 @@ class SGLangClient:
             device: "cpu" or "cuda".
             log: File for what the server prints; None takes a temporary one. If an EAGLE drafter has a reduced draft
                 vocabulary, it is written next to this file.
+            keys: Folder of the engine's keys; see the class.
             arguments: More arguments of ``sglang.launch_server``.
             environment: More environment variables.
 
@@ -155,6 +161,8 @@ class SGLangClient:
         variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
         if drafter is not None:
             variables[ENVIRONMENT] = plugin_address
+            if keys is not None:
+                variables[KEYS_ENVIRONMENT] = os.path.abspath(keys)
         if device == "cpu":
             variables |= CPU_VARIABLES
         with open(path, "ab") as output:
@@ -167,7 +175,7 @@ class SGLangClient:
                 start_new_session=True,
             )
         plugin = plugin_address if drafter is not None else None
-        engine = cls(f"http://127.0.0.1:{port}", plugin, process=process, log=path)
+        engine = cls(f"http://127.0.0.1:{port}", plugin, keys=keys, process=process, log=path)
         try:
             engine.wait_ready(_START_S)
         except BaseException:
@@ -278,6 +286,8 @@ class SGLangClient:
         version: int = 0,
         capture_rate: float = 1.0,
         queue: int = 256,
+        queue_bytes: int = 1 << 29,
+        max_message: int = 1 << 30,
         top_k: int = 64,
         max_bytes: int = 1 << 30,
         store_bytes: int = 1 << 28,
@@ -291,6 +301,8 @@ class SGLangClient:
             version: Version of the weights that the server has now.
             capture_rate: Share of the requests to record.
             queue: Trajectories that wait for an absent learner before the oldest is dropped.
+            queue_bytes: Most bytes of them.
+            max_message: Most bytes of a trajectory, and of weights, on the wire.
             top_k: Likeliest tokens to keep of the target's distribution, where the input of its head cannot be reached
                 (CUDA graphs).
             max_bytes: Host memory of requests on their way; further ones are served without a record.
@@ -313,7 +325,9 @@ class SGLangClient:
                 " than they know"
             )
         fields = {"trajectories": trajectories, "weights": weights, "version": version, "capture_rate": capture_rate}
-        limits = {"queue": queue, "top_k": top_k, "max_bytes": max_bytes, "store_bytes": store_bytes}
+        fields["keys"] = self._keys is not None
+        limits = {"queue": queue, "queue_bytes": queue_bytes, "max_message": max_message}
+        limits |= {"top_k": top_k, "max_bytes": max_bytes, "store_bytes": store_bytes}
         return self._ask("attach", {"handshake": handshake.to_meta(), **fields, **limits})
 
     def detach(self) -> dict[str, Any]:
@@ -331,7 +345,7 @@ class SGLangClient:
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
         if self.plugin_address is None:
             raise PluginError("this engine has no plugin address; set engine.plugin_address to the plugin's")
-        return ask(self.plugin_address, kind, fields)
+        return ask(self.plugin_address, kind, fields, keys=self._keys)
 
     def close(self) -> None:
         """End the server, if it was launched here. Idempotent."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import KeyFault, control_server_keys
 from aurora_rl.envs.sglang.copies import copies_done, to_host
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
@@ -42,22 +43,22 @@ _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
 
 
 class Plugin:
-    """State of one scheduler process, which answers requests at ``address``."""
+    """State of one scheduler process, which answers requests at ``address``, with the keys in a folder if there are."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, keys: str | None = None) -> None:
+        self._address, self._keys = address, keys
         self._scheduler: Any = None
         self._server: PluginServer | None = None
         self._session: Session | None = None
         self._last_session = ""
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
-        # Of the forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
+        # The forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
         self._head: tuple[Tensor, Tensor] | None = None
         self._draft_logits: list[Tensor] = []
         self._path_scores: Tensor | None = None
         self._joint_log_probs: Tensor | None = None
-        # Of the round that is verified now: requests to record, by their row, and the target's distributions.
+        # The round that is verified now: requests to record, by their row, and the target's distributions.
         self._wanted: list[tuple[int, str]] = []
         self._rows: TargetRows | None = None
 
@@ -99,8 +100,9 @@ class Plugin:
         self._scheduler = scheduler
         self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
         try:
-            self._server = PluginServer(self._address, self._answer)
-        except OSError as error:  # also in the further processes of a server on several GPUs, which is refused later
+            keys = None if self._keys is None else control_server_keys(self._keys)
+            self._server = PluginServer(self._address, self._answer, keys=keys)
+        except (OSError, KeyFault) as error:  # also in further processes of a server on several GPUs, refused later
             logger.error("nobody can attach here: %s", error)
 
     def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class Plugin:
     def _attach(self, fields: dict[str, Any]) -> None:
         if self._session is not None:
             raise PluginError("a learner is attached already; detach first")
-        session = Session(fields, exact=self._eager)
+        session = Session(fields, exact=self._eager, keys=self._keys)
         try:
             self._check_engine(session.handshake)
         except PluginError:

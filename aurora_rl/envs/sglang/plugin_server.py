@@ -1,6 +1,6 @@
 """Requests and replies between the plugin inside SGLang's scheduler and those who attach to it.
 
-The plugin binds one ROUTER socket, by default on this host only. Every message is JSON without tensors in the
+The plugin binds one ROUTER socket, on this host only unless it has keys. Every message is JSON without tensors in the
 project's codec: ``status``, ``attach``, ``detach`` and ``record`` are answered by ``status``, what cannot be done by
 ``refused`` with a reason.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from aurora_rl.collectors.codec import CodecError, Limits, decode, encode
+from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,23 @@ class PluginServer:
     Args:
         address: Address to bind.
         answer: Function of the kind and fields of a request to the fields of ``status``; PluginError refuses.
+        keys: Keys for CurveZMQ, needed where other hosts can reach the address.
 
     Raises:
         OSError: The address is taken or cannot be bound.
     """
 
-    def __init__(self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        answer: Callable[[str, dict[str, Any]], dict[str, Any]],
+        *,
+        keys: ServerKeys | None = None,
+    ) -> None:
         self._answer = answer
         self._socket = open_socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LIMITS.max_bytes
-        self.address = bind(self._socket, address, limits=_LIMITS)
+        self.address = bind(self._socket, address, limits=_LIMITS, keys=keys)
         self._thread = SocketThread(self._socket, self._step, name="sglang-plugin")
         self._thread.start()
 
@@ -64,7 +72,14 @@ class PluginServer:
         return not self._thread.closing
 
 
-def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeout: float = 10.0) -> dict[str, Any]:
+def ask(
+    address: str,
+    kind: str,
+    fields: dict[str, Any] | None = None,
+    *,
+    keys: ClientKeys | None = None,
+    timeout: float = 10.0,
+) -> dict[str, Any]:
     """Send one request (``status``, ``attach``, ``detach`` or ``record``) to a plugin and wait for its status.
 
     Raises:
@@ -72,12 +87,13 @@ def ask(address: str, kind: str, fields: dict[str, Any] | None = None, *, timeou
     """
     socket = open_socket(zmq.DEALER)
     try:
-        connect(socket, address)
+        connect(socket, address, keys=keys)
         socket.send_multipart(encode(kind, fields or {}))
         if not socket.poll(int(timeout * 1e3)):
             raise PluginError(
                 f"no answer at {address} within {timeout:.0f} s; does SGLang run with AURORA_RL_SGLANG={address} in its"
-                " environment and aurora-rl installed next to it?"
+                " environment and aurora-rl installed next to it? Both sides have keys or none: wire.keys here, "
+                "AURORA_RL_SGLANG_KEYS there"
             )
         message = decode(socket.recv_multipart(), limits=_LIMITS)
     finally:

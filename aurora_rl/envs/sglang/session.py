@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs.sglang.copies import to_host
@@ -25,10 +27,13 @@ _TOLD_SWAPS = 256
 ATTACH: dict[str, type | tuple[type, ...]] = {
     "trajectories": str,  # address of the learner's collector
     "weights": str,  # address of its publisher
+    "keys": bool,  # whether they have keys
     "handshake": dict,
     "version": int,  # of the weights that the server was started with
     "capture_rate": (int, float),  # share of requests to record
     "queue": int,  # trajectories that wait for an absent learner
+    "queue_bytes": int,  # of them, at most
+    "max_message": int,  # bytes of a trajectory or of weights on the wire
     "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
     "max_bytes": int,  # that requests on their way may hold
     "store_bytes": int,  # of features of earlier texts, for prompts with a cached prefix
@@ -41,18 +46,20 @@ class Session:
 
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
+        keys: Folder of this engine's keys; None if it has none.
         exact: Whether every round shows what the target's head reads. A captured graph runs none of the functions that
             it was captured from, which hides it.
 
     Raises:
         PluginError: A field is missing, unknown or of the wrong type.
+        KeyFault: A key cannot be used.
         OSError: An address is malformed.
 
     Attributes:
         id: Name of the session, which no other has.
     """
 
-    def __init__(self, fields: dict[str, Any], *, exact: bool) -> None:
+    def __init__(self, fields: dict[str, Any], *, exact: bool, keys: str | None = None) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
                 raise PluginError(f"attach needs {name}, got {fields.get(name)!r}")
@@ -60,12 +67,33 @@ class Session:
             raise PluginError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
         if not 0 <= fields["capture_rate"] <= 1:
             raise PluginError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
+        if fields["keys"] != (keys is not None):
+            has, lacks = ("learner", "engine") if keys is None else ("engine", "learner")
+            raise PluginError(
+                f"the {has} has keys and the {lacks} has none; set wire.keys there, and AURORA_RL_SGLANG_KEYS in the "
+                "environment of SGLang, or neither"
+            )
         self.handshake = Handshake.from_meta(fields["handshake"])
+        own = None if keys is None else engine_keys(keys)
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.id, self.recording, self.error = secrets.token_hex(8), True, ""
         self.exact, self.version = exact, fields["version"]
-        self.sink = TrajectorySink(fields["trajectories"], handshake=self.handshake, capacity=fields["queue"])
-        self.receiver = WeightReceiver(fields["weights"], handshake=self.handshake, version=self.version)
+        limits = Limits(max_bytes=fields["max_message"])
+        self.sink = TrajectorySink(
+            fields["trajectories"],
+            handshake=self.handshake,
+            keys=own,
+            capacity=fields["queue"],
+            max_bytes=fields["queue_bytes"],
+            limits=limits,
+        )
+        self.receiver = WeightReceiver(
+            fields["weights"],
+            handshake=self.handshake,
+            keys=own,
+            version=self.version,
+            limits=limits,
+        )
         memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
         self.records = TrajectoryAssembler(self.sink.extend, **memory)
         self.swap_ms: list[float] = []

@@ -113,14 +113,14 @@ class _Rejection(VerificationRule):
 
     @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
-        # The chance that all siblings before a node are rejected and the node is not.
+        # The probability that all siblings before a node are rejected and the node is not.
         if q is None:
             raise ValueError(f"the acceptance of the rule {self.name!r} depends on q, which is missing")
         rank, tiny = sibling_ranks(context), torch.finfo(p.dtype).tiny
         out = p.new_zeros(len(tokens))
         residual, own, rest = p, q, 1 - p.sum(-1, keepdim=True)  # the rest has tokens that the drafter never proposes
         survival = p.new_ones(len(p))
-        place = torch.arange(len(p), device=p.device)  # of a context among those that still have siblings to test
+        place = torch.arange(len(p), device=p.device)  # place of a context among those with siblings to test
         for turn in range(int(rank.max()) + 1 if len(rank) else 0):
             nodes = (rank == turn).nonzero().flatten()
             here = place[context[nodes]]

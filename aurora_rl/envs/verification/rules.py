@@ -159,8 +159,8 @@ def require_replayable(rule: type[VerificationRule]) -> None:
     """Raise ValueError if recorded text does not say which drafts a rule would have accepted."""
     if not rule.replayable:
         raise ValueError(
-            f"the rule {rule.name!r} is not replayable: its text depends on what was drafted, so the gate cannot tell "
-            "from recorded text what new weights would have had accepted; set rule=null"
+            f"the rule {rule.name!r} is not replayable: its text depends on what was drafted, so recorded "
+            "text does not tell what another drafter would have had accepted; set rule=null where requests are served"
         )
 
 

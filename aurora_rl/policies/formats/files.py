@@ -50,7 +50,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    if folder.exists() and {path.name for path in folder.iterdir()} not in (set(), set(_FILES)):
+    if folder.exists() and any(folder.iterdir()) and not holds_drafter(folder):
         raise CheckpointError(
             f"{folder} holds other things than a drafter ({' and '.join(_FILES)}), which would be lost; name an empty "
             "or a new folder"
@@ -62,6 +62,11 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     if drafter.trained_for is not None:
         config = {**config, _TRAINED_FOR: drafter.trained_for}
     write_folder(folder, tensors, {"config.json": config})
+
+
+def holds_drafter(folder: Path) -> bool:
+    """Return whether a folder holds what :func:`save_drafter` writes, and nothing else."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} == set(_FILES)
 
 
 def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
@@ -151,11 +156,11 @@ def load_drafter(
                 f"config.json: {_TRAINED_FOR} is {stated!r}, the target's weights are {drafter.trained_for!r}: the "
                 "drafter was trained for others. To start from it nevertheless, set drafter.trained_for=any"
             )
-    except StrictDataclassError as error:  # of transformers: an entry of config.json, and no ValueError
+    except StrictDataclassError as error:  # transformers' own, for an entry of config.json; no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, IndexError, AttributeError) as error:  # of an entry that no check above knows
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # an entry that no check above knows
         raise CheckpointError(
             f"{folder}: config.json lacks an entry, or has one of another type: {type(error).__name__}: {error}"
         ) from error

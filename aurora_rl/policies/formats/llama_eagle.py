@@ -93,7 +93,7 @@ def read_eagle3(
     Raises:
         ValueError: Names the first entry or tensor that does not fit the target or the class.
     """
-    if layout == "vllm" or LAYER_IDS in checkpoint.config:  # of engines, vLLM alone looks for them at the top level
+    if layout == "vllm" or LAYER_IDS in checkpoint.config:  # vLLM alone looks for them at the top level
         checkpoint = Checkpoint(*from_vllm(*checkpoint))
     entries, tensors = checkpoint.config, {_eagle3_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     nested = entries.get("eagle_config") or {}

@@ -91,13 +91,14 @@ def create_app(
         return {"num_running": engine.num_running, "num_waiting": engine.num_waiting}
 
     routes = [*front.routes(), *page_routes(load, history, model)]
-    return application(routes, load=load, api_keys=api_keys, cors_origins=cors_origins)
+    return application(routes, load=load, failed=metrics.failed, api_keys=api_keys, cors_origins=cors_origins)
 
 
 def application(
     routes: Sequence[BaseRoute],
     *,
     load: Callable[[], Mapping[str, int]],
+    failed: Callable[[str], None],
     api_keys: Collection[str],
     cors_origins: Sequence[str],
 ) -> Starlette:
@@ -106,6 +107,7 @@ def application(
     Args:
         routes: Routes of the application.
         load: Returns the running and waiting requests, ``num_running`` and ``num_waiting``; kept as ``state.load``.
+        failed: Called with the code of the error where a key is missing or wrong.
         api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
         cors_origins: Origins whose pages may call the server from a browser.
     """
@@ -116,7 +118,7 @@ def application(
             Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         )
     if api_keys:
-        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=("/health", *FILES)))
+        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=("/health", *FILES), failed=failed))
     app = Starlette(
         routes=routes,
         middleware=middleware,

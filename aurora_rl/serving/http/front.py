@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 import aurora_rl
 from aurora_rl.envs import SamplingParams
-from aurora_rl.serving.async_engine import AsyncEngine, Job
+from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import GONE, ApiError, of_engine
 from aurora_rl.serving.http.generation import ClientGoneError, complete, generate, while_connected
@@ -31,6 +32,7 @@ from aurora_rl.telemetry.prometheus import Exporter
 T = TypeVar("T")
 
 _HEALTH_S = 20.0
+_LOOK_S = 0.02  # between two looks for a token
 
 
 class Front:
@@ -127,18 +129,34 @@ class Front:
         return Response()
 
     async def health_generate(self, request: Request) -> Response:
-        """Generate a token to tell whether the engine works."""
-        sampling = SamplingParams(max_tokens=1)
-        job = Job(torch.zeros(1, dtype=torch.int64), sampling, speculative=False, learn=False, counted=False)
-        deadline = asyncio.get_running_loop().time() + _HEALTH_S
+        """Tell whether the engine works: whether a round delivers a token, to whomever, after it was asked for one."""
         try:
-            await while_connected(request.receive, complete(self._engine, [job], deadline))
+            await while_connected(request.receive, self._token_delivered())
         except ClientGoneError:
             return GONE
-        except Exception as error:
-            reason = of_engine(error)
-            raise ApiError(503, f"no token was generated: {reason.message}", code=reason.code) from error
         return Response()
+
+    async def _token_delivered(self) -> None:
+        """Wait for a token, of a request of our own if there is room for it in the queue."""
+        loop, before = asyncio.get_running_loop(), self._engine.delivered
+        deadline = loop.time() + _HEALTH_S
+        sampling = SamplingParams(max_tokens=1)
+        job = Job(torch.zeros(1, dtype=torch.int64), sampling, speculative=False, learn=False, counted=False)
+        asked = asyncio.ensure_future(complete(self._engine, [job], math.inf))
+        try:
+            while self._engine.delivered == before:
+                if asked.done() and not isinstance(error := asked.exception(), QueueFullError):
+                    if error is None:
+                        return
+                    reason = of_engine(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+                    raise ApiError(503, f"no token was generated: {reason.message}", code=reason.code)
+                if loop.time() > deadline:
+                    message = f"no round has delivered a token within {_HEALTH_S:g} s; see the server's log"
+                    raise ApiError(503, message, code="no_token")
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
 
     async def server_info(self, request: Request) -> Response:
         """Tell what is served and how busy it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -48,10 +48,13 @@ class Keys:
         app: The application.
         keys: The keys.
         open_paths: Paths that need no key.
+        failed: Called with the code of the error for each request for a completion that is refused.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: Iterable[str]) -> None:
-        self._app, self._open = app, frozenset(open_paths)
+    def __init__(
+        self, app: ASGIApp, keys: Iterable[str], open_paths: Iterable[str], failed: Callable[[str], None]
+    ) -> None:
+        self._app, self._open, self._failed = app, frozenset(open_paths), failed
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +63,10 @@ class Keys:
             await self._app(scope, receive, send)
             return
         message = "a valid API key is needed: send the header 'Authorization: Bearer KEY'"
-        await ApiError(401, message, headers={"WWW-Authenticate": "Bearer"}).response()(scope, receive, send)
+        error = ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
+        if scope["path"].endswith("/completions"):
+            self._failed(str(error.code))
+        await error.response()(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
         sent = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -83,6 +83,7 @@ def create_proxy(
     return application(
         [*proxy.routes(), *page_routes(proxy.load, history, model)],
         load=proxy.load,
+        failed=metrics.failed,
         api_keys=api_keys,
         cors_origins=cors_origins,
     )
@@ -120,6 +121,7 @@ class Proxy:
         self._num_spec_tokens, self._drafter_version = num_spec_tokens, drafter_version
         self._max_body, self._timeout = max_body, timeout
         self._max_waiting, self._slots, self._open = max_waiting, slots, 0  # requests that SGLang has of us
+        self._cancelled = 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # Not through a proxy that the environment names, and without its passwords: prompts go to SGLang alone. A jar
@@ -206,7 +208,13 @@ class Proxy:
     async def metrics(self, request: Request) -> Response:
         """Return the metrics for Prometheus."""
         load = self.load()
-        counts = {"num_requests_running": load["num_running"], "num_requests_waiting": load["num_waiting"]}
+        counts: dict[str, float | None] = {
+            "num_requests_running": load["num_running"],
+            "num_requests_waiting": load["num_waiting"],
+            "requests_cancelled_total": self._cancelled,
+            "prefix_cache_queries_total": None,  # SGLang's own metrics have them
+            "prefix_cache_hits_total": None,
+        }
         return Response(self._metrics.expose(counts), media_type=CONTENT_TYPE_LATEST)
 
     def _deadline(self) -> float:
@@ -228,8 +236,10 @@ class Proxy:
             async with asyncio.timeout_at(deadline):
                 reply = await while_connected(request.receive, anext(exchange))
         except ClientGoneError:
+            self._cancelled += answer is not None
             return GONE
         except (TimeoutError, httpx.HTTPError) as error:
+            self._cancelled += answer is not None and isinstance(error, TimeoutError)
             raise self._failure(error) from error
         if answer is not None and _is_stream(reply):
             return EventStream(self._events(exchange, answer, deadline), deadline)
@@ -259,12 +269,14 @@ class Proxy:
     async def _events(
         self, exchange: AsyncGenerator[Any, None], answer: SGLangAnswer, deadline: float
     ) -> AsyncGenerator[str | bytes, None]:
+        ended = False
         async with aclosing(exchange):
             try:
                 while True:
                     async with asyncio.timeout_at(deadline):
                         piece = await anext(exchange, None)
                     if piece is None:
+                        ended = True
                         answer.completed()
                         if last := answer.end():
                             yield last
@@ -272,9 +284,11 @@ class Proxy:
                     if events := answer.feed(piece):
                         yield events
             except (TimeoutError, httpx.HTTPError) as error:  # the status is sent, and the client is told in the stream
-                failure = self._failure(error)
+                ended, failure = not isinstance(error, TimeoutError), self._failure(error)
                 self._metrics.failed(failure.code or str(failure.status))
                 yield answer.end() + f"{event(failure.body())}data: [DONE]\n\n".encode()
+            finally:
+                self._cancelled += not ended  # its client left, or its time ran out
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):

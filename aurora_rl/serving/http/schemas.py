@@ -89,7 +89,7 @@ def _include_usage(options: Any, stream: bool) -> bool:
     known = check_fields(
         options, ("include_usage",), where="stream_options.", harmless=("include_obfuscation",), neutral={}
     )
-    return boolean_field(known, "include_usage") or False
+    return boolean_field(known, "include_usage", "stream_options.") or False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

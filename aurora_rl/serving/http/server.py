@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import resource
 import socket
 import threading
 import time
 
 import uvicorn
 from starlette.types import ASGIApp
+from typing_extensions import override
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from aurora_rl.serving.http.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+_HEAD_S = 20  # for the head of a request, from its first byte, or from the opening of its connection
 _KEEP_ALIVE_S = 75
 _SHUTDOWN_S = 5
+
+
+class _Connection(HttpToolsProtocol):
+    """A connection that cannot be held by saying nothing, and of which there are not too many.
+
+    At most half of the descriptors that the process may open are clients': the rest are for the log, the learner and
+    the wire. Uvicorn bounds the requests only, and none of these come from a silent client.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        if len(self.connections) > most:
+            message = f"{most} connections are open, half of the limit of open files (ulimit -n); try again later"
+            logger.warning("a connection was refused: %s", message)
+            body = json.dumps(ApiError(503, message, code="too_many_connections").body()).encode()
+            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nRetry-After: 1"
+            transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\nConnection: close\r\n\r\n".encode() + body)
+            transport.close()
+        else:
+            self._await_head()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and self._timer is None:
+            self._timer = self.loop.call_later(_HEAD_S, self.transport.close)
+        elif not waits and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class HttpServer:
@@ -50,6 +98,7 @@ class HttpServer:
         """Begin to answer, and return once it does."""
         config = uvicorn.Config(
             app,
+            http=_Connection,
             lifespan="off",
             ws="none",
             log_config=None,

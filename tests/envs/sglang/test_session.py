@@ -4,6 +4,7 @@ import pytest
 import torch
 from attach_fields import FIELDS, HEAD
 
+from aurora_rl.collectors.keys import make_keys
 from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.envs.sglang.session import ATTACH, Session
 
@@ -35,3 +36,14 @@ def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
         torch.testing.assert_close(rows["tail_log_prob"].exp(), 1 - best.values.sum(-1))
     finally:
         session.close()
+
+
+def test_both_sides_have_keys_or_none(tmp_path):
+    with pytest.raises(
+        PluginError, match="the learner has keys and the engine has none; set wire.keys there, and AURORA"
+    ):
+        Session({**FIELDS, "keys": True}, exact=True)
+    make_keys(tmp_path)
+    with pytest.raises(PluginError, match="the engine has keys and the learner has none"):
+        Session(FIELDS, exact=True, keys=str(tmp_path))
+    Session({**FIELDS, "keys": True}, exact=True, keys=str(tmp_path)).close()

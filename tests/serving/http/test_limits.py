@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import resource
 import shutil
 import socket
 import subprocess
@@ -20,10 +21,13 @@ import openai
 import pytest
 from processes import wait
 
+from aurora_rl.serving.http import front
+from aurora_rl.serving.http import server as http_server
 from aurora_rl.serving.http.keys import ENVIRONMENT, read_api_keys
 from aurora_rl.serving.http.prompts import Encoder
 from aurora_rl.serving.http.schemas import Tokenize
 from aurora_rl.serving.http.server import HttpServer
+from aurora_rl.telemetry.prometheus import Exporter
 
 LONG = {"prompt": "Once", "max_tokens": 500, "stop": ["never there"]}
 
@@ -75,6 +79,21 @@ def test_a_waiting_client_that_leaves_is_not_served(slow: Any) -> None:
     assert slow.idle(2.0)
 
 
+def test_the_wait_of_a_client_that_leaves_the_queue_is_observed(slow: Any) -> None:
+    def observed() -> int:
+        lines = slow.metrics.expose({}).decode().splitlines()
+        name = "aurora_request_queue_time_seconds_count"
+        return next(round(float(line.split()[1])) for line in lines if line.startswith(name))
+
+    before = observed()
+    with left_open(slow.url, LONG | {"n": 2}):
+        wait(lambda: observed() == before + 2)  # with their first tokens
+        with left_open(slow.url, LONG):
+            wait(lambda: slow.clients.num_waiting == 1)
+        wait(lambda: observed() == before + 3)
+    assert slow.idle(2.0)
+
+
 def test_an_async_client_that_stops_reading_frees_its_slot(slow: Any) -> None:
     async def leave() -> None:
         async with openai.AsyncOpenAI(base_url=f"{slow.url}/v1", api_key="none") as client:
@@ -105,6 +124,32 @@ def test_a_full_queue_asks_to_come_again(slow: Any) -> None:
             client.completions.create(model="tiny/model", prompt="a")
         assert httpx.get(f"{slow.url}/health").status_code == 200
     assert slow.idle(2.0)
+
+
+def test_a_busy_server_is_in_good_health(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_HEALTH_S", 2.0)
+    with contextlib.ExitStack() as clients:
+        clients.enter_context(left_open(slow.url, LONG | {"n": 8}))
+        wait(lambda: slow.clients.num_waiting == 6)
+        assert httpx.get(f"{slow.url}/health_generate", timeout=30).status_code == 200  # while its own token waits
+        wait(lambda: slow.clients.num_waiting == 6)  # and is given up
+        clients.enter_context(left_open(slow.url, LONG | {"n": 2}))
+        wait(lambda: slow.clients.num_waiting == 8)
+        assert httpx.get(f"{slow.url}/health_generate", timeout=30).status_code == 200  # nor is there room for it
+        began, verify = threading.Event(), slow.env.engine.verify
+
+        def stuck(*args: Any, **kwargs: Any) -> Any:
+            began.set()
+            time.sleep(3.0)
+            return verify(*args, **kwargs)
+
+        monkeypatch.setattr(slow.env.engine, "verify", stuck)
+        assert began.wait(10)
+        monkeypatch.setattr(slow.env.engine, "verify", verify)
+        answer = httpx.get(f"{slow.url}/health_generate", timeout=30)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_token"
+        assert "within 2 s" in answer.json()["error"]["message"]
+    assert slow.idle(4.0)
 
 
 def test_part_of_a_request_that_finds_the_queue_full_is_cancelled(slow: Any) -> None:
@@ -143,6 +188,44 @@ def test_a_body_that_does_not_come_is_given_up(rig: Any) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def test_connections_are_bounded_by_the_files_that_may_be_open(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = rig.serve()
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (8, 8))
+    with contextlib.ExitStack() as clients:
+        for _ in range(4):
+            clients.enter_context(connect(url)).sendall(b"GET")  # and no more of the head
+        with connect(url) as connection:
+            told = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert told.startswith(b"HTTP/1.1 503") and b"too_many_connections" in told and b"4 connections" in told
+    wait(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+def test_a_connection_without_the_head_of_a_request_is_closed(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_HEAD_S", 0.2)
+    url = rig.serve()
+    with connect(url) as silent, connect(url) as slow, connect(url) as asked:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost:")
+        asked.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert asked.recv(1000).startswith(b"HTTP/1.1 200")
+        assert silent.recv(10) == b"" and slow.recv(10) == b""
+        time.sleep(0.3)
+        asked.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # a connection is kept between two requests
+        assert asked.recv(1000).startswith(b"HTTP/1.1 200")
+        asked.sendall(b"GET /health HTTP/1.1\r\n")
+        assert asked.recv(10) == b""
+
+
+def test_an_answer_may_take_longer_than_a_head(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_HEAD_S", 0.1)
+    answer = httpx.post(f"{slow.serve()}/v1/completions", json=LONG | {"max_tokens": 40}, timeout=30)
+    assert answer.status_code == 200 and answer.elapsed.total_seconds() > 0.2
 
 
 def test_bodies_are_bounded_before_they_are_parsed(rig: Any) -> None:
@@ -207,6 +290,15 @@ def test_keys_open_the_server(rig: Any) -> None:
         with pytest.raises(openai.AuthenticationError, match="a valid API key is needed"):
             client.models.list()
         assert len(client.with_options(api_key="first").models.list().data) == 1
+
+
+def test_a_wrong_key_is_counted(rig: Any) -> None:
+    metrics = Exporter()
+    url = rig.serve(api_keys=["key"], metrics=metrics)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert httpx.post(f"{url}{path}", json={}).status_code == 401
+    assert httpx.get(f"{url}/metrics").status_code == 401  # which asks for no completion
+    assert b'aurora_request_failures_total{code="invalid_api_key"} 2.0' in metrics.expose({})
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from chromium import Page, chromium
-from run_events import gate, status, swap, train
+from run_events import gate, status, swap, train, verdict, watchdog
 
 from aurora_rl.serving.http.live_page import FILES
 from aurora_rl.telemetry.history import RunHistory
@@ -98,7 +98,7 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     assert rig.idle()
     view.log_status()
     log = MetricsLog(rig.log.path, "learner")
-    for event in (train(), gate(), swap(before + 1, version=7)):
+    for event in (train(), gate(), verdict(version=6), watchdog(), swap(before + 1, version=7)):
         log.write(**{name: value for name, value in event.items() if name != "time"})
     view.follow()
     page.wait_for(f"document.getElementById('requests').innerText === '{before + 1}'")
@@ -111,6 +111,13 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     assert page.evaluate("[...document.querySelector('#gates tbody').rows[0].cells].map((c) => c.innerText)") == [
         str(before + 1), "+0.071", "+0.010 to +0.130", "published as 1"
     ]  # fmt: skip
+    assert page.evaluate("[...document.querySelector('#verdicts tbody').rows[0].cells].map((c) => c.innerText)") == [
+        "6", "40", "2.00 → 2.50", "30.0 → 35.0", "rolled back: acceptance length fell"
+    ]  # fmt: skip
+    assert page.evaluate("[...document.querySelector('#faults tbody').rows[0].cells].map((c) => c.innerText)") == [
+        "1", "40", "corrupted", "tensor 'fc.weight' is all zero", "its weights were loaded again"
+    ]  # fmt: skip
+    assert page.text("on-trial") == "No weights are on trial now."
     (version, first, _, took) = page.evaluate(
         "[...document.querySelector('#swaps tbody').rows[0].cells].map((c) => c.innerText)"
     )
@@ -224,4 +231,4 @@ def test_the_page_fits_a_phone_and_a_dark_room(rig: Any, page: Page, view: LiveV
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert (light, back()) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
     headings = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((h) => h.tagName).join(' ')")
-    assert headings == "H1 H2 H2 H3 H3 H2 H2 H2"
+    assert headings == "H1 H2 H2 H3 H3 H2 H2 H2 H2 H2"

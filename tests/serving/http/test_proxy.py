@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable
@@ -150,6 +151,27 @@ def test_metrics_have_what_runs_and_what_failed(upstream: Upstream, serve: Calla
     assert metric("num_requests_running") == 0
     for code in ("400", "unsupported_field", "request_too_large"):
         assert metric(f'request_failures_total{{code="{code}"}}') == 1, code
+
+
+def test_clients_that_left_and_times_that_ran_out_are_counted_and_sglangs_own_cache_is_not(
+    upstream: Upstream, serve: Callable[..., str]
+) -> None:
+    url = serve(timeout=1.0)
+
+    def cancelled() -> float:
+        text = httpx.get(f"{url}/metrics").text
+        assert not [line for line in text.splitlines() if line.startswith("aurora_prefix_cache")]
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("aurora_requests_canc"))
+
+    assert post(url, {}).status_code == 200 and cancelled() == 0
+    for stream in (False, True):  # a client that leaves, and a time that runs out
+        body = {"do": "stall" if stream else "hang", "stream": stream}
+        with contextlib.suppress(httpx.ReadTimeout):
+            with httpx.stream("POST", url + CHAT, json=body, timeout=0.3):
+                pass
+        wait(lambda: cancelled() == (3 if stream else 1), 5)  # noqa: B023
+        assert post(url, body).status_code == (200 if stream else 504)
+        wait(lambda: cancelled() == (4 if stream else 2), 5)  # noqa: B023
 
 
 def test_sglang_that_is_not_there_is_a_bad_gateway(serve: Callable[..., str]) -> None:

@@ -87,6 +87,7 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"prompt": "a", "logprobs": True}, "logprobs", "give an integer"),
         ({"prompt": "a", "stream": "yes"}, "stream", "give true or false"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
+        ({"prompt": [3], "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "1"),
         ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
         ({"prompt": "a", "speculative": 1}, "speculative", "give true or false"),
         ({"prompt": "a", "learn": "no"}, "learn", "give true or false"),

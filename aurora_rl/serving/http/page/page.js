@@ -89,12 +89,29 @@ function show() {
   setText("skipped", count(learner.skipped));
   setText("restarts", count(learner.restarts));
 
-  const { gates, swaps } = run;
+  const { gates, swaps, verdicts, faults } = run;
   rows("gates", gates.time.map((_, i) => [
     count(gates.requests[i]),
     signed(gates.difference[i]),
     gates.interval[i].map(signed).join(" to "),
     gates.publish[i] ? `published as ${gates.version[i]}` : "refused",
+  ]).slice(-ROWS).reverse());
+  rows("verdicts", verdicts.time.map((_, i) => [
+    String(verdicts.version[i]),
+    count(verdicts.requests[i]),
+    verdicts.acceptance_length[i].map((value) => figure(value)).join(" → "),
+    verdicts.tokens_per_second[i].map((value) => figure(value, 1)).join(" → "),
+    `${verdicts.promote[i] ? "promoted" : "rolled back"}: ${verdicts.reason[i]}`,
+  ]).slice(-ROWS).reverse());
+  const none = verdicts.time.length ? "No weights are on trial now." : "No weights were tried yet.";
+  setText("on-trial", run.on_trial === null ? none : `Version ${run.on_trial} is on trial.`);
+  at("faulty").hidden = faults.time.length === 0;
+  rows("faults", faults.time.map((_, i) => [
+    String(faults.version[i]),
+    count(faults.requests[i]),
+    faults.cause[i],
+    faults.detail[i],
+    faults.action[i],
   ]).slice(-ROWS).reverse());
   rows("swaps", swaps.time.map((time, i) => [
     String(swaps.version[i]),

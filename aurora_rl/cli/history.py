@@ -1,0 +1,110 @@
+"""``aurora-rl history``: the versions of a run, why each was published, and what became of it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.signals import Stop
+from aurora_rl.telemetry.log import MetricsReader
+
+
+@dataclass(slots=True)
+class Version:
+    """What became of a version.
+
+    Attributes:
+        published: Why it was published.
+        outcome: How its trial ended, or why it was not loaded.
+        served: Requests that were complete when it began to draft every round; empty if it never did.
+    """
+
+    published: str = ""
+    outcome: str = ""
+    served: str = ""
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("folder", type=Path, help="folder of a run")
+    parser.set_defaults(config=None, overrides=[], print_config=False)
+
+
+def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
+    """Print the versions. Returns the exit status.
+
+    Raises:
+        ConfigError: The folder is not that of a run.
+    """
+    folder: Path = arguments.folder
+    if not (folder / "metrics.jsonl").is_file():
+        raise ConfigError(f"{folder} has no metrics.jsonl; name the folder of a run")
+    found = versions(MetricsReader(folder / "metrics.jsonl"))
+    table = Table()
+    for title in ("version", "published", "outcome", "from request", "kept in"):
+        table.add_column(title, overflow="fold")
+    kept = {number: path for number in found if (path := _kept(folder, number)) is not None}
+    for number, version in sorted(found.items()):
+        where = kept[number].relative_to(folder) if number in kept else ""
+        table.add_row(str(number), version.published, version.outcome, version.served, str(where))
+    console = plain_console()
+    console.print(table)
+    if kept:
+        path = kept[max((number for number in kept if found[number].served), default=max(kept))]
+        command = shlex.join(["aurora-rl", "serve", "--config", str(folder / "config.yaml"), f"drafter.path={path}"])
+        console.print(f"a kept version is served again by drafter.path, such as\n{command}", soft_wrap=True)
+    return 0
+
+
+def _kept(folder: Path, version: int) -> Path | None:
+    path = folder / "versions" / str(version) if version else folder / "drafter-day0"
+    return path if (path / "config.json").is_file() else None
+
+
+def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
+    """Return what the events of a run say of each version.
+
+    Example:
+        >>> swap = {"event": "swap", "version": 1, "requests": 8}
+        >>> versions([swap])[1].served
+        '8'
+    """
+    found = {0: Version(published="the first drafter", served="0")}
+
+    def of(number: int) -> Version:
+        return found.setdefault(number, Version())
+
+    for event in events:
+        match event["event"]:
+            case "gate" if event["publish"]:
+                low, high = event["interval"]
+                of(
+                    event["version"]
+                ).published = (
+                    f"gate: {event['difference']:+.3f} ({low:+.3f} to {high:+.3f}) over {event['requests']} requests"
+                )
+            case "trial":
+                of(event["version"]).outcome = f"on trial against version {event['against']}"
+            case "verdict":
+                length, speed = event["acceptance_length"], event["tokens_per_second"]
+                of(event["version"]).outcome = (
+                    f"{'promoted' if event['promote'] else 'rolled back'} after {event['rounds']} rounds: "
+                    f"{event['reason']}; acceptance length {length['old']:.2f} to {length['new']:.2f}, tokens/s "
+                    f"{speed['old']:.1f} to {speed['new']:.1f}"
+                )
+            case "watchdog":
+                of(event["version"]).outcome = f"{event['cause']} ({event['detail']}): {event['action']}"
+            case "swap_failed":
+                of(event["version"]).outcome = f"not loaded: {event['reason']}"
+            case "swap":
+                of(event["version"]).served = str(event["requests"])
+    return found

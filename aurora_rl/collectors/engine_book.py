@@ -1,0 +1,190 @@
+"""What a learner knows of the engines that connect to it: what each serves, was sent, loaded or refused."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from aurora_rl.collectors.codec import CodecError, field
+from aurora_rl.telemetry.throttle import Throttle
+
+_MAX_ENGINES = 256  # the least recently seen is forgotten; one that still lives introduces itself again within a second
+_FORGET_S = 60.0  # in which an engine that lives is heard
+# An engine may serve what an earlier learner published. A version so far above that is not believed: the next one to be
+# published must be above all of them.
+_MAX_LEAD = 1 << 32
+_REMEMBERED_CHECKSUMS = 64
+
+
+@dataclass(slots=True)
+class EngineStatus:
+    """What the learner knows of the engine of one connection; times are `time.monotonic` seconds.
+
+    `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
+    version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
+    `ahead`: it serves a version newer than any published here, from an earlier learner, and ignores the published ones.
+    """
+
+    name: str
+    serving: int
+    last_seen: float
+    acknowledged: int | None = None
+    swap_ms: float | None = None
+    rejected: tuple[int | None, str] | None = None
+    offered: int | None = None
+    in_flight: bool = False
+    ahead: bool = False
+
+
+class EngineBook:
+    """Keeps the status of every connection. What a peer says counts for its own connection, while that is heard.
+
+    Any thread may call any method.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._log = threading.Condition(), Throttle(logging.getLogger(__name__))
+        self._engines: OrderedDict[bytes, EngineStatus] = OrderedDict()  # by the connection's identity
+        self._checksums: OrderedDict[int, str] = OrderedDict()  # an engine may acknowledge what is no longer the newest
+        self._published = 0
+
+    @property
+    def engines(self) -> dict[str, EngineStatus]:
+        """A copy of what is known, by engine name."""
+        with self._changed:
+            return {status.name: replace(status) for status in self._engines.values()}
+
+    @property
+    def next_version(self) -> int:
+        """Above everything published and everything that an engine serves."""
+        with self._changed:
+            return 1 + max([self._published, *(status.serving for status in self._engines.values())])
+
+    def publish(self, version: int, checksum: str) -> None:
+        """Note the newest weights.
+
+        Raises:
+            ValueError: ``version`` is not larger than the last one.
+        """
+        with self._changed:
+            if version <= self._published:
+                raise ValueError(f"version {version} is not newer than the published {self._published}")
+            self._published = version
+            self._checksums[version] = checksum
+            if len(self._checksums) > _REMEMBERED_CHECKSUMS:
+                self._checksums.popitem(last=False)
+
+    def due(self, version: int) -> list[bytes]:
+        """Return the connections to send this version to now, and note that it is on its way to them."""
+        with self._changed:
+            found, oldest = [], time.monotonic() - _FORGET_S
+            for identity, status in list(self._engines.items()):
+                if status.last_seen < oldest:
+                    del self._engines[identity]
+                elif not status.in_flight and version != status.offered and version > status.serving:
+                    status.offered, status.in_flight = version, True
+                    found.append(identity)
+            return found
+
+    def wait_ack(self, version: int, timeout: float, engines: int) -> bool:
+        """Wait until so many engines have loaded a version or a newer one; see `WeightPublisher.wait_ack`."""
+
+        def acknowledged() -> bool:
+            there = {status.name for status in self._engines.values() if (status.acknowledged or 0) >= version}
+            return len(there) >= engines
+
+        def rejected() -> bool:
+            return any((status.rejected or (None,))[0] == version for status in self._engines.values())
+
+        with self._changed:
+            self._changed.wait_for(lambda: acknowledged() or rejected(), timeout)
+            return acknowledged()
+
+    def rejection(self, version: int) -> str | None:
+        """Return why an engine did not load a version, or rolled it back; None if none did."""
+        with self._changed:
+            rejected = [status.rejected for status in self._engines.values() if status.rejected is not None]
+        return next((reason for rejected_version, reason in rejected if rejected_version == version), None)
+
+    def forget(self, identity: bytes) -> None:
+        """Forget the engine of a connection."""
+        with self._changed:
+            self._engines.pop(identity, None)
+
+    def note_serving(self, identity: bytes, name: str, meta: Mapping[str, Any]) -> None:
+        """Note what the engine of a connection says that it serves.
+
+        Raises:
+            CodecError: A field is malformed, or the version cannot be one that was published.
+        """
+        version = self._served_version(meta)
+        received = field(meta, "received", int, type(None))
+        digest = field(meta, "checksum", str, type(None))
+        with self._changed:
+            status = self._engines.setdefault(identity, EngineStatus(name, version, time.monotonic()))
+            self._engines.move_to_end(identity)
+            if len(self._engines) > _MAX_ENGINES:
+                self._engines.popitem(last=False)
+            status.name, status.serving, status.last_seen = name, version, time.monotonic()
+            if received is not None and received == status.offered:
+                status.in_flight = False
+            ahead = 0 < self._published < version
+            if ahead and not status.ahead:
+                self._log.warning(
+                    "ahead",
+                    "engine %r serves version %d, newer than the published %d, and ignores older ones;"
+                    " publish next_version to reach it",
+                    *(name, version, self._published),
+                )
+            status.ahead = ahead
+        if digest is not None:  # repeats the last acknowledgement, in case that was lost with a connection
+            self._note_loaded(identity, version, digest, None)
+
+    def note_ack(self, identity: bytes, meta: Mapping[str, Any]) -> None:
+        """Note that the engine of a connection has loaded a version; errors as of `note_serving`."""
+        version, digest = self._served_version(meta), field(meta, "checksum", str)
+        self._note_loaded(identity, version, digest, float(field(meta, "swap_ms", float, int)))
+
+    def note_nack(self, identity: bytes, meta: Mapping[str, Any]) -> None:
+        """Note that the engine of a connection has refused a version; errors as of `note_serving`."""
+        version, reason = field(meta, "version", int, type(None)), field(meta, "reason", str)[:500]
+        with self._changed:
+            if (status := self._engines.get(identity)) is None:
+                return
+            if version is None or version == status.offered:
+                status.in_flight = False
+            status.rejected = (version, reason)
+            self._changed.notify_all()
+        self._log.warning("rejected", "engine %r rejected version %s: %r", status.name, version, reason)
+
+    def _served_version(self, meta: Mapping[str, Any]) -> int:
+        version: int = field(meta, "version", int)
+        if not 0 <= version <= self._published + _MAX_LEAD:
+            raise CodecError(f"an engine says that it serves version {version}, and {self._published} is published")
+        return version
+
+    def _note_loaded(self, identity: bytes, version: int, digest: str, swap_ms: float | None) -> None:
+        with self._changed:
+            if (status := self._engines.get(identity)) is None:
+                return
+            status.serving = version
+            if version == status.offered:
+                status.in_flight = False
+            if swap_ms is not None:
+                status.swap_ms = swap_ms
+            published = self._checksums.get(version)
+            if published is None:
+                return  # from an earlier learner: nothing to compare with
+            if digest == published:
+                status.acknowledged = version
+            else:
+                reason = f"the loaded weights have checksum {digest}, the published ones {published}"
+                if status.rejected != (version, reason):
+                    self._log.warning("loaded", "engine %r did not load version %d: %s", status.name, version, reason)
+                status.rejected = (version, reason)
+            self._changed.notify_all()

@@ -1,0 +1,33 @@
+"""Numbers that come from elsewhere: finite, and of a magnitude that a model can have."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+LARGEST = 1e8
+"""Largest magnitude of a weight, a feature or a hidden state that is taken for one.
+
+The largest activations of language models are below 1e6. Squares of numbers up to this one, and their sums, stay finite
+in float32.
+"""
+
+
+def implausible(tensor: Tensor) -> str | None:
+    """Return what is wrong with the values of a tensor; None if they are finite and no larger than :data:`LARGEST`.
+
+    Example:
+        >>> import torch
+        >>> implausible(torch.tensor([1.0, float("nan"), -3e37]))
+        'has 1 values that are infinite or not a number'
+        >>> implausible(torch.arange(3)), implausible(torch.zeros(0))
+        (None, None)
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return None
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have few operations
+    low, high = map(float, wide.aminmax())
+    if -LARGEST <= low and high <= LARGEST:  # neither holds for what is not a number
+        return None
+    if wrong := int((~wide.isfinite()).sum()):
+        return f"has {wrong} values that are infinite or not a number"
+    return f"has {int((wide.abs() > LARGEST).sum())} values beyond {LARGEST:.0e}"

@@ -1,0 +1,60 @@
+"""How many rows a drafter reads next to a round, so that a long prompt makes nobody wait for long."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+
+# Rows of the first call, and of the least and the most: fewer cost as much time, and more only memory.
+_FIRST, _LEAST, _MOST = 256, 64, 2048
+_ROUNDS = 8  # whose median time counts
+
+
+class RowBudget:
+    """Bounds the rows of the drafter's cache that are read next to a round, by the time that they take.
+
+    They are to take about as long as the round, as chunks of a prompt do (``envs.chunked_prefill``). That is hundreds
+    of rows for one layer and a few for a model of its own, so the number follows from what is measured.
+
+    Attributes:
+        rows: Rows of the next call.
+
+    Example:
+        >>> budget = RowBudget()
+        >>> budget.begin(waits=True)
+        256
+        >>> budget.spent(rows=256, seconds=1.0)
+        >>> for _ in range(2):  # rounds that take much less
+        ...     rows = budget.begin(waits=True)
+        >>> budget.spent(rows=256, seconds=1.0)
+        >>> budget.rows
+        204
+    """
+
+    def __init__(self) -> None:
+        self.rows = _FIRST
+        self._rounds: deque[float] = deque(maxlen=_ROUNDS)
+        self._began, self._reading = time.perf_counter(), 0.0
+
+    def begin(self, *, waits: bool) -> int:
+        """Begin a round, and return how many rows may be read.
+
+        Args:
+            waits: Whether a request waits for its next tokens meanwhile, as it did since the last call.
+        """
+        now = time.perf_counter()
+        if waits:
+            self._rounds.append(max(now - self._began - self._reading, 0.0))
+        self._began, self._reading = now, 0.0
+        return self.rows
+
+    def spent(self, rows: int, seconds: float) -> None:
+        """Note how long it took to read so many rows."""
+        self._reading += seconds
+        if rows == self.rows and self._rounds:  # neither what is left of a text nor a text read whole
+            usual = statistics.median(self._rounds)
+            if seconds > usual:
+                self.rows = max(self.rows * 4 // 5, _LEAST)
+            elif seconds < usual / 4:  # a row costs more in a longer text
+                self.rows = min(self.rows * 2, _MOST)

@@ -1,0 +1,177 @@
+"""The trial of new weights: in windows of whole rounds they draft in turns with the old ones, until one is better.
+
+A trial knows rounds alone, by which weights they were drafted, and what they delivered. Policies, and who drafts, are
+:mod:`aurora_rl.serving.versions`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aurora_rl.statistics import PairedTest
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """How new weights are tried before they draft every round.
+
+    Attributes:
+        share: Share of the rounds that they draft meanwhile, in (0, 0.5].
+        window: Rounds of a window, at least 2. The first, in which the drafter's cache catches up, is not measured.
+        false_alarm_rate: Chance that weights as good as the old ones are ever rolled back, at most.
+        margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
+        most_rounds: Rounds that they draft before they are promoted if no loss was proven; None tries them until a loss
+            is proven or ruled out.
+        seed: Seed of the order of the windows.
+    """
+
+    share: float = 0.5
+    window: int = 8
+    false_alarm_rate: float = 0.01
+    margin: float = 0.05
+    most_rounds: int | None = 512
+    seed: int = 0
+
+
+class Both(NamedTuple):
+    """A figure of the old weights and of the new ones."""
+
+    old: float
+    new: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a trial ended.
+
+    Attributes:
+        promote: Whether the new weights draft every round from now on.
+        reason: What decided, in words.
+        rounds: Rounds of the trial.
+        pairs: Pairs of windows that were compared.
+        acceptance_length: Tokens per round and slot in these windows.
+        tokens_per_second: Tokens per second in them.
+        evidence: Evidence of a loss, by figure: the factor of :attr:`PairedTest.evidence`.
+    """
+
+    promote: bool
+    reason: str
+    rounds: int
+    pairs: int
+    acceptance_length: Both
+    tokens_per_second: Both
+    evidence: dict[str, float]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What rounds of one drafter came to."""
+
+    tokens: int = 0
+    slots: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, slots: int, seconds: float) -> None:
+        self.tokens, self.slots, self.seconds = self.tokens + tokens, self.slots + slots, self.seconds + seconds
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {
+            "acceptance_length": self.tokens / self.slots if self.slots else math.nan,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
+        }
+
+
+class Trial:
+    """Windows of new weights in turns with windows of the old ones, compared in pairs.
+
+    A cycle is a pair of neighbouring windows, one of each, in an order that is drawn, and then as many rounds of the
+    old weights as the share leaves. If the weights are equally good, the order alone decides the sign of a pair's
+    difference, however rounds depend on those before them: that is what :class:`PairedTest` needs. A pair is compared
+    by the logarithm of new over old, of acceptance length and of tokens per second.
+
+    - Rolled back: either figure is proven to be lower. Two tests share the false-alarm rate.
+    - Promoted: of both figures a loss above the margin is ruled out; or ``most_rounds`` were drafted.
+
+    Args:
+        rules: How weights are tried.
+        seed: Added to the seed of the rules; another for each trial.
+
+    Attributes:
+        rounds: Rounds so far.
+
+    Example:
+        >>> trial = Trial(Canary(window=4))
+        >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, slots=1, seconds=1.0)) is None:
+        ...     pass
+        >>> verdict.promote, verdict.rounds, verdict.acceptance_length
+        (False, 80, Both(old=3.0, new=1.0))
+    """
+
+    def __init__(self, rules: Canary, seed: int = 0) -> None:
+        self._rules, self._random = rules, random.Random(rules.seed + seed)
+        self.rounds = 0
+        self._lower, self._no_lower = (
+            {name: PairedTest(rate) for name in _Sums().figures}
+            for rate in (rules.false_alarm_rate / 2, rules.false_alarm_rate)
+        )
+        self._old, self._new = _Sums(), _Sums()
+        self._cycle = max(round(rules.window / rules.share), 2 * rules.window)
+        self._begin_cycle()
+
+    def _begin_cycle(self) -> None:
+        self._at, self._new_first = 0, self._random.random() < 0.5
+        self._window = _Sums(), _Sums()  # of the old and of the new weights
+
+    @property
+    def new(self) -> bool:
+        """Whether the new weights draft the next round."""
+        window = self._at // self._rules.window
+        return window < 2 and (window == 0) == self._new_first
+
+    def observe(self, tokens: int, slots: int, seconds: float) -> Verdict | None:
+        """Take in a round that the weights named by :attr:`new` drafted; return the verdict once there is one.
+
+        Args:
+            tokens: Tokens delivered.
+            slots: Slots that took part.
+            seconds: Wall time.
+        """
+        window, place = divmod(self._at, self._rules.window)
+        if window < 2 and place:
+            self._window[self.new].add(tokens, slots, seconds)
+        self.rounds += 1
+        self._at += 1
+        verdict = self._compare() if self._at == 2 * self._rules.window else None
+        if self._at == self._cycle:
+            self._begin_cycle()
+        return verdict
+
+    def _compare(self) -> Verdict | None:
+        """Take in a pair of windows."""
+        old, new = self._window
+        self._old.add(old.tokens, old.slots, old.seconds)
+        self._new.add(new.tokens, new.slots, new.seconds)
+        tolerated = -math.log(1 - self._rules.margin)
+        for name, before in old.figures.items():
+            gain = math.log(new.figures[name] / before)
+            self._lower[name].add(-gain)
+            self._no_lower[name].add(gain + tolerated)
+        if worse := [name for name, test in self._lower.items() if test.rejected]:
+            return self._verdict(False, f"{' and '.join(worse).replace('_', ' ')} fell")
+        if all(test.rejected for test in self._no_lower.values()):
+            return self._verdict(True, f"a loss above {self._rules.margin:.0%} is ruled out")
+        drafted, most = self._lower["acceptance_length"].pairs * self._rules.window, self._rules.most_rounds
+        if most is not None and drafted >= most:
+            return self._verdict(True, f"no loss was proven in {drafted} rounds that they drafted")
+        return None
+
+    def _verdict(self, promote: bool, reason: str) -> Verdict:
+        old, new, tests = self._old.figures, self._new.figures, self._lower
+        length, speed = (Both(old[name], new[name]) for name in tests)
+        evidence = {name: test.evidence for name, test in tests.items()}
+        pairs = tests["acceptance_length"].pairs
+        return Verdict(promote, reason, self.rounds, pairs, length, speed, evidence)

@@ -1,0 +1,160 @@
+"""Attention of draft trees to a cached text and to themselves, for verification and for prompts.
+
+Legend: ``b`` slots, ``h`` heads, ``g`` key heads, ``G = h / g`` heads of a group, ``T`` queries, ``W`` keys of a tree,
+``L`` columns of keys, ``d`` head size, ``dv`` head size of values.
+
+The queries of a group become rows of one key head, so that no key is repeated. On CUDA a Triton kernel splits the keys
+over programs; a text needs no mask there. Elsewhere PyTorch's fused attention computes the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aurora_kernels.tree_mask import TreeMask
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Scores that the form with a cap or with sinks has at a time.
+_SCORES = 2**24
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TreeMask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attend from the nodes of trees, or from a chunk of a prompt, to each slot's text and tree.
+
+    Only the plain form on tensors without a cap, sinks and ``block_table`` has gradients.
+
+    Args:
+        query: Queries, ``[b, h, T, d]``.
+        key: Keys, ``[b, g, L, d]``, in columns as :class:`TreeMask` says; with a ``block_table`` the keys of pages,
+            ``[pages, g, page, d]``.
+        value: Values, ``[b, g, L, dv]``, or of pages, ``[pages, g, page, dv]``.
+        mask: Keys that each query sees.
+        scale: Factor on the scores; None is ``d ** -0.5``.
+        softcap: Bound on the absolute value of a score, ``softcap * tanh(score / softcap)``; None for no bound.
+        sinks: Score of nothing for each head, ``[h]``, that the softmax counts too; None for no such score.
+        block_table: Page that holds each ``page`` columns of a slot, ``[b, blocks]`` int64; None if keys are
+            contiguous.
+
+    Returns:
+        ``[b, h, T, dv]``; 0 for a query that sees nothing.
+
+    Raises:
+        ValueError: Shapes do not fit.
+
+    Example:
+        >>> from aurora_kernels import TreeMask, tree_attention
+        >>> query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
+        >>> root_and_two_children = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]).bool()
+        >>> tree_attention(query, key, value, TreeMask(torch.tensor([7]), root_and_two_children)).shape
+        torch.Size([1, 4, 3, 8])
+    """
+    _check(query, key, value, mask, sinks, block_table)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    if query.is_cuda and query.dtype in _KERNEL_DTYPES and not learns and importlib.util.find_spec("triton"):
+        from aurora_kernels.tree_attention_triton import attend
+
+        return attend(query, key, value, mask, scale, softcap, sinks, block_table)
+    if block_table is not None:
+        key, value = (part[block_table].transpose(1, 2).flatten(2, 3) for part in (key, value))
+    if softcap is not None or sinks is not None:
+        return _by_scores(query, key, value, mask, scale, softcap, sinks)
+    a_chunk = len(query) == 1 and mask.seen is None and mask.first is None and query.shape[-1] == value.shape[-1]
+    if a_chunk and query.device.type == "cpu" and not learns:
+        return _chunk(query, key, value, int(mask.prefix), scale)
+    bias = mask.bias(query.shape[1] // key.shape[1], query.shape[2], key.shape[2], query.dtype)
+    out = F.scaled_dot_product_attention(_packed(query, key), key, value, attn_mask=bias, scale=scale)
+    return out.reshape(*query.shape[:3], -1)
+
+
+def _packed(query: Tensor, key: Tensor) -> Tensor:
+    """Return queries as rows of their key heads, ``[b, g, G * T, d]``."""
+    return query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+
+
+def _by_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TreeMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend with a cap or with sinks, which no fused attention of PyTorch knows."""
+    b, heads, length, _ = query.shape
+    group, columns = heads // key.shape[1], key.shape[2]
+    precise = torch.promote_types(query.dtype, torch.float32)
+    bias = mask.bias(group, length, columns, query.dtype)
+    rows = _packed(query, key)
+    of_nothing = rows.new_full((heads,), -torch.inf, dtype=precise) if sinks is None else sinks.to(precise)
+    of_nothing = of_nothing.view(-1, group, 1).expand(-1, -1, length).reshape(1, -1, group * length, 1)
+    size, out = max(_SCORES // (b * key.shape[1] * columns), 1), []
+    for part in range(0, group * length, size):
+        few = slice(part, part + size)
+        scores = rows[:, :, few] @ key.mT * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = torch.cat([(scores + bias[:, :, few]).to(precise), of_nothing[:, :, few].expand(b, -1, -1, -1)], -1)
+        weights = torch.special.softmax(scores, -1)[..., :columns].nan_to_num(0.0)
+        out.append(weights.to(value.dtype) @ value)
+    return torch.cat(out, dim=2).reshape(b, heads, length, -1)
+
+
+def _chunk(query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float) -> Tensor:
+    """Attend from a chunk of one slot's prompt: to the text before it without a mask, and causally to itself."""
+    length, group = query.shape[2], query.shape[1] // key.shape[1]
+    rows = query[0].unflatten(0, (-1, group))
+    # A key head serves its group through a stride of 0.
+    key, value = (part[0, :, None].expand(-1, group, -1, -1) for part in (key, value))
+    chunk = slice(prefix, prefix + length)
+    own, own_weight = _fused(rows, key[:, :, chunk], value[:, :, chunk], scale, True)
+    if prefix:
+        text, text_weight = _fused(rows, key[:, :, :prefix], value[:, :, :prefix], scale, False)
+        share = (text_weight - own_weight).sigmoid()[..., None]
+        own = own.lerp(text, share.to(own.dtype))
+    return own.flatten(0, 1)[None]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Return attention ``[g, G, T, d]`` and the logarithm of the sum of its exponentials, ``[g, G, T]``."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, sinks: Tensor | None, block_table: Tensor | None
+) -> None:
+    slots, heads, length, d = query.shape
+    _, groups, columns, _ = key.shape
+    if heads % groups or key.shape[3] != d or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"query must be [b, h, T, d], key [b, g, L, d] and value [b, g, L, dv], with g a divisor of h, got "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
+    if block_table is None:
+        held = len(key)
+    else:
+        held, columns = len(block_table), columns * block_table.shape[1]
+    if len(mask.prefix) != slots or held != slots:
+        raise ValueError(f"query has {slots} slots, mask {len(mask.prefix)} and keys {held}")
+    rows = [part.shape[1] for part in (mask.seen, mask.first) if part is not None]
+    if any(count != length for count in rows):
+        raise ValueError(f"query has {length} rows, and the mask's seen and first have {rows}")
+    if mask.seen is not None and mask.seen.shape[2] > columns:
+        raise ValueError(f"a tree of {mask.seen.shape[2]} keys does not fit into {columns} columns of keys")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [h] = [{heads}], got {list(sinks.shape)}")
