@@ -1,8 +1,8 @@
 """What the HTTP front costs: the same engine, in turns driven by a queue of requests and by clients over HTTP.
 
-The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The cost
-of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots occupied,
-and slots that stay empty until their client asks again, which shows in how many are occupied.
+The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The
+cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
+occupied, and slots that stay empty until their client asks again, which shows in how many are occupied.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, floa
     found = list(rounds)
     full = [each for each in found if each.occupied == slots]
     share = sum(each.occupied * each.seconds for each in found) / sum(each.seconds for each in found) / slots
-    return sum(each.tokens for each in full) / sum(each.seconds for each in full), share
+    seconds = sum(each.seconds for each in full)
+    return sum(each.tokens for each in full) / seconds if full else math.nan, share
 
 
 def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
