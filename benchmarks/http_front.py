@@ -1,6 +1,8 @@
 """What the HTTP front costs: the same engine, in turns driven by a queue of requests and by clients over HTTP.
 
-The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another.
+The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The
+cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
+occupied, and slots that stay empty until their client asks again, which shows in how many are occupied.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,10 +35,12 @@ from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.rates import Round, Rounds
 from aurora_rl.workload.traffic import Prompt
 
 _IDLE_S = 0.1  # as `aurora-rl serve` waits
 _GOAL = 0.03
+_ROUNDS = "rounds"  # asks for the rounds since it was asked last
 _PAIRS = ["baseline.share=0", "engine.prefix_cache_tokens=0", "drafter.history=0"]
 
 
@@ -88,6 +92,10 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
             if pipe.poll():
                 if (number := pipe.recv()) is None:
                     break
+                if number == _ROUNDS:
+                    pipe.send(pace_and_occupancy(server.stats.rounds, config.engine.slots))
+                    server.stats.rounds = Rounds()
+                    continue
                 workload.begin(queue(), number)
                 began = time.perf_counter()
                 while clients.step():
@@ -99,6 +107,19 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
         clients.end("the measurement is over")
         http.stop()
         server.close()
+
+
+def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, float]:
+    """Return tokens per second of rounds with all slots occupied, and the mean share of slots that were.
+
+    >>> pace_and_occupancy([Round(True, 2, 6, 2.0, 0), Round(True, 1, 1, 2.0, 0)], slots=2)
+    (3.0, 0.75)
+    """
+    found = list(rounds)
+    full = [each for each in found if each.occupied == slots]
+    share = sum(each.occupied * each.seconds for each in found) / sum(each.seconds for each in found) / slots
+    seconds = sum(each.seconds for each in full)
+    return sum(each.tokens for each in full) / seconds if full else math.nan, share
 
 
 def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
@@ -135,18 +156,30 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
         seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
         return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage) / seconds
 
+    def ask_rounds() -> tuple[float, float]:
+        pipe.send(_ROUNDS)
+        return pipe.recv()
+
     figures = {}
     for clients in options.front_clients:
         over_http(clients), by_queue(clients)  # unmeasured
         rates: dict[str, list[float]] = {"queue": [], "http": []}
+        paces: dict[str, list[float]] = {"queue": [], "http": []}
+        occupied: dict[str, list[float]] = {"queue": [], "http": []}
         for turn in range(options.turns):
             ways = [("queue", by_queue), ("http", over_http)]
             for name, way in ways if turn % 2 else reversed(ways):
+                ask_rounds()
                 rates[name].append(way(clients))
+                pace, share = ask_rounds()
+                paces[name].append(pace)
+                occupied[name].append(share)
+            shown = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in (rates, paces, occupied)]
             print(
-                f"front, {clients} clients, turn {turn + 1}: {rates['http'][-1] / rates['queue'][-1]:.3f}", flush=True
+                f"front, {clients} clients, turn {turn + 1}: throughput, pace, occupancy {', '.join(shown)}", flush=True
             )
-        figures[clients] = compare(**rates)
+        shares = {name: round(statistics.fmean(each), 4) for name, each in occupied.items()}
+        figures[clients] = compare(**rates) | {"of_a_full_round": compare(**paces), "occupied": shares}
     pipe.send(None)
     process.join(60)
     return {"settings": _PAIRS, "goal": _GOAL, "clients": figures}

@@ -1,4 +1,7 @@
-"""Concurrent clients of an OpenAI server, streamed: in a closed loop or at Poisson arrivals, and what they measured."""
+"""Concurrent clients of an OpenAI server, streamed: in a closed loop or at Poisson arrivals, and what they measured.
+
+They share the machine with the server, so they read as little as they can while it answers: bytes and when they came.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import httptools
 import numpy as np
 
 from aurora_rl.workload.traffic import Prompt
@@ -41,7 +45,7 @@ class Answer:
     def complete(self) -> bool:
         return self.finished and self.error is None
 
-    def read(self, line: str) -> None:
+    def read(self, line: str, arrived: float) -> None:
         """Take a line of the stream."""
         if not line.startswith("data: ") or line == "data: [DONE]":
             return
@@ -53,7 +57,7 @@ class Answer:
         self.drafts = body.get("metrics", {}).get("speculative_decoding") or self.drafts
         for choice in body["choices"]:
             if text := choice["delta"].get("content"):
-                self.pieces.append(time.perf_counter())
+                self.pieces.append(arrived)
                 self.text += text
             self.finished |= choice.get("finish_reason") is not None
 
@@ -72,26 +76,24 @@ class Load:
     async def closed_loop(self, prompts: Sequence[Prompt], clients: int) -> list[Answer]:
         """Ask all prompts by so many clients, each of which asks its next when it has its answer."""
         waiting = iter(prompts)
-        async with self._http() as http:
 
-            async def client() -> list[Answer]:
-                return [await self.ask(http, prompt) for prompt in waiting]
+        async def client() -> list[Answer]:
+            return [await self.ask(prompt) for prompt in waiting]
 
-            return list(itertools.chain(*await asyncio.gather(*(client() for _ in range(clients)))))
+        return list(itertools.chain(*await asyncio.gather(*(client() for _ in range(clients)))))
 
     async def open_loop(self, prompts: Sequence[Prompt], arrivals: Sequence[float]) -> list[Answer]:
         """Ask each prompt at its arrival, in seconds from now, whatever became of those before it."""
-        async with self._http() as http:
-            began = time.perf_counter()
+        began = time.perf_counter()
 
-            async def client(prompt: Prompt, arrival: float) -> Answer:
-                await asyncio.sleep(began + arrival - time.perf_counter())
-                return await self.ask(http, prompt)
+        async def client(prompt: Prompt, arrival: float) -> Answer:
+            await asyncio.sleep(began + arrival - time.perf_counter())
+            return await self.ask(prompt)
 
-            return await asyncio.gather(*map(client, prompts, arrivals))
+        return await asyncio.gather(*map(client, prompts, arrivals))
 
-    async def ask(self, http: httpx.AsyncClient, prompt: Prompt) -> Answer:
-        """Ask one prompt."""
+    async def ask(self, prompt: Prompt) -> Answer:
+        """Ask one prompt, by a connection of its own: some servers close kept ones as the next request comes."""
         body = {
             "messages": [dict(message) for message in prompt.messages],
             "max_tokens": prompt.max_tokens or self.max_tokens,
@@ -99,22 +101,50 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        answer = Answer(time.perf_counter())
+        address, data = urlsplit(self.url), json.dumps(body).encode()
+        named = {"Host": address.netloc, "Content-Type": "application/json", "Content-Length": str(len(data))}
+        lines = [f"{name}: {value}" for name, value in {**named, "Connection": "close", **self.headers}.items()]
+        head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "", ""])
+        answer, received = Answer(time.perf_counter()), list[tuple[bytes, float]]()
         try:
-            async with http.stream("POST", "/v1/chat/completions", json=body, headers=self.headers) as response:
-                answer.status = response.status_code
-                if response.is_success:
-                    async for line in response.aiter_lines():
-                        answer.read(line)
-        except httpx.HTTPError as error:
+            async with asyncio.timeout(_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(address.hostname, address.port)
+                writer.write(head.encode() + data)
+                while block := await reader.read(1 << 16):
+                    received.append((block, time.perf_counter()))
+                writer.close()
+        except (OSError, TimeoutError) as error:
             answer.error = repr(error)
         answer.ended = time.perf_counter()
+        _Response(answer).read(received)
         return answer
 
-    def _http(self) -> httpx.AsyncClient:
-        # A connection for each request: llama.cpp's server closes kept ones now and then, as the next request comes.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        return httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT_S, limits=limits)
+
+class _Response:
+    """Reads an HTTP response into an answer, once it is there."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self._arrived, self._line = answer, 0.0, b""
+        self._parser = httptools.HttpResponseParser(self)
+
+    def read(self, received: Sequence[tuple[bytes, float]]) -> None:
+        """Read the blocks that came, each with the time at which it did."""
+        try:
+            for block, self._arrived in received:
+                self._parser.feed_data(block)
+        except httptools.HttpParserError as error:
+            self._answer.error = self._answer.error or repr(error)
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self._answer.status = self._parser.get_status_code()
+
+    def on_body(self, data: bytes) -> None:
+        """Called by the parser."""
+        if self._answer.status == 200:
+            *lines, self._line = (self._line + data).split(b"\n")
+            for line in lines:
+                self._answer.read(line.decode().rstrip("\r"), self._arrived)
 
 
 def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
