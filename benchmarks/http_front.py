@@ -110,16 +110,17 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
 
 
 def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, float]:
-    """Return tokens per second of rounds with all slots occupied, and the mean share of slots that were.
+    """Return tokens per second of rounds with all slots occupied, and the mean share of slots that were; nan of none.
 
     >>> pace_and_occupancy([Round(True, 2, 6, 2.0, 0), Round(True, 1, 1, 2.0, 0)], slots=2)
     (3.0, 0.75)
     """
     found = list(rounds)
     full = [each for each in found if each.occupied == slots]
+    if not full:
+        return math.nan, math.nan
     share = sum(each.occupied * each.seconds for each in found) / sum(each.seconds for each in found) / slots
-    seconds = sum(each.seconds for each in full)
-    return sum(each.tokens for each in full) / seconds if full else math.nan, share
+    return sum(each.tokens for each in full) / sum(each.seconds for each in full), share
 
 
 def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
