@@ -107,12 +107,12 @@ class RunDir:
 
 
 def _locked(folder: Path) -> int:
-    """Return the descriptor of a run's log, which this process has locked until it closes that or ends.
+    """Return the descriptor of a run's folder, which this process has locked until it closes that or ends.
 
     Raises:
         ConfigError: Another process has.
     """
-    file = os.open(folder / "metrics.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(folder, os.O_RDONLY)  # not its log, which whoever writes a line locks
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
