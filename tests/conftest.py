@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -36,6 +37,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton's bindings print what they take for leaks
     gc.enable()
 
 
