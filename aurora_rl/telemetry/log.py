@@ -71,7 +71,10 @@ class JsonLines:
                 self.path.replace(older_part(self.path))
             else:
                 return
-            new = self._open()
+            try:
+                new = self._open()
+            except FileNotFoundError:  # the folder is gone, and the file goes on without a name
+                return
             os.close(self._file)  # and with it the lock
             self._file = new
 

@@ -204,7 +204,8 @@ def test_a_learner_that_cannot_save_is_told_by_the_flywheel(start: Start) -> Non
     assert flywheel.ended() == 1, flywheel.text
     last = flywheel.text.splitlines()[-1]
     assert last.startswith("aurora-rl: the learner ended with status 1: ")
-    assert "learner cannot be written: " in last and last.endswith(f"see {flywheel.run / 'learner.log'}")
+    assert "could not be written" in last and last.endswith(f"see {flywheel.run / 'learner.log'}")
+    assert "the training state could not be written" in (flywheel.run / "learner.log").read_text()
     assert not list(flywheel.run.glob(".*"))
     assert {path.name for path in flywheel.run.iterdir()} >= FILES | {"answers.jsonl", "drafter"}
     assert "Traceback" not in flywheel.text
