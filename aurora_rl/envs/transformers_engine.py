@@ -353,7 +353,8 @@ class TransformersEngine(Engine):
         self, seen: Tensor | None, depth: Tensor, past: Tensor, end: int
     ) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
-        form: Any = {"implementation": self._config._attn_implementation, "seen": seen, "dtype": self.model.dtype}
+        name = GROUPED_ATTENTION if self._form in ("fused", "grouped") else self._form  # some models keep their own
+        form: Any = {"implementation": name, "seen": seen, "dtype": self.model.dtype}
         mask: Callable[..., Tensor] = invariant_mask if self._batch_invariant else partial(pass_mask, **form)
         masks = {kind: mask(depth, past, end, first) for kind, first in (self._mask_kinds or {None: None}).items()}
         return masks[None] if None in masks else masks

@@ -162,7 +162,7 @@ def _wrong_column(monkeypatch: pytest.MonkeyPatch) -> None:
     aim = slot_cache.SlotCache.aim
     monkeypatch.setattr(
         slot_cache.SlotCache, "aim",
-        lambda self, slots, columns, end: aim(self, slots, columns.flip(1), end),
+        lambda self, slots, columns, end, *rest: aim(self, slots, columns.flip(1), end, *rest),
     )  # fmt: skip
 
 
@@ -358,7 +358,7 @@ def test_a_text_is_compared_beyond_its_first_columns(monkeypatch: pytest.MonkeyP
             mask[..., : max(columns - 30, 0)] = False
             return mask
 
-    monkeypatch.setattr(transformers_engine, "TreeMask", Short)
+    monkeypatch.setattr(attention, "TreeMask", Short)
     with pytest.raises(UnsupportedModelError, match="not served exactly"):
         engine_of(model_of(FAMILIES["llama"][1]()))
 

@@ -116,11 +116,12 @@ def test_a_parameter_that_is_not_published_is_caught() -> None:
 def test_check_catches_a_shift_in_serving(kind: type[Drafter], monkeypatch: pytest.MonkeyPatch) -> None:
     catch_up = DrafterPolicy._catch_up
 
-    def shifted(self: DrafterPolicy, slots: Tensor) -> None:
+    def shifted(self: DrafterPolicy, slots: Tensor, rows: int | None) -> Tensor:
         features = self._store.features
         self._store.features = features.roll(-1, 1)
-        catch_up(self, slots)
+        level = catch_up(self, slots, rows)
         self._store.features = features
+        return level
 
     monkeypatch.setattr(DrafterPolicy, "_catch_up", shifted)
     target = tiny_target()

@@ -32,14 +32,14 @@ class NothingMoved(TransformersEngine):
 
 
 class CausalMask(TransformersEngine):
-    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor) -> tuple:
-        return super()._forward(slots, past, tokens, depth, torch.ones_like(seen).tril())
+    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, *seen: Tensor | None) -> tuple:
+        return super()._forward(slots, past, tokens, depth, None, *seen[1:])
 
 
 class PositionsInARow(TransformersEngine):
-    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, seen: Tensor) -> tuple:
+    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, *seen: Tensor | None) -> tuple:
         row = torch.arange(depth.shape[1]).expand_as(depth)
-        return super()._forward(slots, past, tokens, row, seen)
+        return super()._forward(slots, past, tokens, row, *seen)
 
 
 class WrongHead(TransformersEngine):
