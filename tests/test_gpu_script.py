@@ -37,6 +37,7 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path, tiny_folder: Pat
     attention = json.loads((tmp_path / "out" / "tree_attention.json").read_text())
     assert [(cell["slots"], cell["nodes"]) for cell in attention["cells"]] == [(1, 4), (8, 4)]
     assert all("tree_attention" in cell["us"] and not cell["failed"] for cell in attention["cells"])
+    assert json.loads((tmp_path / "out" / "kernels.log").read_text().splitlines()[-1])["ms"] > 0
     adaptation = json.loads((tmp_path / "out" / "adaptation.json").read_text())
     assert [run["arm"] for run in adaptation["runs"]] == ["scratch"] and len(adaptation["phases"]) == 2
 

@@ -171,18 +171,21 @@ def attend(
     *,
     splits: int | None = None,
 ) -> Tensor:
-    """Return what :func:`aurora_kernels.tree_attention` does, which says the arguments.
+    """Attend as :func:`aurora_kernels.tree_attention` does, by the kernels; 0 for a query that sees nothing.
 
     Args:
-        query: See there.
-        key: See there.
-        value: See there.
-        mask: See there.
-        scale: See there.
-        softcap: See there.
-        sinks: See there.
-        block_table: See there.
+        query: Queries, ``[b, h, T, d]``.
+        key: Keys, ``[b, g, L, d]``, or of pages, ``[pages, g, page, d]``.
+        value: Values, ``[b, g, L, dv]``, or of pages, ``[pages, g, page, dv]``.
+        mask: Keys that each query sees.
+        scale: Factor on the scores.
+        softcap: Bound on the absolute value of a score; None for no bound.
+        sinks: Score of nothing for each head, ``[h]``; None for no such score.
+        block_table: Page of each ``page`` columns of a slot, ``[b, blocks]`` int64; None if keys are contiguous.
         splits: Most ranges of columns of a row; None chooses by the number of processors.
+
+    Returns:
+        ``[b, h, T, dv]``.
     """
     (b, heads, length, d), (_, groups, page, _), dv = query.shape, key.shape, value.shape[-1]
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
