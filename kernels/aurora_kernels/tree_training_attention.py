@@ -104,8 +104,8 @@ def training_block_mask(size: int, text_seen: Tensor, ends: Tensor) -> BlockMask
 
     Args:
         size: Tokens of the text, ``S``.
-        text_seen: See :func:`tree_training_attention`, as ``ends``.
-        ends: See there.
+        text_seen: Tokens of the text that a node sees, ``[b, N]`` int64.
+        ends: One past the last node of the subtree of each node, ``[b, N]`` int64; ``j + 1`` of padding.
     """
     device, (b, nodes) = ends.device, ends.shape
     length = size + nodes
