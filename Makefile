@@ -61,7 +61,7 @@ faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 	$(IN_TWO) -m faults tests/faults
 
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
-	AURORA_RL_REQUIRE=sglang $(BIN)/python -m pytest -m sglang tests/envs/sglang
+	AURORA_RL_REQUIRE=sglang $(IN_TWO) --dist loadfile -m sglang tests/envs/sglang
 
 docs: $(VENV)/.docs  ## the documentation as a site in site/; warnings are errors
 	$(BIN)/python docs/generate.py
