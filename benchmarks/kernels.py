@@ -3,14 +3,19 @@
 Each measurement is a forward and a backward pass with gradients in states and head, in a process of its own. Memory is
 the peak above inputs and gradients. All ways of a cell must agree on the loss and on a projection of its gradients.
 
-    python benchmarks/kernels.py --rows 256,1024 --vocabs 8192 --threads 2
+    python benchmarks/kernels.py --quick --threads 2                    # the headline cells, under eight minutes
+    python benchmarks/kernels.py --threads 2                            # every cell, three quarters of an hour
     python benchmarks/kernels.py --device cuda --dtype bfloat16 --width 4096 --rows 1024,8192 --vocabs 32768,152064
+
+A run that was interrupted goes on where it stopped: what it measured is kept in NAME.partial.jsonl until the result is
+written.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -33,6 +38,23 @@ from aurora_rl.objectives import get_divergence
 STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 WHOLE = {"naive": 8, "products of all rows": 1}  # tensors of rows times vocabulary, by way
 AGREE = 1e-3  # relative difference of losses and projections; 30 times that in bfloat16
+ENOUGH = 4.0  # seconds of passes after which a way is not repeated
+# Ways that do the whole work otherwise: the best of them is what ours is compared with.
+PEERS = ("naive", "compiled chunks", "linear_cross_entropy", "Liger")
+
+
+class Cell(NamedTuple):
+    """What is computed, and at which size."""
+
+    divergence: str
+    rows: int
+    vocab: int
+
+
+# The quick table; the cross entropy, for its own peer, at two sizes.
+QUICK = [Cell("forward_kl", rows, vocab) for vocab in (8192, 32768, 152064) for rows in (256, 1024, 8192)]
+QUICK += [Cell("cross_entropy", 1024, vocab) for vocab in (8192, 32768)]
+LARGEST_COMPILED = 2**28  # logits of a cell up to which the quick table compiles a peer
 
 
 class Problem(NamedTuple):
@@ -49,13 +71,13 @@ class Problem(NamedTuple):
         return chunk_rows(self.states.device, len(self.head), len(self.states))
 
 
-def problem(divergence: str, rows: int, vocab: int, width: int, dtype: str, device: str = "cpu") -> Problem:
+def problem(cell: Cell, width: int, dtype: str, device: str = "cpu") -> Problem:
     torch.manual_seed(0)
-    sizes = [rows, vocab, rows, vocab]
+    sizes = [cell.rows, cell.vocab] * 2
     drawn = [torch.randn(size, width, dtype=getattr(torch, dtype), device=device) for size in sizes]
     for weight in (drawn[1], drawn[3]):
         weight.mul_(width**-0.5)
-    return Problem(divergence, drawn[0].requires_grad_(), drawn[1].requires_grad_(), *drawn[2:])
+    return Problem(cell.divergence, drawn[0].requires_grad_(), drawn[1].requires_grad_(), *drawn[2:])
 
 
 # ---- ways to compute it: each returns the loss and leaves the gradients in states and head -----------------------
@@ -65,8 +87,7 @@ def two_heads(p: Problem, rows: str) -> Tensor:
     """Compute the rows by "form" (on a GPU by its kernel), by its "pytorch" operations, or by "autograd"."""
     form = closed_form(p.divergence)
     ways = {"form": form, "pytorch": ClosedForm(form.function), "autograd": get_divergence(p.divergence)}
-    divergence = ways[rows]
-    values, _ = two_head_loss(p.states, p.head, HeadTarget(p.hidden, p.weight), divergence)
+    values, _ = two_head_loss(p.states, p.head, HeadTarget(p.hidden, p.weight), ways[rows])
     loss = values.mean()
     loss.backward()
     return loss.detach()
@@ -105,6 +126,15 @@ def linear_cross_entropy(p: Problem) -> Tensor:
     return loss.detach()
 
 
+def liger(p: Problem) -> Tensor:
+    """Liger's divergence through both heads, which at beta 0 is the forward KL."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)(p.states, p.head, p.hidden, p.weight, None)
+    loss.backward()
+    return loss.detach()
+
+
 def products(p: Problem, chunk: int) -> Tensor:
     """The four matrix products, whose results are right in shape only."""
     states, head = p.states.detach(), p.head.detach()
@@ -128,7 +158,24 @@ WAYS: dict[str, Callable[[Problem], Tensor]] = {
     "naive": naive,
     "compiled chunks": compiled,
     "linear_cross_entropy": linear_cross_entropy,
+    "Liger": liger,
 }
+
+
+def left_out(cell: Cell, device: str = "cpu", compiling: bool = True, quick: bool = False) -> dict[str, str]:
+    """Ways that a cell is not computed by, and why."""
+    reasons, on_gpu = {}, device.startswith("cuda")
+    if cell.divergence != "cross_entropy":
+        reasons["linear_cross_entropy"] = "computes the cross entropy only"
+    if cell.divergence != "forward_kl" or not on_gpu or not importlib.util.find_spec("liger_kernel"):
+        reasons["Liger"] = "computes the forward KL, on a GPU, where liger-kernel is installed"
+    if not on_gpu:
+        reasons["two_head_loss, no kernel"] = "has no kernel on a CPU"
+    if not compiling or quick and cell.rows * cell.vocab > LARGEST_COMPILED:
+        reasons["compiled chunks"] = "takes a minute to compile"
+    if quick:
+        reasons["two_head_loss, any function"] = "is in the full table"
+    return reasons
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -168,7 +215,8 @@ def measure(way: str, p: Problem, repeats: int) -> dict[str, Any]:
     before = torch.cuda.memory_allocated() / 2**20 if cuda else memory("VmRSS")
     seconds = [once()]
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory("VmHWM")
-    seconds += [once() for _ in range(repeats - 1)]
+    while len(seconds) < repeats and sum(seconds) < ENOUGH:
+        seconds.append(once())
     gradients = sum(x.numel() * x.element_size() for x in learned) / 2**20
     above = None if peak is None or before is None else round(peak - before - gradients, 1)
     return {"ms": round(1000 * statistics.median(seconds), 2), "peak_mib": above, "found": found}
@@ -182,38 +230,115 @@ def agree(ways: dict[str, dict[str, Any]], tolerance: float) -> bool:
     )
 
 
-def ways_of(divergence: str, device: str = "cpu", compiling: bool = True) -> list[str]:
-    without = {"linear_cross_entropy"} if divergence != "cross_entropy" else set()
-    without |= set() if device.startswith("cuda") else {"two_head_loss, no kernel"}  # a CPU has none
-    without |= set() if compiling else {"compiled chunks"}
-    return [way for way in WAYS if way not in without]
-
-
-def in_process(way: str, cell: tuple[str, int, int], options: argparse.Namespace) -> dict[str, Any] | None:
+def in_process(way: str, cell: Cell, options: argparse.Namespace) -> dict[str, Any] | None:
     """Measure a way, or return None if its logits would not fit into memory."""
-    divergence, rows, vocab = cell
-    needed, free = WHOLE.get(way, 0) * rows * vocab * 4, memory("MemAvailable", MEMINFO)
+    needed, free = WHOLE.get(way, 0) * cell.rows * cell.vocab * 4, memory("MemAvailable", MEMINFO)
     if options.device.startswith("cuda"):
         free = torch.cuda.mem_get_info(options.device)[0] / 2**20
     if free is not None and needed > free * 2**20:
         return None
-    arguments = [f"--rows={rows}", f"--vocabs={vocab}", f"--divergences={divergence}", f"--width={options.width}"]
-    arguments += [f"--dtype={options.dtype}", f"--threads={options.threads}", f"--repeats={options.repeats}"]
-    arguments += [f"--device={options.device}"]
+    arguments = [f"--{name}={getattr(options, name)}" for name in ("width", "dtype", "threads", "repeats", "device")]
+    arguments += [f"--divergences={cell.divergence}", f"--rows={cell.rows}", f"--vocabs={cell.vocab}"]
     command = [sys.executable, __file__, f"--way={way}", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Journal:
+    """Measurements of a run that is not finished, one a line, which a run with the same settings takes over.
+
+    Args:
+        path: Its file.
+        settings: What measurements depend on besides their cell and way.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.measured = path, {}
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [settings]
+        if lines[0] != settings:
+            raise SystemExit(
+                f"{path} is of a run with {lines[0]}, and this one has {settings}; delete it or finish that"
+            )
+        for line in lines[1:]:
+            self.measured[Cell(*line["cell"]), line["way"]] = line["found"]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(settings)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def take(self, cell: Cell, way: str, measuring: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Return what was measured, or measure it and note that. What does not fit into memory is tried again."""
+        if (cell, way) not in self.measured:
+            found = measuring()
+            if found is None:
+                return None
+            self.measured[cell, way] = found
+            self._write({"cell": cell, "way": way, "found": found})
+        return self.measured[cell, way]
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+def summary(ways: dict[str, dict[str, Any]]) -> dict[str, float | str | None]:
+    """What the cell says of `two_head_loss`: its time over the products', its gain, and its share of naive's memory."""
+    ours, naive_peak = ways["two_head_loss"], ways.get("naive", {}).get("peak_mib")
+    floor = min(way["ms"] for name, way in ways.items() if name.startswith("products"))
+    peers = {name: way["ms"] for name, way in ways.items() if name in PEERS}
+    best = min(peers, key=peers.__getitem__, default=None)
+    return {
+        "over_products": round(ours["ms"] / floor, 2),
+        "best_peer": best,
+        "faster_than_best_peer": None if best is None else round(peers[best] / ours["ms"], 2),
+        "share_of_naive_peak": round(ours["peak_mib"] / naive_peak, 3) if ours["peak_mib"] and naive_peak else None,
+    }
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """The page's table, in Markdown."""
+    head = "divergence | rows | vocabulary | ms | over the products | best peer | faster than it | peak, MiB | of naive"
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    for cell in cells:
+        ours, says = cell["ways"]["two_head_loss"], cell["summary"]
+        figures = [cell["divergence"], cell["rows"], cell["vocab"], ours["ms"], says["over_products"]]
+        figures += [says["best_peer"], says["faster_than_best_peer"], ours["peak_mib"], says["share_of_naive_peak"]]
+        lines.append("| " + " | ".join("" if figure is None else str(figure) for figure in figures) + " |")
+    return "\n".join(lines)
+
+
+def cell_result(cell: Cell, journal: Journal, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a cell by all its ways."""
+    reasons = left_out(cell, options.device, not options.no_compile, options.quick)
+    ways: dict[str, dict[str, Any]] = {}
+    for way in WAYS:
+        if way in reasons:
+            continue
+        found = journal.take(cell, way, lambda way=way: in_process(way, cell, options))
+        if found is None:
+            reasons[way] = "does not fit into memory"
+        else:
+            ways[way] = found
+    agreed, says = agree(ways, AGREE * (1 if options.dtype == "float32" else 30)), summary(ways)
+    print(f"\n{cell.divergence}, {cell.rows} rows, vocabulary {cell.vocab}" + ("" if agreed else ": RESULTS DIFFER"))
+    for way, found in ways.items():
+        print(f"  {way:30} {found['ms']:10.1f} ms {found['peak_mib']} MiB")
+    print(f"  {says}", flush=True)
+    return {**cell._asdict(), "agree": agreed, "summary": says, "ways": ways, "left_out": reasons}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="256,1024,4096,8192")
     parser.add_argument("--vocabs", default="8192,32768,152064")
     parser.add_argument("--divergences", default="forward_kl,cross_entropy")
+    parser.add_argument("--quick", action="store_true", help="the headline cells in place of rows times vocabularies")
     parser.add_argument("--width", type=int, default=576, help="hidden size of drafter and target")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="passes of a way, at most")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute a cell"
@@ -224,34 +349,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cells = [
-        (divergence, int(rows), int(vocab))
+        Cell(divergence, int(rows), int(vocab))
         for divergence in options.divergences.split(",")
         for vocab in options.vocabs.split(",")
         for rows in options.rows.split(",")
     ]
     if options.way:
-        first = problem(*cells[0], options.width, options.dtype, options.device)
+        first = problem(cells[0], options.width, options.dtype, options.device)
         print(json.dumps(measure(options.way, first, options.repeats)))
         return
-    results = []
-    for cell in cells:
-        found_by = {
-            way: in_process(way, cell, options) for way in ways_of(cell[0], options.device, not options.no_compile)
-        }
-        ways = {way: found for way, found in found_by.items() if found is not None}
-        agreed = agree(ways, AGREE * (1 if options.dtype == "float32" else 30))
-        floor = min(ways[way]["ms"] for way in ways if way.startswith("products"))
-        print(f"\n{cell[0]}, {cell[1]} rows, vocabulary {cell[2]}" + ("" if agreed else ": RESULTS DIFFER"))
-        for way, found in ways.items():
-            found["over_products"] = round(found["ms"] / floor, 2)
-            print(
-                f"  {way:30} {found['ms']:10.1f} ms {found['over_products']:6.2f}x {found['peak_mib']} MiB", flush=True
-            )
-        too_large = [way for way in found_by if way not in ways]
-        cell_result = {"divergence": cell[0], "rows": cell[1], "vocab": cell[2], "agree": agreed, "ways": ways}
-        results.append({**cell_result, "too_large_for_memory": too_large})
-    figures = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats", "device")}
-    write_result(__file__, options, {**figures, "cells": results})
+    settings = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats", "device")}
+    journal = Journal(options.out / f"{options.name or 'kernels'}.partial.jsonl", settings)
+    results = [cell_result(cell, journal, options) for cell in (QUICK if options.quick else cells)]
+    write_result(__file__, options, {**settings, "cells": results})
+    journal.path.unlink()
+    print(table(results))
 
 
 if __name__ == "__main__":

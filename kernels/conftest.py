@@ -6,7 +6,7 @@ collect_ignore = (
     []
     if importlib.util.find_spec("triton")
     else [
-        "aurora_kernels/row_kernel.py",
+        "aurora_kernels/two_head_loss_triton.py",
         "aurora_kernels/tree_attention_triton.py",
     ]
 )

@@ -247,10 +247,44 @@ def test_growth_is_that_after_the_first_quarter(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("divergence", ["forward_kl", "cross_entropy"])
 def test_all_ways_to_compute_a_loss_agree(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = imported("kernels", monkeypatch)
-    problem = kernels.problem(divergence, 40, 96, 8, "float32")
-    chosen = [way for way in kernels.ways_of(divergence) if way != "compiled chunks"]  # compiling takes a minute
-    ways = {way: kernels.measure(way, problem, 2) for way in chosen}
+    cell = kernels.Cell(divergence, 40, 96)
+    problem, absent = kernels.problem(cell, 8, "float32"), kernels.left_out(cell, compiling=False)  # takes a minute
+    ways = {way: kernels.measure(way, problem, 2) for way in kernels.WAYS if way not in absent}
     assert kernels.agree(ways, 1e-4) and all(way["ms"] > 0 for way in ways.values())
     assert sum(len(way["found"]) == 3 for way in ways.values()) == (4 if divergence == "cross_entropy" else 3)
     ways["naive"]["found"][2] += 0.01
     assert not kernels.agree(ways, 1e-4)
+
+
+def test_a_run_of_the_kernels_goes_on_where_another_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, path = imported("kernels", monkeypatch), tmp_path / "kernels.partial.jsonl"
+    cell, asked = kernels.Cell("forward_kl", 4, 8), []
+
+    def measuring(way: str, found: dict[str, Any] | None) -> dict[str, Any] | None:
+        journal = kernels.Journal(path, {"threads": 2})  # of a process of its own
+        return journal.take(cell, way, lambda: asked.append(way) or found)
+
+    assert measuring("naive", {"ms": 3.0}) == measuring("naive", {"ms": 4.0}) == {"ms": 3.0}
+    assert measuring("products in chunks", None) is None  # there was no memory for it, and there may be now
+    assert measuring("products in chunks", {"ms": 1.0}) == {"ms": 1.0}
+    assert asked == ["naive", "products in chunks", "products in chunks"]
+    with pytest.raises(SystemExit, match="of a run with {'threads': 2}, and this one has {'threads': 1}; delete it"):
+        kernels.Journal(path, {"threads": 1})
+
+
+def test_a_cell_is_judged_by_its_best_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = imported("kernels", monkeypatch)
+    times = {
+        "products in chunks": 10,
+        "products of all rows": 8,
+        "two_head_loss": 9,
+        "naive": 18,
+        "compiled chunks": 27,
+    }
+    ways = {name: {"ms": float(ms), "peak_mib": 2.0 * ms} for name, ms in times.items()}
+    says = {"over_products": 1.12, "best_peer": "naive", "faster_than_best_peer": 2.0, "share_of_naive_peak": 0.5}
+    assert kernels.summary(ways) == says
+    none = {**says, "best_peer": None, "faster_than_best_peer": None, "share_of_naive_peak": None}
+    assert kernels.summary({name: way for name, way in ways.items() if name not in kernels.PEERS}) == none
+    cell = {"divergence": "forward_kl", "rows": 4, "vocab": 8, "ways": ways, "summary": none}
+    assert kernels.table([cell]).splitlines()[-1] == "| forward_kl | 4 | 8 | 9.0 | 1.12 |  |  | 18.0 |  |"

@@ -257,7 +257,7 @@ def _row_values(plan: _Plan, log_p: Tensor, best: Tensor, logits: Tensor, *, gra
     its likeliest rows ``best`` ``[r]``.
     """
     if _has_row_kernel(plan.divergence, logits):
-        from aurora_kernels.row_kernel import row_values  # imports Triton, which takes a second
+        from aurora_kernels.two_head_loss_triton import row_values  # imports Triton, which takes a second
 
         assert isinstance(plan.divergence, ClosedForm)
         return row_values(plan.divergence, log_p, best, logits, temperature=plan.temperature, gradient=gradient)

@@ -38,10 +38,12 @@ def laws(width: int) -> tuple[Tensor, Tensor]:
 
 def run(form: ClosedForm, log_p: Tensor, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Values, agreement and gradient by the kernel."""
-    from aurora_kernels import row_kernel
+    from aurora_kernels import two_head_loss_triton
 
     gradient, best = logits.clone(), log_p.argmax(-1)
-    values, agreement = row_kernel.row_values(form, log_p, best, gradient, temperature=temperature, gradient=True)
+    values, agreement = two_head_loss_triton.row_values(
+        form, log_p, best, gradient, temperature=temperature, gradient=True
+    )
     return values, agreement, gradient
 
 
@@ -49,9 +51,9 @@ def run(form: ClosedForm, log_p: Tensor, logits: Tensor, temperature: float = 1.
 def test_values_and_gradients_are_those_of_pytorch(
     name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aurora_kernels import row_kernel
+    from aurora_kernels import two_head_loss_triton
 
-    monkeypatch.setattr(row_kernel, "_BLOCK", 32)
+    monkeypatch.setattr(two_head_loss_triton, "_BLOCK", 32)
     log_p, logits = laws(37)  # which no block divides
     form = closed_form(name, **settings)
     values, agreement, gradient = run(form, log_p, logits, 0.7)
@@ -95,20 +97,22 @@ def test_the_two_head_loss_uses_it(dtype: torch.dtype, renormalize: bool, monkey
 
 
 def test_the_kernel_is_for_named_forms_on_a_gpu() -> None:
-    from aurora_kernels import row_kernel
+    from aurora_kernels import two_head_loss_triton
 
     form, logits = closed_form("forward_kl"), torch.zeros(2, 3)
     assert not module._has_row_kernel(form, logits)  # on a CPU
-    values, agreement = row_kernel.row_values(
+    values, agreement = two_head_loss_triton.row_values(
         form, logits[:0], torch.zeros(0, dtype=torch.int64), logits[:0], temperature=1.0, gradient=True
     )
     assert values.shape == agreement.shape == (0,)
 
 
 def test_logits_stay_where_no_gradient_is_wanted() -> None:
-    from aurora_kernels import row_kernel
+    from aurora_kernels import two_head_loss_triton
 
     log_p, logits = laws(16)
     kept = logits.clone()
-    row_kernel.row_values(closed_form("forward_kl"), log_p, log_p.argmax(-1), logits, temperature=1.0, gradient=False)
+    two_head_loss_triton.row_values(
+        closed_form("forward_kl"), log_p, log_p.argmax(-1), logits, temperature=1.0, gradient=False
+    )
     assert torch.equal(logits, kept)
