@@ -5,9 +5,8 @@ times, which a GPU's cache holds, and writes it once. The module needs Triton: :
 it on a GPU where Triton is installed.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -55,20 +54,20 @@ def row_values(
 
 
 @triton.jit
-def _add(highest: Any, total: Any, x: Any) -> Any:
+def _add(highest, total, x):
     """Add ``x`` to a running sum of exponentials, ``total * exp(highest)``."""
     now = tl.maximum(highest, x)
     return now, total * tl.exp(highest - now) + tl.exp(x - now)
 
 
 @triton.jit
-def _log_sum(highest: Any, total: Any) -> Any:
+def _log_sum(highest, total):
     most = tl.max(highest, 0)
     return most + tl.log(tl.sum(total * tl.exp(highest - most), 0))
 
 
 @triton.jit
-def _overlap(log_p: Any, log_q: Any) -> Any:
+def _overlap(log_p, log_q):
     """Return log(min(p, q)), and which of it moves with q: all, half where both are equal, or none."""
     least = tl.minimum(log_p, log_q, propagate_nan=_ALL)
     below = tl.where(log_q < log_p, 1.0, tl.where(log_q == log_p, 0.5, 0.0))
@@ -76,7 +75,7 @@ def _overlap(log_p: Any, log_q: Any) -> Any:
 
 
 @triton.jit
-def _terms(log_p: Any, log_q: Any, chosen: Any, setting: Any, log_overlap: Any, FORM: tl.constexpr) -> Any:
+def _terms(log_p, log_q, chosen, setting, log_overlap, FORM: tl.constexpr):
     """Return what a form sums over the columns, at most four terms; see closed_forms for the formulas."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     log_p = tl.maximum(log_p, _NEVER, propagate_nan=_ALL)
@@ -107,7 +106,7 @@ def _terms(log_p: Any, log_q: Any, chosen: Any, setting: Any, log_overlap: Any, 
 
 
 @triton.jit
-def _value(a: Any, b: Any, c: Any, setting: Any, log_overlap: Any, FORM: tl.constexpr) -> Any:
+def _value(a, b, c, setting, log_overlap, FORM: tl.constexpr):
     value = a
     if FORM == "jensen_shannon":
         value = setting * a + (1 - setting) * b
@@ -124,9 +123,7 @@ def _value(a: Any, b: Any, c: Any, setting: Any, log_overlap: Any, FORM: tl.cons
 
 
 @triton.jit
-def _slope(
-    log_p: Any, log_q: Any, chosen: Any, a: Any, b: Any, d: Any, setting: Any, log_overlap: Any, FORM: tl.constexpr
-) -> Any:
+def _slope(log_p, log_q, chosen, a, b, d, setting, log_overlap, FORM: tl.constexpr):
     """Return the gradient in the logits, by the sums of the row."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     log_p = tl.maximum(log_p, _NEVER, propagate_nan=_ALL)
@@ -159,9 +156,9 @@ def _slope(
 
 @triton.jit
 def _rows(
-    logits: Any, log_p: Any, best: Any, values: Any, agreement: Any, logits_stride: Any, log_p_stride: Any, width: Any,
-    inverse_temperature: Any, setting: Any, FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    logits, log_p, best, values, agreement, logits_stride, log_p_stride, width,
+    inverse_temperature, setting, FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     log_p += row * log_p_stride
