@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +120,35 @@ def test_logits_stay_where_no_gradient_is_wanted() -> None:
         closed_form("forward_kl"), log_p, log_p.argmax(-1), logits, temperature=1.0, gradient=False
     )
     assert torch.equal(logits, kept)
+
+
+COMPILE = """
+import types, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from aurora_kernels import CLOSED_FORMS, closed_form
+from aurora_kernels.two_head_loss_triton import row_values
+
+target = GPUTarget("cuda", 90, 32)
+triton.runtime.driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+))
+# In place of a launch.
+JITFunction.__getitem__ = lambda self, grid: lambda *args, **more: self.run(*args, grid=grid, warmup=True, **more)
+for name in CLOSED_FORMS:
+    logits, choices = torch.zeros(2, 300, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    row_values(closed_form(name), torch.zeros(2, 300), choices, logits, temperature=1.0, gradient=True)
+    print(name)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has NVIDIA's assembler on Linux only")
+def test_every_form_compiles_for_a_gpu(tmp_path: Path) -> None:
+    # The interpreter takes more Python than the compiler does, which needs no GPU.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == list(CLOSED_FORMS)
