@@ -60,6 +60,7 @@ smollm2: $(STAMP)  ## tests on the embedded model
 faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 	$(IN_TWO) -m faults tests/faults
 
+# A file starts the servers of its tests once, so that it stays in one process.
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
 	AURORA_RL_REQUIRE=sglang $(IN_TWO) --dist loadfile -m sglang tests/envs/sglang
 

@@ -3,8 +3,8 @@
 Each measurement is a forward and a backward pass with gradients in states and head, in a process of its own. Memory is
 the peak above inputs and gradients. All ways of a cell must agree on the loss and on a projection of its gradients.
 
-    python benchmarks/kernels.py --quick --threads 2                    # the headline cells, under eight minutes
-    python benchmarks/kernels.py --threads 2                            # every cell, three quarters of an hour
+    python benchmarks/kernels.py --quick --threads 2                    # the headline cells
+    python benchmarks/kernels.py --threads 2                            # every cell
     python benchmarks/kernels.py --device cuda --dtype bfloat16 --width 4096 --rows 1024,8192 --vocabs 32768,152064
 
 A run that was interrupted goes on where it stopped: what it measured is kept in NAME.partial.jsonl until the result is

@@ -272,6 +272,24 @@ def test_a_run_of_the_kernels_goes_on_where_another_stopped(tmp_path: Path, monk
         kernels.Journal(path, {"threads": 1})
 
 
+def test_the_table_of_the_kernels_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = imported("kernels", monkeypatch)
+
+    def in_this_process(way: str, cell: Any, options: Any) -> dict[str, Any]:
+        # A process of its own takes seconds to start, and only keeps the peak of memory apart.
+        return kernels.measure(way, kernels.problem(cell, options.width, options.dtype), 2)
+
+    monkeypatch.setattr(kernels, "in_process", in_this_process)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    command = ["kernels.py", "--rows=40", "--vocabs=96", "--divergences=cross_entropy", "--width=8", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", [*command, f"--out={tmp_path}"])
+    kernels.main()
+    (cell,) = json.loads((tmp_path / "kernels.json").read_text())["cells"]
+    assert cell["agree"] and {"two_head_loss", "naive", "linear_cross_entropy"} <= set(cell["ways"])
+    assert cell["summary"]["best_peer"] in ("naive", "linear_cross_entropy")
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+
+
 def test_a_cell_is_judged_by_its_best_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = imported("kernels", monkeypatch)
     times = {

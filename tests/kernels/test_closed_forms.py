@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from closed_form_cases import CASES
 from torch import Tensor
 
 from aurora_kernels import CLOSED_FORMS, closed_form
 from aurora_rl.objectives import get_divergence
-
-SETTINGS: dict[str, list[dict[str, float]]] = {
-    "jensen_shannon": [{}, {"beta": 0.1}],
-    "skewed_kl": [{}, {"skew": 0.0}],
-    "hybrid_overlap": [{}, {"decay": 0.0}],
-}
-CASES = [(name, settings) for name in CLOSED_FORMS for settings in SETTINGS.get(name, [{}])]
 
 
 def laws(kind: str) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from closed_form_cases import CASES
 from torch import Tensor
 
 from aurora_kernels import CLOSED_FORMS, ClosedForm, HeadTarget, closed_form, two_head_loss
@@ -19,13 +20,6 @@ from aurora_kernels import CLOSED_FORMS, ClosedForm, HeadTarget, closed_form, tw
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # where a GPU has inf, too
 module = importlib.import_module("aurora_kernels.two_head_loss")  # which the function hides
-
-SETTINGS: dict[str, list[dict[str, float]]] = {
-    "jensen_shannon": [{}, {"beta": 0.1}],
-    "skewed_kl": [{}, {"skew": 0.0}],
-    "hybrid_overlap": [{}, {"decay": 0.0}],
-}
-CASES = [(name, settings) for name in CLOSED_FORMS for settings in SETTINGS.get(name, [{}])]
 
 
 def laws(width: int) -> tuple[Tensor, Tensor]:
