@@ -40,11 +40,7 @@ class PluginServer:
     """
 
     def __init__(
-        self,
-        address: str,
-        answer: Callable[[str, dict[str, Any]], dict[str, Any]],
-        *,
-        keys: ServerKeys | None = None,
+        self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]], *, keys: ServerKeys | None = None
     ) -> None:
         self._answer = answer
         self._socket = open_socket(zmq.ROUTER)
