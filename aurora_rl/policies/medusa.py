@@ -90,7 +90,7 @@ class MedusaDrafter(Drafter):
         super().__init__()
         self.feature_layers, self.vocab_size = tuple(feature_layers), vocab_size
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
-        self.max_depth = num_heads
+        self.max_depth = self.num_heads = num_heads
         self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
@@ -132,11 +132,6 @@ class MedusaDrafter(Drafter):
             for parameter in drafter.lm_heads.parameters():
                 parameter.copy_(parts.head.rows(draft_vocab))
         return drafter
-
-    @property
-    def num_heads(self) -> int:
-        """Number of heads."""
-        return len(self.lm_heads)
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
