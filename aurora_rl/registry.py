@@ -122,8 +122,7 @@ class Registry(Generic[P]):
             raise ValueError(f"{lead} is no subclass of {base.__module__}.{base.__name__}")
         elif missing := sorted(getattr(part, "__abstractmethods__", ())):
             raise ValueError(f"{lead} lacks {', '.join(missing)}")
-        kept: P = part
-        return kept
+        return part
 
 
 def _path(part: Any) -> str:

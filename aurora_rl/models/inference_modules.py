@@ -218,10 +218,6 @@ def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, argu
             hook.remove()
 
 
-def _is_packable(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-
-
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:
     """Replace modules by their faster forms, in place.
 
@@ -234,7 +230,11 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
         if norm is not None:
             setattr(model, name, norm)
         # Not subclasses, which may return more than a product, as routers do.
-        elif pack and type(child) is nn.Linear and _is_packable(child.weight):
+        elif (
+            pack
+            and type(child) is nn.Linear
+            and (child.weight.dtype, child.weight.device.type) == (torch.bfloat16, "cpu")
+        ):
             setattr(model, name, PackedLinear(child, keep_weight=keep_weights))
         else:
             prepare_for_inference(child, keep_weights=keep_weights)

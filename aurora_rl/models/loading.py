@@ -64,7 +64,7 @@ def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progres
     gguf = _embedded_gguf()
     version = importlib.metadata.version(_PACKAGE)
     folder = _cache_folder(cache_dir) / f"smollm2-135m-instruct-{version}-r{_RECIPE}"
-    return _build_once(folder, lambda scratch: _convert(gguf, scratch, _announcer(progress)))
+    return _build_once(folder, lambda scratch: _convert(gguf, scratch, progress))
 
 
 def load_target(
@@ -252,9 +252,14 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
+def _convert(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the model in a GGUF file as a Hugging Face folder."""
-    start = time.perf_counter()
+    start, stream = time.perf_counter(), sys.stderr  # bound now: the name is redirected while transformers works
+
+    def say(line: str) -> None:
+        if progress:
+            print(f"aurora-rl: {line}", file=stream, flush=True)
+
     say(f"preparing {gguf.name} (once; kept in {folder.parent.parent})")
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
         say("1/3 weights: reading and de-quantising")
@@ -305,10 +310,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _announcer(progress: bool) -> Callable[[str], None]:
-    if not progress:
-        return lambda line: None
-    stream = sys.stderr  # bound now, since the name is redirected while transformers works
-    return lambda line: print(f"aurora-rl: {line}", file=stream, flush=True)
