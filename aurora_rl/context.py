@@ -96,11 +96,7 @@ class ContextStore:
 
 
 class TrajectoryRecorder:
-    """Collect the rounds of each slot, and cut one packed trajectory when its request ends.
-
-    Args:
-        store: The engine's context store.
-    """
+    """Collect the rounds of each slot of a store, and cut one packed trajectory when its request ends."""
 
     def __init__(self, store: ContextStore) -> None:
         self._store = store

@@ -179,9 +179,9 @@ class LLM:
         return [completions[index] for index in sorted(completions)]
 
     def stream(self, prompts: _Prompts, sampling: _Sampling = None) -> Iterator[Chunk]:
-        """Complete prompts, and yield what each round added. The texts of a prompt's chunks make up its completion.
+        """Complete prompts as :meth:`generate` does, and yield what each round added to a prompt's completion.
 
-        Arguments and errors are those of :meth:`generate`. Closing the iterator drops what is not complete.
+        Closing the iterator drops what is not complete.
         """
         return self._chunks(self._requests(prompts, sampling))
 

@@ -44,7 +44,6 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no sampler could serve."""
         for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
@@ -109,5 +108,4 @@ class SamplingBatch:
         return cls(*(stack(field.name) for field in fields(cls)))
 
     def __getitem__(self, rows: Tensor) -> SamplingBatch:
-        """Return the parameters of some of the slots."""
         return SamplingBatch(*(getattr(self, field.name)[rows] for field in fields(self)))

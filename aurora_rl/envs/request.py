@@ -111,7 +111,7 @@ class Completion:
 
     @property
     def acceptance_length(self) -> float | None:
-        """Tokens that a round with a draft delivered on average; None if there was no such round."""
+        """That of :attr:`drafts`."""
         return self.drafts.acceptance_length
 
     @property

@@ -21,9 +21,7 @@ from aurora_rl.models.kv_cache import SlotCache
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
-    Args:
-        linear: Layer to replace.
-        keep_weight: Whether to keep the plain weight too, so that it can be replaced, see :func:`stage`.
+    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it.
     """
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:

@@ -37,11 +37,10 @@ from aurora_rl.tree_index import TreeIndex
 class DFlashDrafter(Drafter):
     """DFlash with the context's keys and values cached at serving, and a reduced draft vocabulary.
 
-    With the root at position ``n``, the block holds the root's token at ``n`` and masks at ``n + 1 .. n + W - 1``. A
-    mask's output drafts the token of its own position; the root's output drafts nothing. The context is the target's
-    states at positions ``0 .. n - 1``, joined by ``fc`` and ``hidden_norm``. Every layer projects it to keys and values
-    that depend on nothing else. So all nodes of a depth share one distribution, and a tree is a Cartesian product of
-    top tokens. Embedding and head are the target's and frozen.
+    With the root at position ``n``, the block holds the root's token and masks at ``n + 1 .. n + W - 1``, each of which
+    drafts the token of its own position. The context is the target's states at ``0 .. n - 1``, joined by ``fc`` and
+    ``hidden_norm`` and projected by every layer. All nodes of a depth share one distribution, so a tree is a Cartesian
+    product of top tokens. Embedding and head are the target's and frozen.
 
     Args:
         config: Qwen3-style configuration of the layers; ``num_hidden_layers`` of them.

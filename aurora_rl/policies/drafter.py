@@ -329,10 +329,7 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> No
 
 
 def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
-    """Raise ValueError unless the tokens of a draft head's rows, ``[Vd]`` int64, rise and lie in the vocabulary.
-
-    The message begins with ``name``, where the rows were read from.
-    """
+    """Raise ValueError about ``name`` unless tokens of draft rows, ``[Vd]`` int64, rise and lie in the vocabulary."""
     outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])

@@ -37,9 +37,8 @@ class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. While requests decode,
-    it takes about as many rows a round as are read in the time of a round, and a slot gets no draft of the drafter's
-    before its cache is level. Lookup is merged into the drafter's tree if the shape asks for it.
+    (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about as many
+    rows as are read in the time of a round, and a slot gets no draft of the drafter's before its cache is level.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
@@ -56,8 +55,8 @@ class DrafterPolicy(TensorDictModuleBase):
             goes on with lookup, or without speculation if the shape has none. None, the default, raises the drafter's
             own error instead.
         speculate: False emits empty trees: plain decoding.
-        least: Chance of a path below which its last node is left out of a tree, so that each node earns what its row
-            in the pass costs. 0, the default, leaves none out. Nodes that were drawn at random always stay.
+        least: Chance of a path below which its last node is left out of a tree; 0, the default, leaves none out. Nodes
+            that were drawn at random always stay.
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
             drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.

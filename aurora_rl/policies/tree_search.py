@@ -99,8 +99,8 @@ class TopKSearch:
 class SampledSearch:
     """Draws chains that part at the root.
 
-    Which nodes there are does not depend on what was drawn, as rejection needs: leaving a node out for its token would
-    change the law of the text.
+    Which nodes there are does not depend on what was drawn: to leave one out for its token would change the law of the
+    text under rejection.
 
     Example:
         >>> search = SampledSearch(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))

@@ -72,7 +72,7 @@ class SGLangClient:
     """A client of a running server.
 
     Args:
-        url: URL of the server, such as ``http://127.0.0.1:30000``.
+        url: URL, such as ``http://127.0.0.1:30000``.
         plugin_address: Address of the plugin; None if nothing is recorded or swapped.
         keys: Folder of the engine's keys, as ``aurora-rl keys`` makes it; None if the plugin and the learner have none.
         process: The server, if it was launched here; ended by :meth:`close`.
@@ -339,7 +339,7 @@ class SGLangClient:
         return self._ask("record", {"on": on})
 
     def status(self) -> dict[str, Any]:
-        """Return the plugin's status: versions, hooks, counts of records and of requests not recorded, swaps."""
+        """Return the plugin's status."""
         return self._ask("status")
 
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -367,8 +367,7 @@ class SGLangClient:
 def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathLike[str]) -> list[str]:
     """Return SGLang's arguments for a drafter's folder in the format "sglang".
 
-    A reduced draft vocabulary is written to the file ``token_map``, except for EAGLE-3, for which SGLang reads it from
-    the folder.
+    A reduced draft vocabulary is written to ``token_map``; EAGLE-3's stays in the folder.
 
     Raises:
         CheckpointError: The folder is not a checkpoint of a drafter that SGLang serves.

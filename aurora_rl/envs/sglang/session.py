@@ -47,8 +47,7 @@ class Session:
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
         keys: Folder of this engine's keys; None if it has none.
-        exact: Whether every round shows what the target's head reads. A captured graph runs none of the functions that
-            it was captured from, which hides it.
+        exact: Whether every round shows what the target's head reads, which captured graphs hide.
 
     Raises:
         PluginError: A field is missing, unknown or of the wrong type.

@@ -57,19 +57,10 @@ def check_fixed_rope(config: PretrainedConfig, name: str = "config.json") -> Non
 def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, attention: str) -> None:
     """Check heads and positions of a drafter's layer: they may differ from the target's only if meant so.
 
-    A drafter must be served as it was trained. Authors of EAGLE train with base 10000 for any target and leave rotary
-    settings out of their files, and engines read them so. A file whose settings are not the target's is most often for
-    another target. It is refused unless the option is "own", or the file records that it was read so before. Heads are
-    compared, since the shapes of tensors do not tell eight heads of two from four of four.
-
-    Args:
-        config: Configuration read from the drafter's ``config.json``; marked if its attention is its own.
-        entries: Entries of that file.
-        parts: Parts of the target.
-        attention: The drafter's option of this name, "target" or "own".
-
-    Raises:
-        ValueError: Heads or positions are another target's, or the option is neither.
+    Authors of EAGLE train with base 10000 for any target and leave rotary settings out of their files, and engines read
+    them so. Any other file whose settings are not the target's is most often for another target: ValueError, unless the
+    option ``attention`` is "own" and not "target", or the file records that it was read so before. Then ``config`` is
+    marked. Shapes of tensors do not tell eight heads of two from four of four.
     """
     if attention not in ("target", "own"):
         raise ValueError(f"the option attention must be target or own, got {attention!r}")
