@@ -154,7 +154,8 @@ class Plugin:
     def _attach(self, fields: dict[str, Any]) -> None:
         if self._session is not None:
             raise PluginError("a learner is attached already; detach first")
-        session = Session(fields, exact=self._eager, keys=self._keys)
+        eager = self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
+        session = Session(fields, exact=eager, keys=self._keys)
         try:
             self._check_engine(session.handshake)
         except PluginError:
@@ -207,11 +208,6 @@ class Plugin:
                 "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
                 "--speculative-token-map"
             )
-
-    @property
-    def _eager(self) -> bool:
-        """Whether the engine runs its models without captured graphs."""
-        return self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
 
     @property
     def _device(self) -> str:
