@@ -111,7 +111,7 @@ class Completion:
 
     @property
     def acceptance_length(self) -> float | None:
-        """That of :attr:`drafts`."""
+        """Tokens that a round with a draft delivered on average; None if there was no such round."""
         return self.drafts.acceptance_length
 
     @property

@@ -98,7 +98,7 @@ class EagleDrafter(RecurrentDrafter):
 
         ``fc`` passes the feature on and adds a random image of the embedding, half as large. Projections into attention
         and MLP are the last layer's, with the norms between them and a feature folded in. Those out of them are zero.
-        The option ``attention`` is for :meth:`read`, see :class:`Eagle3Drafter`.
+        The option ``attention`` is for :meth:`read`, as that of EAGLE-3.
 
         Raises:
             ValueError: ``feature_layers`` is not the input of the target's head, or ``attention`` is not "target".

@@ -199,12 +199,9 @@ class DrafterPolicy(TensorDictModuleBase):
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        parents = torch.full(shape, -1, device=device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        log_probs = torch.zeros(shape, device=device)
-        mode = torch.full(shape[:1], DRAFT_MODES.index(self.shape.mode), device=device)
-        draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs, "mode": mode}
+        empty = {"tokens": 0, "parents": -1, "mask": False, "log_probs": 0.0}
+        draft = {name: torch.full(shape, value, device=device) for name, value in empty.items()}
+        draft["mode"] = torch.full(shape[:1], DRAFT_MODES.index(self.shape.mode), device=device)
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of a text has no feature before it.

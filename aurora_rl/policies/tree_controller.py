@@ -84,14 +84,15 @@ class TreeController:
             )
         self.plain = plain[0]
         self._node_seconds = {count: _node_seconds(by_shape) / count for count, by_shape in costs.items()}
-        alone = [shape for shape in measured if shape.lookup_only]
-        most = max(alone, key=lambda shape: shape.num_nodes, default=self.plain)
-        self._shapes = [shape for shape in measured if not shape.lookup_only or shape == most]
+        # Lookup alone, of the most nodes; plain without lookup.
+        alone = (shape for shape in measured if shape.lookup_only)
+        self._alone = max(alone, key=lambda shape: shape.num_nodes, default=self.plain)
+        self._shapes = [shape for shape in measured if not shape.lookup_only or shape == self._alone]
         deepest = max(shape.depth for shape in measured)
         # [hits, trials] by depth; whether any child was drafted, of chains and of trees.
         self._likeliest, self._siblings, *self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(4))
         # The same by node of lookup alone, and whether it was verified.
-        self._found, self._verified = ([[0.0, 0.0] for _ in range(most.num_nodes)] for _ in range(2))
+        self._found, self._verified = ([[0.0, 0.0] for _ in range(self._alone.num_nodes)] for _ in range(2))
         # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
         self._kept = 1.0  # share of the nodes of the drafter's shapes that are verified
@@ -147,8 +148,7 @@ class TreeController:
 
     def without_drafter(self, shape: TreeShape) -> TreeShape:
         """Return the shape of a round in which the drafter failed every slot: lookup alone, or plain without it."""
-        alone = [each for each in self._shapes if each.lookup_only]
-        return alone[0] if shape.lookup and alone else self.plain
+        return self._alone if shape.lookup else self.plain
 
     def choose(self, occupied: int) -> TreeShape:
         """Choose the shape of the next round, for a number of occupied slots."""
@@ -250,10 +250,8 @@ class TreeController:
 
     def _rest(self, occupied: int) -> TreeShape:
         """Return the best of the shapes that leave the drafter alone."""
-        alone = [shape for shape in self._shapes if shape.lookup_only]
-        best = max(alone, key=lambda shape: self._rate(shape, occupied), default=self.plain)
-        enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(best, occupied)
-        return self.plain if enough else best
+        enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(self._alone, occupied)
+        return self.plain if enough else self._alone
 
     def _rate(self, shape: TreeShape, occupied: int) -> float:
         if shape.lookup_only:

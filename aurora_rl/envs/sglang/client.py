@@ -72,7 +72,7 @@ class SGLangClient:
     """A client of a running server.
 
     Args:
-        url: URL, such as ``http://127.0.0.1:30000``.
+        url: URL of the server, such as ``http://127.0.0.1:30000``.
         plugin_address: Address of the plugin; None if nothing is recorded or swapped.
         keys: Folder of the engine's keys, as ``aurora-rl keys`` makes it; None if the plugin and the learner have none.
         process: The server, if it was launched here; ended by :meth:`close`.
@@ -137,33 +137,30 @@ class SGLangClient:
             SGLangError: It ends or does not answer within five minutes; the message has the end of its log.
             CheckpointError: The drafter's folder is not one.
         """
-        context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
-        port, plugin_port = free_ports(2)
-        plugin_address = f"tcp://127.0.0.1:{plugin_port}"
-        command = [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
-            *("--host", "127.0.0.1", "--port", str(port), "--device", device),
-            *("--max-running-requests", str(slots), "--context-length", str(context)),
-            *("--skip-server-warmup", "--log-level", "warning"),
-        ]
-        if device == "cpu":
-            command += CPU_ARGUMENTS
-            # Left to itself, the cache takes most of the machine's free memory.
-            command += ["--max-total-tokens", str(2 * slots * context)]
         path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
+        # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
+        variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
+        (port, plugin_port), plugin = free_ports(2), None
+        context, drafting = max_length + _OWN_PLACES, list[str]()
         if drafter is not None:
-            command += [
+            context = max_length + reserved_context(depth, width, num_nodes)
+            drafting = [
                 *drafter_arguments(drafter, path.with_suffix(".token_map.pt")),
                 *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
                 *("--speculative-num-draft-tokens", str(num_nodes + 1)),
             ]
-        # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
-        variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
-        if drafter is not None:
-            variables[ENVIRONMENT] = plugin_address
+            plugin = variables[ENVIRONMENT] = f"tcp://127.0.0.1:{plugin_port}"
             if keys is not None:
                 variables[KEYS_ENVIRONMENT] = os.path.abspath(keys)
+        command = [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
+            *("--host", "127.0.0.1", "--port", str(port), "--device", device),
+            *("--max-running-requests", str(slots), "--context-length", str(context)),
+            *("--skip-server-warmup", "--log-level", "warning", *drafting),
+        ]
         if device == "cpu":
+            # Left to itself, the cache takes most of the machine's free memory.
+            command += [*CPU_ARGUMENTS, "--max-total-tokens", str(2 * slots * context)]
             variables |= CPU_VARIABLES
         with open(path, "ab") as output:
             process = subprocess.Popen(
@@ -174,7 +171,6 @@ class SGLangClient:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        plugin = plugin_address if drafter is not None else None
         engine = cls(f"http://127.0.0.1:{port}", plugin, keys=keys, process=process, log=path)
         try:
             engine.wait_ready(_START_S)
@@ -339,7 +335,7 @@ class SGLangClient:
         return self._ask("record", {"on": on})
 
     def status(self) -> dict[str, Any]:
-        """Return the plugin's status."""
+        """Return the plugin's status: versions, hooks, counts of records and of requests not recorded, swaps."""
         return self._ask("status")
 
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class VerificationRule(ABC):
 
         grad E[accepted] = E[R * grad log q(tree) + grad R]
 
+    where `grad R` flows through `acceptance`; it is zero for rules whose acceptance does not look at `q`.
+
     Attributes:
         name: Name by which it is configured and recorded.
         draft_modes: How trees may be drawn for the rule to be lossless, see `aurora_rl.trajectories.DRAFT_MODES`.
@@ -90,7 +92,7 @@ class VerificationRule(ABC):
 
         Args:
             p: The served distribution at each context, `[C, V]`, or its columns of a draft vocabulary that has all
-                `tokens`.
+                `tokens`, not renormalised.
             q: The drafter's distribution there, `[C, V]`, or None if the rule ignores it.
             tokens: Column of `p` of each node, `[M]` int64.
             context: Context of each node, `[M]` int64.
