@@ -16,14 +16,7 @@ if TYPE_CHECKING:
     from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
     from aurora_rl.llm import LLM, Chunk
     from aurora_rl.objectives import Objective, make_objectives, register_objective
-    from aurora_rl.policies import (
-        Drafter,
-        DrafterPolicy,
-        Eagle3Drafter,
-        TargetParts,
-        TreeShape,
-        get_drafter,
-    )
+    from aurora_rl.policies import Drafter, DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape, get_drafter
 
     __version__: str
 

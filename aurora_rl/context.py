@@ -7,7 +7,6 @@ most new tokens of a round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDict
@@ -67,7 +66,7 @@ class ContextStore:
         return self.lengths.nonzero().flatten()
 
     def start(self, slot: int, prompt: Tensor) -> None:
-        """Put a prompt (``[P]`` int64) into a free slot; its features follow by :meth:`write_features`."""
+        """Put a prompt (``[P]`` int64) into a free slot, whose features the engine has written."""
         self.tokens[slot, : len(prompt)] = prompt
         self.lengths[slot] = self.prompt_lengths[slot] = len(prompt)
 
@@ -96,28 +95,17 @@ class ContextStore:
         self.cache_salts[slot] = None
 
 
-@dataclass(slots=True)
-class _Rounds:
-    anchors: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    cache_versions: list[int] = field(default_factory=list)
-    nodes: list[tuple[Tensor, ...]] = field(default_factory=list)
-
-
 class TrajectoryRecorder:
-    """Collect the rounds of each slot, and cut one packed trajectory when its request ends.
-
-    Args:
-        store: The engine's context store.
-    """
+    """Collect the rounds of each slot of a store, and cut one packed trajectory when its request ends."""
 
     def __init__(self, store: ContextStore) -> None:
         self._store = store
-        self._rounds: dict[int, _Rounds] = {}
+        # Of each slot's rounds: the anchor, the two versions, and the nodes.
+        self._rounds: dict[int, list[tuple[int, int, int, tuple[Tensor, ...]]]] = {}
 
     def start(self, slot: int) -> None:
         """Begin an empty record for the request that entered the slot."""
-        self._rounds[slot] = _Rounds()
+        self._rounds[slot] = []
 
     def round(
         self,
@@ -148,19 +136,16 @@ class TrajectoryRecorder:
         """
         columns = (tokens, parents, log_probs, accepted, hidden[:, 1:])
         for i, slot in enumerate(slots):
-            record = self._rounds[slot]
-            record.anchors.append(anchors[i])
-            record.versions.append(policy_versions[i])
-            record.cache_versions.append(cache_versions[i])
             keep = valid[i].nonzero().flatten()
-            record.nodes.append((keep, *(c[i, keep] for c in columns)))
+            nodes = (keep, *(c[i, keep] for c in columns))
+            self._rounds[slot].append((anchors[i], policy_versions[i], cache_versions[i], nodes))
 
     def cut(self, slot: int, request: int, sampling: SamplingParams, rule: str, draft_mode: str) -> TensorDict:
         """Return the packed trajectory of the slot's request, in memory of its own, on the CPU, and forget its rounds.
 
         The other arguments are those of :func:`~aurora_rl.trajectories.make_trajectory`.
         """
-        store, record = self._store, self._rounds.pop(slot)
+        store, rounds = self._store, self._rounds.pop(slot)
         length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])
         return make_trajectory(
             request=request,
@@ -168,10 +153,10 @@ class TrajectoryRecorder:
             prompt_length=prompt,
             features=store.features[slot, : length - 1].cpu().clone(),
             target={"hidden": store.hidden[slot, prompt - 1 : length - 1].cpu().clone()},
-            anchors=record.anchors,
-            trees=[_pack_tree(*nodes) for nodes in record.nodes],
-            policy_versions=record.versions,
-            cache_versions=record.cache_versions,
+            anchors=[anchor for anchor, *_ in rounds],
+            trees=[_pack_tree(*nodes) for *_, nodes in rounds],
+            policy_versions=[version for _, version, *_ in rounds],
+            cache_versions=[version for *_, version, _ in rounds],
             sampling=sampling,
             rule=rule,
             draft_mode=draft_mode,

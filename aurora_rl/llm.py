@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
+_Prompts = Prompt | Sequence[Prompt]
+_Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +159,7 @@ class LLM:
         if self._decoder.policy is not None:
             self._decoder.policy.on_fault = lambda slot, fault: logger.warning("a request goes on plainly: %s", fault)
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Completion]:
+    def generate(self, prompts: _Prompts, sampling: _Sampling = None) -> list[Completion]:
         """Complete prompts.
 
         Args:
@@ -178,12 +178,10 @@ class LLM:
         completions = {index: done for index, _, done in served if done is not None}
         return [completions[index] for index in sorted(completions)]
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Chunk]:
-        """Complete prompts, and yield what each round added. The texts of a prompt's chunks make up its completion.
+    def stream(self, prompts: _Prompts, sampling: _Sampling = None) -> Iterator[Chunk]:
+        """Complete prompts as :meth:`generate` does, and yield what each round added to a prompt's completion.
 
-        Arguments and errors are those of :meth:`generate`. Closing the iterator drops what is not complete.
+        Closing the iterator drops what is not complete.
         """
         return self._chunks(self._requests(prompts, sampling))
 
@@ -238,9 +236,7 @@ class LLM:
         self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
         return last
 
-    def _requests(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
+    def _requests(self, prompts: _Prompts, sampling: _Sampling) -> list[Request]:
         """Encode and check all prompts, before any is served."""
         requests = []
         for index, (prompt, params) in enumerate(_asked(prompts, sampling)):
@@ -334,9 +330,7 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
         return start_untrained(get_drafter(name), parts)
 
 
-def _asked(
-    prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[Prompt, SamplingParams]]:
+def _asked(prompts: _Prompts, sampling: _Sampling) -> list[tuple[Prompt, SamplingParams]]:
     """Return each prompt with its parameters."""
     if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
         raise ValueError(
@@ -346,11 +340,8 @@ def _asked(
     first = prompts[0] if len(prompts) else None
     alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
     listed: list[Any] = [prompts] if alone else list(prompts)
-    params = (
-        list(sampling)
-        if isinstance(sampling, Sequence)
-        else [SamplingParams() if sampling is None else sampling] * len(listed)
-    )
+    sampling = SamplingParams() if sampling is None else sampling
+    params = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(listed)
     if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
         raise ValueError(f"sampling is a {wrong[0]}; give SamplingParams(...), or a list of them")
     if len(params) != len(listed):

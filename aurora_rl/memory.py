@@ -15,11 +15,8 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 def return_freed_memory(*, collect: bool = False) -> None:
     """Give the pages of freed memory back to the system, in some milliseconds for each 100 MB; needs glibc.
 
-    glibc keeps freed tensors of up to 32 MB for later ones. The holes that they leave seldom fit, as no two batches
-    have the same number of rows: a learner held 400 MB of them after a few steps.
-
-    Args:
-        collect: Whether to find objects first that only refer to each other, as a model's modules do.
+    glibc keeps freed tensors of up to 32 MB for later ones, which seldom fit: a learner held 400 MB. ``collect``
+    finds objects first that only refer to each other, as a model's modules do.
     """
     if collect:
         gc.collect()
@@ -31,8 +28,8 @@ def return_freed_memory(*, collect: bool = False) -> None:
 def importing() -> Iterator[None]:
     """Exempt what is imported in the block from Python's search for garbage, if the block imports torch first.
 
-    torch, transformers and torchrl make a million objects that live as long as the process. A search among them takes
-    a fifth of a second, and their import alone would start dozens of searches, for a fifth of its time.
+    torch, transformers and torchrl make a million objects that live as long as the process. Searches among them would
+    take a fifth of the time of their import.
 
     Example:
         >>> with importing():

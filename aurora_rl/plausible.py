@@ -5,11 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 LARGEST = 1e8
-"""Largest magnitude of a weight, a feature or a hidden state that is taken for one.
-
-The largest activations of language models are below 1e6. Squares of numbers up to this one, and their sums, stay finite
-in float32.
-"""
+"""Largest magnitude of a weight, a feature or a hidden state: no model has one of 1e6, and its square is finite."""
 
 
 def implausible(tensor: Tensor) -> str | None:

@@ -72,13 +72,7 @@ class PrefixCache:
 
     @torch.inference_mode()
     def load(self, tokens: Tensor, rows: Sequence[Tensor], salt: str | None = None) -> int:
-        """Copy the rows of the longest kept beginning of a text, and return how many they are.
-
-        Args:
-            tokens: The text, ``[n]`` int64.
-            rows: Tensors ``[>= n, ...]`` as they were saved, which are written to.
-            salt: The request's salt; None if it has none.
-        """
+        """Copy the longest kept beginning of a text into ``rows``, as they were saved, and return its length."""
         count, place = self._longest(tokens.cpu().numpy(), salt)
         self.queries, self.hits = self.queries + len(tokens), self.hits + count
         if count:

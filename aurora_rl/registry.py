@@ -22,8 +22,8 @@ class Registry(Generic[P]):
         seam: Noun for one part, for messages, such as "drafter".
         group: Group of entry points, such as "aurora_rl.drafters".
         base: Class that every part is a concrete subclass of; None if the parts are functions.
-        prepare: Called with the name and the part before it is checked; returns the part to keep. It turns a function
-            into a class, or gives a class its name. An import path counts as no name: the part's own name is passed.
+        prepare: Called with the name and the part before it is checked; returns the part to keep. In the place of an
+            import path it gets the part's own name.
         reserved: Names that configurations give another meaning. They are suggested, and cannot be registered.
 
     Example:
@@ -75,7 +75,6 @@ class Registry(Generic[P]):
         return sorted({*self._parts, *self._reserved, *(point.name for point in entry_points(group=self._group))})
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over :meth:`names`."""
         return iter(self.names())
 
     def get(self, name: str) -> P:
@@ -122,8 +121,7 @@ class Registry(Generic[P]):
             raise ValueError(f"{lead} is no subclass of {base.__module__}.{base.__name__}")
         elif missing := sorted(getattr(part, "__abstractmethods__", ())):
             raise ValueError(f"{lead} lacks {', '.join(missing)}")
-        kept: P = part
-        return kept
+        return part
 
 
 def _path(part: Any) -> str:

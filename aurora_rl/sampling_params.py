@@ -44,19 +44,11 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no sampler could serve."""
-        names = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "seed",
-            "max_tokens",
-            *(() if self.logprobs is None else ("logprobs",)),
-        )
-        for name in names:
+        for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
-            if isinstance(value, bool) or not isinstance(value, kind):
+            unset = name == "logprobs" and value is None
+            if not unset and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
@@ -116,5 +108,4 @@ class SamplingBatch:
         return cls(*(stack(field.name) for field in fields(cls)))
 
     def __getitem__(self, rows: Tensor) -> SamplingBatch:
-        """Return the parameters of some of the slots."""
         return SamplingBatch(*(getattr(self, field.name)[rows] for field in fields(self)))

@@ -28,17 +28,12 @@ class PairedTest:
     """Tests after every pair whether differences tend to be positive, with one false-alarm rate for all looks together.
 
     Under the null hypothesis the sign of a difference is a fair coin, whatever its size and whatever came before. The
-    evidence is the wealth of a player who bets on the signs, the product of ``1 + tanh(effect * x)``, averaged over a
-    few effects. ``x`` is the difference over the median absolute difference so far, cut at 3. It is a martingale that
-    starts at 1 and stays positive, so that it ever reaches ``1 / rate`` with probability ``rate`` at most (Ville's
-    inequality). Pairs need not be independent, and neither their distribution nor its spread need be known or stay.
+    evidence is the product of ``1 + tanh(effect * x)``, averaged over a few effects; ``x`` is the difference over the
+    median absolute difference so far, cut at 3. It is a positive martingale that starts at 1, so it ever reaches ``1 /
+    rate`` with probability ``rate`` at most (`Ramdas et al. 2020 <https://arxiv.org/abs/2009.03167>`_).
 
-    Build pairs such that the null hypothesis makes the sign a coin: draw at random which member of a pair comes first.
-    Then a drift, or what one window leaves to the next, has either sign as often.
-
-    This is the martingale of symmetric distributions of `Ramdas, Ruf, Larsson and Koolen (2020)
-    <https://arxiv.org/abs/2009.03167>`_ in a mixture over effects as of a mixture SPRT, on the randomised switchback
-    design of `Ham, Bojinov, Lindon and Tingley (2022) <https://arxiv.org/abs/2210.08639>`_.
+    Draw at random which member of a pair comes first (`Ham et al. 2022 <https://arxiv.org/abs/2210.08639>`_): then a
+    drift has either sign as often.
 
     Args:
         rate: False-alarm rate, in (0, 1).
@@ -79,5 +74,5 @@ class PairedTest:
 
     @property
     def evidence(self) -> float:
-        """Factor by which the player's wealth has grown: 1 before the first pair, below it where signs are mixed."""
+        """Evidence so far: 1 before the first pair, below it where signs are mixed."""
         return fmean(map(math.exp, self._log_wealth))

@@ -22,10 +22,7 @@ class CheckpointError(ValueError):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions that the umask gives.
-
-    Safetensors itself makes files that only their owner can read.
-    """
+    """Write a safetensors file with the umask's permissions; safetensors itself lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)

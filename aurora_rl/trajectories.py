@@ -26,9 +26,7 @@ TOPK_ENTRIES = ("topk_ids", "topk_log_probs", "tail_log_prob")
 
 
 def rule_code(name: str) -> int:
-    """Return the number by which trajectories record a verification rule.
-
-    It is the place of a built-in rule in :data:`RULE_CODES`, and a checksum of the name of any other.
+    """Return a rule's number in trajectories: its place in :data:`RULE_CODES`, or a checksum of any other's name.
 
     Example:
         >>> rule_code("rejection"), rule_code("my_package.rules:Typical") == rule_code("my_package.rules:Typical")
@@ -293,18 +291,12 @@ def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_
 
 
 def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
-    """Lay trajectories end to end: a batch for objectives, with offsets and no padding.
+    """Lay ``n`` trajectories end to end: a TensorDict of batch size [] for objectives, with offsets and no padding.
 
     Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated. Three entries ``[n + 1]`` hold where each
     request starts: ``("sequence", "offset")``, ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``.
     0-d entries become ``[n]``. ``("rounds", "offset")`` becomes relative to the batch. ``("nodes", "log_probs")`` is
     present if all of the trajectories have it.
-
-    Args:
-        trajectories: ``n`` packed trajectories, with the target's outputs in one form.
-
-    Returns:
-        A TensorDict of batch size [].
 
     Raises:
         ValueError: There is no trajectory, or the target's outputs come in different forms.
@@ -331,7 +323,6 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
 
 
 def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
-    """Return the form of the target's outputs that all trajectories have."""
     ids = [t.get(("sequence", "topk_ids"), None) for t in trajectories]
     forms = ["'hidden'" if each is None else f"'topk_log_probs' of {each.shape[-1]} tokens" for each in ids]
     for index, form in enumerate(forms):

@@ -6,6 +6,9 @@ the root takes part it is column 0 of `D = N + 1` columns and node `i` is column
 
 `valid_nodes` projects arbitrary nodes onto a legal tree. The other batched functions read a parent that is out of range
 as the root, so that no input indexes out of bounds. Their results at invalid nodes are undefined.
+
+Arguments of these names are `tokens` and `parents` `[B, N]` int64, the token and the parent of each node; `valid`
+`[B, N]` bool, the result of `valid_nodes`; and `accepted` `[B, N]` bool, the result of `walk`.
 """
 
 from __future__ import annotations
@@ -33,9 +36,7 @@ def _hold_to_root(good: Tensor, links: Tensor) -> Tensor:
 
 
 def depths(parents: Tensor) -> Tensor:
-    """Return the distance of every node from the root, `[B, N]` int64, of `parents` `[B, N]` int64.
-
-    A node of depth d drafts the token d positions after the root; a child of the root has depth 1.
+    """Return the distance of every node from the root, `[B, N]` int64: 1 for a child of the root.
 
     >>> depths(torch.tensor([[-1, 0, 0, 2]]))
     tensor([[1, 2, 2, 3]])
@@ -63,11 +64,7 @@ def sibling_ranks(context: Tensor) -> Tensor:
 
 
 def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
-    """Return which nodes carry a token that an earlier node of the same context carries, `[M]` bool.
-
-    Args:
-        context: The context that each node was drawn from, `[M]` int64.
-        tokens: Token of each node, `[M]` int64.
+    """Return which nodes carry a token (`[M]` int64) that an earlier node of the same context (`[M]` int64) carries.
 
     >>> repeated_siblings(torch.tensor([0, 0, 2, 0, 2]), torch.tensor([5, 7, 5, 5, 6]))
     tensor([False, False, False,  True, False])
@@ -83,14 +80,8 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, 
 
     A node is dropped if it is masked out, if its token is outside the vocabulary, or if its parent is dropped or is
     neither an earlier node nor the root. It is also dropped if an earlier surviving sibling has the same token, so that
-    the path that verification accepts is unique.
-
-    Args:
-        tokens: Token of each node, `[B, N]` int64, any values.
-        parents: Parent of each node, `[B, N]` int64, any values.
-        mask: Nodes that the drafter proposes, `[B, N]` bool.
-        vocab_size: Size of the target's vocabulary.
-        repeats: Whether repeated siblings are kept, as independent draws give them.
+    the path that verification accepts is unique; `repeats` keeps such siblings, as independent draws give them. `mask`
+    `[B, N]` bool are the nodes that the drafter proposes.
 
     >>> tokens, parents = torch.tensor([[5, 5, 7, 9]]), torch.tensor([[-1, -1, 1, 0]])
     >>> valid_nodes(tokens, parents, torch.ones(1, 4, dtype=torch.bool), vocab_size=10)
@@ -128,15 +119,9 @@ def tree_fault(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *
 
 
 def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
-    """Return which columns every column may attend to: itself and its ancestors, the root included.
+    """Return which columns a row attends to, `[B, N + 1, N + 1]` bool: itself and its ancestors, the root included.
 
-    Args:
-        parents: Parent of each node, `[B, N]` int64.
-        valid: Result of `valid_nodes`, `[B, N]` bool.
-
-    Returns:
-        `[B, N + 1, N + 1]` bool: a row attends to a column. An invalid node sees itself and is seen by itself only:
-        its row stays non-empty, which keeps softmax finite.
+    An invalid node sees itself and is seen by itself only: its row stays non-empty, which keeps softmax finite.
 
     >>> ancestor_mask(torch.tensor([[-1, -1, 1]]), torch.ones(1, 3, dtype=torch.bool)).int()
     tensor([[[1, 0, 0, 0],
@@ -159,13 +144,8 @@ def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Ten
     """Follow the target's choices down the tree, and return the accepted nodes, `[B, N]` bool: one path from the root.
 
     A node is accepted when it and each of its ancestors carry the token that the target chose at the node before. Of
-    repeated siblings the first counts.
-
-    Args:
-        tokens: Token of each node, `[B, N]` int64.
-        parents: Parent of each node, `[B, N]` int64.
-        valid: Result of `valid_nodes`, `[B, N]` bool.
-        choices: The target's choice at the root and after every node, `[B, N + 1]` int64; -1 if there is none.
+    repeated siblings the first counts. `choices` `[B, N + 1]` int64 are the target's at the root and after every node,
+    -1 if there is none.
 
     >>> tokens, parents = torch.tensor([[4, 6, 8]]), torch.tensor([[-1, -1, 1]])
     >>> walk(tokens, parents, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[6, 0, 8, 2]]))
@@ -179,10 +159,7 @@ def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Ten
 
 
 def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the accepted nodes (the result of `walk`, `[B, N]` bool) in order of depth.
-
-    Returns:
-        The path, `[B, N]` int64 node indices padded with -1, and its length, `[B]` int64.
+    """Return the accepted nodes by depth, `[B, N]` int64 node indices padded with -1, and their number, `[B]` int64.
 
     >>> accepted_path(torch.tensor([[False, True, False, True]]))
     (tensor([[ 1,  3, -1, -1]]), tensor([2]))
@@ -195,9 +172,7 @@ def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_accepted(accepted: Tensor) -> Tensor:
-    """Return the column of the deepest accepted node, where the bonus token is chosen, `[B]` int64 in `0 .. N`.
-
-    Column 0, the root, if none of the nodes (the result of `walk`, `[B, N]` bool) was accepted.
+    """Return the column of the deepest accepted node, where the bonus token is chosen, `[B]` int64; 0 if there is none.
 
     >>> last_accepted(torch.tensor([[False, True, False], [False, False, False]]))
     tensor([2, 0])
@@ -207,10 +182,7 @@ def last_accepted(accepted: Tensor) -> Tensor:
 
 
 def reorder_depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite one tree in depth-first order, the order of the packed trajectory: children in order of index.
-
-    Args:
-        parents: Parent of each node of one tree without padding, `[n]` int64.
+    """Rewrite one tree (`[n]` int64, without padding) in depth-first order, as in a packed trajectory.
 
     Returns:
         The order, `[n]` int64, by which to index every array of nodes, and the parents in that order, `[n]` int64.

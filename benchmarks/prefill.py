@@ -10,7 +10,6 @@ wall time, on a CPU that is shared with others.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,65 +17,51 @@ from collections.abc import Sequence
 import torch
 from common import arguments, parse, prompts, write_result
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from aurora_rl.envs import Completion, Engine, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target
-from aurora_rl.policies import Drafter, DrafterPolicy, TargetParts, TreeShape, choose_draft_vocab, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
+from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.policies.registry import start_untrained
 from aurora_rl.prefix_cache import PrefixCache
 
 TURNS = 5
 
 
-class WholePrompts(TransformersEngine):
-    """Reads every prompt whole, as every engine does that has no other way."""
+class Server(SpeculativeDecoder):
+    """A decoder of requests that arrive between its rounds."""
 
-    prefill_chunk = Engine.prefill_chunk
-
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
-        for slot, prompt in zip(slots, prompts, strict=True):
-            TransformersEngine.prefill_chunk(self, slot, prompt, 0, len(prompt))
-
-
-class Server:
-    """An engine with an environment, and a policy if there is a drafter."""
-
-    def __init__(self, engine: TransformersEngine, drafter: Drafter | None, depth: int) -> None:
+    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, depth: int, num_slots: int) -> None:
         self.queue: list[Request] = []
         self.ended: list[Completion] = []
-        self.engine = engine
-        self.env = SpecDecodeEnv(
-            engine,
+        super().__init__(
+            model,
+            drafter,
             lambda: self.queue.pop(0) if self.queue else None,
-            num_nodes=depth,
+            shape=TreeShape(depth),
+            max_length=2048,
+            num_slots=num_slots,
             on_completion=self.ended.append,
             record=False,
         )
-        self.policy = None
-        if drafter is not None:
-            self.policy = DrafterPolicy(
-                copy.deepcopy(drafter), engine.store, num_nodes=depth, shape=TreeShape(depth), vocab_size=None
-            )
-        self.plain = self.env.full_action_spec.zero()["draft"]
-        self.td = None
 
-    def start(self) -> None:
-        self.td = self.env.reset()
-
-    def round(self) -> None:
-        action = self.td.set("draft", self.plain) if self.policy is None else self.policy(self.td)
-        self.td = self.env.step_and_maybe_reset(action)[1]
+    def read_prompts_whole(self) -> None:
+        """Do as every engine does that cannot stop within a prompt."""
+        read = self.engine.prefill_chunk
+        self.engine.prefill_chunk = lambda slot, prompt, done, most: read(slot, prompt, done, len(prompt))
 
 
 def stall(server: Server, prompt: Tensor, running: Tensor) -> dict[str, float]:
     """Let a long prompt arrive while a request decodes."""
     budget = server.engine.max_length - len(running)
     server.queue = [Request(0, running, SamplingParams(max_tokens=budget))]
-    server.start()
+    rounds = server.rounds()
     gaps: list[float] = []
 
     def round() -> None:
         began = time.perf_counter()
-        server.round()
+        next(rounds)
         gaps.append(time.perf_counter() - began)
 
     for _ in range(16):
@@ -88,11 +73,11 @@ def stall(server: Server, prompt: Tensor, running: Tensor) -> dict[str, float]:
         round()
     (completion,) = server.ended
     server.ended.clear()
-    rounds, first = len(gaps), sum(gaps[: len(gaps) - len(completion.tokens) + 1])
+    first = sum(gaps[: len(gaps) - len(completion.tokens) + 1])
     return {
         "round_ms": usual * 1e3,
         "longest_gap_rounds": max(gaps) / usual,
-        "p90_gap_rounds": statistics.quantiles(gaps, n=10)[-1] / usual if rounds > 1 else gaps[0] / usual,
+        "p90_gap_rounds": statistics.quantiles(gaps, n=10)[-1] / usual if len(gaps) > 1 else gaps[0] / usual,
         "first_token_of_the_prompt_rounds": first / usual,
     }
 
@@ -104,12 +89,11 @@ def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 def first_token(server: Server, prompt: Tensor, sampling: SamplingParams) -> tuple[float, Tensor]:
     """Seconds from the arrival of a prompt to its first token, and the whole completion."""
     server.queue = [Request(0, prompt, sampling)]
-    began = time.perf_counter()
-    server.start()
-    server.round()
+    rounds, began = server.rounds(), time.perf_counter()
+    next(rounds)
     seconds = time.perf_counter() - began
-    while server.env.num_active:
-        server.round()
+    for _ in rounds:
+        pass
     return seconds, server.ended.pop().tokens
 
 
@@ -125,21 +109,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
-    drafter, layers = None, ()
-    if options.drafter:
-        parts = TargetParts.of(model)
-        vocab = choose_draft_vocab(8192, torch.zeros(len(parts.head)))
-        drafter = get_drafter(options.drafter).from_target(parts, draft_vocab=vocab).to(options.device, dtype)
-        drafter, layers = drafter.eval().requires_grad_(False), drafter.feature_layers
-
-    def server(kind: type[TransformersEngine], slots: int, max_length: int) -> Server:
-        engine = kind(model, num_slots=slots, max_length=max_length, feature_layers=layers)
-        return Server(engine, drafter, options.depth)
-
+    drafter = start_untrained(get_drafter(options.drafter), TargetParts.of(model)) if options.drafter else None
     conversations = [prompt.messages for prompt in prompts(options)]
     text = torch.tensor([token for messages in conversations for token in encode_chat(tokenizer, messages)])
     long = text.repeat(options.length // len(text) + 1)[: options.length]
-    ways = {"whole": server(WholePrompts, 2, 2048), "chunks": server(TransformersEngine, 2, 2048)}
+    ways = {name: Server(model, drafter, options.depth, num_slots=2) for name in ("whole", "chunks")}
+    ways["whole"].read_prompts_whole()
     waits: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for way in ways.values():
         stall(way, long, text[:64])
@@ -148,7 +123,7 @@ def main() -> None:
             waits[name].append(stall(way, long, text[:64]))
     stalls = {name: medians(runs) for name, runs in waits.items()}
 
-    both = {"without": server(TransformersEngine, 1, 2048), "with": server(TransformersEngine, 1, 2048)}
+    both = {name: Server(model, drafter, options.depth, num_slots=1) for name in ("without", "with")}
     cached = both["with"]
     cached.engine.prefix_cache = cache = PrefixCache(8192)
     if cached.policy is not None:

@@ -13,25 +13,16 @@ from aurora_rl.models.target_head import decoder_of
 
 
 class AlibiPositions:
-    """Replaces the ALiBi of a decoder that counts positions itself, such as BLOOM's.
-
-    Args:
-        decoder: Decoder with a ``build_alibi_tensor``.
-        max_length: Most columns of a pass.
-        device: Device of the model.
-    """
+    """Replaces the ALiBi of a decoder that counts positions itself, such as BLOOM's; made by :meth:`of`."""
 
     def __init__(self, decoder: Any, max_length: int, device: torch.device) -> None:
         self._decoder, self._max_length, self._device = decoder, max_length, device
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_length: int, *, takes_positions: bool) -> AlibiPositions | None:
-        """Return what gives a model's ALiBi its positions; None if the model can be told them.
+        """Return what gives a model's ALiBi its positions; None if the model can be told them (``takes_positions``).
 
-        Args:
-            model: The model.
-            max_length: Most columns of a pass.
-            takes_positions: Whether the model's decoder takes position ids.
+        ``max_length`` is the most columns of a pass.
 
         Raises:
             UnsupportedModelError: The decoder counts positions itself, in a way that is not known here.

@@ -22,9 +22,9 @@ First = Callable[[Tensor], Tensor]
 
 
 def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, First | None]:
-    """Return from which position on the layers of each kind see the text before a token; None for the whole text.
+    """Return from which position on each kind of layer sees a text: None for all of it, empty if all layers do.
 
-    It is empty if all layers see the whole text; the key is None if all layers are of one kind that does not.
+    The key is None if all layers are of one kind that does not see all of it.
 
     Raises:
         UnsupportedModelError: Some layers are no attention over keys and values.

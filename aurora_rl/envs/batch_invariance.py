@@ -13,12 +13,7 @@ from aurora_rl.models.inference_modules import FusedDecoderLayer
 def check_batch_invariance(engine: Engine, text: Tensor) -> None:
     """Check that logits are the same bits in plain rounds and in a tree, next to another slot, after a whole prefill.
 
-    Args:
-        engine: Engine with all slots free.
-        text: Tokens, ``[n]`` int64, more than 5.
-
-    Raises:
-        UnsupportedModelError: They differ.
+    All slots are free; ``text`` is ``[n]`` int64 with ``n > 5``. UnsupportedModelError says where logits differ.
     """
     root, slot = len(text) - 5, engine.num_slots - 1
     engine.prefill([slot], [text[:1]])
@@ -42,11 +37,7 @@ def check_batch_invariance(engine: Engine, text: Tensor) -> None:
 
 
 def require_fused(layers: nn.ModuleList, found: Exactness) -> bool:
-    """Return True if all decoder layers are fused.
-
-    Raises:
-        UnsupportedModelError: Some are not.
-    """
+    """Return True if all decoder layers are fused, or raise UnsupportedModelError."""
     if all(isinstance(layer, FusedDecoderLayer) for layer in layers):
         return True
     reasons = "".join(f"; {form}: {reason}" for form, reason in found.switched_off.items())

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from aurora_rl.envs.engine import Engine
 from aurora_rl.envs.request import Request
 
-# A prompt of so many tokens is read whole, in 2.6 rounds' time at most: chunks of it would take up to twice as long in
-# all, and cost a tenth of the throughput where every prompt is such a one.
+# A prompt of so many tokens is read whole, in 2.6 rounds' time at most: chunks would cost a tenth of the throughput.
 _SHORT = 64
 # Tokens of the first chunk and of the shortest: a pass over fewer takes as long as a round all the same.
 _FIRST, _LEAST = 16, 8
@@ -23,12 +22,7 @@ class ChunkedPrefill:
     """Reads the prompts of requests into their slots, first come, first served.
 
     While other slots decode, one chunk of a long prompt is read between two rounds. Its length follows from what is
-    measured: a chunk is to take about as long as a round, so that a request that decodes waits about twice as long as
-    usual for its next tokens. No number of tokens does that everywhere: on a CPU a round takes as long as about 12
-    tokens of a prompt, on a GPU as hundreds.
-
-    Args:
-        engine: Engine that reads.
+    measured: a chunk is to take about as long as a round, which is about 12 tokens on a CPU and hundreds on a GPU.
 
     Attributes:
         chunk: Most tokens of the next chunk.
@@ -75,12 +69,7 @@ class ChunkedPrefill:
         self._rounds.append(seconds)
 
     def read(self, slots: Sequence[int], *, decoding: bool) -> list[tuple[int, Request]]:
-        """Read on, and return the slots whose prompts are complete, with their requests.
-
-        Args:
-            slots: Slots whose prompts may be read now.
-            decoding: Whether other slots decode, and wait meanwhile.
-        """
+        """Read on for ``slots``, while others decode or not; return those with complete prompts, and the requests."""
         waiting = [slot for slot in self._reading if slot in slots]
         if decoding:
             return [self._pop(slot) for slot in waiting[:1] if self._read_chunk(slot)]

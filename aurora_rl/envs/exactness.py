@@ -32,14 +32,10 @@ _LARGEST = 0.3
 # While the probe runs, windows and chunks of attention are this short, so that its texts cross them.
 _WINDOW = 6
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-# Entries, outside of `rope_parameters`, of positions from which on something else is computed.
-_THRESHOLDS = ("original_max_position_embeddings",)
 
 
-ELSEWHERE = "engine.name=sglang may serve it"
-"""What to do with a model that is refused."""
-SGLANG = "serve it with engine.name=sglang"
-"""What to do with a model whose state cannot be rolled back."""
+# What to do with a model that is refused, and with one whose state cannot be rolled back.
+ELSEWHERE, SGLANG = "engine.name=sglang may serve it", "serve it with engine.name=sglang"
 
 
 def reason_of(error: Exception) -> str:
@@ -81,15 +77,14 @@ class Probe:
     """Texts at telling positions, and the untouched model's logits on them.
 
     The first row is a longer text from position 0 on. The others start at both sides of every threshold that the
-    settings of the rotary embedding name, and at the last positions that will be served. Their tokens are those of the
-    largest embeddings and random others. The model's attention windows are shortened for the probe, so that these texts
-    cross them.
+    rotary settings name, and at the last positions that will be served. Attention windows are shortened meanwhile, so
+    that these texts cross them.
 
     Args:
         model: Model as it was loaded, before anything of it is replaced.
         max_length: Most tokens of a slot.
-        by_median: Whether to judge the median context instead of the worst. Meant for a model of half precision whose
-            float32 copy was compared too: one context is far off if rounding flips the choice of a router.
+        by_median: Whether to judge the median context instead of the worst, where a float32 copy was compared too: in
+            half precision one context is far off if rounding flips the choice of a router.
 
     Attributes:
         texts: ``R`` rows ``[n]`` int64; the first is the longest.
@@ -154,10 +149,7 @@ class Probe:
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 
     def _own(self, model: PreTrainedModel, tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        """Return the logits ``[r, n, V]`` of the model's own forward on ``tokens`` ``[r, n]``, without cache and mask.
-
-        ``starts`` are the positions of each row's first token.
-        """
+        """Return the logits ``[r, n, V]`` of the model's own forward on ``tokens`` ``[r, n]`` from ``starts`` on."""
         arguments: dict[str, Any] = {}
         if self.takes_positions:
             positions = torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
@@ -166,10 +158,7 @@ class Probe:
             return model(tokens, use_cache=False, **arguments).logits
 
     def difference(self, logits: Tensor, own: Tensor) -> float:
-        """Return the root mean square of the difference of logits ``[..., V]``, relative to their spread.
-
-        It is that of the worst context, each judged by the mean over its logits, which rounding hardly moves.
-        """
+        """Return the root mean square of the difference of logits ``[..., V]`` over their spread, at its worst."""
         precise = torch.promote_types(own.dtype, torch.float32)
         logits, own = logits.to(precise), own.to(precise)
         gap = (logits - own).square().mean(-1).sqrt() / own.std(-1).mean()
@@ -236,10 +225,7 @@ def _keep_first_tokens(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def with_larger_products(few: PreTrainedModel, factor: float) -> PreTrainedModel:
-    """Copy a model with products of its layers that are ``factor`` times as large, which makes outliers.
-
-    The embedding and the head, most of a small model, are shared.
-    """
+    """Copy a model, but for embedding and head, with products ``factor`` times as large, which makes outliers."""
     ends = (few.get_input_embeddings(), few.get_output_embeddings())
     shared = {id(parameter): parameter for end in ends for parameter in end.parameters()}
     larger: PreTrainedModel = copy.deepcopy(few, memo=shared)
@@ -264,8 +250,8 @@ def _thresholds(config: PretrainedConfig) -> set[int]:
         elif isinstance(settings, int) and not isinstance(settings, bool) and settings > 1:
             yield settings
 
-    rope = getattr(config, "rope_parameters", None)
-    return {*whole_numbers(rope), *(n for name in _THRESHOLDS for n in whole_numbers(getattr(config, name, None)))}
+    names = ("rope_parameters", "original_max_position_embeddings")
+    return {number for name in names for number in whole_numbers(getattr(config, name, None))}
 
 
 @torch.inference_mode()

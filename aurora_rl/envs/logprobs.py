@@ -22,12 +22,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of delivered tokens.
-
-    Args:
-        logits: ``[C, V]`` of the target where each token was chosen.
-        tokens: The ``C`` tokens.
-        top: Likeliest tokens to list with each.
+    """Return log-probabilities of ``C`` tokens, by the logits ``[C, V]`` at them, with the ``top`` likeliest of each.
 
     Example:
         >>> found = token_logprobs(torch.tensor([[0.0, 0.0]]), [1], top=1)

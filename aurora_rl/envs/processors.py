@@ -1,8 +1,7 @@
 """What a model's generation config does to its logits, applied at every node of a draft tree.
 
-transformers builds the logits processors and defines them: each is a function of the text before a position and of the
-logits there. At a node that text is the prompt, the completion so far and the path of drafted tokens down to the node.
-The processed logits are thus the target's own at that node, and every verification rule stays lossless.
+A logits processor of transformers is a function of the text before a position and of the logits there. At a node the
+text goes down to the node, so the processed logits are the target's own there, and every rule stays lossless.
 """
 
 from __future__ import annotations
@@ -58,9 +57,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def text_settings(config: GenerationConfig | None) -> dict[str, Any]:
     """Return the fields of a model's generation config that change the text and that no request decides.
-
-    They are fields that :func:`generation_processors` applies and that it refuses, without entries that transformers
-    does not know, which `generate` does not read.
 
     Example:
         >>> text_settings(GenerationConfig(repetition_penalty=1.1, temperature=0.7, num_beams=1))

@@ -73,11 +73,6 @@ class Drafts:
         return sum(self.histogram)
 
     @property
-    def num_accepted(self) -> int:
-        """Accepted tokens."""
-        return sum(count * rounds for count, rounds in enumerate(self.histogram))
-
-    @property
     def acceptance_length(self) -> float | None:
         """Tokens that a round with a draft delivered on average; None if there was no such round."""
         return self.num_delivered / self.num_rounds if self.num_rounds else None

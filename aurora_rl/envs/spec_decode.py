@@ -227,23 +227,19 @@ class SpecDecodeEnv(EnvBase):
                 self._release(slot)
         for slot in free[: len(self._taken)]:
             self._prefill.add(slot, self._taken.popleft())
-        loaded = self._prefill.read(slots, decoding=bool(self._active))
-        if loaded:
-            for slot, request in loaded:
-                stop = request.sampling.stop
-                self._active[slot] = _Slot(
-                    request,
-                    self._processors_for and self._processors_for(request),
-                    StopStrings(self._decode, stop) if self._decode is not None and stop else None,
-                )
-            if self._recorder:
-                for slot, _ in loaded:
-                    self._recorder.start(slot)
-            self._set_sampling()
-        out = self._blank()
+        loaded, out = self._prefill.read(slots, decoding=bool(self._active)), self._blank()
         for slot, request in loaded:
-            out["is_init"][slot] = True
-            out["request"][slot] = request.id
+            stop = request.sampling.stop
+            self._active[slot] = _Slot(
+                request,
+                self._processors_for and self._processors_for(request),
+                StopStrings(self._decode, stop) if self._decode is not None and stop else None,
+            )
+            if self._recorder:
+                self._recorder.start(slot)
+            out["is_init"][slot], out["request"][slot] = True, request.id
+        if loaded:
+            self._set_sampling()
         for slot, held in self._active.items():
             out["speculate"][slot] = held.request.speculative
         out["observation", "position"].copy_(self.engine.store.lengths - 1)

@@ -11,13 +11,7 @@ from aurora_rl.envs.engine import Engine
 
 
 def specs(engine: Engine, num_nodes: int, *, needs_q: bool) -> tuple[Composite, Composite]:
-    """Return the specs of observations and of actions.
-
-    Args:
-        engine: Engine of the environment.
-        num_nodes: Most nodes ``N`` of a tree without its root.
-        needs_q: Whether actions carry the drafter's distribution ``[B, N, V]`` at each node.
-    """
+    """Return the specs of observations and of actions, with the drafter's distribution ``[B, N, V]`` if ``needs_q``."""
     features, hidden, device = engine.store.features, engine.store.hidden, engine.store.tokens.device
     b, n, width, vocab = engine.num_slots, num_nodes, num_nodes + 1, engine.vocab_size
 

@@ -226,11 +226,7 @@ class TransformersEngine(Engine):
     def _wrong_in_float32(self, max_length: int) -> dict[str, str] | None:
         """Return forms that are wrong on a few layers of a half-precision model in float32, where rounding hides none.
 
-        None if such a copy cannot be made or run, for example of layers that read the keys of others.
-
-        Raises:
-            NotCausalError: The copy of the layers is no causal model.
-            WrongLogitsError: It is wrong in every form.
+        None if such a copy cannot be made or run; NotCausalError or WrongLogitsError if it is wrong in every form.
         """
         in_inference_form = self._config._attn_implementation == GROUPED_ATTENTION  # by another engine
         if self.model.dtype not in (torch.bfloat16, torch.float16) or in_inference_form:
@@ -320,8 +316,7 @@ class TransformersEngine(Engine):
         """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
 
         ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees (None:
-        those up to itself), and ``present`` ``[b, T]`` says which are no padding (None: all). Padding is not computed
-        if the model allows.
+        those up to itself), and ``present`` ``[b, T]`` says which are no padding (None: all).
         """
         device, width = tokens.device, tokens.shape[1]
         end = whole_blocks(int(past.max()) + width, self._batch_invariant)

@@ -21,11 +21,7 @@ from aurora_rl.models.inference_modules import FusedDecoderLayer, PackedLinear
 
 
 class BatchInvariantLinear(nn.Module):
-    """A linear layer that is called with numbers of rows which it computes alike.
-
-    Args:
-        linear: The layer, packed or not.
-    """
+    """A linear layer, packed or not, that is called with numbers of rows which it computes alike."""
 
     def __init__(self, linear: nn.Linear | PackedLinear) -> None:
         super().__init__()
@@ -87,9 +83,7 @@ def invariant_mask(depth: Tensor, past: Tensor, end: int, first: Callable[[Tenso
 def make_batch_invariant(model: nn.Module) -> None:
     """Replace, in place, what rounds by the number of rows: products, activations and the attention of fused layers.
 
-    Args:
-        model: Model in inference form (see :func:`aurora_rl.models.inference_modules.prepare_for_inference`), all of
-            whose decoder layers are fused. Norms, embeddings and rotary embeddings treat rows alone as they are.
+    The model is in inference form, all layers fused. Norms and embeddings treat rows alone as they are.
     """
     for name, child in list(model.named_children()):
         if isinstance(child, PackedLinear) or type(child) is nn.Linear:

@@ -11,13 +11,7 @@ _WINDOW, _CONTEXT = 16, 8
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-    """Return the text of a completion, up to the first stop string, without special tokens.
-
-    Args:
-        tokenizer: Tokenizer of the target.
-        tokens: Token ids of the completion.
-        stop: Stop strings.
-    """
+    """Return the text of a completion's token ids, up to the first stop string, without special tokens."""
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text[: _first(text, stop)]
 
@@ -27,10 +21,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, li
 
     A token may be a part of a character: its text is then the replacement character, and its bytes are that part. A
     space that it begins with is part of it, also where the tokenizer strips the space that a whole text begins with.
-
-    Args:
-        tokenizer: Tokenizer of the target.
-        token: Token id.
     """
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     twice = str(tokenizer.decode([token, token], clean_up_tokenization_spaces=False))
@@ -50,8 +40,7 @@ class Detokenizer:
     """Turn the tokens of one completion into text as they arrive.
 
     The pieces joined are the text of :func:`decode`. A character that the next token may complete waits, and so does
-    the beginning of a stop string. Each token is decoded together with a few tokens before it only, so that the cost of
-    a token does not depend on how many came before.
+    the beginning of a stop string. Each token is decoded with a few before it only, so that its cost does not grow.
 
     Args:
         tokenizer: Tokenizer of the target.
@@ -77,11 +66,7 @@ class Detokenizer:
         self._ended = False
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """Return the text that these tokens make certain.
-
-        Args:
-            tokens: The next token ids.
-        """
+        """Return the text that the next token ids make certain."""
         if self._ended or not tokens:
             return ""
         self._window += tokens
@@ -128,9 +113,8 @@ class Detokenizer:
 class StopStrings:
     """Watch for stop strings in the text of one completion as its tokens arrive.
 
-    With each token the last few are decoded again, so that the cost of a token does not depend on how many came before.
-    These are as many as the longest stop string has characters and a few more. Their text is the end of the whole text:
-    they begin between two characters, and lack at most the space that a tokenizer strips from the beginning of a text.
+    With each token the last few are decoded again, as many as the longest stop string has characters and some more.
+    Their text is the end of the whole, less at most the space that a tokenizer strips from the beginning of a text.
 
     Args:
         decode: Turns token ids into text.

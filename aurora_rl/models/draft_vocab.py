@@ -24,8 +24,7 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
     """Estimate how often the target will say each token, from prompts alone: ``[V]`` expected counts, float32.
 
     The estimate is the target's next-token distribution summed over all positions of the prompts, plus the prompts' own
-    tokens. On code prompts its best 4,096 tokens held 90% of the tokens that were then generated; the 4,096 lowest ids
-    with the prompts' tokens held 84%. The last tokens count of a prompt that is longer than the model's context.
+    tokens. The last tokens count of a prompt that is longer than the model's context.
     """
     head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
     context = context_length(model.config.get_text_config())

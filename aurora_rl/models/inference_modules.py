@@ -21,9 +21,7 @@ from aurora_rl.models.kv_cache import SlotCache
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
-    Args:
-        linear: Layer to replace.
-        keep_weight: Whether to keep the plain weight too, so that it can be replaced, see :func:`stage`.
+    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it.
     """
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
@@ -218,10 +216,6 @@ def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, argu
             hook.remove()
 
 
-def _is_packable(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-
-
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:
     """Replace modules by their faster forms, in place.
 
@@ -234,7 +228,11 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
         if norm is not None:
             setattr(model, name, norm)
         # Not subclasses, which may return more than a product, as routers do.
-        elif pack and type(child) is nn.Linear and _is_packable(child.weight):
+        elif (
+            pack
+            and type(child) is nn.Linear
+            and (child.weight.dtype, child.weight.device.type) == (torch.bfloat16, "cpu")
+        ):
             setattr(model, name, PackedLinear(child, keep_weight=keep_weights))
         else:
             prepare_for_inference(child, keep_weights=keep_weights)

@@ -1,6 +1,8 @@
 """A static KV cache for requests of unequal length.
 
-Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass, ``L`` columns that the pass reads.
+Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass, ``L`` columns that the pass reads. Of a
+pass, ``depth`` ``[b, T]`` int64 are the depths of its tokens, ``past`` ``[b, 1]`` int64 is the first column that it
+writes, and ``end`` is ``L``.
 """
 
 from __future__ import annotations
@@ -85,15 +87,7 @@ class Packing:
 
 
 class SlotCache(_KeysAndValuesOnly):
-    """Keys and values of every slot in one block for each shape, written at a place of our choosing.
-
-    Args:
-        shapes: Shapes of the keys and the values of each layer.
-        num_slots: Number of slots ``B``.
-        max_length: Number of columns of a slot.
-        dtype: Dtype of keys and values.
-        device: Device of keys and values.
-    """
+    """Keys and values of every slot in one block for each of the layers' shapes, written at a place of our choosing."""
 
     def __init__(
         self,
@@ -154,10 +148,7 @@ class SlotCache(_KeysAndValuesOnly):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values, ``[b, heads, T, d]``, and return what the pass may read, ``[b, heads, end, d]``.
-
-        With an order it is ``[b * T, heads, end, d]``, a copy for each token.
-        """
+        # `[b, heads, T, d]` in, what the pass may read out: `[b, heads, end, d]`, or a copy for each token by an order.
         read = []
         for (shape, index), states in zip(self._places[layer_idx], (key_states, value_states), strict=True):
             held = self.blocks[shape][index]
@@ -188,24 +179,15 @@ class SlotCache(_KeysAndValuesOnly):
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of columns that the pass reads. transformers asks only if it gets no positions."""
-        return self._end
+        return self._end  # transformers asks only if it gets no positions
 
     @override
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return key length and offset of the mask. transformers gets a finished mask."""
-        return self._end, 0
+        return self._end, 0  # key length and offset
 
 
 def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
     """Return the position of the token in each column, ``[b, L]`` int64: a text lies in order, a tree by its depths.
-
-    Columns after the tree hold nothing and have some position.
-
-    Args:
-        depth: Depth of each token of the pass, ``[b, T]`` int64.
-        past: First column that the pass writes, ``[b, 1]`` int64.
-        end: Number of columns ``L`` that the pass reads.
 
     Example:
         >>> column_positions(torch.tensor([[0, 1, 1, 2]]), torch.tensor([[2]]), 6)
@@ -219,13 +201,7 @@ def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
 def path_order(seen: Tensor | None, depth: Tensor, past: Tensor, end: int) -> Tensor | None:
     """Return the column of each position on a token's path, ``[b, T, L]`` int64; None if every column is its position.
 
-    Positions after the token have some column.
-
-    Args:
-        seen: Whether a token of the pass sees another, ``[b, T, T]`` bool: itself and its ancestors. None is a text.
-        depth: Depth of each token, ``[b, T]`` int64.
-        past: First column that the pass writes, ``[b, 1]`` int64.
-        end: Number of columns ``L`` that the pass reads.
+    Later positions have some column. ``seen`` ``[b, T, T]`` bool are a token's ancestors and itself; None is a text.
 
     Example:
         >>> seen = torch.tensor([[[True, False, False], [True, True, False], [True, False, True]]])

@@ -1,8 +1,7 @@
 """Targets: where the frozen language model and its tokenizer come from.
 
 The default target, SmolLM2-135M-Instruct, travels inside a package of the Python index as a 4-bit GGUF file, so a
-first run needs no model hub. It is converted once into an ordinary Hugging Face folder, because the GGUF route of
-transformers re-reads and de-quantises every tensor at each start.
+first run needs no model hub. It is converted once into a Hugging Face folder, which loads faster.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import decoders, pre_tokenizers
@@ -48,15 +47,12 @@ class ModelError(ValueError):
 def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
     """Return the folder of the embedded target, converting it at the first call.
 
-    Processes may call this at the same time: each converts into a folder of its own, and the first rename wins.
+    It has config, bf16 safetensors (270 MB), tokenizer and chat template. Processes may call this at the same time.
 
     Args:
         cache_dir: Folder where converted models are kept; default `$AURORA_RL_CACHE`, else `aurora_rl` under
             `$XDG_CACHE_HOME` or `~/.cache`.
         progress: Whether to print the steps of a conversion on stderr.
-
-    Returns:
-        A folder with config, bf16 safetensors (270 MB), tokenizer and chat template.
 
     Raises:
         ModelError: The package that carries the model is not installed, or holds no single GGUF file.
@@ -64,7 +60,7 @@ def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progres
     gguf = _embedded_gguf()
     version = importlib.metadata.version(_PACKAGE)
     folder = _cache_folder(cache_dir) / f"smollm2-135m-instruct-{version}-r{_RECIPE}"
-    return _build_once(folder, lambda scratch: _convert(gguf, scratch, _announcer(progress)))
+    return _build_once(folder, lambda scratch: _convert(gguf, scratch, progress))
 
 
 def load_target(
@@ -82,21 +78,21 @@ def load_target(
             it is no causal language model.
     """
     model = os.fspath(model)
-    source, where = _resolve(model)
-    with quiet_transformers() if where.is_local else contextlib.nullcontext():
+    source, tried, cure = _resolve(model)
+    with quiet_transformers() if os.path.isdir(source) else contextlib.nullcontext():
         try:
             # The config first: it is small, so a wrong name fails before gigabytes are fetched.
             AutoConfig.from_pretrained(source)
             tokenizer = AutoTokenizer.from_pretrained(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         except Exception as error:  # the loaders raise whatever their parsers raise: OSError, KeyError, SafetensorError
-            raise ModelError(f"cannot load model {model!r} from {where.tried}: {error}\n{where.cure}") from error
+            raise ModelError(f"cannot load model {model!r} from {tried}: {error}\n{cure}") from error
     target, report = loaded
     # transformers only warns of these and leaves random numbers in them, which would serve fluent nonsense.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"cannot load model {model!r} from {where.tried}: {len(missing)} weights are missing, "
-            f"{missing[0]!r} the first\n{where.cure}"
+            f"cannot load model {model!r} from {tried}: {len(missing)} weights are missing, "
+            f"{missing[0]!r} the first\n{cure}"
         )
     target = target.to(device).eval().requires_grad_(False)
     if target.device.type == "cpu":
@@ -141,11 +137,7 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end an answer, ascending; empty if the model declares none.
-
-    They are those of the generation config and the tokenizer: chat models often list several in one of these places
-    and a single one in the other.
-    """
+    """Return the ids that end an answer, ascending, of generation config and tokenizer: either may lack some."""
     config = model.generation_config
     declared = config.eos_token_id if config is not None else None
     ids = {declared} if isinstance(declared, int) else set(declared or ())
@@ -155,12 +147,9 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Encode a conversation up to the point where the assistant speaks next.
+    """Encode messages, each with `role` and `content`, up to the point where the assistant speaks next.
 
-    Args:
-        tokenizer: Tokenizer whose chat template is applied. Without a template (a base model) the contents are joined
-            by newlines.
-        messages: Messages, each with `role` and `content`.
+    Without a chat template (a base model) the contents are joined by newlines.
 
     Raises:
         jinja2.TemplateError: The template refuses the conversation, such as one with an unknown role.
@@ -174,25 +163,17 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 # ---- where a name leads -----------------------------------------------------------------------------------------
 
 
-class _Where(NamedTuple):
-    """What a model name led to, in the words of an error message."""
-
-    tried: str
-    cure: str
-    is_local: bool
-
-
-def _resolve(model: str) -> tuple[str, _Where]:
-    """Return the source that transformers loads, and how an error message names it; refuse early what cannot work."""
+def _resolve(model: str) -> tuple[str, str, str]:
+    """Return what transformers loads, what an error message calls it, and the cure; refuse early what cannot work."""
     if model == DEFAULT_TARGET:
         folder = embedded_model_path()
-        return str(folder), _Where(f"{folder}", "Delete that folder: it is converted again.", is_local=True)
+        return str(folder), str(folder), "Delete that folder: it is converted again."
     path = Path(model).expanduser()
     if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"cannot load model {model!r}: the folder has no config.json; name a Hugging Face folder")
         cure = "Name a complete Hugging Face folder of a causal language model (config, safetensors, tokenizer)."
-        return str(path), _Where("that folder", cure, is_local=True)
+        return str(path), "that folder", cure
     # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
     if path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model:
         raise ModelError(
@@ -202,7 +183,7 @@ def _resolve(model: str) -> tuple[str, _Where]:
         "No folder of that name exists here either. Check the spelling and the network, log in for a gated model, "
         f"or name a local folder or {DEFAULT_TARGET!r}."
     )
-    return model, _Where("the model hub", cure, is_local=False)
+    return model, "the model hub", cure
 
 
 def _embedded_gguf() -> Path:
@@ -252,9 +233,14 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
+def _convert(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the model in a GGUF file as a Hugging Face folder."""
-    start = time.perf_counter()
+    start, stream = time.perf_counter(), sys.stderr  # bound now: the name is redirected while transformers works
+
+    def say(line: str) -> None:
+        if progress:
+            print(f"aurora-rl: {line}", file=stream, flush=True)
+
     say(f"preparing {gguf.name} (once; kept in {folder.parent.parent})")
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
         say("1/3 weights: reading and de-quantising")
@@ -305,10 +291,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _announcer(progress: bool) -> Callable[[str], None]:
-    if not progress:
-        return lambda line: None
-    stream = sys.stderr  # bound now, since the name is redirected while transformers works
-    return lambda line: print(f"aurora-rl: {line}", file=stream, flush=True)

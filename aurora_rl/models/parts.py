@@ -116,9 +116,8 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
 
     Returns:
-        A tuple of three. First the final norm's weight ``[H]``, None if the decoder ends without a norm. Then the
-        weights of the layer's norms, by their names in a Llama layer. Last, whether the layer normalises what its
-        attention or its MLP adds to the residual stream.
+        The final norm's weight ``[H]`` or None, weights of the layer's norms by their names in a Llama layer, and
+        whether the layer normalises what its attention or its MLP adds to the residual stream.
     """
     decoder = decoder_of(model)
     seen: dict[nn.Module, tuple[Tensor, Any]] = {}
@@ -173,10 +172,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
 def norm_weight(norm: nn.Module, size: int, dtype: torch.dtype) -> Tensor | None:
     """Return the factor ``[size]`` that an RMSNorm or LayerNorm multiplies by, however it stores it; None for others.
 
-    Args:
-        norm: Module to probe.
-        size: Width of its inputs, even.
-        dtype: Dtype of its inputs.
+    Its inputs have an even width ``size`` and this ``dtype``.
 
     Example:
         >>> norm_weight(nn.LayerNorm(2), 2, torch.float32), norm_weight(nn.Linear(2, 2), 2, torch.float32)
@@ -223,11 +219,7 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
 
 
 def layer_config(parts: TargetParts) -> LlamaConfig:
-    """Return the configuration of one Llama layer of the target's sizes and rotary settings.
-
-    A layer has the usual head size if the target compresses its keys (MLA), and rotary positions if the target has
-    learned ones or ALiBi.
-    """
+    """Return a Llama layer's configuration of the target's sizes and rotary settings; usual ones for MLA and ALiBi."""
     target = parts.config
     size = target.hidden_size
     # A Llama's heads divide its width.

@@ -88,23 +88,16 @@ class TargetHead(nn.Module):
 
     @classmethod
     def like(cls, head: TargetHead | Tensor) -> TargetHead:
-        """Return a head that shares the tensors of another, or a plain one of a weight ``[V, H]``.
-
-        Casting or moving the result leaves ``head`` as it is.
-        """
+        """Return a head of another's tensors, or of a plain weight ``[V, H]``, which may be cast or moved."""
         if isinstance(head, Tensor):
             return cls(head)
         return cls(head.weight, head.bias, scale=head.scale, softcap=head.softcap)
 
     def __len__(self) -> int:
-        """Return the size of the vocabulary, ``V``."""
         return len(self.weight)
 
     def rows(self, tokens: Tensor | None = None) -> Tensor:
-        """Return ``scale * weight``, ``[V, H]``, or its rows ``[T, H]`` of ``tokens``.
-
-        A drafter whose head is a plain matrix starts from these. It leaves out the bias and the cap.
-        """
+        """Return ``scale * weight``, ``[V, H]``, or its rows ``[T, H]`` of ``tokens``, without bias and cap."""
         weight = self.weight if tokens is None else self.weight[tokens.to(self.weight.device)]
         return weight if self.scale == 1.0 else weight * self.scale
 

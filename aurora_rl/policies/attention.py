@@ -14,6 +14,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 KeysValues = tuple[Tensor, Tensor]
 
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``[..., heads, d]`` by cosines and sines ``[..., d]``."""
+    cos, sin = (part[..., None, :].to(x.dtype) for part in (cos, sin))
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 # Most branch keys that go into one fused call, masked to each query's own. At serving a call's overhead counts; a
 # training batch has thousands of keys, and no query should even look at those of the others.
 _FOLD = 64
@@ -22,9 +30,8 @@ _FOLD = 64
 class TreeAttention(nn.Module):
     """Grouped-query attention with rotary positions, for drafters at serving and in training.
 
-    A query sees the sequence keys that its mask allows: the committed tokens of the request, or those that a cache
-    holds. It also sees its own branch keys: those of its ancestors and of itself. Serving a tree, unrolling a chain
-    from every anchor and scoring recorded trees are all this one operation, so they agree.
+    A query sees the sequence keys that its mask allows, and its own branch keys: those of its ancestors and of itself.
+    Serving a tree, unrolling chains and scoring recorded trees are all this one operation, so they agree.
 
     Args:
         config: Llama-style configuration, for heads, key heads, head size and rotary settings.
@@ -60,9 +67,7 @@ class TreeAttention(nn.Module):
             grid = torch.arange(max(2 * longest, 512), device=x.device)[None]
             cos, sin = self._rotary[0].to(x.device)(x.float(), grid)
             self._table = (cos[0], sin[0])
-        cos, sin = (table[positions][:, :, None].to(x.dtype) for table in self._table)
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+        return rotated(x, *(table[positions] for table in self._table))
 
     def keys_values(self, x: Tensor, positions: Tensor) -> KeysValues:
         """Return rotated keys and values ``[b, T, g, d]`` of inputs ``[b, T, input_size]`` at positions ``[b, T]``."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from aurora_rl.policies.attention import KeysValues
+from aurora_rl.policies.attention import KeysValues, rotated
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -19,8 +19,7 @@ Rotation = tuple[Tensor, Tensor]
 class BlockAttention(nn.Module):
     """Attention of blocks: each position sees the context that its anchor may see, and its whole block, both ways.
 
-    Queries and keys are normalised per head, as in Qwen3. Serving is the case of one anchor; in training all anchors of
-    a request share one context, of which each sees a prefix.
+    Queries and keys are normalised per head, as in Qwen3. In training all anchors of a request share one context.
     """
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -39,7 +38,7 @@ class BlockAttention(nn.Module):
         """Return rotated keys and values, each ``[..., g, d]``, of inputs ``[..., H]``."""
         keys = self.k_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
         values = self.v_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
-        return _rotated(self.k_norm(keys), rotation), values
+        return rotated(self.k_norm(keys), *rotation), values
 
     def forward(self, x: Tensor, rotation: Rotation, context: KeysValues, mask: Tensor) -> Tensor:
         """Attend from the positions of blocks.
@@ -56,7 +55,7 @@ class BlockAttention(nn.Module):
         anchors, width = x.shape[1:3]
         rows = width * self.group
         q = self.q_proj(x).unflatten(-1, (self.num_key_heads * self.group, self.head_dim))
-        q = _rotated(self.q_norm(q), rotation) * self.head_dim**-0.5
+        q = rotated(self.q_norm(q), *rotation) * self.head_dim**-0.5
         # Queries of a block and of a group become rows of one key head, so keys are not repeated.
         q = q.unflatten(3, (self.num_key_heads, self.group)).permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
         keys, values = (part.permute(0, 3, 1, 2, 4) for part in self.keys_values(x, rotation))
@@ -85,10 +84,3 @@ class BlockLayer(nn.Module):
         """Map ``[r, A, W, H]`` to ``[r, A, W, H]``; the other arguments are those of :class:`BlockAttention`."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn ``[..., heads, d]`` by cosines and sines ``[..., d]``."""
-    cos, sin = (part[..., None, :].to(x.dtype) for part in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

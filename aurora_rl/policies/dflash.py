@@ -37,11 +37,10 @@ from aurora_rl.tree_index import TreeIndex
 class DFlashDrafter(Drafter):
     """DFlash with the context's keys and values cached at serving, and a reduced draft vocabulary.
 
-    With the root at position ``n``, the block holds the root's token at ``n`` and masks at ``n + 1 .. n + W - 1``. A
-    mask's output drafts the token of its own position; the root's output drafts nothing. The context is the target's
-    states at positions ``0 .. n - 1``, joined by ``fc`` and ``hidden_norm``. Every layer projects it to keys and values
-    that depend on nothing else. So all nodes of a depth share one distribution, and a tree is a Cartesian product of
-    top tokens. Embedding and head are the target's and frozen.
+    With the root at position ``n``, the block holds the root's token and masks at ``n + 1 .. n + W - 1``, each of which
+    drafts the token of its own position. The context is the target's states at ``0 .. n - 1``, joined by ``fc`` and
+    ``hidden_norm`` and projected by every layer. All nodes of a depth share one distribution, so a tree is a Cartesian
+    product of top tokens. Embedding and head are the target's and frozen.
 
     Args:
         config: Qwen3-style configuration of the layers; ``num_hidden_layers`` of them.
@@ -98,11 +97,8 @@ class DFlashDrafter(Drafter):
         self.config, self.feature_layers, self.vocab_size = config, tuple(feature_layers), config.vocab_size
         self.num_target_layers, self.block_size, self.mask_token_id = num_target_layers, block_size, mask_token_id
         self.max_depth = block_size - 1
-        self.options = {
-            "num_layers": config.num_hidden_layers,
-            "block_size": block_size,
-            "mask_token_id": mask_token_id,
-        }
+        own = {"num_layers": config.num_hidden_layers, "block_size": block_size, "mask_token_id": mask_token_id}
+        self.options = own
         self.fc = nn.Linear(len(feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # A list to type checkers, which cannot know what a ModuleList holds.
@@ -335,16 +331,10 @@ def _targets(parts: TargetParts) -> dict[str, Any]:
 def _layers_config(parts: TargetParts, num_layers: int) -> Qwen3Config:
     """Return the configuration of layers of the target's sizes and rotary settings."""
     layer = layer_config(parts)
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     return Qwen3Config(
-        hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
-        num_attention_heads=layer.num_attention_heads,
-        num_key_value_heads=layer.num_key_value_heads,
-        head_dim=layer.head_dim or layer.hidden_size // layer.num_attention_heads,
+        **{name: getattr(layer, name) for name in (*sizes, "rms_norm_eps", "rope_parameters")},
         num_hidden_layers=num_layers,
-        rms_norm_eps=layer.rms_norm_eps,
-        rope_parameters=layer.rope_parameters,
-        vocab_size=layer.vocab_size,
         tie_word_embeddings=False,
         **target_entries(parts),
     )

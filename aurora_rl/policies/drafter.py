@@ -298,20 +298,16 @@ class Drafter(HubMixin, nn.Module, ABC):
             ValueError: An entry or tensor does not fit the target or the class; the message names the first.
         """
         tensors, config = checkpoint
+        if "d2t" not in tensors:
+            raise ValueError("tensor 'd2t' is missing; was it written for another drafter?")
         drafter = cls.from_target(
             parts,
-            draft_vocab=torch.arange(len(_draft_map(tensors))),
+            draft_vocab=torch.arange(len(tensors["d2t"])),
             feature_layers=tuple(config["feature_layers"]),
             **{**options, **config["options"]},
         )
         drafter.install(tensors)
         return drafter
-
-
-def _draft_map(tensors: Mapping[str, Tensor]) -> Tensor:
-    if "d2t" not in tensors:
-        raise ValueError("tensor 'd2t' is missing; was it written for another drafter?")
-    return tensors["d2t"]
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -333,10 +329,7 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> No
 
 
 def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
-    """Raise ValueError unless the tokens of a draft head's rows, ``[Vd]`` int64, rise and lie in the vocabulary.
-
-    The message begins with ``name``, where the rows were read from.
-    """
+    """Raise ValueError about ``name`` unless tokens of draft rows, ``[Vd]`` int64, rise and lie in the vocabulary."""
     outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])

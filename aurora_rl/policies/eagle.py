@@ -96,13 +96,9 @@ class EagleDrafter(RecurrentDrafter):
     ) -> Self:
         """Start a day-0 drafter in float32 that predicts the feature that it reads.
 
-        ``fc`` passes the feature on and adds a random image of the embedding, half as large: a layer that must first
-        learn to see small embeddings learns late. Projections into attention and MLP are the last layer's, with the
-        norms between them and a feature folded in. Projections out of them are zero, since they add to a residual
-        stream of another scale.
-
-        The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
-        the target's.
+        ``fc`` passes the feature on and adds a random image of the embedding, half as large. Projections into attention
+        and MLP are the last layer's, with the norms between them and a feature folded in. Those out of them are zero.
+        The option ``attention`` is for :meth:`read`, as that of EAGLE-3.
 
         Raises:
             ValueError: ``feature_layers`` is not the input of the target's head, or ``attention`` is not "target".

@@ -88,10 +88,8 @@ class Eagle3Drafter(RecurrentDrafter):
 
         ``fc`` passes the deepest feature on; queries, keys and values read the feature as the last layer read its
         input. Pieces that the target does not have in this form start at random; an attention or MLP that lacks some
-        adds nothing until it has learned.
-
-        The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose heads or rotary settings are not
-        the target's.
+        adds nothing until it has learned. The option ``attention`` is for :meth:`read`: "own" takes a checkpoint whose
+        heads or rotary settings are not the target's.
 
         Raises:
             ValueError: ``attention`` is not "target".

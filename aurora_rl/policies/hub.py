@@ -61,8 +61,7 @@ class HubMixin:
     ) -> Self:
         """Read a drafter for a target, in float32.
 
-        Called on :class:`Drafter` itself, the architecture is the one that ``config.json`` names. Called on a subclass,
-        another architecture is refused.
+        :class:`Drafter` itself takes the architecture that ``config.json`` names; a subclass refuses another.
 
         Args:
             source: Folder, or id of a repository on the hub.
@@ -110,8 +109,7 @@ class HubMixin:
     ) -> str:
         """Publish the drafter with a model card. The repository is created if it does not exist.
 
-        The card is written anew by every call. Entries of its front matter that this library does not write, such as a
-        ``license`` that was set on the hub, stay as they are.
+        Entries of the card's front matter that this library does not write, such as a ``license``, stay as they are.
 
         Args:
             repo_id: Repository, such as "name/smollm2-eagle3".

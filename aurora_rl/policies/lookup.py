@@ -1,8 +1,7 @@
 """Lookup: a text goes on as it, or an earlier answer, went on where its last tokens occurred before.
 
-Lookup has no weights to train, learns from every answer at once, and costs next to nothing. In the request's own text
-it finds names, numbers and phrases (Saxena, "Prompt Lookup Decoding", 2023), in earlier answers how this target says
-things (Oliaro et al., "SuffixDecoding", arXiv 2411.04975).
+Lookup has no weights to train. In the request's own text it finds names, numbers and phrases (Saxena, "Prompt Lookup
+Decoding", 2023), in earlier answers how this target says things (Oliaro et al., "SuffixDecoding", arXiv 2411.04975).
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ def continuations(text: Sequence[int] | np.ndarray, earlier: np.ndarray | None =
     """Estimate the next token by how texts went on where the last tokens of a text occurred before.
 
     For each length from one to eight, the places where so many last tokens occurred before count what came after them:
-    16 in the text itself, 1 in earlier answers. The estimate of a length is its counts together with the estimate of
-    the next shorter one, which is worth 8 counts, divided by their sum: the interpolated counts of MacKay and Peto, "A
-    hierarchical Dirichlet language model" (1995). Nothing is below the shortest, so that chances sum to less than 1.
+    16 in the text itself, 1 in earlier answers. A length adds the estimate of the next shorter one, worth 8 counts
+    (MacKay and Peto, "A hierarchical Dirichlet language model", 1995). Chances sum to less than 1.
 
     Args:
         text: The text so far.
@@ -125,11 +123,7 @@ def continuations(text: Sequence[int] | np.ndarray, earlier: np.ndarray | None =
 
 
 def _occurrences(texts: np.ndarray, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens after the latest places where a context's last token stands in texts.
-
-    Returns:
-        Tokens after the places, ``[n]``; and how many tokens up to each place are the context's last ones, up to eight.
-    """
+    """Return tokens ``[n]`` after a context's last token in texts, and how many before them are the context's too."""
     ends = np.flatnonzero(texts[:-1] == context[-1])[-_COUNTED:]
     lengths, alive = np.ones(len(ends), dtype=np.int64), np.arange(len(ends))
     for size in range(1, min(_LONGEST, len(context))):
@@ -167,9 +161,8 @@ def ngram_tree(
 ) -> Tree:
     """Return the likeliest nodes after a request's text so far, by :func:`continuations` of it and of each path.
 
-    The nodes come by falling chance of their path, so that the first of a tree are the tree of fewer nodes. A chance
-    that is stated of a token is worth three quarters of it, since it is too sure. Paths with a chance below ``least``,
-    or below 0.05, are left out.
+    The nodes come by falling chance of their path. A chance that is stated of a token is worth three quarters of it,
+    since it is too sure. Paths with a chance below ``least``, or below 0.05, are left out.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
@@ -200,19 +193,10 @@ def ngram_tree(
 
 
 def merged(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
-    """Merge a tree that was looked up with a drafter's, sharing the nodes that both have.
+    """Merge a tree that was looked up with a drafter's ``tree``, whose nodes come first, sharing those that both have.
 
-    The nodes with the likeliest paths are kept, whichever of the two says so, and those with a chance below ``least``
-    are left out.
-
-    Args:
-        tree: Tree of the drafter.
-        found: Tree that was looked up.
-        num_nodes: Most nodes of the result.
-        least: Chance below which a path is left out.
-
-    Returns:
-        The new tree, the drafter's nodes first. Nodes that were only looked up have a log-probability of −inf.
+    The ``num_nodes`` likeliest paths are kept, whichever of the two says so, and none with a chance below ``least``.
+    Nodes that were only looked up have a log-probability of −inf.
 
     Example:
         >>> found = Tree([7, 8], [-1, 0], [-0.1, -0.1])

@@ -44,8 +44,8 @@ class MedusaDrafter(Drafter):
     """Medusa heads over a reduced draft vocabulary.
 
     The one feature is layer id ``num_hidden_layers``, the input of the target's output head. Head ``d`` drafts the
-    nodes of depth ``d`` from the feature at the position just before the root. It reads neither the root's token nor
-    the path to a node. So all nodes of a depth share one distribution, and a tree is a Cartesian product of top tokens.
+    nodes of depth ``d`` from the feature just before the root, and reads neither the root's token nor the path. All
+    nodes of a depth share one distribution, so a tree is a Cartesian product of top tokens.
 
     Args:
         hidden_size: Hidden size ``H`` of the target.
@@ -90,7 +90,7 @@ class MedusaDrafter(Drafter):
         super().__init__()
         self.feature_layers, self.vocab_size = tuple(feature_layers), vocab_size
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
-        self.max_depth = num_heads
+        self.max_depth = self.num_heads = num_heads
         self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
@@ -132,11 +132,6 @@ class MedusaDrafter(Drafter):
             for parameter in drafter.lm_heads.parameters():
                 parameter.copy_(parts.head.rows(draft_vocab))
         return drafter
-
-    @property
-    def num_heads(self) -> int:
-        """Number of heads."""
-        return len(self.lm_heads)
 
     # ---- serving ----------------------------------------------------------------------------------------------------
 
@@ -214,9 +209,8 @@ class MedusaDrafter(Drafter):
         if layout != "vllm":
             return checkpoint
         # A subclass's heads are laid out as these are.
-        return Checkpoint(
-            *to_vllm(checkpoint.tensors, {**checkpoint.config, "architectures": [MedusaDrafter.__name__]})
-        )
+        config = {**checkpoint.config, "architectures": [MedusaDrafter.__name__]}
+        return Checkpoint(*to_vllm(checkpoint.tensors, config))
 
     @classmethod
     @override

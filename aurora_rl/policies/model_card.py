@@ -144,7 +144,7 @@ def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 
 def _is_folder(model: str) -> bool:
-    """Return whether a model's name is a local folder. Its path is private, so a card does not show it."""
+    """Return whether a model's name is a local folder, whose path a card does not show."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
 
 

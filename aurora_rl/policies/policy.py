@@ -37,9 +37,8 @@ class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), or a window of plain decoding. After a swap of weights it takes everything. While requests decode,
-    it takes about as many rows a round as are read in the time of a round, and a slot gets no draft of the drafter's
-    before its cache is level. Lookup is merged into the drafter's tree if the shape asks for it.
+    (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about as many
+    rows as are read in the time of a round, and a slot gets no draft of the drafter's before its cache is level.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
@@ -56,8 +55,8 @@ class DrafterPolicy(TensorDictModuleBase):
             goes on with lookup, or without speculation if the shape has none. None, the default, raises the drafter's
             own error instead.
         speculate: False emits empty trees: plain decoding.
-        least: Chance of a path below which its last node is left out of a tree, so that each node earns what its row
-            in the pass costs. 0, the default, leaves none out. Nodes that were drawn at random always stay.
+        least: Chance of a path below which its last node is left out of a tree; 0, the default, leaves none out. Nodes
+            that were drawn at random always stay.
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
             drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
@@ -200,12 +199,9 @@ class DrafterPolicy(TensorDictModuleBase):
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        parents = torch.full(shape, -1, device=device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        log_probs = torch.zeros(shape, device=device)
-        mode = torch.full(shape[:1], DRAFT_MODES.index(self.shape.mode), device=device)
-        draft = {"tokens": tokens, "parents": parents, "mask": mask, "log_probs": log_probs, "mode": mode}
+        empty = {"tokens": 0, "parents": -1, "mask": False, "log_probs": 0.0}
+        draft = {name: torch.full(shape, value, device=device) for name, value in empty.items()}
+        draft["mode"] = torch.full(shape[:1], DRAFT_MODES.index(self.shape.mode), device=device)
         if self._vocab_size is not None and self.shape.mode != "topk":
             draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
         # The first token of a text has no feature before it.

@@ -27,7 +27,7 @@ available_drafters = DRAFTERS.names
 
 
 def get_drafter(name: str) -> type[Drafter]:
-    """Return the class of a drafter by its name, an entry point, or ``package.module:Class``; see :class:`Registry`.
+    """Return the class of a drafter by its name, an entry point, or ``package.module:Class``.
 
     Raises:
         ValueError: No drafter has the name, or it names no drafter; the message names the nearest.
@@ -72,10 +72,8 @@ def start_untrained(
     Raises:
         ValueError: The class does not fit the target, or gives no drafter.
     """
-    options = options or {}
-    vocab = choose_draft_vocab(
-        min(vocab_size, len(parts.head)), torch.zeros(len(parts.head)) if prior is None else prior
-    )
+    options, prior = options or {}, torch.zeros(len(parts.head)) if prior is None else prior
+    vocab = choose_draft_vocab(min(vocab_size, len(parts.head)), prior)
     started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
     if not isinstance(started, Drafter):
         raise ValueError(f"from_target gave {started!r} and no drafter")

@@ -14,8 +14,7 @@ _ROUNDS = 8  # whose median time counts
 class RowBudget:
     """Bounds the rows of the drafter's cache that are read next to a round, by the time that they take.
 
-    They are to take about as long as the round, as chunks of a prompt do (``envs.chunked_prefill``). That is hundreds
-    of rows for one layer and a few for a model of its own, so the number follows from what is measured.
+    They are to take about as long as the round, as chunks of a prompt do (``envs.chunked_prefill``).
 
     Attributes:
         rows: Rows of the next call.
@@ -38,11 +37,7 @@ class RowBudget:
         self._began, self._reading = time.perf_counter(), 0.0
 
     def begin(self, *, waits: bool) -> int:
-        """Begin a round, and return how many rows may be read.
-
-        Args:
-            waits: Whether a request waits for its next tokens meanwhile, as it did since the last call.
-        """
+        """Begin a round, and return how many rows may be read. ``waits`` says if a request waits meanwhile."""
         now = time.perf_counter()
         if waits:
             self._rounds.append(max(now - self._began - self._reading, 0.0))

@@ -327,10 +327,7 @@ def _start_from(lm: Any, parts: TargetParts) -> None:
 
 @torch.no_grad()
 def _check_served(lm: Any) -> None:
-    """Raise ValueError unless the LM's layers with our cache and masks, followed by its head, reproduce its logits.
-
-    Serving's and training's passes over four tokens are compared with the model's own. The LM keeps our attention.
-    """
+    """Raise ValueError unless the LM's layers with our cache and masks, followed by its head, reproduce its logits."""
     name, tokens = type(lm).__name__, torch.arange(4, device=lm.device)[None]
     try:
         decoder = lm.model

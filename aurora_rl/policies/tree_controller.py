@@ -35,28 +35,21 @@ Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
 class TreeController:
     """Chooses the shape with the most expected tokens per second, no speculation being one of them.
 
-    At the end of an accepted path, the drafter's likeliest child is accepted with chance ``f``. If it is not, one of
-    its siblings is accepted with chance ``o``. Any child is drafted with chance ``c``, which trees and chains have
-    apart. All are measured by depth. A depth is passed with chance ``a = c f`` in a chain and ``c (f + (1 - f) o)`` in
-    a tree. A round of depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An untried depth counts
-    as good as the one before it, and is tried if that would pay.
+    The drafter's likeliest child is accepted with chance ``f``, one of its siblings otherwise with chance ``o``, and
+    any is drafted with chance ``c``, all measured by depth. A depth is passed with chance ``a = c f`` in a chain and
+    ``c (f + (1 - f) o)`` in a tree, so depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
+    untried depth counts as good as the one before it.
 
-    The shape of ``lookup_only`` has chances of its own: that the first node is accepted, the second, and so on, which
-    come by falling chance, and that it is verified at all. A round of the first ``n`` nodes delivers one token and the
-    sum of their chances, and the best ``n`` counts. A node that was not found, or left out, counts as refused. The
-    chances fade in every round, the first towards an optimistic guess and the others towards the one before, so that
-    lookup is tried first, and again now and then. It takes the place of no speculation in what follows, if it is
-    faster.
+    The shape of ``lookup_only`` delivers one token and the chances of its first ``n`` nodes, at the best ``n``. They
+    fade towards an optimistic guess, so that lookup is tried first, and again now and then. Where it is faster it takes
+    the place of no speculation.
 
     A round takes the time measured for its shape and number of occupied slots, less that of the nodes that are left
-    out, times the pace of live rounds of its kind: plain, drafter's or lookup's. Context lengths and the machine's
-    other work change the pace.
+    out, times the pace of live rounds of its kind: plain, drafter's or lookup's.
 
-    Within the shape that was chosen, :meth:`price` says which nodes are verified.
-
-    No speculation, once best, stays until the number of occupied slots changes or a probe finds a drafter that
-    improved. A probe drafts for a few rounds. Probes come soon after :meth:`swapped`, otherwise at growing intervals.
-    The last probe's loss (at least one plain round) must be at most 2% of the plain-decoding time since.
+    No speculation, once best, stays until the number of occupied slots changes or a probe of a few rounds finds a
+    drafter that improved: soon after :meth:`swapped`, otherwise once the last probe's loss (at least one plain round)
+    is at most 2% of the plain-decoding time since.
 
     Args:
         costs: Seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.
@@ -91,14 +84,15 @@ class TreeController:
             )
         self.plain = plain[0]
         self._node_seconds = {count: _node_seconds(by_shape) / count for count, by_shape in costs.items()}
-        alone = [shape for shape in measured if shape.lookup_only]
-        most = max(alone, key=lambda shape: shape.num_nodes, default=self.plain)
-        self._shapes = [shape for shape in measured if not shape.lookup_only or shape == most]
+        # Lookup alone, of the most nodes; plain without lookup.
+        alone = (shape for shape in measured if shape.lookup_only)
+        self._alone = max(alone, key=lambda shape: shape.num_nodes, default=self.plain)
+        self._shapes = [shape for shape in measured if not shape.lookup_only or shape == self._alone]
         deepest = max(shape.depth for shape in measured)
         # [hits, trials] by depth; whether any child was drafted, of chains and of trees.
         self._likeliest, self._siblings, *self._drafted = ([[0.0, 0.0] for _ in range(deepest)] for _ in range(4))
         # The same by node of lookup alone, and whether it was verified.
-        self._found, self._verified = ([[0.0, 0.0] for _ in range(most.num_nodes)] for _ in range(2))
+        self._found, self._verified = ([[0.0, 0.0] for _ in range(self._alone.num_nodes)] for _ in range(2))
         # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
         self._kept = 1.0  # share of the nodes of the drafter's shapes that are verified
@@ -146,17 +140,15 @@ class TreeController:
     def price(self, shape: TreeShape, occupied: int) -> float:
         """Return the chance of being accepted below which a node of a shape costs more than it brings.
 
-        A node takes the time of its row in the pass, in which the best shape delivers tokens at its rate. Rate times
-        time is what it has to bring: that is where the ratio of tokens and seconds, over all slots together, is largest
-        (Dinkelbach, "On Nonlinear Fractional Programming", 1967).
+        It has to bring what the best shape delivers in the time of its row: then tokens per second, over all slots
+        together, are most (Dinkelbach, "On Nonlinear Fractional Programming", 1967).
         """
         node = self._pace[_kind(shape)] * self._interpolated(self._node_seconds, occupied)
         return occupied * max(self._rate(each, occupied) for each in self._shapes) * node
 
     def without_drafter(self, shape: TreeShape) -> TreeShape:
         """Return the shape of a round in which the drafter failed every slot: lookup alone, or plain without it."""
-        alone = [each for each in self._shapes if each.lookup_only]
-        return alone[0] if shape.lookup and alone else self.plain
+        return self._alone if shape.lookup else self.plain
 
     def choose(self, occupied: int) -> TreeShape:
         """Choose the shape of the next round, for a number of occupied slots."""
@@ -258,10 +250,8 @@ class TreeController:
 
     def _rest(self, occupied: int) -> TreeShape:
         """Return the best of the shapes that leave the drafter alone."""
-        alone = [shape for shape in self._shapes if shape.lookup_only]
-        best = max(alone, key=lambda shape: self._rate(shape, occupied), default=self.plain)
-        enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(best, occupied)
-        return self.plain if enough else best
+        enough = self._rate(self.plain, occupied) >= _PLAIN_ENOUGH * self._rate(self._alone, occupied)
+        return self.plain if enough else self._alone
 
     def _rate(self, shape: TreeShape, occupied: int) -> float:
         if shape.lookup_only:

@@ -5,11 +5,8 @@ Legend: ``b`` slots, ``w`` nodes of a frontier, ``n`` nodes of a tree, ``Vd`` dr
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from aurora_rl.policies.drafter import Proposal
 from aurora_rl.policies.tree_shape import TreeShape
@@ -30,24 +27,10 @@ def best_first(tokens: Tensor, parents: Tensor, log_probs: Tensor, joint: Tensor
     return Proposal(tokens, parents, log_probs.float())
 
 
-class TreeSearch(ABC):
-    """Builds trees of ``b`` slots: a drafter adds depth after depth, and expands the frontier in between."""
-
-    @abstractmethod
-    def add(self, log_probs: Tensor) -> None:
-        """Add a depth by the log-probabilities at the nodes of the frontier, at first the root, ``[b, w, Vd]``."""
-
-    @abstractmethod
-    def frontier(self) -> tuple[Tensor, Tensor]:
-        """Return the nodes to expand next: their tokens, and their parents' places in the last frontier, ``[b, w]``."""
-
-    @abstractmethod
-    def proposal(self) -> Proposal:
-        """Return the trees."""
-
-
-def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> TreeSearch:
+def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> TopKSearch | SampledSearch:
     """Start the search for trees of a shape over tokens ``[Vd]`` int64; ``generator`` as of :meth:`Drafter.propose`.
+
+    A drafter adds depth after depth, and expands the frontier in between.
 
     Example:
         >>> type(grow(torch.arange(4), TreeShape(2, mode="sampled"))).__name__
@@ -56,7 +39,7 @@ def grow(draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | Non
     return TopKSearch(draft_vocab, shape) if shape.mode == "topk" else SampledSearch(draft_vocab, shape, generator)
 
 
-class TopKSearch(TreeSearch):
+class TopKSearch:
     """Expands the likeliest nodes of each depth by joint probability, each by its likeliest tokens.
 
     There are ``width`` of each, or all tokens of a smaller draft vocabulary. The likeliest are kept.
@@ -81,8 +64,8 @@ class TopKSearch(TreeSearch):
         self._expanded: tuple[Tensor, Tensor] | None = None
         self._before = 0  # candidates of all depths but the last
 
-    @override
     def add(self, log_probs: Tensor) -> None:
+        """Add a depth by the log-probabilities at the nodes of the frontier, at first the root, ``[b, w, Vd]``."""
         best, choice = log_probs.topk(self._children)
         parents, joint = torch.full_like(choice, -1), best
         if self._expanded is not None:
@@ -94,8 +77,8 @@ class TopKSearch(TreeSearch):
         self._log_probs.append(best.flatten(1))
         self._joint.append(joint.flatten(1))
 
-    @override
     def frontier(self) -> tuple[Tensor, Tensor]:
+        """Return the nodes to expand next: their tokens, and their parents' places in the last frontier, ``[b, w]``."""
         tokens, joint = self._tokens[-1], self._joint[-1]
         # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
         if tokens.shape[1] <= self._shape.width:
@@ -106,18 +89,18 @@ class TopKSearch(TreeSearch):
         self._expanded = kept + self._before, joint
         return tokens, kept // self._children
 
-    @override
     def proposal(self) -> Proposal:
+        """Return the trees."""
         columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
         tokens, parents, log_probs, joint = columns
         return best_first(tokens, parents, log_probs, joint, self._shape.num_nodes)
 
 
-class SampledSearch(TreeSearch):
+class SampledSearch:
     """Draws chains that part at the root.
 
-    Which nodes there are does not depend on what was drawn, as rejection needs: leaving a node out for its token would
-    change the law of the text.
+    Which nodes there are does not depend on what was drawn: to leave one out for its token would change the law of the
+    text under rejection.
 
     Example:
         >>> search = SampledSearch(torch.tensor([5, 7]), TreeShape(2, 2, mode="sampled_without_replacement"))
@@ -134,8 +117,8 @@ class SampledSearch(TreeSearch):
         self._log_probs: list[Tensor] = []
         self._q: list[Tensor] = []
 
-    @override
     def add(self, log_probs: Tensor) -> None:
+        """Draw a node from each node of the frontier, at first from the root as many as there are chains."""
         q, draws = log_probs.exp(), 1 if self._tokens else self._num_chains
         if not self._replacement and draws > int((q > 0).sum(-1).min()):
             raise ValueError(
@@ -147,14 +130,14 @@ class SampledSearch(TreeSearch):
         self._log_probs.append(log_probs.gather(-1, choice).flatten(1))
         self._q.append(q.repeat_interleave(draws, dim=1))
 
-    @override
     def frontier(self) -> tuple[Tensor, Tensor]:
+        """Return the last node of each chain, as :meth:`TopKSearch.frontier` does."""
         tokens = self._tokens[-1]
         place = torch.arange(self._num_chains, device=tokens.device).expand_as(tokens)
         return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
 
-    @override
     def proposal(self) -> Proposal:
+        """Return the trees, with the distribution that each node was drawn from."""
         tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
         above = torch.arange(tokens.shape[1], device=tokens.device) - self._num_chains
         return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import SpecDecodeEnv, TransformersEngine
-from aurora_rl.policies import DrafterPolicy, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.policies import MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.serving.async_engine import AsyncEngine
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
@@ -43,26 +43,28 @@ class ClientRig:
         stop_tokens: tuple[int, ...] = (),
         max_waiting: int = 64,
     ) -> None:
-        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(draft_vocab)).double()
-        engine = TransformersEngine(target, num_slots=SLOTS, max_length=LENGTH, feature_layers=drafter.feature_layers)
-        shape = TreeShape(3, lookup=2)
-        policy = DrafterPolicy(drafter, engine.store, num_nodes=shape.num_nodes, shape=shape)
+        drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(draft_vocab))
         self.clients = AsyncEngine(max_waiting=max_waiting)
-        self.env = SpecDecodeEnv(
-            engine,
+        decoder = SpeculativeDecoder(
+            target,
+            drafter,
             self.clients,
-            num_nodes=shape.num_nodes,
+            shape=TreeShape(3, lookup=2),
+            max_length=LENGTH,
+            num_slots=SLOTS,
             stop_tokens=stop_tokens,
             decode=decode,
             on_refused=self.clients.refused,
         )
+        self.env = decoder.env
+        assert decoder.policy is not None
         self.learned: list[int] = []
         self.queued = self.sent = 0
         self.drops: Counter[str] = Counter()
         self.log = MetricsLog(folder / "metrics.jsonl", "server")
         self.server = InferenceServer(
             self.env,
-            policy,
+            decoder.policy,
             windows=BaselineWindows(0.0, 1),
             log=self.log,
             sink=self,  # type: ignore[arg-type]

@@ -189,6 +189,7 @@ class Serving:
         second: Drafter | None = None,
         **options: object,
     ) -> None:
+        # Not by SpeculativeDecoder: no copy of the drafter serves, as tests look into it, and there may be two.
         self.queue = list(waiting)
         self.completions: list[Completion] = []
         self._note = note

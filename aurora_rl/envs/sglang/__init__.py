@@ -22,12 +22,8 @@ KEYS_ENVIRONMENT = "AURORA_RL_SGLANG_KEYS"
 
 
 def register() -> None:
-    """Register the hooks if the environment asks for them.
-
-    SGLang calls this in each of its processes, by the entry point group ``sglang.srt.plugins``.
-    """
-    address = os.environ.get(ENVIRONMENT)
-    if not address:
+    """Register the hooks if the environment asks for them. SGLang calls this in each process, as its plugin."""
+    if not (address := os.environ.get(ENVIRONMENT)):
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

@@ -137,33 +137,30 @@ class SGLangClient:
             SGLangError: It ends or does not answer within five minutes; the message has the end of its log.
             CheckpointError: The drafter's folder is not one.
         """
-        context = max_length + (reserved_context(depth, width, num_nodes) if drafter is not None else _OWN_PLACES)
-        port, plugin_port = free_ports(2)
-        plugin_address = f"tcp://127.0.0.1:{plugin_port}"
-        command = [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
-            *("--host", "127.0.0.1", "--port", str(port), "--device", device),
-            *("--max-running-requests", str(slots), "--context-length", str(context)),
-            *("--skip-server-warmup", "--log-level", "warning"),
-        ]
-        if device == "cpu":
-            command += CPU_ARGUMENTS
-            # Left to itself, the cache takes most of the machine's free memory.
-            command += ["--max-total-tokens", str(2 * slots * context)]
         path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
+        # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
+        variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
+        (port, plugin_port), plugin = free_ports(2), None
+        context, drafting = max_length + _OWN_PLACES, list[str]()
         if drafter is not None:
-            command += [
+            context = max_length + reserved_context(depth, width, num_nodes)
+            drafting = [
                 *drafter_arguments(drafter, path.with_suffix(".token_map.pt")),
                 *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
                 *("--speculative-num-draft-tokens", str(num_nodes + 1)),
             ]
-        # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
-        variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
-        if drafter is not None:
-            variables[ENVIRONMENT] = plugin_address
+            plugin = variables[ENVIRONMENT] = f"tcp://127.0.0.1:{plugin_port}"
             if keys is not None:
                 variables[KEYS_ENVIRONMENT] = os.path.abspath(keys)
+        command = [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
+            *("--host", "127.0.0.1", "--port", str(port), "--device", device),
+            *("--max-running-requests", str(slots), "--context-length", str(context)),
+            *("--skip-server-warmup", "--log-level", "warning", *drafting),
+        ]
         if device == "cpu":
+            # Left to itself, the cache takes most of the machine's free memory.
+            command += [*CPU_ARGUMENTS, "--max-total-tokens", str(2 * slots * context)]
             variables |= CPU_VARIABLES
         with open(path, "ab") as output:
             process = subprocess.Popen(
@@ -174,7 +171,6 @@ class SGLangClient:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        plugin = plugin_address if drafter is not None else None
         engine = cls(f"http://127.0.0.1:{port}", plugin, keys=keys, process=process, log=path)
         try:
             engine.wait_ready(_START_S)
@@ -367,8 +363,7 @@ class SGLangClient:
 def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathLike[str]) -> list[str]:
     """Return SGLang's arguments for a drafter's folder in the format "sglang".
 
-    A reduced draft vocabulary is written to the file ``token_map``, except for EAGLE-3, for which SGLang reads it from
-    the folder.
+    A reduced draft vocabulary is written to ``token_map``; EAGLE-3's stays in the folder.
 
     Raises:
         CheckpointError: The folder is not a checkpoint of a drafter that SGLang serves.

@@ -38,7 +38,6 @@ SUPPORTED = ("0.5.21",)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
-_LOGITS = "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits"
 _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
 
 
@@ -66,24 +65,35 @@ class Plugin:
         """Return the hooks by the functions that they wrap."""
         return {
             f"{_SCHEDULER}.process_input_requests": self._between_batches,
-            f"{_SCHEDULER}.process_batch_result": self._after_batch,
+            f"{_SCHEDULER}.process_batch_result": self._after(self._finish_requests),
             f"{_DRAFTER}.draft": self._draft,
             f"{_DRAFTER}._draft_extend_for_prefill": self._prefill,
             f"{_DRAFTER}._draft_extend_for_decode": self._extend,
-            "sglang.srt.speculative.eagle_utils.organize_draft_results": self._organize,
+            "sglang.srt.speculative.eagle_utils.organize_draft_results": self._after(self._keep_path_scores),
             "sglang.srt.speculative.eagle_utils.eagle_sample": self._verify,
-            _LOGITS: self._logits,
+            "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits": self._after(self._keep_logits),
         }
 
-    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Run an action of ours on the serving path. A fault switches recording off."""
         session = self._session
         try:
-            action(*args)
+            action(*args, **kwargs)
         except Exception as error:
             logger.exception("a fault of the recorder")
             if session is not None:
                 session.fail(f"{type(error).__name__}: {error}")
+
+    def _after(self, keep: Callable[..., None]) -> Callable[..., Any]:
+        """Return a hook that hands the session, the result and the arguments to ``keep``, if a learner is attached."""
+
+        def hook(original: Callable, *args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            if (session := self._session) is not None:
+                self._guarded(keep, session, out, *args, **kwargs)
+            return out
+
+        return hook
 
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
@@ -112,7 +122,7 @@ class Plugin:
             session, self._session = self._session, None
             if session is not None:
                 session.close()
-                return {**self._status(), **session.status()}
+                return self._status() | session.status()
         elif kind == "record":
             if self._session is None:
                 raise PluginError("nothing is attached; attach first")
@@ -122,21 +132,12 @@ class Plugin:
         return self._status()
 
     def _status(self) -> dict[str, Any]:
-        status: dict[str, Any] = {
+        args, model, session = self._scheduler.server_args, self._scheduler.model_config, self._session
+        return {
             "sglang": version("sglang"),
             "torch": torch.__version__,
             "missing": self._missing,
             "seen": dict(self._seen),
-            **self._engine(),
-            "attached": (session := self._session) is not None,
-            "session": self._last_session,
-        }
-        return status if session is None else {**status, **session.status()}
-
-    def _engine(self) -> dict[str, Any]:
-        """Return what this server serves and how it drafts."""
-        args, model = self._scheduler.server_args, self._scheduler.model_config
-        return {
             "device": self._device,
             "model": str(args.model_path),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -145,12 +146,16 @@ class Plugin:
             "width": args.speculative_eagle_topk,
             "num_nodes": args.speculative_num_draft_tokens - 1,
             "slots": self._scheduler.max_running_requests,
+            "attached": session is not None,
+            "session": self._last_session,
+            **({} if session is None else session.status()),
         }
 
     def _attach(self, fields: dict[str, Any]) -> None:
         if self._session is not None:
             raise PluginError("a learner is attached already; detach first")
-        session = Session(fields, exact=self._eager, keys=self._keys)
+        eager = self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
+        session = Session(fields, exact=eager, keys=self._keys)
         try:
             self._check_engine(session.handshake)
         except PluginError:
@@ -203,11 +208,6 @@ class Plugin:
                 "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
                 "--speculative-token-map"
             )
-
-    @property
-    def _eager(self) -> bool:
-        """Whether the engine runs its models without captured graphs."""
-        return self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
 
     @property
     def _device(self) -> str:
@@ -277,13 +277,9 @@ class Plugin:
 
     # ---- drafting -------------------------------------------------------------------------------------------------
 
-    def _logits(self, original: Callable, processor: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        logits = original(processor, hidden, *args, **kwargs)
-        if self._session is not None:
-            self._guarded(self._keep_logits, processor, hidden, logits)
-        return logits
-
-    def _keep_logits(self, processor: Any, hidden: Tensor, logits: Tensor) -> None:
+    def _keep_logits(
+        self, _: Session, logits: Tensor, processor: Any, hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
         if processor is self._target.logits_processor:
             self._head = hidden, logits
         elif processor is self._draft_worker.draft_runner.model.logits_processor:
@@ -307,14 +303,8 @@ class Plugin:
         if len(logits) == len(rows) * width:
             drafted.topk_p = logits[rows].softmax(-1, dtype=torch.float32).gather(-1, drafted.topk_index.long())
 
-    def _organize(self, original: Callable, scores: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-        out = original(scores, *args, **kwargs)
-        if self._session is not None:
-            self._guarded(self._keep_path_scores, scores, out)
-        return out
-
-    def _keep_path_scores(self, scores: list[Tensor], organized: tuple[Tensor, ...]) -> None:
-        self._path_scores = torch.cat(scores, dim=1).flatten(1).gather(1, organized[1])
+    def _keep_path_scores(self, _: Session, out: Any, scores: list[Tensor], *args: Any, **kwargs: Any) -> None:
+        self._path_scores = torch.cat(scores, dim=1).flatten(1).gather(1, out[1])
 
     def _draft(self, original: Callable, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._draft_logits.clear()
@@ -433,13 +423,7 @@ class Plugin:
                 ),
             )
 
-    def _after_batch(self, original: Callable, scheduler: Any, batch: Any, result: Any) -> Any:
-        out = original(scheduler, batch, result)
-        if (session := self._session) is not None:
-            self._guarded(self._finish_requests, session, batch)
-        return out
-
-    def _finish_requests(self, session: Session, batch: Any) -> None:
+    def _finish_requests(self, session: Session, out: Any, scheduler: Any, batch: Any, result: Any) -> None:
         for req in batch.reqs:
             if req.rid in session.records and req.finished():
                 reason = type(req.finished_reason).__name__

@@ -28,23 +28,13 @@ class PluginError(RuntimeError):
 
 
 class PluginServer:
-    """The plugin's end, in a thread of its own.
+    """The plugin's end, in a thread of its own; OSError if its address cannot be bound.
 
-    Args:
-        address: Address to bind.
-        answer: Function of the kind and fields of a request to the fields of ``status``; PluginError refuses.
-        keys: Keys for CurveZMQ, needed where other hosts can reach the address.
-
-    Raises:
-        OSError: The address is taken or cannot be bound.
+    ``answer`` turns the kind and fields of a request into the fields of ``status``; PluginError refuses.
     """
 
     def __init__(
-        self,
-        address: str,
-        answer: Callable[[str, dict[str, Any]], dict[str, Any]],
-        *,
-        keys: ServerKeys | None = None,
+        self, address: str, answer: Callable[[str, dict[str, Any]], dict[str, Any]], *, keys: ServerKeys | None = None
     ) -> None:
         self._answer = answer
         self._socket = open_socket(zmq.ROUTER)

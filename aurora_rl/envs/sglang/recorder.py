@@ -73,12 +73,9 @@ class _Record:
 
 
 class FeatureStore:
-    """Features of served texts, for prompts whose beginning an engine takes from its prefix cache.
+    """Features of served texts, for prompts whose beginning an engine takes from its prefix cache and does not run.
 
-    A cached prefix is not run again, so its features do not pass by; they are those of the request that brought it.
-
-    Args:
-        max_bytes: Least recently used texts are dropped beyond this.
+    Least recently used texts are dropped beyond ``max_bytes``.
 
     Example:
         >>> store = FeatureStore(1 << 20)
@@ -117,27 +114,16 @@ class FeatureStore:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Sums over recorded requests.
-
-    Attributes:
-        requests: Number of requests.
-        terminated: Those that ended by themselves, not by their budget.
-        prompt_tokens: Tokens of their prompts.
-        tokens: Tokens of their completions.
-        speculative_tokens: Tokens that speculative rounds delivered, bonus tokens included.
-        speculative_rounds: Speculative rounds.
-        drafted_tokens: Drafted tokens.
-        accepted: Number of rounds by the number of drafts that they accepted.
-    """
+    """Sums over recorded requests."""
 
     requests: int = 0
-    terminated: int = 0
+    terminated: int = 0  # by themselves, not by their budget
     prompt_tokens: int = 0
-    tokens: int = 0
-    speculative_tokens: int = 0
+    tokens: int = 0  # of completions
+    speculative_tokens: int = 0  # that speculative rounds delivered, bonus tokens included
     speculative_rounds: int = 0
     drafted_tokens: int = 0
-    accepted: Mapping[int, int] = field(default_factory=dict)
+    accepted: Mapping[int, int] = field(default_factory=dict)  # rounds by the number of drafts that they accepted
 
     @property
     def acceptance_length(self) -> float | None:
@@ -191,7 +177,6 @@ class TrajectoryAssembler:
         self._thread.start()
 
     def __contains__(self, rid: str) -> bool:
-        """Return whether a request is being recorded."""
         return rid in self._records
 
     def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
@@ -203,10 +188,7 @@ class TrajectoryAssembler:
         return True
 
     def prompt(self, rid: str, features: Tensor, first: TargetRows | None) -> None:
-        """Take in a part of a recorded request's prompt by its features ``[n, F]``.
-
-        ``first`` is the target's distribution after the last token, with one row; None while parts are missing.
-        """
+        """Take in a part of a prompt by its features ``[n, F]``, the last with the target's distribution after it."""
         record = self._records[rid]
         record.features.append(features)
         record.first = first

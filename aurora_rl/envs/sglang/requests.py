@@ -12,13 +12,7 @@ _ROTATION = 1 << 30
 
 
 def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
-    """Return why a request is served without being learned from; None if it is learned from.
-
-    Args:
-        req: SGLang's request.
-        capture_rate: Share of requests to record.
-        greedy_only: Whether the engine answers with the argmax, whatever was asked for.
-    """
+    """Return why a request is not learned from, None if it is; ``greedy_only`` engines answer with the argmax."""
     params = req.sampling_params
     if req.rid.startswith("HEALTH_CHECK"):
         return "health_check"

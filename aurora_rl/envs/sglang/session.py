@@ -47,8 +47,7 @@ class Session:
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
         keys: Folder of this engine's keys; None if it has none.
-        exact: Whether every round shows what the target's head reads. A captured graph runs none of the functions that
-            it was captured from, which hides it.
+        exact: Whether every round shows what the target's head reads, which captured graphs hide.
 
     Raises:
         PluginError: A field is missing, unknown or of the wrong type.
@@ -74,26 +73,17 @@ class Session:
                 "environment of SGLang, or neither"
             )
         self.handshake = Handshake.from_meta(fields["handshake"])
-        own = None if keys is None else engine_keys(keys)
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.id, self.recording, self.error = secrets.token_hex(8), True, ""
         self.exact, self.version = exact, fields["version"]
-        limits = Limits(max_bytes=fields["max_message"])
-        self.sink = TrajectorySink(
-            fields["trajectories"],
-            handshake=self.handshake,
-            keys=own,
-            capacity=fields["queue"],
-            max_bytes=fields["queue_bytes"],
-            limits=limits,
-        )
-        self.receiver = WeightReceiver(
-            fields["weights"],
-            handshake=self.handshake,
-            keys=own,
-            version=self.version,
-            limits=limits,
-        )
+        wire: dict[str, Any] = {
+            "handshake": self.handshake,
+            "keys": None if keys is None else engine_keys(keys),
+            "limits": Limits(max_bytes=fields["max_message"]),
+        }
+        queue = {"capacity": fields["queue"], "max_bytes": fields["queue_bytes"]}
+        self.sink = TrajectorySink(fields["trajectories"], **wire, **queue)
+        self.receiver = WeightReceiver(fields["weights"], **wire, version=self.version)
         memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
         self.records = TrajectoryAssembler(self.sink.extend, **memory)
         self.swap_ms: list[float] = []

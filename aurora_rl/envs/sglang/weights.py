@@ -18,10 +18,7 @@ class SwapError(ValueError):
 def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
     """Replace the drafter's weights between two batches, in a session of SGLang for the draft runner alone.
 
-    Args:
-        updater: Weight updater of the scheduler.
-        runner: Draft runner, the only one that a session with the selector "draft" opens.
-        weights: Tensors by checkpoint names, without the draft map, which must not change.
+    ``weights`` are tensors by checkpoint names, without the draft map, which must not change.
 
     Raises:
         SwapError: A session is open already, or what the runner holds afterwards differs from ``weights``.

@@ -6,9 +6,9 @@ At a context with target distribution `p`, the children `x_1, x_2, ...` are test
     x_k is accepted with probability min(1, r_k(x_k) / q_k(x_k)),  else  r_{k+1} = max(r_k - q_k, 0) / its sum,
 
 and when none is left the bonus token is drawn from the last `r`. Whatever `q` is, the token delivered has the law `p`
-(Leviathan et al. 2023, arXiv 2211.17192, for one child: a chain; Miao et al. 2024, SpecInfer, arXiv 2305.09781, for
-several). Children are drawn independently, `q_k = q`, or without replacement, where `q_k` is `q` without
-`x_1 .. x_{k-1}` (Jeon et al. 2024, arXiv 2402.14160); which of the two has to be known, or the law breaks.
+(Leviathan et al. 2023, arXiv 2211.17192, for a chain; Miao et al. 2024, arXiv 2305.09781, for several children).
+Children are drawn independently, `q_k = q`, or without replacement, where `q_k` is `q` without `x_1 .. x_{k-1}` (Jeon
+et al. 2024, arXiv 2402.14160); which of the two has to be known, or the law breaks.
 """
 
 from __future__ import annotations
@@ -156,9 +156,7 @@ class Rejection(_Rejection):
 @final
 @register_rule("rejection_without_replacement")
 class RejectionWithoutReplacement(_Rejection):
-    """Multi-step rejection of siblings that were drawn without replacement.
-
-    It passes over repeated siblings, so it takes independent draws as well.
+    """Multi-step rejection of siblings drawn without replacement, and of independent ones: it passes over repetitions.
 
     >>> half = torch.tensor([[0.5, 0.5]])
     >>> RejectionWithoutReplacement().acceptance(half, half, torch.tensor([0, 1]), torch.tensor([0, 0]))

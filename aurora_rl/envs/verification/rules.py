@@ -1,8 +1,6 @@
 """Verification rules: how the target's logits settle which drafted nodes stand.
 
-A rule is lossless when the law of the delivered text is the target's own, whatever tree was drafted. It sees the
-target's logits at the root and at every node (`N + 1` columns, see `aurora_rl.trees`). It returns the accepted nodes
-and the bonus token, which is the target's own next token after them.
+A rule is lossless when the law of the delivered text is the target's own, whatever tree was drafted.
 """
 
 from __future__ import annotations
@@ -39,14 +37,12 @@ class VerificationRule(ABC):
 
     A rule is stateless. It gives two faces of one law: `verify` draws the outcome, `acceptance` is its probability.
 
-    Let `a(x)` be the acceptance of node `x`. `R(tree)` is the expected number of accepted nodes given the tree: the sum
-    over the valid nodes of the product of `a` along the path from the root. For every rule and trees drawn from
-    `q(tree)`, the derivative of the expected number of accepted nodes with respect to the drafter is
+    Let `R(tree)` be the sum over the valid nodes of the product of `acceptance` along the path from the root. For trees
+    drawn from `q(tree)`, independently of the randomness of `verify`, the gradient for the drafter is
 
         grad E[accepted] = E[R * grad log q(tree) + grad R]
 
-    where `grad R` flows through `acceptance`. It is zero for rules whose acceptance does not look at `q`.
-    The caller guarantees that the tree was drawn independently of the randomness of `verify`.
+    where `grad R` flows through `acceptance`; it is zero for rules whose acceptance does not look at `q`.
 
     Attributes:
         name: Name by which it is configured and recorded.
@@ -95,8 +91,8 @@ class VerificationRule(ABC):
         Contexts are the roots and nodes that nodes were drawn from; nodes of one context are siblings, in their order.
 
         Args:
-            p: The served distribution at each context, `[C, V]`. May be restricted to a draft vocabulary that has all
-                `tokens`, without being renormalised.
+            p: The served distribution at each context, `[C, V]`, or its columns of a draft vocabulary that has all
+                `tokens`, not renormalised.
             q: The drafter's distribution there, `[C, V]`, or None if the rule ignores it.
             tokens: Column of `p` of each node, `[M]` int64.
             context: Context of each node, `[M]` int64.
@@ -132,14 +128,8 @@ get_rule = RULES.get
 def rule_of_code(code: int) -> type[VerificationRule]:
     """Return the rule that a trajectory was served with.
 
-    A third party's rule is known if its module was imported, if it was looked up by its import path, or if an entry
-    point declares it. Nothing is imported because a trajectory names it.
-
-    Args:
-        code: Entry ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`.
-
-    Raises:
-        ValueError: The process does not know the rule.
+    `code` is the entry ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`. Nothing is imported because a
+    trajectory names it: ValueError says that nobody registered, looked up or declared the rule here.
 
     >>> rule_of_code(0).name
     'greedy'
@@ -175,9 +165,7 @@ def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor)
 
 
 def settle(choices: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Verdict:
-    """Turn the target's choices into a verdict: walk to the deepest node they agree with, take the bonus there.
-
-    The arguments are those of `aurora_rl.trees.walk`.
+    """Settle a round by the target's choices; arguments as of `aurora_rl.trees.walk`.
 
     >>> tokens, parents = torch.tensor([[4, 6]]), torch.tensor([[-1, 0]])
     >>> settle(torch.tensor([[4, 7, 9]]), tokens, parents, torch.ones(1, 2, dtype=torch.bool))
@@ -196,10 +184,9 @@ def descend(
 ) -> Verdict:
     """Settle a round by choosing only at the nodes that the walk visits.
 
-    Choosing takes most of the time of a sampled round, and a tree has many nodes off the path. `choose` is called with
-    slots, columns and absolute positions, each `[S]` int64, `S <= B`, and returns the target's token at each position,
-    `[S]` int64. What it draws at a position of a slot must depend on the column only through the distribution there.
-    The other arguments are those of `VerificationRule.verify`.
+    `choose` is called with slots, columns and absolute positions, each `[S]` int64, `S <= B`, and returns the target's
+    token at each position, `[S]` int64. What it draws at a position of a slot must depend on the column only through
+    the distribution there. The other arguments are those of `VerificationRule.verify`.
     """
     batch_size, num_nodes = tokens.shape
     choices = tokens.new_full((batch_size, num_nodes + 1), -1)
@@ -220,9 +207,7 @@ def descend(
 @final
 @register_rule("greedy")
 class Greedy(VerificationRule):
-    """The target's argmax at every node; of equal logits the lowest id, which `torch.argmax` guarantees.
-
-    Positions and sampling parameters are not read.
+    """The target's argmax at every node; of equal logits the lowest id.
 
     >>> logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 0.0, 3.0]]])
     >>> tokens, parents, valid = torch.tensor([[1]]), torch.tensor([[-1]]), torch.tensor([[True]])
@@ -260,12 +245,9 @@ class Greedy(VerificationRule):
 class SampleAndMatch(VerificationRule):
     """Sample the target at the nodes that the walk visits; go to the child that carries the sample.
 
-    All nodes at one absolute position share the noise of that position, `gumbel(seed, position)`. So the token at a
-    position depends on the text before it and on the seed alone. Whatever was drafted, the text equals that of plain
-    sampling with the same seed, token by token. Requests with temperature 0 are decoded greedily in the same batch. For
-    them `p` in `acceptance` is the point mass on the argmax.
-
-    The text never depends on the tree, but `acceptance` holds only for trees drawn independently of this noise.
+    All nodes at one absolute position share its noise, `gumbel(seed, position)`. So the token there depends on the text
+    before it and on the seed alone, and the text equals that of plain sampling, token by token. At temperature 0 it is
+    greedy, and `p` in `acceptance` is the point mass on the argmax.
 
     >>> from aurora_rl.envs import SamplingParams
     >>> logits = torch.zeros(1, 2, 4)

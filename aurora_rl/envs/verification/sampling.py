@@ -33,8 +33,7 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
     """Return the served scores, log-probabilities up to a constant: temperature, then top-k, then top-p.
 
     The order is that of Hugging Face and vLLM. Top-k keeps every token that ties with the k-th, as both do. Top-p
-    keeps the fewest tokens whose mass reaches `top_p`, at least one; of tokens with equal scores at its edge the
-    lowest ids stay. The result is therefore a function of the values alone.
+    keeps the fewest tokens whose mass reaches `top_p`, at least one; of equal scores at its edge the lowest ids stay.
 
     Args:
         logits: Logits, `[R, V]` floating.
@@ -80,9 +79,8 @@ def served_log_probs(
     asked for; None is all.
 
     Returns:
-        `[R, T]` or `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support. Columns
-        that are left out keep their mass: rows of `[R, T]` sum to what the tokens have of it. A row of logits that
-        has no finite largest is not a number throughout.
+        `[R, T]`, not renormalised, or `[R, V]`; float64 for float64 logits and float32 otherwise; -inf outside the
+        support. A row of logits that has no finite largest is not a number throughout.
 
     >>> ones = torch.ones(2)
     >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * ones.long(), ones).exp()
@@ -114,10 +112,8 @@ def _fold(x: Tensor, shift: int) -> Tensor:
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
-    """Multiply modulo 2**32, in place. `x` is int64 in 0 .. 2**32 - 1 and `factor` has 32 bits.
-
-    A factor of 2**31 or more is taken less 2**32, the same number modulo 2**32: so no product leaves int64.
-    """
+    """Multiply modulo 2**32, in place. `x` is int64 in 0 .. 2**32 - 1 and `factor` has 32 bits."""
+    # A factor of 2**31 or more is taken less 2**32, so that no product leaves int64.
     return x.mul_(factor - 2**32 if factor >= 2**31 else factor).bitwise_and_(_LOW_32_BITS)
 
 
@@ -131,9 +127,8 @@ def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
 def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> Tensor:
     """Return uniform numbers in (0, 1) as a pure function of (request seed, absolute position, token id).
 
-    The noise is a hash of its coordinates, so it does not depend on the batch, its order or the tree. It is exact on
-    every device, since all operations are on 32-bit integers. Seed and position are hashed into a 64-bit key, key and
-    token id into 32 bits h. The number is (h + 1/2) / 2**32.
+    The noise is a hash of its coordinates, by integers, hence the same on every device and in any batch or tree. Seed
+    and position are hashed into a 64-bit key, key and token id into 32 bits h. The number is (h + 1/2) / 2**32.
 
     Args:
         seed: Seeds, int64, >= 0.
@@ -159,9 +154,8 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """Return standard Gumbel noise for every token, `[..., V]` float32 between -3.2 and 22.9.
 
     The argmax over tokens of log-probability plus this noise is a sample of the distribution (Gumbel-max, Maddison et
-    al. 2014). The noise is -log(-log u), with u from `uniform`, and the arguments are the same. Logarithms are computed
-    in float64 and rounded to float32. The float64 logarithms of two devices may differ in the last bit, which decides
-    the rounding about once in 10**8 numbers.
+    al. 2014). It is -log(-log u), with u from `uniform`, whose arguments these are. Float64 logarithms of two devices
+    may differ in the last bit, which decides the rounding to float32 about once in 10**8 numbers.
 
     >>> gumbel(torch.tensor([1, 1]), torch.tensor([0, 1]), vocab_size=3)
     tensor([[ 0.3650, -0.6717,  0.6390],

@@ -28,8 +28,7 @@ _DRAFT_VOCAB = "aurora_rl_draft_vocab"
 def write_causal_lm(drafter: StandaloneDrafter) -> Checkpoint:
     """Return the drafter as a causal LM's folder has it, one layout for all engines.
 
-    Engines want every row of the head. Rows outside the draft vocabulary were not trained: they are those that the
-    drafter started with, the target's own where it started from the target. ``config.json`` says which were.
+    Engines want every row of the head. ``config.json`` names the draft vocabulary; rows outside it were not trained.
     """
     tensors = {name: value.detach() for name, value in drafter.state_dict().items()}
     head = drafter.whole_head.to(tensors[_HEAD], copy=True)

@@ -57,28 +57,24 @@ def check_fixed_rope(config: PretrainedConfig, name: str = "config.json") -> Non
 def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts: TargetParts, attention: str) -> None:
     """Check heads and positions of a drafter's layer: they may differ from the target's only if meant so.
 
-    A drafter must be served as it was trained. Authors of EAGLE train with base 10000 for any target and leave rotary
-    settings out of their files, and engines read them so. A file whose settings are not the target's is most often for
-    another target. It is refused unless the option is "own", or the file records that it was read so before. Heads are
-    compared, since the shapes of tensors do not tell eight heads of two from four of four.
-
-    Args:
-        config: Configuration read from the drafter's ``config.json``; marked if its attention is its own.
-        entries: Entries of that file.
-        parts: Parts of the target.
-        attention: The drafter's option of this name, "target" or "own".
-
-    Raises:
-        ValueError: Heads or positions are another target's, or the option is neither.
+    Authors of EAGLE train with base 10000 for any target and leave rotary settings out of their files, and engines read
+    them so. Any other file whose settings are not the target's is most often for another target: ValueError, unless the
+    option ``attention`` is "own" and not "target", or the file records that it was read so before. Then ``config`` is
+    marked. Shapes of tensors do not tell eight heads of two from four of four.
     """
     if attention not in ("target", "own"):
         raise ValueError(f"the option attention must be target or own, got {attention!r}")
     meant = "own" in (attention, entries.get(_OWN_ATTENTION))
-    heads = [f"{name} is {getattr(config, name)}, the target has {value}" for name, value in _heads(config, parts)]
+    layer = layer_config(parts)
+    heads = [
+        f"{name} is {getattr(config, name)}, the target has {getattr(layer, name)}"
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        if getattr(config, name) != getattr(layer, name)
+    ]
     if heads and not meant:
         raise ValueError(f"config.json: {heads[0]}; was the drafter made for another target?{_FIX}")
     check_fixed_rope(config)
-    rope, targets = _rope(config), _rope(layer_config(parts))
+    rope, targets = _rope(config), _rope(layer)
     if rope != targets and not any(entries.get(name) for name in ("rope_parameters", "rope_theta", "rope_scaling")):
         says = "config.json says nothing of RoPE: the drafter keeps the default of its authors, %s; the target has %s"
         logger.warning(says, rope, targets)
@@ -86,13 +82,6 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
         check_rope(config, parts, _FIX)
     if heads or rope != targets:
         setattr(config, _OWN_ATTENTION, "own")
-
-
-def _heads(config: PretrainedConfig, parts: TargetParts) -> list[tuple[str, int]]:
-    """Return the entries about heads that differ from the target's, with the target's values."""
-    target = layer_config(parts)
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return [(name, getattr(target, name)) for name in names if getattr(config, name) != getattr(target, name)]
 
 
 def check_heads_stated(entries: Mapping[str, Any]) -> None:

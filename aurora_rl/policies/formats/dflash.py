@@ -44,13 +44,9 @@ def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
     """Return a DFlash as "hf" or "sglang" has it.
 
     Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
-    both name a captured state by the decoder layer that it leaves, this library by the layer that it enters. "sglang"
-    holds the states between two layers, which SGLang can capture. "hf" also holds the embedding, as −1, and what the
-    target's head reads.
-
-    A reduced draft vocabulary is an extra tensor ``d2t``, offsets from rows to target ids. SGLang ignores it and drafts
-    from the whole vocabulary, from the same logits. vLLM loads the file only if there is no such tensor, so it is left
-    out if every token has the row of its own id.
+    they name a captured state by the layer that it leaves. "hf" may also have the embedding, as −1, and what the
+    target's head reads, which SGLang cannot capture. A reduced draft vocabulary is an extra tensor ``d2t``, offsets
+    from rows to target ids: SGLang ignores it, and vLLM does not load a file that has it.
 
     Raises:
         ValueError: SGLang cannot capture one of the features.
@@ -78,8 +74,7 @@ def read_dflash(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments of ``DFlashDrafter`` that the files hold, and the tensors to install in it.
 
-    ``mask_token_id`` is the mask of a file that names it by its text alone. The returned ``feature_layers`` are None if
-    the files do not say them.
+    ``mask_token_id`` is for a file that names it by its text alone. ``feature_layers`` are None if no file has them.
 
     Raises:
         ValueError: Names the first entry or tensor that does not fit the target or the class.

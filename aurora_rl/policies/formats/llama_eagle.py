@@ -45,10 +45,9 @@ _EAGLE3_NAMES = {
 def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
     """Return an EAGLE-3 as "sglang", "vllm" or "hf" has it.
 
-    "sglang" is what ``LlamaForCausalLMEagle3`` loads: ``d2t[i] = target id − i`` are offsets, and ``t2d`` marks the
-    target tokens that have a row. The layer ids in the file are one less than ``feature_layers``: SGLang names a
-    captured state by the layer that it leaves, this library by the layer that it enters. "vllm" adds the ids as vLLM
-    reads them. "hf" is the layout that the authors publish, which has no layer ids.
+    "sglang" is what ``LlamaForCausalLMEagle3`` loads: ``d2t[i] = target id − i`` are offsets, ``t2d`` marks the target
+    tokens that have a row, and layer ids are one less than ``feature_layers``: of the layer that a state leaves. "vllm"
+    adds the ids as vLLM reads them. "hf" is the layout that the authors publish, which has no layer ids.
 
     Raises:
         ValueError: The layout cannot say what this drafter is.
@@ -125,8 +124,8 @@ def write_eagle(drafter: EagleDrafter, layout: str) -> Checkpoint:
     """Return an EAGLE as "sglang" or "hf" has it.
 
     "sglang" is what ``LlamaForCausalLMEagle`` loads; "hf" is what the authors publish, a Llama of one layer with the
-    embedding. Neither has a place for a draft vocabulary, which SGLang takes from ``--speculative-token-map``: ``d2t``
-    is added where it is not the whole vocabulary, and SGLang passes it over with a warning in its log.
+    embedding. Neither has a place for a draft vocabulary: ``d2t`` is added where it is not the whole vocabulary, and
+    SGLang passes it over, for its ``--speculative-token-map``.
     """
     entries: dict[str, Any] = {
         **written_config(drafter.config, drafter.fc.weight.dtype),

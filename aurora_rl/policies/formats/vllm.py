@@ -24,17 +24,15 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     """Convert a drafter from this library's layout to one that vLLM serves.
 
     EAGLE-3 keeps its names, and SGLang loads the result too: the file holds the layer ids of both engines. vLLM looks
-    for them at the top level of ``config.json`` and names a captured state by the layer that it enters, as this library
-    does. SGLang looks in ``eagle_config`` only and names it by the layer that it leaves. Neither can capture
-    ``num_hidden_layers``, the input of the output head. A drafter with a row for every token may have no ``d2t``.
+    for them at the top level of ``config.json`` and names a captured state by the layer that it enters, SGLang in
+    ``eagle_config`` and by the layer that it leaves. A drafter with a row for every token has no ``d2t``.
 
     Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. Each missing row becomes the mean of
     the others, which is never the greatest: the drafts stay the same.
 
     Args:
         tensors: Tensors of ``model.safetensors``.
-        config: Entries of ``config.json``: SGLang's for EAGLE-3, and for Medusa ``architectures`` (``MedusaDrafter``),
-            ``vocab_size``, ``feature_layers`` and the ``options`` ``num_heads`` and ``num_layers``.
+        config: Entries of ``config.json``: SGLang's for EAGLE-3, those of ``MedusaDrafter.write`` for Medusa.
 
     Raises:
         ValueError: Names the first tensor that is missing, unknown or misshapen, or the architecture, or layer ids that
