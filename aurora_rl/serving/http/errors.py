@@ -42,6 +42,10 @@ _CODES = {
 }
 
 
+class ClientGoneError(Exception):
+    """The client has closed its connection."""
+
+
 class ApiError(Exception):
     """A request that gets an error for an answer.
 
@@ -98,6 +102,11 @@ async def answer_api_error(request: Request, error: Exception) -> Response:
     """Starlette's handler of :class:`ApiError`."""
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """Starlette's handler of a client that has left."""
+    return GONE
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:

@@ -9,13 +9,9 @@ from typing import Any, TypeVar
 
 from aurora_rl.envs import Completion
 from aurora_rl.serving.async_engine import AsyncEngine, Job, Update
-from aurora_rl.serving.http.errors import timed_out
+from aurora_rl.serving.http.errors import ClientGoneError, timed_out
 
 T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client has closed its connection."""
 
 
 async def generate(
