@@ -25,6 +25,7 @@ from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 Keys = TypeVar("Keys", ServerKeys, ClientKeys)
+VOCAB_PROMPTS = 64  # first prompts, whose tokens choose the vocabulary of an untrained drafter
 
 
 @dataclass(frozen=True, slots=True)

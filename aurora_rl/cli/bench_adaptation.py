@@ -27,7 +27,7 @@ from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.engines import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
@@ -52,7 +52,6 @@ from aurora_rl.workload.traffic import Prompt
 HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
 
 _RECORDING_SLOTS = 8  # answers do not depend on how many are read at once
-_VOCAB_PROMPTS = 64  # first prompts of the stream, for the draft vocabulary of an untrained drafter
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +149,7 @@ class _Bench:
         """Record, let each arm have the stream, measure, and report; whatever is done already is kept."""
         target = load(self._base)
         with naming("the scenario"):
-            first = request_queue(self._base, target, self._prompts[0]).first_prompts(_VOCAB_PROMPTS)
+            first = request_queue(self._base, target, self._prompts[0]).first_prompts(VOCAB_PROMPTS)
         drafters = {name: self._start(spec, target, first) for name, spec in self._specs.items()}
         layers = sorted({layer for drafter in drafters.values() for layer in drafter.feature_layers})
         stream = {f"phase-{number}": prompts for number, prompts in enumerate(self._prompts)}
@@ -250,7 +249,7 @@ class _Bench:
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
             learning_spec = replace(spec, config=replace(spec.config, seed=spec.config.seed + seed))
-            loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+            loss, optimizers = learning(spec, drafter, target)
             flops = step_flops(loss, stream, spec.config.learner.batch_size)
             log = MetricsLog(folder / "metrics.jsonl", "learner")
             learner = assembled(
@@ -313,7 +312,7 @@ class _Bench:
         if folder.exists():
             return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
         stream = self._stream("training", drafter)
-        loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+        loss, optimizers = learning(spec, drafter, target)
         with watch(self._console, "training", len(stream), 0) as shown:
             steps = train_on(
                 [stream[index] for index in range(len(stream))], loss, optimizers, batch_size=settings.batch_size,
@@ -413,7 +412,7 @@ def busy_learner(path: str | None, pairs: Sequence[str], folder: Path, layers: S
     torch.set_num_threads(spec.config.learner.threads)
     target = load(spec)
     drafter = start_drafter(spec, target, [])
-    loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+    loss, optimizers = learning(spec, drafter, target)
     stream, batch_size = RecordedPhase(folder, layers, drafter.feature_layers), spec.config.learner.batch_size
     batch = pack([stream[index % len(stream)] for index in range(batch_size)])
     return lambda: train_step(loss, optimizers, batch, autocast=spec.dtype == torch.bfloat16)
