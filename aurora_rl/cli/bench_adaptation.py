@@ -25,7 +25,7 @@ from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
 from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
-from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, add_answers, simulate
+from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
@@ -244,8 +244,7 @@ class _Bench:
         stream, began = self._stream("phases", drafter), time.monotonic()
         ends = _ends(self._prompts)
         sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
-        learner, source, weights = None, LocalSource(), LocalTarget()
-        flops = 0
+        learner, wire, flops = None, LocalWire(), 0
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
             learning_spec = replace(spec, config=replace(spec.config, seed=spec.config.seed + seed))
@@ -253,7 +252,7 @@ class _Bench:
             flops = step_flops(loss, stream, spec.config.learner.batch_size)
             log = MetricsLog(folder / "metrics.jsonl", "learner")
             learner = assembled(
-                learning_spec, drafter, loss, optimizers, source, weights, log, Outputs(log), folder / "learner"
+                learning_spec, drafter, loss, optimizers, wire, wire, log, Outputs(log), folder / "learner"
             )
         history = spec.config.drafter.history if spec.tree.lookup else 0
         earlier = EarlierAnswers(history) if history else None
@@ -274,7 +273,7 @@ class _Bench:
                 (folder / "state.part").replace(begun)
 
             result = simulate(
-                stream, serving, _shape(spec, arm), learner=learner, source=source, target=weights, earlier=earlier,
+                stream, serving, _shape(spec, arm), learner=learner, wire=wire, earlier=earlier,
                 pace=self._scenario.pace, at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
                 save=save, state=state,
             )  # fmt: skip
@@ -286,7 +285,7 @@ class _Bench:
             "flops_per_step": flops,
             "batch_size": spec.config.learner.batch_size,
             "seconds": round(time.monotonic() - began, 1),
-            **result.as_dict(),
+            **asdict(result),
         }
         part = folder / "result.part"
         part.write_text(json.dumps(figures) + "\n")
