@@ -93,17 +93,6 @@ def level(served: Served) -> float:
     return served.part(len(served) - max(int(len(served) * SETTLED), 1), len(served)).acceptance_length()
 
 
-def requests_to_regain(before: float, phase: Served, window: int) -> int | None:
-    """Return after how many requests of a phase the trailing acceptance is 95% of a level; None if it never is.
-
-    Args:
-        before: The level, such as that of the same traffic when it was served last.
-        phase: Requests of the phase.
-        window: Requests of the trailing acceptance.
-    """
-    return requests_to(phase, REGAINED * before, window)
-
-
 def forgotten(first: Served, again: Served) -> float:
     """Return the share of tokens per round that is lost over a phase whose traffic was served before.
 
