@@ -17,28 +17,19 @@ logger = logging.getLogger(__name__)
 GONE = Response(status_code=499)
 """To a client that has left: nobody reads it, and nginx has this status for it."""
 
-_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    502: "server_error",
-    503: "server_error",
-    504: "timeout_error",
-}
-_CODES = {
-    401: "invalid_api_key",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    413: "request_too_large",
-    415: "unsupported_media_type",
-    429: "queue_full",
-    500: "internal_error",
-    502: "bad_gateway",
-    503: "engine_dead",
-    504: "timeout",
+# The usual type and code of an error, by its status.
+_USUAL = {
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("rate_limit_error", "queue_full"),
+    500: ("server_error", "internal_error"),
+    502: ("server_error", "bad_gateway"),
+    503: ("server_error", "engine_dead"),
+    504: ("timeout_error", "timeout"),
 }
 
 
@@ -71,13 +62,13 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code or _CODES.get(status)
+        self.kind, usual = _USUAL.get(status, ("invalid_request_error", None))
+        self.status, self.message, self.param, self.code = status, message, param, code or usual
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """Return the body of the answer."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         """Return the answer."""
