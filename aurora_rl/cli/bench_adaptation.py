@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aurora_rl.adaptation import report
 from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
-from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
+from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plainly
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
@@ -34,9 +34,9 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.learner import assembled, learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
-from aurora_rl.cli.recording import ShownRecording
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.training_data import ShownRecording
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.objectives import SumLoss
 from aurora_rl.policies import Drafter, TreeShape

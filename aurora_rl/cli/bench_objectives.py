@@ -19,9 +19,9 @@ from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.learner import learning
-from aurora_rl.cli.recording import open_recording
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.training_data import open_recording
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.training.gate import replay
 from aurora_rl.training.steps import train_on

@@ -27,10 +27,10 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
-from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.cli.run_dir import RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter

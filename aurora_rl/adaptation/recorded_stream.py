@@ -13,7 +13,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.tree_shape import TreeShape
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 
 
 class RecordedPhase(Dataset[TensorDict]):
