@@ -35,6 +35,8 @@ MOVED = {
     "envs.sglang.control": "envs.sglang.plugin_server",
     "collectors.Hello": "collectors.handshake.Handshake", "collectors.ZMQWeightSyncScheme": "collectors.weights",
     "collectors.dataset.record": "serving.recorded_requests.record",
+    "serving.http.app.create_app": "serving.http.front.Front",
+    "serving.http.proxy.create_proxy": "serving.http.proxy.Proxy",
     "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
     "objectives.objective.SumLoss": "objectives.sum_loss.SumLoss", "policies.HybridDrafter": "policies.lookup",
     "trajectories.ContextStore": "context.ContextStore", "trajectories.Sampling": "sampling_params.SamplingParams",
