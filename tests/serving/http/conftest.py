@@ -106,6 +106,21 @@ def rig(make_rig: Callable[[], Rig]) -> Rig:
     return make_rig()
 
 
+@pytest.fixture
+def slow(rig: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The engine, idle, with rounds so slow that a long request lasts for seconds."""
+    assert rig.idle()
+    verify = rig.env.engine.verify
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return verify(*args, **kwargs)
+
+    monkeypatch.setattr(rig.env.engine, "verify", slowly)
+    yield rig
+    assert rig.idle(2.0)  # whatever a test leaves, it frees its slots
+
+
 @pytest.fixture(scope="package")
 def tokenizer(rig: Rig) -> PreTrainedTokenizerBase:
     return rig.tokenizer
