@@ -23,6 +23,7 @@ from aurora_rl.serving.http.live_page import FILES, page_routes
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
+from aurora_rl.workload.request_fields import FieldError
 
 
 class Application(ABC):
@@ -91,7 +92,8 @@ class Application(ABC):
             ],
             middleware=middleware,
             exception_handlers={
-                errors.ApiError: errors.answer_api_error,
+                errors.ApiError: errors.answer_request_error,
+                FieldError: errors.answer_request_error,
                 errors.ClientGoneError: errors.answer_nobody,
                 ClientDisconnect: errors.answer_nobody,
                 HTTPException: errors.answer_http_exception,
@@ -111,6 +113,12 @@ class Application(ABC):
     def _deadline(self) -> float:
         """Return the time of the event loop's clock by which a request that comes now must be answered."""
         return asyncio.get_running_loop().time() + self._timeout
+
+    def _failed(self, error: Exception) -> errors.ApiError:
+        """Count a request that failed, and return what its client is told."""
+        answer = errors.of_engine(error)
+        self._metrics.failed(answer.code or str(answer.status))
+        return answer
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._max_body, self._timeout)

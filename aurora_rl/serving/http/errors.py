@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, RefusedError
+from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def of_engine(error: Exception) -> ApiError:
     """Return the answer to a request that failed in the engine or while it was waited for."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FieldError):
+        return ApiError(400, str(error), param=error.param, code=error.code)
     if isinstance(error, RefusedError):
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):
@@ -89,10 +92,9 @@ def of_engine(error: Exception) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why")
 
 
-async def answer_api_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of :class:`ApiError`."""
-    assert isinstance(error, ApiError)
-    return error.response()
+async def answer_request_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler of :class:`ApiError` and of fields that are refused."""
+    return of_engine(error).response()
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:

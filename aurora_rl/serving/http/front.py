@@ -207,12 +207,6 @@ class Front(Application):
         except Exception as error:
             raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> ApiError:
-        """Count a request that failed, and return what its client is told."""
-        answer = of_engine(error)
-        self._metrics.failed(answer.code or str(answer.status))
-        return answer
-
     async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
         """Answer a body in the thread of /tokenize and /detokenize."""
         data, loop = await self._body(request), asyncio.get_running_loop()

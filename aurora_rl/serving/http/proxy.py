@@ -25,6 +25,7 @@ from aurora_rl.serving.http.prompts import switch
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
+from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,8 @@ class Proxy(Application):
                 drafter_version=self._drafter_version,
             )
             response = await self._forward(request, deadline, json.dumps(answer.fields).encode(), answer)
-        except ApiError as error:
-            self._metrics.failed(error.code or str(error.status))
-            raise
+        except (ApiError, FieldError) as error:
+            raise self._failed(error) from error
         if response.status_code >= 400:
             self._metrics.failed(str(response.status_code))
         return response
@@ -205,8 +205,7 @@ class Proxy(Application):
                     if events := answer.feed(piece):
                         yield events
             except (TimeoutError, httpx.HTTPError) as error:  # the status is sent, and the client is told in the stream
-                ended, failure = not isinstance(error, TimeoutError), self._failure(error)
-                self._metrics.failed(failure.code or str(failure.status))
+                ended, failure = not isinstance(error, TimeoutError), self._failed(self._failure(error))
                 yield answer.end() + f"{event(failure.body())}data: [DONE]\n\n".encode()
             finally:
                 self._cancelled += not ended  # its client left, or its time ran out
@@ -230,7 +229,7 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[st
         headers: Headers of the request, by lower-case name.
 
     Raises:
-        ApiError: Status 400, for a switch that is none, or ``speculative=false``.
+        FieldError: A switch that is none, or ``speculative=false``.
 
     Example:
         >>> translated({"prompt": "a", "learn": False}, {})
@@ -239,15 +238,13 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[st
     passed = {name: value for name, value in fields.items() if name not in ("speculative", "learn")}
     for name in ("speculative", "learn"):
         if not isinstance(value := fields.get(name), bool | None):
-            raise ApiError(400, f"{name} is {value!r}: give true or false", param=name, code="invalid_value")
+            raise FieldError(f"{name} is {value!r}: give true or false", name)
     if not switch(fields.get("speculative"), headers, "x-aurora-speculative"):
-        message = (
-            "speculative=false is not supported with engine.name=sglang, which drafts for all requests: leave it out"
-        )
-        raise ApiError(400, message, param="speculative", code="unsupported_field")
+        message = "speculative=false is not supported with engine.name=sglang, which drafts for all requests"
+        raise FieldError(f"{message}: leave it out", "speculative", "unsupported_field")
     if not switch(fields.get("learn"), headers, "x-aurora-learn"):
         params = fields.get("custom_params") or {}
         if not isinstance(params, dict):
-            raise ApiError(400, "custom_params must be an object", param="custom_params", code="invalid_value")
+            raise FieldError("custom_params must be an object", "custom_params")
         passed["custom_params"] = {**params, "aurora_rl": False}
     return passed

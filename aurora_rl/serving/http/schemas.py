@@ -241,14 +241,11 @@ def parse(body: bytes, schema: type[T]) -> T:
     """Return the checked body of a request.
 
     Raises:
-        ApiError: Status 400; the message names the field, its value, and the fix.
+        ApiError: Status 400, for a body that is no object of JSON.
+        FieldError: The message names the field, its value, and the fix.
 
     Example:
         >>> parse(b'{"tokens": [3, 4], "user": "me"}', Detokenize).tokens
         [3, 4]
     """
-    fields = json_object(body)
-    try:
-        return schema.of(check_fields(fields, schema.NAMES))
-    except FieldError as error:
-        raise ApiError(400, str(error), param=error.param, code=error.code) from error
+    return schema.of(check_fields(json_object(body), schema.NAMES))
