@@ -112,17 +112,7 @@ class WatchdogFault:
 
 @dataclass(slots=True)
 class LearnerFigures:
-    """The learner's side.
-
-    Attributes:
-        state: "running", or what is wrong.
-        steps: Optimizer steps.
-        seen: Requests learned from.
-        waiting: Requests that wait to be learned from.
-        loss: Loss of the last step; None before the first.
-        skipped: Steps that were left out.
-        restarts: How often a learner that had ended was started again.
-    """
+    """What the learner's events said last; its state is "running", or what is wrong."""
 
     state: str = "not known yet"
     steps: int = 0
@@ -139,10 +129,6 @@ class DomainFigures:
 
     Attributes:
         first: Requests that had completed before its first.
-        requests: Requests.
-        tokens: Tokens.
-        speculative_tokens: Tokens that speculative rounds delivered.
-        speculative_rounds: Speculative rounds.
     """
 
     first: int
@@ -172,12 +158,7 @@ class RunHistory:
         drops: Trajectories that were lost once they were sent, by reason.
         points: A point for each status. Where no request completed, the last point stands for all.
         drafted: Rounds of the last status by what they drafted.
-        swaps: Swaps.
-        gates: Decisions of the gate.
         on_trial: Version that is on trial; None if none is.
-        verdicts: How trials ended.
-        faults: Faults of the serving drafter.
-        learner: The learner's side.
         domains: Figures by domain; those of later domains than the first 50 are added up.
         marks: Number of completed requests at which something new begins, and what.
 
