@@ -132,12 +132,8 @@ def first_drafter(
 ) -> tuple[Drafter, Config]:
     """Return the drafter that is served first, and the configuration of a learner that starts from it.
 
-    Args:
-        spec: Spec of the run.
-        target: Target of the run.
-        prompts: First prompts, for the draft vocabulary; may be empty.
-        folder: Folder to save it to, for a learner of our own. None for a learner that is started apart: it does not
-            know the prompts.
+    It is saved to ``folder`` for a learner of our own. A learner that is started apart, for which ``folder`` is None,
+    does not know the prompts.
     """
     config = spec.config
     if folder is None or config.drafter.path is not None:

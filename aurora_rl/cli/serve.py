@@ -67,14 +67,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 class _Session:
-    """A run from its start to its end.
-
-    Args:
-        config: Configuration of the run.
-        stop: What signals do.
-        replays: Whether traffic drives the server, rather than clients.
-        resume: Whether it goes on in the folder of an earlier run.
-    """
+    """A run from its start to its end. It ``replays`` if traffic drives the server, rather than clients."""
 
     def __init__(self, config: Config, stop: Stop, *, replays: bool, resume: bool) -> None:
         self._config, self._stop, self._replays = config, stop, replays

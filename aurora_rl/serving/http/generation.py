@@ -19,11 +19,6 @@ async def generate(
 ) -> AsyncGenerator[tuple[int, Update], None]:
     """Generate all jobs, and yield what a round added to one, with its index. Closing it cancels what is not complete.
 
-    Args:
-        engine: The engine.
-        jobs: The jobs.
-        deadline: Time of the event loop's clock at which they must be complete.
-
     Raises:
         ApiError: Status 504, the deadline has passed.
         Exception: The first error of the engine at one of the jobs.
@@ -53,9 +48,7 @@ async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) ->
 async def while_connected(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
     """Return the result of some work, and cancel it if the client leaves.
 
-    Args:
-        receive: ASGI's source of events, after the request's body was read.
-        work: The work.
+    ``receive`` is ASGI's source of events, after the request's body was read.
 
     Raises:
         ClientGoneError: The client has left.

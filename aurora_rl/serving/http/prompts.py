@@ -24,14 +24,8 @@ _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 class Encoder:
     """Turn bodies into jobs; what cannot be served is refused with the reason.
 
-    Args:
-        tokenizer: Tokenizer of the target.
-        model: Name of the served model.
-        vocab_size: Tokens that the target knows.
-        max_length: Most tokens of prompt and completion.
-        max_waiting: Most choices of a request, as many as may wait for a slot.
-        sampling: Temperature, top-k and top-p of requests that name none.
-        max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
+    Arguments are those of :class:`~aurora_rl.serving.http.front.Front`. A request has at most ``max_waiting`` choices,
+    as many as may wait for a slot.
     """
 
     def __init__(
@@ -52,10 +46,6 @@ class Encoder:
 
     def jobs(self, body: ChatCompletion | Completion, headers: Mapping[str, str]) -> list[Job]:
         """Return a job for each choice: those of the first prompt, then those of the next.
-
-        Args:
-            body: The checked body.
-            headers: Headers of the request, by lower-case name.
 
         Raises:
             ApiError: Status 404 for another model.

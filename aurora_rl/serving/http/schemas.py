@@ -140,18 +140,14 @@ class Completion(Generation):
 def _prompts(value: Any) -> list[str] | list[list[int]]:
     if value is None:
         raise missing("prompt")
-    if isinstance(value, str):
+    if isinstance(value, str) or _is_ids(value):
         return [value]
-    if _is_ids(value):
-        return [value]
-    if isinstance(value, list) and value and (_all_strings(value) or all(_is_ids(each) for each in value)):
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return value
+    if isinstance(value, list) and value and all(_is_ids(each) for each in value):
         return value
     fix = "give a string, a list of strings, a list of token ids, or a list of lists of token ids"
     raise wrong("prompt", value, fix)
-
-
-def _all_strings(value: list[Any]) -> bool:
-    return all(isinstance(each, str) for each in value)
 
 
 def _is_ids(value: object) -> bool:
