@@ -86,15 +86,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 class _Bench:
-    """One scenario in one folder.
-
-    Args:
-        arguments: Arguments of the command, by which each arm's configuration is read.
-        scenario: The scenario.
-        wanted: Names of the arms that are to have the stream.
-        out: Folder of the results.
-        console: Gets the progress.
-    """
+    """One scenario in one folder; ``wanted`` are the arms that are to have the stream."""
 
     def __init__(
         self, arguments: argparse.Namespace, scenario: Scenario, wanted: Sequence[str], out: Path, console: Console
@@ -152,11 +144,10 @@ class _Bench:
             first = request_queue(self._base, target, self._prompts[0]).first_prompts(VOCAB_PROMPTS)
         drafters = {name: self._start(spec, target, first) for name, spec in self._specs.items()}
         layers = sorted({layer for drafter in drafters.values() for layer in drafter.feature_layers})
-        stream = {f"phase-{number}": prompts for number, prompts in enumerate(self._prompts)}
         if self._training:
-            stream = {"training": self._training, **stream}
-        for name, prompts in stream.items():
-            self._record(self._out / "stream" / name, self._phase_of(name), prompts, layers)
+            self._record("training", None, self._training, layers)
+        for number, prompts in enumerate(self._prompts):
+            self._record(f"phase-{number}", self._own(number), prompts, layers)
         self._layers = layers
         torch.set_num_threads(self._base.config.learner.threads)
         for name in self._wanted:
@@ -170,16 +161,14 @@ class _Bench:
         report.write(self._out, results)
         self._console.print(f"written to {self._out}: results.json, report.md, *.png", soft_wrap=True)
 
-    def _phase_of(self, name: str) -> Phase | None:
-        """Return the phase whose target answers a part of the stream; None for the run's own target."""
-        if name == "training" or self._scenario.mixed:
-            return None
-        return self._scenario.phases[int(name.removeprefix("phase-"))]
+    def _own(self, number: int) -> Phase | None:
+        """Return the phase whose target answers part ``number`` of the stream; None for the run's own target."""
+        return None if self._scenario.mixed else self._scenario.phases[number]
 
     # ---- the stream -------------------------------------------------------------------------------------------------
 
-    def _record(self, folder: Path, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
-        recording = ShownRecording(folder, layers)
+    def _record(self, name: str, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
+        recording = ShownRecording(self._out / "stream" / name, layers)
         if len(recording) == len(prompts):
             return
         target = self._target_of(phase)
@@ -187,7 +176,7 @@ class _Bench:
         if queue.failed:
             raise ConfigError(f"--scenario: {queue.failed[0]}")
         config, done = self._base.config, len(recording)
-        with watch(self._console, f"recording {folder.name}", len(prompts), done) as recording.watch:
+        with watch(self._console, f"recording {name}", len(prompts), done) as recording.watch:
             record_plainly(
                 target.model,
                 list(iter(queue, None)),
@@ -343,7 +332,6 @@ class _Bench:
         self, arms: Sequence[str], phase: int, point: int, slots: int, drafters: dict[str, Drafter]
     ) -> list[dict[str, Any]]:
         live, prompts = self._scenario.live, self._prompts[phase][-self._scenario.live.requests :]
-        own = None if self._scenario.mixed else self._scenario.phases[phase]
         plain = self._spec("drafter.name=ngram", "drafter.lookup=0", "drafter.adaptive=false")
         servers, requests, learners = {}, {}, {}
         path, overrides = self._given
@@ -352,7 +340,7 @@ class _Bench:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             for name in (PLAIN, *arms):
                 spec = _alone(plain if name == PLAIN else self._specs[name], slots, folder / name)
-                target = self._target_of(own)
+                target = self._target_of(self._own(phase))
                 if name == PLAIN:
                     drafter = start_drafter(spec, target, [])
                 else:
