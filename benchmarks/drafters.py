@@ -44,7 +44,7 @@ from aurora_rl.policies import (
 )
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows

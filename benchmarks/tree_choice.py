@@ -22,7 +22,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl import Request, SamplingParams, SpecDecodeEnv, TargetParts, TreeShape
-from aurora_rl.adaptation.recording import RecordedPhase
+from aurora_rl.adaptation.recorded_stream import RecordedPhase
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.engine import Engine
 from aurora_rl.models.loading import load_target

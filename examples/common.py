@@ -16,7 +16,7 @@ from aurora_rl.models.loading import default_dtype, encode_chat, load_target, st
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats.files import holds_drafter, save_drafter
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on

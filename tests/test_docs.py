@@ -59,7 +59,7 @@ def test_every_block_is_of_a_language_that_a_test_reads() -> None:
     assert languages == {"python", "yaml", "bash", "toml", "json", "text", "mermaid"}
 
 
-# The others need a server: tests/envs/sglang/test_client_docs.py and tests/serving/http/test_completions.py.
+# The others need a server: tests/envs/sglang/test_client_docs.py and tests/serving/http/test_front.py.
 EXECUTED = [p for p in pages_with("python") if p not in (ROOT / "README.md", DOCS / "sglang.md", DOCS / "serving.md")]
 
 

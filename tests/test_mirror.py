@@ -16,8 +16,8 @@ MODULES = {
     if path.name != "__init__.py"
 } | {f"kernels/{path.stem}" for path in (ROOT / "kernels" / "aurora_kernels").glob("*.py") if path.stem != "__init__"}
 FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
-# Tested as a whole, through a real server as its clients see it.
-WHOLE = "serving/http/"
+# Parts of the front, which its tests see as clients of a real server do.
+OF_THE_FRONT = {f"serving/http/{name}" for name in ("bodies", "errors", "generation", "prompts", "streams")}
 EXCEPTIONS = {
     "faults/test_attach.py": "processes of all rooms, by the commands of docs/production.md",
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
@@ -53,7 +53,7 @@ def test_a_part_of_a_file_is_of_its_module() -> None:
     assert module_of("test_server.py") is None
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith(WHOLE)])
+@pytest.mark.parametrize("file", FILES)
 def test_a_test_file_is_of_a_module(file: str) -> None:
     assert (module_of(file) is None) == (file in EXCEPTIONS)
 
@@ -62,7 +62,7 @@ def test_an_exception_exists() -> None:
     assert EXCEPTIONS.keys() <= set(FILES)
 
 
-@pytest.mark.parametrize("module", sorted(module for module in MODULES if not module.startswith(WHOLE)))
+@pytest.mark.parametrize("module", sorted(MODULES - OF_THE_FRONT))
 def test_a_module_has_a_test_file(module: str) -> None:
     assert module in {module_of(file) for file in FILES}
 

@@ -100,7 +100,7 @@ def test_what_moved_names_the_new_place(old: str) -> None:
         exec(f"from {room} import {name}")
     of_modules = (
         *("cli.spec.", "collectors.dataset.", "trajectories.", "training.offline.", "objectives.objective."),
-        *("envs.exactness.", "policies.eagle3.", "trees."),
+        *("envs.exactness.", "policies.eagle3.", "trees.", "serving.http.app.", "serving.http.proxy."),
     )
     if not old.startswith(of_modules):  # modules, which have no modules
         with pytest.raises(ModuleNotFoundError, match=told):

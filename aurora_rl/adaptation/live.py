@@ -88,13 +88,8 @@ def measure_in_turns(
 ) -> Iterator[Sample]:
     """Measure arms in turns on the same requests, so that a machine whose speed drifts treats them alike.
 
-    The first turn of each is not measured: it takes up what the arm has to learn of the machine's pace.
-
-    Args:
-        servers: Server and source of each arm.
-        requests: Requests of each arm's sample.
-        turns: Measured turns.
-        company: Called with the name of an arm; what shares the machine with it runs in the block.
+    The first turn of each is not measured: it takes up what the arm has to learn of the machine's pace. ``company`` is
+    called with the name of an arm; what shares the machine with it runs in the block.
     """
     names = list(servers)
     for turn in range(-1, turns):

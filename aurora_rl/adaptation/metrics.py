@@ -93,26 +93,8 @@ def level(served: Served) -> float:
     return served.part(len(served) - max(int(len(served) * SETTLED), 1), len(served)).acceptance_length()
 
 
-def requests_to_regain(before: float, phase: Served, window: int) -> int | None:
-    """Return after how many requests of a phase the trailing acceptance is 95% of a level; None if it never is.
-
-    Args:
-        before: The level, such as that of the same traffic when it was served last.
-        phase: Requests of the phase.
-        window: Requests of the trailing acceptance.
-    """
-    return requests_to(phase, REGAINED * before, window)
-
-
 def forgotten(first: Served, again: Served) -> float:
-    """Return the share of tokens per round that is lost over a phase whose traffic was served before.
-
-    Args:
-        first: Requests of the traffic when it was served before. Its level is what was known.
-        again: Requests when it came back.
-
-    Returns:
-        One minus the acceptance length over all of ``again`` over that level; negative where it is above.
+    """Return the share of a phase's level that is lost when the same traffic comes back: over all of ``again``.
 
     Example:
         >>> forgotten(Served([2, 2, 2], [1, 1, 1]), Served([2, 2], [2, 1]))
@@ -123,13 +105,6 @@ def forgotten(first: Served, again: Served) -> float:
 
 def regret(served: Served, fixed: Mapping[str, Served]) -> tuple[str, float]:
     """Return the fixed arm that is best in hindsight, and the rounds that an arm took above its, as a share of these.
-
-    Args:
-        served: What the requests took with the arm.
-        fixed: The same of the arms that do not learn, by name.
-
-    Returns:
-        Name, and share of rounds; negative where the arm took fewer.
 
     Example:
         >>> regret(Served([4, 4], [3, 2]), {"plain": Served([4, 4], [4, 4]), "lookup": Served([4, 4], [2, 2])})
@@ -142,19 +117,10 @@ def regret(served: Served, fixed: Mapping[str, Served]) -> tuple[str, float]:
 def block_bootstrap(
     arm: Served, reference: Served, *, block: int = 8, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Return a 95% interval of the ratio of two arms' acceptance lengths on the same requests.
+    """Return a 95% interval of the ratio of an arm's acceptance length to a reference's on the same requests.
 
-    There is none with fewer requests than four blocks.
-
-    Blocks of neighbouring requests are drawn with replacement, since neighbours were served by the same weights
-    (Künsch 1989, the moving-block bootstrap).
-
-    Args:
-        arm: The numerator.
-        reference: The denominator, of the same requests.
-        block: Requests of a block.
-        samples: Draws.
-        seed: Seed of the draws.
+    Blocks of ``block`` neighbouring requests are drawn with replacement, since neighbours were served by the same
+    weights (Künsch 1989, the moving-block bootstrap). There is no interval with fewer requests than four blocks.
 
     Example:
         >>> same = Served([4] * 32, [2] * 32)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aurora_rl.adaptation.metrics import REGAINED
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:
@@ -14,19 +17,24 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    _draw_acceptance(results, folder / "acceptance.png")
-    if len(results["phases"]) > 1:
-        _draw_recovery(results, folder / "recovery.png")
-    if results["live"]:
-        _draw_speedup(results, folder / "speedup.png")
-
-
-def _draw_acceptance(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the acceptance length over the requests, with a line at each shift; bands are the range over seeds."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    window = results["window"]
+    shifts = len(results["phases"]) - 1
+    for name, plot, size in (
+        ("acceptance", _draw_acceptance, (9.0, 4.5)),
+        ("recovery", _draw_recovery, (3.2 * shifts, 3.2)),
+        ("speedup", _draw_speedup, (9.0, 3.5)),
+    ):
+        if (name != "recovery" or shifts) and (name != "speedup" or results["live"]):
+            figure = plt.figure(figsize=size, layout="constrained")
+            plot(figure, results)
+            figure.savefig(folder / f"{name}.png", dpi=120)
+            plt.close(figure)
+
+
+def _draw_acceptance(figure: Figure, results: Mapping[str, Any]) -> None:
+    """Draw the acceptance length over the requests, with a line at each shift; bands are the range over seeds."""
+    axis, window = figure.subplots(), results["window"]
     for number, arm in enumerate(results["arms"]):
         curves = [run["curve"] for run in results["runs"] if run["arm"] == arm]
         if curves:
@@ -39,19 +47,12 @@ def _draw_acceptance(results: Mapping[str, Any], path: Path) -> None:
     axis.set_xlabel("requests served")
     axis.set_ylabel(f"acceptance length, last {window} requests")
     axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def _draw_recovery(results: Mapping[str, Any], path: Path) -> None:
+def _draw_recovery(figure: Figure, results: Mapping[str, Any]) -> None:
     """Draw, of each phase after a shift, the acceptance length of the requests since then over the phase's level."""
-    import matplotlib.pyplot as plt
-
-    shifts = list(enumerate(results["phases"]))[1:]
-    figure, axes = plt.subplots(
-        1, len(shifts), figsize=(3.2 * len(shifts), 3.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    window = results["window"]
+    shifts, window = list(enumerate(results["phases"]))[1:], results["window"]
+    axes = figure.subplots(1, len(shifts), sharey=True, squeeze=False)
     for axis, (place, phase) in zip(axes[0], shifts, strict=True):
         for number, arm in enumerate(results["arms"]):
             runs = [run for run in results["runs"] if run["arm"] == arm and run["learns"]]
@@ -65,15 +66,11 @@ def _draw_recovery(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("requests since the shift")
     axes[0][0].set_ylabel(f"share of the phase's level, last {window}")
     axes[0][-1].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def _draw_speedup(results: Mapping[str, Any], path: Path) -> None:
+def _draw_speedup(figure: Figure, results: Mapping[str, Any]) -> None:
     """Draw the speedup over plain decoding at the end of each phase; bars are the range over turns."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    axis = figure.subplots()
     cells = sorted({(row["phase"], row["slots"]) for row in results["live"]})
     arms = [arm for arm in results["arms"] if any(row["arm"] == arm for row in results["live"])]
     for number, arm in enumerate(results["arms"]):
@@ -95,8 +92,6 @@ def _draw_speedup(results: Mapping[str, Any], path: Path) -> None:
     axis.set_xticks(range(len(cells)), names, fontsize=8)
     axis.set_ylabel("speedup over plain decoding")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _band(axis: Any, places: Sequence[int], curves: Sequence[Sequence[float]], number: int, label: str) -> None:

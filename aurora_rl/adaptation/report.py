@@ -8,19 +8,19 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
 from aurora_rl.adaptation.live import per_second_summary
 from aurora_rl.adaptation.metrics import (
+    REGAINED,
     Served,
     block_bootstrap,
     forgotten,
     level,
     regret,
     requests_to,
-    requests_to_regain,
     trailing_acceptance,
 )
 from aurora_rl.adaptation.plots import draw
@@ -48,17 +48,16 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
     fixed = {run["arm"]: served[run["arm"], 0] for run in runs if not run["learns"] and run["seed"] == 0}
     any_run = next(iter(served.values()))
     fixed[PLAIN] = Served(any_run.tokens, any_run.tokens)
-    figures = []
-    for run in runs:
-        figures.append(
-            {
-                **{key: run[key] for key in ("arm", "seed", "learns", "learner_seconds")},
-                "swaps": len(set(run["version"])) - 1,
-                **_figures(served[run["arm"], run["seed"]], run, names, bounds, scenario.window),
-                "regret": regret(served[run["arm"], run["seed"]], fixed),
-                "curve": trailing_acceptance(served[run["arm"], run["seed"]], scenario.window),
-            }
-        )
+    figures = [
+        {
+            **{key: run[key] for key in ("arm", "seed", "learns", "learner_seconds")},
+            "swaps": len(set(run["version"])) - 1,
+            **_figures(served[run["arm"], run["seed"]], run, names, bounds, scenario.window),
+            "regret": regret(served[run["arm"], run["seed"]], fixed),
+            "curve": trailing_acceptance(served[run["arm"], run["seed"]], scenario.window),
+        }
+        for run in runs
+    ]
     return {
         "scenario": scenario.about,
         "window": scenario.window,
@@ -77,18 +76,11 @@ def _figures(
 ) -> dict[str, Any]:
     """Return the measures of one run, see ``adaptation.metrics``."""
     parts = [served.part(first, end) for first, end in bounds]
-    tokens, levels = [0, *accumulate(served.tokens)], {}
+    tokens, levels = [0, *accumulate(served.tokens)], dict.fromkeys(map(str, LEVELS))
     for wanted in LEVELS:
-        requests = requests_to(served, wanted, window)
-        levels[wanted] = (
-            None
-            if requests is None
-            else {
-                "requests": requests,
-                "tokens": tokens[requests],
-                "flops": run["steps"][requests - 1] * run["flops_per_step"],
-            }
-        )
+        if (requests := requests_to(served, wanted, window)) is not None:
+            flops = run["steps"][requests - 1] * run["flops_per_step"]
+            levels[str(wanted)] = {"requests": requests, "tokens": tokens[requests], "flops": flops}
     phases = []
     for place, (name, part) in enumerate(zip(names, parts, strict=True)):
         before = [level(parts[earlier]) for earlier in range(place) if names[earlier] == name]
@@ -98,7 +90,7 @@ def _figures(
                 "acceptance": part.acceptance_length(),
                 "level": level(part),
                 # Of the same traffic before; else of the phase itself, which is where it settles.
-                "regained_after": requests_to_regain(before[-1] if before else level(part), part, window),
+                "regained_after": requests_to(part, REGAINED * (before[-1] if before else level(part)), window),
                 "forgotten": forgotten(parts[names.index(name)], part) if before else None,
             }
         )
@@ -109,25 +101,20 @@ def _against_fixed(
     runs: Sequence[Mapping[str, Any]], served: Mapping[tuple[str, int], Served], bounds: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
     """Return the ratio of acceptance lengths of each arm that learns to each that does not, phase by phase."""
+    learning, fixed = ([run for run in runs if run["learns"] == learns] for learns in (True, False))
     rows = []
-    for run in runs:
-        if not run["learns"]:
-            continue
-        for reference in runs:
-            if reference["learns"]:
-                continue
-            for phase, (first, end) in enumerate(bounds):
-                pair = [served[each["arm"], each["seed"]].part(first, end) for each in (run, reference)]
-                rows.append(
-                    {
-                        "arm": run["arm"],
-                        "seed": run["seed"],
-                        "fixed": reference["arm"],
-                        "phase": phase,
-                        "ratio": pair[0].acceptance_length() / pair[1].acceptance_length(),
-                        "interval_95": block_bootstrap(*pair),
-                    }
-                )
+    for run, reference, (phase, bound) in product(learning, fixed, enumerate(bounds)):
+        pair = [served[each["arm"], each["seed"]].part(*bound) for each in (run, reference)]
+        rows.append(
+            {
+                "arm": run["arm"],
+                "seed": run["seed"],
+                "fixed": reference["arm"],
+                "phase": phase,
+                "ratio": pair[0].acceptance_length() / pair[1].acceptance_length(),
+                "interval_95": block_bootstrap(*pair),
+            }
+        )
     return rows
 
 
@@ -198,14 +185,10 @@ def _learning(results: Mapping[str, Any]) -> str:
     rows = []
     for run in results["runs"]:
         if run["learns"]:
-            cells = []
-            for wanted in LEVELS:
-                found = run["levels"][wanted] if wanted in run["levels"] else run["levels"][str(wanted)]
-                cells.append(
-                    "never"
-                    if found is None
-                    else f"{found['requests']} · {found['tokens']:,} · {found['flops'] / 1e12:.1f}"
-                )
+            cells = [
+                "never" if at is None else f"{at['requests']} · {at['tokens']:,} · {at['flops'] / 1e12:.1f}"
+                for at in run["levels"].values()
+            ]
             rows.append([run["arm"], str(run["seed"]), *cells])
     if not rows:
         return ""

@@ -124,62 +124,59 @@ def read_scenario(name: str | os.PathLike[str]) -> Scenario:
     except Exception as error:  # the YAML parser has its own hierarchy of errors
         raise ValueError(f"scenario {name} is not valid YAML: {error}") from error
     assert isinstance(scenario, Scenario)
-    _check(scenario, str(name))
+    try:
+        _check(scenario)
+    except ValueError as error:
+        raise ValueError(f"scenario {name}: {error}") from None
     return scenario
 
 
-def _check(scenario: Scenario, name: str) -> None:
+def _check(scenario: Scenario) -> None:
     if not scenario.phases or not scenario.arms:
-        raise ValueError(f"scenario {name} needs phases and arms")
+        raise ValueError("it needs phases and arms")
     for each in (*scenario.phases, *scenario.training):
         if each.name == "???" or each.requests < 1:
-            raise ValueError(f"scenario {name}: a phase needs a name and requests of at least 1, got {each}")
+            raise ValueError(f"a phase needs a name and requests of at least 1, got {each}")
         if bool(each.domains) == (each.path is not None):
-            raise ValueError(f"scenario {name}, phase {each.name}: give domains, or the path of a JSONL file")
+            raise ValueError(f"phase {each.name}: give domains, or the path of a JSONL file")
         if unknown := [domain for domain in each.domains if domain not in DOMAINS]:
-            raise ValueError(
-                f"scenario {name}, phase {each.name}: unknown domain {unknown[0]!r}; there are {', '.join(DOMAINS)}"
-            )
+            raise ValueError(f"phase {each.name}: unknown domain {unknown[0]!r}; there are {', '.join(DOMAINS)}")
         if len(set(each.domains)) < len(each.domains):
-            raise ValueError(f"scenario {name}, phase {each.name}: domains names one twice: {each.domains}")
+            raise ValueError(f"phase {each.name}: domains names one twice: {each.domains}")
         if each.target_dtype not in (None, *_DTYPES):
-            raise ValueError(
-                f"scenario {name}, phase {each.name}: target_dtype must be {', '.join(_DTYPES)}, "
-                f"got {each.target_dtype}"
-            )
+            raise ValueError(f"phase {each.name}: target_dtype must be {', '.join(_DTYPES)}, got {each.target_dtype}")
         if each.target_noise < 0:
-            raise ValueError(f"scenario {name}, phase {each.name}: target_noise is {each.target_noise}, below 0")
+            raise ValueError(f"phase {each.name}: target_noise is {each.target_noise}, below 0")
     changed = [phase.name for phase in scenario.phases if phase.target_noise or phase.target_dtype]
     if scenario.mixed and changed:
-        raise ValueError(f"scenario {name} is mixed, and phase {changed[0]} has a target of its own")
+        raise ValueError(f"it is mixed, and phase {changed[0]} has a target of its own")
     for name_of_arm, arm in scenario.arms.items():
         if not re.fullmatch(r"[\w.-]+", name_of_arm) or name_of_arm == PLAIN:
             raise ValueError(
-                f"scenario {name}: an arm's name is letters, digits, '-', '_' and '.', and not {PLAIN!r}; "
-                f"got {name_of_arm!r}"
+                f"an arm's name is letters, digits, '-', '_' and '.', and not {PLAIN!r}; got {name_of_arm!r}"
             )
         if arm.lookup_only and (arm.learns or arm.trained):
-            raise ValueError(f"scenario {name}: arm {name_of_arm} is lookup_only, and has no weights to learn or train")
+            raise ValueError(f"arm {name_of_arm} is lookup_only, and has no weights to learn or train")
     if not scenario.training and (trained := [arm for arm, each in scenario.arms.items() if each.trained]):
-        raise ValueError(f"scenario {name}: arm {trained[0]} is trained, and the scenario has no training traffic")
-    for key, least in (("seeds", 1), ("window", 1)):
-        if getattr(scenario, key) < least:
-            raise ValueError(f"scenario {name}: {key} must be at least {least}, got {getattr(scenario, key)}")
+        raise ValueError(f"arm {trained[0]} is trained, and the scenario has no training traffic")
+    for key in ("seeds", "window"):
+        if getattr(scenario, key) < 1:
+            raise ValueError(f"{key} must be at least 1, got {getattr(scenario, key)}")
     if not scenario.pace > 0:
-        raise ValueError(f"scenario {name}: pace must be above 0, got {scenario.pace}")
+        raise ValueError(f"pace must be above 0, got {scenario.pace}")
     live = scenario.live
     if live.requests < 0 or live.repeats < 1 or not all(slots >= 1 for slots in live.slots):
-        raise ValueError(f"scenario {name}: live has a number that is too small: {live}")
+        raise ValueError(f"live has a number that is too small: {live}")
     if unknown := [arm for arm in live.arms if arm not in scenario.arms]:
-        raise ValueError(f"scenario {name}: live.arms has {unknown[0]!r}; the arms are {', '.join(scenario.arms)}")
+        raise ValueError(f"live.arms has {unknown[0]!r}; the arms are {', '.join(scenario.arms)}")
     shortest = min(phase.requests for phase in scenario.phases)
     if live.requests >= (sum(phase.requests for phase in scenario.phases) if scenario.mixed else shortest):
         raise ValueError(
-            f"scenario {name}: live.requests={live.requests} must be less than the {shortest} requests of a phase; 0 "
+            f"live.requests={live.requests} must be less than the {shortest} requests of a phase; 0 "
             "measures no tokens per second"
         )
     if scenario.window > shortest:
-        raise ValueError(f"scenario {name}: window={scenario.window} is more than the {shortest} requests of a phase")
+        raise ValueError(f"window={scenario.window} is more than the {shortest} requests of a phase")
 
 
 def phase_prompts(scenario: Scenario, seed: int) -> tuple[list[list[Prompt]], list[Prompt]]:

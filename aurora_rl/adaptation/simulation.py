@@ -25,44 +25,29 @@ _AT_ONCE = 16  # requests replayed together where none depends on another, while
 _SAVED_EVERY = 40  # requests
 
 
-class LocalSource:
-    """Trajectories that arrive at a learner in this process.
+class LocalWire:
+    """Both ends of the wire of a learner in this process: its collector and its publisher.
 
     Attributes:
-        waiting: Those that it has not taken.
+        waiting: Trajectories that the learner has not taken.
         rejections: Messages dropped, of which there are none.
+        newest: The newest weights and their version; None once they are taken.
     """
 
     handshake_error: str | None = None
+    error: str | None = None
     refused = 0  # nobody connects
 
     def __init__(self) -> None:
         self.waiting: list[TensorDictBase] = []
         self.rejections = Counter[str]()
+        self.next_version = 1
+        self.newest: tuple[int, dict[str, Tensor]] | None = None
 
     def poll(self, timeout_s: float = 0.0) -> list[TensorDictBase]:
         """Take all that wait; nobody else could bring more meanwhile."""
         taken, self.waiting = self.waiting, []
         return taken
-
-    def shutdown(self) -> None:
-        """Forget what waits."""
-        self.waiting.clear()
-
-
-class LocalTarget:
-    """Weights that a learner in this process publishes.
-
-    Attributes:
-        newest: The newest weights and their version; None once they are taken.
-    """
-
-    error: str | None = None
-    refused = 0
-
-    def __init__(self) -> None:
-        self.next_version = 1
-        self.newest: tuple[int, dict[str, Tensor]] | None = None
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> None:
         """Keep weights to be taken."""
@@ -73,8 +58,11 @@ class LocalTarget:
         return None
 
     def close(self) -> None:
-        """Forget what was published."""
+        """Forget what waits and what was published."""
+        self.waiting.clear()
         self.newest = None
+
+    shutdown = close
 
 
 @dataclass(slots=True)
@@ -100,10 +88,6 @@ class ArmRun:
         """Tokens and rounds."""
         return Served(self.tokens, self.rounds)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by their names."""
-        return asdict(self)
-
 
 def simulate(
     stream: Trajectories,
@@ -111,8 +95,7 @@ def simulate(
     shape: TreeShape,
     *,
     learner: Learner | None = None,
-    source: LocalSource | None = None,
-    target: LocalTarget | None = None,
+    wire: LocalWire | None = None,
     earlier: EarlierAnswers | None = None,
     pace: float = math.inf,
     at_once: int = 1,
@@ -132,9 +115,8 @@ def simulate(
         stream: Recorded requests, in order.
         serving: Drafter as it is served.
         shape: Trees that it drafts.
-        learner: Learner on ``source`` and ``target``; None leaves the drafter as it is.
-        source: Where the learner takes trajectories from.
-        target: Where it puts weights.
+        learner: Learner on ``wire``; None leaves the drafter as it is.
+        wire: Where the learner takes trajectories from and puts weights.
         earlier: Answers in which lookup searches, at first empty.
         pace: Optimizer steps that the learner takes in the time of a request. What it does not use is lost.
         at_once: Requests that are served side by side, hence do not find each other's answers.
@@ -169,14 +151,14 @@ def simulate(
         pending.append(trajectory)
         run.version.append(version)
         if learner is not None:
-            assert source is not None and target is not None, "a learner needs both ends of its wire"
-            source.waiting.append(trajectory)
+            assert wire is not None, "a learner needs its wire"
+            wire.waiting.append(trajectory)
             began = time.process_time()
             owed = _learn(learner, owed + pace)
             run.learner_seconds += time.process_time() - began
-            if target.newest is not None:
+            if wire.newest is not None:
                 flush()
-                (version, weights), target.newest = target.newest, None
+                (version, weights), wire.newest = wire.newest, None
                 serving.install(weights)
         run.steps.append(0 if learner is None else learner.steps)
         if len(pending) >= (_AT_ONCE if earlier is None else at_once) or done in points:
@@ -188,7 +170,7 @@ def simulate(
             saved, learned = done, None if learner is None else learner.state_dict()
             save(
                 {
-                    "run": run.as_dict(),
+                    "run": asdict(run),
                     "version": version,
                     "owed": owed,
                     "random": torch.get_rng_state(),

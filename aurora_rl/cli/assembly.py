@@ -25,6 +25,7 @@ from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
 
 Keys = TypeVar("Keys", ServerKeys, ClientKeys)
+VOCAB_PROMPTS = 64  # first prompts, whose tokens choose the vocabulary of an untrained drafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,8 @@ def first_drafter(
 ) -> tuple[Drafter, Config]:
     """Return the drafter that is served first, and the configuration of a learner that starts from it.
 
-    Args:
-        spec: Spec of the run.
-        target: Target of the run.
-        prompts: First prompts, for the draft vocabulary; may be empty.
-        folder: Folder to save it to, for a learner of our own. None for a learner that is started apart: it does not
-            know the prompts.
+    It is saved to ``folder`` for a learner of our own. A learner that is started apart, for which ``folder`` is None,
+    does not know the prompts.
     """
     config = spec.config
     if folder is None or config.drafter.path is not None:

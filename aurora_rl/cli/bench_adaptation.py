@@ -23,20 +23,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from aurora_rl.adaptation import report
 from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
-from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
+from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plainly
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
-from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, add_answers, simulate
+from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.engines import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.learner import assembled, learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
-from aurora_rl.cli.recording import ShownRecording
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.training_data import ShownRecording
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.objectives import SumLoss
 from aurora_rl.policies import Drafter, TreeShape
@@ -52,7 +52,6 @@ from aurora_rl.workload.traffic import Prompt
 HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
 
 _RECORDING_SLOTS = 8  # answers do not depend on how many are read at once
-_VOCAB_PROMPTS = 64  # first prompts of the stream, for the draft vocabulary of an untrained drafter
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -87,15 +86,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 class _Bench:
-    """One scenario in one folder.
-
-    Args:
-        arguments: Arguments of the command, by which each arm's configuration is read.
-        scenario: The scenario.
-        wanted: Names of the arms that are to have the stream.
-        out: Folder of the results.
-        console: Gets the progress.
-    """
+    """One scenario in one folder; ``wanted`` are the arms that are to have the stream."""
 
     def __init__(
         self, arguments: argparse.Namespace, scenario: Scenario, wanted: Sequence[str], out: Path, console: Console
@@ -150,14 +141,13 @@ class _Bench:
         """Record, let each arm have the stream, measure, and report; whatever is done already is kept."""
         target = load(self._base)
         with naming("the scenario"):
-            first = request_queue(self._base, target, self._prompts[0]).first_prompts(_VOCAB_PROMPTS)
+            first = request_queue(self._base, target, self._prompts[0]).first_prompts(VOCAB_PROMPTS)
         drafters = {name: self._start(spec, target, first) for name, spec in self._specs.items()}
         layers = sorted({layer for drafter in drafters.values() for layer in drafter.feature_layers})
-        stream = {f"phase-{number}": prompts for number, prompts in enumerate(self._prompts)}
         if self._training:
-            stream = {"training": self._training, **stream}
-        for name, prompts in stream.items():
-            self._record(self._out / "stream" / name, self._phase_of(name), prompts, layers)
+            self._record("training", None, self._training, layers)
+        for number, prompts in enumerate(self._prompts):
+            self._record(f"phase-{number}", self._own(number), prompts, layers)
         self._layers = layers
         torch.set_num_threads(self._base.config.learner.threads)
         for name in self._wanted:
@@ -171,16 +161,14 @@ class _Bench:
         report.write(self._out, results)
         self._console.print(f"written to {self._out}: results.json, report.md, *.png", soft_wrap=True)
 
-    def _phase_of(self, name: str) -> Phase | None:
-        """Return the phase whose target answers a part of the stream; None for the run's own target."""
-        if name == "training" or self._scenario.mixed:
-            return None
-        return self._scenario.phases[int(name.removeprefix("phase-"))]
+    def _own(self, number: int) -> Phase | None:
+        """Return the phase whose target answers part ``number`` of the stream; None for the run's own target."""
+        return None if self._scenario.mixed else self._scenario.phases[number]
 
     # ---- the stream -------------------------------------------------------------------------------------------------
 
-    def _record(self, folder: Path, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
-        recording = ShownRecording(folder, layers)
+    def _record(self, name: str, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
+        recording = ShownRecording(self._out / "stream" / name, layers)
         if len(recording) == len(prompts):
             return
         target = self._target_of(phase)
@@ -188,7 +176,7 @@ class _Bench:
         if queue.failed:
             raise ConfigError(f"--scenario: {queue.failed[0]}")
         config, done = self._base.config, len(recording)
-        with watch(self._console, f"recording {folder.name}", len(prompts), done) as recording.watch:
+        with watch(self._console, f"recording {name}", len(prompts), done) as recording.watch:
             record_plainly(
                 target.model,
                 list(iter(queue, None)),
@@ -245,16 +233,15 @@ class _Bench:
         stream, began = self._stream("phases", drafter), time.monotonic()
         ends = _ends(self._prompts)
         sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
-        learner, source, weights = None, LocalSource(), LocalTarget()
-        flops = 0
+        learner, wire, flops = None, LocalWire(), 0
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
             learning_spec = replace(spec, config=replace(spec.config, seed=spec.config.seed + seed))
-            loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+            loss, optimizers = learning(spec, drafter, target)
             flops = step_flops(loss, stream, spec.config.learner.batch_size)
             log = MetricsLog(folder / "metrics.jsonl", "learner")
             learner = assembled(
-                learning_spec, drafter, loss, optimizers, source, weights, log, Outputs(log), folder / "learner"
+                learning_spec, drafter, loss, optimizers, wire, wire, log, Outputs(log), folder / "learner"
             )
         history = spec.config.drafter.history if spec.tree.lookup else 0
         earlier = EarlierAnswers(history) if history else None
@@ -275,7 +262,7 @@ class _Bench:
                 (folder / "state.part").replace(begun)
 
             result = simulate(
-                stream, serving, _shape(spec, arm), learner=learner, source=source, target=weights, earlier=earlier,
+                stream, serving, _shape(spec, arm), learner=learner, wire=wire, earlier=earlier,
                 pace=self._scenario.pace, at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
                 save=save, state=state,
             )  # fmt: skip
@@ -287,7 +274,7 @@ class _Bench:
             "flops_per_step": flops,
             "batch_size": spec.config.learner.batch_size,
             "seconds": round(time.monotonic() - began, 1),
-            **result.as_dict(),
+            **asdict(result),
         }
         part = folder / "result.part"
         part.write_text(json.dumps(figures) + "\n")
@@ -313,7 +300,7 @@ class _Bench:
         if folder.exists():
             return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
         stream = self._stream("training", drafter)
-        loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+        loss, optimizers = learning(spec, drafter, target)
         with watch(self._console, "training", len(stream), 0) as shown:
             steps = train_on(
                 [stream[index] for index in range(len(stream))], loss, optimizers, batch_size=settings.batch_size,
@@ -345,7 +332,6 @@ class _Bench:
         self, arms: Sequence[str], phase: int, point: int, slots: int, drafters: dict[str, Drafter]
     ) -> list[dict[str, Any]]:
         live, prompts = self._scenario.live, self._prompts[phase][-self._scenario.live.requests :]
-        own = None if self._scenario.mixed else self._scenario.phases[phase]
         plain = self._spec("drafter.name=ngram", "drafter.lookup=0", "drafter.adaptive=false")
         servers, requests, learners = {}, {}, {}
         path, overrides = self._given
@@ -354,7 +340,7 @@ class _Bench:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             for name in (PLAIN, *arms):
                 spec = _alone(plain if name == PLAIN else self._specs[name], slots, folder / name)
-                target = self._target_of(own)
+                target = self._target_of(self._own(phase))
                 if name == PLAIN:
                     drafter = start_drafter(spec, target, [])
                 else:
@@ -413,7 +399,7 @@ def busy_learner(path: str | None, pairs: Sequence[str], folder: Path, layers: S
     torch.set_num_threads(spec.config.learner.threads)
     target = load(spec)
     drafter = start_drafter(spec, target, [])
-    loss, optimizers = learning(spec, drafter, copy.deepcopy(target.parts.head).float())
+    loss, optimizers = learning(spec, drafter, target)
     stream, batch_size = RecordedPhase(folder, layers, drafter.feature_layers), spec.config.learner.batch_size
     batch = pack([stream[index % len(stream)] for index in range(batch_size)])
     return lambda: train_step(loss, optimizers, batch, autocast=spec.dtype == torch.bfloat16)

@@ -18,14 +18,12 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
-from aurora_rl.cli.recording import open_recording
+from aurora_rl.cli.learner import learning
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.training_data import open_recording
 from aurora_rl.collectors.dataset import TrajectoryDataset
-from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.training.gate import replay
-from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -151,9 +149,9 @@ def learning_curve(
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
     drafter = start_drafter(spec, target, prompts, seed=seed)
-    settings = spec.config.learner
+    config, settings = spec.config, spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
-    loss = SumLoss(make_objectives(objectives, drafter, TargetHead.like(target.parts.head).float()))
+    loss, optimizers = learning(replace(spec, config=replace(config, objectives=objectives)), drafter, target)
     served = drafter.serving_copy(spec.dtype)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
@@ -169,7 +167,7 @@ def learning_curve(
     steps = train_on(
         stream[: (len(stream) - ahead) // every * every],  # up to the last evaluation
         loss,
-        drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr),
+        optimizers,
         batch_size=settings.batch_size,
         replay=settings.replay,
         autocast=spec.dtype == torch.bfloat16,

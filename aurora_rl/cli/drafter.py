@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, encoded_prompts, load, start_drafter, traffic
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, encoded_prompts, load, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
@@ -22,7 +22,6 @@ from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder
 
 _FORMATS = "sglang, vllm, hf (its authors' own), or another of its formats"
-_PROMPTS = 64  # that shape the draft vocabulary
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +74,7 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
         )
     prompts = traffic(config)
     target = load(spec)
-    drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:_PROMPTS]))
+    drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:VOCAB_PROMPTS]))
     layout = layout or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
     drafter.to(spec.dtype).save_pretrained(out.resolve(), layout=layout)
     print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({layout})")

@@ -45,13 +45,7 @@ def embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process, which puts the target's model into inference form.
 
-    Args:
-        spec: Spec of the run.
-        target: The loaded target.
-        requests: Source of the requests.
-        usual: Tokens of a usual prompt, to time rounds with.
-        drafter: The drafter, in float32.
-        log: Metrics of the run.
+    The drafter is in float32. Rounds are timed with ``usual``, the tokens of a usual prompt.
     """
     config, tree = spec.config, spec.tree
     greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
@@ -153,12 +147,7 @@ def _canary(config: Config) -> Canary | None:
     if not settings.share:
         return None
     return Canary(
-        settings.share,
-        settings.window,
-        settings.false_alarm_rate,
-        settings.margin,
-        settings.most_rounds,
-        config.seed,
+        settings.share, settings.window, settings.false_alarm_rate, settings.margin, settings.most_rounds, config.seed
     )
 
 
@@ -167,13 +156,7 @@ def sglang_server(
 ) -> AttachedServer:
     """Build a server on SGLang, which is launched here or attached to.
 
-    Args:
-        spec: Spec of the run.
-        target: The loaded target.
-        requests: Source of the requests; None if clients of SGLang send them.
-        drafter: The drafter, in float32.
-        log: Metrics of the run.
-        run_dir: Folder of the run.
+    The drafter is in float32. ``requests`` is None if clients of SGLang send them.
     """
     config, settings = spec.config, spec.config.engine
     greeting = Handshake.of(target.parts, drafter, spec.drafter_name)

@@ -18,7 +18,7 @@ from aurora_rl.serving.sglang import AttachedServer
 from aurora_rl.telemetry.history import RunHistory
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from aurora_rl.serving.http.app import Application
 
 
 class HttpFront:
@@ -92,56 +92,54 @@ class HttpFront:
         history: RunHistory,
     ) -> None:
         """Begin to answer, and to show the run."""
-        from aurora_rl.serving.http.app import create_app
+        from aurora_rl.serving.http.front import Front
 
-        config, http = spec.config, spec.config.http
         # A round that waits for the interpreter's lock is to have it back soon, and not after Python's usual 5 ms.
         sys.setswitchinterval(2e-4)
         clients.observe = self.metrics.observe
-        app = create_app(
+        config = spec.config
+        front = Front(
             clients,
             tokenizer,
-            model=config.model,
             vocab_size=vocab_size,
             max_length=config.engine.max_length,
-            max_waiting=http.max_waiting,
+            max_waiting=config.http.max_waiting,
             sampling=spec.sampling,
             max_tokens=config.max_new_tokens,
-            metrics=self.metrics,
             num_spec_tokens=spec.tree.depth,
-            drafter_version=lambda: server.stats.version,
-            history=history,
-            api_keys=self._keys,
-            max_body=http.max_body,
-            timeout=http.timeout,
-            cors_origins=http.cors_origins,
+            **self._common(config, server, history),
         )
-        self._start(app)
+        self._start(front)
 
     def start_proxy(self, spec: RunSpec, server: AttachedServer, history: RunHistory) -> None:
         """Begin to pass requests on to SGLang, and to show the run."""
-        from aurora_rl.serving.http.proxy import create_proxy
+        from aurora_rl.serving.http.proxy import Proxy
 
-        http = spec.config.http
-        app = create_proxy(
+        proxy = Proxy(
             server.engine.url,
-            model=spec.config.model,
-            max_waiting=http.max_waiting,
+            max_waiting=spec.config.http.max_waiting,
             slots=lambda: server.slots,
-            history=history,
-            metrics=self.metrics,
             num_spec_tokens=lambda: server.depth,
-            drafter_version=lambda: server.stats.version,
-            api_keys=self._keys,
-            max_body=http.max_body,
-            timeout=http.timeout,
-            cors_origins=http.cors_origins,
+            **self._common(spec.config, server, history),
         )
-        self._start(app)
+        self._start(proxy)
 
-    def _start(self, app: Starlette) -> None:
-        self._load = app.state.load
-        self._server.start(app)
+    def _common(self, config: Config, server: InferenceServer | AttachedServer, history: RunHistory) -> dict[str, Any]:
+        """Return the arguments that applications in front of any engine take."""
+        return {
+            "model": config.model,
+            "history": history,
+            "metrics": self.metrics,
+            "drafter_version": lambda: server.stats.version,
+            "api_keys": self._keys,
+            "max_body": config.http.max_body,
+            "timeout": config.http.timeout,
+            "cors_origins": config.http.cors_origins,
+        }
+
+    def _start(self, application: Application) -> None:
+        self._load = application.load
+        self._server.start(application.starlette())
 
     def clients(self) -> dict[str, Any]:
         """Return how clients fare, for a "status" event: their running and waiting requests, and mean waits."""

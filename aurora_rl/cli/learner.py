@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli.assembly import load, opening, start_drafter, wire_keys
+from aurora_rl.cli.assembly import Target, load, opening, start_drafter, wire_keys
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.codec import Limits
@@ -20,7 +20,6 @@ from aurora_rl.collectors.keys import learner_keys
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
-from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
@@ -40,23 +39,16 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     parts = target.parts
     drafter = start_drafter(spec, target, [])
     greeting = Handshake.of(parts, drafter, spec.drafter_name)
-    drafter.to(spec.device)
-    # The head alone stays of the target, as a copy: a view would keep the whole file of weights in memory. Autocast
-    # multiplies it in bfloat16, whatever it is kept in.
-    head = copy.deepcopy(parts.head)
-    if spec.dtype != torch.bfloat16:
-        head = head.float()
+    loss, optimizers = learning(spec, drafter.to(spec.device), target)
+    vocab_size, width = parts.head.weight.shape
     del target, parts
     return_freed_memory(collect=True)
-
-    vocab_size, width = head.weight.shape
     feature_size = width * len(drafter.feature_layers)
 
     def check_one(trajectory: TensorDictBase) -> None:
         validate(trajectory, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
-    loss, optimizers = learning(spec, drafter, head)
     with naming("learner.record", (ValueError, OSError)):
         recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
         if recording is not None:
@@ -89,9 +81,13 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     return result
 
 
-def learning(spec: RunSpec, drafter: Drafter, head: TargetHead) -> tuple[SumLoss, list[torch.optim.Optimizer]]:
+def learning(spec: RunSpec, drafter: Drafter, target: Target) -> tuple[SumLoss, list[torch.optim.Optimizer]]:
     """Return the loss of the configured objectives, and the optimizers of the drafter's parameters."""
-    settings = spec.config.learner
+    # A copy: an engine changes the form of the target's weights in place, and a view would keep the whole file of
+    # weights in memory. Autocast multiplies the head in bfloat16, whatever it is kept in.
+    head, settings = copy.deepcopy(target.parts.head), spec.config.learner
+    if spec.dtype != torch.bfloat16:
+        head = head.float()
     with naming("objectives"):
         loss = SumLoss(make_objectives(spec.config.objectives, drafter, head))
     with naming(f"drafter.name={spec.drafter_name}"):

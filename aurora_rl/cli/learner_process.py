@@ -27,11 +27,7 @@ _LONGEST_WAIT_S = 60.0
 class LearnerProcess:
     """``aurora-rl learn`` in a session of its own, so that Ctrl-C reaches it through the server, in order.
 
-    Its configuration goes to ``learner.yaml``, its output to ``learner.log``.
-
-    Args:
-        config: Configuration of the learner.
-        run_dir: Folder of the run.
+    In the folder of the run its configuration goes to ``learner.yaml``, its output to ``learner.log``.
 
     Attributes:
         child: The process.

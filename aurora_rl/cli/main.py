@@ -114,12 +114,7 @@ def _main(words: list[str]) -> int:
 
 
 def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
-    """Parse a command line.
-
-    Args:
-        words: The words after ``aurora-rl``.
-        name: The command among them.
-        module: The command's module; None if there is no such command.
+    """Parse the words after ``aurora-rl``: those of the command ``name``, whose module is None if there is no such one.
 
     Raises:
         SystemExit: The line asks for help or the version, or it is wrong, which is told.

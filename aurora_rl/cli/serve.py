@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from aurora_rl.serving.async_engine import AsyncEngine
     from aurora_rl.serving.requests import RequestQueue
 
-_VOCAB_PROMPTS = 64  # whose tokens choose the vocabulary of a day-0 drafter
 _DRAIN_S = 5.0  # for what clients have asked before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
@@ -68,14 +67,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 class _Session:
-    """A run from its start to its end.
-
-    Args:
-        config: Configuration of the run.
-        stop: What signals do.
-        replays: Whether traffic drives the server, rather than clients.
-        resume: Whether it goes on in the folder of an earlier run.
-    """
+    """A run from its start to its end. It ``replays`` if traffic drives the server, rather than clients."""
 
     def __init__(self, config: Config, stop: Stop, *, replays: bool, resume: bool) -> None:
         self._config, self._stop, self._replays = config, stop, replays
@@ -107,6 +99,7 @@ class _Session:
             import torch
 
             from aurora_rl.cli.assembly import (
+                VOCAB_PROMPTS,
                 check_context,
                 encoded_prompts,
                 first_drafter,
@@ -140,9 +133,9 @@ class _Session:
             if self._replays:
                 queue = self._requests = request_queue(spec, target, prompts)
                 first_id = queue.total  # clients' requests are numbered from here on
-                firsts = queue.first_prompts(_VOCAB_PROMPTS)
+                firsts = queue.first_prompts(VOCAB_PROMPTS)
             else:
-                firsts = encoded_prompts(target, prompts[:_VOCAB_PROMPTS])
+                firsts = encoded_prompts(target, prompts[:VOCAB_PROMPTS])
             self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import shlex
@@ -20,21 +19,20 @@ import torch
 from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
-from torchrl.objectives import LossModule
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
-from aurora_rl.cli.assembly import Target, load, request_queue, start_drafter, traffic
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
-from aurora_rl.cli.recording import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.cli.run_dir import RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
-from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.settings import check
 from aurora_rl.telemetry.log import MetricsLog
@@ -43,10 +41,8 @@ from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.telemetry.report import write_summary
 from aurora_rl.telemetry.view import every
 from aurora_rl.training.offline import OfflineTrainer, replay_groups
-from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.workload.traffic import Prompt
 
-_PROMPTS = 64  # that shape the draft vocabulary
 _SAVE_S = 300.0
 _ARGUMENTS = "train.json"
 _TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
@@ -159,7 +155,7 @@ def _settle(arguments: argparse.Namespace) -> None:
 def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
     """Return a checksum of the data: the prompts and their order, or each recording's first trajectories."""
     recordings = [TrajectoryDataset(folder) for folder in folders]
-    found = [recording.digest(min(len(recording), _PROMPTS)) for recording in recordings]
+    found = [recording.digest(min(len(recording), VOCAB_PROMPTS)) for recording in recordings]
     return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
 
 
@@ -209,16 +205,23 @@ def _start(
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
         target, day0 = load(spec), run_dir / "drafter-day0"
         requests = None if folders else request_queue(spec, target, prompts)
-        first = requests.first_prompts(_PROMPTS) if requests is not None else recorded_prompts(folders, _PROMPTS)
+        first = (
+            requests.first_prompts(VOCAB_PROMPTS) if requests is not None else recorded_prompts(folders, VOCAB_PROMPTS)
+        )
         started = day0.is_dir()
         if started:
             settings = replace(spec.config.drafter, path=str(day0))
             spec = replace(spec, config=replace(spec.config, drafter=settings))
         drafter = start_drafter(spec, target, first)
-        loss, optimizers = _objectives(spec, target, drafter)
+        loss, optimizers = learning(spec, drafter, target)
         recordings = [open_recording(folder, target, drafter) for folder in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
-        _check_enough(sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size)
+        count, batch_size = sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size
+        if count < batch_size:
+            raise ConfigError(
+                f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from; set "
+                "it to that, or record more"
+            )
         if not started:
             drafter.save_pretrained(day0)
     if requests is not None:
@@ -264,30 +267,6 @@ def _start(
 def _split(count: int, share: float) -> int:
     """Return the number of trajectories to learn from; the rest, at least one, is held out."""
     return count - max(round(count * share), 1)
-
-
-def _check_enough(count: int, batch_size: int) -> None:
-    """Raise ConfigError where there is not a batch to learn from."""
-    if count < batch_size:
-        raise ConfigError(
-            f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from; set it to "
-            "that, or record more"
-        )
-
-
-def _objectives(spec: RunSpec, target: Target, drafter: Drafter) -> tuple[LossModule, list[torch.optim.Optimizer]]:
-    # A copy: an engine changes the form of the target's weights in place. Autocast multiplies the head in bfloat16.
-    head, settings = copy.deepcopy(target.parts.head), spec.config.learner
-    try:
-        loss = SumLoss(
-            make_objectives(spec.config.objectives, drafter, head if spec.dtype == torch.bfloat16 else head.float())
-        )
-    except ValueError as error:
-        raise ConfigError(f"objectives: {error}") from error
-    try:
-        return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
-    except ValueError as error:
-        raise ConfigError(f"drafter.name={spec.drafter_name}: {error}") from error
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------

@@ -46,29 +46,17 @@ class AcceptanceRewardLoss(Objective):
 
     Let ``R`` be the expected number given the tree, and ``q`` the law of the tree. The derivative of the expectation
     is ``E[R grad log q + grad R]`` for every rule (``VerificationRule``). A node's score is weighted by what
-    depends on its draw: the nodes below it, and its later siblings with those below them.
-
-    ``grad R`` is zero for rules that do not look at ``q``, greedy and sample-and-match: there the recorded accept bits
-    may stand for ``R``. Under rejection they may not, since what is accepted depends on ``q`` itself: a reward of
-    accept bits, or of the indicators ``q < p``, is biased. On a chain ``reward="recorded"`` takes the right one:
-    ``1[q < p]`` times the accepted nodes from there on. Trees are refused. The caller makes sure that chains are drawn
-    with the current weights.
-
-    Trees may be drawn with older weights, as replayed ones are. What a node has accepted is then weighted by an
-    importance ratio: the probability of the draws that it depends on under the current weights, over the recorded one.
-    So the gradient is that of the current weights for every rule and tree. If the weights are the same, all ratios
-    are 1.
+    depends on its draw: the nodes below it, and its later siblings with those below them. Trees that older weights drew
+    count with importance ratios. docs/objectives.md says which reward and which baseline are right for which rule.
 
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         reward: Source of ``R``: "expected" takes both distributions, "recorded" the accept bits.
-        baseline: Baseline: "none", "leave_one_out" or "group". "leave_one_out" subtracts what independently drawn
-            siblings would have had accepted, each as if it stood first. "group" standardises that over the branches of
-            one root, as GRPO does: low variance, but biased, since a branch is part of its own mean.
-        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``. The gradient is nearly
-            right while the weights are near those that drew. Use it with a baseline: without one no credit is negative,
-            and a clip silences only draws that have become likelier. None clips nothing.
+        baseline: Baseline: "none"; "leave_one_out", what independently drawn siblings would have had accepted, each as
+            if it stood first; or "group", which standardises that over the branches of one root, and is biased.
+        clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``. Use it with a baseline.
+            None clips nothing.
         max_staleness: Most versions that a round may be older than the newest version seen; None keeps all rounds.
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are the trees, in one group.

@@ -27,17 +27,14 @@ class DiscardSamplingLoss(DistillationObjective):
     """A divergence to the target at rejected nodes.
 
     Every node of a tree went through the target, so the target's distribution is known at the contexts that serving
-    discards. The drafter's own states there are those of serving. Source: "discard sampling" of arXiv 2602.06932, whose
-    λ is ``weight``. The loss does not penalise the rejected tokens: at their parents the drafter learns by imitation.
-
-    Nodes that others proposed (a recorded log-probability of −inf) do not count. A batch may be without
-    ("nodes", "log_probs"); then every node counts as the drafter's.
+    discards. The loss does not penalise the rejected tokens: at their parents the drafter learns by imitation. Nodes
+    that others proposed (a recorded log-probability of −inf) do not count. Source: "discard sampling" of arXiv
+    2602.06932, whose λ is ``weight``.
 
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        divergence: Name of a divergence or its import path, a name and its settings such as
-            ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
+        divergence: Divergence, see :func:`get_divergence`.
         renormalize: See ``ImitationLoss``.
         target: See ``ImitationLoss``.
         top_k: Number of the target's likeliest tokens to compare over (renormalised where ``renormalize`` says so);

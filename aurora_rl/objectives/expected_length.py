@@ -29,9 +29,7 @@ class ExpectedLengthLoss(Objective):
     A context accepts a draft from ``q`` with probability ``α``: ``Σ min(p, q)`` under rejection, ``Σ p q`` under
     sample-and-match, ``q(argmax p)`` under greedy verification, with ``p`` as it was served. A path of contexts then
     has ``Σ over depths of the product of α`` accepted on average, given that what was accepted are the tokens of the
-    path. For deterministic top-k drafting it is a relaxation. A metric reports the exact value, which has no gradient.
-    In windows of text it is the number of the drafter's likeliest tokens, from every anchor, before the first that is
-    not the text's. In recorded trees it is the number of accepted nodes.
+    path. For deterministic top-k drafting it is a relaxation; a metric reports the exact value.
 
     Args:
         drafter: Drafter whose parameters learn.
@@ -45,7 +43,8 @@ class ExpectedLengthLoss(Objective):
         weight: Factor on the loss, see :class:`Objective`.
         reduction: See :class:`Objective`; positions are windows or trees, in one group.
 
-    The metrics are "expected_length", and "top1_length" (of text) or "accepted_length" (of trees).
+    The metrics are "expected_length", and "top1_length" (of text: likeliest tokens from every anchor before the first
+    that is not the text's) or "accepted_length" (of trees).
 
     Raises:
         ValueError: ``steps`` < 1, an unknown rule, contexts or reduction.

@@ -28,12 +28,7 @@ _GRANTED = 0.5
 
 
 def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> tuple[Tensor, Tensor]:
-    """Compute a divergence to the target at every step of a training-time-test unroll.
-
-    Args:
-        unroll: The drafter's predictions, see ``Drafter.unroll``.
-        log_p: The target's log-probabilities at the rows of the draft vocabulary, ``[C, Vd]``.
-        divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
+    """Compute a divergence to the target's ``log_p`` ``[C, Vd]`` at every step of a training-time-test unroll.
 
     Returns:
         ``[J, C]`` nats at each unroll step and completion token; and ``[J, C]`` bool, whether the target's likeliest
@@ -82,15 +77,13 @@ class ImitationLoss(DistillationObjective):
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        divergence: Name of a divergence or its import path, a name and its settings such as
-            ``{"name": "jensen_shannon", "beta": 0.1}``, or a function, see :func:`get_divergence`.
+        divergence: Divergence, see :func:`get_divergence`.
         renormalize: Whether the target's distribution is renormalised over the draft vocabulary. Otherwise it keeps its
             share of the whole vocabulary, as overlaps need to mean acceptance, and the whole head is multiplied. None
             asks the divergence: false for probabilities of acceptance (total variation, the two overlaps and the missed
             probability), true for the others.
-        target: Distribution to imitate: "model", the target's at temperature 1; or "served", the target's after the
-            request's temperature, top-k and top-p (a point mass if it was decoded greedily). With "served", positions
-            where the draft vocabulary has none of the mass do not count.
+        target: Distribution to imitate, "model" or "served", see :class:`DistillationObjective`. With "served",
+            positions where the draft vocabulary has none of the mass do not count.
         steps: Depths ``J`` to unroll.
         decay: Weight of each further step.
         weighting: Weights of positions: "decay", or "expected_length" for :func:`expected_length_weights` in place of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from aurora_rl.telemetry.rates import MIN_BASELINE_ROUNDS, Rates
@@ -57,16 +57,12 @@ class Point:
     drafted: Counter[str]
 
 
+# Of events: the fields are those of `aurora_rl.telemetry.events`, with the completed requests at that time.
+
+
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """New weights.
-
-    Attributes:
-        time: Seconds since the epoch.
-        requests: Completed requests.
-        version: Version of the weights.
-        ms: Milliseconds for which serving stood still.
-    """
+    """New weights draft: the event "swap"."""
 
     time: float
     requests: int
@@ -76,18 +72,7 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class GateDecision:
-    """A decision of the gate.
-
-    Attributes:
-        time: Seconds since the epoch.
-        requests: Completed requests.
-        publish: Whether the candidate will be served.
-        difference: Acceptance length of the candidate minus that of the serving weights.
-        interval: 95% interval of the difference.
-        candidate: Replayed acceptance length of the candidate.
-        serving: Replayed acceptance length of the serving weights.
-        version: Version that is published now.
-    """
+    """A decision of the gate: the event "gate"."""
 
     time: float
     requests: int
@@ -101,18 +86,7 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class TrialVerdict:
-    """How the trial of new weights ended.
-
-    Attributes:
-        time: Seconds since the epoch.
-        requests: Completed requests.
-        version: Version of the new weights.
-        promote: Whether they draft from now on.
-        reason: What decided, in words.
-        rounds: Rounds of the trial.
-        acceptance_length: Acceptance length of the old and of the new weights.
-        tokens_per_second: Throughput of the old and of the new weights.
-    """
+    """How the trial of new weights ended: the event "verdict". Figures are of the old and of the new weights."""
 
     time: float
     requests: int
@@ -126,16 +100,7 @@ class TrialVerdict:
 
 @dataclass(frozen=True, slots=True)
 class WatchdogFault:
-    """A fault of the serving drafter.
-
-    Attributes:
-        time: Seconds since the epoch.
-        requests: Completed requests.
-        version: Version that drafted.
-        cause: Its kind.
-        detail: What was compared, and how it differs.
-        action: What was done.
-    """
+    """A fault of the serving drafter: the event "watchdog"."""
 
     time: float
     requests: int
@@ -147,17 +112,7 @@ class WatchdogFault:
 
 @dataclass(slots=True)
 class LearnerFigures:
-    """The learner's side.
-
-    Attributes:
-        state: "running", or what is wrong.
-        steps: Optimizer steps.
-        seen: Requests learned from.
-        waiting: Requests that wait to be learned from.
-        loss: Loss of the last step; None before the first.
-        skipped: Steps that were left out.
-        restarts: How often a learner that had ended was started again.
-    """
+    """What the learner's events said last; its state is "running", or what is wrong."""
 
     state: str = "not known yet"
     steps: int = 0
@@ -174,10 +129,6 @@ class DomainFigures:
 
     Attributes:
         first: Requests that had completed before its first.
-        requests: Requests.
-        tokens: Tokens.
-        speculative_tokens: Tokens that speculative rounds delivered.
-        speculative_rounds: Speculative rounds.
     """
 
     first: int
@@ -207,12 +158,7 @@ class RunHistory:
         drops: Trajectories that were lost once they were sent, by reason.
         points: A point for each status. Where no request completed, the last point stands for all.
         drafted: Rounds of the last status by what they drafted.
-        swaps: Swaps.
-        gates: Decisions of the gate.
         on_trial: Version that is on trial; None if none is.
-        verdicts: How trials ended.
-        faults: Faults of the serving drafter.
-        learner: The learner's side.
         domains: Figures by domain; those of later domains than the first 50 are added up.
         marks: Number of completed requests at which something new begins, and what.
 
@@ -258,33 +204,20 @@ class RunHistory:
                     self._add_point(event)
                 case "swap":
                     self.version = event["version"]
-                    self.swaps.append(Swap(event["time"], event["requests"], event["version"], event["ms"]))
-                    _thin(self.swaps, self._most)
+                    self._keep(self.swaps, Swap, event)
                 case "gate":
-                    self.gates.append(
-                        GateDecision(
-                            event["time"], self.requests, event["publish"], event["difference"],
-                            tuple(event["interval"]), event["candidate"], event["serving"], event["version"],
-                        )
-                    )  # fmt: skip
-                    _thin(self.gates, self._most)
+                    decision = {"requests": self.requests, "interval": tuple(event["interval"])}
+                    self._keep(self.gates, GateDecision, {**event, **decision})
                     self.published = event["version"]
                 case "trial":
                     self.on_trial = event["version"]
                 case "verdict":
                     self.on_trial = None
-                    self.verdicts.append(
-                        TrialVerdict(
-                            event["time"], event["requests"], event["version"], event["promote"], event["reason"],
-                            event["rounds"],
-                            *((event[name]["old"], event[name]["new"])
-                              for name in ("acceptance_length", "tokens_per_second")),
-                        )
-                    )  # fmt: skip
-                    _thin(self.verdicts, self._most)
+                    pairs = ("acceptance_length", "tokens_per_second")
+                    figures = {name: (event[name]["old"], event[name]["new"]) for name in pairs}
+                    self._keep(self.verdicts, TrialVerdict, {**event, **figures})
                 case "watchdog":
-                    self.faults.append(WatchdogFault(*(event[name] for name in WatchdogFault.__slots__)))
-                    _thin(self.faults, self._most)
+                    self._keep(self.faults, WatchdogFault, event)
                 case "learner_ready":
                     self._seen = event["seen"]
                 case "checkpoint":
@@ -303,6 +236,10 @@ class RunHistory:
                     self.drops["learner_died"] += event["lost"]
                 case "learner_died":
                     learner.state = event["reason"].removeprefix("the learner ")
+
+    def _keep(self, items: list[Any], kind: type, event: Mapping[str, Any]) -> None:
+        items.append(kind(*(event[field.name] for field in fields(kind))))
+        _thin(items, self._most)
 
     def _count(self, event: dict[str, Any]) -> None:
         name, requests = event.get("domain", ""), event.get("requests", 1)  # several requests come as sums
@@ -377,4 +314,4 @@ def _rounded(values: Iterable[float | None]) -> list[float | None]:
 
 
 def _columns(items: list[Any], kind: type) -> dict[str, list[Any]]:
-    return {name: [getattr(item, name) for item in items] for name in kind.__slots__}  # type: ignore[attr-defined]
+    return {field.name: [getattr(item, field.name) for item in items] for field in fields(kind)}

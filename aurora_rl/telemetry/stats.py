@@ -83,11 +83,8 @@ class Stats:
     ) -> dict[str, Any]:
         """Return what ``summary.json`` holds; null stands for what was not measured.
 
-        Args:
-            client_requests: Completed requests that clients asked, and no traffic.
-            failed: Requests that could not be served.
-            drops: Trajectories that were lost, by reason; None if there are none.
-            duration_s: Seconds of the run.
+        ``client_requests`` are those completed requests that clients asked, and no traffic; ``drops`` the trajectories
+        that were lost, by reason.
         """
         count, drops = len(self.finished), drops or Counter()
         tenth = max(count // 10, 1)

@@ -21,11 +21,7 @@ _STATE = "the training state"  # as the learner calls it, which saves it again a
 
 
 class Server(Protocol):
-    """The serving half of a run, whatever its engine.
-
-    Attributes:
-        stats: Statistics of the run so far.
-    """
+    """The serving half of a run, whatever its engine."""
 
     stats: Stats
 

@@ -42,24 +42,12 @@ def check_objective(
 
     A tiny target is served with an EAGLE-3 drafter under sample-and-match, greedily, and by chains under rejection,
     which an objective may refuse by a ValueError that names it. Trees are by top-k, or drawn at random for an objective
-    that declares so (``Objective.sampled``). On all of these:
+    that declares so (``Objective.sampled``). docs/extending.md lists the promises. How a loss changes with acceptance
+    is not checked: imitation does not look at it.
 
-    - forward gives what it declares, reads what it declares, and leaves its input alone;
-    - what stands where the drafter has no prediction does not matter, to metrics neither;
-    - the gradient is that of finite differences (not for sampled objectives, whose gradient is a score);
-    - reductions add up, a mean is over valid positions, and neighbours, their order and padding do not matter;
-    - the target's likeliest tokens say what its hidden states say, or are refused by a ValueError that names the
-      objective and 'hidden'.
-
-    On the first of them the order of siblings does not matter, except for sampled objectives, where later siblings hang
-    on a draw. What is declared of "sampling" counts. Losses stay finite if nothing or everything was accepted. How a
-    loss changes with acceptance is not checked: imitation does not look at it.
-
-    Last, whether it leads to the target. In every group of values, such as every unroll step, three drafters are
-    compared: one that equals the target has a smaller loss than a uniform one and than one that contradicts the target.
-    The value of a sampled objective tells nothing. So its expected gradient, over all trees and outcomes of tables
-    (``aurora_rl.testing.enumerable_worlds``), must be that of the number of accepted nodes. The drafter that ``make``
-    receives is then such a table, which scores trees and cannot unroll.
+    The value of a sampled objective tells nothing about its direction. So its expected gradient is checked over all
+    trees and outcomes of tables (``aurora_rl.testing.enumerable_worlds``). The drafter that ``make`` receives is then
+    such a table, which scores trees and cannot unroll.
 
     Args:
         make: Called with a drafter, the target's head and ``reduction=...``: a class of objectives, or a partial of

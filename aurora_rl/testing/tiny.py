@@ -44,25 +44,30 @@ def tiny_target(
         >>> tiny_target("qwen3").dtype
         torch.float64
     """
+    # Wide weights: a random model with small ones has nearly flat logits, and everything would agree by chance.
+    model = _random_model(
+        architecture, seed, vocab_size=vocab_size, num_hidden_layers=num_layers, head_dim=4, initializer_range=0.4
+    )
+    return cast(model, dtype).eval().requires_grad_(False)
+
+
+def _random_model(
+    architecture: str, seed: int, hidden_size: int = 16, eos_token_id: int | None = None, **settings: Any
+) -> PreTrainedModel:
     config = AutoConfig.for_model(
         architecture,
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=4,
         max_position_embeddings=512,
-        # Wide weights: a random model with small ones has nearly flat logits, and everything would agree by chance.
-        initializer_range=0.4,
         bos_token_id=None,
-        eos_token_id=None,
+        eos_token_id=eos_token_id,
+        **settings,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-    return cast(model, dtype).eval().requires_grad_(False)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def tiny_folder(folder: str | os.PathLike[str]) -> Path:
@@ -91,23 +96,8 @@ def tiny_folder(folder: str | os.PathLike[str]) -> Path:
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=tokens.index("<eos>"),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
+    eos, shape = tokens.index("<eos>"), {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3}
+    _random_model("llama", 0, eos_token_id=eos, initializer_range=0.2, **shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
 

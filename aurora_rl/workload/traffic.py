@@ -85,13 +85,10 @@ def read_jsonl(
 ) -> list[Prompt]:
     """Read requests from a JSONL file.
 
-    A line is `{"messages": [{"role": ..., "content": ...}, ...]}`. It may have an `id`, a `domain` and `follow_ups`, a
-    list of the user's further turns. Fields of OpenAI's requests are checked as in a body of /v1/chat/completions:
-    `max_tokens` (or `max_completion_tokens`), `temperature`, `top_p`, `top_k`, `seed`, `stop` and `ignore_eos` override
-    the configuration in every turn of the line, `speculative: false` decodes it plainly, `learn: false` keeps it from
-    the learner, and a `cache_salt` keeps it apart from lines with another one. What would change the answer and is not
-    supported is refused. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so that
-    a run never meets a bad line half way.
+    A line is `{"messages": [{"role": ..., "content": ...}, ...]}`; docs/quickstart.md lists the keys that it may have.
+    Fields of OpenAI's requests are checked as in a body of /v1/chat/completions. What would change the answer and is
+    not supported is refused. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so
+    that a run never meets a bad line half way.
 
     Args:
         path: File, in UTF-8.

@@ -7,13 +7,13 @@ import random
 import pytest
 
 from aurora_rl.adaptation.metrics import (
+    REGAINED,
     Served,
     block_bootstrap,
     forgotten,
     level,
     regret,
     requests_to,
-    requests_to_regain,
     trailing_acceptance,
 )
 
@@ -48,8 +48,8 @@ def test_a_level_is_reached_once_and_counts_the_requests_of_the_window() -> None
 
 def test_regaining_is_95_percent_of_what_was_there() -> None:
     phase = Served([100, 100, 100], [100, 53, 52])
-    assert requests_to_regain(2.0, phase, 1) == 3  # 1.887 is not 1.9, 1.923 is
-    assert requests_to_regain(2.5, phase, 1) is None
+    assert requests_to(phase, REGAINED * 2.0, 1) == 3  # 1.887 is not 1.9, 1.923 is
+    assert requests_to(phase, REGAINED * 2.5, 1) is None
 
 
 def test_a_level_is_that_of_the_last_third_and_what_is_forgotten_is_measured_from_it() -> None:

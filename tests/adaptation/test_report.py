@@ -65,9 +65,9 @@ def test_figures_are_those_of_each_phase(folder: Path) -> None:
     assert again["phases"][2]["regained_after"] == 2
     assert scratch["phases"][0]["forgotten"] is None and scratch["phases"][1]["forgotten"] is None
     assert scratch["phases"][2]["forgotten"] == pytest.approx(1 - (48 / 25) / 2)
-    assert scratch["levels"][1.5] == {"requests": 4, "tokens": 48, "flops": 8 * 10**12}
-    assert scratch["levels"][2.0] == {"requests": 11, "tokens": 132, "flops": 22 * 10**12}
-    assert lookup["levels"][1.5] is None and lookup["swaps"] == 3
+    assert scratch["levels"]["1.5"] == {"requests": 4, "tokens": 48, "flops": 8 * 10**12}
+    assert scratch["levels"]["2.0"] == {"requests": 11, "tokens": 132, "flops": 22 * 10**12}
+    assert lookup["levels"]["1.5"] is None and lookup["swaps"] == 3
     assert scratch["regret"] == ("lookup", pytest.approx(101 / 120 - 1))
 
 

@@ -13,7 +13,7 @@ from tiny_streams import drafter_and_loss, stream
 from torch import Tensor
 
 from aurora_rl.adaptation import simulation
-from aurora_rl.adaptation.simulation import ArmRun, LocalSource, LocalTarget, simulate
+from aurora_rl.adaptation.simulation import ArmRun, LocalWire, simulate
 from aurora_rl.policies import Eagle3Drafter, TreeShape
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.telemetry.log import MetricsLog
@@ -26,9 +26,7 @@ from aurora_rl.training.replay import trajectory_buffer
 SHAPE = TreeShape(3)
 
 
-def learner(
-    folder: Path, source: LocalSource, target: LocalTarget, margin: float = 9.0, replay: int = 2
-) -> tuple[Learner, Eagle3Drafter]:
+def learner(folder: Path, wire: LocalWire, margin: float = 9.0, replay: int = 2) -> tuple[Learner, Eagle3Drafter]:
     torch.manual_seed(0)
     drafter, loss = drafter_and_loss()
     log = MetricsLog(folder / "metrics.jsonl", "learner")
@@ -37,8 +35,8 @@ def learner(
         loss=loss,
         optimizers=drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-3),
         buffer=trajectory_buffer(100, 2),
-        collector=source,
-        publisher=target,
+        collector=wire,
+        publisher=wire,
         gate=Gate(2, margin, SHAPE, drafter.serving_copy(torch.float32)),
         log=log,
         serving_dtype=torch.float32,
@@ -67,32 +65,32 @@ def test_a_frozen_arm_is_a_replay(requests: list[TensorDict]) -> None:
 
 
 def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[TensorDict], tmp_path: Path) -> None:
-    source, target = LocalSource(), LocalTarget()
-    made, drafter = learner(tmp_path / "fast", source, target)
+    wire = LocalWire()
+    made, drafter = learner(tmp_path / "fast", wire)
     kept: dict[int, dict[str, Tensor]] = {}
     told: list[int] = []
     run = simulate(
-        requests, drafter.serving_copy(torch.float32), SHAPE, learner=made, source=source, target=target, points={10},
+        requests, drafter.serving_copy(torch.float32), SHAPE, learner=made, wire=wire, points={10},
         keep=lambda request, weights: kept.update({request: {k: v.clone() for k, v in weights.items()}}),
         tell=lambda done, so_far: told.append(done),
     )  # fmt: skip
 
     # The slow way: one request after the other, each replayed alone by the weights of that moment.
-    source, target = LocalSource(), LocalTarget()
-    made, drafter = learner(tmp_path / "slow", source, target)
+    wire = LocalWire()
+    made, drafter = learner(tmp_path / "slow", wire)
     serving, slow, version = drafter.serving_copy(torch.float32), ArmRun(), 0
     for request, trajectory in enumerate(requests, 1):
         replayed = replay(serving, [trajectory], SHAPE)
         slow.tokens += replayed.tokens.tolist()
         slow.rounds += replayed.rounds.tolist()
         slow.version.append(version)
-        source.waiting.append(trajectory)
+        wire.waiting.append(trajectory)
         while made.step(wait_s=0.0):
             pass
         slow.steps.append(made.steps)
-        if target.newest is not None:
-            version, weights = target.newest
-            target.newest = None
+        if wire.newest is not None:
+            version, weights = wire.newest
+            wire.newest = None
             serving.install(weights)
         if request == 10:
             for name, tensor in serving.published().items():
@@ -105,20 +103,20 @@ def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[Ten
 
 
 def test_a_gate_that_lets_nothing_pass_leaves_the_arm_as_it_is(requests: list[TensorDict], tmp_path: Path) -> None:
-    source, target = LocalSource(), LocalTarget()
-    made, drafter = learner(tmp_path, source, target, margin=-9.0)
+    wire = LocalWire()
+    made, drafter = learner(tmp_path, wire, margin=-9.0)
     serving = drafter.serving_copy(torch.float32)
-    run = simulate(requests, serving, SHAPE, learner=made, source=source, target=target)
+    run = simulate(requests, serving, SHAPE, learner=made, wire=wire)
     frozen = simulate(requests, drafter_and_loss()[0].serving_copy(torch.float32), SHAPE)
     assert set(run.version) == {0} and run.steps[-1] > 0
     assert run.rounds == frozen.rounds
 
 
 def test_a_learner_takes_the_steps_that_its_pace_allows(requests: list[TensorDict], tmp_path: Path) -> None:
-    source, target = LocalSource(), LocalTarget()
-    made, drafter = learner(tmp_path, source, target, replay=100)
+    wire = LocalWire()
+    made, drafter = learner(tmp_path, wire, replay=100)
     serving = drafter.serving_copy(torch.float32)
-    run = simulate(requests, serving, SHAPE, learner=made, source=source, target=target, pace=1.5)
+    run = simulate(requests, serving, SHAPE, learner=made, wire=wire, pace=1.5)
     # The first batch is of two requests, and time before it is lost; after it replay fills all time.
     assert run.steps[:5] == [0, 1, 3, 4, 6]
     assert run.steps[-1] == run.steps[1] + 33
@@ -132,8 +130,8 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
     kept: list[bytes] = []
 
     def arm(folder: str, stop_after: int | None, state: dict[str, Any] | None = None) -> tuple[ArmRun, Eagle3Drafter]:
-        source, target = LocalSource(), LocalTarget()
-        arms_learner, drafter = learner(tmp_path / folder, source, target)
+        wire = LocalWire()
+        arms_learner, drafter = learner(tmp_path / folder, wire)
 
         def save(so_far: dict[str, Any]) -> None:
             file = io.BytesIO()
@@ -145,7 +143,7 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
                 raise KeyboardInterrupt
 
         run = simulate(
-            requests, drafter.serving_copy(torch.float32), SHAPE, learner=arms_learner, source=source, target=target,
+            requests, drafter.serving_copy(torch.float32), SHAPE, learner=arms_learner, wire=wire,
             earlier=EarlierAnswers(60), pace=pace, at_once=2, tell=tell, save=save, state=state,
         )  # fmt: skip
         return run, drafter

@@ -21,7 +21,7 @@ from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.objectives.registry import OBJECTIVES
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.training import steps as training
 from aurora_rl.trajectories import rule_code
 

@@ -25,7 +25,7 @@ from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.spec import resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.policies import Eagle3Drafter
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
 from aurora_rl.trajectories import rule_code

@@ -1,133 +1,124 @@
-"""The application: OpenAI's API and what operators ask, over an engine."""
+"""What the applications in front of any engine share: keys, bounds, errors, and what operators ask."""
 
 from __future__ import annotations
 
+import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache, partial
+from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute
-from transformers import PreTrainedTokenizerBase
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
-from aurora_rl.envs import SamplingParams
-from aurora_rl.models.detokenizer import token_bytes
-from aurora_rl.serving.async_engine import AsyncEngine
+import aurora_rl
 from aurora_rl.serving.http import errors
-from aurora_rl.serving.http.front import Front
 from aurora_rl.serving.http.keys import Keys
 from aurora_rl.serving.http.live_page import FILES, page_routes
-from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.serving.http.reading import read_body
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
+from aurora_rl.workload.request_fields import FieldError
 
 
-def create_app(
-    engine: AsyncEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    model: str,
-    vocab_size: int,
-    max_length: int,
-    max_waiting: int,
-    sampling: SamplingParams,
-    history: RunHistory,
-    metrics: Exporter,
-    max_tokens: int | None = None,
-    num_spec_tokens: int = 0,
-    drafter_version: Callable[[], int] = lambda: 0,
-    api_keys: Collection[str] = (),
-    max_body: int = 1 << 20,
-    timeout: float = 600.0,
-    cors_origins: Sequence[str] = (),
-) -> Starlette:
-    """Build the application that serves OpenAI's API.
+class Application(ABC):
+    """An application in front of an engine.
 
     Args:
-        engine: Engine that generates.
-        tokenizer: Tokenizer of the target.
         model: Name of the served model.
-        vocab_size: Tokens that the target knows.
-        max_length: Most tokens of prompt and completion.
-        max_waiting: Requests that may wait in the engine.
-        sampling: Temperature, top-k and top-p of requests that name none.
-        max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
         history: What the run came to so far, for the live page at ``/``.
         metrics: What is exported for Prometheus at ``/metrics``.
-        num_spec_tokens: Tokens of the longest path that is drafted.
         drafter_version: Returns the version of the weights that draft.
         api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
     """
-    front = Front(
-        engine,
-        tokenizer,
-        Encoder(
-            tokenizer,
-            model=model,
-            vocab_size=vocab_size,
-            max_length=max_length,
-            max_waiting=max_waiting,
-            sampling=sampling,
-            max_tokens=max_tokens,
-        ),
-        model=model,
-        max_length=max_length,
-        max_body=max_body,
-        timeout=timeout,
-        metrics=metrics,
-        drafter={
-            "spell": lru_cache(1 << 16)(partial(token_bytes, tokenizer)),
-            "num_spec_tokens": num_spec_tokens,
-            "drafter_version": drafter_version,
-        },
-    )
 
-    def load() -> dict[str, int]:
-        return {"num_running": engine.num_running, "num_waiting": engine.num_waiting}
+    def __init__(
+        self,
+        *,
+        model: str,
+        history: RunHistory,
+        metrics: Exporter,
+        drafter_version: Callable[[], int] = lambda: 0,
+        api_keys: Collection[str] = (),
+        max_body: int = 1 << 20,
+        timeout: float = 600.0,
+        cors_origins: Sequence[str] = (),
+    ) -> None:
+        self._model, self._history, self._metrics, self._drafter_version = model, history, metrics, drafter_version
+        self._api_keys, self._cors_origins = list(api_keys), list(cors_origins)
+        self._max_body, self._timeout = max_body, timeout
 
-    routes = [*front.routes(), *page_routes(load, history, model)]
-    return application(routes, load=load, failed=metrics.failed, api_keys=api_keys, cors_origins=cors_origins)
+    @abstractmethod
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes of the engine's API."""
 
+    @abstractmethod
+    def load(self) -> dict[str, int]:
+        """Return the running and waiting requests, ``num_running`` and ``num_waiting``."""
 
-def application(
-    routes: Sequence[BaseRoute],
-    *,
-    load: Callable[[], Mapping[str, int]],
-    failed: Callable[[str], None],
-    api_keys: Collection[str],
-    cors_origins: Sequence[str],
-) -> Starlette:
-    """Build an application of these routes, with our keys and our errors.
+    @abstractmethod
+    def info(self) -> dict[str, Any]:
+        """Return what ``/server_info`` tells of the engine."""
 
-    Args:
-        routes: Routes of the application.
-        load: Returns the running and waiting requests, ``num_running`` and ``num_waiting``; kept as ``state.load``.
-        failed: Called with the code of the error where a key is missing or wrong.
-        api_keys: Bearer keys, which every path but ``/health`` needs; none lets everyone in.
-        cors_origins: Origins whose pages may call the server from a browser.
-    """
-    middleware = []
-    if cors_origins:  # outermost: a browser asks without a key, and its page reads refusals too
-        origins = list(cors_origins)
-        middleware.append(
-            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    @abstractmethod
+    def counts(self) -> Mapping[str, float | None]:
+        """Return the metrics that are numbers of this moment, see :meth:`Exporter.expose`."""
+
+    def starlette(self) -> Starlette:
+        """Return the application for an ASGI server."""
+        middleware = []
+        if self._cors_origins:  # outermost: a browser asks without a key, and its page reads refusals too
+            origins, methods = self._cors_origins, ["GET", "POST"]
+            middleware.append(
+                Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"])
+            )
+        if self._api_keys:
+            open_paths = ("/health", *FILES)
+            middleware.append(Middleware(Keys, keys=self._api_keys, open_paths=open_paths, failed=self._metrics.failed))
+        app = Starlette(
+            routes=[
+                *self.routes(),
+                Route("/server_info", self._server_info, methods=["GET"]),
+                Route("/metrics", self._exposed_metrics, methods=["GET"]),
+                *page_routes(self.load, self._history, self._model),
+            ],
+            middleware=middleware,
+            exception_handlers={
+                errors.ApiError: errors.answer_request_error,
+                FieldError: errors.answer_request_error,
+                errors.ClientGoneError: errors.answer_nobody,
+                ClientDisconnect: errors.answer_nobody,
+                HTTPException: errors.answer_http_exception,
+                Exception: errors.answer_any_exception,
+            },
         )
-    if api_keys:
-        middleware.append(Middleware(Keys, keys=list(api_keys), open_paths=("/health", *FILES), failed=failed))
-    app = Starlette(
-        routes=routes,
-        middleware=middleware,
-        exception_handlers={
-            errors.ApiError: errors.answer_api_error,
-            HTTPException: errors.answer_http_exception,
-            Exception: errors.answer_any_exception,
-        },
-    )
-    app.router.redirect_slashes = False
-    app.state.load = load
-    return app
+        app.router.redirect_slashes = False
+        return app
+
+    async def _server_info(self, request: Request) -> Response:
+        info = {"model": self._model, **self.info(), "version": aurora_rl.__version__, **self.load()}
+        return JSONResponse({**info, "drafter_version": self._drafter_version()})
+
+    async def _exposed_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.expose(self.counts()), media_type=CONTENT_TYPE_LATEST)
+
+    def _deadline(self) -> float:
+        """Return the time of the event loop's clock by which a request that comes now must be answered."""
+        return asyncio.get_running_loop().time() + self._timeout
+
+    def _failed(self, error: Exception) -> errors.ApiError:
+        """Count a request that failed, and return what its client is told."""
+        answer = errors.of_engine(error)
+        self._metrics.failed(answer.code or str(answer.status))
+        return answer
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self._max_body, self._timeout)

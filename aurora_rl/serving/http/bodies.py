@@ -55,12 +55,7 @@ def draft_metrics(
 class Bodies(ABC):
     """The bodies of the answer to one request.
 
-    Args:
-        model: Name of the served model.
-        tokenizer: Tokenizer of the target.
-        spell: Returns the text and the bytes of a token; see :func:`~aurora_rl.models.detokenizer.token_bytes`.
-        num_spec_tokens: Tokens of the longest path that is drafted.
-        drafter_version: Returns the version of the weights that draft.
+    ``spell`` returns the text and the bytes of a token; see :func:`~aurora_rl.models.detokenizer.token_bytes`.
     """
 
     prefix, kind, chunk_kind = "", "", ""
@@ -93,15 +88,7 @@ class Bodies(ABC):
         first: bool = False,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
-        """Return a piece of a stream.
-
-        Args:
-            index: Index of the choice.
-            text: New text.
-            logprobs: Those of the new tokens.
-            first: Whether it begins the choice.
-            finish_reason: Why the choice ended; None before it did.
-        """
+        """Return a piece of a stream: new text of a choice, and the log-probabilities of its tokens."""
         delta = self._delta(text, first)
         choice = {"index": index, **delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "object": self.chunk_kind, "choices": [choice]}
@@ -136,14 +123,11 @@ class Bodies(ABC):
             drafter_version=self._drafter_version(),
         )
 
-    def _text(self, completion: Completion) -> str:
-        return decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)
-
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
         tokens, found = completion.tokens.tolist(), completion.logprobs
         return {
             "index": index,
-            **self._message(self._text(completion)),
+            **self._message(decode(self._tokenizer, tokens, completion.request.sampling.stop)),
             "logprobs": None if found is None else self.logprobs(tokens, found),
             "finish_reason": completion.finish_reason,
         }
@@ -158,13 +142,7 @@ class Bodies(ABC):
 
     @abstractmethod
     def logprobs(self, tokens: Sequence[int], found: Sequence[TokenLogprobs], before: int = 0) -> dict[str, Any]:
-        """Return the log-probabilities of tokens.
-
-        Args:
-            tokens: The tokens.
-            found: Their log-probabilities.
-            before: Characters of the choice's tokens before these.
-        """
+        """Return the log-probabilities of tokens, after ``before`` characters of the choice's tokens."""
 
 
 class ChatBodies(Bodies):

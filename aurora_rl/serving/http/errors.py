@@ -11,35 +11,31 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, RefusedError
+from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
 
 GONE = Response(status_code=499)
 """To a client that has left: nobody reads it, and nginx has this status for it."""
 
-_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    502: "server_error",
-    503: "server_error",
-    504: "timeout_error",
+# The usual type and code of an error, by its status.
+_USUAL = {
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("rate_limit_error", "queue_full"),
+    500: ("server_error", "internal_error"),
+    502: ("server_error", "bad_gateway"),
+    503: ("server_error", "engine_dead"),
+    504: ("timeout_error", "timeout"),
 }
-_CODES = {
-    401: "invalid_api_key",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    413: "request_too_large",
-    415: "unsupported_media_type",
-    429: "queue_full",
-    500: "internal_error",
-    502: "bad_gateway",
-    503: "engine_dead",
-    504: "timeout",
-}
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection."""
 
 
 class ApiError(Exception):
@@ -67,13 +63,13 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code or _CODES.get(status)
+        self.kind, usual = _USUAL.get(status, ("invalid_request_error", None))
+        self.status, self.message, self.param, self.code = status, message, param, code or usual
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """Return the body of the answer."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         """Return the answer."""
@@ -84,6 +80,8 @@ def of_engine(error: Exception) -> ApiError:
     """Return the answer to a request that failed in the engine or while it was waited for."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FieldError):
+        return ApiError(400, str(error), param=error.param, code=error.code)
     if isinstance(error, RefusedError):
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):
@@ -94,10 +92,14 @@ def of_engine(error: Exception) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why")
 
 
-async def answer_api_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of :class:`ApiError`."""
-    assert isinstance(error, ApiError)
-    return error.response()
+async def answer_request_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler of :class:`ApiError` and of fields that are refused."""
+    return of_engine(error).response()
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """Starlette's handler of a client that has left."""
+    return GONE
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:

@@ -1,33 +1,33 @@
-"""What each path does."""
+"""The front of the engine in this process: what each path of OpenAI's API does."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
-import aurora_rl
 from aurora_rl.envs import SamplingParams
+from aurora_rl.models.detokenizer import token_bytes
 from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError
+from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
-from aurora_rl.serving.http.errors import GONE, ApiError, of_engine
-from aurora_rl.serving.http.generation import ClientGoneError, complete, generate, while_connected
+from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
+from aurora_rl.serving.http.generation import complete, generate, while_connected
 from aurora_rl.serving.http.prompts import Encoder
-from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, events
-from aurora_rl.telemetry.prometheus import Exporter
 
 T = TypeVar("T")
 
@@ -35,45 +35,58 @@ _HEALTH_S = 20.0
 _LOOK_S = 0.02  # between two looks for a token
 
 
-class Front:
-    """The routes of the application.
+class Front(Application):
+    """OpenAI's API over an engine in this process.
 
     Args:
         engine: Engine that generates.
         tokenizer: Tokenizer of the target.
-        encoder: Turns bodies into jobs.
-        model: Name of the served model.
+        vocab_size: Tokens that the target knows.
         max_length: Most tokens of prompt and completion.
-        max_body: Most bytes of a body.
-        timeout: Most seconds of a request.
-        metrics: What is exported for Prometheus.
-        drafter: Further arguments of :class:`~aurora_rl.serving.http.bodies.Bodies`.
+        max_waiting: Requests that may wait in the engine.
+        sampling: Temperature, top-k and top-p of requests that name none.
+        max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
+        num_spec_tokens: Tokens of the longest path that is drafted.
+        **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
     """
 
     def __init__(
         self,
         engine: AsyncEngine,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: Encoder,
         *,
-        model: str,
+        vocab_size: int,
         max_length: int,
-        max_body: int,
-        timeout: float,
-        metrics: Exporter,
-        drafter: dict[str, Any],
+        max_waiting: int,
+        sampling: SamplingParams,
+        max_tokens: int | None = None,
+        num_spec_tokens: int = 0,
+        **common: Any,
     ) -> None:
-        self._engine, self._tokenizer, self._encoder = engine, tokenizer, encoder
-        self._model, self._max_length, self._drafter = model, max_length, drafter
-        self._max_body, self._timeout, self._metrics = max_body, timeout, metrics
+        super().__init__(**common)
+        self._engine, self._tokenizer, self._max_length = engine, tokenizer, max_length
+        self._encoder = Encoder(
+            tokenizer,
+            model=self._model,
+            vocab_size=vocab_size,
+            max_length=max_length,
+            max_waiting=max_waiting,
+            sampling=sampling,
+            max_tokens=max_tokens,
+        )
+        self._drafter: dict[str, Any] = {
+            "spell": lru_cache(1 << 16)(partial(token_bytes, tokenizer)),
+            "num_spec_tokens": num_spec_tokens,
+            "drafter_version": self._drafter_version,
+        }
         self._created = int(time.time())
         # Bodies are parsed and encoded next to the event loop, in one thread. Texts that are only to be counted may be
         # as long as a body, and have a thread of their own. They may share a tokenizer whose settings nobody changes.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._counter = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
+    @override
     def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
         get, post = ["GET"], ["POST"]
         return [
             Route("/v1/chat/completions", self.chat_completions, methods=post),
@@ -84,9 +97,19 @@ class Front:
             Route("/detokenize", self.detokenize, methods=post),
             Route("/health", self.health, methods=get),
             Route("/health_generate", self.health_generate, methods=get),
-            Route("/server_info", self.server_info, methods=get),
-            Route("/metrics", self.metrics, methods=get),
         ]
+
+    @override
+    def load(self) -> dict[str, int]:
+        return {"num_running": self._engine.num_running, "num_waiting": self._engine.num_waiting}
+
+    @override
+    def info(self) -> dict[str, Any]:
+        return {"max_model_len": self._max_length}
+
+    @override
+    def counts(self) -> Mapping[str, float | None]:
+        return self._engine.counts()
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -130,10 +153,7 @@ class Front:
 
     async def health_generate(self, request: Request) -> Response:
         """Tell whether the engine works: whether a round delivers a token, to whomever, after it was asked for one."""
-        try:
-            await while_connected(request.receive, self._token_delivered())
-        except ClientGoneError:
-            return GONE
+        await while_connected(request.receive, self._token_delivered())
         return Response()
 
     async def _token_delivered(self) -> None:
@@ -158,30 +178,18 @@ class Front:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
 
-    async def server_info(self, request: Request) -> Response:
-        """Tell what is served and how busy it is."""
-        engine = self._engine
-        load = {"num_running": engine.num_running, "num_waiting": engine.num_waiting}
-        head = {"model": self._model, "max_model_len": self._max_length, "version": aurora_rl.__version__}
-        return JSONResponse({**head, **load, "drafter_version": self._drafter["drafter_version"]()})
-
-    async def metrics(self, request: Request) -> Response:
-        """Return the metrics for Prometheus."""
-        return Response(self._metrics.expose(self._engine.counts()), media_type=CONTENT_TYPE_LATEST)
-
     async def _answer(
         self, request: Request, schema: type[ChatCompletion | Completion], kind: type[Bodies]
     ) -> Response:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._timeout
+        deadline = self._deadline()
 
         def prepare(data: bytes) -> tuple[ChatCompletion | Completion, list[Job]]:
             body = parse(data, schema)
             return body, self._encoder.jobs(body, request.headers)
 
         try:
-            data = await read_body(request, self._max_body, self._timeout)
-            body, jobs = await loop.run_in_executor(self._worker, prepare, data)
+            data = await self._body(request)
+            body, jobs = await asyncio.get_running_loop().run_in_executor(self._worker, prepare, data)
             bodies = kind(self._model, self._tokenizer, **self._drafter)
             if not body.stream:
                 done = await while_connected(request.receive, complete(self._engine, jobs, deadline))
@@ -195,23 +203,13 @@ class Front:
             )  # fmt: skip
             return EventStream(stream, deadline)
         except (ClientDisconnect, ClientGoneError):
-            return GONE
+            raise
         except Exception as error:
             raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> ApiError:
-        """Count a request that failed, and return what its client is told."""
-        answer = of_engine(error)
-        self._metrics.failed(answer.code or str(answer.status))
-        return answer
-
     async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
         """Answer a body in the thread of /tokenize and /detokenize."""
-        try:
-            data = await read_body(request, self._max_body, self._timeout)
-        except ClientDisconnect:
-            return GONE
-        loop = asyncio.get_running_loop()
+        data, loop = await self._body(request), asyncio.get_running_loop()
         return await loop.run_in_executor(self._counter, lambda: JSONResponse(answer(data)))
 
     def _card(self) -> dict[str, Any]:

@@ -9,24 +9,15 @@ from typing import Any, TypeVar
 
 from aurora_rl.envs import Completion
 from aurora_rl.serving.async_engine import AsyncEngine, Job, Update
-from aurora_rl.serving.http.errors import timed_out
+from aurora_rl.serving.http.errors import ClientGoneError, timed_out
 
 T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client has closed its connection."""
 
 
 async def generate(
     engine: AsyncEngine, jobs: Sequence[Job], deadline: float
 ) -> AsyncGenerator[tuple[int, Update], None]:
     """Generate all jobs, and yield what a round added to one, with its index. Closing it cancels what is not complete.
-
-    Args:
-        engine: The engine.
-        jobs: The jobs.
-        deadline: Time of the event loop's clock at which they must be complete.
 
     Raises:
         ApiError: Status 504, the deadline has passed.
@@ -57,9 +48,7 @@ async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) ->
 async def while_connected(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
     """Return the result of some work, and cancel it if the client leaves.
 
-    Args:
-        receive: ASGI's source of events, after the request's body was read.
-        work: The work.
+    ``receive`` is ASGI's source of events, after the request's body was read.
 
     Raises:
         ClientGoneError: The client has left.

@@ -42,13 +42,9 @@ def read_api_keys(path: str | os.PathLike[str] | None) -> list[str]:
 
 
 class Keys:
-    """ASGI middleware that lets requests with a known bearer key pass.
+    """ASGI middleware that lets requests with a known bearer key pass, and all to the open paths.
 
-    Args:
-        app: The application.
-        keys: The keys.
-        open_paths: Paths that need no key.
-        failed: Called with the code of the error for each request for a completion that is refused.
+    ``failed`` is called with the code of the error for each request for a completion that is refused.
     """
 
     def __init__(

@@ -31,13 +31,7 @@ _HEADERS = {
 
 
 def page_routes(load: Callable[[], Mapping[str, int]], history: RunHistory, model: str) -> list[BaseRoute]:
-    """Return the routes of the page's files and of ``/history``, its figures.
-
-    Args:
-        load: Returns the running and waiting requests, ``num_running`` and ``num_waiting``.
-        history: What the run came to so far.
-        model: Name of the served model.
-    """
+    """Return the routes of the page's files and of ``/history``, its figures."""
 
     async def figures(request: Request) -> Response:
         return JSONResponse({"model": model, **load(), **history.as_json()}, headers={"Cache-Control": "no-store"})

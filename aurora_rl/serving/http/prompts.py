@@ -15,6 +15,7 @@ from aurora_rl.models.loading import encode_chat
 from aurora_rl.serving.async_engine import Job
 from aurora_rl.serving.http.errors import ApiError
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Tokenize
+from aurora_rl.workload.request_fields import FieldError
 from aurora_rl.workload.request_values import Message
 
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
@@ -23,14 +24,8 @@ _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 class Encoder:
     """Turn bodies into jobs; what cannot be served is refused with the reason.
 
-    Args:
-        tokenizer: Tokenizer of the target.
-        model: Name of the served model.
-        vocab_size: Tokens that the target knows.
-        max_length: Most tokens of prompt and completion.
-        max_waiting: Most choices of a request, as many as may wait for a slot.
-        sampling: Temperature, top-k and top-p of requests that name none.
-        max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
+    Arguments are those of :class:`~aurora_rl.serving.http.front.Front`. A request has at most ``max_waiting`` choices,
+    as many as may wait for a slot.
     """
 
     def __init__(
@@ -52,22 +47,17 @@ class Encoder:
     def jobs(self, body: ChatCompletion | Completion, headers: Mapping[str, str]) -> list[Job]:
         """Return a job for each choice: those of the first prompt, then those of the next.
 
-        Args:
-            body: The checked body.
-            headers: Headers of the request, by lower-case name.
-
         Raises:
-            ApiError: Status 404 for another model, 400 for what cannot be served.
+            ApiError: Status 404 for another model.
+            FieldError: What cannot be served.
         """
         self.check_model(body.model)
         n, prompts = body.n, 1 if isinstance(body, ChatCompletion) else len(body.prompts)
         if n * prompts > self._max_waiting:
-            raise ApiError(
-                400,
+            raise FieldError(
                 f"{prompts} prompts of n={n} choices are more than http.max_waiting={self._max_waiting} completions; "
                 "send fewer at a time",
-                param="n" if isinstance(body, ChatCompletion) else "prompt",
-                code="invalid_value",
+                "n" if isinstance(body, ChatCompletion) else "prompt",
             )
         speculative = switch(body.speculative, headers, "x-aurora-speculative")
         learn = switch(body.learn, headers, "x-aurora-learn")
@@ -100,12 +90,8 @@ class Encoder:
     def check_model(self, model: str | None) -> None:
         """Raise ApiError with status 404 where a request names a model that is not served."""
         if model is not None and model != self._model:
-            raise ApiError(
-                404,
-                f"the model {model[:200]!r} does not exist; this server serves {self._model!r}",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"the model {model[:200]!r} does not exist; this server serves {self._model!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     def _prompts(self, body: ChatCompletion | Completion) -> list[list[int]]:
         if isinstance(body, ChatCompletion):
@@ -121,12 +107,11 @@ class Encoder:
 
     def _check_length(self, characters: int, param: str) -> None:
         if characters > self._max_characters:
-            raise ApiError(
-                400,
+            raise FieldError(
                 f"the context holds {self._max_length} tokens, and no {self._max_length} tokens make up a prompt of "
                 f"{characters} characters; shorten it",
-                param=param,
-                code="context_length_exceeded",
+                param,
+                "context_length_exceeded",
             )
 
     def _chat(self, messages: Sequence[Message]) -> list[int]:
@@ -135,35 +120,29 @@ class Encoder:
         except Exception as error:  # a template is a program of the model's, which may fail in any way
             reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             message = f"the chat template of model {self._model!r} refuses the conversation: {reason}"
-            raise ApiError(400, message, param="messages", code="invalid_value") from error
+            raise FieldError(message, "messages") from error
 
     def _checked(self, tokens: list[int], param: str) -> list[int]:
         if not tokens:
-            raise ApiError(400, "the prompt has no tokens; say something in it", param=param, code="invalid_value")
+            raise FieldError("the prompt has no tokens; say something in it", param)
         self._check_vocab(tokens, param)
         return tokens
 
     def _check_vocab(self, tokens: Sequence[int], param: str) -> None:
         outside = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
         if outside is not None:
-            raise ApiError(
-                400,
-                f"token {outside} is outside of the model's vocabulary, 0..{self._vocab_size - 1}",
-                param=param,
-                code="invalid_value",
-            )
+            raise FieldError(f"token {outside} is outside of the model's vocabulary, 0..{self._vocab_size - 1}", param)
 
     def _params(self, body: Generation, prompt_length: int) -> SamplingParams:
         """The parameters of a request, without its seed; raises where the context has no room for its budget."""
         budget, name, room = body.sampling.get("max_tokens"), body.budget_name, self._max_length - prompt_length
         if room < (budget or 1):
             asked = "" if budget is None else f" and {name}={budget} asks for that many more"
-            raise ApiError(
-                400,
+            raise FieldError(
                 f"the context holds {self._max_length} tokens: the prompt has {prompt_length}{asked}; shorten the "
                 f"prompt{'' if budget is None else f' or lower {name}'}",
-                param="messages" if isinstance(body, ChatCompletion) else "prompt",
-                code="context_length_exceeded",
+                "messages" if isinstance(body, ChatCompletion) else "prompt",
+                "context_length_exceeded",
             )
         unnamed = body.default_budget if self._max_tokens is None else self._max_tokens
         return replace(self._sampling, **{"max_tokens": min(room, unnamed or room), **body.sampling})

@@ -5,32 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.parse import quote
 
 import httpx
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from typing_extensions import override
 
-import aurora_rl
 from aurora_rl.serving.async_engine import QueueFullError
-from aurora_rl.serving.http.app import application
-from aurora_rl.serving.http.errors import GONE, ApiError, of_engine, timed_out
-from aurora_rl.serving.http.generation import ClientGoneError, while_connected
-from aurora_rl.serving.http.live_page import page_routes
+from aurora_rl.serving.http.app import Application
+from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
+from aurora_rl.serving.http.generation import while_connected
 from aurora_rl.serving.http.prompts import switch
-from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
-from aurora_rl.telemetry.history import RunHistory
-from aurora_rl.telemetry.prometheus import Exporter
+from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
 
@@ -38,88 +33,28 @@ _CONNECT_S = 10.0
 _HEALTH_S = 30.0  # SGLang itself gives up after 20
 
 
-def create_proxy(
-    url: str,
-    *,
-    model: str,
-    max_waiting: int,
-    slots: Callable[[], int],
-    history: RunHistory,
-    metrics: Exporter,
-    num_spec_tokens: Callable[[], int] = lambda: 0,
-    drafter_version: Callable[[], int] = lambda: 0,
-    api_keys: Collection[str] = (),
-    max_body: int = 1 << 20,
-    timeout: float = 600.0,
-    cors_origins: Sequence[str] = (),
-) -> Starlette:
-    """Build the application that passes requests on to SGLang.
+class Proxy(Application):
+    """The routes of the embedded engine's front, and no others of SGLang's, passed on to SGLang.
 
     Args:
         url: URL of the SGLang server.
-        model: Name of the served model.
         max_waiting: Requests that may wait at SGLang.
         slots: Returns how many requests SGLang decodes at the same time.
-        history: What the run came to so far, for the live page at ``/``.
-        metrics: What is exported for Prometheus at ``/metrics``.
         num_spec_tokens: Returns the tokens of the longest path that is drafted.
-        drafter_version: Returns the version of the weights that draft.
-        api_keys: Bearer keys, which every path but ``/health`` and the page's files needs; none lets everyone in.
-        max_body: Most bytes of a body.
-        timeout: Most seconds of a request.
-        cors_origins: Origins whose pages may call the server from a browser.
-    """
-    proxy = Proxy(
-        url,
-        model=model,
-        max_waiting=max_waiting,
-        slots=slots,
-        metrics=metrics,
-        num_spec_tokens=num_spec_tokens,
-        drafter_version=drafter_version,
-        max_body=max_body,
-        timeout=timeout,
-    )
-    return application(
-        [*proxy.routes(), *page_routes(proxy.load, history, model)],
-        load=proxy.load,
-        failed=metrics.failed,
-        api_keys=api_keys,
-        cors_origins=cors_origins,
-    )
-
-
-class Proxy:
-    """The routes of the application: those of the embedded engine's front, and no others of SGLang's.
-
-    Args:
-        url: URL of the SGLang server.
-        model: Name of the served model.
-        max_waiting: Requests that may wait at SGLang.
-        slots: Returns how many requests SGLang decodes at the same time.
-        metrics: What is exported for Prometheus.
-        num_spec_tokens: Returns the tokens of the longest path that is drafted.
-        drafter_version: Returns the version of the weights that draft.
-        max_body: Most bytes of a body.
-        timeout: Most seconds of a request.
+        **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        model: str,
         max_waiting: int,
         slots: Callable[[], int],
-        metrics: Exporter,
-        num_spec_tokens: Callable[[], int],
-        drafter_version: Callable[[], int],
-        max_body: int,
-        timeout: float,
+        num_spec_tokens: Callable[[], int] = lambda: 0,
+        **common: Any,
     ) -> None:
-        self._url, self._model, self._metrics = url.rstrip("/"), model, metrics
-        self._num_spec_tokens, self._drafter_version = num_spec_tokens, drafter_version
-        self._max_body, self._timeout = max_body, timeout
+        super().__init__(**common)
+        self._url, self._num_spec_tokens = url.rstrip("/"), num_spec_tokens
         self._max_waiting, self._slots, self._open = max_waiting, slots, 0  # requests that SGLang has of us
         self._cancelled = 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
@@ -133,8 +68,8 @@ class Proxy:
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
 
+    @override
     def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
         get, post = ["GET"], ["POST"]
         return [
             *(Route(path, self.generate, methods=post) for path in ("/v1/chat/completions", "/v1/completions")),
@@ -142,12 +77,10 @@ class Proxy:
             *(Route(path, self.fetch, methods=get) for path in ("/v1/models", "/health_generate")),
             Route("/v1/models/{model:path}", self.model, methods=get),
             Route("/health", self.health, methods=get),
-            Route("/server_info", self.server_info, methods=get),
-            Route("/metrics", self.metrics, methods=get),
         ]
 
+    @override
     def load(self) -> dict[str, int]:
-        """Return how many requests of our clients SGLang decodes, and how many wait there."""
         running = min(self._open, self._slots())
         return {"num_running": running, "num_waiting": self._open - running}
 
@@ -155,7 +88,7 @@ class Proxy:
         """Pass on a request whose answer may be learned from."""
         deadline = self._deadline()
         try:
-            body = await read_body(request, self._max_body, self._timeout)
+            body = await self._body(request)
             answer = SGLangAnswer(
                 translated(json_object(body), request.headers),
                 observe=self._metrics.observe,
@@ -163,23 +96,16 @@ class Proxy:
                 drafter_version=self._drafter_version,
             )
             response = await self._forward(request, deadline, json.dumps(answer.fields).encode(), answer)
-        except ClientDisconnect:
-            return GONE
-        except ApiError as error:
-            self._metrics.failed(error.code or str(error.status))
-            raise
-        if response.status_code >= 400 and response is not GONE:
+        except (ApiError, FieldError) as error:
+            raise self._failed(error) from error
+        if response.status_code >= 400:
             self._metrics.failed(str(response.status_code))
         return response
 
     async def tokens(self, request: Request) -> Response:
         """Pass on a request about tokens and texts."""
         deadline = self._deadline()
-        try:
-            body = await read_body(request, self._max_body, self._timeout)
-        except ClientDisconnect:
-            return GONE
-        return await self._forward(request, deadline, body)
+        return await self._forward(request, deadline, await self._body(request))
 
     async def fetch(self, request: Request) -> Response:
         """Pass on a request without a body."""
@@ -200,25 +126,20 @@ class Proxy:
             raise ApiError(503, "SGLang does not answer, or not in good order; see its log")
         return Response()
 
-    async def server_info(self, request: Request) -> Response:
-        """Tell what is served. SGLang's own answer has all of its arguments, keys included."""
-        info = {"model": self._model, "engine": "sglang", "version": aurora_rl.__version__}
-        return JSONResponse({**info, **self.load(), "drafter_version": self._drafter_version()})
+    @override
+    def info(self) -> dict[str, Any]:
+        return {"engine": "sglang"}  # SGLang's own answer has all of its arguments, keys included
 
-    async def metrics(self, request: Request) -> Response:
-        """Return the metrics for Prometheus."""
+    @override
+    def counts(self) -> dict[str, float | None]:
         load = self.load()
-        counts: dict[str, float | None] = {
+        return {
             "num_requests_running": load["num_running"],
             "num_requests_waiting": load["num_waiting"],
             "requests_cancelled_total": self._cancelled,
             "prefix_cache_queries_total": None,  # SGLang's own metrics have them
             "prefix_cache_hits_total": None,
         }
-        return Response(self._metrics.expose(counts), media_type=CONTENT_TYPE_LATEST)
-
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._timeout
 
     async def _forward(
         self,
@@ -237,7 +158,7 @@ class Proxy:
                 reply = await while_connected(request.receive, anext(exchange))
         except ClientGoneError:
             self._cancelled += answer is not None
-            return GONE
+            raise
         except (TimeoutError, httpx.HTTPError) as error:
             self._cancelled += answer is not None and isinstance(error, TimeoutError)
             raise self._failure(error) from error
@@ -284,8 +205,7 @@ class Proxy:
                     if events := answer.feed(piece):
                         yield events
             except (TimeoutError, httpx.HTTPError) as error:  # the status is sent, and the client is told in the stream
-                ended, failure = not isinstance(error, TimeoutError), self._failure(error)
-                self._metrics.failed(failure.code or str(failure.status))
+                ended, failure = not isinstance(error, TimeoutError), self._failed(self._failure(error))
                 yield answer.end() + f"{event(failure.body())}data: [DONE]\n\n".encode()
             finally:
                 self._cancelled += not ended  # its client left, or its time ran out
@@ -309,7 +229,7 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[st
         headers: Headers of the request, by lower-case name.
 
     Raises:
-        ApiError: Status 400, for a switch that is none, or ``speculative=false``.
+        FieldError: A switch that is none, or ``speculative=false``.
 
     Example:
         >>> translated({"prompt": "a", "learn": False}, {})
@@ -318,15 +238,13 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[st
     passed = {name: value for name, value in fields.items() if name not in ("speculative", "learn")}
     for name in ("speculative", "learn"):
         if not isinstance(value := fields.get(name), bool | None):
-            raise ApiError(400, f"{name} is {value!r}: give true or false", param=name, code="invalid_value")
+            raise FieldError(f"{name} is {value!r}: give true or false", name)
     if not switch(fields.get("speculative"), headers, "x-aurora-speculative"):
-        message = (
-            "speculative=false is not supported with engine.name=sglang, which drafts for all requests: leave it out"
-        )
-        raise ApiError(400, message, param="speculative", code="unsupported_field")
+        message = "speculative=false is not supported with engine.name=sglang, which drafts for all requests"
+        raise FieldError(f"{message}: leave it out", "speculative", "unsupported_field")
     if not switch(fields.get("learn"), headers, "x-aurora-learn"):
         params = fields.get("custom_params") or {}
         if not isinstance(params, dict):
-            raise ApiError(400, "custom_params must be an object", param="custom_params", code="invalid_value")
+            raise FieldError("custom_params must be an object", "custom_params")
         passed["custom_params"] = {**params, "aurora_rl": False}
     return passed

@@ -14,12 +14,7 @@ _DRAINED, _DRAIN_S = 8, 2.0
 
 
 async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """Return the body of a request of JSON.
-
-    Args:
-        request: The request.
-        limit: Most bytes.
-        seconds: Most seconds until it is there.
+    """Return the body of a request of JSON, of at most ``limit`` bytes, within some seconds.
 
     Raises:
         ApiError: Status 408 or 413 for a body that takes longer or is larger, 415 if it is not JSON.

@@ -140,18 +140,14 @@ class Completion(Generation):
 def _prompts(value: Any) -> list[str] | list[list[int]]:
     if value is None:
         raise missing("prompt")
-    if isinstance(value, str):
+    if isinstance(value, str) or _is_ids(value):
         return [value]
-    if _is_ids(value):
-        return [value]
-    if isinstance(value, list) and value and (_all_strings(value) or all(_is_ids(each) for each in value)):
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return value
+    if isinstance(value, list) and value and all(_is_ids(each) for each in value):
         return value
     fix = "give a string, a list of strings, a list of token ids, or a list of lists of token ids"
     raise wrong("prompt", value, fix)
-
-
-def _all_strings(value: list[Any]) -> bool:
-    return all(isinstance(each, str) for each in value)
 
 
 def _is_ids(value: object) -> bool:
@@ -241,14 +237,11 @@ def parse(body: bytes, schema: type[T]) -> T:
     """Return the checked body of a request.
 
     Raises:
-        ApiError: Status 400; the message names the field, its value, and the fix.
+        ApiError: Status 400, for a body that is no object of JSON.
+        FieldError: The message names the field, its value, and the fix.
 
     Example:
         >>> parse(b'{"tokens": [3, 4], "user": "me"}', Detokenize).tokens
         [3, 4]
     """
-    fields = json_object(body)
-    try:
-        return schema.of(check_fields(fields, schema.NAMES))
-    except FieldError as error:
-        raise ApiError(400, str(error), param=error.param, code=error.code) from error
+    return schema.of(check_fields(json_object(body), schema.NAMES))

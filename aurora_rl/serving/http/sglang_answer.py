@@ -15,11 +15,7 @@ _ASKED, _TOLD = "return_spec_tokens_details", "spec_tokens_details"  # fields of
 class SGLangAnswer:
     """The answer to one request, which begins when the object is made.
 
-    Args:
-        fields: Fields of the request's body.
-        observe: Called with what the client has waited for, and for how many seconds.
-        num_spec_tokens: Tokens of the longest path that is drafted.
-        drafter_version: Returns the version of the weights that draft.
+    ``observe`` is called with what the client has waited for, and for how many seconds.
 
     Attributes:
         fields: Fields that SGLang gets, by which it is asked what became of the drafts.

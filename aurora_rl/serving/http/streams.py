@@ -39,9 +39,7 @@ def event(body: Any) -> str:
 class EventStream(StreamingResponse):
     """A response of server-sent events, which closes their generator when the client leaves.
 
-    Args:
-        events: The events.
-        deadline: Time of the event loop's clock at which the last is to be there.
+    The last event is to be there at ``deadline`` of the event loop's clock.
     """
 
     media_type = "text/event-stream"
@@ -78,15 +76,10 @@ async def events(
     include_usage: bool,
     failed: Callable[[Exception], ApiError],
 ) -> AsyncGenerator[str, None]:
-    """Yield the events of a stream.
+    """Yield the events of a stream: what each round added to one of the jobs, with its index.
 
-    Args:
-        updates: What each round added to one of the jobs, with its index.
-        jobs: The jobs.
-        bodies: The bodies of the answer.
-        tokenizer: Tokenizer of the target.
-        include_usage: Whether a last piece brings the usage, and the other ones say that it is to come.
-        failed: Called with an error; returns what the client is told.
+    With ``include_usage`` a last piece brings the usage, and the other ones say that it is to come. ``failed`` is
+    called with an error, and returns what the client is told.
     """
     choices = [_Choice(tokenizer, job) for job in jobs]
     done: dict[int, Completion] = {}

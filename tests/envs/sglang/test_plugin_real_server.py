@@ -15,7 +15,7 @@ from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.training.served_weights import drafts_agreed
 from aurora_rl.trajectories import RULE_CODES
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import load_target, stop_token_ids
-from aurora_rl.serving.http.app import create_app
-from aurora_rl.serving.http.proxy import create_proxy
+from aurora_rl.serving.http.front import Front
+from aurora_rl.serving.http.proxy import Proxy
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
@@ -58,7 +58,7 @@ class Rig(ClientRig):
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)
-        server.start(create_app(self.clients, self.tokenizer, **{**usual, **settings}))
+        server.start(Front(self.clients, self.tokenizer, **{**usual, **settings}).starlette())
         return server.url
 
     def stop(self, url: str) -> None:
@@ -106,6 +106,21 @@ def rig(make_rig: Callable[[], Rig]) -> Rig:
     return make_rig()
 
 
+@pytest.fixture
+def slow(rig: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The engine, idle, with rounds so slow that a long request lasts for seconds."""
+    assert rig.idle()
+    verify = rig.env.engine.verify
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return verify(*args, **kwargs)
+
+    monkeypatch.setattr(rig.env.engine, "verify", slowly)
+    yield rig
+    assert rig.idle(2.0)  # whatever a test leaves, it frees its slots
+
+
 @pytest.fixture(scope="package")
 def tokenizer(rig: Rig) -> PreTrainedTokenizerBase:
     return rig.tokenizer
@@ -140,7 +155,7 @@ def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
 
     def start(url: str = upstream.url, **settings: Any) -> str:
         servers.append(HttpServer("127.0.0.1", 0))
-        servers[-1].start(create_proxy(url, **{**usual, "metrics": Exporter(), **settings}))
+        servers[-1].start(Proxy(url, **{**usual, "metrics": Exporter(), **settings}).starlette())
         return servers[-1].url
 
     yield start

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora_rl.adaptation.recording import RecordedPhase, record_plainly
+from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plainly
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.testing import tiny_target

@@ -19,7 +19,7 @@ from aurora_rl.envs import generation_processors
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt

@@ -13,7 +13,7 @@ from tiny_drafters import drafter_for
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.recording import open_recording, questions, recorded_prompts
+from aurora_rl.cli.training_data import open_recording, questions, recorded_prompts
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory

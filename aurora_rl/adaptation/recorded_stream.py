@@ -13,7 +13,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.tree_shape import TreeShape
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 
 
 class RecordedPhase(Dataset[TensorDict]):
@@ -55,16 +55,7 @@ def record_plainly(
     slots: int,
     **settings: object,
 ) -> None:
-    """Let the target answer requests by plain decoding, and record what is not recorded yet.
-
-    Args:
-        model: The target; an engine puts it into inference form in place.
-        requests: Requests, told apart by their ids.
-        recording: Dataset that gets the trajectories.
-        layers: Layers of the features.
-        slots: Requests served at the same time.
-        **settings: Further arguments of :class:`~aurora_rl.policies.decoder.SpeculativeDecoder`.
-    """
+    """Let the target answer requests by plain decoding, with the features of some layers, see :func:`record`."""
     nobody = NgramDrafter(model.config.get_text_config().vocab_size)
     nobody.feature_layers = tuple(layers)  # nothing is drafted: it says alone what is recorded
     record(model, nobody, requests, recording, shape=TreeShape(0), slots=slots, **settings)

@@ -9,7 +9,7 @@ import torch
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.serving.recording import record
+from aurora_rl.serving.recorded_requests import record
 from aurora_rl.testing import serve, tiny_target
 
 
