@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,6 +92,18 @@ def _without_folders(argument: str) -> str:
 def over_plain(measured: Rates) -> float | None:
     """Return speculative over plain tokens per second, however few plain rounds the script has asked for."""
     return measured.speculative / measured.baseline if measured.baseline and measured.speculative else None
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return two of the values between which the median lies with 95% or more, whatever the distribution.
+
+    With fewer than six values there are none.
+    """
+    count, ordered = len(values), sorted(values)
+    # The k-th smallest exceeds the median if fewer than k of the values are below it.
+    tails = [sum(math.comb(count, i) for i in range(k)) / 2**count for k in range(1, count // 2 + 1)]
+    k = sum(tail <= 0.025 for tail in tails)
+    return (ordered[k - 1], ordered[-k]) if k else None
 
 
 def write_result(script: str, options: argparse.Namespace, figures: dict) -> None:

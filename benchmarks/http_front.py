@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import median_interval
 from http_load import Load
 from http_servers import settings
 
@@ -197,15 +198,3 @@ def compare(queue: Sequence[float], http: Sequence[float]) -> dict[str, Any]:
         "within_goal": cost <= _GOAL,
         "turns": costs,
     }
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return two of the values between which the median lies with 95% or more, whatever the distribution.
-
-    With fewer than six values there are none.
-    """
-    count, ordered = len(values), sorted(values)
-    # The k-th smallest exceeds the median if fewer than k of the values are below it.
-    tails = [sum(math.comb(count, i) for i in range(k)) / 2**count for k in range(1, count // 2 + 1)]
-    k = sum(tail <= 0.025 for tail in tails)
-    return (ordered[k - 1], ordered[-k]) if k else None

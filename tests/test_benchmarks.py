@@ -167,11 +167,35 @@ def test_the_front_is_compared_with_its_engine(
     assert all(figures["tokens_per_second"].values()) and figures["turns"] == [figures["cost"]] and figures["cost"] < 1
 
 
+# ---- what learning costs the server ------------------------------------------------------------------------------
+
+
+def test_a_round_with_a_swap_and_those_after_it_are_compared_with_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    presence = imported("presence", monkeypatch)
+    seconds = {8: 0.25, **dict.fromkeys(range(9, 16), 0.15625)}
+    steps = [presence.Step(t / 4, t / 4 + seconds.get(t, 0.125), 1, 1, int(t >= 8)) for t in range(16)]
+    found = presence.around_swaps([steps], slots=1)
+    assert (found["swaps"], found["round_with_swap"], found["within_one_round"]) == (1, [2.0], True)
+    assert found["rounds_after"]["cost"] == pytest.approx(0.2) and not found["rounds_after"]["within_goal"]
+    assert presence.around_swaps([steps[:10]], slots=1) == {"swaps": 0}  # less than a second is left after it
+    assert presence.around_swaps([steps], slots=2) == {"swaps": 0}  # no round has all slots occupied
+
+
+def test_recording_is_compared_with_none(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    presence, common = imported("presence", monkeypatch), importlib.import_module("common")
+    monkeypatch.setattr(sys, "argv", ["script.py", "--limit", "2", "--max-new-tokens", "4", "--device", "cpu"])
+    options = common.parse(common.arguments(None))
+    options.model, options.drafter, options.slots, options.turns = str(tiny_folder), "medusa", 2, 1
+    figures = presence.recording(options)
+    assert figures["trajectories"] == {"sent": 4, "taken": 4}  # the unmeasured turn's too; unrecorded turns have none
+    assert len(figures["throughput"]["pairs"]) == 1
+
+
 # ---- the front against its engine --------------------------------------------------------------------------------
 
 
 def test_the_interval_of_a_median_is_that_of_the_sign_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    interval = imported("http_front", monkeypatch).median_interval
+    interval = imported("common", monkeypatch).median_interval
     assert interval(range(5)) is None
     assert interval([3, 1, 2, 6, 5, 4]) == (1, 6)
     assert interval(range(1, 11)) == (2, 9)  # 97.9%; from 3 to 8 it were 89%
